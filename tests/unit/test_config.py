@@ -1,0 +1,158 @@
+"""Drafter configurations: the published one parses and writes itself back; each bad one is refused with a remedy.
+
+Tests: ``pytest tests/unit/test_config.py``.
+"""
+
+import copy
+import json
+from typing import Any
+
+import pytest
+
+from vllm_dflash.config import DrafterConfig, DrafterConfigError, TargetShape, check_pair, default_target_layer_ids
+
+# z-lab/Qwen3-8B-DFlash-b16's config.json, the fields that say something about the drafter.
+QWEN3_8B: dict[str, Any] = {
+    "architectures": ["DFlashDraftModel"],
+    "attention_bias": False,
+    "block_size": 16,
+    "dflash_config": {"mask_token_id": 151669, "target_layer_ids": [1, 9, 17, 25, 33]},
+    "dtype": "bfloat16",
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "layer_types": ["full_attention"] * 5,
+    "max_position_embeddings": 40960,
+    "model_type": "qwen3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 5,
+    "num_key_value_heads": 8,
+    "num_target_layers": 36,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "vocab_size": 151936,
+}
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """A copy of the published configuration with the field at the dotted ``path`` set, or removed where None."""
+    raw = copy.deepcopy(QWEN3_8B)
+    *parents, name = path.split(".")
+    place = raw
+    for parent in parents:
+        place = place[parent]
+    if value is None:
+        place.pop(name)
+    else:
+        place[name] = value
+    return raw
+
+
+def test_published_config() -> None:
+    config = DrafterConfig.from_dict(QWEN3_8B)
+    assert (config.block_size, config.max_speculative_tokens, config.num_features) == (16, 15, 5)
+    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_target_layers) == (4096, 12288, 5, 36)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (32, 8, 128)
+    assert (config.mask_token_id, config.target_layer_ids) == (151669, (1, 9, 17, 25, 33))
+    assert (config.vocab_size, config.rope_theta, config.max_position_embeddings) == (151936, 1e6, 40960)
+
+
+def test_round_trip() -> None:
+    config = DrafterConfig.from_dict(QWEN3_8B)
+    written = json.loads(json.dumps(config.to_dict()))
+    assert DrafterConfig.from_dict(written) == config
+    assert {name: written[name] for name in QWEN3_8B} == QWEN3_8B
+
+
+def test_target_layer_ids_follow_the_published_rule() -> None:
+    assert default_target_layer_ids(5, 36) == (1, 9, 17, 25, 33)
+    assert default_target_layer_ids(3, 8) == (1, 3, 5)
+    assert default_target_layer_ids(1, 8) == (4,)
+    raw = changed("dflash_config.target_layer_ids", None)
+    assert DrafterConfig.from_dict(raw).target_layer_ids == (1, 9, 17, 25, 33)
+    with pytest.raises(DrafterConfigError, match="give target_layer_ids"):
+        default_target_layer_ids(2, 3)
+
+
+def test_newer_names_of_the_same_fields() -> None:
+    """transformers 5 writes the rotary base into ``rope_parameters``; older files say ``torch_dtype``."""
+    raw = changed("rope_theta", None) | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    raw.pop("dtype")
+    config = DrafterConfig.from_dict(raw | {"torch_dtype": "float16"})
+    assert (config.rope_theta, config.dtype) == (5e5, "float16")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "names", "remedy"),
+    [
+        ("architectures", ["Qwen3ForCausalLM"], "architectures", "Point 'model'"),
+        ("architectures", None, "architectures", "Point 'model'"),
+        ("hidden_size", None, "hidden_size is missing", "came with"),
+        ("hidden_size", "4096", "hidden_size", "positive whole number"),
+        ("num_hidden_layers", 0, "num_hidden_layers is 0", "positive whole number"),
+        ("block_size", True, "block_size", "positive whole number"),
+        ("block_size", 1, "block_size is 1", "at least 2"),
+        ("num_target_layers", None, "num_target_layers", "came with"),
+        ("dflash_config", None, "dflash_config is missing", "came with"),
+        ("dflash_config.mask_token_id", None, "mask_token_id", "trained with"),
+        ("dflash_config.mask_token_id", 151936, "151936", "trained with"),
+        ("dflash_config.target_layer_ids", [], "target_layer_ids", "zero-based"),
+        ("dflash_config.target_layer_ids", [1, "9"], "target_layer_ids", "zero-based"),
+        ("dflash_config.target_layer_ids", [1, 36], "[36]", "one-based"),
+        ("dflash_config.target_layer_ids", [1, 1], "twice", "once"),
+        ("num_key_value_heads", 7, "num_key_value_heads 7", "fix config.json"),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}, "yarn", "another checkpoint"),
+        ("layer_types", ["sliding_attention"] * 5, "layer_types", "another checkpoint"),
+        ("attention_bias", True, "attention_bias", "another checkpoint"),
+        ("hidden_act", "gelu", "hidden_act", "another checkpoint"),
+        ("dflash_config.causal", True, "causal", "another checkpoint"),
+    ],
+)
+def test_bad_input_names_the_field_and_the_remedy(path: str, value: Any, names: str, remedy: str) -> None:
+    with pytest.raises(DrafterConfigError) as error:
+        DrafterConfig.from_dict(changed(path, value))
+    assert names in str(error.value)
+    assert remedy in str(error.value)
+
+
+def test_bad_files_are_named(tmp_path) -> None:
+    path = tmp_path / "config.json"
+    with pytest.raises(DrafterConfigError, match="does not exist: point at"):
+        DrafterConfig.from_pretrained(tmp_path)
+    path.write_text('{"block_size": ')
+    with pytest.raises(DrafterConfigError, match=r"config\.json is not JSON .*fetch the checkpoint again"):
+        DrafterConfig.from_pretrained(tmp_path)
+    path.write_text(json.dumps(changed("block_size", 1)))
+    with pytest.raises(DrafterConfigError, match=r"config\.json: block_size is 1"):
+        DrafterConfig.from_pretrained(tmp_path)
+    path.write_text(json.dumps(QWEN3_8B))
+    assert DrafterConfig.from_pretrained(tmp_path) == DrafterConfig.from_dict(QWEN3_8B)
+
+
+def test_changes_are_checked() -> None:
+    config = DrafterConfig.from_dict(QWEN3_8B)
+    assert config.with_(dtype="float32").dtype == "float32"
+    with pytest.raises(DrafterConfigError, match="at least 2"):
+        config.with_(block_size=1)
+
+
+@pytest.mark.parametrize(
+    ("target", "tokens", "length", "names"),
+    [
+        (TargetShape(2560, 36, 151936), 15, 4096, "hidden_size is 2560"),
+        (TargetShape(4096, 36, 151000), 15, 4096, "vocab_size is 151000"),
+        (TargetShape(4096, 28, 151936), 15, 4096, "number of layers"),
+        (TargetShape(4096, 36, 151936), 16, 4096, "Set num_speculative_tokens to 15 or less"),
+        (TargetShape(4096, 36, 151936), 0, 4096, "num_speculative_tokens is 0"),
+        (TargetShape(4096, 36, 151936), 15, 40961, "--max-model-len 40960 or less"),
+    ],
+)
+def test_a_pair_that_does_not_fit(target: TargetShape, tokens: int, length: int, names: str) -> None:
+    with pytest.raises(DrafterConfigError, match=names):
+        check_pair(DrafterConfig.from_dict(QWEN3_8B), target, tokens, length)
+
+
+def test_a_pair_that_fits() -> None:
+    check_pair(DrafterConfig.from_dict(QWEN3_8B), TargetShape(4096, 36, 151936), 15, 40960)
