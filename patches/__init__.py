@@ -1,0 +1,9 @@
+"""What is replaced in vLLM, one file per seam, each with its ``PATCH``; README.md has the table.
+
+vllm-dflash status          what is applied
+pytest tests/patches        each against the installed vLLM
+"""
+
+from vllm_dflash.patches import speculative_config, v1_draft_fit, v1_proposer, v2_speculator
+
+ALL = (speculative_config.PATCH, v1_proposer.PATCH, v1_draft_fit.PATCH, v2_speculator.PATCH)

@@ -1,0 +1,33 @@
+"""Speculative config: a drafter that does not fit its target is refused before any process starts."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from vllm_dflash.config import ARCHITECTURE
+from vllm_dflash.patching import Patch
+from vllm_dflash.supported import SUPPORTED_VLLM
+
+
+def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def post_init(self: Any, *arguments: Any) -> Any:
+        result = original(self, *arguments)
+        if self.method == "dflash" and list(self.draft_model_config.architectures) == [ARCHITECTURE]:
+            from vllm_dflash.checks import check_speculative_config
+
+            check_speculative_config(self)
+        return result
+
+    return post_init
+
+
+PATCH = Patch(
+    # Not _verify_args: pydantic takes that one into its schema when the class is made, and __post_init__ is looked up at each call.
+    target="vllm.config.speculative:SpeculativeConfig.__post_init__",
+    versions=SUPPORTED_VLLM,
+    fingerprints={"vllm.config.speculative:SpeculativeConfig.__post_init__": "c90bde9823169854"},
+    why="vLLM checks no drafter against its target: most mismatches would only show as low acceptance; no hook sees the config in the front end",
+    until="vLLM calls the draft model class's own check of its config",
+    replace=_replace,
+)

@@ -1,0 +1,35 @@
+"""V2 runner: our speculator in the place of vLLM's, for method dflash with our architecture."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from vllm_dflash.config import ARCHITECTURE
+from vllm_dflash.patching import Patch
+from vllm_dflash.supported import SUPPORTED_VLLM
+
+
+def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
+        config = vllm_config.speculative_config
+        if config.method == "dflash" and list(config.draft_model_config.architectures) == [ARCHITECTURE]:
+            from vllm_dflash.drafting.speculator import DFlashSpeculator
+
+            return DFlashSpeculator(vllm_config, device)
+        return original(vllm_config, device, req_states)
+
+    return init_speculator
+
+
+PATCH = Patch(
+    target="vllm.v1.worker.gpu.model_runner:init_speculator",
+    versions=SUPPORTED_VLLM,
+    fingerprints={
+        "vllm.v1.worker.gpu.spec_decode:init_speculator": "2390fc92bb4d7f17",
+        "vllm.v1.worker.gpu.spec_decode.dflash.speculator:DFlashSpeculator": "40630a878a01d16d",
+    },
+    why="the speculator is picked from a list in the function's body; there is no registry to add to",
+    until="vLLM lets a plug-in register a speculator for a method",
+    replace=_replace,
+)

@@ -1,0 +1,77 @@
+"""What a user of ``LLM`` or ``vllm serve`` reads when the drafter does not fit: through vLLM's own configuration, no process started."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pairs import make_random_drafter, make_random_target, random_drafter_config
+from vllm_dflash.patching import PatchSet
+
+MAX_MODEL_LEN = 256
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_random_target(tmp_path_factory.mktemp("pair") / "target")
+
+
+def configure(target: Path, drafter: Path, k: int = 7, max_model_len: int = MAX_MODEL_LEN) -> Any:
+    """vLLM's configuration of the pair, as ``LLM`` and ``vllm serve`` make it, with the plug-in loaded by its entry point."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    speculative: dict[str, Any] = {"method": "dflash", "model": str(drafter), "num_speculative_tokens": k}
+    return EngineArgs(
+        model=str(target), skip_tokenizer_init=True, speculative_config=speculative, max_model_len=max_model_len
+    ).create_engine_config()
+
+
+def test_a_pair_that_fits_is_accepted(target, tmp_path):
+    config = configure(target, make_random_drafter(tmp_path / "dflash"))
+    assert config.speculative_config.draft_model_config.architectures == ["DFlashDraftModel"]
+    from vllm_dflash.plugin import patch_set
+
+    assert isinstance(patch_set(), PatchSet)
+    assert patch_set().report()[0].state == "applied"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 32}, "the target's hidden_size is 64, the drafter's is 32: this drafter was trained for another target"),
+        ({"vocab_size": 500}, "the target's vocab_size is 512, the drafter's is 500: this drafter was trained for another target"),
+        ({"num_target_layers": 6}, "num_target_layers.* is 5, the drafter's is 6: this drafter was trained for another target"),
+        ({"target_layer_ids": (1, 7)}, r"target_layer_ids \[7\] are outside the target's 5 layers"),
+        ({"mask_token_id": 512}, "mask_token_id 512 is outside the vocabulary of 512 tokens"),
+        (
+            {"max_position_embeddings": 128},
+            "max_model_len is 256, .* end at max_position_embeddings = 128: start vLLM with --max-model-len 128",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_drafter_for_another_target_is_refused(target, tmp_path, changes, message):
+    drafter = make_random_drafter(tmp_path / "dflash", config=random_drafter_config(**changes))
+    with pytest.raises(ValueError, match=message):
+        configure(target, drafter)
+
+
+@pytest.mark.parametrize(
+    ("k", "message"), [(8, "num_speculative_tokens is 8: .* Set num_speculative_tokens to 7 or less"), (0, "greater than 0")]
+)
+def test_a_number_of_tokens_that_no_block_holds_is_refused(target, tmp_path, k, message):
+    """Zero never reaches us: vLLM refuses it, naming the field."""
+    with pytest.raises(ValueError, match=message) as raised:
+        configure(target, make_random_drafter(tmp_path / "dflash"), k=k)
+    assert "num_speculative_tokens" in str(raised.value)
+
+
+def test_weights_are_looked_at_before_any_process_starts(target, tmp_path):
+    drafter = make_random_drafter(tmp_path / "dflash")
+    weights = drafter / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="fetch the checkpoint again"):
+        configure(target, drafter)
+    weights.unlink()
+    with pytest.raises(ValueError, match="holds neither"):
+        configure(target, drafter)

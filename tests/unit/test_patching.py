@@ -1,0 +1,224 @@
+"""Patching, on throw-away modules that stand for upstream."""
+
+import importlib
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_dflash.patching import Patch, PatchError, PatchSet
+from vllm_dflash.upstream import SourceNotFoundError, Sources
+
+VERSION = "0.32.0"
+UPSTREAM = """
+    from upstream_parts import Part, helper as aliased
+
+    def build():
+        "docstring"
+        return Part().name()
+
+    class Runner:
+        def fits(self, n):
+            # a comment
+            return n < 10
+
+        @staticmethod
+        def kind():
+            return "upstream"
+
+    def use():
+        return aliased()
+"""
+PARTS = """
+    class Part:
+        def name(self):
+            return "part"
+
+    def helper():
+        return "helper"
+"""
+
+
+@pytest.fixture
+def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Two modules on the path, not imported yet; forgotten afterwards."""
+    for name, text in (("upstream", UPSTREAM), ("upstream_parts", PARTS)):
+        (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
+    monkeypatch.syspath_prepend(tmp_path)
+    hooks = list(sys.meta_path)
+    yield tmp_path
+    sys.meta_path[:] = hooks
+    for name in ("upstream", "upstream_parts"):
+        sys.modules.pop(name, None)
+
+
+def patch(target: str, replace: Callable[[Any], Any], versions: str = ">=0.32,<0.33", **fingerprints: str) -> Patch:
+    return Patch(target, versions, {name.replace("__", ":"): value for name, value in fingerprints.items()}, "why", "until", replace)
+
+
+def fits_any(original: Any) -> Any:
+    return lambda self, n: True
+
+
+def other_part(original: type) -> type:
+    return type("OtherPart", (original,), {"name": lambda self: "ours over " + original.name(self)})
+
+
+def test_a_module_that_is_already_imported_is_patched_at_once(upstream: Path) -> None:
+    module: Any = importlib.import_module("upstream")
+    patches = PatchSet([patch("upstream:Runner.fits", fits_any), patch("upstream:Part", other_part)])
+    patches.apply(VERSION)
+    assert module.Runner().fits(99)
+    assert module.build() == "ours over part"
+    assert [row.state for row in patches.report()] == ["applied", "applied"]
+
+
+def test_a_module_is_patched_right_after_its_first_import_and_not_imported_for_it(upstream: Path) -> None:
+    patches = PatchSet([patch("upstream:Part", other_part)])
+    patches.apply(VERSION)
+    assert "upstream" not in sys.modules
+    assert [row.state for row in patches.report()] == ["pending"]
+    module: Any = importlib.import_module("upstream")
+    assert module.build() == "ours over part"
+    assert [row.state for row in patches.report()] == ["applied"]
+    assert type(module.__spec__.loader).__name__ == "SourceFileLoader"
+
+
+def test_applying_twice_does_nothing(upstream: Path) -> None:
+    patches = PatchSet([patch("upstream:Part", other_part), patch("upstream_parts:helper", lambda original: lambda: "ours")])
+    patches.apply(VERSION)
+    patches.apply(VERSION)
+    assert sum(type(finder).__name__ == "_AfterImport" for finder in sys.meta_path) == 1
+    module: Any = importlib.import_module("upstream")
+    first = module.Part
+    patches.apply(VERSION)
+    assert module.Part is first
+    assert module.build() == "ours over part"
+
+
+def test_one_bad_patch_stops_all_and_the_error_lists_every_problem(upstream: Path) -> None:
+    module: Any = importlib.import_module("upstream")
+    patches = PatchSet(
+        [
+            patch("upstream:Runner.fits", fits_any),
+            patch("upstream:Runner.gone", fits_any),
+            patch("upstream:Part", other_part, upstream_parts__Part="0" * 16),
+            patch("no_such_module:x", fits_any),
+            patch("upstream:build", fits_any, versions=">=0.33"),
+        ]
+    )
+    with pytest.raises(PatchError) as raised:
+        patches.apply(VERSION)
+    message = str(raised.value)
+    assert "upstream:Runner.gone is not in upstream's source" in message
+    assert "upstream_parts:Part, whose source has changed" in message
+    assert "0" * 16 in message
+    assert "module no_such_module is not installed" in message
+    assert "upstream:build: the patch is for vLLM >=0.33, found 0.32.0" in message
+    assert not module.Runner().fits(99)
+    assert [row.state for row in patches.report()] == ["off"] * 5
+
+
+def test_a_replacement_that_cannot_be_built_leaves_nothing_behind(upstream: Path) -> None:
+    module: Any = importlib.import_module("upstream")
+
+    def fails(original: Any) -> Any:
+        raise ImportError("no such proposer")
+
+    patches = PatchSet([patch("upstream:Runner.fits", fits_any), patch("upstream:Part", fails)])
+    with pytest.raises(ImportError, match="no such proposer"):
+        patches.apply(VERSION)
+    assert not module.Runner().fits(99)
+
+
+def test_a_late_failure_takes_the_others_back(upstream: Path) -> None:
+    """Half a set is worse than none: a V1 proposer of ours behind vLLM's own fit test would draft from holes."""
+    parts: Any = importlib.import_module("upstream_parts")
+
+    def fails(original: Any) -> Any:
+        raise ImportError("no such proposer")
+
+    patches = PatchSet([patch("upstream_parts:helper", lambda original: lambda: "ours"), patch("upstream:Runner.fits", fails)])
+    patches.apply(VERSION)
+    assert parts.helper() == "ours"
+    with pytest.raises(ImportError, match="no such proposer"):
+        importlib.import_module("upstream")
+    assert parts.helper() == "helper"
+    assert [row.state for row in patches.report()] == ["off", "off"]
+
+
+def test_a_foreign_replacement_found_at_apply_is_named(upstream: Path) -> None:
+    module: Any = importlib.import_module("upstream")
+    module.Part = type("TheirPart", (), {"__module__": "other_plugin"})
+    with pytest.raises(PatchError, match=r"expected upstream_parts:Part, but it is other_plugin:TheirPart"):
+        PatchSet([patch("upstream:Part", other_part)]).apply(VERSION)
+
+
+def test_a_foreign_replacement_of_ours_is_named_and_survives_revert(upstream: Path) -> None:
+    module: Any = importlib.import_module("upstream")
+    patches = PatchSet([patch("upstream:Part", other_part), patch("upstream:Runner.fits", fits_any)])
+    patches.apply(VERSION)
+    theirs = module.Part = type("TheirPart", (), {"__module__": "other_plugin"})
+    with pytest.raises(PatchError, match=r"OtherPart was replaced by other_plugin:TheirPart"):
+        patches.apply(VERSION)
+    assert patches.revert() == ["upstream:Part"]
+    assert module.Part is theirs
+    assert not module.Runner().fits(99)
+
+
+def test_revert_restores_the_originals_and_drops_what_is_pending(upstream: Path) -> None:
+    parts: Any = importlib.import_module("upstream_parts")
+    hooks = list(sys.meta_path)
+    patches = PatchSet([patch("upstream_parts:helper", lambda original: lambda: "ours"), patch("upstream:Part", other_part)])
+    patches.apply(VERSION)
+    assert patches.revert() == []
+    assert parts.helper() == "helper"
+    assert sys.meta_path == hooks
+    module: Any = importlib.import_module("upstream")
+    assert module.build() == "part"
+    patches.apply(VERSION)
+    assert module.build() == "ours over part"
+
+
+def test_a_static_method_stays_one(upstream: Path) -> None:
+    module: Any = importlib.import_module("upstream")
+    patches = PatchSet([patch("upstream:Runner.kind", lambda original: staticmethod(lambda: "ours over " + original()))])
+    patches.apply(VERSION)
+    assert module.Runner.kind() == module.Runner().kind() == "ours over upstream"
+    patches.revert()
+    assert module.Runner().kind() == "upstream"
+
+
+def test_two_patches_for_one_target_are_refused(upstream: Path) -> None:
+    with pytest.raises(PatchError, match="two patches have this target"):
+        PatchSet([patch("upstream:Part", other_part), patch("upstream:Part", other_part)]).apply(VERSION)
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [("0.32.0+cpu", True), ("0.32.7", True), ("0.33.0", False), ("0.33.0rc1", False), ("0.31.9", False), ("dev", False), (None, False)],
+)
+def test_a_local_version_counts_as_its_release(upstream: Path, version: str | None, fits: bool) -> None:
+    assert (PatchSet([patch("upstream:Part", other_part)]).check(version) == []) is fits
+
+
+def test_names_are_followed_through_imports(upstream: Path) -> None:
+    sources = Sources()
+    assert (sources.locate("upstream:aliased").module, sources.locate("upstream:aliased").qualname) == ("upstream_parts", "helper")
+    assert sources.locate("upstream:Part.name").fingerprint == sources.locate("upstream_parts:Part.name").fingerprint
+    with pytest.raises(SourceNotFoundError, match=r"upstream_parts:Part\.gone is not in"):
+        sources.locate("upstream:Part.gone")
+
+
+def test_a_fingerprint_sees_code_and_not_comments_docstrings_or_lines(upstream: Path) -> None:
+    before = {name: Sources().locate(f"upstream:{name}").fingerprint for name in ("build", "Runner", "Runner.fits")}
+    file = upstream / "upstream.py"
+    file.write_text("\n\n# moved\n" + file.read_text().replace('"docstring"', '"other"').replace("# a comment", "# another"))
+    assert {name: Sources().locate(f"upstream:{name}").fingerprint for name in before} == before
+    file.write_text(file.read_text().replace("n < 10", "n < 11"))
+    assert Sources().locate("upstream:build").fingerprint == before["build"]
+    assert Sources().locate("upstream:Runner.fits").fingerprint != before["Runner.fits"]
+    assert Sources().locate("upstream:Runner").fingerprint != before["Runner"]

