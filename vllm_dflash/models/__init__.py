@@ -1,0 +1,1 @@
+"""The drafters on vLLM's parallel layers, attention and paged KV cache."""
