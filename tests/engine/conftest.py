@@ -1,0 +1,33 @@
+"""One engine a kind, shared by the tests that look at it: starting one costs more than running it."""
+
+import pytest
+from engine.harness import DRAFTER, TARGET, Batch, held_out_prompts, run_engine
+
+BATCH_SIZES = (1, 4, 16)
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    return held_out_prompts(64)
+
+
+@pytest.fixture(scope="session")
+def plain_float32(prompts: list[list[int]]) -> list[Batch]:
+    """The embedded target without speculation: 64 prompts x 128 tokens, batches of 1, 4 and 16."""
+    return run_engine(TARGET, None, prompts, batch_sizes=BATCH_SIZES)
+
+
+@pytest.fixture(scope="session")
+def dflash_float32(prompts: list[list[int]]) -> list[Batch]:
+    """The same with the embedded drafter, every draft recorded."""
+    return run_engine(TARGET, DRAFTER, prompts, batch_sizes=BATCH_SIZES, record=True)
+
+
+@pytest.fixture(scope="session")
+def plain_bfloat16(prompts: list[list[int]]) -> Batch:
+    return run_engine(TARGET, None, prompts, dtype="bfloat16", logprobs=2)[0]
+
+
+@pytest.fixture(scope="session")
+def dflash_bfloat16(prompts: list[list[int]]) -> Batch:
+    return run_engine(TARGET, DRAFTER, prompts, dtype="bfloat16", record=True)[0]

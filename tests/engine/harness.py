@@ -1,0 +1,88 @@
+"""Starts ``worker.py`` for a test, and turns its report into what tests compare."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PAIR = ROOT / "examples" / "embedded_pair"
+TARGET, DRAFTER, PROMPTS = PAIR / "target", PAIR / "dflash", PAIR / "prompts.jsonl"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One pass over the prompts at one batch size."""
+
+    prompts: list[list[int]]
+    report: dict[str, Any]
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Generated token ids of each prompt."""
+        return self.report["tokens"]
+
+    @property
+    def tau(self) -> float:
+        """Acceptance length from vLLM's own counters: 1 + accepted / drafts."""
+        counters = self.report["counters"]
+        return 1 + counters["accepted"] / counters["drafts"]
+
+    @cached_property
+    def drafts(self) -> list[tuple[list[int], dict[str, Any]]]:
+        """Each draft with its request's whole committed sequence; drafts past the sequence's end are left out."""
+        first = min(d["request"] for d in self.report["drafts"])
+        sequences = [p + t for p, t in zip(self.prompts, self.tokens, strict=True)]
+        pairs = [(sequences[d["request"] - first], d) for d in self.report["drafts"]]
+        return [(s, d) for s, d in pairs if d["anchor"] < len(s)]
+
+
+def run_engine(
+    target: Path, drafter: Path | None, prompts: Sequence[Sequence[int]], *, dtype: str = "float32", num_speculative_tokens: int = 7,
+    max_tokens: int = 128, batch_sizes: Sequence[int] = (16,), max_model_len: int = 512, env: dict[str, str] | None = None,
+    record: bool = False, logprobs: int | None = None, engine_args: dict[str, Any] | None = None, kv_cache_memory_bytes: int = 1 << 28,
+) -> list[Batch]:  # fmt: skip
+    """Runs the prompts through one vLLM engine, once for each batch size."""
+    prompts = [list(p) for p in prompts]
+    speculative = None
+    if drafter is not None:
+        speculative = {"method": "dflash", "model": str(drafter), "num_speculative_tokens": num_speculative_tokens}
+    job = {
+        "target": str(target), "speculative_config": speculative, "prompts": prompts, "dtype": dtype, "max_tokens": max_tokens,
+        "batch_sizes": list(batch_sizes), "max_model_len": max_model_len, "record": record, "logprobs": logprobs,
+        "engine_args": engine_args or {}, "kv_cache_memory_bytes": kv_cache_memory_bytes,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "report.json")
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("worker.py")), str(out)],
+            input=json.dumps(job), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=engine_env(env), check=False,
+        )  # fmt: skip
+        if not out.is_file():
+            raise RuntimeError(f"the engine ended with {done.returncode}:\n{done.stdout[-6000:]}")
+        report = json.loads(out.read_text())
+    if drafter is not None:
+        native = (env or {}).get("VLLM_DFLASH") == "0"
+        assert report["proposer"].startswith("vllm." if native else "vllm_dflash."), f"drafted by {report['proposer']}"
+    return [Batch(prompts, batch) for batch in report["batches"]]
+
+
+def engine_env(extra: dict[str, str] | None = None) -> dict[str, str]:
+    """An environment for one-process CPU engines, with this checkout's package on the path."""
+    return os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"} | (extra or {})
+
+
+def held_out_prompts(count: int) -> list[list[int]]:
+    """The first ``count`` held-out prompts of the embedded pair, as token ids."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    lines = PROMPTS.read_text().splitlines()[:count]
+    assert len(lines) == count, f"{PROMPTS} holds only {len(lines)} prompts"
+    return [tokenizer(json.loads(line)["prompt"])["input_ids"] for line in lines]

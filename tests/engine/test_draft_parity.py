@@ -1,0 +1,100 @@
+"""What a real V1 engine drafts is what the plain PyTorch reference drafts, token for token."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from engine.harness import DRAFTER, TARGET, Batch, held_out_prompts, run_engine
+from engine.oracle import compare_drafts
+
+pytestmark = pytest.mark.engine
+BFLOAT16_GAP = 2 * 2.0**-8
+"""Two units in the last place of a bfloat16 logit, relative: below it, which of two logits is larger is rounding."""
+
+
+def random_prompts(count: int, vocab: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(2, 70, (count,), generator=generator).tolist()
+    return [torch.randint(2, vocab - 1, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("index", [0, 1, 2], ids=["batch 1", "batch 4", "batch 16"])
+def test_trained_float32(dflash_float32: list[Batch], index: int) -> None:
+    agreement = compare_drafts(dflash_float32[index], TARGET, DRAFTER, torch.float32, 7)
+    assert agreement.drafts >= 200
+    assert agreement.differences == []
+
+
+def test_trained_bfloat16(dflash_bfloat16: Batch) -> None:
+    agreement = compare_drafts(dflash_bfloat16, TARGET, DRAFTER, torch.bfloat16, 7)
+    print(f"bfloat16, trained: {agreement.share:.4f} of {agreement.tokens} tokens agree; gaps where not: {sorted(agreement.differences)[-5:]}")
+    assert agreement.drafts >= 200
+    assert agreement.share >= 0.99
+
+
+@pytest.mark.parametrize("num_speculative_tokens", [7, 3])
+def test_random_weights_float32(random_target: Path, random_drafter: Path, num_speculative_tokens: int) -> None:
+    """Random norms in each layer, GQA, an untied lm_head: a wrong weight anywhere changes drafts."""
+    batch = run_engine(
+        random_target, random_drafter, random_prompts(16, 512), num_speculative_tokens=num_speculative_tokens, max_tokens=24, record=True
+    )[0]
+    agreement = compare_drafts(batch, random_target, random_drafter, torch.float32, num_speculative_tokens)
+    assert agreement.drafts >= 200
+    assert agreement.differences == []
+
+
+def test_random_weights_bfloat16(random_target: Path, random_drafter: Path) -> None:
+    """With random weights the two best logits are often closer than bfloat16 can tell apart; such a difference counts as rounding."""
+    batch = run_engine(random_target, random_drafter, random_prompts(16, 512), dtype="bfloat16", max_tokens=24, record=True)[0]
+    agreement = compare_drafts(batch, random_target, random_drafter, torch.bfloat16, 7)
+    print(f"bfloat16, random: {agreement.share:.4f} of {agreement.tokens} tokens agree; relative gaps where not: {sorted(agreement.differences)}")
+    assert agreement.drafts >= 200
+    assert agreement.share_beyond(BFLOAT16_GAP) >= 0.99
+
+
+def test_blocks_end_at_max_model_len(random_target: Path, random_drafter: Path) -> None:
+    """Near the end a block has fewer positions, for that request alone: the others in the batch draft whole blocks.
+
+    vLLM's own test asks whether the longest sequence leaves room for a whole block. Where it does not, no request gets
+    its context written in that step, and all draft zeros from then on with holes in what they attend to.
+    """
+    limit = 64
+    long, short = [list(range(2, 52))], random_prompts(6, 512)
+    prompts = [p[:20] for p in short] + long
+    batch = run_engine(random_target, random_drafter, prompts, max_tokens=40, max_model_len=limit, record=True)[0]
+    plain = run_engine(random_target, None, prompts, max_tokens=40, max_model_len=limit)[0]
+    assert batch.tokens == plain.tokens
+    assert len(batch.tokens[-1]) == limit - 50
+    agreement = compare_drafts(batch, random_target, random_drafter, torch.float32, 7, max_model_len=limit)
+    assert agreement.differences == []
+
+
+def test_chunked_prefill_and_prefix_cache(random_target: Path, random_drafter: Path) -> None:
+    """A prompt that is prefilled in pieces, and one whose pages come from the prefix cache, leave no hole in the context."""
+    shared = random_prompts(40, 512)[3:4][0][:2] * 60
+    prompts = [shared + [i] * 5 for i in range(2, 8)]
+    engine_args = {"max_num_batched_tokens": 48, "enable_prefix_caching": True}
+    first, second = run_engine(
+        random_target, random_drafter, prompts, max_tokens=16, batch_sizes=(2, 6), record=True, engine_args=engine_args, max_model_len=256
+    )
+    for batch in (first, second):
+        agreement = compare_drafts(batch, random_target, random_drafter, torch.float32, 7)
+        assert agreement.drafts > 20
+        assert agreement.differences == []
+
+
+def test_tau_equals_the_reference_loop(dflash_float32: list[Batch]) -> None:
+    """Served tau is within 2 % of the reference loop's on the same prompts, at batch 1 and 8 (16 here: the same drafts)."""
+    from transformers import AutoModelForCausalLM
+
+    from vllm_dflash.reference.checkpoint import load_drafter
+    from vllm_dflash.reference.decoding import generate
+
+    target, drafter = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32), load_drafter(DRAFTER, torch.float32)
+    prompts = held_out_prompts(24)
+    loops = [generate(target, drafter, p, 128, 7) for p in prompts]
+    reference = 1 + sum(s.accepted for g in loops for s in g.steps) / sum(len(g.steps) for g in loops)
+    served = run_engine(TARGET, DRAFTER, prompts, batch_sizes=(1, 8))
+    print(f"tau: reference loop {reference:.3f}, served {[f'{b.tau:.3f}' for b in served]} at batch 1 and 8")
+    for batch in served:
+        assert abs(batch.tau / reference - 1) < 0.02

@@ -1,0 +1,153 @@
+"""Our drafter in vLLM's V2 model runner, on a CPU, against the plain PyTorch reference.
+
+One process runs four engines on one set of prompts, some of which are prefilled in chunks and end at ``max_model_len``;
+the tests read its record.
+
+    pytest tests/engine/test_v2.py
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.engine.v2_interpreter import Draft, Job, Result, run_engines
+from tests.pairs import make_random_drafter, make_random_target
+from vllm_dflash.reference.checkpoint import load_drafter
+from vllm_dflash.reference.decoding import replay_drafts
+
+pytestmark = pytest.mark.engine
+
+K = 7
+MAX_MODEL_LEN = 128
+"""One page of the CPU's KV cache: a position past the end has its slot looked up in the page that holds the whole request."""
+PLAIN, FLOAT32, BFLOAT16, ADAPTIVE = range(4)
+FEWER_FROM, FEWER = 9, 3
+"""In the adaptive job, steps of this many requests or more schedule this many drafts."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One drafted token beside the reference's."""
+
+    served: int
+    reference: int
+    gap: float
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The engines' jobs and results, by the numbers above."""
+
+    jobs: list[Job]
+    results: list[Result]
+
+    def drafts(self, run: int) -> Iterator[tuple[list[int], list[int], list[Draft]]]:
+        """Per prompt: prompt, committed sequence, and the drafts whose anchors are part of that sequence."""
+        for prompt, output, drafts in zip(self.jobs[run].prompts, self.results[run].outputs, self.results[run].drafts, strict=True):
+            tokens = prompt + output
+            yield prompt, tokens, [draft for draft in drafts if draft.anchor < len(tokens)]
+
+    def compare(self, run: int, select: Callable[[list[int], Draft], bool] = lambda prompt, draft: True) -> list[list[Pair]]:
+        """Every selected draft, token by token, beside the reference's draft at the same anchor."""
+        job = self.jobs[run]
+        assert job.drafter is not None
+        dtype = getattr(torch, job.dtype)
+        target: Any = AutoModelForCausalLM.from_pretrained(job.target, dtype=dtype).eval()
+        drafter = load_drafter(job.drafter, dtype)
+        found = []
+        for prompt, tokens, drafts in self.drafts(run):
+            drafts = [draft for draft in drafts if select(prompt, draft)]
+            references = replay_drafts(target, drafter, tokens, [draft.anchor for draft in drafts], K, MAX_MODEL_LEN)
+            for served, reference in zip(drafts, references, strict=True):
+                assert served.anchor_token == tokens[served.anchor]
+                # The reference drafts no further than max_model_len; the engine's tokens past it are never scheduled.
+                found.append([Pair(*row) for row in zip(served.tokens, reference.tokens, reference.gaps)])
+        return found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder: Path = tmp_path_factory.mktemp("pair")
+    target, drafter = str(make_random_target(folder / "target")), str(make_random_drafter(folder / "drafter"))
+    random = Random(1)
+    # Even prompts are scripted: they accept drafts. Odd ones draft anew at every position, most of them up to the end.
+    lengths = [3, 98, 40, 106, 13, 107, 7, 108, 25, 109, 95, 110, 33, 19, 114, 31]
+    prompts = [[random.randrange(2, 500) for _ in range(length)] for length in lengths]
+    shared: dict[str, Any] = dict(target=target, prompts=prompts, max_tokens=36, max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=192, max_num_seqs=16)
+    speculative = shared | dict(drafter=drafter, num_speculative_tokens=K)
+    schedule = [[1, FEWER_FROM - 1, K], [FEWER_FROM, 16, FEWER]]
+    jobs = [
+        Job(**shared),
+        Job(**speculative, script_from=PLAIN),
+        Job(**speculative | dict(dtype="bfloat16", max_tokens=14)),
+        Job(**speculative | dict(max_tokens=20), script_from=PLAIN, speculative_config={"num_speculative_tokens_per_batch_size": schedule}),
+    ]
+    return Runs(jobs, run_engines(jobs))
+
+
+def test_the_engine_runs_our_classes(runs: Runs) -> None:
+    for result in runs.results[FLOAT32:]:
+        assert result.speculator == "vllm_dflash.drafting.speculator:DFlashSpeculator"
+        assert result.draft_model == "vllm_dflash.models.dflash:DFlashForCausalLM"
+
+
+def test_drafts_are_the_references(runs: Runs) -> None:
+    """Scripted acceptance makes every step commit another number of tokens, so a drafter that saw a rejected token's
+    features, or K/V at a wrong position, could not agree here."""
+    drafts = runs.compare(FLOAT32)
+    assert len(drafts) >= 200
+    accepted = {b.anchor - a.anchor - 1 for prompt, _, found in runs.drafts(FLOAT32) for a, b in pairwise(found) if a.anchor >= len(prompt)}
+    assert accepted == set(range(K + 1))
+    assert [pair for draft in drafts for pair in draft if pair.served != pair.reference] == []
+
+
+def test_drafts_after_a_chunk_of_the_prompt(runs: Runs) -> None:
+    """A prompt's chunks leave their context K/V behind one by one; the last token of a chunk has an anchor too, the prompt's next."""
+    drafts = runs.compare(FLOAT32, lambda prompt, draft: draft.anchor < len(prompt))
+    assert drafts
+    assert all(pair.served == pair.reference for draft in drafts for pair in draft)
+
+
+def test_drafts_near_max_model_len(runs: Runs) -> None:
+    """vLLM's speculator gives a query past ``max_model_len`` a slot in the request's last page, that of a position which is
+    in use: its K/V replaced the target's context for this draft and all later ones, and nothing errored."""
+    drafts = runs.compare(FLOAT32, lambda prompt, draft: draft.anchor + K >= MAX_MODEL_LEN)
+    assert sum(map(len, drafts)) >= 100
+    assert all(pair.served == pair.reference for draft in drafts for pair in draft)
+
+
+def test_bfloat16_drafts_are_the_references(runs: Runs) -> None:
+    """In bfloat16 two logits of size 4 are equal or 1/32 apart, and a random drafter's best two are often that close; such
+    tokens are left out."""
+    pairs = [pair for draft in runs.compare(BFLOAT16) for pair in draft]
+    clear = [pair for pair in pairs if pair.gap >= 1 / 32]
+    assert len(clear) >= 0.75 * len(pairs)
+    agreeing = sum(pair.served == pair.reference for pair in clear) / len(clear)
+    assert agreeing >= 0.99, f"{agreeing:.2%} of {len(clear)}"
+
+
+@pytest.mark.parametrize("run", [FLOAT32, ADAPTIVE])
+def test_output_is_the_targets(runs: Runs, run: int) -> None:
+    plain = [output[: runs.jobs[run].max_tokens] for output in runs.results[PLAIN].outputs]
+    assert runs.results[run].outputs == plain
+    assert any(len(prompt) + len(output) == MAX_MODEL_LEN for prompt, output in zip(runs.jobs[run].prompts, plain, strict=True))
+
+
+def test_fewer_scheduled_drafts(runs: Runs) -> None:
+    """A step may schedule fewer drafts than ``num_speculative_tokens``: the block's first ones, unchanged."""
+    drafts = runs.compare(ADAPTIVE)
+    assert all(pair.served == pair.reference for draft in drafts for pair in draft)
+    committed: dict[bool, set[int]] = {True: set(), False: set()}
+    for prompt, _, found in runs.drafts(ADAPTIVE):
+        for before, after in pairwise(found):
+            if before.anchor >= len(prompt):
+                committed[before.num_reqs >= FEWER_FROM].add(after.anchor - before.anchor)
+    assert max(committed[True]) == FEWER + 1
+    assert max(committed[False]) > FEWER + 1
