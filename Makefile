@@ -2,7 +2,7 @@
 #
 # PYTHON       the Python that the virtual environment is made from
 # TORCH_INDEX  where pip finds torch 2.13.0+cpu, when it does not by itself: an index address or a folder of wheels.
-#              PyTorch's own is https://download.pytorch.org/whl/cpu
+#              PyTorch's installation page gives the address of its own index of CPU wheels
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: help install demo test lint wheel clean
 
 help: ## this text
-	@echo "vllm-dflash: make TARGET [TORCH_INDEX=https://download.pytorch.org/whl/cpu]"
+	@echo "vllm-dflash: make TARGET [TORCH_INDEX=index of CPU wheels]"
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## vLLM for the CPU and this package in .venv (once; the other targets do it for you)

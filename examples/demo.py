@@ -74,7 +74,9 @@ def compare(args: argparse.Namespace) -> None:
     report(args, prompts, outputs, seconds, speculation_counters(engines["dflash"]))
 
 
-def report(args: argparse.Namespace, prompts: list[str], outputs: dict[str, list[Any]], seconds: dict[str, list[float]], counters: dict[str, Any]) -> None:
+def report(
+    args: argparse.Namespace, prompts: list[str], outputs: dict[str, list[Any]], seconds: dict[str, list[float]], counters: dict[str, Any]
+) -> None:
     """Prints what part one measured."""
     total = sum(len(o.outputs[0].token_ids) for o in outputs["plain"])
     ratios = [p / d for p, d in zip(seconds["plain"], seconds["dflash"], strict=True)]
@@ -83,15 +85,23 @@ def report(args: argparse.Namespace, prompts: list[str], outputs: dict[str, list
     print("\nA held-out prompt, and what the target writes after it:\n")
     text = prompts[0] + "\033[1m" + outputs["dflash"][0].outputs[0].text + "\033[0m"
     print("    " + text.replace("\n", "\n    "))
-    print(f"\n{len(prompts)} held-out prompts x {args.tokens} tokens, one request at a time, float32, greedy, median of {args.rounds} rounds:")
+    print(
+        f"\n{len(prompts)} held-out prompts x {args.tokens} tokens, one request at a time, float32, greedy, median of {args.rounds} rounds:"
+    )
     for name in ("plain", "dflash"):
         print(f"  {name:7} {total / statistics.median(seconds[name]):7.1f} tokens/s")
     print(f"  ratio   {statistics.median(ratios):7.2f} x     (rounds: {', '.join(f'{r:.2f}' for r in ratios)})")
-    print(f"  tau     {1 + counters['num_accepted_tokens'] / drafts:7.2f} tokens per target forward, of at most {args.speculative_tokens + 1}")
-    print("  accepted at position " + "  ".join(f"{i + 1}: {n / drafts:.0%}" for i, n in enumerate(counters["num_accepted_tokens_per_pos"])))
+    print(
+        f"  tau     {1 + counters['num_accepted_tokens'] / drafts:7.2f} tokens per target forward, of at most {args.speculative_tokens + 1}"
+    )
+    print(
+        "  accepted at position " + "  ".join(f"{i + 1}: {n / drafts:.0%}" for i, n in enumerate(counters["num_accepted_tokens_per_pos"]))
+    )
     print(f"  outputs identical: {same} of {len(prompts)}")
     if same != len(prompts):
-        raise SystemExit("outputs differ: speculation must be lossless in float32; please report this with the versions that `vllm-dflash status` prints")
+        raise SystemExit(
+            "outputs differ: speculation must be lossless in float32; please report this with the versions that `vllm-dflash status` prints"
+        )
     if args.at_least and statistics.median(ratios) < args.at_least:
         raise SystemExit(f"the ratio is below {args.at_least}")
 
@@ -108,7 +118,10 @@ def serve(args: argparse.Namespace) -> None:
     ]  # fmt: skip
     shown = [f"'{c}'" if c.startswith("{") else c for c in ["vllm", *command[1:]]]
     print("\nNow as a server:\n\n    " + " ".join(shown).replace(str(PAIR.parents[1]) + "/", "") + "\n")
-    env = {k: v for k, v in os.environ.items() if k not in ENGINE_ENV} | {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    env = {k: v for k, v in os.environ.items() if k not in ENGINE_ENV} | {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
         try:
             wait_until_ready(server, port)

@@ -1,11 +1,8 @@
 """Fixtures shared by all tests: random pairs on disk, made once a session."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 ARCHITECTURE = "DFlashDraftModel"
 """The architecture name in z-lab's checkpoints, and the one that vLLM looks up."""
@@ -103,11 +103,15 @@ class DrafterConfig:
             _positive_int(raw, name)
         nested = raw.get("dflash_config")
         if not isinstance(nested, Mapping):
-            raise DrafterConfigError("dflash_config is missing: it holds mask_token_id and target_layer_ids. Use the config.json that the checkpoint came with")
+            raise DrafterConfigError(
+                "dflash_config is missing: it holds mask_token_id and target_layer_ids. Use the config.json that the checkpoint came with"
+            )
         _refuse_unsupported(raw, nested)
         mask_token_id, layer_ids = nested.get("mask_token_id"), nested.get("target_layer_ids")
         if not _is_int(mask_token_id):
-            raise DrafterConfigError(f"dflash_config.mask_token_id is {mask_token_id!r}: give the token id that the drafter was trained with")
+            raise DrafterConfigError(
+                f"dflash_config.mask_token_id is {mask_token_id!r}: give the token id that the drafter was trained with"
+            )
         num_target_layers = _positive_int(raw, "num_target_layers")
         if layer_ids is None:
             layer_ids = default_target_layer_ids(raw["num_hidden_layers"], num_target_layers)
@@ -184,7 +188,9 @@ class DrafterConfig:
                 f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads {self.num_key_value_heads}: fix config.json"
             )
         if self.block_size < 2:
-            raise DrafterConfigError(f"block_size is {self.block_size}: a block holds an anchor and at least one drafted token, so at least 2")
+            raise DrafterConfigError(
+                f"block_size is {self.block_size}: a block holds an anchor and at least one drafted token, so at least 2"
+            )
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise DrafterConfigError(
                 f"dflash_config.mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size} tokens: "
@@ -226,7 +232,7 @@ def check_pair(drafter: DrafterConfig, target: TargetShape, num_speculative_toke
         )
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -234,7 +240,9 @@ def _positive_int(raw: Mapping[str, Any], name: str) -> int:
     value = raw.get(name)
     if not _is_int(value) or value <= 0:
         state = "missing" if value is None else f"{value!r}"
-        raise DrafterConfigError(f"{name} is {state}: config.json must give a positive whole number. Use the file that the checkpoint came with")
+        raise DrafterConfigError(
+            f"{name} is {state}: config.json must give a positive whole number. Use the file that the checkpoint came with"
+        )
     return value
 
 

@@ -27,7 +27,7 @@ _CUDA_NAMES = re.compile(r"^(nvidia-|cuda-|cupy|pytorch-cuda|flashinfer|torchvis
 _ROOT = Path(__file__).resolve().parent.parent
 _REMEDY = (
     "If pip found no torch with '+cpu' in its version, name an index or a folder that has PyTorch's CPU wheels:\n"
-    "    make install TORCH_INDEX=https://download.pytorch.org/whl/cpu"
+    "    make install TORCH_INDEX=...   (PyTorch's installation page gives the address for CPU)"
 )
 
 

@@ -115,7 +115,13 @@ def train(args: argparse.Namespace) -> None:
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(out)
     tokens = args.steps * args.accumulate * args.batch * args.length
-    record = {"steps": args.steps, "tokens": tokens, "loss": round(float(np.mean(history[-50:])), 4), "init": args.init, "torch": torch.__version__}
+    record = {
+        "steps": args.steps,
+        "tokens": tokens,
+        "loss": round(float(np.mean(history[-50:])), 4),
+        "init": args.init,
+        "torch": torch.__version__,
+    }
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     print(record)
 

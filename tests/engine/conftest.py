@@ -1,6 +1,7 @@
 """One engine a kind, shared by the tests that look at it: starting one costs more than running it."""
 
 import pytest
+
 from engine.harness import DRAFTER, TARGET, Batch, held_out_prompts, run_engine
 
 BATCH_SIZES = (1, 4, 16)

@@ -75,7 +75,11 @@ def run_engine(
 
 def engine_env(extra: dict[str, str] | None = None) -> dict[str, str]:
     """An environment for one-process CPU engines, with this checkout's package on the path."""
-    return os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"} | (extra or {})
+    return (
+        os.environ
+        | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
+        | (extra or {})
+    )
 
 
 def held_out_prompts(count: int) -> list[list[int]]:

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from engine.harness import Batch
 from transformers import AutoModelForCausalLM
 
+from engine.harness import Batch
 from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.reference.decoding import replay_drafts
 
@@ -29,7 +29,9 @@ class Agreement:
         return 1 - sum(d > gap for d in self.differences) / self.tokens
 
 
-def compare_drafts(batch: Batch, target: Path, drafter: Path, dtype: torch.dtype, num_speculative_tokens: int, max_model_len: int | None = None) -> Agreement:
+def compare_drafts(
+    batch: Batch, target: Path, drafter: Path, dtype: torch.dtype, num_speculative_tokens: int, max_model_len: int | None = None
+) -> Agreement:
     """Replays every recorded draft in plain PyTorch and compares token by token."""
     model, draft_model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype), load_drafter(drafter, dtype)
     by_sequence: dict[tuple[int, ...], list[dict]] = {}

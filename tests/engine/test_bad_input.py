@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+
 from engine.harness import engine_env
 from pairs import make_random_drafter, random_drafter_config
-from safetensors.torch import load_file, save_file
 
 
 def make_config(target: Path, drafter: Path, num_speculative_tokens: int = 5, max_model_len: int = 256) -> None:
@@ -65,7 +66,10 @@ def test_drafter_for_another_target(random_target: Path, tmp_path: Path, change:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda raw: raw["dflash_config"].update(target_layer_ids=[1, 2, 5]), ["target_layer_ids [5]", "0 to 4", "deeper target, or the ids are one-based"]),
+        (
+            lambda raw: raw["dflash_config"].update(target_layer_ids=[1, 2, 5]),
+            ["target_layer_ids [5]", "0 to 4", "deeper target, or the ids are one-based"],
+        ),
         (lambda raw: raw["dflash_config"].update(mask_token_id=512), ["mask_token_id 512", "vocabulary of 512", "trained with"]),
         (lambda raw: raw.pop("dflash_config"), ["dflash_config is missing", "came with"]),
         (lambda raw: raw.pop("block_size"), ["block_size is missing"]),

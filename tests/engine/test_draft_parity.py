@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from engine.harness import DRAFTER, TARGET, Batch, held_out_prompts, run_engine
 from engine.oracle import compare_drafts
 
@@ -27,7 +28,9 @@ def test_trained_float32(dflash_float32: list[Batch], index: int) -> None:
 
 def test_trained_bfloat16(dflash_bfloat16: Batch) -> None:
     agreement = compare_drafts(dflash_bfloat16, TARGET, DRAFTER, torch.bfloat16, 7)
-    print(f"bfloat16, trained: {agreement.share:.4f} of {agreement.tokens} tokens agree; gaps where not: {sorted(agreement.differences)[-5:]}")
+    print(
+        f"bfloat16, trained: {agreement.share:.4f} of {agreement.tokens} tokens agree; gaps where not: {sorted(agreement.differences)[-5:]}"
+    )
     assert agreement.drafts >= 200
     assert agreement.share >= 0.99
 
@@ -47,7 +50,9 @@ def test_random_weights_bfloat16(random_target: Path, random_drafter: Path) -> N
     """With random weights the two best logits are often closer than bfloat16 can tell apart; such a difference counts as rounding."""
     batch = run_engine(random_target, random_drafter, random_prompts(16, 512), dtype="bfloat16", max_tokens=24, record=True)[0]
     agreement = compare_drafts(batch, random_target, random_drafter, torch.bfloat16, 7)
-    print(f"bfloat16, random: {agreement.share:.4f} of {agreement.tokens} tokens agree; relative gaps where not: {sorted(agreement.differences)}")
+    print(
+        f"bfloat16, random: {agreement.share:.4f} of {agreement.tokens} tokens agree; relative gaps where not: {sorted(agreement.differences)}"
+    )
     assert agreement.drafts >= 200
     assert agreement.share_beyond(BFLOAT16_GAP) >= 0.99
 

@@ -9,8 +9,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from engine.harness import DRAFTER, TARGET, held_out_prompts, run_engine
 from safetensors.torch import load_file, save_file
+
+from engine.harness import DRAFTER, TARGET, held_out_prompts, run_engine
 
 pytestmark = pytest.mark.engine
 

@@ -1,6 +1,7 @@
 """Speculation changes no greedy output: in float32 token for token, in bfloat16 but for logits that rounding cannot tell apart."""
 
 import pytest
+
 from engine.harness import Batch
 
 pytestmark = pytest.mark.engine

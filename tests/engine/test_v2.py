@@ -17,12 +17,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.engine.v2_interpreter import Draft, Job, Result, run_engines
-from tests.pairs import make_random_drafter, make_random_target
+from engine.v2_interpreter import Draft, Job, Result, run_engines
+from pairs import make_random_drafter, make_random_target
 from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.reference.decoding import replay_drafts
 
-pytestmark = pytest.mark.engine
+# Longer than the engines' own limit, so that a hang is reported with what they wrote.
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1000)]
 
 K = 7
 MAX_MODEL_LEN = 128
@@ -80,7 +81,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     # Even prompts are scripted: they accept drafts. Odd ones draft anew at every position, most of them up to the end.
     lengths = [3, 98, 40, 106, 13, 107, 7, 108, 25, 109, 95, 110, 33, 19, 114, 31]
     prompts = [[random.randrange(2, 500) for _ in range(length)] for length in lengths]
-    shared: dict[str, Any] = dict(target=target, prompts=prompts, max_tokens=36, max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=192, max_num_seqs=16)
+    shared: dict[str, Any] = dict(
+        target=target, prompts=prompts, max_tokens=36, max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=192, max_num_seqs=16
+    )
     speculative = shared | dict(drafter=drafter, num_speculative_tokens=K)
     schedule = [[1, FEWER_FROM - 1, K], [FEWER_FROM, 16, FEWER]]
     jobs = [

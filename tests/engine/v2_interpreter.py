@@ -65,15 +65,20 @@ class Result:
     steps: int
 
 
-def run_engines(jobs: Sequence[Job], timeout_s: float = 300) -> list[Result]:
+def run_engines(jobs: Sequence[Job], timeout_s: float = 900) -> list[Result]:
     """Runs the jobs one after the other in one new process; raises with the end of its output where it fails."""
     with tempfile.TemporaryDirectory() as scratch:
         question, answer = Path(scratch, "jobs.json"), Path(scratch, "results.json")
         question.write_text(json.dumps([asdict(job) for job in jobs]))
         command = [sys.executable, "-P", __file__, str(question), str(answer)]
-        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=timeout_s)
-        if done.returncode:
-            raise RuntimeError(f"the engine process ended with {done.returncode}:\n{(done.stdout + done.stderr)[-6000:]}")
+        with Path(scratch, "output.txt").open("w+") as output:
+            try:
+                ended = subprocess.run(command, cwd=scratch, stdout=output, stderr=subprocess.STDOUT, timeout=timeout_s).returncode
+            except subprocess.TimeoutExpired:
+                ended = f"no result after {timeout_s:.0f} s"
+            if ended:
+                output.seek(0)
+                raise RuntimeError(f"the engine process ended with {ended}:\n{output.read()[-6000:]}")
         results = json.loads(answer.read_text())
     return [Result(**{**raw, "drafts": [[Draft(**d) for d in drafts] for drafts in raw["drafts"]]}) for raw in results]
 
@@ -83,6 +88,8 @@ def use_interpreter() -> None:
     if "vllm" in sys.modules:
         raise RuntimeError("vLLM is already imported: it has chosen its runner. Start a process of its own")
     os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    # One thread, pinned to no core: a toy gains nothing by more, and beside other work pinned threads wait for each other.
+    os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     from triton.backends import Backend, backends
     from triton.backends.compiler import BaseBackend
     from triton.backends.driver import DriverBase

@@ -9,7 +9,11 @@ import sys
 import time
 from typing import Any
 
-COUNTERS = {"drafts": "vllm:spec_decode_num_drafts", "draft_tokens": "vllm:spec_decode_num_draft_tokens", "accepted": "vllm:spec_decode_num_accepted_tokens"}
+COUNTERS = {
+    "drafts": "vllm:spec_decode_num_drafts",
+    "draft_tokens": "vllm:spec_decode_num_draft_tokens",
+    "accepted": "vllm:spec_decode_num_accepted_tokens",
+}
 
 
 def record_drafts(llm: Any, drafts: list[dict[str, Any]]) -> None:
@@ -48,7 +52,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     drafts: list[dict[str, Any]] = []
     if job.get("record"):
         record_drafts(llm, drafts)
-    params = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=job.get("ignore_eos", True), logprobs=job.get("logprobs"), detokenize=False)
+    params = SamplingParams(
+        temperature=0, max_tokens=job["max_tokens"], ignore_eos=job.get("ignore_eos", True), logprobs=job.get("logprobs"), detokenize=False
+    )
     batches = []
     for size in job["batch_sizes"]:
         before, first, tokens, logprobs, seconds = counters(llm), len(drafts), [], [], 0.0
@@ -59,12 +65,23 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             seconds += time.perf_counter() - start
             tokens += [list(o.outputs[0].token_ids) for o in outputs]
             if job.get("logprobs"):
-                logprobs += [[sorted((v.logprob for v in step.values()), reverse=True)[:2] for step in o.outputs[0].logprobs] for o in outputs]
+                logprobs += [
+                    [sorted((v.logprob for v in step.values()), reverse=True)[:2] for step in o.outputs[0].logprobs] for o in outputs
+                ]
         after = counters(llm)
         delta = {k: after[k] - before[k] for k in after if k != "per_position"}
-        delta["per_position"] = [a - b for a, b in zip(after["per_position"], before["per_position"] or [0] * len(after["per_position"]), strict=True)]
-        batches.append({"size": size, "tokens": tokens, "seconds": seconds, "drafts": drafts[first:], "logprobs": logprobs, **{"counters": delta}})
-    return {"batches": batches, "proposer": type(getattr(llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner, "drafter", None)).__module__}
+        delta["per_position"] = [
+            a - b for a, b in zip(after["per_position"], before["per_position"] or [0] * len(after["per_position"]), strict=True)
+        ]
+        batches.append(
+            {"size": size, "tokens": tokens, "seconds": seconds, "drafts": drafts[first:], "logprobs": logprobs, "counters": delta}
+        )
+    return {
+        "batches": batches,
+        "proposer": type(
+            getattr(llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner, "drafter", None)
+        ).__module__,
+    }
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ class DFlashProposer(NativeDFlashProposer):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
-            raise DrafterConfigError("the drafter shares the target's embedding, which another pipeline stage holds: set pipeline_parallel_size to 1")
+            raise DrafterConfigError(
+                "the drafter shares the target's embedding, which another pipeline stage holds: set pipeline_parallel_size to 1"
+            )
         super().__init__(vllm_config, device, runner)
 
     @torch.inference_mode()

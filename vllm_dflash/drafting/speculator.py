@@ -3,7 +3,7 @@
 The draft model is ours because it is registered over the architecture's name, so vLLM's loader finds it; nothing of the
 loading is repeated here. A step that schedules fewer than ``num_speculative_tokens`` drafts still drafts the whole block,
 and the model runner cuts the rest: the tokens that stay are the same.
-Limits: decode context parallelism is refused, as slots and positions then no longer belong together row by row.
+Limits: text only, and one pipeline stage, as the drafter takes the target's embedding.
 
     pytest tests/engine/test_v2.py
 """
@@ -11,7 +11,6 @@ Limits: decode context parallelism is refused, as slots and positions then no lo
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator as NativeDFlashSpeculator
 
@@ -21,17 +20,14 @@ class DFlashSpeculator(NativeDFlashSpeculator):
 
     _speculator_name = "vllm-dflash"
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        parallel = vllm_config.parallel_config
-        if parallel.decode_context_parallel_size > 1:
-            raise ValueError(
-                f"decode_context_parallel_size is {parallel.decode_context_parallel_size}: vllm-dflash drafts with 1 only. "
-                "Leave --decode-context-parallel-size out, or set VLLM_DFLASH=0 to serve with vLLM's own dflash"
-            )
-        super().__init__(vllm_config, device)
-
     def _generate_draft(
-        self, num_reqs: int, num_tokens_padded: int, attn_metadata: dict[str, Any] | None, slot_mappings: dict[str, torch.Tensor] | None, *args: Any, **kwargs: Any
+        self,
+        num_reqs: int,
+        num_tokens_padded: int,
+        attn_metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, torch.Tensor] | None,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Drafts ``num_reqs`` blocks into ``draft_tokens``.
 

@@ -11,7 +11,6 @@ lm_head: vLLM hands it the target's after loading. Limits: one pipeline stage; u
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from vllm import _custom_ops as ops
 from vllm.compilation.decorators import support_torch_compile

@@ -1,0 +1,96 @@
+"""``vllm serve`` with the flag, over real HTTP; and ordinary serving, which the plug-in never touches."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.harness import DRAFTER, TARGET, Batch, engine_env, held_out_prompts, run_engine
+
+pytestmark = pytest.mark.engine
+
+
+@contextmanager
+def server(*flags: str, env: dict[str, str] | None = None) -> Iterator[int]:
+    """A running ``vllm serve`` on the embedded target in float32; yields its port. Nothing of it is left running."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [
+        str(Path(sys.executable).with_name("vllm")), "serve", str(TARGET), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
+        "--served-model-name", "embedded", "--enforce-eager", "--max-model-len", "512", "--kv-cache-memory-bytes", str(1 << 28),
+        "--generation-config", "vllm", *flags,
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, env=engine_env({"VLLM_ENABLE_V1_MULTIPROCESSING": "1", **(env or {})}),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 240
+        while True:
+            try:
+                request(port, "/health")
+                break
+            except (urllib.error.URLError, ConnectionError):
+                assert process.poll() is None, process.stdout.read()[-6000:]
+                assert time.monotonic() < deadline, "the server did not answer in time"
+                time.sleep(0.5)
+        yield port
+        process.terminate()
+        process.communicate(timeout=60)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def request(port: int, path: str, body: dict[str, Any] | None = None) -> str:
+    data = None if body is None else json.dumps(body).encode()
+    call = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(call, timeout=120) as response:
+        return response.read().decode()
+
+
+def metric(port: int, name: str) -> float:
+    return sum(float(line.rpartition(" ")[2]) for line in request(port, "/metrics").splitlines() if line.startswith(name + "{"))
+
+
+def test_completion_over_http() -> None:
+    """The flag is all it takes; the answer is the one that plain decoding gives, and the drafter's acceptance is in ``/metrics``."""
+    prompt = held_out_prompts(1)[0]
+    expected = run_engine(TARGET, None, [prompt], max_tokens=96)[0].tokens[0]
+    speculative = json.dumps({"method": "dflash", "model": str(DRAFTER), "num_speculative_tokens": 7})
+    with server("--speculative-config", speculative) as port:
+        body = {"model": "embedded", "prompt": prompt, "max_tokens": 96, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        answer = json.loads(request(port, "/v1/completions", body))
+        assert answer["choices"][0]["token_ids"] == expected
+        drafts, accepted = metric(port, "vllm:spec_decode_num_drafts_total"), metric(port, "vllm:spec_decode_num_accepted_tokens_total")
+    print(f"served over HTTP: {drafts:.0f} drafts, tau {1 + accepted / drafts:.2f}")
+    assert drafts > 0
+    assert accepted > 0
+
+
+def test_ordinary_serving_is_not_touched(plain_float32: list[Batch]) -> None:
+    """Without a speculative config the engine's output is that of an engine with the plug-in switched off."""
+    prompts = held_out_prompts(8)
+    off = run_engine(TARGET, None, prompts, env={"VLLM_DFLASH": "0"})[0]
+    assert off.tokens == plain_float32[2].tokens[:8]
+
+
+def test_switched_off_vllm_drafts_itself(random_target: Path, random_drafter: Path) -> None:
+    """With ``VLLM_DFLASH=0`` the drafts are vLLM's own: the harness asserts whose proposer ran."""
+    batch = run_engine(random_target, random_drafter, [[5, 6, 7, 8]], max_tokens=8, env={"VLLM_DFLASH": "0"})[0]
+    assert batch.report["counters"]["drafts"] > 0
