@@ -104,7 +104,8 @@ class DrafterConfig:
         nested = raw.get("dflash_config")
         if not isinstance(nested, Mapping):
             raise DrafterConfigError(
-                "dflash_config is missing: it holds mask_token_id and target_layer_ids. Use the config.json that the checkpoint came with"
+                "dflash_config is missing: it holds mask_token_id and target_layer_ids. Use the config.json that the checkpoint came with; "
+                "VLLM_DFLASH=0 serves drafters of other formats (speculators) with vLLM's own dflash"
             )
         _refuse_unsupported(raw, nested)
         mask_token_id, layer_ids = nested.get("mask_token_id"), nested.get("target_layer_ids")

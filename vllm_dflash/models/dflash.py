@@ -229,7 +229,7 @@ class DFlashForCausalLM(nn.Module):
             prefix=maybe_prefix(prefix, "model"),
         )
         self.lm_head: nn.Module = FromTarget()
-        # Drafts are ranked, not sampled from, so a target's logit scale or soft cap (both monotonic) can be left out.
+        # A target's logit scale or soft cap is left out: both are monotonic, and drafts are ranked unless probabilities are asked for.
         self.logits_processor = LogitsProcessor(self.drafter_config.vocab_size)
 
     def embed_input_ids(self, input_ids: torch.Tensor, multimodal_embeddings: object = None, is_multimodal: object = None) -> torch.Tensor:

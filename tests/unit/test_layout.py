@@ -1,0 +1,50 @@
+"""Where a block goes, on an example small enough to work out by hand."""
+
+import torch
+
+from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_layout
+
+PAGE = 4
+# Two requests. The first ran rows at positions 2..6 and two of them were rejected: n = 5. The second ran position 9: n = 10.
+QUERY_START = torch.tensor([0, 5, 6], dtype=torch.int32)
+SEQ_LENS = torch.tensor([7, 10], dtype=torch.int32)
+REJECTED = torch.tensor([2, 0], dtype=torch.int32)
+BLOCK_TABLE = torch.tensor([[7, 3, 9, 0], [2, 8, 5, 6]], dtype=torch.int32)
+SLOTS = torch.tensor([30, 31, 12, 13, 14, 21])
+
+
+def layout(k: int = 3, max_model_len: int = 16, rejected: torch.Tensor | None = REJECTED) -> BlockLayout:
+    return block_layout(
+        next_token_ids=torch.tensor([100, 200], dtype=torch.int32), query_start_loc=QUERY_START, seq_lens=SEQ_LENS, num_rejected=rejected,
+        block_table=BLOCK_TABLE, slot_mapping=SLOTS, page_size=PAGE, mask_token_id=1, num_speculative_tokens=k, max_model_len=max_model_len,
+    )  # fmt: skip
+
+
+def test_block_follows_the_committed_tokens() -> None:
+    got = layout()
+    assert got.input_ids.tolist() == [100, 1, 1, 1, 200, 1, 1, 1]
+    assert got.positions.tolist() == [5, 6, 7, 8, 10, 11, 12, 13]
+    # Position 5 is in the first request's second page (3), at offset 1; position 8 in its third (9).
+    assert got.slot_mapping.tolist() == [3 * 4 + 1, 3 * 4 + 2, 3 * 4 + 3, 9 * 4, 5 * 4 + 2, 5 * 4 + 3, 6 * 4, 6 * 4 + 1]
+    assert got.seq_lens.tolist() == [9, 14]
+    assert got.sample_indices.tolist() == [1, 2, 3, 5, 6, 7]
+
+
+def test_rejected_rows_are_not_stored() -> None:
+    assert layout().context_slot_mapping.tolist() == [30, 31, 12, PAD_SLOT_ID, PAD_SLOT_ID, 21]
+    assert layout(rejected=None).context_slot_mapping.tolist() == SLOTS.tolist()
+
+
+def test_positions_past_the_end_do_not_exist() -> None:
+    """They write nothing, stay inside the rotary table, and are not attended to; the other request keeps its whole block."""
+    got = layout(max_model_len=12)
+    assert got.slot_mapping.tolist()[4:] == [5 * 4 + 2, 5 * 4 + 3, PAD_SLOT_ID, PAD_SLOT_ID]
+    assert got.positions.tolist()[4:] == [10, 11, 11, 11]
+    assert got.seq_lens.tolist() == [9, 12]
+
+
+def test_nothing_to_draft() -> None:
+    got = layout(k=0)
+    assert got.sample_indices.tolist() == []
+    assert got.input_ids.tolist() == [100, 200]
+    assert got.context_slot_mapping.tolist() == [30, 31, 12, PAD_SLOT_ID, PAD_SLOT_ID, 21]
