@@ -1,7 +1,7 @@
 """Our drafter in vLLM's V2 model runner, on a CPU, against the plain PyTorch reference.
 
-One process runs four engines on one set of prompts, some of which are prefilled in chunks and end at ``max_model_len``;
-the tests read its record.
+One process runs six engines: four on one set of prompts for a random pair, some of which are prefilled in chunks and end at ``max_model_len``;
+two on the embedded pair. The tests read its record.
 
     pytest tests/engine/test_v2.py
 """
@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from engine.harness import DRAFTER, TARGET, held_out_prompts
 from engine.v2_interpreter import Draft, Job, Result, run_engines
 from pairs import make_random_drafter, make_random_target
 from vllm_dflash.reference.checkpoint import load_drafter
@@ -28,7 +29,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1000)]
 K = 7
 MAX_MODEL_LEN = 128
 """One page of the CPU's KV cache: a position past the end has its slot looked up in the page that holds the whole request."""
-PLAIN, FLOAT32, BFLOAT16, ADAPTIVE = range(4)
+PLAIN, FLOAT32, BFLOAT16, ADAPTIVE, TRAINED, TRAINED_BFLOAT16 = range(6)
 FEWER_FROM, FEWER = 9, 3
 """In the adaptive job, steps of this many requests or more schedule this many drafts."""
 
@@ -92,6 +93,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         Job(**speculative | dict(dtype="bfloat16", max_tokens=14)),
         Job(**speculative | dict(max_tokens=20), script_from=PLAIN, speculative_config={"num_speculative_tokens_per_batch_size": schedule}),
     ]
+    trained: dict[str, Any] = dict(target=str(TARGET), drafter=str(DRAFTER), prompts=held_out_prompts(16), max_tokens=60)
+    jobs += [Job(**speculative | trained), Job(**speculative | trained | dict(dtype="bfloat16"))]
     return Runs(jobs, run_engines(jobs))
 
 
@@ -109,6 +112,17 @@ def test_drafts_are_the_references(runs: Runs) -> None:
     accepted = {b.anchor - a.anchor - 1 for prompt, _, found in runs.drafts(FLOAT32) for a, b in pairwise(found) if a.anchor >= len(prompt)}
     assert accepted == set(range(K + 1))
     assert [pair for draft in drafts for pair in draft if pair.served != pair.reference] == []
+
+
+def test_trained_drafts_are_the_references(runs: Runs) -> None:
+    """The embedded pair: every token in float32, 99 % in bfloat16."""
+    drafts = runs.compare(TRAINED)
+    assert len(drafts) >= 200
+    assert [pair for draft in drafts for pair in draft if pair.served != pair.reference] == []
+    pairs = [pair for draft in runs.compare(TRAINED_BFLOAT16) for pair in draft]
+    agreeing = sum(pair.served == pair.reference for pair in pairs) / len(pairs)
+    print(f"V2, bfloat16, trained: {agreeing:.4f} of {len(pairs)} tokens agree")
+    assert agreeing >= 0.99
 
 
 def test_drafts_after_a_chunk_of_the_prompt(runs: Runs) -> None:
