@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
-from vllm import _custom_ops as ops
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CacheConfig, VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
@@ -25,6 +24,7 @@ from vllm.model_executor.models.qwen2 import Qwen2MLP
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.models.context import ContextKV
 from vllm_dflash.weights import check_shapes
 
 # z-lab's name of a projection -> (vLLM's fused parameter, its shard).
@@ -117,57 +117,6 @@ class DFlashDecoderLayer(nn.Module):
         hidden_states = self.self_attn(positions, hidden_states)
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
         return self.mlp(hidden_states), residual
-
-
-class ContextKV(nn.Module):
-    """Keys and values of all draft layers for context tokens, with one GEMM over the stacked projections.
-
-    vLLM's own version hands all layers' k_norm weights to one ``rms_norm`` call, whose CPU kernel then applies layer
-    0's weight to every layer; here each layer's weight multiplies its own keys.
-    """
-
-    def __init__(self, config: DrafterConfig, dtype: torch.dtype, prefix: str) -> None:
-        super().__init__()
-        self.num_layers, self.head_dim, self.eps = config.num_hidden_layers, config.head_dim, config.rms_norm_eps
-        self.num_kv_heads = max(1, config.num_key_value_heads // get_tensor_model_parallel_world_size())
-        # A layer of vLLM's, so that its weight is packed as the platform likes it; it already holds this rank's heads only.
-        self.proj = ReplicatedLinear(
-            config.hidden_size,
-            2 * self.num_layers * self.num_kv_heads * self.head_dim,
-            bias=False,
-            params_dtype=dtype,
-            prefix=f"{prefix}.proj",
-            return_bias=False,
-        )
-        self.k_norm = nn.Parameter(torch.ones(self.num_layers, 1, self.head_dim, dtype=torch.float32), requires_grad=False)
-
-    def copy_from(self, attentions: Sequence[DFlashAttention]) -> None:
-        """Stacks the layers' loaded projections as [all keys; all values]; before vLLM packs the weights."""
-        q, kv = attentions[0].q_size, attentions[0].kv_size
-        keys = [a.qkv_proj.weight.data[q : q + kv] for a in attentions]
-        values = [a.qkv_proj.weight.data[q + kv : q + 2 * kv] for a in attentions]
-        self.proj.weight.data.copy_(torch.cat(keys + values))
-        self.k_norm.data.copy_(torch.stack([a.k_norm.weight.data for a in attentions])[:, None])
-
-    def forward(self, context: torch.Tensor, positions: torch.Tensor, rope_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normed and rotated keys, and values, of every draft layer.
-
-        Args:
-            context: c [N, H].
-            positions: [N] int64.
-            rope_table: [positions, head_dim], cosines and sines as vLLM's rotary embedding keeps them.
-
-        Returns:
-            Keys and values, each [L, N, kv heads, head_dim].
-        """
-        kv = self.proj(context).view(-1, 2, self.num_layers, self.num_kv_heads, self.head_dim)
-        k = kv[:, 0].float()
-        k = k * torch.rsqrt(k.square().mean(-1, keepdim=True) + self.eps) * self.k_norm
-        # All layers share the rotary table, so their heads are rotated as the heads of one wide key.
-        k = k.to(context.dtype).view(-1, self.num_layers * self.num_kv_heads * self.head_dim)
-        ops.rotary_embedding(positions, k, None, self.head_dim, rope_table.to(k.dtype), True)
-        k = k.view(-1, self.num_layers, self.num_kv_heads, self.head_dim)
-        return k.transpose(0, 1), kv[:, 1].transpose(0, 1)
 
 
 @support_torch_compile
