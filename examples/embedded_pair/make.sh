@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Makes the embedded pair (target and drafter) from nothing but this interpreter's standard library.
-# About 85 minutes on two idle cores. Budgets are variables: TARGET_STEPS=300 DRAFTER_MINUTES=10 ./make.sh
+# About 75 minutes on two idle cores. Budgets are variables: TARGET_STEPS=200 DRAFTER_MINUTES=10 ./make.sh
 set -euo pipefail
 cd "$(dirname "$0")"
-: "${PYTHON:=python}" "${OUT:=.}" "${TARGET_STEPS:=1000}" "${DRAFTER_MINUTES:=35}" "${SEQUENCES:=8192}" "${GENERATE_MINUTES:=10}"
+: "${PYTHON:=python}" "${OUT:=.}" "${TARGET_STEPS:=740}" "${DRAFTER_MINUTES:=35}" "${SEQUENCES:=8192}" "${GENERATE_MINUTES:=10}"
 export PYTHONPATH="../..${PYTHONPATH:+:$PYTHONPATH}"
 # Fewer page faults: a training step allocates and frees the same large buffers over and over (10 % faster).
 export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=16000000000 MALLOC_TOP_PAD_=256000000

@@ -4,7 +4,7 @@ Stage one of three (see ``make.sh`` beside this file). Byte-level BPE over the c
 bfloat16 with float32 master weights: Muon for the matrices of the layers, AdamW for the rest. The learning rate
 is constant and decays linearly over the last 40 % of the budget.
 
-    python examples/embedded_pair/train_target.py --out /tmp/pair/target --steps 1000
+    python examples/embedded_pair/train_target.py --out /tmp/pair/target --steps 740
 """
 
 import argparse
@@ -129,7 +129,7 @@ def train(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder to write the model and its tokenizer to")
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps (default: 1000, about 35 minutes on two idle cores)")
+    parser.add_argument("--steps", type=int, default=740, help="optimizer steps (default: 740, about 30 minutes on two idle cores)")
     parser.add_argument("--init", help="continue from this folder's weights")
     parser.add_argument("--seed", type=int, default=0, help="order of the training sequences (default: 0)")
     parser.add_argument("--length", type=int, default=384, help="tokens a sequence (default: 384)")

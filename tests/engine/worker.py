@@ -13,6 +13,7 @@ COUNTERS = {
     "drafts": "vllm:spec_decode_num_drafts",
     "draft_tokens": "vllm:spec_decode_num_draft_tokens",
     "accepted": "vllm:spec_decode_num_accepted_tokens",
+    "prefix_cache_hits": "vllm:prefix_cache_hits",
 }
 
 

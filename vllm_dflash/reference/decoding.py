@@ -86,8 +86,10 @@ def draft_block(target: Any, drafter: DFlashDrafter, token: int, anchor: int, co
     positions = torch.arange(anchor, anchor + num_queries, device=device)[None]
     hidden = drafter(target.get_input_embeddings()(ids), positions, context)
     # The query at position n + k predicts the token at n + k itself; the anchor's own output is unused.
-    best = target.lm_head(hidden[0, 1:]).float().topk(2, dim=-1)
-    return Draft(anchor, best.indices[:, 0].tolist(), (best.values[:, 0] - best.values[:, 1]).tolist(), best.values[:, 0].tolist())
+    logits = target.lm_head(hidden[0, 1:]).float()
+    best, second = logits.topk(2, dim=-1).values.unbind(-1)
+    # Not topk's indices: of equal logits, as bfloat16 often has them, argmax takes the first token, as every engine does.
+    return Draft(anchor, logits.argmax(-1).tolist(), (best - second).tolist(), best.tolist())
 
 
 class _Loop:
