@@ -144,7 +144,7 @@ def wait_until_ready(server: subprocess.Popen[str], port: int) -> None:
     """Waits for ``/health``; shows a bar, and the server's own words if it ends first."""
     from tqdm import tqdm
 
-    with tqdm(desc="starting the server (imports take most of it)", bar_format="{desc}: {elapsed}") as bar:
+    with tqdm(desc="starting the server (imports take most of it)", bar_format="{desc}: {elapsed}", mininterval=1) as bar:
         while True:
             try:
                 fetch(port, "/health")

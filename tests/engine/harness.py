@@ -36,11 +36,18 @@ class Batch:
 
     @cached_property
     def drafts(self) -> list[tuple[list[int], dict[str, Any]]]:
-        """Each draft with its request's whole committed sequence; drafts past the sequence's end are left out."""
+        """Each draft with its request's whole committed sequence; drafts past the sequence's end are left out.
+
+        So are those of a prompt that is not prefilled to its end: vLLM's V1 runner gives them the prompt's last token as anchor,
+        and throws them away.
+        """
         first = min(d["request"] for d in self.report["drafts"])
-        sequences = [p + t for p, t in zip(self.prompts, self.tokens, strict=True)]
-        pairs = [(sequences[d["request"] - first], d) for d in self.report["drafts"]]
-        return [(s, d) for s, d in pairs if d["anchor"] < len(s)]
+        found = []
+        for draft in self.report["drafts"]:
+            prompt, output = self.prompts[draft["request"] - first], self.tokens[draft["request"] - first]
+            if len(prompt) <= draft["anchor"] < len(prompt) + len(output):
+                found.append((prompt + output, draft))
+        return found
 
 
 def run_engine(
