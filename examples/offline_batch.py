@@ -22,10 +22,11 @@ def main() -> None:
     parser.add_argument("-k", "--num-speculative-tokens", type=int, default=7)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--limit", type=int, default=8, help="how many of the prompts")
+    parser.add_argument("--memory", type=float, default=0.5, help="share of the GPU's memory, or on a CPU of the machine's, for vLLM")
     arguments = parser.parse_args()
     prompts = [json.loads(line)["prompt"] for line in arguments.prompts.read_text().splitlines()][: arguments.limit]
     speculative = {"method": "dflash", "model": arguments.drafter, "num_speculative_tokens": arguments.num_speculative_tokens}
-    llm = LLM(arguments.target, speculative_config=speculative, disable_log_stats=False)
+    llm = LLM(arguments.target, speculative_config=speculative, gpu_memory_utilization=arguments.memory, disable_log_stats=False)
     outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=arguments.max_tokens))
     for output in outputs:
         print(f"--- prompt\n{output.prompt}\n--- continuation\n{output.outputs[0].text}")

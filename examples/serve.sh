@@ -8,9 +8,10 @@ TARGET=${TARGET:-$here/embedded_pair/target}
 DRAFTER=${DRAFTER:-$here/embedded_pair/dflash}
 K=${K:-7}
 PORT=${PORT:-8000}
+MEMORY=${MEMORY:-0.5} # share of the GPU's memory, or on a CPU of the machine's
 VLLM=${VLLM:-$here/../.venv/bin/vllm}
 
-"$VLLM" serve "$TARGET" --port "$PORT" --served-model-name pair \
+"$VLLM" serve "$TARGET" --port "$PORT" --served-model-name pair --gpu-memory-utilization "$MEMORY" \
     --speculative-config "{\"method\": \"dflash\", \"model\": \"$DRAFTER\", \"num_speculative_tokens\": $K}" &
 server=$!
 trap 'kill $server 2>/dev/null; wait $server 2>/dev/null || true' EXIT
