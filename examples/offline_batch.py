@@ -1,7 +1,9 @@
 """Offline batch: decodes a file of prompts with the ``LLM`` class and a DFlash drafter, and prints what was accepted.
 
-.venv/bin/python examples/offline_batch.py
-python examples/offline_batch.py --target Qwen/Qwen3-8B --drafter z-lab/Qwen3-8B-DFlash-b16 -k 15 prompts.jsonl
+The second command needs a GPU.
+
+    .venv/bin/python examples/offline_batch.py
+    python examples/offline_batch.py --target Qwen/Qwen3-8B --drafter z-lab/Qwen3-8B-DFlash-b16 -k 15 prompts.jsonl
 """
 
 import argparse

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -87,6 +88,22 @@ def engine_env(extra: dict[str, str] | None = None) -> dict[str, str]:
         | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
         | (extra or {})
     )
+
+
+def wait_until_gone(group: int, seconds: float = 20) -> None:
+    """Waits until no process of a process group runs any more; one that has ended and is only not collected yet does not count."""
+    deadline = time.monotonic() + seconds
+    while running := [p for p in Path("/proc").glob("[0-9]*/stat") if _runs_in_group(p, group)]:
+        assert time.monotonic() < deadline, f"still running: {[p.with_name('cmdline').read_text().replace(chr(0), ' ') for p in running]}"
+        time.sleep(0.2)
+
+
+def _runs_in_group(stat: Path, group: int) -> bool:
+    try:
+        state, _, pgrp, *_ = stat.read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return int(pgrp) == group and state != "Z"
 
 
 def held_out_prompts(count: int) -> list[list[int]]:

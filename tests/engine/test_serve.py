@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from engine.harness import DRAFTER, TARGET, Batch, engine_env, held_out_prompts, run_engine
+from engine.harness import DRAFTER, TARGET, Batch, engine_env, held_out_prompts, run_engine, wait_until_gone
 
 pytestmark = pytest.mark.engine
 
@@ -49,8 +49,7 @@ def server(*flags: str, env: dict[str, str] | None = None) -> Iterator[int]:
         yield port
         process.terminate()
         process.communicate(timeout=60)
-        with pytest.raises(ProcessLookupError):
-            os.killpg(process.pid, 0)
+        wait_until_gone(process.pid)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
