@@ -24,6 +24,15 @@ def test_trained_float32(dflash_float32: list[Batch], index: int) -> None:
     assert agreement.differences == []
 
 
+def test_trained_float32_compiled() -> None:
+    """vLLM's default: target and drafter through torch.compile."""
+    prompts = held_out_prompts(16)
+    compiled = run_engine(TARGET, DRAFTER, prompts, max_tokens=64, record=True, engine_args={"enforce_eager": False})[0]
+    agreement = compare_drafts(compiled, TARGET, DRAFTER, torch.float32, 7)
+    assert agreement.drafts >= 200
+    assert agreement.differences == []
+
+
 def check_bfloat16(agreement: Agreement, which: str) -> None:
     """All but 1 % agree or differ by rounding, and the share that agrees outright is printed."""
     gaps = [f"{gap:.4f}" for gap in sorted(agreement.differences)]

@@ -45,11 +45,11 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     speculative = {"speculative_config": job["speculative_config"]} if job.get("speculative_config") else {}
-    llm = LLM(
-        job["target"], skip_tokenizer_init=True, enforce_eager=True, dtype=job["dtype"], max_model_len=job["max_model_len"],
-        kv_cache_memory_bytes=job["kv_cache_memory_bytes"], max_num_seqs=16, disable_log_stats=False, seed=0,
-        generation_config="vllm", **job.get("engine_args", {}), **speculative,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "skip_tokenizer_init": True, "enforce_eager": True, "dtype": job["dtype"], "max_model_len": job["max_model_len"],
+        "kv_cache_memory_bytes": job["kv_cache_memory_bytes"], "max_num_seqs": 16, "disable_log_stats": False, "seed": 0, "generation_config": "vllm",
+    }  # fmt: skip
+    llm = LLM(job["target"], **settings | job["engine_args"] | speculative)
     drafts: list[dict[str, Any]] = []
     if job.get("record"):
         record_drafts(llm, drafts)
