@@ -119,7 +119,7 @@ def train(args: argparse.Namespace) -> None:
         "steps": args.steps,
         "tokens": tokens,
         "loss": round(float(np.mean(history[-50:])), 4),
-        "init": args.init,
+        "init": bool(args.init),
         "torch": torch.__version__,
     }
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -33,19 +33,19 @@ def test_trained_float32_compiled() -> None:
     assert agreement.differences == []
 
 
-def check_bfloat16(agreement: Agreement, which: str) -> None:
+def check_bfloat16(agreement: Agreement, which: str, at_least: float) -> None:
     """All but 1 % agree or differ by rounding, and the share that agrees outright is printed."""
     gaps = [f"{gap:.4f}" for gap in sorted(agreement.differences)]
     print(
         f"\nbfloat16, {which} weights: {agreement.share:.4f} of {agreement.tokens} tokens agree; relative logit gaps where not: {', '.join(gaps)}"
     )
     assert agreement.drafts >= 200
-    assert agreement.share >= 0.96
+    assert agreement.share >= at_least
     assert agreement.share_beyond(BFLOAT16_GAP) >= 0.99
 
 
 def test_trained_bfloat16(dflash_bfloat16: Batch) -> None:
-    check_bfloat16(compare_drafts(dflash_bfloat16, TARGET, DRAFTER, torch.bfloat16, 7), "trained")
+    check_bfloat16(compare_drafts(dflash_bfloat16, TARGET, DRAFTER, torch.bfloat16, 7), "trained", 0.98)
 
 
 @pytest.mark.parametrize("num_speculative_tokens", [7, 3])
@@ -62,7 +62,7 @@ def test_random_weights_float32(random_target: Path, random_drafter: Path, num_s
 def test_random_weights_bfloat16(random_target: Path, random_drafter: Path) -> None:
     """With random weights the two best logits are often closer than bfloat16 can tell apart."""
     batch = run_engine(random_target, random_drafter, random_prompts(16, 512), dtype="bfloat16", max_tokens=24, record=True)[0]
-    check_bfloat16(compare_drafts(batch, random_target, random_drafter, torch.bfloat16, 7), "random")
+    check_bfloat16(compare_drafts(batch, random_target, random_drafter, torch.bfloat16, 7), "random", 0.96)
 
 
 def test_blocks_end_at_max_model_len(random_target: Path, random_drafter: Path) -> None:

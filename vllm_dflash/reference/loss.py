@@ -54,8 +54,10 @@ def block_loss(logits: Tensor, labels: Tensor, valid: Tensor, weights: Tensor) -
 
 
 def acceptance_length(predicted: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-    """The tau that greedy verification would give: 1 + the mean length of the all-correct prefix, float32 scalar.
+    """1 + the mean length of the all-correct prefix over the given anchors, float32 scalar.
 
+    With anchors everywhere this is more than decoding's tau: a decoder skips ahead where drafts are long, and so starts more
+    of its blocks at hard places. Report ``decoding.generate``'s.
     Blocks that the sequence's end cuts short count only what exists, so take anchors with whole blocks for a figure
     to report.
     """
