@@ -39,8 +39,11 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates ``x`` [..., heads, head_dim] in the neox layout: the second half of a head pairs with the first."""
-    wide = x.float()
+    """Rotates ``x`` [..., heads, head_dim] in the neox layout: the second half of a head pairs with the first.
+
+    cos and sin are rounded to ``x``'s dtype, as Qwen3's own code and vLLM's tables have them; the rest is float32.
+    """
+    wide, cos, sin = x.float(), cos.to(x.dtype).float(), sin.to(x.dtype).float()
     first, second = wide.chunk(2, dim=-1)
     return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
