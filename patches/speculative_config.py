@@ -1,10 +1,10 @@
-"""Speculative config: a drafter that does not fit its target is refused before any process starts."""
+"""Speculative config: a drafter that does not fit its target is refused before any process starts; a whole block is the default."""
 
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from vllm_dflash.config import ARCHITECTURE
+from vllm_dflash.formats import is_ours
 from vllm_dflash.patching import Patch
 from vllm_dflash.supported import SUPPORTED_VLLM
 
@@ -12,8 +12,12 @@ from vllm_dflash.supported import SUPPORTED_VLLM
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def post_init(self: Any, *arguments: Any) -> Any:
+        if self.method == "dflash" and self.model is not None and self.num_speculative_tokens is None:
+            from vllm_dflash.checks import default_num_speculative_tokens
+
+            self.num_speculative_tokens = default_num_speculative_tokens(self.model, self.revision)
         result = original(self, *arguments)
-        if self.method == "dflash" and list(self.draft_model_config.architectures) == [ARCHITECTURE]:
+        if self.method == "dflash" and is_ours(self.draft_model_config.architectures):
             from vllm_dflash.checks import check_speculative_config
 
             check_speculative_config(self)

@@ -1,8 +1,8 @@
-"""V1 runner: our proposer in the place of vLLM's, for method dflash with our architecture."""
+"""V1 runner: our proposer in the place of vLLM's, for method dflash with our architectures."""
 
 from typing import Any
 
-from vllm_dflash.config import ARCHITECTURE
+from vllm_dflash.formats import is_ours
 from vllm_dflash.patching import Patch
 from vllm_dflash.supported import SUPPORTED_VLLM
 
@@ -15,7 +15,7 @@ def _replace(original: type) -> type:
 
         def __call__(cls, vllm_config: Any, device: Any, runner: Any = None) -> Any:
             architectures = vllm_config.speculative_config.draft_model_config.architectures
-            return (Ours if list(architectures) == [ARCHITECTURE] else original)(vllm_config, device, runner)
+            return (Ours if is_ours(architectures) else original)(vllm_config, device, runner)
 
         def __instancecheck__(cls, instance: object) -> bool:
             return isinstance(instance, original)

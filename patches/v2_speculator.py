@@ -1,10 +1,10 @@
-"""V2 runner: our speculator in the place of vLLM's, for method dflash with our architecture."""
+"""V2 runner: our speculator in the place of vLLM's, for method dflash with our architectures."""
 
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from vllm_dflash.config import ARCHITECTURE
+from vllm_dflash.formats import is_ours
 from vllm_dflash.patching import Patch
 from vllm_dflash.supported import SUPPORTED_VLLM
 
@@ -13,7 +13,7 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
         config = vllm_config.speculative_config
-        if config.method == "dflash" and list(config.draft_model_config.architectures) == [ARCHITECTURE]:
+        if config.method == "dflash" and is_ours(config.draft_model_config.architectures):
             from vllm_dflash.drafting.speculator import DFlashSpeculator
 
             return DFlashSpeculator(vllm_config, device)

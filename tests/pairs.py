@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from vllm_dflash.config import DrafterConfig
-from vllm_dflash.weights import expected_tensors
+from vllm_dflash.formats import FORMAT_OF, write
+from vllm_dflash.weights import expected_tensors, optional_tensors
 
 VOCAB, HIDDEN, TARGET_LAYERS = 512, 64, 5
 
@@ -38,17 +39,37 @@ def random_drafter_config(**changes: object) -> DrafterConfig:
     return DrafterConfig(**{**fields, **changes})
 
 
-def make_random_drafter(folder: Path, *, config: DrafterConfig | None = None, seed: int = 1, scale: float = 0.15) -> Path:
-    """A random drafter in z-lab's format; returns its folder."""
+def make_random_drafter(
+    folder: Path, *, config: DrafterConfig | None = None, seed: int = 1, scale: float = 0.15, format: str | None = None,
+    tables: tuple[str, ...] = (), mask_embedding: bool = False,
+) -> Path:  # fmt: skip
+    """A random drafter in its kind's published format or another, with optional ``tables`` of its own; returns its folder."""
     import json
 
     config = config or random_drafter_config()
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, shape in expected_tensors(config).items():
+    shapes = expected_tensors(config) | {name: optional_tensors(config)[name] for name in tables}
+    for name, shape in shapes.items():
         noise = torch.empty(shape)
         tensors[name] = noise.uniform_(0.5, 1.5, generator=generator) if "norm" in name else noise.normal_(0, scale, generator=generator)
+    if "d2t" in tensors:
+        ids = torch.randperm(config.vocab_size, generator=generator)[: shapes["d2t"][0]].sort().values
+        tensors["d2t"] = ids - torch.arange(len(ids))
+    if "layer_fusion_weights" in tensors:
+        tensors["layer_fusion_weights"] *= 10
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
+    raw = write(config, format or FORMAT_OF[config.conditioning], verifier="target")
+    (folder / "config.json").write_text(json.dumps(raw, indent=2))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if mask_embedding:
+        embedding = torch.empty(config.hidden_size).normal_(0, 1, generator=generator)
+        torch.save({"embedding": embedding, "mask_token_id": config.mask_token_id}, folder / "mask_embedding.pt")
     return folder
+
+
+def random_prompts(count: int, vocab: int) -> list[list[int]]:
+    """Prompts of 2 to 69 random token ids."""
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(2, 70, (count,), generator=generator).tolist()
+    return [torch.randint(2, vocab - 1, (n,), generator=generator).tolist() for n in lengths]

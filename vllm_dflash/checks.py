@@ -1,35 +1,57 @@
-"""Checks a drafter against its target when vLLM's configuration is made, before any process starts or weight is loaded.
+"""Reads and checks a drafter when vLLM's configuration is made, before any process starts or weight is loaded.
 
 pytest tests/unit/test_checks.py
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vllm_dflash.config import DrafterConfig, TargetShape, check_pair
+from vllm_dflash.formats import FORMAT_OF, write
+
+SETTLED = "vllm_dflash"
+"""Attribute of vLLM's draft config that holds the drafter's settings in its published format, for all processes."""
 
 
 def check_speculative_config(speculative: Any) -> None:
     """Refuses a drafter that does not fit: ``speculative`` is vLLM's ``SpeculativeConfig`` for one of our drafters.
 
+    What fits is written into vLLM's draft config, so that every format reads the same from there on.
+
     Raises:
         DrafterConfigError: the first thing that is wrong, with its remedy.
     """
-    target = speculative.target_model_config
-    folder = _folder(speculative.model, speculative.revision)
+    target, hf_config = speculative.target_model_config, speculative.draft_model_config.hf_config
+    folder = drafter_folder(speculative.model, speculative.revision)
     if folder is not None:
         drafter = DrafterConfig.from_pretrained(folder)
     else:
-        hf_config = speculative.draft_model_config.hf_config
         drafter = DrafterConfig.from_dict(getattr(hf_config, "model", hf_config).to_dict())
     check_pair(drafter, TargetShape.from_hf(target.hf_config), speculative.num_speculative_tokens, target.max_model_len)
     if folder is not None and (Path(speculative.model).is_dir() or any(folder.glob("*.safetensors"))):
         from vllm_dflash.weights import check_tensors
 
         check_tensors(drafter, folder)
+    _settle(hf_config, drafter)
 
 
-def _folder(model: str, revision: str | None) -> Path | None:
+def settled(hf_config: Any) -> DrafterConfig:
+    """The drafter of a draft config that ``check_speculative_config`` has passed."""
+    raw: Mapping[str, Any] = getattr(hf_config, SETTLED)
+    return DrafterConfig.from_dict(raw)
+
+
+def default_num_speculative_tokens(model: str, revision: str | None) -> int | None:
+    """A whole block of the drafter at hand, ``block_size - 1``; None where there is none of ours."""
+    folder = drafter_folder(model, revision)
+    try:
+        return None if folder is None else DrafterConfig.from_pretrained(folder).max_speculative_tokens
+    except ValueError:
+        return None  # vLLM's own dflash may know it; if not, what is wrong is said where all is checked
+
+
+def drafter_folder(model: str, revision: str | None) -> Path | None:
     """The drafter's folder: the path itself, or the downloaded snapshot of a hub id; None where neither is there."""
     if Path(model).is_dir():
         return Path(model)
@@ -41,3 +63,15 @@ def _folder(model: str, revision: str | None) -> Path | None:
     except HFValidationError:  # no hub id: another kind of address, which vLLM has read
         return None
     return Path(found).parent if isinstance(found, str) else None
+
+
+def _settle(hf_config: Any, drafter: DrafterConfig) -> None:
+    """Writes what vLLM's own code reads of a draft config: it knows one spelling of each, and not all formats have it."""
+    raw = write(drafter, FORMAT_OF[drafter.conditioning])
+    setattr(hf_config, SETTLED, raw)
+    for name in ("dflash_config", "block_size", "layer_types", "sliding_window"):
+        setattr(hf_config, name, raw[name])
+    if len(set(drafter.windows)) > 1:
+        # vLLM's own V1 proposer cannot serve mixed layers, and its config refuses them for any drafter; ours can.
+        hf_config.layer_types = None
+    hf_config.eagle_aux_hidden_state_layer_ids = [i + 1 for i in drafter.target_layer_ids]

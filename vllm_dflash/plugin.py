@@ -9,8 +9,9 @@ list ``vllm_dflash.patches.ALL``. Nothing heavy is imported: models by string, p
 import functools
 import logging
 import os
+from typing import Any
 
-from vllm_dflash.config import ARCHITECTURE
+from vllm_dflash.formats import VLLM_ARCHITECTURES
 from vllm_dflash.patching import PatchError, PatchSet
 from vllm_dflash.supported import installed_vllm, is_supported, refusal
 
@@ -40,12 +41,25 @@ def register() -> None:
         except PatchError as error:
             problem = str(error)
     if problem is None:
-        ModelRegistry.register_model(ARCHITECTURE, "vllm_dflash.models.dflash:DFlashForCausalLM")
+        for name in VLLM_ARCHITECTURES:
+            ModelRegistry.register_model(name, "vllm_dflash.models.drafter:DrafterForCausalLM")
+        _register_speculators_dflare()
         return
     if _WARNED not in os.environ:
         os.environ[_WARNED] = "1"
         _logger.warning("%s. Serving without a DFlash drafter is not affected", problem)
-    ModelRegistry.register_model(ARCHITECTURE, "vllm_dflash.models.unsupported:UnsupportedVLLM")
+    for name in VLLM_ARCHITECTURES:
+        ModelRegistry.register_model(name, "vllm_dflash.models.unsupported:UnsupportedVLLM")
+
+
+def _register_speculators_dflare() -> None:
+    """Teaches vLLM to read a speculators-format DFlare config, through its own registry of such types."""
+    from vllm.transformers_utils.configs.speculators.algos import register_speculator, update_dflash
+
+    @register_speculator("dflare")
+    def update_dflare(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:
+        update_dflash(config_dict, pre_trained_config)
+        pre_trained_config["architectures"] = ["DFlashQwenDFlareDraftModel"]
 
 
 def is_off() -> bool:

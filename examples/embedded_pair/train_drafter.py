@@ -22,10 +22,10 @@ from tqdm import tqdm, trange
 from train_target import MasterOptimizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
+from vllm_dflash.conditioning.dflash import Reference as DFlashDrafter
 from vllm_dflash.config import DrafterConfig, TargetShape, default_target_layer_ids
 from vllm_dflash.reference.checkpoint import load_drafter, save_drafter
 from vllm_dflash.reference.decoding import generate, target_features
-from vllm_dflash.reference.drafter import DFlashDrafter
 from vllm_dflash.reference.loss import acceptance_length, block_labels, block_loss, default_gamma, position_weights
 from vllm_dflash.reference.masks import block_positions, context_mask
 

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,34 +51,57 @@ class Batch:
         return found
 
 
+@dataclass(frozen=True)
+class Job:
+    """One engine and what it generates, greedy."""
+
+    target: Path
+    drafter: Path | None
+    prompts: Sequence[Sequence[int]]
+    dtype: str = "float32"
+    num_speculative_tokens: int = 7
+    max_tokens: int = 128
+    batch_sizes: Sequence[int] = (16,)
+    max_model_len: int = 512
+    record: bool = False
+    logprobs: int | None = None
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    kv_cache_memory_bytes: int = 1 << 28
+
+    def to_json(self) -> dict[str, Any]:
+        speculative = {"method": "dflash", "model": str(self.drafter), "num_speculative_tokens": self.num_speculative_tokens}
+        return {
+            "target": str(self.target), "speculative_config": speculative if self.drafter else None, "prompts": [list(p) for p in self.prompts],
+            "dtype": self.dtype, "max_tokens": self.max_tokens, "batch_sizes": list(self.batch_sizes), "max_model_len": self.max_model_len,
+            "record": self.record, "logprobs": self.logprobs, "engine_args": self.engine_args, "kv_cache_memory_bytes": self.kv_cache_memory_bytes,
+        }  # fmt: skip
+
+
 def run_engine(
-    target: Path, drafter: Path | None, prompts: Sequence[Sequence[int]], *, dtype: str = "float32", num_speculative_tokens: int = 7,
-    max_tokens: int = 128, batch_sizes: Sequence[int] = (16,), max_model_len: int = 512, env: dict[str, str] | None = None,
-    record: bool = False, logprobs: int | None = None, engine_args: dict[str, Any] | None = None, kv_cache_memory_bytes: int = 1 << 28,
-) -> list[Batch]:  # fmt: skip
-    """Runs the prompts through one vLLM engine, once for each batch size."""
-    prompts = [list(p) for p in prompts]
-    speculative = None
-    if drafter is not None:
-        speculative = {"method": "dflash", "model": str(drafter), "num_speculative_tokens": num_speculative_tokens}
-    job = {
-        "target": str(target), "speculative_config": speculative, "prompts": prompts, "dtype": dtype, "max_tokens": max_tokens,
-        "batch_sizes": list(batch_sizes), "max_model_len": max_model_len, "record": record, "logprobs": logprobs,
-        "engine_args": engine_args or {}, "kv_cache_memory_bytes": kv_cache_memory_bytes,
-    }  # fmt: skip
+    target: Path, drafter: Path | None, prompts: Sequence[Sequence[int]], *, env: dict[str, str] | None = None, **changes: Any
+) -> list[Batch]:
+    """Runs the prompts through one vLLM engine, once for each batch size; ``changes`` are the fields of ``Job``."""
+    return run_engines([Job(target, drafter, prompts, **changes)], env=env)[0]
+
+
+def run_engines(jobs: Sequence[Job], *, env: dict[str, str] | None = None) -> list[list[Batch]]:
+    """Runs the jobs one after the other in one new process: what starts slowly, vLLM's imports, is paid once."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "report.json")
         done = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("worker.py")), str(out)],
-            input=json.dumps(job), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=engine_env(env), check=False,
+            [sys.executable, str(Path(__file__).with_name("worker.py")), str(out)], input=json.dumps([job.to_json() for job in jobs]),
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=engine_env(env), check=False,
         )  # fmt: skip
         if not out.is_file():
             raise RuntimeError(f"the engine ended with {done.returncode}:\n{done.stdout[-6000:]}")
-        report = json.loads(out.read_text())
-    if drafter is not None:
-        native = (env or {}).get("VLLM_DFLASH") == "0"
-        assert report["proposer"].startswith("vllm." if native else "vllm_dflash."), f"drafted by {report['proposer']}"
-    return [Batch(prompts, batch) for batch in report["batches"]]
+        reports = json.loads(out.read_text())
+    native = (env or {}).get("VLLM_DFLASH") == "0"
+    for job, report in zip(jobs, reports, strict=True):
+        if job.drafter is not None:
+            assert report["proposer"].startswith("vllm." if native else "vllm_dflash."), f"drafted by {report['proposer']}"
+    return [
+        [Batch([list(p) for p in job.prompts], batch) for batch in report["batches"]] for job, report in zip(jobs, reports, strict=True)
+    ]
 
 
 def engine_env(extra: dict[str, str] | None = None) -> dict[str, str]:

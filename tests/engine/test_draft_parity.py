@@ -7,14 +7,9 @@ import torch
 
 from engine.harness import DRAFTER, TARGET, Batch, held_out_prompts, run_engine
 from engine.oracle import BFLOAT16_GAP, Agreement, compare_drafts
+from pairs import random_prompts
 
 pytestmark = pytest.mark.engine
-
-
-def random_prompts(count: int, vocab: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(5)
-    lengths = torch.randint(2, 70, (count,), generator=generator).tolist()
-    return [torch.randint(2, vocab - 1, (n,), generator=generator).tolist() for n in lengths]
 
 
 @pytest.mark.parametrize("index", [0, 1, 2], ids=["batch 1", "batch 4", "batch 16"])

@@ -1,9 +1,10 @@
-"""Runs one real vLLM engine in a process of its own and reports what it did, as JSON. Driven by ``harness.run_engine``.
+"""Runs real vLLM engines one after the other in a process of their own and reports what they did, as JSON. Driven by ``harness.run_engines``.
 
-The job (JSON on standard input) names the target, the drafter, the settings and the batches; the report holds the
+Each job (a list as JSON on standard input) names the target, the drafter, the settings and the batches; the report holds the
 tokens, vLLM's own speculation counters for each batch and, if asked for, every draft made inside the engine.
 """
 
+import gc
 import json
 import sys
 import time
@@ -85,7 +86,17 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
-    report = run(json.load(sys.stdin))
+def main() -> None:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    reports = []
+    for job in json.load(sys.stdin):
+        reports.append(run(job))
+        gc.collect()
+        cleanup_dist_env_and_memory()
     with open(sys.argv[1], "w") as file:
-        json.dump(report, file)
+        json.dump(reports, file)
+
+
+if __name__ == "__main__":
+    main()

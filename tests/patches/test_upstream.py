@@ -65,7 +65,7 @@ def test_the_entry_point_registers_without_importing_a_runner_then_patches_and_r
 load_general_plugins()
 assert not [m for m in sys.modules if m.startswith(("vllm.v1.worker", "vllm_dflash.drafting", "vllm_dflash.models"))], sys.modules
 import torch; assert not torch.cuda.is_initialized()
-assert model() == "vllm_dflash.models.dflash:DFlashForCausalLM", model()
+assert model() == "vllm_dflash.models.drafter:DrafterForCausalLM", model()
 pending = {"DFlashProposer", "GPUModelRunner._input_fits_in_drafter", "init_speculator"}
 assert {name for name, state in states().items() if state == "pending"} == pending, states()
 

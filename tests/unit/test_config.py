@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from vllm_dflash.config import DrafterConfig, DrafterConfigError, TargetShape, check_pair, default_target_layer_ids
+from vllm_dflash.formats import write
 
 # z-lab/Qwen3-8B-DFlash-b16's config.json, the fields that say something about the drafter.
 QWEN3_8B: dict[str, Any] = {
@@ -61,7 +62,7 @@ def test_published_config() -> None:
 
 def test_round_trip() -> None:
     config = DrafterConfig.from_dict(QWEN3_8B)
-    written = json.loads(json.dumps(config.to_dict()))
+    written = json.loads(json.dumps(write(config, "z-lab")))
     assert DrafterConfig.from_dict(written) == config
     assert {name: written[name] for name in QWEN3_8B} == QWEN3_8B
 
@@ -94,7 +95,6 @@ def test_newer_names_of_the_same_fields() -> None:
         ("num_hidden_layers", 0, "num_hidden_layers is 0", "positive whole number"),
         ("block_size", True, "block_size", "positive whole number"),
         ("block_size", 1, "block_size is 1", "at least 2"),
-        ("num_target_layers", None, "num_target_layers", "came with"),
         ("dflash_config", None, "dflash_config is missing", "came with"),
         ("dflash_config.mask_token_id", None, "mask_token_id", "trained with"),
         ("dflash_config.mask_token_id", 151936, "151936", "trained with"),
@@ -103,11 +103,18 @@ def test_newer_names_of_the_same_fields() -> None:
         ("dflash_config.target_layer_ids", [1, 36], "[36]", "one-based"),
         ("dflash_config.target_layer_ids", [1, 1], "twice", "once"),
         ("num_key_value_heads", 7, "num_key_value_heads 7", "fix config.json"),
-        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}, "yarn", "another checkpoint"),
-        ("layer_types", ["sliding_attention"] * 5, "layer_types", "another checkpoint"),
-        ("attention_bias", True, "attention_bias", "another checkpoint"),
+        ("rope_scaling", {"rope_type": "spiral"}, "spiral", "another checkpoint"),
+        ("rope_scaling", "yarn", "rope_scaling", "give an object"),
+        ("layer_types", ["sliding_attention"] * 5, "sliding_window is missing", "came with"),
+        ("layer_types", ["full_attention"] * 4, "layer_types", "one a layer"),
+        ("layer_types", ["chunked_attention"] * 5, "chunked_attention", "another checkpoint"),
+        ("attention_bias", "yes", "attention_bias", "true or false"),
         ("hidden_act", "gelu", "hidden_act", "another checkpoint"),
         ("dflash_config.causal", True, "causal", "another checkpoint"),
+        ("dflash_config.sample_from_anchor", True, "sample_from_anchor", "another checkpoint"),
+        ("draft_vocab_size", 200000, "draft_vocab_size 200000", "came with"),
+        ("is_neox_style", False, "is_neox_style", "another checkpoint"),
+        ("dtype", "int8", "dtype", "bfloat16"),
     ],
 )
 def test_bad_input_names_the_field_and_the_remedy(path: str, value: Any, names: str, remedy: str) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from vllm_dflash.conditioning.dflash import Reference as DFlashDrafter
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.reference.decoding import captured_features, generate, replay_drafts, target_features
-from vllm_dflash.reference.drafter import DFlashDrafter
 from vllm_dflash.reference.masks import block_positions, context_mask, training_mask
 
 K = 7

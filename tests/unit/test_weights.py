@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from vllm_dflash.conditioning.dflash import Reference as DFlashDrafter
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.reference.checkpoint import load_drafter, save_drafter
-from vllm_dflash.reference.drafter import DFlashDrafter
 from vllm_dflash.weights import check_tensors, expected_tensors, read_shapes
 
 CONFIG = DrafterConfig(
@@ -82,10 +82,10 @@ def test_missing(folder) -> None:
 
 def test_misnamed(folder) -> None:
     """A tensor under another name is one missing and one unexpected: skipped in silence, it serves at low acceptance."""
-    rewrite(folder, lambda tensors: tensors.update({"model.fc.weight": tensors.pop("fc.weight")}))
+    rewrite(folder, lambda tensors: tensors.update({"fuse.weight": tensors.pop("fc.weight")}))
     message = refused(folder)
     assert "missing: fc.weight" in message
-    assert "unexpected: model.fc.weight" in message
+    assert "unexpected: fuse.weight" in message
 
 
 def test_misshaped(folder) -> None:

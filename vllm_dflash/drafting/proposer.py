@@ -15,16 +15,17 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer as NativeDFlashProposer
+from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_layout
-from vllm_dflash.models.dflash import DFlashForCausalLM
+from vllm_dflash.models.drafter import DrafterForCausalLM
 
 
 class DFlashProposer(NativeDFlashProposer):
     """Drafts up to ``block_size - 1`` tokens a request and keeps the drafter's context K/V up to date."""
 
-    model: DFlashForCausalLM
+    model: DrafterForCausalLM
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
@@ -93,7 +94,7 @@ class DFlashProposer(NativeDFlashProposer):
         self.positions[:num_tokens] = layout.positions
         self._slot_mapping_buffer[:num_tokens] = layout.slot_mapping
         self._slot_mapping_buffer[num_tokens:num_input_tokens] = PAD_SLOT_ID
-        _, metadata = self.build_per_group_and_layer_attn_metadata(self._block_metadata(layout, cad, k))
+        metadata = self._layer_metadata(layout, cad, k)
         slots = self._slot_mapping_buffer[:num_input_tokens]
         with set_forward_context(
             metadata,
@@ -105,8 +106,24 @@ class DFlashProposer(NativeDFlashProposer):
         ):
             return self.model(input_ids=self.input_ids[:num_input_tokens], positions=self.positions[:num_input_tokens])
 
-    def _block_metadata(self, layout: BlockLayout, cad: CommonAttentionMetadata, k: int) -> CommonAttentionMetadata:
-        """Attention metadata of the block: K + 1 queries a request, no causal mask."""
+    def _layer_metadata(self, layout: BlockLayout, cad: CommonAttentionMetadata, k: int) -> dict[str, Any]:
+        """Attention metadata by draft layer; layers differ only in whether a query sees later ones of its block."""
+        causal = dict(zip(self.model.get_draft_kv_cache_layer_names(), self.model.get_draft_attn_causal(), strict=True))
+        built = {}
+        for flag in sorted(set(causal.values())):
+            # Past vLLM's DFlashProposer, which asserts that no layer is causal.
+            _, by_layer = SpecDecodeBaseProposer.build_per_group_and_layer_attn_metadata(self, self._block_metadata(layout, cad, k, flag))
+            built[flag] = by_layer
+            for name, metadata in by_layer.items():
+                if getattr(metadata, "causal", None) is not flag:
+                    raise DrafterConfigError(
+                        f"the attention backend of {name} cannot attend {'causally' if flag else 'to both sides'}: "
+                        "choose another with attention_backend in the speculative config, such as FLASH_ATTN"
+                    )
+        return {name: built[flag][name] for name, flag in causal.items()}
+
+    def _block_metadata(self, layout: BlockLayout, cad: CommonAttentionMetadata, k: int, causal: bool) -> CommonAttentionMetadata:
+        """Attention metadata of the block: K + 1 queries a request."""
         upper_bound = cad.seq_lens_cpu_upper_bound
         return CommonAttentionMetadata(
             query_start_loc=self.arange[: cad.num_reqs + 1] * (k + 1),
@@ -120,5 +137,5 @@ class DFlashProposer(NativeDFlashProposer):
             max_seq_len=min(cad.max_seq_len + k + 1, self.max_model_len),
             block_table_tensor=cad.block_table_tensor,
             slot_mapping=layout.slot_mapping,
-            causal=False,
+            causal=causal,
         )

@@ -11,14 +11,25 @@ Limits: text only, and one pipeline stage, as the drafter takes the target's emb
 from typing import Any
 
 import torch
+from vllm.config import VllmConfig
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator as NativeDFlashSpeculator
+
+from vllm_dflash.checks import settled
+from vllm_dflash.conditioning import kind_of
 
 
 class DFlashSpeculator(NativeDFlashSpeculator):
     """Drafts blocks as vLLM's speculator does; query rows past ``max_model_len`` write no K/V."""
 
     _speculator_name = "vllm-dflash"
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        drafter = settled(self.draft_model_config.hf_config)
+        width = kind_of(drafter).context_width(drafter)
+        # vLLM's buffer holds one hidden state a token; DFlare's context has one a draft layer.
+        self.hidden_states = torch.zeros(self.max_num_tokens, width, dtype=self.dtype, device=device)
 
     def _generate_draft(
         self,

@@ -1,21 +1,47 @@
-"""Saves and loads a reference drafter in z-lab's format: ``config.json`` and ``model.safetensors``.
+"""Saves and loads a reference drafter: ``config.json`` and ``model.safetensors`` in any of the known formats.
 
-Tests: ``pytest tests/unit/test_weights.py``.
+Tests: ``pytest tests/unit/test_weights.py tests/unit/test_formats.py``.
 """
 
 import json
+import pickle
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_dflash.config import DrafterConfig
-from vllm_dflash.reference.drafter import DFlashDrafter
-from vllm_dflash.weights import SINGLE_FILE, check_tensors, expected_tensors, weight_files
+from vllm_dflash.conditioning import kind_of
+from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.formats import CONFIG_FILE, FORMAT_OF, IGNORED_TENSORS, tensor_name, write
+from vllm_dflash.reference.drafter import Drafter, OwnTables
+from vllm_dflash.weights import (
+    MASK_EMBEDDING_FILE,
+    SINGLE_FILE,
+    check_finite,
+    check_tensors,
+    expected_tensors,
+    mask_embedding,
+    weight_files,
+)
+
+_OWN = {"embed_tokens.weight": "embed_tokens", "lm_head.weight": "lm_head", "d2t": "d2t"}
 
 
-def save_drafter(folder: str | Path, model: DFlashDrafter) -> None:
-    """Writes ``model`` to ``folder`` (made if absent), in the dtype that the model is held in."""
+def new_drafter(config: DrafterConfig) -> Drafter:
+    """A drafter of the configuration's kind with fresh weights."""
+    drafter = kind_of(config).Reference(config)
+    assert isinstance(drafter, Drafter)
+    return drafter
+
+
+def save_drafter(folder: str | Path, model: Drafter) -> None:
+    """Writes ``model`` to ``folder`` (made if absent) in its kind's published format and in the dtype that it is held in.
+
+    Raises:
+        DrafterConfigError: it has tables of its own, which those formats do not hold.
+    """
+    if model.own != OwnTables():
+        raise DrafterConfigError("this drafter has tables of its own (embedding, lm_head): convert its checkpoint with vllm-dflash convert")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
@@ -23,18 +49,47 @@ def save_drafter(folder: str | Path, model: DFlashDrafter) -> None:
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     config = model.config.with_(dtype=dtype)
     save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    (folder / CONFIG_FILE).write_text(json.dumps(write(config, FORMAT_OF[config.conditioning]), indent=2) + "\n")
 
 
-def load_drafter(folder: str | Path, dtype: torch.dtype) -> DFlashDrafter:
+def load_drafter(folder: str | Path, dtype: torch.dtype) -> Drafter:
     """The drafter in ``folder``, its parameters cast to ``dtype``, in eval mode.
 
     Raises:
         DrafterConfigError: the configuration or the weights are unusable.
     """
     config = DrafterConfig.from_pretrained(folder)
+    if config.quantization_config is not None:
+        raise DrafterConfigError(f"{folder}: the weights are quantized, which plain PyTorch does not run: serve it with vLLM")
     check_tensors(config, folder)
-    tensors = {name: tensor for path in weight_files(folder) for name, tensor in load_file(path).items()}
-    model = DFlashDrafter(config)
+    tensors = read_tensors(folder)
+    check_finite(tensors)
+    tables = {own: tensors.pop(name) for name, own in _OWN.items() if name in tensors}
+    model = new_drafter(config)
     model.load_state_dict(tensors)
+    model.own = OwnTables(**{name: table if name == "d2t" else table.to(dtype) for name, table in tables.items()})
+    embedding = read_mask_embedding(folder, config)
+    model.own.mask_embedding = None if embedding is None else embedding.to(dtype)
     return model.to(dtype).eval()
+
+
+def read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint's safetensors files by our names, without those that only training needs."""
+    named = {tensor_name(name): tensor for path in weight_files(folder) for name, tensor in load_file(path).items()}
+    return {name: tensor for name, tensor in named.items() if name not in IGNORED_TENSORS}
+
+
+def read_mask_embedding(folder: str | Path, config: DrafterConfig) -> torch.Tensor | None:
+    """The trained mask embedding [H] of ``mask_embedding.pt``, where the folder has that file.
+
+    Raises:
+        DrafterConfigError: the file is unusable, or for another mask token or size.
+    """
+    path = Path(folder) / MASK_EMBEDDING_FILE
+    if not path.is_file():
+        return None
+    try:
+        state = torch.load(path, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise DrafterConfigError(f"{path} cannot be read as tensors ({error}): fetch the checkpoint again") from None
+    return mask_embedding(state, config, str(path))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from vllm_dflash.reference.drafter import ContextKV, DFlashDrafter
+from vllm_dflash.reference.drafter import ContextKV, Drafter
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,15 @@ def target_features(target: Any, layer_ids: Sequence[int], input_ids: Tensor, **
     return torch.cat(features, dim=-1) if features else hidden[..., :0], hidden
 
 
-def draft_block(target: Any, drafter: DFlashDrafter, token: int, anchor: int, context: ContextKV, num_queries: int) -> Draft:
+def draft_block(target: Any, drafter: Drafter, token: int, anchor: int, context: ContextKV, num_queries: int) -> Draft:
     """Drafts the ``num_queries - 1`` tokens after ``token`` at position ``anchor``; ``context`` holds positions before it."""
     device = target.device
     ids = torch.full((1, num_queries), drafter.config.mask_token_id, device=device)
     ids[0, 0] = token
     positions = torch.arange(anchor, anchor + num_queries, device=device)[None]
-    hidden = drafter(target.get_input_embeddings()(ids), positions, context)
+    hidden = drafter(drafter.embed(target.get_input_embeddings(), ids), positions, context)
     # The query at position n + k predicts the token at n + k itself; the anchor's own output is unused.
-    logits = target.lm_head(hidden[0, 1:]).float()
+    logits = drafter.logits(target.lm_head, hidden[0, 1:]).float()
     best, second = logits.topk(2, dim=-1).values.unbind(-1)
     # Not topk's indices: of equal logits, as bfloat16 often has them, argmax takes the first token, as every engine does.
     return Draft(anchor, logits.argmax(-1).tolist(), (best - second).tolist(), best.tolist())
@@ -95,7 +95,7 @@ def draft_block(target: Any, drafter: DFlashDrafter, token: int, anchor: int, co
 class _Loop:
     """A sequence's state: the target's cache and the drafter's context, both over the committed positions only."""
 
-    def __init__(self, target: Any, drafter: DFlashDrafter | None) -> None:
+    def __init__(self, target: Any, drafter: Drafter | None) -> None:
         self.target, self.drafter = target, drafter
         self.cache = DynamicCache(config=target.config)
         self.context: ContextKV | None = None
@@ -140,7 +140,7 @@ class _Loop:
 
 @torch.inference_mode()
 def generate(
-    target: Any, drafter: DFlashDrafter | None, prompt_ids: Sequence[int], max_new_tokens: int, num_speculative_tokens: int,
+    target: Any, drafter: Drafter | None, prompt_ids: Sequence[int], max_new_tokens: int, num_speculative_tokens: int,
     eos_token_id: int | None = None, max_model_len: int | None = None,
 ) -> Generation:  # fmt: skip
     """Greedy generation; the tokens are the target's own, whatever the drafter.
@@ -167,7 +167,7 @@ def generate(
 
 @torch.inference_mode()
 def replay_drafts(
-    target: Any, drafter: DFlashDrafter, token_ids: Sequence[int], anchors: Sequence[int], num_speculative_tokens: int,
+    target: Any, drafter: Drafter, token_ids: Sequence[int], anchors: Sequence[int], num_speculative_tokens: int,
     max_model_len: int | None = None,
 ) -> list[Draft]:  # fmt: skip
     """What the drafter drafts at each anchor position of a committed sequence, from one target forward over it.

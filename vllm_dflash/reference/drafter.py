@@ -1,16 +1,21 @@
-"""The DFlash drafter in plain PyTorch: the module that is trained, and the oracle for the served one.
+"""The drafter in plain PyTorch: the module that is trained, and the oracle for the served one.
 
-It owns no embedding and no lm_head; callers pass embeddings in and apply the target's lm_head to what comes out.
-Parameter names are z-lab's. Limits: full attention, one rotary base (what ``DrafterConfig`` accepts).
+``Drafter`` is what all kinds share; a kind of ``vllm_dflash.conditioning`` adds how target features become context.
+It needs no embedding and no lm_head; callers pass embeddings in (``embed``) and rank what comes out (``logits``), with the
+target's or the checkpoint's own. Parameter names are those of the published checkpoints. Limits: unquantized weights.
 
 Tests: ``pytest tests/unit/test_reference.py``.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.reference.masks import window_mask
+from vllm_dflash.reference.rotary import rotary_angles
 
 ContextKV = list[tuple[Tensor, Tensor]]
 """Per draft layer the context's keys (after k_norm and rotary) and values, each [B, S, kv heads, head_dim]."""
@@ -30,14 +35,6 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [..., 1, head_dim], of integer ``positions`` [...]; the 1 broadcasts over heads."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim)
-    angles = positions.float()[..., None, None] * frequencies
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
-
-
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates ``x`` [..., heads, head_dim] in the neox layout: the second half of a head pairs with the first.
 
@@ -48,7 +45,10 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
-def block_attention(query: Tensor, key: Tensor, value: Tensor, own_key: Tensor, own_value: Tensor, mask: Tensor, block_size: int) -> Tensor:
+def block_attention(
+    query: Tensor, key: Tensor, value: Tensor, own_key: Tensor, own_value: Tensor, mask: Tensor, block_size: int,
+    causal: bool = False,
+) -> Tensor:  # fmt: skip
     """Attention of many blocks over a shared context and each over itself, without the blocks' mutual scores.
 
     Equals SDPA under ``masks.training_mask``; compiled for a CPU it takes a third of the time, forward and backward.
@@ -57,6 +57,7 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, own_key: Tensor, 
         query, own_key, own_value: [B, Q, heads, head_dim], Q a multiple of ``block_size``.
         key, value: [B, S, heads, head_dim], the context.
         mask: bool [B, 1, Q, S], from ``masks.context_mask``.
+        causal: whether a query sees no later one of its block.
     """
     rows, length, heads, size = query.shape
 
@@ -66,7 +67,10 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, own_key: Tensor, 
     scale = size**-0.5
     seen = (query.transpose(1, 2) @ key.permute(0, 2, 3, 1)).float() * scale
     seen = seen.masked_fill(~mask, float("-inf"))
-    own = (blocks(query) @ blocks(own_key).transpose(-1, -2)).float().view(rows, heads, length, block_size) * scale
+    own = (blocks(query) @ blocks(own_key).transpose(-1, -2)).float() * scale
+    if causal:
+        own = own.masked_fill(~torch.ones(block_size, block_size, dtype=torch.bool, device=own.device).tril(), float("-inf"))
+    own = own.view(rows, heads, length, block_size)
     weights = torch.cat([seen, own], dim=-1).softmax(dim=-1).to(query.dtype)
     out = weights[..., : key.shape[1]] @ value.transpose(1, 2)
     own_out = weights[..., key.shape[1] :].reshape(rows, heads, -1, block_size, block_size) @ blocks(own_value)
@@ -74,38 +78,62 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, own_key: Tensor, 
 
 
 class Attention(nn.Module):
-    """Grouped-query attention of a block's queries over the context and the block itself. No bias."""
+    """Grouped-query attention of a block's queries over the context and the block itself."""
 
-    def __init__(self, config: DrafterConfig) -> None:
+    def __init__(self, config: DrafterConfig, window: int | None) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.window, self.causal = window, window is not None and config.sliding_causal
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=bias)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def key_value(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [..., kv heads, head_dim] of ``x`` [..., H]: the same for the context and for queries."""
+        """Keys and values [..., kv heads, head_dim] of ``x`` [..., H], by the weights of the queries' own."""
         split = (*x.shape[:-1], self.kv_heads, self.head_dim)
         return apply_rotary(self.k_norm(self.k_proj(x).view(split)), cos, sin), self.v_proj(x).view(split)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, context: tuple[Tensor, Tensor], mask: Tensor | None, block_size: int | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, where: "Where", context: tuple[Tensor, Tensor]) -> Tensor:
         query = self.q_proj(x).view(*x.shape[:-1], self.heads, self.head_dim)
-        query = apply_rotary(self.q_norm(query), cos, sin)
+        query = apply_rotary(self.q_norm(query), where.cos, where.sin)
         # Repeated by hand: with enable_gqa the CPU leaves its flash kernel for the slow path.
         groups = self.heads // self.kv_heads
-        own = [t.repeat_interleave(groups, dim=2) for t in self.key_value(x, cos, sin)]
+        own = [t.repeat_interleave(groups, dim=2) for t in self.key_value(x, where.cos, where.sin)]
         shared = [t.repeat_interleave(groups, dim=2) for t in context]
-        if block_size is not None:
+        mask = where.mask
+        if where.block_size is not None:
             assert mask is not None
-            return self.o_proj(block_attention(query, shared[0], shared[1], own[0], own[1], mask, block_size).flatten(2))
+            if self.window is not None:
+                mask = mask & window_mask(where.positions, where.context_positions(shared[0]), self.window)
+            out = block_attention(query, shared[0], shared[1], own[0], own[1], mask, where.block_size, self.causal)
+            return self.o_proj(out.flatten(2))
+        if self.window is not None:
+            seen = torch.cat([where.context_positions(shared[0]), where.positions], dim=1)
+            near = window_mask(where.positions, seen, self.window)
+            near = near & (seen[:, None, None] <= where.positions[:, None, :, None]) if self.causal else near
+            mask = near if mask is None else mask & near
         key, value = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(shared, own, strict=True))
         out = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, attn_mask=mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where the queries of one forward are and what they may look at; see ``Drafter.forward``."""
+
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
+    block_size: int | None
+
+    def context_positions(self, key: Tensor) -> Tensor:
+        """[B, S] positions of the context ``key`` [B, S, ...]: it starts at 0 and has no holes."""
+        return torch.arange(key.shape[1], device=key.device).expand(key.shape[0], -1)
 
 
 class MLP(nn.Module):
@@ -124,56 +152,90 @@ class MLP(nn.Module):
 class DraftLayer(nn.Module):
     """One pre-norm draft layer."""
 
-    def __init__(self, config: DrafterConfig) -> None:
+    def __init__(self, config: DrafterConfig, window: int | None) -> None:
         super().__init__()
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, window)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, context: tuple[Tensor, Tensor], mask: Tensor | None, block_size: int | None
-    ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, context, mask, block_size)
+    def forward(self, x: Tensor, where: Where, context: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), where, context)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class DFlashDrafter(nn.Module):
-    """The whole drafter: context features to keys and values, and blocks of queries to hidden states."""
+@dataclass
+class OwnTables:
+    """What a checkpoint may bring in place of the target's tables; frozen, and none of it a parameter of the drafter."""
+
+    embed_tokens: Tensor | None = None
+    """[V, H]"""
+    mask_embedding: Tensor | None = None
+    """[H], in place of the embedding of ``mask_token_id``."""
+    lm_head: Tensor | None = None
+    """[draft vocabulary or V, H]"""
+    d2t: Tensor | None = None
+    """[draft vocabulary] int64: a draft token's id plus this is the target's."""
+
+
+class Drafter(nn.Module):
+    """The whole drafter but for ``context`` and ``layer_key_value``, which the kinds of conditioning define."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
         self.config = config
-        self.fc = nn.Linear(config.num_features * config.hidden_size, config.hidden_size, bias=False)
-        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.layers = nn.ModuleList(DraftLayer(config) for _ in range(config.num_hidden_layers))
+        self.own = OwnTables()
+        self.layers = nn.ModuleList(DraftLayer(config, window) for window in config.windows)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def context(self, features: Tensor) -> Tensor:
-        """c [..., H] of the target's captured layer outputs ``features`` [..., T * H], in target_layer_ids' order."""
-        return self.hidden_norm(self.fc(features))
+        """The context of the target's captured layer outputs ``features`` [..., T * H], in target_layer_ids' order."""
+        raise NotImplementedError
+
+    def layer_key_value(self, index: int, c: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (normed, rotated) and values [..., kv heads, head_dim] of draft layer ``index`` for a context from ``context``."""
+        raise NotImplementedError
 
     def context_kv(self, c: Tensor, positions: Tensor) -> ContextKV:
-        """Every draft layer's context keys and values of ``c`` [B, S, H] at ``positions`` [B, S]."""
-        cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        return [layer.self_attn.key_value(c, cos, sin) for layer in self.layers]
+        """Every draft layer's context keys and values of ``c`` [B, S, ...] at ``positions`` [B, S]."""
+        cos, sin = rotary_angles(self.config, positions)
+        return [self.layer_key_value(i, c, cos, sin) for i in range(len(self.layers))]
+
+    def embed(self, target_embedding: nn.Module, input_ids: Tensor) -> Tensor:
+        """Embeddings [..., H] of ``input_ids``: the target's, or the checkpoint's own where it has them."""
+        own = self.own
+        embeds = target_embedding(input_ids) if own.embed_tokens is None else F.embedding(input_ids, own.embed_tokens)
+        if own.mask_embedding is not None:
+            embeds = torch.where((input_ids == self.config.mask_token_id)[..., None], own.mask_embedding.to(embeds.dtype), embeds)
+        return embeds
+
+    def logits(self, lm_head: nn.Module, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of ``hidden`` [..., H]; minus infinity for tokens that the draft vocabulary lacks."""
+        logits = lm_head(hidden) if self.own.lm_head is None else F.linear(hidden, self.own.lm_head)
+        if self.own.d2t is None:
+            return logits
+        full = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))
+        full[..., torch.arange(logits.shape[-1], device=logits.device) + self.own.d2t] = logits
+        return full
 
     def forward(
         self, query_embeds: Tensor, query_positions: Tensor, context: ContextKV,
         attn_mask: Tensor | None = None, block_size: int | None = None,
     ) -> Tensor:  # fmt: skip
-        """Hidden states [B, Q, H] after the final norm, ready for the target's lm_head.
+        """Hidden states [B, Q, H] after the final norm, ready for an lm_head.
 
         Args:
-            query_embeds: [B, Q, H], the target's embeddings of [anchor, MASK, ...], one block or several.
+            query_embeds: [B, Q, H], embeddings of [anchor, MASK, ...], one block or several.
             query_positions: [B, Q], integer positions.
             context: from ``context_kv``, [B, S, kv heads, head_dim] each.
             attn_mask: bool, true where a query may look. ``None``: one block that sees everything. Alone:
                 [B, 1, Q, S + Q], as ``masks.training_mask``. With ``block_size``: [B, 1, Q, S], as ``masks.context_mask``.
+                Sliding layers narrow it by themselves.
             block_size: every so many queries are a block, which sees itself besides the masked context (for training).
         """
-        cos, sin = rotary_angles(query_positions, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rotary_angles(self.config, query_positions)
+        where = Where(query_positions, cos, sin, attn_mask, block_size)
         x = query_embeds
         for layer, kv in zip(self.layers, context, strict=True):
-            x = layer(x, cos, sin, kv, attn_mask, block_size)
+            x = layer(x, where, kv)
         return self.norm(x)

@@ -33,3 +33,14 @@ def training_mask(anchors: Tensor, block_size: int, context_length: int) -> Tens
     owner = torch.arange(blocks, device=anchors.device).repeat_interleave(block_size)
     own = (owner[:, None] == owner).expand(rows, 1, -1, -1)
     return torch.cat([context_mask(anchors, block_size, context_length), own], dim=-1)
+
+
+def window_mask(query_positions: Tensor, key_positions: Tensor, window: int) -> Tensor:
+    """Boolean [B, 1, Q, K]: a query sees keys less than ``window`` positions away, itself included, as vLLM's sliding layers.
+
+    Args:
+        query_positions: [B, Q].
+        key_positions: [B, K].
+    """
+    distance = query_positions[:, :, None] - key_positions[:, None]
+    return (distance.abs() < window)[:, None]

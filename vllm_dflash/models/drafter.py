@@ -1,14 +1,16 @@
-"""The DFlash drafter on vLLM's parallel layers and paged KV cache, for the V1 and the V2 model runner.
+"""The drafter on vLLM's parallel layers and paged KV cache, for the V1 and the V2 model runner.
 
 Two passes. ``combine_hidden_states`` and ``precompute_and_store_context_kv`` turn captured target features into
 keys and values of every draft layer and write them into the draft layers' own KV cache; ``forward`` runs the
-block's queries, which attend to that cache without a causal mask. The drafter owns neither embedding nor
-lm_head: vLLM hands it the target's after loading. Limits: one pipeline stage; unquantized weights.
+block's queries, which attend to that cache without a causal mask. vLLM hands it the target's embedding and lm_head
+after loading, unless the checkpoint brings its own. Limits: one pipeline stage.
 
-    pytest tests/engine/test_draft_parity.py
+    pytest tests/engine/test_draft_parity.py tests/engine/test_dflare.py
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,17 +19,22 @@ from vllm.config import CacheConfig, VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import QKVParallelLinear, ReplicatedLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models.qwen2 import Qwen2MLP
-from vllm.model_executor.models.utils import maybe_prefix
+from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefix
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
+from vllm_dflash.checks import settled
+from vllm_dflash.conditioning import own_tensors
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.formats import IGNORED_TENSORS, tensor_name
 from vllm_dflash.models.context import ContextKV
-from vllm_dflash.weights import check_shapes
+from vllm_dflash.models.own import OwnTables
+from vllm_dflash.weights import check_finite, check_shapes
 
-# z-lab's name of a projection -> (vLLM's fused parameter, its shard).
+# A checkpoint's name of a projection -> (vLLM's fused parameter, its shard).
 _FUSED = {
     "q_proj": ("qkv_proj", "q"),
     "k_proj": ("qkv_proj", "k"),
@@ -46,43 +53,55 @@ class FromTarget(nn.Module):
         raise RuntimeError("the target's embedding was not shared with the drafter: pipeline parallelism is not supported, set it to 1")
 
 
-class DFlashAttention(nn.Module):
+class DraftAttention(Attention):
+    """vLLM's attention layer; under the V1 runner a sliding layer keeps the whole context in the cache.
+
+    That runner knows one KV cache group for all draft layers, and groups go by kind. The window applies all the same.
+    """
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
+        spec = super().get_kv_cache_spec(vllm_config)
+        if not isinstance(spec, SlidingWindowSpec) or vllm_config.use_v2_model_runner:
+            return spec
+        shared = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init and f.name != "sliding_window"}
+        return FullAttentionSpec(**{name: value for name, value in shared.items() if name in _FULL_ATTENTION_FIELDS})
+
+
+_FULL_ATTENTION_FIELDS = frozenset(f.name for f in fields(FullAttentionSpec))
+
+
+class DrafterAttention(nn.Module):
     """Attention of the block's queries over the context in the KV cache and the block itself."""
 
-    def __init__(self, config: DrafterConfig, cache_config: CacheConfig | None, prefix: str) -> None:
+    def __init__(
+        self, config: DrafterConfig, window: int | None, cache_config: CacheConfig | None, quant_config: Any, prefix: str
+    ) -> None:  # fmt: skip
         super().__init__()
         tp_size = get_tensor_model_parallel_world_size()
-        self.head_dim = config.head_dim
+        self.head_dim, self.causal = config.head_dim, window is not None and config.sliding_causal
         self.num_kv_heads = max(1, config.num_key_value_heads // tp_size)
         self.q_size = config.num_attention_heads // tp_size * config.head_dim
         self.kv_size = self.num_kv_heads * config.head_dim
         self.qkv_proj = QKVParallelLinear(
-            config.hidden_size,
-            config.head_dim,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            bias=False,
-            prefix=f"{prefix}.qkv_proj",
-        )
+            config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads,
+            bias=config.attention_bias, quant_config=quant_config, prefix=f"{prefix}.qkv_proj",
+        )  # fmt: skip
         self.o_proj = RowParallelLinear(
-            config.num_attention_heads * config.head_dim, config.hidden_size, bias=False, prefix=f"{prefix}.o_proj"
-        )
+            config.num_attention_heads * config.head_dim, config.hidden_size,
+            bias=config.attention_bias, quant_config=quant_config, prefix=f"{prefix}.o_proj",
+        )  # fmt: skip
         self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.rotary_emb = get_rope(
             config.head_dim,
             max_position=config.max_position_embeddings,
             is_neox_style=True,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            rope_parameters=dict(config.rope_scaling or {"rope_type": "default"}) | {"rope_theta": config.rope_theta},
         )
-        self.attn = Attention(
-            config.num_attention_heads // tp_size,
-            config.head_dim,
-            config.head_dim**-0.5,
-            num_kv_heads=self.num_kv_heads,
-            cache_config=cache_config,
-            prefix=f"{prefix}.attn",
-        )
+        self.attn = DraftAttention(
+            config.num_attention_heads // tp_size, config.head_dim, config.head_dim**-0.5, num_kv_heads=self.num_kv_heads,
+            cache_config=cache_config, quant_config=quant_config, per_layer_sliding_window=window, prefix=f"{prefix}.attn",
+        )  # fmt: skip
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """``positions`` [N] int64, ``hidden_states`` [N, H] of the queries; returns [N, H]."""
@@ -95,13 +114,17 @@ class DFlashAttention(nn.Module):
         return output
 
 
-class DFlashDecoderLayer(nn.Module):
+class DrafterLayer(nn.Module):
     """Pre-norm attention and SwiGLU, the residual carried beside the hidden states."""
 
-    def __init__(self, config: DrafterConfig, cache_config: CacheConfig | None, prefix: str) -> None:
+    def __init__(
+        self, config: DrafterConfig, window: int | None, cache_config: CacheConfig | None, quant_config: Any, prefix: str
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.self_attn = DFlashAttention(config, cache_config, f"{prefix}.self_attn")
-        self.mlp = Qwen2MLP(config.hidden_size, config.intermediate_size, hidden_act="silu", prefix=f"{prefix}.mlp")
+        self.self_attn = DrafterAttention(config, window, cache_config, quant_config, f"{prefix}.self_attn")
+        self.mlp = Qwen2MLP(
+            config.hidden_size, config.intermediate_size, hidden_act="silu", quant_config=quant_config, prefix=f"{prefix}.mlp"
+        )  # fmt: skip
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -120,32 +143,30 @@ class DFlashDecoderLayer(nn.Module):
 
 
 @support_torch_compile
-class DFlashModel(nn.Module):
-    """The draft layers; embeds the block's tokens with the target's embedding."""
+class DrafterModel(nn.Module):
+    """The draft layers; embeds the block's tokens with the target's embedding or the checkpoint's own."""
 
-    def __init__(self, *, vllm_config: VllmConfig, config: DrafterConfig, first_layer: int, prefix: str = "") -> None:
+    def __init__(self, *, vllm_config: VllmConfig, config: DrafterConfig, first_layer: int, quant_config: Any, prefix: str = "") -> None:
         super().__init__()
+        dtype = vllm_config.model_config.dtype
         self.embed_tokens: nn.Module = FromTarget()
-        self.fc = ReplicatedLinear(
-            config.num_features * config.hidden_size,
-            config.hidden_size,
-            bias=False,
-            params_dtype=vllm_config.model_config.dtype,
-            prefix=maybe_prefix(prefix, "fc"),
-            return_bias=False,
-        )
-        self.hidden_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mask_token_id, self.has_mask_embedding = config.mask_token_id, False
+        self.mask_embedding = nn.Parameter(torch.zeros(config.hidden_size, dtype=dtype), requires_grad=False)
         # vLLM tells layers apart by the number in their name: the draft's go on where the target's end.
         self.layers = nn.ModuleList(
-            DFlashDecoderLayer(config, vllm_config.cache_config, maybe_prefix(prefix, f"layers.{first_layer + i}"))
-            for i in range(config.num_hidden_layers)
+            DrafterLayer(config, window, vllm_config.cache_config, quant_config, maybe_prefix(prefix, f"layers.{first_layer + i}"))
+            for i, window in enumerate(config.windows)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.context_kv = ContextKV(config, vllm_config.model_config.dtype, maybe_prefix(prefix, "context_kv"))
+        num_kv_heads = self.layers[0].self_attn.num_kv_heads
+        self.context_kv = ContextKV(config, num_kv_heads, dtype, quant_config, maybe_prefix(prefix, "context_kv"))
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """``input_ids`` [N] -> embeddings [N, H]."""
-        return self.embed_tokens(input_ids)
+        embeds = self.embed_tokens(input_ids)
+        if self.has_mask_embedding:
+            embeds = torch.where((input_ids == self.mask_token_id)[:, None], self.mask_embedding, embeds)
+        return embeds
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
         """``input_ids`` [N] (anchors and masks), ``positions`` [N] int64; returns normed hidden states [N, H]."""
@@ -157,8 +178,8 @@ class DFlashModel(nn.Module):
         return hidden_states
 
 
-class DFlashForCausalLM(nn.Module):
-    """What vLLM loads for the architecture ``DFlashDraftModel``."""
+class DrafterForCausalLM(nn.Module):
+    """What vLLM loads for every architecture of ``vllm_dflash.formats``."""
 
     # vLLM's loader shares the target's modules with a drafter that says it has none.
     has_own_embed_tokens = False
@@ -168,18 +189,22 @@ class DFlashForCausalLM(nn.Module):
         super().__init__()
         speculative_config = vllm_config.speculative_config
         assert speculative_config is not None
-        self.config = speculative_config.draft_model_config.hf_config
-        self.drafter_config = DrafterConfig.from_dict(self.config.to_dict())
+        draft = speculative_config.draft_model_config
+        self.config, self.model_path, self.revision = draft.hf_config, draft.model, draft.revision
+        self.drafter_config = settled(self.config)
+        self.dtype = vllm_config.model_config.dtype
         target_config = speculative_config.target_model_config
-        self.model = DFlashModel(
+        self.model = DrafterModel(
             vllm_config=vllm_config,
             config=self.drafter_config,
             first_layer=target_config.get_total_num_hidden_layers(),
+            quant_config=get_draft_quant_config(vllm_config),
             prefix=maybe_prefix(prefix, "model"),
         )
         self.lm_head: nn.Module = FromTarget()
+        self.draft_ids: torch.Tensor | None = None
         # A target's logit scale or soft cap is left out: both are monotonic, and drafts are ranked unless probabilities are asked for.
-        self.logits_processor = LogitsProcessor(self.drafter_config.vocab_size)
+        self.logits_processor = LogitsProcessor(self.drafter_config.draft_vocab_size or self.drafter_config.vocab_size)
 
     def embed_input_ids(self, input_ids: torch.Tensor, multimodal_embeddings: object = None, is_multimodal: object = None) -> torch.Tensor:
         """``input_ids`` [N] -> embeddings [N, H]; drafts are text only."""
@@ -190,18 +215,23 @@ class DFlashForCausalLM(nn.Module):
         return self.model(input_ids, positions, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """``hidden_states`` [N, H] -> logits [N, V] through the target's lm_head."""
-        return self.logits_processor(self.lm_head, hidden_states)
+        """``hidden_states`` [N, H] -> logits [N, V]; minus infinity for tokens that the draft vocabulary lacks."""
+        logits = self.logits_processor(self.lm_head, hidden_states)
+        if self.draft_ids is None or logits is None:
+            return logits
+        full = logits.new_full((logits.shape[0], self.drafter_config.vocab_size), float("-inf"))
+        full[:, self.draft_ids] = logits
+        return full
 
     def combine_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Captured features [N, T * H] -> context c [N, H]: ``hidden_norm(fc(h))`` (arXiv 2602.06036)."""
+        """Captured features [N, T * H] -> context [N, C], by the drafter's kind of conditioning."""
         expected = self.drafter_config.num_features * self.drafter_config.hidden_size
         if hidden_states.shape[-1] != expected:
             raise DrafterConfigError(
                 f"the target captured {hidden_states.shape[-1]} features a token, the drafter takes {expected}: "
                 "target_layer_ids do not fit this target; serve the drafter with the target that its model card names"
             )
-        return self.model.hidden_norm(self.model.fc(hidden_states))
+        return self.model.context_kv.combine(hidden_states)
 
     def precompute_and_store_context_kv(
         self,
@@ -212,7 +242,7 @@ class DFlashForCausalLM(nn.Module):
         """Writes the context's keys and values into the draft layers' KV cache.
 
         Args:
-            context_states: c [N, H] from ``combine_hidden_states``.
+            context_states: [N, C] from ``combine_hidden_states``.
             context_positions: [N] int64.
             context_slot_mapping: [N] int64 cache slots, -1 for rows that must not be written (rejected tokens); or one
                 such tensor (or None) a layer; None computes and writes nothing (profiling).
@@ -232,29 +262,40 @@ class DFlashForCausalLM(nn.Module):
         return [layer.self_attn.attn.layer_name for layer in self.model.layers]
 
     def get_draft_attn_causal(self) -> list[bool]:
-        """Per draft layer, whether attention is causal: never."""
-        return [False] * len(self.model.layers)
+        """Per draft layer, whether attention is causal: sliding layers of some checkpoints only."""
+        return [layer.self_attn.causal for layer in self.model.layers]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Loads z-lab's tensors; every one must be there, under its name and in its shape.
+        """Loads a checkpoint of any known format; every tensor must be there, under its name and in its shape.
 
         Raises:
-            DrafterConfigError: names each tensor that is missing, unknown or misshaped.
+            DrafterConfigError: names each tensor that is missing, unknown, misshaped or not finite.
         """
-        tensors = dict(weights)
-        check_shapes(self.drafter_config, {name: tuple(t.shape) for name, t in tensors.items()})
+        found = dict(weights)
+        check_shapes(self.drafter_config, {name: tuple(t.shape) for name, t in found.items()})
+        check_finite(found)
+        tensors = {tensor_name(name): tensor for name, tensor in found.items()}
+        own = {name: tensors.pop(name) for name in own_tensors(self.drafter_config)}
+        OwnTables.take(self, tensors)
         parameters = dict(self.model.named_parameters())
         for name, tensor in tensors.items():
-            module, _, projection = name.removesuffix(".weight").rpartition(".")
-            if projection in _FUSED:
-                fused, shard = _FUSED[projection]
-                parameter = parameters[f"{module}.{fused}.weight"]
-                parameter.weight_loader(parameter, tensor, shard)
-            else:
-                parameter = parameters[name]
-                getattr(parameter, "weight_loader", _copy)(parameter, tensor)
-        self.model.context_kv.copy_from([layer.self_attn for layer in self.model.layers])
+            if name not in IGNORED_TENSORS:
+                self._load(parameters, name, tensor)
+        self.model.context_kv.load_weights(own, [layer.self_attn for layer in self.model.layers])
         return {f"model.{name}" for name in parameters}
+
+    @staticmethod
+    def _load(parameters: dict[str, nn.Parameter], name: str, tensor: torch.Tensor) -> None:
+        """Copies one tensor into the parameter that holds it; quantized ones have names such as ``q_proj.weight_scale``."""
+        module, _, kind = name.rpartition(".")
+        stem, _, projection = module.rpartition(".")
+        if projection in _FUSED:
+            fused, shard = _FUSED[projection]
+            parameter = parameters[f"{stem}.{fused}.{kind}"]
+            parameter.weight_loader(parameter, tensor, shard)
+        else:
+            parameter = parameters[name]
+            getattr(parameter, "weight_loader", _copy)(parameter, tensor)
 
 
 def _copy(parameter: torch.Tensor, tensor: torch.Tensor) -> None:

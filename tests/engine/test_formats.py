@@ -1,0 +1,49 @@
+"""Every kind and shape of drafter, in a real V1 engine, against the plain PyTorch reference: draft parity and lossless output.
+
+Random weights, random norms, GQA, an untied lm_head: whatever is read wrongly from a checkpoint changes drafts.
+
+    pytest tests/engine/test_formats.py
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.harness import Batch, Job, run_engines
+from engine.oracle import compare_drafts
+from pairs import random_prompts
+from variants import VARIANTS
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def drafters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("variants")
+    return {name: variant.make(folder / name.replace(" ", "-")) for name, variant in VARIANTS.items()}
+
+
+@pytest.fixture(scope="module")
+def served(random_target: Path, drafters: dict[str, Path]) -> dict[str, Batch]:
+    """Each drafter in an engine of its own, and under ``plain`` the target without one."""
+    prompts = random_prompts(16, 512)
+    jobs = [Job(random_target, folder, prompts, max_tokens=24, record=True) for folder in drafters.values()]
+    plain = Job(random_target, None, prompts, max_tokens=24)
+    batches = run_engines([*jobs, plain])
+    return dict(zip([*drafters, "plain"], (b[0] for b in batches), strict=True))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_drafts_are_the_references(random_target: Path, drafters: dict[str, Path], served: dict[str, Batch], name: str) -> None:
+    agreement = compare_drafts(served[name], random_target, drafters[name], torch.float32, 7)
+    assert agreement.drafts >= 200
+    assert agreement.differences == []
+    assert served[name].tokens == served["plain"].tokens
+
+
+def test_the_variants_differ(served: dict[str, Batch]) -> None:
+    """No two checkpoints draft alike: a setting that changed nothing here would not be tested by the parity above."""
+    first = [d["draft"] for d in served["dflash"].report["drafts"]]
+    same = [name for name in VARIANTS if name != "dflash" and [d["draft"] for d in served[name].report["drafts"]] == first]
+    assert same == ["dflash speculators"]

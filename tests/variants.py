@@ -1,0 +1,52 @@
+"""Every kind and shape of drafter that is served, as random checkpoints for ``make_random_target``."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pairs import make_random_drafter, random_drafter_config
+
+_ALL_LAYERS = {"target_layer_ids": (0, 1, 2, 3, 4)}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+_LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs from ``random_drafter_config()`` and from its kind's published format."""
+
+    changes: dict[str, Any] = field(default_factory=dict)
+    format: str | None = None
+    tables: tuple[str, ...] = ()
+    mask_embedding: bool = False
+
+    def make(self, folder: Path) -> Path:
+        return make_random_drafter(
+            folder, config=random_drafter_config(**self.changes), format=self.format, tables=self.tables, mask_embedding=self.mask_embedding
+        )  # fmt: skip
+
+
+VARIANTS = {
+    "dflash": Variant(),
+    "dflash one layer": Variant({"num_hidden_layers": 1, "target_layer_ids": (3,)}),
+    "dflash speculators": Variant(format="speculators"),
+    "dflash draft vocabulary": Variant({"draft_vocab_size": 200}, format="speculators"),
+    "dflash own tables": Variant(format="speculators", tables=("embed_tokens.weight", "lm_head.weight")),
+    "dflash mask embedding": Variant(mask_embedding=True),
+    "dflash biases": Variant({"attention_bias": True}),
+    "dflash yarn": Variant({"rope_scaling": _YARN}),
+    "dflash llama3 rope": Variant({"rope_scaling": _LLAMA3}),
+    "dflash linear rope": Variant({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    "dflash sliding": Variant({"sliding_windows": (24, 24, 24)}),
+    "dflash sliding causal": Variant({"sliding_windows": (24, 24, 24), "sliding_causal": True}),
+    "dflash mixed": Variant({"sliding_windows": (24, None, 24)}),
+    "dflash mixed causal": Variant({"sliding_windows": (24, None, 24), "sliding_causal": True}),
+    "dflare": Variant(_ALL_LAYERS | {"conditioning": "dflare", "num_hidden_layers": 4}),
+    "dflare biases": Variant(_ALL_LAYERS | {"conditioning": "dflare", "attention_bias": True}),
+    "dflare mixed": Variant(_ALL_LAYERS | {"conditioning": "dflare", "sliding_windows": (None, 24, 24)}),
+    "dflare speculators": Variant(
+        _ALL_LAYERS | {"conditioning": "dflare", "draft_vocab_size": 300}, format="speculators", mask_embedding=True
+    ),
+}

@@ -1,0 +1,117 @@
+"""DFlare (arXiv 2606.02091): a context vector of its own for each draft layer, and projections of its own for the context.
+
+Layer d's context is ``hidden_norm(sum_t softmax(F)[d, t] h_t)``, with a learned F (``layer_fusion_weights``, D x T); its keys
+and values come from ``k_proj_target`` and ``v_proj_target``, while k_norm is shared with the block's own keys. Served, all
+layers' projections are one batched GEMM.
+
+    pytest tests/unit/test_reference.py tests/engine/test_dflare.py
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.reference.drafter import Drafter, RMSNorm, apply_rotary
+
+_FIRST_LOGIT = 2.0
+"""The fusion logit that each layer starts with at its own depth; the others start at 0 (arXiv 2606.02091's released code)."""
+
+
+def own_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
+    hidden, kv_size = config.hidden_size, config.num_key_value_heads * config.head_dim
+    tensors: dict[str, tuple[int, ...]] = {
+        "layer_fusion_weights": (config.num_hidden_layers, config.num_features),
+        "hidden_norm.weight": (hidden,),
+    }
+    for i in range(config.num_hidden_layers):
+        for name in ("k_proj_target", "v_proj_target"):
+            tensors[f"layers.{i}.self_attn.{name}.weight"] = (kv_size, hidden)
+            if config.attention_bias:
+                tensors[f"layers.{i}.self_attn.{name}.bias"] = (kv_size,)
+    return tensors
+
+
+def context_width(config: DrafterConfig) -> int:
+    """Elements of a token's context, in the proposers' buffers."""
+    return config.num_hidden_layers * config.hidden_size
+
+
+class Reference(Drafter):
+    """The drafter in plain PyTorch."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__(config)
+        depth, features = config.num_hidden_layers, config.num_features
+        self.layer_fusion_weights = nn.Parameter(torch.zeros(depth, features))
+        with torch.no_grad():
+            for d in range(depth):
+                self.layer_fusion_weights[d, min(features - 1, d * features // depth)] = _FIRST_LOGIT
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        for layer in self.layers:
+            attention, kv_size = layer.self_attn, config.num_key_value_heads * config.head_dim
+            attention.k_proj_target = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+            attention.v_proj_target = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+
+    def context(self, features: Tensor) -> Tensor:
+        """``features`` [..., T * H] -> one context vector a draft layer, [..., D, H]."""
+        each = features.unflatten(-1, (self.config.num_features, self.config.hidden_size))
+        share = self.layer_fusion_weights.float().softmax(dim=1).to(features.dtype)
+        return self.hidden_norm(torch.einsum("...th,dt->...dh", each, share))
+
+    def layer_key_value(self, index: int, c: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        attention, own = self.layers[index].self_attn, c[..., index, :]
+        split = (*own.shape[:-1], attention.kv_heads, attention.head_dim)
+        key = attention.k_norm(attention.k_proj_target(own).view(split))
+        return apply_rotary(key, cos, sin), attention.v_proj_target(own).view(split)
+
+
+class Served(nn.Module):
+    """The same for vLLM. The fusion runs at full width on every rank; keys and values of this rank's heads."""
+
+    def __init__(self, config: DrafterConfig, num_kv_heads: int, dtype: torch.dtype, quant_config: Any, prefix: str) -> None:
+        super().__init__()
+        from vllm.model_executor.layers.layernorm import RMSNorm as VLLMRMSNorm
+
+        self.num_layers, self.num_kv_heads, self.head_dim = config.num_hidden_layers, num_kv_heads, config.head_dim
+        self.num_features, self.hidden_size, self.total_kv_heads = config.num_features, config.hidden_size, config.num_key_value_heads
+        kv_size = num_kv_heads * config.head_dim
+        self.share = nn.Parameter(torch.empty(self.num_layers, self.num_features, dtype=dtype), requires_grad=False)
+        self.hidden_norm = VLLMRMSNorm(self.hidden_size, eps=config.rms_norm_eps)
+        self.weight = nn.Parameter(torch.empty(self.num_layers, self.hidden_size, 2 * kv_size, dtype=dtype), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(self.num_layers, 1, 2 * kv_size, dtype=dtype), requires_grad=False)
+
+    def load_weights(self, tensors: dict[str, Tensor], attentions: Sequence[Any]) -> None:
+        """``tensors``: those of ``own_tensors``; ``attentions`` is not needed: the context has projections of its own."""
+        # The shares do not depend on the input: the softmax is taken once.
+        self.share.data.copy_(tensors["layer_fusion_weights"].float().softmax(dim=1))
+        self.hidden_norm.weight.data.copy_(tensors["hidden_norm.weight"])
+        for i in range(self.num_layers):
+            halves = zip(
+                ("k_proj_target", "v_proj_target"), self.weight.data[i].chunk(2, dim=1), self.bias.data[i].chunk(2, dim=1), strict=True
+            )
+            for name, weight, bias in halves:
+                stem = f"layers.{i}.self_attn.{name}"
+                weight.copy_(self._own_heads(tensors[f"{stem}.weight"]).T)
+                if f"{stem}.bias" in tensors:
+                    bias.copy_(self._own_heads(tensors[f"{stem}.bias"]))
+
+    def _own_heads(self, tensor: Tensor) -> Tensor:
+        """The rows [all kv heads * head_dim, ...] that belong to this rank's heads; ranks share a head where there are fewer heads."""
+        from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+        first = get_tensor_model_parallel_rank() * self.total_kv_heads // get_tensor_model_parallel_world_size()
+        return tensor[first * self.head_dim : (first + self.num_kv_heads) * self.head_dim]
+
+    def combine(self, features: Tensor) -> Tensor:
+        """``features`` [N, T * H] -> context [N, D * H]."""
+        fused = self.share @ features.view(-1, self.num_features, self.hidden_size)
+        return self.hidden_norm(fused.view(-1, self.hidden_size)).view(-1, self.num_layers * self.hidden_size)
+
+    def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """``context`` [N, D * H] -> keys and values [N, D, kv heads, head_dim], before k_norm and rotary."""
+        by_layer = context.view(-1, self.num_layers, self.hidden_size).transpose(0, 1)
+        kv = torch.baddbmm(self.bias, by_layer, self.weight).view(self.num_layers, -1, 2, self.num_kv_heads, self.head_dim)
+        return kv[:, :, 0].transpose(0, 1), kv[:, :, 1].transpose(0, 1)

@@ -1,0 +1,368 @@
+"""Checkpoint formats: every known ``config.json`` to one ``DrafterConfig`` and back; the one map of tensor names.
+
+| format | told by | context conditioning |
+| z-lab | architectures DFlashDraftModel | DFlash |
+| AngelSlim | architectures QwenDFlareDraftModel | DFlare |
+| speculators | speculators_model_type dflash or dflare | DFlash, DFlare |
+
+Pure Python. A field that would change what the drafter computes and is not known here is refused: ignored, it would only
+show as low acceptance. Tests: ``pytest tests/unit/test_formats.py``.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from vllm_dflash.config import (
+    CONDITIONINGS,
+    DEFAULT_RMS_NORM_EPS,
+    DEFAULT_ROPE_THETA,
+    DrafterConfig,
+    DrafterConfigError,
+    default_target_layer_ids,
+)
+
+CONFIG_FILE = "config.json"
+ARCHITECTURES = {"DFlashDraftModel": "dflash", "QwenDFlareDraftModel": "dflare"}
+"""Architecture names in checkpoints, to the kind of conditioning."""
+ARCHITECTURE_OF = {kind: name for name, kind in ARCHITECTURES.items()}
+VLLM_ARCHITECTURES = ("DFlashDraftModel", "QwenDFlareDraftModel", "DFlashQwenDFlareDraftModel")
+"""The names that vLLM looks up for them: for its method ``dflash`` it puts DFlash before a name that lacks it."""
+FORMATS = ("z-lab", "AngelSlim", "speculators")
+FORMAT_OF = {"dflash": "z-lab", "dflare": "AngelSlim"}
+"""The format that each kind of conditioning was published in."""
+
+IGNORED_TENSORS = frozenset({"t2d", "verifier_norm.weight", "verifier_lm_head.weight", "rotary_emb.inv_freq"})
+"""Tensors that only training needs."""
+_TENSOR_ALIASES = {"draft_id_to_target_id": "d2t"}
+
+_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "vocab_size", "max_position_embeddings",
+)  # fmt: skip
+_CAME_WITH = "Use the config.json that the checkpoint came with"
+
+
+def tensor_name(name: str) -> str:
+    """Our name of a checkpoint's tensor: z-lab's, which all formats share but for a prefix and a few aliases."""
+    name = name.removeprefix("model.")
+    return _TENSOR_ALIASES.get(name, name)
+
+
+def is_ours(architectures: Sequence[str] | None) -> bool:
+    """Whether vLLM's architecture names are those of a drafter that this package serves."""
+    return len(architectures or ()) == 1 and set(architectures or ()) <= set(VLLM_ARCHITECTURES)
+
+
+def read(folder: str | Path) -> DrafterConfig:
+    """Reads ``folder/config.json``; errors name the file.
+
+    Raises:
+        DrafterConfigError: as ``parse``, or the file is absent or no JSON object.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise DrafterConfigError(f"{path} does not exist: point at a folder that holds a drafter's config.json and safetensors")
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise DrafterConfigError(f"{path} is not JSON ({error}): fetch the checkpoint again") from None
+    try:
+        return parse(raw)
+    except DrafterConfigError as error:
+        raise DrafterConfigError(f"{path}: {error}") from None
+
+
+def parse(raw: Mapping[str, Any]) -> DrafterConfig:
+    """The drafter that the contents of a ``config.json`` describe.
+
+    Raises:
+        DrafterConfigError: a field is missing, of the wrong type, out of range or of a kind not supported.
+    """
+    if not isinstance(raw, Mapping):
+        raise DrafterConfigError(f"it holds {type(raw).__name__}, not an object of settings: {_CAME_WITH[0].lower()}{_CAME_WITH[1:]}")
+    config = _parse_speculators(raw) if "speculators_model_type" in raw else _parse_plain(raw)
+    config.check()
+    return config
+
+
+def write(config: DrafterConfig, format: str, *, verifier: str = "") -> dict[str, Any]:
+    """The contents of ``config.json`` for this drafter in ``format``; ``parse`` reads it back unchanged.
+
+    Args:
+        verifier: for speculators, the target's name or path.
+
+    Raises:
+        DrafterConfigError: the format cannot hold this drafter.
+    """
+    writers: dict[str, Callable[[], dict[str, Any]]] = {
+        "z-lab": lambda: _write_plain(config, format),
+        "AngelSlim": lambda: _write_plain(config, format),
+        "speculators": lambda: _write_speculators(config, verifier),
+    }
+    if format not in writers:
+        raise DrafterConfigError(f"format {format!r} is not known: one of {', '.join(FORMATS)}")
+    return writers[format]()
+
+
+def _parse_plain(raw: Mapping[str, Any]) -> DrafterConfig:
+    """z-lab's DFlash and AngelSlim's DFlare, which share their keys."""
+    architectures = raw.get("architectures")
+    if not isinstance(architectures, Sequence) or isinstance(architectures, str):
+        architectures = []
+    known = [name for name in architectures if name in VLLM_ARCHITECTURES]
+    if not known:
+        raise DrafterConfigError(
+            f"architectures is {raw.get('architectures')!r}, none of {', '.join(ARCHITECTURES)}: this is no DFlash or DFlare drafter. "
+            "Point 'model' in the speculative config at the drafter's folder"
+        )
+    nested = raw.get("dflash_config")
+    if not isinstance(nested, Mapping):
+        raise DrafterConfigError(f"dflash_config is missing: it holds mask_token_id and target_layer_ids. {_CAME_WITH}")
+    kind = ARCHITECTURES[known[0] if known[0] in ARCHITECTURES else known[0].removeprefix("DFlash")]
+    depth = _positive_int(raw, "num_target_layers") if raw.get("num_target_layers") is not None else None
+    ids = nested.get("target_layer_ids")
+    if ids is None:
+        if depth is None:
+            raise DrafterConfigError(
+                f"num_target_layers and dflash_config.target_layer_ids are missing: one of them is needed. {_CAME_WITH}"
+            )
+        ids = default_target_layer_ids(_positive_int(raw, "num_hidden_layers"), depth)
+    # Newer checkpoints hold the block size beside the mask token.
+    block_size = _positive_int(raw if raw.get("block_size") is not None else {"block_size": nested.get("block_size")}, "block_size")
+    _refuse(nested, "dflash_config.", "sample_from_anchor", "attention_sink_bias", "attention_value_scale")
+    windows, causal = _attention(raw, raw, nested)
+    return DrafterConfig(
+        **_transformer(raw), block_size=block_size, mask_token_id=_token_id(nested, "dflash_config.mask_token_id"),
+        target_layer_ids=_layer_ids(ids, "dflash_config.target_layer_ids", "zero-based"), num_target_layers=depth,
+        draft_vocab_size=_draft_vocab(raw, raw), sliding_windows=windows, sliding_causal=causal,
+        quantization_config=raw.get("quantization_config"), dtype=_dtype(raw), conditioning=kind, format=FORMAT_OF[kind],
+    )  # fmt: skip
+
+
+def _parse_speculators(raw: Mapping[str, Any]) -> DrafterConfig:
+    """The speculators library's format: the drafter's layers in ``transformer_layer_config``, layer ids counted from one."""
+    kind = raw["speculators_model_type"]
+    if kind not in CONDITIONINGS:
+        raise DrafterConfigError(f"speculators_model_type is {kind!r}, not one of {', '.join(CONDITIONINGS)}: serve it with vLLM itself")
+    layers = raw.get("transformer_layer_config")
+    if not isinstance(layers, Mapping):
+        raise DrafterConfigError(f"transformer_layer_config is missing: it describes the drafter's layers. {_CAME_WITH}")
+    ids = _layer_ids(raw.get("aux_hidden_state_layer_ids"), "aux_hidden_state_layer_ids", "one-based")
+    _refuse(raw, "", "sample_from_anchor")
+    # Not a field of the library's; ours, so that converting there and back loses nothing.
+    depth = _positive_int(raw, "num_target_layers") if raw.get("num_target_layers") is not None else None
+    windows, _ = _attention(layers, layers, {})
+    sliding_causal = bool(windows) and not raw.get("sliding_window_non_causal", False)
+    return DrafterConfig(
+        **_transformer(layers), block_size=_positive_int(raw, "block_size"), mask_token_id=_token_id(raw, "mask_token_id"),
+        target_layer_ids=tuple(i - 1 for i in ids), num_target_layers=depth, draft_vocab_size=_draft_vocab(raw, layers),
+        sliding_windows=windows, sliding_causal=sliding_causal, quantization_config=raw.get("quantization_config"),
+        dtype=_dtype(raw if raw.get("dtype") or raw.get("torch_dtype") else layers), conditioning=kind, format="speculators",
+    )  # fmt: skip
+
+
+def _transformer(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that all formats write alike."""
+    sizes = {name: _positive_int(raw, name) for name in _SIZES}
+    _refuse(raw, "", "add_swa_attention_sink_bias", "rope_interleaved")
+    act = raw.get("hidden_act", "silu")
+    if act != "silu":
+        raise DrafterConfigError(f"hidden_act is {act!r}: only silu is supported; use another checkpoint")
+    if raw.get("is_neox_style") is False:
+        raise DrafterConfigError("is_neox_style = False (interleaved rotary pairs) is not supported: use another checkpoint")
+    if raw.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise DrafterConfigError(f"partial_rotary_factor = {raw['partial_rotary_factor']!r} is not supported: use another checkpoint")
+    if raw.get("target_hidden_size") not in (None, sizes["hidden_size"]):
+        raise DrafterConfigError(
+            f"target_hidden_size = {raw['target_hidden_size']!r} is not hidden_size {sizes['hidden_size']}: "
+            "the drafter shares the target's embedding; use another checkpoint"
+        )
+    head_dim = _positive_int(raw, "head_dim") if raw.get("head_dim") is not None else sizes["hidden_size"] // sizes["num_attention_heads"]
+    theta, scaling = _rope(raw)
+    return sizes | {
+        "head_dim": head_dim,
+        "rms_norm_eps": _positive_float(raw, "rms_norm_eps", DEFAULT_RMS_NORM_EPS),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "attention_bias": _flag(raw, "attention_bias"),
+    }
+
+
+def _rope(raw: Mapping[str, Any]) -> tuple[float, Mapping[str, Any] | None]:
+    """The rotary base and the rest of its parameters; transformers 5 writes both into ``rope_parameters``."""
+    merged: dict[str, Any] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        value = raw.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise DrafterConfigError(f"{name} is {value!r}: give an object such as {{'rope_type': 'yarn', 'factor': 4.0}}, or null")
+        merged |= value or {}
+    theta = merged.pop("rope_theta", None)
+    source = raw if raw.get("rope_theta") is not None else {"rope_theta": theta}
+    merged["rope_type"] = merged.pop("type", None) or merged.get("rope_type") or "default"
+    scaling = None if merged["rope_type"] == "default" else merged
+    if scaling is not None and scaling["rope_type"] != "longrope" and "factor" in scaling:
+        _positive_float(scaling, "factor", 1.0)
+    return _positive_float(source, "rope_theta", DEFAULT_ROPE_THETA), scaling
+
+
+def _attention(raw: Mapping[str, Any], layers: Mapping[str, Any], nested: Mapping[str, Any]) -> tuple[tuple[int | None, ...], bool]:
+    """Sliding window per layer, and whether sliding layers are causal, as vLLM reads the fields of the published checkpoints."""
+    kinds = layers.get("layer_types")
+    count = _positive_int(layers, "num_hidden_layers")
+    if kinds is not None and (not isinstance(kinds, Sequence) or isinstance(kinds, str) or len(kinds) != count):
+        raise DrafterConfigError(f"layer_types is {kinds!r}: give {count} entries, one a layer (num_hidden_layers)")
+    unknown = sorted({str(kind) for kind in kinds or ()} - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise DrafterConfigError(
+            f"layer_types holds {unknown}: only full_attention and sliding_attention are supported; use another checkpoint"
+        )
+    sliding = [kind == "sliding_attention" for kind in kinds or ["full_attention"] * count]
+    marked = any(sliding)
+    if nested.get("use_swa") and not marked:
+        sliding = [True] * count
+    causal = nested.get("causal", raw.get("is_causal"))
+    if causal is not None and not isinstance(causal, bool):
+        raise DrafterConfigError(f"dflash_config.causal is {causal!r}: true or false")
+    if causal and not all(sliding):
+        raise DrafterConfigError(
+            "dflash_config.causal = True with full-attention layers is not supported: a block's tokens see each other; use another checkpoint"
+        )
+    if not any(sliding):
+        return (), False
+    source = {"sliding_window": nested.get("swa_window_size", layers.get("sliding_window"))}
+    window = _positive_int(source, "sliding_window")
+    return tuple(window if slides else None for slides in sliding), marked if causal is None else causal
+
+
+def _write_plain(config: DrafterConfig, format: str) -> dict[str, Any]:
+    if FORMAT_OF[config.conditioning] != format:
+        raise DrafterConfigError(
+            f"{format} holds no {config.conditioning} drafter: write it as {FORMAT_OF[config.conditioning]} or speculators"
+        )
+    nested: dict[str, Any] = {"mask_token_id": config.mask_token_id, "target_layer_ids": list(config.target_layer_ids)}
+    if config.sliding_windows:
+        nested["causal"] = config.sliding_causal
+        if config.sliding_causal and None in config.sliding_windows:
+            nested.pop("causal")  # vLLM's reading of a mixed drafter without it: causal in the sliding layers
+    out = {"architectures": [ARCHITECTURE_OF[config.conditioning]], "block_size": config.block_size, "dflash_config": nested}
+    out |= _write_transformer(config)
+    if config.num_target_layers is not None:
+        out["num_target_layers"] = config.num_target_layers
+    if config.draft_vocab_size is not None:
+        out["draft_vocab_size"] = config.draft_vocab_size
+    if config.quantization_config is not None:
+        out["quantization_config"] = dict(config.quantization_config)
+    return dict(sorted(out.items()))
+
+
+def _write_speculators(config: DrafterConfig, verifier: str) -> dict[str, Any]:
+    out = {
+        "architectures": ["DFlashSpeculator" if config.conditioning == "dflash" else "DFlareSpeculator"],
+        "speculators_model_type": config.conditioning,
+        "speculators_config": {
+            "algorithm": config.conditioning,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": config.max_speculative_tokens}],
+            "verifier": {"name_or_path": verifier, "architectures": []},
+        },
+        "aux_hidden_state_layer_ids": [i + 1 for i in config.target_layer_ids],
+        "block_size": config.block_size,
+        "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
+        "dtype": config.dtype,
+        "mask_token_id": config.mask_token_id,
+        "sample_from_anchor": False,
+        "sliding_window_non_causal": bool(config.sliding_windows) and not config.sliding_causal,
+        "transformer_layer_config": _write_transformer(config),
+    }
+    if config.num_target_layers is not None:
+        out["num_target_layers"] = config.num_target_layers
+    if config.quantization_config is not None:
+        out["quantization_config"] = dict(config.quantization_config)
+    return out
+
+
+def _write_transformer(config: DrafterConfig) -> dict[str, Any]:
+    windows = config.windows
+    return {
+        "attention_bias": config.attention_bias,
+        "attention_dropout": 0.0,
+        "dtype": config.dtype,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "layer_types": ["full_attention" if w is None else "sliding_attention" for w in windows],
+        "max_window_layers": config.num_hidden_layers,
+        "model_type": "qwen3",
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_scaling": None if config.rope_scaling is None else dict(config.rope_scaling),
+        "rope_theta": config.rope_theta,
+        "sliding_window": next((w for w in windows if w is not None), None),
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "use_sliding_window": any(w is not None for w in windows),
+    } | {name: getattr(config, name) for name in _SIZES}
+
+
+def _draft_vocab(raw: Mapping[str, Any], layers: Mapping[str, Any]) -> int | None:
+    if raw.get("draft_vocab_size") is None:
+        return None
+    size = _positive_int(raw, "draft_vocab_size")
+    return None if size == layers["vocab_size"] else size
+
+
+def _dtype(raw: Mapping[str, Any]) -> str:
+    name = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
+    if name not in ("bfloat16", "float16", "float32"):
+        raise DrafterConfigError(f"dtype is {name!r}: one of bfloat16, float16, float32. {_CAME_WITH}")
+    return name
+
+
+def _refuse(raw: Mapping[str, Any], prefix: str, *names: str) -> None:
+    for name in names:
+        if raw.get(name):
+            raise DrafterConfigError(
+                f"{prefix}{name} = {raw[name]!r} is not supported, and ignoring it would only show as low acceptance: use another checkpoint"
+            )
+
+
+def _layer_ids(value: Any, name: str, counted: str) -> tuple[int, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value or not all(map(_is_int, value)):
+        raise DrafterConfigError(f"{name} is {value!r}: give a list of {counted} target layers")
+    return tuple(value)
+
+
+def _token_id(raw: Mapping[str, Any], name: str) -> int:
+    value = raw.get(name.rpartition(".")[2])
+    if not _is_int(value):
+        raise DrafterConfigError(f"{name} is {value!r}: give the token id that the drafter was trained with")
+    return value
+
+
+def _flag(raw: Mapping[str, Any], name: str) -> bool:
+    value = raw.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise DrafterConfigError(f"{name} is {value!r}: true or false. {_CAME_WITH}")
+    return bool(value)
+
+
+def _positive_int(raw: Mapping[str, Any], name: str) -> int:
+    value = raw.get(name)
+    if not _is_int(value) or value <= 0:
+        state = "missing" if value is None else f"{value!r}"
+        raise DrafterConfigError(f"{name} is {state}: config.json must give a positive whole number. {_CAME_WITH}")
+    return value
+
+
+def _positive_float(raw: Mapping[str, Any], name: str, default: float) -> float:
+    value = raw.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise DrafterConfigError(f"{name} is {value!r}: config.json must give a positive number. {_CAME_WITH}")
+    return float(value)
+
+
+def _is_int(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
