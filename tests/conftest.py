@@ -1,8 +1,12 @@
 """Fixtures shared by all tests: random pairs on disk, made once a session."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported: the models are tiny, so a second thread gains nothing, and beside another process it makes both wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

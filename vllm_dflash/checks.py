@@ -34,6 +34,9 @@ def check_speculative_config(speculative: Any) -> None:
 
         check_tensors(drafter, folder)
     _settle(hf_config, drafter)
+    # EAGLE's K/V of a position depend on the token after it, so vLLM takes back the last page of every prefix-cache hit. Ours
+    # depend on the target's hidden state at that position alone: hits are as long as without speculation.
+    speculative.disable_eagle_block_drop = True
 
 
 def settled(hf_config: Any) -> DrafterConfig:

@@ -23,6 +23,8 @@ class Batch:
 
     prompts: list[list[int]]
     report: dict[str, Any]
+    coverage: dict[str, int] = field(default_factory=dict)
+    """The proposer's counts of context positions at the engine's end: computed, reused, missing."""
 
     @property
     def tokens(self) -> list[list[int]]:
@@ -67,6 +69,8 @@ class Job:
     logprobs: int | None = None
     engine_args: dict[str, Any] = field(default_factory=dict)
     kv_cache_memory_bytes: int = 1 << 28
+    skip_steps: tuple[int, int] | None = None
+    """Steps, from the first to before the second, that run without the drafter."""
 
     def to_json(self) -> dict[str, Any]:
         speculative = {"method": "dflash", "model": str(self.drafter), "num_speculative_tokens": self.num_speculative_tokens}
@@ -74,6 +78,7 @@ class Job:
             "target": str(self.target), "speculative_config": speculative if self.drafter else None, "prompts": [list(p) for p in self.prompts],
             "dtype": self.dtype, "max_tokens": self.max_tokens, "batch_sizes": list(self.batch_sizes), "max_model_len": self.max_model_len,
             "record": self.record, "logprobs": self.logprobs, "engine_args": self.engine_args, "kv_cache_memory_bytes": self.kv_cache_memory_bytes,
+            "skip_steps": self.skip_steps,
         }  # fmt: skip
 
 
@@ -100,7 +105,7 @@ def run_engines(jobs: Sequence[Job], *, env: dict[str, str] | None = None) -> li
         if job.drafter is not None:
             assert report["proposer"].startswith("vllm." if native else "vllm_dflash."), f"drafted by {report['proposer']}"
     return [
-        [Batch([list(p) for p in job.prompts], batch) for batch in report["batches"]] for job, report in zip(jobs, reports, strict=True)
+        [Batch([list(p) for p in job.prompts], batch, report["coverage"]) for batch in report["batches"]] for job, report in zip(jobs, reports, strict=True)
     ]
 
 

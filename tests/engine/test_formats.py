@@ -15,6 +15,7 @@ from engine.oracle import compare_drafts
 from pairs import random_prompts
 from variants import VARIANTS
 
+LIMIT = 96
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 
@@ -47,3 +48,19 @@ def test_the_variants_differ(served: dict[str, Batch]) -> None:
     first = [d["draft"] for d in served["dflash"].report["drafts"]]
     same = [name for name in VARIANTS if name != "dflash" and [d["draft"] for d in served[name].report["drafts"]] == first]
     assert same == ["dflash speculators"]
+
+
+@pytest.mark.parametrize("name", ["dflash sliding causal", "dflash mixed", "dflare"])
+def test_near_max_model_len(random_target: Path, drafters: dict[str, Path], near_the_end: dict[str, Batch], name: str) -> None:
+    """Windows and causal masks hold where a block is cut at ``max_model_len`` too: its rows are those of its positions."""
+    agreement = compare_drafts(near_the_end[name], random_target, drafters[name], torch.float32, 7, max_model_len=LIMIT)
+    assert agreement.drafts >= 100
+    assert agreement.differences == []
+
+
+@pytest.fixture(scope="module")
+def near_the_end(random_target: Path, drafters: dict[str, Path]) -> dict[str, Batch]:
+    prompts = [prompt[: LIMIT - 16 - i] for i, prompt in enumerate([list(range(2, 2 + LIMIT))] * 8)]
+    names = ["dflash sliding causal", "dflash mixed", "dflare"]
+    jobs = [Job(random_target, drafters[name], prompts, max_tokens=32, max_model_len=LIMIT, record=True) for name in names]
+    return dict(zip(names, (b[0] for b in run_engines(jobs)), strict=True))

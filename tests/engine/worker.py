@@ -34,6 +34,27 @@ def record_drafts(llm: Any, drafts: list[dict[str, Any]]) -> None:
     runner.drafter.propose = recording
 
 
+def skip_drafting(llm: Any, steps: range) -> None:
+    """Leaves the drafter out of these steps, counted from the first, as a bug or a race would: nothing drafted, nothing written."""
+    import torch
+
+    drafter = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.drafter
+    propose, count = drafter.propose, iter(range(1 << 30))
+
+    def skipping(*args: Any, **kwargs: Any) -> Any:
+        if next(count) in steps:
+            return torch.zeros(len(kwargs["next_token_ids"]), kwargs["num_speculative_tokens"], dtype=torch.int64)
+        return propose(*args, **kwargs)
+
+    drafter.propose = skipping
+
+
+def coverage(llm: Any) -> dict[str, int]:
+    """The proposer's counts of context positions; empty for a proposer that is not ours."""
+    drafter = getattr(llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner, "drafter", None)
+    return vars(drafter.coverage.counts) if hasattr(drafter, "coverage") else {}
+
+
 def counters(llm: Any) -> dict[str, float]:
     """vLLM's speculation counters so far; ``per_position`` is a list."""
     metrics = {m.name: m for m in llm.get_metrics()}
@@ -52,6 +73,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     llm = LLM(job["target"], **settings | job["engine_args"] | speculative)
     drafts: list[dict[str, Any]] = []
+    if job.get("skip_steps"):
+        skip_drafting(llm, range(*job["skip_steps"]))
     if job.get("record"):
         record_drafts(llm, drafts)
     params = SamplingParams(
@@ -80,6 +103,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         )
     return {
         "batches": batches,
+        "coverage": coverage(llm),
         "proposer": type(
             getattr(llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner, "drafter", None)
         ).__module__,

@@ -36,11 +36,16 @@ def test_rejected_rows_are_not_stored() -> None:
 
 
 def test_positions_past_the_end_do_not_exist() -> None:
-    """They write nothing, stay inside the rotary table, and are not attended to; the other request keeps its whole block."""
+    """Attention takes the rows for the last positions of the sequence: a block that is cut stands at the end of its rows.
+
+    Rows kept in front would be off by the overflow under a window or a causal mask. The other request keeps its whole block.
+    """
     got = layout(max_model_len=12)
-    assert got.slot_mapping.tolist()[4:] == [5 * 4 + 2, 5 * 4 + 3, PAD_SLOT_ID, PAD_SLOT_ID]
-    assert got.positions.tolist()[4:] == [10, 11, 11, 11]
+    assert got.input_ids.tolist() == [100, 1, 1, 1, 1, 1, 200, 1]
+    assert got.slot_mapping.tolist()[4:] == [PAD_SLOT_ID, PAD_SLOT_ID, 5 * 4 + 2, 5 * 4 + 3]
+    assert got.positions.tolist()[4:] == [10, 10, 10, 11]
     assert got.seq_lens.tolist() == [9, 12]
+    assert got.sample_indices.tolist() == [1, 2, 3, 7, 7, 7], "the one mask that exists is the batch's last row"
 
 
 def test_nothing_to_draft() -> None:

@@ -19,11 +19,11 @@ class BlockLayout:
     """One draft for a batch of B requests; rows are request-major, K + 1 a request."""
 
     input_ids: torch.Tensor
-    """[B * (K + 1)] int32: each anchor followed by K masks."""
+    """[B * (K + 1)] int32: each anchor followed by its masks; a block cut at ``max_model_len`` stands at the end of its rows."""
     positions: torch.Tensor
-    """[B * (K + 1)] int64, held below ``max_model_len``."""
+    """[B * (K + 1)] int64, below ``max_model_len``."""
     slot_mapping: torch.Tensor
-    """[B * (K + 1)] int64 cache slots; ``PAD_SLOT_ID`` for positions that do not exist."""
+    """[B * (K + 1)] int64 cache slots; ``PAD_SLOT_ID`` for rows that stand for nothing."""
     seq_lens: torch.Tensor
     """[B] int32: what each request's queries attend to, context and block."""
     context_slot_mapping: torch.Tensor
@@ -69,16 +69,18 @@ def block_layout(
         owner = torch.searchsorted(ends, rows, right=True).clamp_(max=len(ends) - 1)
         context_slots = torch.where(rows < (ends - num_rejected)[owner], slot_mapping, PAD_SLOT_ID)
 
-    offsets = torch.arange(k + 1, device=device)
-    positions = anchors.long()[:, None] + offsets
-    exists = positions < max_model_len
-    positions = positions.clamp(max=max_model_len - 1)
+    # Attention takes a request's K + 1 rows for the last K + 1 positions of its sequence, so the rows of a block that would reach
+    # past the end are moved to where their positions are; those in front of them stand for nothing.
+    overflow = (anchors.long() + k - (max_model_len - 1)).clamp(min=0)[:, None]
+    offsets = torch.arange(k + 1, device=device) - overflow
+    positions = anchors.long()[:, None] + offsets.clamp(min=0)
     pages = block_table.gather(1, positions // page_size).long()
-    slots = torch.where(exists, pages * page_size + positions % page_size, PAD_SLOT_ID)
+    slots = torch.where(offsets >= 0, pages * page_size + positions % page_size, PAD_SLOT_ID)
 
-    input_ids = torch.full((len(anchors), k + 1), mask_token_id, dtype=torch.int32, device=device)
-    input_ids[:, 0] = next_token_ids
-    sample_indices = torch.arange(len(anchors) * (k + 1), device=device).view(-1, k + 1)[:, 1:]
+    input_ids = torch.where(offsets == 0, next_token_ids.to(torch.int32)[:, None], mask_token_id).to(torch.int32)
+    # A mask past the end has no row; its token is never used, and any row of its request will do.
+    rows_of_masks = (torch.arange(1, k + 1, device=device) + overflow).clamp(max=k)
+    sample_indices = torch.arange(len(anchors), device=device)[:, None] * (k + 1) + rows_of_masks
     return BlockLayout(
         input_ids=input_ids.flatten(),
         positions=positions.flatten(),

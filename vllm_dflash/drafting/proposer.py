@@ -7,19 +7,25 @@ lm_head, attention groups, CUDA-graph dispatch) and replaces the draft itself. I
     pytest tests/engine/test_draft_parity.py
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer as NativeDFlashProposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
 from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.drafting.coverage import ContextCoverage, Hole, without_first_pages
 from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_layout
 from vllm_dflash.models.drafter import DrafterForCausalLM
+
+# A name below "vllm", so that vLLM's own handlers and format apply.
+_logger = init_logger("vllm.plugins.dflash")
 
 
 class DFlashProposer(NativeDFlashProposer):
@@ -33,6 +39,15 @@ class DFlashProposer(NativeDFlashProposer):
                 "the drafter shares the target's embedding, which another pipeline stage holds: set pipeline_parallel_size to 1"
             )
         super().__init__(vllm_config, device, runner)
+        self.runner = runner
+        self._coverage: ContextCoverage | None = None
+
+    @property
+    def coverage(self) -> ContextCoverage:
+        """Which context positions hold draft K/V; made late, as vLLM sets the page size after the proposer is built."""
+        if self._coverage is None:
+            self._coverage = ContextCoverage(self.block_size)
+        return self._coverage
 
     @torch.inference_mode()
     def propose(
@@ -78,15 +93,16 @@ class DFlashProposer(NativeDFlashProposer):
         )
         context = self.model.combine_hidden_states(target_hidden_states)
         self.model.precompute_and_store_context_kv(context, target_positions, layout.context_slot_mapping)
+        first_pages = self._watch(cad, num_rejected_tokens_gpu)
         if k == 0:
             return torch.empty(cad.num_reqs, 0, dtype=torch.int64, device=self.device)
-        hidden_states = self._run_block(layout, cad, k)
+        hidden_states = self._run_block(layout, cad, k, first_pages)
         tokens, probs = self._sample_draft_tokens(hidden_states[layout.sample_indices], sampling_metadata)
         if probs is not None:
             self._last_draft_probs = probs.view(-1, k, probs.shape[-1]).contiguous()
         return tokens.view(-1, k)
 
-    def _run_block(self, layout: BlockLayout, cad: CommonAttentionMetadata, k: int) -> torch.Tensor:
+    def _run_block(self, layout: BlockLayout, cad: CommonAttentionMetadata, k: int, first_pages: torch.Tensor | None) -> torch.Tensor:
         """Runs the drafter over the block's queries; returns hidden states [B * (K + 1) or more, H]."""
         num_tokens = layout.input_ids.shape[0]
         mode, num_input_tokens, num_tokens_across_dp = self._determine_batch_execution_and_padding(num_tokens)
@@ -94,6 +110,9 @@ class DFlashProposer(NativeDFlashProposer):
         self.positions[:num_tokens] = layout.positions
         self._slot_mapping_buffer[:num_tokens] = layout.slot_mapping
         self._slot_mapping_buffer[num_tokens:num_input_tokens] = PAD_SLOT_ID
+        if first_pages is not None:
+            cad = cad.replace(block_table_tensor=without_first_pages(cad.block_table_tensor, first_pages))
+            layout = replace(layout, seq_lens=(layout.seq_lens - first_pages * self.block_size).to(layout.seq_lens.dtype))
         metadata = self._layer_metadata(layout, cad, k)
         slots = self._slot_mapping_buffer[:num_input_tokens]
         with set_forward_context(
@@ -105,6 +124,29 @@ class DFlashProposer(NativeDFlashProposer):
             slot_mapping=dict.fromkeys(self._draft_attn_layer_names, slots),
         ):
             return self.model(input_ids=self.input_ids[:num_input_tokens], positions=self.positions[:num_input_tokens])
+
+    def _watch(self, cad: CommonAttentionMetadata, num_rejected: torch.Tensor | None) -> torch.Tensor | None:
+        """Notes what this step has written; returns [B] int64 first sound pages where some request's context has a hole."""
+        batch, count = self.runner.input_batch, cad.num_reqs
+        starts = batch.num_computed_tokens_cpu[:count].tolist()
+        lengths = (cad.query_start_loc_cpu[1 : count + 1] - cad.query_start_loc_cpu[:count]).tolist()
+        if num_rejected is not None and num_rejected.device.type == "cpu":
+            lengths = [length - rejected for length, rejected in zip(lengths, num_rejected.tolist(), strict=True)]
+        # On a GPU the host does not wait for the rejected: a hole shorter than a block goes unnoticed there.
+        for hole in self.coverage.step(batch.req_ids[:count], starts, lengths, self.runner.requests):
+            table = cad.block_table_tensor[hole.row]
+            _logger.warning_once(
+                "the drafter's context of a request has a hole (positions %d to %d): a step ran without the drafter. "
+                "It is left out of what the drafter attends to, and counted", hole.start, hole.end - 1,
+            )  # fmt: skip
+            self.coverage.add(hole, table.tolist())
+            self._fill_with_zeros(hole, table)
+        return self.coverage.first_pages(cad.block_table_tensor, starts, lengths)
+
+    def _fill_with_zeros(self, hole: Hole, table: torch.Tensor) -> None:
+        """Zeros for the hole's keys and values, so that a page that is still in use holds nothing of another request."""
+        positions = torch.arange(hole.start, hole.end, device=table.device)
+        self.model.store_zeros(table[positions // self.block_size].long() * self.block_size + positions % self.block_size)
 
     def _layer_metadata(self, layout: BlockLayout, cad: CommonAttentionMetadata, k: int) -> dict[str, Any]:
         """Attention metadata by draft layer; layers differ only in whether a query sees later ones of its block."""

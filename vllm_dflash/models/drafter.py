@@ -249,10 +249,19 @@ class DrafterForCausalLM(nn.Module):
         """
         rotary_emb = self.model.layers[0].self_attn.rotary_emb
         keys, values = self.model.context_kv(context_states, context_positions, rotary_emb.cos_sin_cache)
-        if context_slot_mapping is None:
-            return
+        if context_slot_mapping is not None:
+            self._store(keys, values, context_slot_mapping)
+
+    def store_zeros(self, slots: torch.Tensor) -> None:
+        """Writes zeros for keys and values at cache slots [N] int64 of every draft layer."""
+        attention = self.model.layers[0].self_attn
+        shape = (len(self.model.layers), len(slots), attention.num_kv_heads, attention.head_dim)
+        zeros = torch.zeros(shape, dtype=self.dtype, device=slots.device)
+        self._store(zeros, zeros, slots)
+
+    def _store(self, keys: torch.Tensor, values: torch.Tensor, slot_mapping: torch.Tensor | Sequence[torch.Tensor | None]) -> None:
         for i, layer in enumerate(self.model.layers):
-            slots = context_slot_mapping if isinstance(context_slot_mapping, torch.Tensor) else context_slot_mapping[i]
+            slots = slot_mapping if isinstance(slot_mapping, torch.Tensor) else slot_mapping[i]
             if slots is not None:
                 attn = layer.self_attn.attn
                 attn.impl.do_kv_cache_update(attn, keys[i], values[i], attn.kv_cache, slots)

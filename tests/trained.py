@@ -1,0 +1,44 @@
+"""Trains a drafter for a moment on a tiny target's own text, so that some of its drafts are accepted and tau says something."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.reference.checkpoint import new_drafter, save_drafter
+from vllm_dflash.reference.decoding import generate, target_features
+from vllm_dflash.reference.masks import block_positions, context_mask
+
+
+def train_briefly(target: Path, folder: Path, config: DrafterConfig, prompts: Sequence[Sequence[int]], new_tokens: int, steps: int) -> Path:
+    """A drafter that knows the target's greedy continuations of ``prompts`` in part; float32; returns its folder.
+
+    The prompts have one length, so that all of them are one batch.
+    """
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).requires_grad_(False)
+    drafter, size = new_drafter(config), config.block_size
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    tokens = torch.tensor([[*p, *generate(model, None, p, new_tokens, 0).tokens] for p in prompts])
+    features = target_features(model, config.target_layer_ids, tokens)[0]
+    rows, length = tokens.shape
+    positions = torch.arange(length).expand(rows, -1)
+    optimizer = torch.optim.Adam(drafter.parameters(), lr=4e-3)
+    for _ in range(steps):
+        anchors = torch.randint(len(prompts[0]), length - size, (rows, 12))
+        ids = torch.full((*anchors.shape, size), config.mask_token_id)
+        ids[..., 0] = tokens.gather(1, anchors)
+        labels = tokens.gather(1, block_positions(anchors, size))
+        context = drafter.context_kv(drafter.context(features), positions)
+        mask = context_mask(anchors, size, length)
+        hidden = drafter(model.get_input_embeddings()(ids.flatten(1)), block_positions(anchors, size), context, mask, size)
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden).flatten(0, 1), labels.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_drafter(folder, drafter.eval())
+    return folder
