@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.config import DrafterConfig, TargetShape, check_pair
+from vllm_dflash.config import DrafterConfig, DrafterConfigError, TargetShape, check_pair
 from vllm_dflash.formats import FORMAT_OF, write
 
 SETTLED = "vllm_dflash"
@@ -28,6 +28,7 @@ def check_speculative_config(speculative: Any) -> None:
         drafter = DrafterConfig.from_pretrained(folder)
     else:
         drafter = DrafterConfig.from_dict(getattr(hf_config, "model", hf_config).to_dict())
+    check_target(target, speculative.target_parallel_config.pipeline_parallel_size)
     check_pair(drafter, TargetShape.from_hf(target.hf_config), speculative.num_speculative_tokens, target.max_model_len)
     if folder is not None and (Path(speculative.model).is_dir() or any(folder.glob("*.safetensors"))):
         from vllm_dflash.weights import check_tensors
@@ -37,6 +38,35 @@ def check_speculative_config(speculative: Any) -> None:
     # EAGLE's K/V of a position depend on the token after it, so vLLM takes back the last page of every prefix-cache hit. Ours
     # depend on the target's hidden state at that position alone: hits are as long as without speculation.
     speculative.disable_eagle_block_drop = True
+
+
+def check_target(target: Any, pipeline_parallel_size: int) -> None:
+    """Refuses a target that no drafter of ours can be conditioned on: ``target`` is vLLM's ``ModelConfig``.
+
+    Raises:
+        DrafterConfigError: its hidden states cannot be captured, or its recurrent state cannot be taken back on this platform.
+    """
+    from vllm.model_executor.models.interfaces import supports_eagle3
+    from vllm.platforms import current_platform
+
+    if pipeline_parallel_size > 1:
+        raise DrafterConfigError(
+            f"pipeline_parallel_size is {pipeline_parallel_size}, but the drafter shares the target's embedding, which another stage "
+            "would hold: set pipeline_parallel_size to 1, and tensor_parallel_size to the number of devices"
+        )
+    model_class, architecture = target.registry.resolve_model_cls(target.architectures, target)
+    if not supports_eagle3(model_class):
+        raise DrafterConfigError(
+            f"vLLM's model of {architecture} cannot hand out the hidden states of its layers (it lacks SupportsEagle3), and a drafter "
+            "needs them: serve this target without a DFlash drafter, or on a vLLM whose model has that interface"
+        )
+    delta_rule = hasattr(target.hf_text_config, "linear_key_head_dim")
+    if target.is_hybrid and current_platform.is_cpu() and not delta_rule:
+        # Not the drafter's doing: n-gram speculation changes the output in the same way (tests/engine/test_targets.py).
+        raise DrafterConfigError(
+            f"vLLM's CPU kernels do not take back the Mamba state of rejected tokens, so {architecture} would write another text than "
+            "without a drafter: serve this target on a GPU, or without a drafter"
+        )
 
 
 def settled(hf_config: Any) -> DrafterConfig:

@@ -1,6 +1,6 @@
-"""The command ``vllm-dflash``: what is installed, whether the plug-in is on, and what it replaces in vLLM.
+"""The command ``vllm-dflash``: what is installed and replaced in vLLM, and the tools around checkpoints.
 
-vllm-dflash status
+vllm-dflash --help
 """
 
 import argparse
@@ -8,26 +8,118 @@ import importlib.metadata
 import os
 import sys
 import textwrap
+from importlib import import_module
+from typing import Any
 
 import vllm_dflash
+from vllm_dflash.formats import FORMATS
 from vllm_dflash.plugin import SWITCH, is_off, patch_set
 from vllm_dflash.supported import SUPPORTED_VLLM, installed_vllm
 
 _PLUGIN_NAME = "dflash"
+_PAIR = "examples/embedded_pair"
+_HELP = """\
+Block-diffusion speculative decoding (DFlash, DFlare) for stock vLLM.
+
+A new drafter, in this order:
+  vllm-dflash status                            is the plug-in on?
+  vllm-dflash inspect DRAFTER                   what is it, and is it whole?
+  vllm-dflash doctor --target T --draft DRAFTER does the pair fit, and how much is accepted?
+  vllm serve T --speculative-config '{"method": "dflash", "model": "DRAFTER"}'
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="vllm-dflash", description="Block-diffusion speculative decoding (DFlash) for stock vLLM.")
+    parser = argparse.ArgumentParser(prog="vllm-dflash", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    status = commands.add_parser(
-        "status",
-        help="versions, whether the plug-in is on, and its patches",
-        description="Prints the versions, whether the plug-in is on, and every patch with its reason. "
+    status = _command(
+        commands, "status", "versions, whether the plug-in is on, and its patches",
+        "Prints the versions, whether the plug-in is on, and every patch with its reason. "
         "Ends with 1 where vLLM would run without the plug-in. Imports neither torch nor vLLM.",
+        ["vllm-dflash status"],
+    )  # fmt: skip
+    status.set_defaults(run=lambda _: _status())
+    _add_inspect(commands)
+    _add_convert(commands)
+    _add_doctor(commands)
+    args = parser.parse_args(arguments)
+    return int(args.run(args))
+
+
+def _command(commands: Any, name: str, help: str, description: str, examples: list[str]) -> argparse.ArgumentParser:
+    epilog = "\n".join([f"example{'s' if len(examples) > 1 else ''}:", *(f"  {line}" for line in examples)])
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=help, description=textwrap.fill(description, 100), epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    status.set_defaults(run=_status)
-    return int(parser.parse_args(arguments).run())
+    return command
+
+
+def _run_tool(name: str) -> Any:
+    """A tool's ``run``, imported when it is called: torch takes seconds."""
+    return lambda args: import_module(f"vllm_dflash.tools.{name}").run(args)
+
+
+def _add_inspect(commands: Any) -> None:
+    inspect = _command(
+        commands, "inspect", "what a checkpoint is, and everything that is wrong with it",
+        "Reads a drafter's config.json and every tensor of its weights: its kind, shape and tables, and whether all is there and finite. "
+        "Ends with 0 where it is sound and with 1 where not; each problem is named with its remedy.",
+        [f"vllm-dflash inspect {_PAIR}/dflash", "vllm-dflash inspect z-lab/Qwen3-8B-DFlash-b16 --json    # after hf download"],
+    )  # fmt: skip
+    inspect.add_argument("path", metavar="PATH", help="the drafter's folder, or a hub id that is downloaded")
+    inspect.add_argument("--json", action="store_true", help="one JSON object, for scripts")
+    inspect.set_defaults(run=_run_tool("inspect"))
+
+
+def _add_convert(commands: Any) -> None:
+    convert = _command(
+        commands, "convert", "writes a checkpoint in another format, without loss",
+        "Writes the drafter SRC to the new folder DST in another format; every tensor is bit-equal, which is checked by reading it back. "
+        "z-lab's format holds DFlash, AngelSlim's DFlare, speculators' both. A mask embedding, a tokenizer and a licence travel along.",
+        [f"vllm-dflash convert {_PAIR}/dflash /tmp/dflash-speculators --to speculators --verifier {_PAIR}/target"],
+    )  # fmt: skip
+    convert.add_argument("source", metavar="SRC", help="the drafter's folder, or a hub id that is downloaded")
+    convert.add_argument("destination", metavar="DST", help="a folder that is not there yet, or empty")
+    convert.add_argument("--to", choices=FORMATS, required=True, help="the format to write")
+    convert.add_argument("--verifier", metavar="NAME", help="for speculators: the target's hub id or folder, which that format names")
+    convert.set_defaults(run=_run_tool("convert"))
+
+
+def _add_doctor(commands: Any) -> None:
+    doctor = _command(
+        commands, "doctor", "checks a target and a drafter before they are served, and says what acceptance to expect",
+        "Compares shapes, layers, vocabulary, tokenizer, rotary positions, dtype and context length of the two; then runs a few prompts "
+        "greedily in plain PyTorch and in vLLM, and says whether the two agree, how many tokens a step is worth (tau), and what to change. "
+        "Ends with 0 where all is well, 1 where something would hurt serving, 2 on wrong usage.",
+        [
+            f"vllm-dflash doctor --target {_PAIR}/target --draft {_PAIR}/dflash --dtype float32",
+            "vllm-dflash doctor --target T --draft D --prompts mine.jsonl --skip-vllm    # a line: {\"prompt\": \"...\"}",
+        ],
+    )  # fmt: skip
+    doctor.add_argument("--target", metavar="T", required=True, help="the target's folder or hub id")
+    doctor.add_argument("--draft", metavar="D", required=True, help="the drafter's folder, or a hub id that is downloaded")
+    doctor.add_argument("--num-speculative-tokens", metavar="K", type=_at_least_one, help="drafted tokens a step (default: a whole block)")
+    doctor.add_argument(
+        "--prompts", metavar="FILE", help="JSON lines with prompt (text), messages (chat) or prompt_token_ids (default: built-in texts)"
+    )
+    doctor.add_argument("--num-prompts", metavar="N", type=_at_least_one, default=8, help="how many of them (default: 8)")
+    doctor.add_argument("--max-tokens", metavar="N", type=_at_least_one, default=64, help="generated tokens a prompt (default: 64)")
+    doctor.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="of both models (default: the target's own); float32 compares outputs exactly",
+    )  # fmt: skip
+    doctor.add_argument("--max-model-len", metavar="N", type=_at_least_one, help="as it will be served (default: the target's)")
+    doctor.add_argument("--skip-vllm", action="store_true", help="plain PyTorch only: no engine is started")
+    doctor.add_argument("--json", action="store_true", help="one JSON object, for scripts")
+    doctor.set_defaults(run=_run_tool("doctor"))
+
+
+def _at_least_one(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
 
 
 def _status() -> int:
@@ -36,7 +128,7 @@ def _status() -> int:
     print(f"vLLM         {version or 'not installed'} (supported: {SUPPORTED_VLLM})")
     print(f"torch        {_version('torch')}")
     problems = patch_set().check(version)
-    state = _why_off() or ("off: the patches do not fit this vLLM" if problems else "on")
+    state = why_off() or ("off: the patches do not fit this vLLM" if problems else "on")
     print(f"plug-in      {state}")
     for problem in problems:
         print(f"  {problem}")
@@ -48,7 +140,8 @@ def _status() -> int:
     return 0 if state == "on" else 1
 
 
-def _why_off() -> str | None:
+def why_off() -> str | None:
+    """Why vLLM would run without the plug-in; None where it would not."""
     if is_off():
         return f"off: {SWITCH}={os.environ[SWITCH]}"
     allowed = os.environ.get("VLLM_PLUGINS")

@@ -142,7 +142,7 @@ class DrafterConfig:
             raise DrafterConfigError(
                 f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads {self.num_key_value_heads}: fix config.json"
             )
-        if self.head_dim % 2:
+        if self.head_dim % 2 or self.head_dim < 2:
             raise DrafterConfigError(f"head_dim is {self.head_dim}: rotary positions need an even one; fix config.json")
         if self.block_size < 2:
             raise DrafterConfigError(

@@ -12,8 +12,9 @@ show as low acceptance. Tests: ``pytest tests/unit/test_formats.py``.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
+from vllm_dflash import fields
 from vllm_dflash.config import (
     CONDITIONINGS,
     DEFAULT_RMS_NORM_EPS,
@@ -41,7 +42,6 @@ _SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "vocab_size", "max_position_embeddings",
 )  # fmt: skip
-_CAME_WITH = "Use the config.json that the checkpoint came with"
 
 
 def tensor_name(name: str) -> str:
@@ -66,7 +66,7 @@ def read(folder: str | Path) -> DrafterConfig:
         raise DrafterConfigError(f"{path} does not exist: point at a folder that holds a drafter's config.json and safetensors")
     try:
         raw = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise DrafterConfigError(f"{path} is not JSON ({error}): fetch the checkpoint again") from None
     try:
         return parse(raw)
@@ -81,9 +81,16 @@ def parse(raw: Mapping[str, Any]) -> DrafterConfig:
         DrafterConfigError: a field is missing, of the wrong type, out of range or of a kind not supported.
     """
     if not isinstance(raw, Mapping):
-        raise DrafterConfigError(f"it holds {type(raw).__name__}, not an object of settings: {_CAME_WITH[0].lower()}{_CAME_WITH[1:]}")
+        raise DrafterConfigError(
+            f"it holds {type(raw).__name__}, not an object of settings: {fields.CAME_WITH[0].lower()}{fields.CAME_WITH[1:]}"
+        )
     config = _parse_speculators(raw) if "speculators_model_type" in raw else _parse_plain(raw)
-    config.check()
+    try:
+        config.check()
+    except DrafterConfigError as error:
+        if config.format == "speculators" and "target_layer_ids" in str(error):
+            raise DrafterConfigError(f"{error}. This format calls them aux_hidden_state_layer_ids and counts from one") from None
+        raise
     return config
 
 
@@ -109,7 +116,7 @@ def write(config: DrafterConfig, format: str, *, verifier: str = "") -> dict[str
 def _parse_plain(raw: Mapping[str, Any]) -> DrafterConfig:
     """z-lab's DFlash and AngelSlim's DFlare, which share their keys."""
     architectures = raw.get("architectures")
-    if not isinstance(architectures, Sequence) or isinstance(architectures, str):
+    if not fields.is_list(architectures):
         architectures = []
     known = [name for name in architectures if name in VLLM_ARCHITECTURES]
     if not known:
@@ -119,25 +126,25 @@ def _parse_plain(raw: Mapping[str, Any]) -> DrafterConfig:
         )
     nested = raw.get("dflash_config")
     if not isinstance(nested, Mapping):
-        raise DrafterConfigError(f"dflash_config is missing: it holds mask_token_id and target_layer_ids. {_CAME_WITH}")
+        raise DrafterConfigError(f"dflash_config is missing: it holds mask_token_id and target_layer_ids. {fields.CAME_WITH}")
     kind = ARCHITECTURES[known[0] if known[0] in ARCHITECTURES else known[0].removeprefix("DFlash")]
-    depth = _positive_int(raw, "num_target_layers") if raw.get("num_target_layers") is not None else None
+    depth = fields.optional_positive_int(raw, "num_target_layers")
     ids = nested.get("target_layer_ids")
     if ids is None:
         if depth is None:
             raise DrafterConfigError(
-                f"num_target_layers and dflash_config.target_layer_ids are missing: one of them is needed. {_CAME_WITH}"
+                f"num_target_layers and dflash_config.target_layer_ids are missing: one of them is needed. {fields.CAME_WITH}"
             )
-        ids = default_target_layer_ids(_positive_int(raw, "num_hidden_layers"), depth)
+        ids = default_target_layer_ids(fields.positive_int(raw, "num_hidden_layers"), depth)
     # Newer checkpoints hold the block size beside the mask token.
-    block_size = _positive_int(raw if raw.get("block_size") is not None else {"block_size": nested.get("block_size")}, "block_size")
-    _refuse(nested, "dflash_config.", "sample_from_anchor", "attention_sink_bias", "attention_value_scale")
+    block_size = fields.positive_int(raw if raw.get("block_size") is not None else {"block_size": nested.get("block_size")}, "block_size")
+    fields.refuse(nested, "dflash_config.", "sample_from_anchor", "attention_sink_bias", "attention_value_scale")
     windows, causal = _attention(raw, raw, nested)
     return DrafterConfig(
-        **_transformer(raw), block_size=block_size, mask_token_id=_token_id(nested, "dflash_config.mask_token_id"),
-        target_layer_ids=_layer_ids(ids, "dflash_config.target_layer_ids", "zero-based"), num_target_layers=depth,
+        **_transformer(raw), block_size=block_size, mask_token_id=fields.token_id(nested, "dflash_config.mask_token_id"),
+        target_layer_ids=fields.layer_ids(ids, "dflash_config.target_layer_ids"), num_target_layers=depth,
         draft_vocab_size=_draft_vocab(raw, raw), sliding_windows=windows, sliding_causal=causal,
-        quantization_config=raw.get("quantization_config"), dtype=_dtype(raw), conditioning=kind, format=FORMAT_OF[kind],
+        quantization_config=fields.quantization(raw), dtype=fields.dtype(raw), conditioning=kind, format=FORMAT_OF[kind],
     )  # fmt: skip
 
 
@@ -148,25 +155,25 @@ def _parse_speculators(raw: Mapping[str, Any]) -> DrafterConfig:
         raise DrafterConfigError(f"speculators_model_type is {kind!r}, not one of {', '.join(CONDITIONINGS)}: serve it with vLLM itself")
     layers = raw.get("transformer_layer_config")
     if not isinstance(layers, Mapping):
-        raise DrafterConfigError(f"transformer_layer_config is missing: it describes the drafter's layers. {_CAME_WITH}")
-    ids = _layer_ids(raw.get("aux_hidden_state_layer_ids"), "aux_hidden_state_layer_ids", "one-based")
-    _refuse(raw, "", "sample_from_anchor")
+        raise DrafterConfigError(f"transformer_layer_config is missing: it describes the drafter's layers. {fields.CAME_WITH}")
+    ids = fields.layer_ids(raw.get("aux_hidden_state_layer_ids"), "aux_hidden_state_layer_ids", one_based=True)
+    fields.refuse(raw, "", "sample_from_anchor")
     # Not a field of the library's; ours, so that converting there and back loses nothing.
-    depth = _positive_int(raw, "num_target_layers") if raw.get("num_target_layers") is not None else None
+    depth = fields.optional_positive_int(raw, "num_target_layers")
     windows, _ = _attention(layers, layers, {})
-    sliding_causal = bool(windows) and not raw.get("sliding_window_non_causal", False)
+    sliding_causal = not fields.flag(raw, "sliding_window_non_causal") and bool(windows)
     return DrafterConfig(
-        **_transformer(layers), block_size=_positive_int(raw, "block_size"), mask_token_id=_token_id(raw, "mask_token_id"),
-        target_layer_ids=tuple(i - 1 for i in ids), num_target_layers=depth, draft_vocab_size=_draft_vocab(raw, layers),
-        sliding_windows=windows, sliding_causal=sliding_causal, quantization_config=raw.get("quantization_config"),
-        dtype=_dtype(raw if raw.get("dtype") or raw.get("torch_dtype") else layers), conditioning=kind, format="speculators",
+        **_transformer(layers), block_size=fields.positive_int(raw, "block_size"), mask_token_id=fields.token_id(raw, "mask_token_id"),
+        target_layer_ids=ids, num_target_layers=depth, draft_vocab_size=_draft_vocab(raw, layers),
+        sliding_windows=windows, sliding_causal=sliding_causal, quantization_config=fields.quantization(raw),
+        dtype=fields.dtype(raw, layers), conditioning=kind, format="speculators",
     )  # fmt: skip
 
 
 def _transformer(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that all formats write alike."""
-    sizes = {name: _positive_int(raw, name) for name in _SIZES}
-    _refuse(raw, "", "add_swa_attention_sink_bias", "rope_interleaved")
+    sizes = {name: fields.positive_int(raw, name) for name in _SIZES}
+    fields.refuse(raw, "", "add_swa_attention_sink_bias", "rope_interleaved")
     act = raw.get("hidden_act", "silu")
     if act != "silu":
         raise DrafterConfigError(f"hidden_act is {act!r}: only silu is supported; use another checkpoint")
@@ -179,39 +186,28 @@ def _transformer(raw: Mapping[str, Any]) -> dict[str, Any]:
             f"target_hidden_size = {raw['target_hidden_size']!r} is not hidden_size {sizes['hidden_size']}: "
             "the drafter shares the target's embedding; use another checkpoint"
         )
-    head_dim = _positive_int(raw, "head_dim") if raw.get("head_dim") is not None else sizes["hidden_size"] // sizes["num_attention_heads"]
-    theta, scaling = _rope(raw)
+    head_dim = fields.optional_positive_int(raw, "head_dim")
+    if head_dim is None and sizes["hidden_size"] % sizes["num_attention_heads"]:
+        raise DrafterConfigError(
+            f"head_dim is missing, and hidden_size {sizes['hidden_size']} is no multiple of num_attention_heads "
+            f"{sizes['num_attention_heads']}: it cannot be derived. {fields.CAME_WITH}"
+        )
+    theta, scaling = fields.rope(raw, DEFAULT_ROPE_THETA)
     return sizes | {
-        "head_dim": head_dim,
-        "rms_norm_eps": _positive_float(raw, "rms_norm_eps", DEFAULT_RMS_NORM_EPS),
+        "head_dim": head_dim or sizes["hidden_size"] // sizes["num_attention_heads"],
+        "rms_norm_eps": fields.positive_float(raw, "rms_norm_eps", DEFAULT_RMS_NORM_EPS),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "attention_bias": _flag(raw, "attention_bias"),
+        "attention_bias": fields.flag(raw, "attention_bias"),
     }
-
-
-def _rope(raw: Mapping[str, Any]) -> tuple[float, Mapping[str, Any] | None]:
-    """The rotary base and the rest of its parameters; transformers 5 writes both into ``rope_parameters``."""
-    merged: dict[str, Any] = {}
-    for name in ("rope_parameters", "rope_scaling"):
-        value = raw.get(name)
-        if value is not None and not isinstance(value, Mapping):
-            raise DrafterConfigError(f"{name} is {value!r}: give an object such as {{'rope_type': 'yarn', 'factor': 4.0}}, or null")
-        merged |= value or {}
-    theta = merged.pop("rope_theta", None)
-    source = raw if raw.get("rope_theta") is not None else {"rope_theta": theta}
-    merged["rope_type"] = merged.pop("type", None) or merged.get("rope_type") or "default"
-    scaling = None if merged["rope_type"] == "default" else merged
-    if scaling is not None and scaling["rope_type"] != "longrope" and "factor" in scaling:
-        _positive_float(scaling, "factor", 1.0)
-    return _positive_float(source, "rope_theta", DEFAULT_ROPE_THETA), scaling
 
 
 def _attention(raw: Mapping[str, Any], layers: Mapping[str, Any], nested: Mapping[str, Any]) -> tuple[tuple[int | None, ...], bool]:
     """Sliding window per layer, and whether sliding layers are causal, as vLLM reads the fields of the published checkpoints."""
     kinds = layers.get("layer_types")
-    count = _positive_int(layers, "num_hidden_layers")
-    if kinds is not None and (not isinstance(kinds, Sequence) or isinstance(kinds, str) or len(kinds) != count):
+    count = fields.positive_int(layers, "num_hidden_layers")
+    fields.flag(layers, "use_sliding_window")
+    if kinds is not None and (not fields.is_list(kinds) or len(kinds) != count):
         raise DrafterConfigError(f"layer_types is {kinds!r}: give {count} entries, one a layer (num_hidden_layers)")
     unknown = sorted({str(kind) for kind in kinds or ()} - {"full_attention", "sliding_attention"})
     if unknown:
@@ -220,19 +216,17 @@ def _attention(raw: Mapping[str, Any], layers: Mapping[str, Any], nested: Mappin
         )
     sliding = [kind == "sliding_attention" for kind in kinds or ["full_attention"] * count]
     marked = any(sliding)
-    if nested.get("use_swa") and not marked:
+    if fields.flag(nested, "dflash_config.use_swa") and not marked:
         sliding = [True] * count
-    causal = nested.get("causal", raw.get("is_causal"))
-    if causal is not None and not isinstance(causal, bool):
-        raise DrafterConfigError(f"dflash_config.causal is {causal!r}: true or false")
+    causal = fields.optional_flag(nested, "dflash_config.causal")
+    causal = fields.optional_flag(raw, "is_causal") if causal is None else causal
     if causal and not all(sliding):
         raise DrafterConfigError(
             "dflash_config.causal = True with full-attention layers is not supported: a block's tokens see each other; use another checkpoint"
         )
     if not any(sliding):
         return (), False
-    source = {"sliding_window": nested.get("swa_window_size", layers.get("sliding_window"))}
-    window = _positive_int(source, "sliding_window")
+    window = fields.optional_positive_int(nested, "dflash_config.swa_window_size") or fields.positive_int(layers, "sliding_window")
     return tuple(window if slides else None for slides in sliding), marked if causal is None else causal
 
 
@@ -308,61 +302,5 @@ def _write_transformer(config: DrafterConfig) -> dict[str, Any]:
 def _draft_vocab(raw: Mapping[str, Any], layers: Mapping[str, Any]) -> int | None:
     if raw.get("draft_vocab_size") is None:
         return None
-    size = _positive_int(raw, "draft_vocab_size")
+    size = fields.positive_int(raw, "draft_vocab_size")
     return None if size == layers["vocab_size"] else size
-
-
-def _dtype(raw: Mapping[str, Any]) -> str:
-    name = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
-    if name not in ("bfloat16", "float16", "float32"):
-        raise DrafterConfigError(f"dtype is {name!r}: one of bfloat16, float16, float32. {_CAME_WITH}")
-    return name
-
-
-def _refuse(raw: Mapping[str, Any], prefix: str, *names: str) -> None:
-    for name in names:
-        if raw.get(name):
-            raise DrafterConfigError(
-                f"{prefix}{name} = {raw[name]!r} is not supported, and ignoring it would only show as low acceptance: use another checkpoint"
-            )
-
-
-def _layer_ids(value: Any, name: str, counted: str) -> tuple[int, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value or not all(map(_is_int, value)):
-        raise DrafterConfigError(f"{name} is {value!r}: give a list of {counted} target layers")
-    return tuple(value)
-
-
-def _token_id(raw: Mapping[str, Any], name: str) -> int:
-    value = raw.get(name.rpartition(".")[2])
-    if not _is_int(value):
-        raise DrafterConfigError(f"{name} is {value!r}: give the token id that the drafter was trained with")
-    return value
-
-
-def _flag(raw: Mapping[str, Any], name: str) -> bool:
-    value = raw.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise DrafterConfigError(f"{name} is {value!r}: true or false. {_CAME_WITH}")
-    return bool(value)
-
-
-def _positive_int(raw: Mapping[str, Any], name: str) -> int:
-    value = raw.get(name)
-    if not _is_int(value) or value <= 0:
-        state = "missing" if value is None else f"{value!r}"
-        raise DrafterConfigError(f"{name} is {state}: config.json must give a positive whole number. {_CAME_WITH}")
-    return value
-
-
-def _positive_float(raw: Mapping[str, Any], name: str, default: float) -> float:
-    value = raw.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise DrafterConfigError(f"{name} is {value!r}: config.json must give a positive number. {_CAME_WITH}")
-    return float(value)
-
-
-def _is_int(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)

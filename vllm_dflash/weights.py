@@ -1,10 +1,13 @@
 """Which tensors a drafter's checkpoint holds, and a check of a folder against that list before anything is loaded.
 
-Reads safetensors headers only, so the engine, the tools and the tests share it. A tensor that is missing or of another
-shape would otherwise show only as low acceptance. Tests: ``pytest tests/unit/test_weights.py``.
+Reads safetensors headers and two small tables only, so the engine, the tools and the tests share it. A tensor that is missing
+or of another shape would otherwise show only as low acceptance. Tests: ``pytest tests/unit/test_weights.py
+tests/unit/test_broken_checkpoints.py``.
 """
 
+import io
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +23,9 @@ INDEX_FILE = "model.safetensors.index.json"
 MASK_EMBEDDING_FILE = "mask_embedding.pt"
 _MOST_NAMED = 8
 _FETCH_AGAIN = "fetch the checkpoint again (an interrupted download or a Git LFS pointer looks like this)"
+_CAME_WITH = "use the weights that the config.json came with"
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_WHOLE = frozenset({"I64", "I32", "I16"})
 
 
 def expected_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
@@ -56,50 +62,110 @@ def optional_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint: the single file, or the shards that its index names.
+    """The safetensors files of a checkpoint, as vLLM reads it: the shards that its index names, or the single file.
 
     Raises:
-        DrafterConfigError: there is no weight file, the index is unusable, or a shard is absent.
+        DrafterConfigError: there is no weight file, the index is unusable, a shard is absent, or there are more files than that.
     """
     folder = Path(folder)
     index = folder / INDEX_FILE
-    if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
-    if not index.is_file():
+    if index.is_file():
+        return _shards(folder, index)
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    if SINGLE_FILE not in found:
         raise DrafterConfigError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}: point at the drafter's folder, or {_FETCH_AGAIN}")
+    if len(found) > 1:
+        found.remove(SINGLE_FILE)
+        raise DrafterConfigError(
+            f"{folder} holds {_some(found)} beside {SINGLE_FILE}, and vLLM reads every safetensors file: remove what is not the drafter's"
+        )
+    return [folder / SINGLE_FILE]
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = sorted({str(Path(name)) for name in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise DrafterConfigError(f"{index} is no safetensors index ({error!r}): {_FETCH_AGAIN}") from None
-    absent = [name for name in names if not (folder / name).is_file()]
+    absent = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
     if absent or not names:
-        raise DrafterConfigError(f"{index} names shards that are not there: {absent}. {_FETCH_AGAIN.capitalize()}")
+        raise DrafterConfigError(f"{index} names shards that are not there: {_some(absent)}. {_FETCH_AGAIN.capitalize()}")
     return [folder / name for name in names]
 
 
-def read_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the folder's safetensors files, from their headers.
+def read_headers(folder: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name, safetensors dtype (such as BF16) and shape of every tensor in the folder's safetensors files.
 
     Raises:
-        DrafterConfigError: a file is absent, truncated or no safetensors file.
+        DrafterConfigError: a file is absent, truncated or no safetensors file, or two hold the same tensor.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (SafetensorError, OSError) as error:
-            raise DrafterConfigError(f"{path} cannot be read as safetensors ({error}): {_FETCH_AGAIN}") from None
-    return shapes
+        header = read_header(path)
+        twice = sorted(found.keys() & header.keys())
+        if twice:
+            raise DrafterConfigError(f"{path} holds {_some(twice)}, which another file of the checkpoint holds too: {_FETCH_AGAIN}")
+        found |= header
+    return found
+
+
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The same of one file."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise DrafterConfigError(f"{path} cannot be read as safetensors ({error}): {_FETCH_AGAIN}") from None
+
+
+def read_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in the folder's safetensors files; raises as ``read_headers``."""
+    return {name: shape for name, (_, shape) in read_headers(folder).items()}
 
 
 def check_tensors(config: DrafterConfig, folder: str | Path) -> None:
-    """``check_shapes`` for the weight files of a folder; errors name the folder."""
-    found = read_shapes(folder)
+    """``check_shapes``, ``check_dtypes`` and ``check_tables`` for a folder; errors name it."""
+    found = read_headers(folder)
     try:
-        check_shapes(config, found)
+        check_shapes(config, {name: shape for name, (_, shape) in found.items()})
+        check_dtypes(config, {name: dtype for name, (dtype, _) in found.items()})
+        check_tables(config, folder)
     except DrafterConfigError as error:
         raise DrafterConfigError(f"{folder}: {error}") from None
+
+
+def check_dtypes(config: DrafterConfig, found: Mapping[str, str]) -> None:
+    """Refuses tensors (a checkpoint's names to safetensors dtypes) that are no floats, and a ``d2t`` that is no whole numbers.
+
+    Raises:
+        DrafterConfigError: names them.
+    """
+    named = {tensor_name(name): dtype for name, dtype in found.items()}
+    packed = config.quantization_config is not None
+    ours = expected_tensors(config) | optional_tensors(config)
+    floats = [name for name in ours if name != "d2t" and not (packed and "_proj." in name)]
+    bad = [f"{n} is {named[n]} and should be BF16, F16 or F32" for n in sorted(floats) if n in named and named[n] not in _FLOATS]
+    if named.get("d2t", "I64") not in _WHOLE:
+        bad.append(f"d2t is {named['d2t']} and should be I64")
+    if bad:
+        raise DrafterConfigError(f"tensors of a dtype that a drafter has not: {_some(bad)}; {_CAME_WITH}")
+
+
+def check_tables(config: DrafterConfig, folder: str | Path) -> None:
+    """Refuses a draft vocabulary or a mask embedding that is unusable; the two small tables are read.
+
+    Raises:
+        DrafterConfigError: names the table and what is wrong with it.
+    """
+    read_mask_embedding(folder, config)
+    if config.draft_vocab_size is None:
+        return
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                if tensor_name(name) == "d2t":
+                    target_ids(file.get_tensor(name), config.vocab_size)
 
 
 def check_shapes(config: DrafterConfig, found: Mapping[str, tuple[int, ...]]) -> None:
@@ -111,6 +177,9 @@ def check_shapes(config: DrafterConfig, found: Mapping[str, tuple[int, ...]]) ->
         DrafterConfigError: names each missing, unexpected or misshaped tensor, and the remedy.
     """
     named = {tensor_name(name): shape for name, shape in found.items()}
+    if len(named) != len(found):
+        twice = sorted(name for name in found if tensor_name(name) != name and tensor_name(name) in found)
+        raise DrafterConfigError(f"the weights hold tensors under two names: {_some(twice)} without the prefix too; {_CAME_WITH}")
     named = {name: shape for name, shape in named.items() if name not in IGNORED_TENSORS}
     expected, optional = expected_tensors(config), optional_tensors(config)
     if config.quantization_config is not None:
@@ -141,11 +210,43 @@ def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
     Raises:
         DrafterConfigError: names them.
     """
-    bad = sorted(name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all())
+    bad = sorted(name for name, tensor in tensors.items() if not is_finite(tensor))
     if bad:
         raise DrafterConfigError(
             f"the weights hold NaN or infinity in {_some(bad)}: {_FETCH_AGAIN}, or train again from a sound checkpoint"
         )
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite; whole numbers never are."""
+    if not tensor.is_floating_point():
+        return True
+    # torch has no isfinite for 8-bit floats, the dtype of some quantized checkpoints.
+    return bool((tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all())
+
+
+def read_mask_embedding(folder: str | Path, config: DrafterConfig) -> torch.Tensor | None:
+    """The trained mask embedding [H] of ``mask_embedding.pt``, where the folder has that file.
+
+    Raises:
+        DrafterConfigError: the file is unusable, or for another mask token or size.
+    """
+    path = Path(folder) / MASK_EMBEDDING_FILE
+    return load_mask_embedding(path.read_bytes(), config, str(path)) if path.is_file() else None
+
+
+def load_mask_embedding(data: bytes, config: DrafterConfig, path: str) -> torch.Tensor:
+    """The mask embedding [H] in the bytes of a ``mask_embedding.pt``; ``path`` is for messages.
+
+    Raises:
+        DrafterConfigError: they are not tensors saved by torch, or as ``mask_embedding``.
+    """
+    try:
+        state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        first = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise DrafterConfigError(f"{path} cannot be read as tensors ({first}): {_FETCH_AGAIN}") from None
+    return mask_embedding(state, config, path)
 
 
 def mask_embedding(state: object, config: DrafterConfig, path: str) -> torch.Tensor:
@@ -156,12 +257,14 @@ def mask_embedding(state: object, config: DrafterConfig, path: str) -> torch.Ten
     """
     if isinstance(state, dict):
         token = state.get("mask_token_id", config.mask_token_id)
-        if token != config.mask_token_id:
+        token = token.item() if isinstance(token, torch.Tensor) and token.numel() == 1 else token
+        if not isinstance(token, int) or token != config.mask_token_id:
             raise DrafterConfigError(
                 f"{path} is for mask_token_id {token}, config.json says {config.mask_token_id}: use files of one checkpoint"
             )
         state = state.get("embedding")
-    if not isinstance(state, torch.Tensor) or state.numel() != config.hidden_size or not state.isfinite().all():
+    wanted = isinstance(state, torch.Tensor) and state.is_floating_point() and state.numel() == config.hidden_size
+    if not isinstance(state, torch.Tensor) or not wanted or not is_finite(state):
         raise DrafterConfigError(f"{path} holds no finite embedding of {config.hidden_size} elements: fetch the checkpoint again")
     return state.reshape(-1)
 
@@ -172,11 +275,11 @@ def target_ids(d2t: torch.Tensor, vocab_size: int) -> torch.Tensor:
     Raises:
         DrafterConfigError: an id is outside the vocabulary, or two draft tokens have the same.
     """
+    if d2t.is_floating_point() or d2t.dtype == torch.bool or d2t.ndim != 1:
+        raise DrafterConfigError(f"d2t is {d2t.dtype} {list(d2t.shape)}: it should be a list of int64 offsets; {_CAME_WITH}")
     ids = torch.arange(len(d2t)) + d2t.long().cpu()
     if ids.min() < 0 or ids.max() >= vocab_size or len(ids.unique()) != len(ids):
-        raise DrafterConfigError(
-            f"d2t does not map the draft vocabulary to distinct tokens of 0 to {vocab_size - 1}: use the weights that the config.json came with"
-        )
+        raise DrafterConfigError(f"d2t does not map the draft vocabulary to distinct tokens of 0 to {vocab_size - 1}: {_CAME_WITH}")
     return ids
 
 

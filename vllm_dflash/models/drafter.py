@@ -184,6 +184,8 @@ class DrafterForCausalLM(nn.Module):
     # vLLM's loader shares the target's modules with a drafter that says it has none.
     has_own_embed_tokens = False
     has_own_lm_head = False
+    # For quantized checkpoints, whose settings name the projections one by one.
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}  # noqa: RUF012
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -298,13 +300,17 @@ class DrafterForCausalLM(nn.Module):
         """Copies one tensor into the parameter that holds it; quantized ones have names such as ``q_proj.weight_scale``."""
         module, _, kind = name.rpartition(".")
         stem, _, projection = module.rpartition(".")
-        if projection in _FUSED:
-            fused, shard = _FUSED[projection]
-            parameter = parameters[f"{stem}.{fused}.{kind}"]
-            parameter.weight_loader(parameter, tensor, shard)
-        else:
-            parameter = parameters[name]
+        fused, shard = _FUSED.get(projection, (projection, None))
+        parameter = parameters.get(f"{stem}.{fused}.{kind}" if stem else name)
+        if parameter is None:
+            raise DrafterConfigError(
+                f"{name} has no place in the drafter: its quantization_config does not say how this tensor is stored. "
+                "Use a checkpoint that quantizes all projections of its layers alike"
+            )
+        if shard is None:
             getattr(parameter, "weight_loader", _copy)(parameter, tensor)
+        else:
+            parameter.weight_loader(parameter, tensor, shard)
 
 
 def _copy(parameter: torch.Tensor, tensor: torch.Tensor) -> None:

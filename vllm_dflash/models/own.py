@@ -3,14 +3,13 @@
 pytest tests/engine/test_formats.py
 """
 
-import io
 from typing import Any
 
 import torch
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
-from vllm_dflash.weights import MASK_EMBEDDING_FILE, mask_embedding, target_ids
+from vllm_dflash.weights import MASK_EMBEDDING_FILE, load_mask_embedding, target_ids
 
 
 class OwnTables:
@@ -38,6 +37,5 @@ class OwnTables:
                 drafter.draft_ids = target_ids(tensors.pop("d2t"), vocab).to(device)
         data = get_hf_file_bytes(MASK_EMBEDDING_FILE, drafter.model_path, drafter.revision)
         if data is not None:
-            state = torch.load(io.BytesIO(data), weights_only=True)
-            drafter.model.mask_embedding.data.copy_(mask_embedding(state, config, MASK_EMBEDDING_FILE))
+            drafter.model.mask_embedding.data.copy_(load_mask_embedding(data, config, MASK_EMBEDDING_FILE))
             drafter.model.has_mask_embedding = True

@@ -4,7 +4,6 @@ Tests: ``pytest tests/unit/test_weights.py tests/unit/test_formats.py``.
 """
 
 import json
-import pickle
 from pathlib import Path
 
 import torch
@@ -14,15 +13,7 @@ from vllm_dflash.conditioning import kind_of
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import CONFIG_FILE, FORMAT_OF, IGNORED_TENSORS, tensor_name, write
 from vllm_dflash.reference.drafter import Drafter, OwnTables
-from vllm_dflash.weights import (
-    MASK_EMBEDDING_FILE,
-    SINGLE_FILE,
-    check_finite,
-    check_tensors,
-    expected_tensors,
-    mask_embedding,
-    weight_files,
-)
+from vllm_dflash.weights import SINGLE_FILE, check_finite, check_tensors, expected_tensors, read_mask_embedding, weight_files
 
 _OWN = {"embed_tokens.weight": "embed_tokens", "lm_head.weight": "lm_head", "d2t": "d2t"}
 
@@ -77,19 +68,3 @@ def read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint's safetensors files by our names, without those that only training needs."""
     named = {tensor_name(name): tensor for path in weight_files(folder) for name, tensor in load_file(path).items()}
     return {name: tensor for name, tensor in named.items() if name not in IGNORED_TENSORS}
-
-
-def read_mask_embedding(folder: str | Path, config: DrafterConfig) -> torch.Tensor | None:
-    """The trained mask embedding [H] of ``mask_embedding.pt``, where the folder has that file.
-
-    Raises:
-        DrafterConfigError: the file is unusable, or for another mask token or size.
-    """
-    path = Path(folder) / MASK_EMBEDDING_FILE
-    if not path.is_file():
-        return None
-    try:
-        state = torch.load(path, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise DrafterConfigError(f"{path} cannot be read as tensors ({error}): fetch the checkpoint again") from None
-    return mask_embedding(state, config, str(path))

@@ -1,0 +1,256 @@
+"""Checks a target and a drafter before they are served, and says what acceptance to expect and what to change.
+
+    vllm-dflash doctor --target examples/embedded_pair/target --draft examples/embedded_pair/dflash --dtype float32
+
+Limits: greedy, one device, whole models in memory twice over (plain PyTorch, then vLLM). Tests: ``pytest tests/engine/test_doctor.py``.
+"""
+
+import argparse
+import json
+import sys
+import textwrap
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.tools.inspect import inspect_checkpoint
+from vllm_dflash.tools.pair_checks import (
+    Check,
+    Settings,
+    checkpoint_checks,
+    load_tokenizer,
+    plugin_check,
+    resolved_dtype,
+    shape_checks,
+    tokenizer_checks,
+)
+from vllm_dflash.tools.pair_runs import Acceptance, EngineError, EngineRun, Pair, ReferenceRun, run_engine, run_reference
+from vllm_dflash.tools.prompts import PromptError, load_prompts
+
+_NOTHING_ACCEPTED = 1.1
+_LITTLE_ACCEPTED = 1.5
+_TAU_TOLERANCE = 0.02
+_ROUNDING = {"float32": 1e-4, "float16": 2.0**-8, "bfloat16": 2.0**-5}
+"""The target's lead, relative to its best logit, below which plain PyTorch and vLLM may well choose differently."""
+
+
+@dataclass
+class Diagnosis:
+    """All that was found."""
+
+    checks: list[Check]
+    reference: ReferenceRun | None = None
+    engine: EngineRun | None = None
+    advice: list[str] = field(default_factory=list)
+
+    @property
+    def exit_status(self) -> int:
+        return int(any(check.state == "error" for check in self.checks))
+
+
+def diagnose(args: argparse.Namespace, *, progress: bool) -> Diagnosis:
+    """Looks, then runs; where looking finds errors nothing is run.
+
+    Raises:
+        PromptError: the prompts cannot be used.
+    """
+    from transformers import AutoConfig
+
+    found = inspect_checkpoint(args.draft, progress=progress)
+    checks = [plugin_check(), *checkpoint_checks(found)]
+    try:
+        target = AutoConfig.from_pretrained(args.target)
+    except (OSError, ValueError, KeyError) as error:
+        checks.append(Check("target", "error", f"{args.target} cannot be read ({str(error).splitlines()[0]})", "give its folder or hub id"))
+        return Diagnosis(checks)
+    if found.config is None:
+        return Diagnosis(checks)
+    tokenizer = load_tokenizer(args.target)
+    checks += shape_checks(found.config, target, Settings(args.num_speculative_tokens, args.max_model_len, args.dtype))
+    checks += tokenizer_checks(found.config, found.folder, tokenizer)
+    diagnosis = Diagnosis(checks)
+    if diagnosis.exit_status:
+        diagnosis.advice.append("Nothing was run: set right what is wrong first.")
+        return diagnosis
+    prompts = load_prompts(args.prompts, args.num_prompts, tokenizer, found.config.vocab_size)
+    text = target.get_text_config()
+    k = args.num_speculative_tokens or found.config.max_speculative_tokens
+    eos = text.eos_token_id[0] if isinstance(text.eos_token_id, list) else text.eos_token_id
+    room = min(found.config.max_position_embeddings, text.max_position_embeddings) - args.max_tokens - k - 1
+    if room < 1:
+        raise PromptError(f"--max-tokens {args.max_tokens} leaves no room for a prompt: give {args.max_tokens + room - 1} or less")
+    prompts = [prompt[-room:] for prompt in prompts]
+    _run(
+        diagnosis,
+        Pair(args.target, found.folder, prompts, k, args.max_tokens, resolved_dtype(text, args.dtype), eos),
+        found.config,
+        args,
+        progress,
+    )
+    return diagnosis
+
+
+def _run(diagnosis: Diagnosis, pair: Pair, drafter: DrafterConfig, args: argparse.Namespace, progress: bool) -> None:
+    checks = diagnosis.checks
+    try:
+        diagnosis.reference = run_reference(pair, progress)
+    except DrafterConfigError as error:
+        checks.append(Check("plain PyTorch", "warning", f"not run: {error}"))
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if not args.skip_vllm:
+        try:
+            diagnosis.engine = run_engine(pair, progress)
+        except EngineError as error:
+            lines = str(error).splitlines()
+            said = next((line for line in reversed(lines) if "Error" in line), lines[-1])
+            checks.append(Check("vLLM", "error", f"the engine ended early: {said}", "see the lines below"))
+            diagnosis.advice.append(f"The end of the engine's output:\n{error}")
+    if diagnosis.reference is not None:
+        checks += [tau_check(diagnosis.reference.acceptance), layer_check(diagnosis.reference, drafter)]
+        if diagnosis.engine is not None:
+            checks += compare(diagnosis.reference, diagnosis.engine, pair.dtype)
+    elif diagnosis.engine is not None:
+        checks.append(tau_check(diagnosis.engine.acceptance))
+    measured = diagnosis.engine or diagnosis.reference
+    if measured is not None:
+        diagnosis.advice += advise(measured.acceptance, drafter)
+
+
+def tau_check(acceptance: Acceptance) -> Check:
+    """Whether the drafter is of use at all."""
+    tau = f"{acceptance.tau:.2f} tokens a step over {acceptance.drafts} drafts"
+    if acceptance.drafts == 0:
+        return Check("tau", "warning", "nothing was drafted", "give more --max-tokens")
+    if acceptance.tau < _NOTHING_ACCEPTED:
+        return Check(
+            "tau", "error", f"{tau}: next to nothing is accepted",
+            "likely causes: another revision of the target than it was trained with (chat or base, fine-tuned), target layer ids off by one, "
+            "another mask token, another rope_theta, or weights of an unfinished training; compare each with the drafter's model card",
+        )  # fmt: skip
+    if acceptance.tau < _LITTLE_ACCEPTED:
+        return Check(
+            "tau", "warning", f"{tau}: speculation may not pay", "try prompts of your own (--prompts); a drafter suits some texts only"
+        )
+    return Check("tau", "ok", tau)
+
+
+def layer_check(reference: ReferenceRun, drafter: DrafterConfig) -> Check:
+    """Whether other target layers would be accepted clearly more."""
+    clear = {shift: found for shift, found in reference.shifts.items() if found.clear}
+    if not clear:
+        tried = " and ".join(f"{shift:+d} ({found.gain:+.2f} tokens a draft)" for shift, found in reference.shifts.items())
+        return Check("layer ids", "ok", f"no better when shifted by {tried}" if tried else "cannot be shifted")
+    shift = max(clear, key=lambda s: clear[s].gain)
+    better = ", ".join(str(i + shift) for i in drafter.target_layer_ids)
+    look = "the ids look one-based" if shift < 0 else "the ids look as if one had been taken off twice"
+    return Check(
+        "layer ids", "error",
+        f"shifted by {shift:+d}, {clear[shift].gain:.2f} tokens a draft more are accepted (standard error {clear[shift].error:.2f}): {look}",
+        f"set target_layer_ids to {better}, counted from 0" + (f" (aux_hidden_state_layer_ids: {', '.join(str(i + shift + 1) for i in drafter.target_layer_ids)})" if drafter.format == "speculators" else ""),
+    )  # fmt: skip
+
+
+def compare(reference: ReferenceRun, engine: EngineRun, dtype: str) -> list[Check]:
+    """Outputs and tau of plain PyTorch and of vLLM."""
+    exact, differing, unexplained = dtype == "float32", 0, 0
+    for ours, theirs, leads in zip(reference.tokens, engine.tokens, reference.leads, strict=True):
+        at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+        if at is not None or len(ours) != len(theirs):
+            differing += 1
+            unexplained += at is None or leads[at] > _ROUNDING[dtype]
+    total = len(reference.tokens)
+    if not differing:
+        outputs = Check("outputs", "ok", f"equal in plain PyTorch and vLLM, {total} of {total} prompts")
+    elif not unexplained:
+        remedy = "" if exact else "--dtype float32 compares exactly"
+        outputs = Check(
+            "outputs", "ok", f"{total - differing} of {total} equal, the others part where the two best tokens are a rounding apart", remedy
+        )
+    else:
+        outputs = Check(
+            "outputs", "error" if exact else "warning", f"{unexplained} of {total} prompts end differently in vLLM and in plain PyTorch",
+            "run again with --dtype float32; if they differ there too, the target itself is computed differently: report it",
+        )  # fmt: skip
+    one, other = reference.acceptance.tau, engine.acceptance.tau
+    apart = abs(one - other) / one
+    found = f"{other:.2f} in vLLM, {one:.2f} in plain PyTorch"
+    if apart <= _TAU_TOLERANCE:
+        return [outputs, Check("tau in vLLM", "ok", found)]
+    # Outputs that part by rounding are other texts, with a tau of their own.
+    state = "error" if exact or apart > 5 * _TAU_TOLERANCE else "warning"
+    return [
+        outputs,
+        Check(
+            "tau in vLLM", state, f"{found}: {apart:.0%} apart", "run again with --dtype float32 and more prompts; if it stays, report it"
+        ),
+    ]
+
+
+def advise(acceptance: Acceptance, drafter: DrafterConfig) -> list[str]:
+    """What to expect, and what to change."""
+    rates, k = acceptance.rates, len(acceptance.rates)
+    if acceptance.tau < _NOTHING_ACCEPTED or not rates:
+        return []
+    lines = [f"Expect tau {acceptance.tau:.2f} on text like these prompts: each target step yields that many tokens."]
+    useful = sum(rate >= 0.05 for rate in rates)
+    if useful < k:
+        lines.append(
+            f"Tokens after the {useful}. are accepted in fewer than 1 of 20 drafts: num_speculative_tokens {useful} loses next to nothing."
+        )
+    elif k < drafter.max_speculative_tokens and rates[-1] >= 0.3:
+        lines.append(
+            f"Whole drafts are often accepted: a larger num_speculative_tokens, up to {drafter.max_speculative_tokens}, would yield more."
+        )
+    return lines
+
+
+def as_text(diagnosis: Diagnosis) -> str:
+    """A table of the checks, acceptance per position, and advice."""
+    width = max(len(check.name) for check in diagnosis.checks)
+    lines = []
+    for check in diagnosis.checks:
+        lines.append(f"{check.state:<8} {check.name:<{width}}  {check.found}")
+        if check.remedy:
+            lines += textwrap.wrap(check.remedy, 110, initial_indent=" " * (11 + width) + "-> ", subsequent_indent=" " * (14 + width))
+    runs = [(name, run.acceptance) for name, run in (("plain PyTorch", diagnosis.reference), ("vLLM", diagnosis.engine)) if run is not None]
+    if runs:
+        lines += ["", f"{'share of drafts accepted at position':<36}" + "".join(f"{i:>6}" for i in range(1, len(runs[0][1].rates) + 1))]
+        lines += [f"  {name:<34}" + "".join(f"{rate:6.2f}" for rate in acceptance.rates) for name, acceptance in runs]
+    errors, warnings = (sum(check.state == state for check in diagnosis.checks) for state in ("error", "warning"))
+    verdict = f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}" if errors or warnings else "all is well"
+    return "\n".join([*lines, "", *diagnosis.advice, f"Verdict: {verdict}."])
+
+
+def as_dict(diagnosis: Diagnosis) -> dict[str, Any]:
+    """The same for scripts."""
+    runs = {"reference": diagnosis.reference, "vllm": diagnosis.engine}
+    return {
+        "ok": diagnosis.exit_status == 0,
+        "checks": [asdict(check) for check in diagnosis.checks],
+        **{
+            name: None if run is None else {"tau": run.acceptance.tau, "drafts": run.acceptance.drafts, "acceptance": run.acceptance.rates}
+            for name, run in runs.items()
+        },
+        "advice": diagnosis.advice,
+    }
+
+
+def run(args: argparse.Namespace) -> int:
+    """``vllm-dflash doctor``: 0 all good, 1 something would hurt serving, 2 wrong usage."""
+    if args.prompts is not None and not Path(args.prompts).is_file():
+        return _usage(f"--prompts {args.prompts} is not there: give a file of JSON lines")
+    try:
+        diagnosis = diagnose(args, progress=True)
+    except PromptError as error:
+        return _usage(str(error))
+    print(json.dumps(as_dict(diagnosis), indent=2) if args.json else as_text(diagnosis))
+    return diagnosis.exit_status
+
+
+def _usage(message: str) -> int:
+    print(f"vllm-dflash doctor: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,196 @@
+"""What a checkpoint is, and everything that is wrong with it.
+
+    vllm-dflash inspect examples/embedded_pair/dflash
+
+Reads every tensor once, on the CPU; needs neither vLLM nor the target. Tests: ``pytest tests/unit/test_tools.py``.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from vllm_dflash.checks import drafter_folder
+from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.formats import CONFIG_FILE, IGNORED_TENSORS, tensor_name
+from vllm_dflash.tools.repair import config_problems
+from vllm_dflash.weights import (
+    MASK_EMBEDDING_FILE,
+    check_dtypes,
+    check_finite,
+    check_shapes,
+    read_header,
+    read_headers,
+    read_mask_embedding,
+    target_ids,
+    weight_files,
+)
+
+
+@dataclass
+class Inspection:
+    """A checkpoint's description; ``problems`` is empty where it can be served."""
+
+    folder: Path
+    config: DrafterConfig | None = None
+    headers: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    """Per tensor, by the file's name for it: safetensors dtype and shape."""
+    files: dict[str, int] = field(default_factory=dict)
+    """Config, weights, index and mask embedding: name and bytes."""
+    fusion: list[list[float]] | None = None
+    """DFlare: per draft layer, the share of each target layer in its context."""
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        return not self.problems
+
+    @property
+    def drafter_tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Those that serving needs, by our names."""
+        named = {tensor_name(name): header for name, header in self.headers.items()}
+        return {name: header for name, header in named.items() if name not in IGNORED_TENSORS}
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for name, (_, shape) in self.drafter_tensors.items() if name != "d2t")
+
+    @property
+    def stored_dtypes(self) -> list[str]:
+        """As safetensors names them, without that of the draft vocabulary's table."""
+        return sorted({dtype for name, (dtype, _) in self.drafter_tensors.items() if name != "d2t"})
+
+    @property
+    def own_tables(self) -> list[str]:
+        found = [name for name in ("embed_tokens.weight", "lm_head.weight", "d2t") if name in self.drafter_tensors]
+        return found + ([MASK_EMBEDDING_FILE] if MASK_EMBEDDING_FILE in self.files else [])
+
+
+def inspect_checkpoint(path: str | Path, *, progress: bool = False) -> Inspection:
+    """Describes the checkpoint in a folder (or of a hub id that is downloaded) and looks for everything that is wrong with it."""
+    folder = drafter_folder(str(path), None)
+    if folder is None:
+        problem = f"{path} is no folder, nor a hub id that is downloaded: give a drafter's folder, or fetch it with `hf download {path}`"
+        return Inspection(Path(path), problems=[problem])
+    found = Inspection(folder)
+    found.config = _read_config(found)
+    paths = _read_headers(found)
+    with _noting(found):
+        if found.config is not None:
+            read_mask_embedding(folder, found.config)
+    for name in (CONFIG_FILE, MASK_EMBEDDING_FILE, *(p.name for p in paths), *(p.name for p in folder.glob("*.safetensors.index.json"))):
+        if (folder / name).is_file():
+            found.files[name] = (folder / name).stat().st_size
+    _read_tensors(found, paths, progress)
+    return found
+
+
+@contextmanager
+def _noting(found: Inspection) -> Iterator[None]:
+    """A refusal becomes one of the problems."""
+    try:
+        yield
+    except DrafterConfigError as error:
+        found.problems.append(str(error))
+
+
+def _read_config(found: Inspection) -> DrafterConfig | None:
+    try:
+        return DrafterConfig.from_pretrained(found.folder)
+    except DrafterConfigError as error:
+        path = found.folder / CONFIG_FILE
+        try:
+            problems = config_problems(json.loads(path.read_text()))
+        except (OSError, ValueError, RecursionError):
+            problems = []
+        found.problems += [f"{path}: {problem}" for problem in problems] or [str(error)]
+        return None
+
+
+def _read_headers(found: Inspection) -> list[Path]:
+    """Fills in ``headers``; returns the weight files that can be read, and compares them with the config where all can."""
+    before = len(found.problems)
+    paths = sorted(found.folder.glob("*.safetensors"))
+    with _noting(found):
+        paths = weight_files(found.folder)
+    readable = []
+    for path in paths:
+        with _noting(found):
+            found.headers |= read_header(path)
+            readable.append(path)
+    # With a file missing or broken, its tensors would be listed as missing too.
+    if len(found.problems) == before:
+        with _noting(found):
+            read_headers(found.folder)  # looks across files
+    if found.config is not None and len(found.problems) == before:
+        with _noting(found):
+            check_shapes(found.config, {name: shape for name, (_, shape) in found.headers.items()})
+        with _noting(found):
+            check_dtypes(found.config, {name: dtype for name, (dtype, _) in found.headers.items()})
+    return readable
+
+
+def _read_tensors(found: Inspection, paths: list[Path], progress: bool) -> None:
+    """Looks at the values: NaN and infinity, the draft vocabulary's table, DFlare's fusion."""
+    bar = tqdm(total=sum(p.stat().st_size for p in paths), desc="reading", unit="B", unit_scale=True, disable=None if progress else True)
+    bad: dict[str, torch.Tensor] = {}
+    with bar:
+        for path in paths:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (no mapping)
+                    tensor = file.get_tensor(name)
+                    bar.update(tensor.numel() * tensor.element_size())
+                    ours = tensor_name(name)
+                    if ours in IGNORED_TENSORS:
+                        continue
+                    try:
+                        check_finite({name: tensor})
+                    except DrafterConfigError:
+                        bad[name] = tensor
+                    if ours == "d2t" and found.config is not None and found.config.draft_vocab_size is not None:
+                        with _noting(found):
+                            target_ids(tensor, found.config.vocab_size)
+                    if ours == "layer_fusion_weights" and tensor.is_floating_point() and tensor.ndim == 2:
+                        found.fusion = tensor.float().softmax(dim=1).tolist()
+    with _noting(found):
+        check_finite(bad)
+
+
+def as_dict(found: Inspection) -> dict[str, Any]:
+    """The same for scripts: plain values under stable names."""
+    config = found.config
+    described: dict[str, Any] = {} if config is None else {
+        "format": config.format, "conditioning": config.conditioning, "block_size": config.block_size,
+        "max_speculative_tokens": config.max_speculative_tokens, "num_hidden_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size, "sliding_windows": list(config.windows),
+        "sliding_causal": config.sliding_causal, "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim, "attention_bias": config.attention_bias,
+        "rope_theta": config.rope_theta, "rope_scaling": None if config.rope_scaling is None else dict(config.rope_scaling),
+        "max_position_embeddings": config.max_position_embeddings, "rms_norm_eps": config.rms_norm_eps,
+        "target_layer_ids": list(config.target_layer_ids), "vllm_layer_ids": [i + 1 for i in config.target_layer_ids],
+        "num_target_layers": config.num_target_layers, "vocab_size": config.vocab_size, "draft_vocab_size": config.draft_vocab_size,
+        "mask_token_id": config.mask_token_id, "dtype": config.dtype,
+        "quantization_config": None if config.quantization_config is None else dict(config.quantization_config),
+    }  # fmt: skip
+    return {
+        "path": str(found.folder), "sound": found.sound, "problems": found.problems, **described, "own_tables": found.own_tables,
+        "stored_dtypes": found.stored_dtypes, "parameters": found.parameters, "tensors": len(found.drafter_tensors),
+        "bytes": sum(found.files.values()), "files": found.files, "fusion": found.fusion,
+    }  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """``vllm-dflash inspect``: prints, and ends with 0 where the checkpoint is sound."""
+    from vllm_dflash.tools.describe import as_text
+
+    found = inspect_checkpoint(args.path, progress=True)
+    print(json.dumps(as_dict(found), indent=2) if args.json else as_text(found))
+    return 0 if found.sound else 1

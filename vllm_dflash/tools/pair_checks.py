@@ -1,0 +1,177 @@
+"""What can be said of a target and a drafter without running them: one ``Check`` a question, each with its remedy.
+
+pytest tests/engine/test_doctor.py
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vllm_dflash.config import DrafterConfig, DrafterConfigError, TargetShape, check_pair
+from vllm_dflash.tools.inspect import Inspection
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_SAMPLE = "def area(r):\n    return 3.14159 * r ** 2  # \u00fcber \u4f60\u597d\n"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question's answer; ``state`` is ok, warning or error, and ``remedy`` says what to change."""
+
+    name: str
+    state: str
+    found: str
+    remedy: str = ""
+
+
+def refusal(name: str, error: Exception | str) -> Check:
+    """An error in the package's own form, ``what is wrong: the remedy``."""
+    what, _, remedy = str(error).rpartition(": ")
+    return Check(name, "error", what, remedy) if what else Check(name, "error", str(error))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the pair is to be served with; ``None``: as the checkpoints have it."""
+
+    num_speculative_tokens: int | None = None
+    max_model_len: int | None = None
+    dtype: str = "auto"
+
+
+def checkpoint_checks(found: Inspection) -> list[Check]:
+    """The drafter's own folder."""
+    if found.problems:
+        return [refusal("checkpoint", problem) for problem in found.problems]
+    return [Check("checkpoint", "ok", f"{found.config.format if found.config else ''}, {len(found.drafter_tensors)} tensors, all finite")]
+
+
+def shape_checks(drafter: DrafterConfig, target: Any, settings: Settings) -> list[Check]:
+    """Everything that vLLM's start would refuse, each on its own; ``target`` is a Hugging Face config."""
+    shape, text = TargetShape.from_hf(target), target.get_text_config()
+    same = TargetShape(drafter.hidden_size, drafter.num_target_layers or shape.num_hidden_layers, drafter.vocab_size)
+    anywhere = replace(drafter, num_target_layers=None)
+    k = settings.num_speculative_tokens or drafter.max_speculative_tokens
+    theirs = getattr(text, "max_position_embeddings", None) or drafter.max_position_embeddings
+    length = settings.max_model_len or theirs
+    ids = ", ".join(map(str, drafter.target_layer_ids))
+
+    def has_the_layers() -> None:
+        for config in (drafter, anywhere):
+            check_pair(config, replace(same, num_hidden_layers=shape.num_hidden_layers), 1, 1)
+
+    return [
+        _asked("hidden size", f"{shape.hidden_size} in both", lambda: check_pair(drafter, replace(same, hidden_size=shape.hidden_size), 1, 1)),
+        _asked("vocabulary", f"{shape.vocab_size} tokens in both", lambda: check_pair(drafter, replace(same, vocab_size=shape.vocab_size), 1, 1)),
+        _asked("target layers", f"{ids} of {shape.num_hidden_layers}, counted from 0", has_the_layers),
+        _asked("drafted tokens", f"num_speculative_tokens {k} of at most {drafter.max_speculative_tokens}", lambda: check_pair(drafter, same, k, 1)),
+        _asked("context length", f"{length} tokens; drafter to {drafter.max_position_embeddings}, target to {theirs}",
+               lambda: check_pair(drafter, same, 1, length)),
+        _longer_than_target(length, theirs),
+        _rope(drafter, text),
+        _dtype(drafter, text, settings.dtype),
+    ]  # fmt: skip
+
+
+def _asked(name: str, found: str, question: Callable[[], object]) -> Check:
+    try:
+        question()
+    except DrafterConfigError as error:
+        return refusal(name, error)
+    return Check(name, "ok", found)
+
+
+def _longer_than_target(length: int, theirs: int) -> Check:
+    if length > theirs:
+        return Check(
+            "target's context", "error", f"max_model_len {length} is more than the target's {theirs}", f"--max-model-len {theirs} or less"
+        )
+    return Check("target's context", "ok", f"{length} of {theirs} tokens")
+
+
+def _rope(drafter: DrafterConfig, text: Any) -> Check:
+    parameters = getattr(text, "rope_parameters", None) or {}
+    theta = parameters.get("rope_theta", getattr(text, "rope_theta", None))
+    kind, ours = parameters.get("rope_type", "default"), (drafter.rope_scaling or {}).get("rope_type", "default")
+    if theta is None:
+        return Check("rotary", "ok", f"theta {drafter.rope_theta:g}, {ours}; the target's config gives no single one")
+    if theta == drafter.rope_theta and kind == ours:
+        return Check("rotary", "ok", f"theta {theta:g}, {kind} in both")
+    return Check(
+        "rotary", "warning", f"theta {drafter.rope_theta:g} ({ours}) in the drafter, {theta:g} ({kind}) in the target",
+        "legal where it was trained so; where tau is low, compare with the drafter's model card",
+    )  # fmt: skip
+
+
+def resolved_dtype(text: Any, asked: str) -> str:
+    """The dtype that both models run in."""
+    if asked != "auto":
+        return asked
+    name = str(getattr(text, "dtype", None) or "bfloat16").removeprefix("torch.")
+    return name if name in ("float32", "bfloat16", "float16") else "bfloat16"
+
+
+def _dtype(drafter: DrafterConfig, text: Any, asked: str) -> Check:
+    served, stored = resolved_dtype(text, asked), drafter.dtype
+    if served == "float16" and stored != "float16":
+        return Check("dtype", "warning", f"stored as {stored}, run in float16, whose range is smaller", "serve with --dtype bfloat16")
+    return Check("dtype", "ok", f"stored as {stored}, run in {served}")
+
+
+def tokenizer_checks(drafter: DrafterConfig, folder: Path, tokenizer: Any) -> list[Check]:
+    """The target's tokenizer (or None) against the drafter folder's, and the mask token's place in it."""
+    if tokenizer is None:
+        return [Check("tokenizer", "warning", "the target has none that can be loaded", "give --prompts with prompt_token_ids")]
+    return [_same_tokenizer(folder, tokenizer), _mask_token(drafter.mask_token_id, tokenizer)]
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """transformers' tokenizer, or None where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # transformers makes an empty one where a folder has a model's config and no tokenizer.
+        return tokenizer if tokenizer(_SAMPLE)["input_ids"] else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # what a folder without one, or with half of one, ends in
+        return None
+
+
+def _same_tokenizer(folder: Path, tokenizer: Any) -> Check:
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return Check("tokenizer", "ok", f"the target's, {len(tokenizer)} tokens; the drafter brings none")
+    own = load_tokenizer(folder)
+    if own is None:
+        return Check("tokenizer", "warning", "the drafter's cannot be loaded", "remove it: serving uses the target's")
+    ours, theirs = own.get_vocab(), tokenizer.get_vocab()
+    if ours == theirs and own(_SAMPLE)["input_ids"] == tokenizer(_SAMPLE)["input_ids"]:
+        return Check("tokenizer", "ok", f"equal, {len(tokenizer)} tokens")
+    different = [token for token, i in ours.items() if theirs.get(token) != i] + [token for token in theirs if token not in ours]
+    found = f"the drafter's is another one: {len(different)} tokens differ" + (f", such as {different[0]!r}" if different else "")
+    return Check("tokenizer", "error", found, "serve the drafter with the target that its model card names")
+
+
+def _mask_token(mask: int, tokenizer: Any) -> Check:
+    if mask >= len(tokenizer):
+        return Check("mask token", "ok", f"{mask}, a row of the embedding that no text reaches")
+    name = tokenizer.convert_ids_to_tokens(mask)
+    special = mask in tokenizer.all_special_ids or mask in getattr(tokenizer, "added_tokens_decoder", {})
+    if special:
+        return Check("mask token", "ok", f"{mask}, {name!r}, which ordinary text does not yield")
+    if mask in tokenizer(tokenizer.decode([mask]), add_special_tokens=False)["input_ids"]:
+        return Check(
+            "mask token", "warning", f"{mask} is {name!r}, which ordinary text yields: the drafter takes it there for a token to be drafted",
+            "compare mask_token_id with the drafter's model card",
+        )  # fmt: skip
+    return Check("mask token", "ok", f"{mask}, {name!r}")
+
+
+def plugin_check() -> Check:
+    """Whether vLLM would draft with this package at all."""
+    from vllm_dflash.cli import why_off
+
+    reason = why_off()
+    if reason is not None:
+        return Check("plug-in", "error", reason, "unset the variable, or install the package where vLLM is; `vllm-dflash status` says more")
+    return Check("plug-in", "ok", "on")

@@ -1,0 +1,213 @@
+"""The doctor's runs: the pair in plain PyTorch, and in a vLLM engine in a process of its own, over the same prompts, greedy.
+
+pytest tests/engine/test_doctor.py
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.reference.checkpoint import load_drafter
+from vllm_dflash.reference.decoding import generate, replay_drafts, target_features
+from vllm_dflash.reference.drafter import Drafter
+
+SHIFTS = (-1, 1)
+_REPLAYED_ANCHORS = 400
+_ENGINE_OUTPUT_KEPT = 12
+
+
+class EngineError(RuntimeError):
+    """The engine did not get to the end; the message is the end of its output."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What runs: folders (or a hub id for the target), prompts as token ids, and settings that are settled."""
+
+    target: str
+    draft: Path
+    prompts: Sequence[Sequence[int]]
+    num_speculative_tokens: int
+    max_tokens: int
+    dtype: str
+    eos_token_id: int | None
+
+    @property
+    def max_model_len(self) -> int:
+        """Room for the longest prompt, its output and one more block: near the limit drafts get shorter, which is not the question."""
+        return max(map(len, self.prompts)) + self.max_tokens + self.num_speculative_tokens + 1
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Counts over all drafts, as vLLM counts them."""
+
+    drafts: int
+    per_position: list[int]
+    """How many drafts had their token at this position accepted."""
+
+    @property
+    def tau(self) -> float:
+        return 1 + sum(self.per_position) / max(1, self.drafts)
+
+    @property
+    def rates(self) -> list[float]:
+        return [count / max(1, self.drafts) for count in self.per_position]
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What other target layers would give: ``gain`` accepted tokens a draft more, its standard error, and how many prompts gain."""
+
+    gain: float
+    error: float
+    better_prompts: float
+
+    @property
+    def clear(self) -> bool:
+        return self.gain > 3 * self.error and self.gain > 0.02 and self.better_prompts > 0.5
+
+
+@dataclass(frozen=True)
+class ReferenceRun:
+    """Plain PyTorch's outcome."""
+
+    tokens: list[list[int]]
+    leads: list[list[float]]
+    """Per generated token, the target's best logit less the second, relative to the best: where small, rounding decides."""
+    acceptance: Acceptance
+    shifts: dict[int, Shift]
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """vLLM's outcome."""
+
+    tokens: list[list[int]]
+    acceptance: Acceptance
+
+
+def run_reference(pair: Pair, progress: bool) -> ReferenceRun:
+    """Decodes each prompt in plain PyTorch on the first device there is; then drafts again with neighbouring target layers.
+
+    Always, not only where tau is low: the layers of a target resemble their neighbours, so ids that are off by one cost little enough to
+    be missed (the embedded pair: tau 3.59, with ids one higher 3.21, one lower 3.42).
+
+    Raises:
+        DrafterConfigError: quantized weights, or a target whose layers the reference does not know.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype, device = getattr(torch, pair.dtype), "cuda" if torch.cuda.is_available() else "cpu"
+    drafter = load_drafter(pair.draft, dtype).to(device)
+    target = AutoModelForCausalLM.from_pretrained(pair.target, dtype=dtype).to(device).eval()
+    if not hasattr(getattr(target, "model", None), "layers"):
+        raise DrafterConfigError(
+            f"{type(target).__name__} has no model.layers, where the reference looks for the target's layers; vLLM alone is asked"
+        )
+    k = pair.num_speculative_tokens
+    tokens, leads, steps = [], [], []
+    with tqdm(total=2 * len(pair.prompts), desc="plain PyTorch", unit=" prompts", disable=None if progress else True) as bar:
+        for prompt in pair.prompts:
+            done = generate(target, drafter, prompt, pair.max_tokens, k, pair.eos_token_id, pair.max_model_len)
+            tokens.append(done.tokens)
+            steps += [step for step in done.steps if step.draft.tokens]
+            leads.append(_leads(target, prompt, done.tokens))
+            bar.update()
+        shifts = _shifts(
+            target, drafter, [[*p, *t] for p, t in zip(pair.prompts, tokens, strict=True)], list(map(len, pair.prompts)), k, bar
+        )
+    per_position = [sum(step.accepted > i for step in steps) for i in range(k)]
+    return ReferenceRun(tokens, leads, Acceptance(len(steps), per_position), shifts)
+
+
+@torch.inference_mode()
+def _leads(target: Any, prompt: Sequence[int], tokens: Sequence[int]) -> list[float]:
+    ids = torch.tensor([[*prompt, *tokens]], device=target.device)
+    _, hidden = target_features(target, (), ids, use_cache=False)
+    best, second = target.lm_head(hidden[0, len(prompt) - 1 : -1]).float().topk(2).values.unbind(-1)
+    return ((best - second) / best.abs().clamp(min=1e-9)).tolist()
+
+
+def _shifts(target: Any, drafter: Drafter, sequences: list[list[int]], starts: list[int], k: int, bar: Any) -> dict[int, Shift]:
+    """Accepted tokens a draft with every target layer id one lower and one higher, against the ids as they are, anchor by anchor."""
+    config, depth = drafter.config, len(target.model.layers)
+    stride = max(1, sum(len(s) - n for s, n in zip(sequences, starts, strict=True)) // _REPLAYED_ANCHORS)
+    possible = [s for s in SHIFTS if min(config.target_layer_ids) + s >= 0 and max(config.target_layer_ids) + s < depth]
+    differences: dict[int, list[list[int]]] = {shift: [] for shift in possible}
+    for sequence, start in zip(sequences, starts, strict=True):
+        anchors = range(start, len(sequence) - 1, stride)
+        accepted = {}
+        for shift in (0, *possible):
+            drafter.config = _shifted(config, shift)
+            drafts = replay_drafts(target, drafter, sequence, anchors, k) if anchors else []
+            accepted[shift] = [_common(d.tokens, sequence[n + 1 :]) for d, n in zip(drafts, anchors, strict=True)]
+        for shift in possible:
+            differences[shift].append([b - a for a, b in zip(accepted[0], accepted[shift], strict=True)])
+        bar.update()
+    drafter.config = config
+    return {shift: _paired(each) for shift, each in differences.items()}
+
+
+def _shifted(config: DrafterConfig, shift: int) -> DrafterConfig:
+    return config.with_(target_layer_ids=tuple(i + shift for i in config.target_layer_ids))
+
+
+def _common(draft: Sequence[int], truth: Sequence[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(draft, truth, strict=False)) if a != b), min(len(draft), len(truth)))
+
+
+def _paired(differences: list[list[int]]) -> Shift:
+    every = torch.tensor([d for each in differences for d in each], dtype=torch.float32)
+    if len(every) < 2:
+        return Shift(0.0, 0.0, 0.0)
+    better = sum(sum(each) > 0 for each in differences) / len(differences)
+    return Shift(every.mean().item(), (every.std() / len(every) ** 0.5).item(), better)
+
+
+def run_engine(pair: Pair, progress: bool) -> EngineRun:
+    """The same in vLLM, as it is installed here, in a process of its own.
+
+    Raises:
+        EngineError: it did not start, or died.
+    """
+    job = {
+        "target": pair.target, "draft": str(pair.draft), "prompts": [list(p) for p in pair.prompts], "max_tokens": pair.max_tokens,
+        "num_speculative_tokens": pair.num_speculative_tokens, "dtype": pair.dtype, "eos_token_id": pair.eos_token_id,
+        "max_model_len": pair.max_model_len,
+    }  # fmt: skip
+    # In one process, so that ending it ends all; threads left unbound, for a bound engine fights with whatever else runs on its cores.
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"} | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    with tempfile.TemporaryDirectory() as folder:
+        report, log = Path(folder, "report.json"), Path(folder, "log")
+        with (
+            log.open("w") as errors,
+            tqdm(total=len(pair.prompts), desc="vLLM", unit=" prompts", disable=None if progress else True) as bar,
+        ):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "vllm_dflash.tools.engine_run", json.dumps(job), str(report)],
+                env=env, stdout=subprocess.PIPE, stderr=errors, text=True,
+            )  # fmt: skip
+            try:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    if line.startswith("done "):
+                        bar.update(int(line.removeprefix("done ")))
+                process.wait()
+            finally:
+                process.kill()
+                process.wait()
+        if not report.is_file():
+            raise EngineError("\n".join(log.read_text().strip().splitlines()[-_ENGINE_OUTPUT_KEPT:]) or f"ended with {process.returncode}")
+        result = json.loads(report.read_text())
+    return EngineRun(result["tokens"], Acceptance(result["drafts"], result["per_position"]))

@@ -1,0 +1,66 @@
+"""The prompts of the doctor: a file's, or a few of our own.
+
+pytest tests/engine/test_doctor.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+BUILT_IN = (
+    "Write a Python function that returns the n-th Fibonacci number without recursion, and explain each line.",
+    "A train leaves at 9:40 and arrives at 13:05 after two stops of 12 minutes each. How long was it moving? Show the steps.",
+    "def quicksort(values):\n    if len(values) < 2:\n        return values\n",
+    "List the planets of the solar system in order of their distance from the sun, with one fact about each.",
+    "import json\nfrom pathlib import Path\n\n\ndef load_settings(path: Path) -> dict:\n",
+    "Explain in a short paragraph why the sky is blue and the sunset red.",
+    "SELECT name, COUNT(*) FROM orders JOIN customers ON",
+    "Rewrite this sentence in the passive voice, then in the future tense: The gardener waters the roses every morning.",
+)
+"""Code, arithmetic and prose, for acceptance differs between them."""
+
+
+class PromptError(ValueError):
+    """The prompts cannot be used; the message names the line and the remedy."""
+
+
+def load_prompts(path: str | None, count: int, tokenizer: Any, vocab_size: int) -> list[list[int]]:
+    """Token ids of the first ``count`` prompts of a file of JSON lines, or of the built-in ones.
+
+    Chat targets get the built-in ones through their chat template, as they are served.
+
+    Raises:
+        PromptError: no file, a line that is none of the three forms, or text and no tokenizer.
+    """
+    if path is None:
+        lines: list[dict[str, Any]] = [{"prompt": text} for text in BUILT_IN]
+        if getattr(tokenizer, "chat_template", None):
+            lines = [{"messages": [{"role": "user", "content": text}]} for text in BUILT_IN]
+    else:
+        lines = _read(path)
+    return [_token_ids(line, f"{path or 'built-in prompts'}, line {n}", tokenizer, vocab_size) for n, line in enumerate(lines[:count], 1)]
+
+
+def _read(path: str) -> list[dict[str, Any]]:
+    try:
+        lines = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise PromptError(f"{path} cannot be read as JSON lines ({error}): give a file with one object a line") from None
+    if not lines:
+        raise PromptError(f'{path} is empty: give at least one line such as {{"prompt": "..."}}')
+    return lines
+
+
+def _token_ids(line: Any, where: str, tokenizer: Any, vocab_size: int) -> list[int]:
+    ids = line.get("prompt_token_ids") if isinstance(line, dict) else None
+    if isinstance(ids, list) and ids and all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
+        return ids
+    messages, text = (line.get("messages"), line.get("prompt")) if isinstance(line, dict) else (None, None)
+    if ids is not None or not (isinstance(messages, list) or (isinstance(text, str) and text)):
+        raise PromptError(f"{where}: give prompt (text), messages (a chat) or prompt_token_ids (ids below {vocab_size})")
+    if tokenizer is None:
+        raise PromptError(f"{where}: the target has no tokenizer; give prompt_token_ids in --prompts")
+    if isinstance(messages, list):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(text)["input_ids"])
