@@ -13,15 +13,15 @@ from vllm_dflash.weights import expected_tensors, optional_tensors
 VOCAB, HIDDEN, TARGET_LAYERS = 512, 64, 5
 
 
-def make_random_target(folder: Path, *, tied: bool = False, seed: int = 0, scale: float = 0.08) -> Path:
+def make_random_target(folder: Path, *, tied: bool = False, seed: int = 0, scale: float = 0.08, **changes: object) -> Path:
     """A Qwen3 target with GQA, an untied lm_head and random norms, in float32; returns its folder."""
     torch.manual_seed(seed)
-    config = Qwen3Config(
+    fields: dict = dict(
         vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=TARGET_LAYERS, intermediate_size=96, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, tie_word_embeddings=tied, max_position_embeddings=512, rope_theta=10000.0,
         bos_token_id=None, eos_token_id=VOCAB - 1,
     )  # fmt: skip
-    model = Qwen3ForCausalLM(config).float()
+    model = Qwen3ForCausalLM(Qwen3Config(**fields | changes)).float()
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.uniform_(0.5, 1.5) if "norm" in name else p.normal_(0, scale)

@@ -1,0 +1,43 @@
+"""V1 runner on a CPU: a request with a seed survives a prompt that is prefilled in chunks, and samples what it would otherwise."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from vllm_dflash.patching import Patch
+from vllm_dflash.supported import SUPPORTED_VLLM
+
+
+def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def sample_tokens(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        from vllm_dflash.drafting.proposer import DFlashProposer
+
+        if self.device.type != "cpu" or not isinstance(getattr(self, "drafter", None), DFlashProposer):
+            return original(self, *arguments, **keywords)
+        generators, discarded = self.input_batch.generators, self.discard_request_mask.np
+        # The runner samples a token for these too, and throws it away: without their generators nothing has to be taken back.
+        withheld = {row: generators.pop(row) for row in list(generators) if discarded[row]}
+        try:
+            return original(self, *arguments, **keywords)
+        finally:
+            generators.update(withheld)
+
+    return sample_tokens
+
+
+PATCH = Patch(
+    target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens",
+    versions=SUPPORTED_VLLM,
+    fingerprints={
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens": "5009bc8636a415fe",
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample": "a85a1f65f7d25254",
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync": "e1369eeed7e9567d",
+    },
+    why=(
+        "the runner takes back a discarded token's random numbers by moving its generator's offset, which a CPU generator does not have: "
+        "a seed and a prompt in chunks end the engine; no hook is asked between the draw and that"
+    ),
+    until="vLLM draws nothing for a request whose token it discards",
+    replace=_replace,
+)

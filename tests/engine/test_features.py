@@ -1,0 +1,302 @@
+"""vLLM's request features with a drafter: greedy float32 output equals plain vLLM's token for token, or vLLM's refusal is passed on.
+
+Two engines on the embedded pair, without and with the drafter, are asked the same; a third prefills prompts in chunks. Every test
+that compares also sees that drafts were made and accepted meanwhile.
+
+    pytest -s tests/engine/test_features.py
+"""
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from engine.harness import DRAFTER, PROMPTS, TARGET, held_out_prompts
+from engine.sampling_harness import Answer, Ask, Engine, run
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+COUNT, MAX_MODEL_LEN, EOS = 8, 256, 0
+TEXTS = [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()[:COUNT]]
+GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 48, "ignore_eos": True}
+SEEDED: dict[str, Any] = {"temperature": 0.8, "max_tokens": 24, "ignore_eos": True}
+PENALTIES = {"presence_penalty": 1.0, "frequency_penalty": 0.6, "repetition_penalty": 1.2}
+BAD_WORDS = ["self", "return", " = ", "assert", "(self"]
+ALLOWED = [t for t in range(4096) if t % 3]
+SCHEMA = {
+    "type": "object", "required": ["name", "kind"], "additionalProperties": False,
+    "properties": {"name": {"type": "string", "maxLength": 12}, "kind": {"enum": ["class", "function", "module"]}},
+}  # fmt: skip
+REGEX, CHOICES = (
+    r"def [a-z]{3,8}_[a-z]{3,8}\(self\):\n    return (None|True|False)",
+    ["self.assertEqual(result, expected)", "return self.value", "raise ValueError(message)"],
+)
+STRUCTURED = {"json": {"json": SCHEMA}, "regex": {"regex": REGEX}, "choice": {"choice": CHOICES}}
+BACKENDS = ["guidance", "outlines"]  # beside xgrammar, which vLLM takes by itself
+STOPS = ["return", "):\n", "self."]
+
+
+def greedy(**fields: Any) -> dict[str, Any]:
+    return GREEDY | fields
+
+
+def up_to_the_limit() -> list[list[int]]:
+    """Prompts that leave 1 to 20 positions before ``MAX_MODEL_LEN``."""
+    text = [token for prompt in held_out_prompts(40) for token in prompt]
+    return [text[i : i + MAX_MODEL_LEN - left] for i, left in enumerate((1, 2, 3, 5, 7, 8, 9, 10, 15, 16, 17, 20))]
+
+
+def structured(name: str) -> dict[str, Any]:
+    return {"temperature": 0.0, "max_tokens": 64, "structured_outputs": STRUCTURED[name]}
+
+
+def asks() -> dict[str, Ask]:
+    """What both engines are asked."""
+    every_one = [greedy(**{name: value}) for name, value in PENALTIES.items()] + [
+        greedy(bad_words=BAD_WORDS), greedy(allowed_token_ids=ALLOWED), greedy(stop=STOPS), SEEDED | {"seed": 3}, structured("regex"),
+    ]  # fmt: skip
+    found = {
+        "plain": Ask(TEXTS, GREEDY),
+        **{name: Ask(TEXTS, greedy(**{name: value})) for name, value in PENALTIES.items()},
+        "logit_bias": Ask(TEXTS[:1], greedy(logit_bias={"5": 2.0})),
+        "min_p": Ask(TEXTS[:1], {"temperature": 1.0, "min_p": 0.1, "max_tokens": 8}),
+        "bad_words": Ask(TEXTS, greedy(bad_words=BAD_WORDS)),
+        "allowed_token_ids": Ask(TEXTS, greedy(allowed_token_ids=ALLOWED)),
+        "logprobs": Ask(TEXTS, greedy(logprobs=5)),
+        "prompt_logprobs": Ask(TEXTS, greedy(prompt_logprobs=3)),
+        "stop": Ask(TEXTS, greedy(stop=STOPS)),
+        "include_stop_str_in_output": Ask(TEXTS, greedy(stop=STOPS, include_stop_str_in_output=True)),
+        "eos": Ask(TEXTS, greedy(ignore_eos=False, allowed_token_ids=[EOS, *range(200, 208)])),
+        "ignore_eos": Ask(TEXTS, greedy(allowed_token_ids=[EOS, *range(200, 208)])),
+        "max_model_len": Ask(up_to_the_limit(), greedy()),
+        **{name: Ask(TEXTS, structured(name)) for name in STRUCTURED},
+        "all at once": Ask(TEXTS, every_one),
+        "seed": Ask(TEXTS, [SEEDED | {"seed": 11 + i} for i in range(COUNT)]),
+        "seed, one at a time": Ask(TEXTS[:1], SEEDED | {"seed": 11}),
+        "other seed": Ask(TEXTS, [SEEDED | {"seed": 111 + i} for i in range(COUNT)]),
+        "n": Ask(TEXTS[:2], SEEDED | {"n": 3, "seed": 11}),
+        "n, each alone": Ask([TEXTS[0]] * 3, [SEEDED | {"seed": 11 + i} for i in range(3)]),
+        "after all": Ask(TEXTS, GREEDY),
+    }
+    return found
+
+
+@pytest.fixture(scope="module")
+def stop_token(request: pytest.FixtureRequest) -> int:
+    """The token id of a newline, which the target's text is full of."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(TARGET)("\n")["input_ids"][0]
+
+
+@pytest.fixture(scope="module")
+def answers(stop_token: int) -> dict[str, dict[str, Answer]]:
+    """By engine (plain, ours, chunked, ...) and by the name of what was asked."""
+    common = asks() | {
+        "stop_token_ids": Ask(TEXTS, greedy(stop_token_ids=[stop_token])),
+        "min_tokens": Ask(TEXTS, greedy(stop_token_ids=[stop_token], min_tokens=20)),
+    }
+    chunked = {name: common[name] for name in ("plain", "seed", "all at once")}
+    args = {"max_model_len": MAX_MODEL_LEN, "max_num_batched_tokens": 4096}
+    names = {"plain": common, "ours": common, "chunked": chunked}
+    names |= {f"{engine}{name}": {"regex": common["regex"]} for name in BACKENDS for engine in ("", "plain ")}
+    names["logits processor"] = {"plain": common["plain"]}
+    changes: dict[str, dict[str, Any]] = {
+        "chunked": {"max_num_batched_tokens": 80, "enable_prefix_caching": False},
+        "logits processor": {"logits_processors": ["a_module:AProcessor"]},
+    }
+    for name in BACKENDS:
+        changes[name] = changes[f"plain {name}"] = {"structured_outputs_config": {"backend": name}}
+    engines = [
+        Engine(TARGET, None if name.startswith("plain") else DRAFTER, list(asked.values()), args=args | changes.get(name, {}))
+        for name, asked in names.items()
+    ]  # fmt: skip
+    return {name: dict(zip(names[name], found, strict=True)) for name, found in zip(names, run(engines), strict=True)}
+
+
+def same(answers: dict[str, dict[str, Answer]], name: str) -> Answer:
+    """Our answer, after a look that it is plain vLLM's, whole, and that drafts were accepted on the way."""
+    plain, ours = answers["plain"][name], answers["ours"][name]
+    assert plain.error is None
+    assert ours.error is None
+    for a, b in zip(plain.completions, ours.completions, strict=True):
+        assert [{k: c[k] for k in ("token_ids", "text", "finish_reason", "stop_reason")} for c in b] == [
+            {k: c[k] for k in ("token_ids", "text", "finish_reason", "stop_reason")} for c in a
+        ]
+    assert ours.counters["accepted"] > 0
+    print(f"{name}: {ours.accepted_share:.2f} accepted a draft")
+    return ours
+
+
+def test_greedy(answers: dict[str, dict[str, Answer]]) -> None:
+    assert same(answers, "plain").accepted_share > 1
+
+
+def test_requests_leave_nothing_behind(answers: dict[str, dict[str, Answer]]) -> None:
+    """After all of the requests of this file the engine answers as at first."""
+    assert answers["ours"]["after all"].tokens == answers["ours"]["plain"].tokens
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_penalties(answers: dict[str, dict[str, Answer]], name: str) -> None:
+    assert same(answers, name).tokens != answers["plain"]["plain"].tokens
+
+
+@pytest.mark.parametrize("name", ["logit_bias", "min_p"])
+def test_logit_bias_and_min_p_are_refused_by_vllm(answers: dict[str, dict[str, Answer]], name: str) -> None:
+    """With any speculative method; the request alone fails."""
+    assert answers["plain"][name].error is None
+    assert "min_p and logit_bias sampling parameters are not yet supported with speculative decoding" in str(answers["ours"][name].error)
+
+
+def test_bad_words(answers: dict[str, dict[str, Answer]]) -> None:
+    texts = [c["text"] for (c,) in same(answers, "bad_words").completions]
+    assert not [text for text in texts if "self" in text.split() or "return" in text.split()]
+    assert texts != [c["text"] for (c,) in answers["plain"]["plain"].completions]
+
+
+def test_allowed_token_ids(answers: dict[str, dict[str, Answer]]) -> None:
+    assert {token for (tokens,) in same(answers, "allowed_token_ids").tokens for token in tokens} <= set(ALLOWED)
+
+
+def assert_close(ours: dict[str, list], plain: dict[str, list]) -> None:
+    """One position's log-probabilities by token, each with its rank."""
+    assert ours.keys() == plain.keys()
+    for token, (logprob, rank) in plain.items():
+        assert ours[token] == [pytest.approx(logprob, abs=2e-3), rank]
+
+
+def test_logprobs(answers: dict[str, dict[str, Answer]]) -> None:
+    same(answers, "logprobs")
+    for (plain,), (ours,) in zip(answers["plain"]["logprobs"].completions, answers["ours"]["logprobs"].completions, strict=True):
+        assert len(ours["logprobs"]) == len(ours["token_ids"]) == GREEDY["max_tokens"]
+        assert ours["cumulative_logprob"] == pytest.approx(plain["cumulative_logprob"], abs=2e-2)
+        for a, b in zip(ours["logprobs"], plain["logprobs"], strict=True):
+            assert_close(a, b)
+
+
+def test_prompt_logprobs(answers: dict[str, dict[str, Answer]]) -> None:
+    same(answers, "prompt_logprobs")
+    for plain, ours in zip(
+        answers["plain"]["prompt_logprobs"].prompt_logprobs, answers["ours"]["prompt_logprobs"].prompt_logprobs, strict=True
+    ):
+        assert ours[0] is plain[0] is None
+        for a, b in zip(ours[1:], plain[1:], strict=True):
+            assert_close(a, b)
+
+
+def test_stop_strings(answers: dict[str, dict[str, Answer]]) -> None:
+    """A stop string that ends inside a block of accepted tokens cuts the text, and what was accepted after it is dropped."""
+    stopped = [c for (c,) in same(answers, "stop").completions if c["finish_reason"] == "stop"]
+    assert len(stopped) > COUNT // 2
+    assert all(c["stop_reason"] in STOPS and not any(s in c["text"] for s in STOPS) for c in stopped)
+
+
+def test_include_stop_str_in_output(answers: dict[str, dict[str, Answer]]) -> None:
+    stopped = [c for (c,) in same(answers, "include_stop_str_in_output").completions if c["finish_reason"] == "stop"]
+    assert len(stopped) > COUNT // 2
+    assert all(c["text"].endswith(c["stop_reason"]) for c in stopped)
+
+
+def test_stop_token_ids(answers: dict[str, dict[str, Answer]], stop_token: int) -> None:
+    stopped = [c for (c,) in same(answers, "stop_token_ids").completions if c["finish_reason"] == "stop"]
+    assert len(stopped) >= COUNT // 2
+    assert all(c["token_ids"].index(stop_token) == len(c["token_ids"]) - 1 and c["stop_reason"] == stop_token for c in stopped)
+
+
+def test_min_tokens(answers: dict[str, dict[str, Answer]], stop_token: int) -> None:
+    """The stop token is forbidden before the 20th token, drafted or not."""
+    for (completion,) in same(answers, "min_tokens").completions:
+        assert stop_token not in completion["token_ids"][:20]
+        assert len(completion["token_ids"]) >= 20
+
+
+def test_eos_ends_a_request(answers: dict[str, dict[str, Answer]]) -> None:
+    ended = [c for (c,) in same(answers, "eos").completions if c["finish_reason"] == "stop"]
+    assert ended
+    assert all(c["token_ids"][-1] == EOS and EOS not in c["token_ids"][:-1] for c in ended)
+
+
+def test_ignore_eos(answers: dict[str, dict[str, Answer]]) -> None:
+    completions = [c for (c,) in same(answers, "ignore_eos").completions]
+    assert any(EOS in c["token_ids"][:-1] for c in completions)
+    assert all(len(c["token_ids"]) == GREEDY["max_tokens"] for c in completions)
+
+
+def test_last_tokens_before_max_model_len(answers: dict[str, dict[str, Answer]]) -> None:
+    """With 1 to 20 positions left a block does not fit, and the output is still plain vLLM's to the last token."""
+    ours = same(answers, "max_model_len")
+    lengths = [len(prompt) + len(tokens) for prompt, (tokens,) in zip(up_to_the_limit(), ours.tokens, strict=True)]
+    assert lengths == [MAX_MODEL_LEN] * len(lengths)
+    assert all(c["finish_reason"] == "length" for (c,) in ours.completions)
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_structured_output(answers: dict[str, dict[str, Answer]], name: str) -> None:
+    """vLLM cuts a draft at its first token that the grammar forbids; what is left is verified under the grammar."""
+    for (completion,) in same(answers, name).completions:
+        text = completion["text"]
+        if name == "choice":
+            assert text in CHOICES
+        elif completion["finish_reason"] == "stop":
+            assert re.fullmatch(REGEX, text) if name == "regex" else json.loads(text)["kind"] in ("class", "function", "module")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_structured_output_backends(answers: dict[str, dict[str, Answer]], backend: str) -> None:
+    """Plain with the same backend: of two tokens that the grammar allows, not all backends allow both."""
+    ours, plain = answers[backend]["regex"], answers[f"plain {backend}"]["regex"]
+    assert ours.error is plain.error is None
+    assert ours.tokens == plain.tokens
+    assert ours.counters["accepted"] > 0
+
+
+def test_custom_logits_processors_are_refused_by_vllm(answers: dict[str, dict[str, Answer]]) -> None:
+    """With any speculative method, when the engine starts."""
+    error = answers["logits processor"]["plain"].error
+    assert "Custom logits processors are not supported when speculative decoding is enabled" in str(error)
+
+
+def test_all_at_once(answers: dict[str, dict[str, Answer]]) -> None:
+    """Eight requests with eight different settings in one batch: nobody gets his neighbour's. The seeded one has a test of its own."""
+    plain, ours, chunked = (answers[engine]["all at once"] for engine in ("plain", "ours", "chunked"))
+    seeded = 6
+    for row in range(COUNT):
+        if row != seeded:
+            assert ours.tokens[row] == plain.tokens[row] == chunked.tokens[row]
+    assert ours.tokens[seeded] == chunked.tokens[seeded]
+    assert ours.counters["accepted"] > 0
+
+
+def test_a_seed_gives_the_same_again(answers: dict[str, dict[str, Answer]]) -> None:
+    """In a batch of eight, alone, and as one of ``n``; another seed gives something else."""
+    ours = answers["ours"]
+    assert ours["seed"].tokens[0] == ours["seed, one at a time"].tokens[0] == [ours["n"].tokens[0][0]]
+    assert all(a != b for a, b in zip(ours["seed"].tokens, ours["other seed"].tokens, strict=True))
+    assert ours["seed"].counters["accepted"] > 0
+
+
+def test_a_seed_and_a_prompt_in_chunks(answers: dict[str, dict[str, Answer]]) -> None:
+    """A request with a seed and temperature above 0 whose prompt is prefilled in chunks ended the CPU engine: "CPU Generator does
+    not use offset". vLLM samples a token after every chunk, throws it away, and takes the random numbers back by moving the
+    generator's offset, which only CUDA's generators have. ``patches/v1_cpu_seeds.py`` has the cure. Tokens do not depend on the chunks.
+    """
+    whole, chunked = answers["ours"]["seed"], answers["chunked"]["seed"]
+    assert chunked.error is None
+    assert chunked.tokens == whole.tokens
+    assert answers["chunked"]["plain"].tokens == answers["plain"]["plain"].tokens
+
+
+def test_what_a_seed_shares_with_plain_sampling(answers: dict[str, dict[str, Answer]]) -> None:
+    """The first token only: a verified draft takes other random numbers than a sampled token (which is drawn from the same distribution)."""
+    plain, ours = answers["plain"]["seed"].tokens, answers["ours"]["seed"].tokens
+    assert [t[0] for (t,) in plain] == [t[0] for (t,) in ours]
+    assert plain != ours
+
+
+def test_n_completions(answers: dict[str, dict[str, Answer]]) -> None:
+    """The i-th of ``n`` is what the seed plus i gives alone."""
+    ours = answers["ours"]
+    assert [len(completions) for completions in ours["n"].completions] == [3, 3]
+    assert [[tokens] for tokens in ours["n"].tokens[0]] == ours["n, each alone"].tokens
+    assert len({tuple(tokens) for tokens in ours["n"].tokens[0]}) == 3
