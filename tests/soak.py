@@ -120,7 +120,12 @@ class Engine:
         self.results.touch()
         command = [sys.executable, __file__, "--serve", str(self.results), *(["--drafter", str(drafter)] if drafter else [])]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, text=True, stdout=self.log.open("w"), stderr=subprocess.STDOUT, env=engine_env()
+            command,
+            stdin=subprocess.PIPE,
+            text=True,
+            stdout=self.log.open("w"),
+            stderr=subprocess.STDOUT,
+            env=engine_env({"OMP_NUM_THREADS": "1"}),
         )
         self.reader = self.results.open()
         self.read()
