@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -45,7 +46,7 @@ def draw_round(rng: random.Random, texts: list[list[int]], size: int, vocab: int
         if kind == "penalties":
             params |= {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2}
         elif kind == "stop":
-            params |= {"stop_token_ids": rng.sample(range(vocab), 40), "min_tokens": rng.choice([0, 5])}
+            params |= {"stop_token_ids": rng.sample(range(vocab), 40), "min_tokens": min(params["max_tokens"], rng.choice([0, 5]))}
         elif kind == "logprobs":
             params |= {"logprobs": 3}
         elif kind == "schema":
@@ -85,6 +86,8 @@ def serve(drafter: str | None, results: str) -> None:
                 while waiting and waiting[0]["arrives"] <= step:
                     request = waiting.pop(0)
                     fields = dict(request["params"], output_kind=RequestOutputKind.FINAL_ONLY)
+                    if not drafter:
+                        fields.pop("seed", None)  # without a drafter a seed and a prompt in chunks end vLLM's CPU engine
                     if "schema" in fields:
                         fields["structured_outputs"] = StructuredOutputsParams(json=fields.pop("schema"))
                     engine.add_request(
@@ -154,6 +157,7 @@ class Tally:
     compared: int = 0
     aborted: int = 0
     resident_mb: list[float] = field(default_factory=list)
+    plain_mb: list[float] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)
 
     def compare(self, requests: list[dict[str, Any]], plain: dict[str, Any], dflash: dict[str, Any]) -> None:
@@ -172,13 +176,14 @@ class Tally:
                 assert ours == twin, f"not the target's own output\n{request}\nwithout {twin}\nwith    {ours}"
                 self.compared += 1
         self.resident_mb.append(dflash["resident_mb"])
+        self.plain_mb.append(plain["resident_mb"])
         self.last = dflash
 
-    def growth_mb(self) -> float:
+    @staticmethod
+    def growth_mb(resident_mb: list[float]) -> float:
         """How much the median resident memory of the last third is above that of the second; the first warms up."""
-        third = len(self.resident_mb) // 3
-        middle, end = sorted(self.resident_mb[third : 2 * third]), sorted(self.resident_mb[-third:])
-        return end[len(end) // 2] - middle[len(middle) // 2] if third else 0.0
+        third = len(resident_mb) // 3
+        return statistics.median(resident_mb[-third:]) - statistics.median(resident_mb[third : 2 * third]) if third else 0.0
 
 
 def soak(minutes: float, seed: int) -> Tally:
@@ -214,7 +219,7 @@ def report(tally: Tally) -> str:
         f"{tally.compared} greedy outputs equal to their twins', {tally.aborted} aborted, {last['num_preemptions']} preemptions, "
         f"{last['prefix_cache_hits']} prompt tokens from the prefix cache, tau {tau:.2f}; "
         f"memory {tally.resident_mb[0]:.0f} MB after the first round, {tally.resident_mb[-1]:.0f} MB at the end "
-        f"({tally.growth_mb():+.1f} MB from the second third to the last)"
+        f"({tally.growth_mb(tally.resident_mb):+.1f} MB from the second third to the last; without the drafter {tally.growth_mb(tally.plain_mb):+.1f} MB)"
     )
 
 
@@ -231,7 +236,7 @@ def main() -> int:
     tally = soak(args.minutes, args.seed)
     print(report(tally))
     assert tally.last["num_preemptions"] > 0, "nothing was preempted: the KV cache is too large for this to say anything"
-    assert tally.growth_mb() < 50, "memory grows"
+    assert args.minutes < 10 or tally.growth_mb(tally.resident_mb) < 30, "memory grows"
     return 0
 
 

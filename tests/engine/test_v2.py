@@ -6,23 +6,17 @@ two on the embedded pair. The tests read its record.
     pytest tests/engine/test_v2.py
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from engine.harness import DRAFTER, TARGET, held_out_prompts
-from engine.oracle import BFLOAT16_GAP
-from engine.v2_interpreter import Draft, Job, Result, run_engines
+from engine.v2_interpreter import Job, run_engines
+from engine.v2_runs import Runs
 from pairs import make_random_drafter, make_random_target
-from vllm_dflash.reference.checkpoint import load_drafter
-from vllm_dflash.reference.decoding import replay_drafts
 
 # Longer than the engines' own limit, so that a hang is reported with what they wrote.
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1000)]
@@ -33,51 +27,6 @@ MAX_MODEL_LEN = 128
 PLAIN, FLOAT32, BFLOAT16, ADAPTIVE, TRAINED, TRAINED_BFLOAT16 = range(6)
 FEWER_FROM, FEWER = 9, 3
 """In the adaptive job, steps of this many requests or more schedule this many drafts."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One drafted token beside the reference's."""
-
-    served: int
-    reference: int
-    gap: float
-    top: float
-
-    @property
-    def differs_beyond_rounding(self) -> bool:
-        return self.served != self.reference and self.gap > BFLOAT16_GAP * abs(self.top)
-
-
-@dataclass(frozen=True)
-class Runs:
-    """The engines' jobs and results, by the numbers above."""
-
-    jobs: list[Job]
-    results: list[Result]
-
-    def drafts(self, run: int) -> Iterator[tuple[list[int], list[int], list[Draft]]]:
-        """Per prompt: prompt, committed sequence, and the drafts whose anchors are part of that sequence."""
-        for prompt, output, drafts in zip(self.jobs[run].prompts, self.results[run].outputs, self.results[run].drafts, strict=True):
-            tokens = prompt + output
-            yield prompt, tokens, [draft for draft in drafts if draft.anchor < len(tokens)]
-
-    def compare(self, run: int, select: Callable[[list[int], Draft], bool] = lambda prompt, draft: True) -> list[list[Pair]]:
-        """Every selected draft, token by token, beside the reference's draft at the same anchor."""
-        job = self.jobs[run]
-        assert job.drafter is not None
-        dtype = getattr(torch, job.dtype)
-        target: Any = AutoModelForCausalLM.from_pretrained(job.target, dtype=dtype).eval()
-        drafter = load_drafter(job.drafter, dtype)
-        found = []
-        for prompt, tokens, drafts in self.drafts(run):
-            drafts = [draft for draft in drafts if select(prompt, draft)]
-            references = replay_drafts(target, drafter, tokens, [draft.anchor for draft in drafts], K, MAX_MODEL_LEN)
-            for served, reference in zip(drafts, references, strict=True):
-                assert served.anchor_token == tokens[served.anchor]
-                # The reference drafts no further than max_model_len; the engine's tokens past it are never scheduled.
-                found.append([Pair(*row) for row in zip(served.tokens, reference.tokens, reference.gaps, reference.tops)])
-        return found
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,24 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Request:
+    """What differs for one prompt from a greedy request that is there from the start and runs to its end."""
+
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """Fields of SamplingParams."""
+    wave: int = 0
+    """Waves run one after the other: a later one starts when the one before has no unfinished request."""
+    arrives: int = 0
+    """Engine steps of its wave before it is added."""
+    aborted: int | None = None
+    """Engine steps of its wave after which it is aborted."""
+    follows: int | None = None
+    """A prompt of an earlier wave, which goes in front of its own, with that one's output."""
+
+
+@dataclass(frozen=True)
 class Job:
-    """One offline, greedy engine run."""
+    """One engine and its requests, greedy where ``requests`` does not say otherwise."""
 
     target: str
     prompts: list[list[int]]
@@ -39,6 +55,15 @@ class Job:
     reject in all lengths."""
     speculative_config: dict[str, Any] = field(default_factory=dict)
     """Further keys of vLLM's speculative config."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of LLM, or others than here."""
+    requests: dict[int, Request] = field(default_factory=dict)
+    """By prompt, where a request is special."""
+
+    @classmethod
+    def read(cls, raw: dict[str, Any]) -> "Job":
+        """From JSON, whose keys are strings."""
+        return cls(**raw | {"requests": {int(i): Request(**request) for i, request in raw["requests"].items()}})
 
 
 @dataclass(frozen=True)
@@ -52,6 +77,8 @@ class Draft:
     """The drafted tokens for positions n + 1 .. n + K."""
     num_reqs: int
     """The requests in the step."""
+    completion: int = 0
+    """Which of the prompt's completions, where it has several."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +86,23 @@ class Result:
     """What an engine did; lists are per prompt."""
 
     outputs: list[list[int]]
+    """Empty where a request was aborted."""
     drafts: list[list[Draft]]
     speculator: str | None
     draft_model: str | None
     steps: int
+    completions: list[list[list[int]]] = field(default_factory=list)
+    """All completions; ``outputs`` has the first of each."""
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[list[list[tuple[int, float]]]] = field(default_factory=list)
+    """Per position of the first completion: (token, logprob), where asked for."""
+    cached_tokens: list[int] = field(default_factory=list)
+    """Prompt tokens that the prefix cache held."""
+    prompts: list[list[int]] = field(default_factory=list)
+    """As they were run: see ``Request.follows``."""
+    preempted: list[tuple[int, int]] = field(default_factory=list)
+    """(prompt, length of its sequence) for each request that lost its KV cache to another and was resumed later."""
+    kv_cache_groups: int = 1
 
 
 def run_engines(jobs: Sequence[Job], timeout_s: float = 900) -> list[Result]:
@@ -115,40 +155,107 @@ def use_interpreter() -> None:
             return None
 
     backends["cpu"] = Backend(BaseBackend, InterpretedDriver)
+    _let_masks_be_integers()
+
+
+def _let_masks_be_integers() -> None:
+    """The mask that vLLM's grammar kernel stores under is one of integers to the interpreter, whose store takes bools only."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    store = InterpreterBuilder.create_masked_store
+
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, cache_policy: Any) -> Any:
+        return store(self, ptrs, value, TensorHandle(mask.data.astype(bool), mask.dtype), cache_policy)
+
+    InterpreterBuilder.create_masked_store = create_masked_store
 
 
 def _serve(job: Job, script: list[list[int]] | None) -> Result:
-    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm import LLM
 
     settings = None
     if job.drafter:
         settings = {"method": "dflash", "model": job.drafter, "num_speculative_tokens": job.num_speculative_tokens} | job.speculative_config
-    llm = LLM(
-        job.target,
-        speculative_config=settings,
-        dtype=job.dtype,
-        max_model_len=job.max_model_len,
-        max_num_batched_tokens=job.max_num_batched_tokens,
-        max_num_seqs=job.max_num_seqs,
-        enforce_eager=True,
-        skip_tokenizer_init=True,
-        enable_prefix_caching=False,
-        kv_cache_memory_bytes=64 << 20,
-    )
-    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    arguments: dict[str, Any] = dict(
+        dtype=job.dtype, max_model_len=job.max_model_len, max_num_batched_tokens=job.max_num_batched_tokens, max_num_seqs=job.max_num_seqs,
+        enforce_eager=True, skip_tokenizer_init=True, enable_prefix_caching=False, kv_cache_memory_bytes=64 << 20, seed=0,
+    )  # fmt: skip
+    llm = LLM(job.target, speculative_config=settings, **arguments | job.engine_args)
+    core = llm.llm_engine.engine_core.engine_core
+    runner = core.model_executor.driver_worker.worker.model_runner
     recorder = _Recorder(runner.speculator, job, script) if job.drafter else None
-    outputs = llm.generate(
-        [TokensPrompt(prompt_token_ids=prompt) for prompt in job.prompts],
-        SamplingParams(temperature=0, max_tokens=job.max_tokens, ignore_eos=True, detokenize=False),
-        use_tqdm=False,
-    )
+    preempted = _record_preemptions(core.scheduler)
+    requests = [job.requests.get(i, Request()) for i in range(len(job.prompts))]
+    finished: dict[int, Any] = {}
+    for wave in sorted({request.wave for request in requests}):
+        for i, request in enumerate(requests):
+            if request.wave == wave and request.follows is not None:
+                before = finished[request.follows]
+                job.prompts[i] = [*before.prompt_token_ids, *before.outputs[0].token_ids, *job.prompts[i]]
+        _run_wave(llm.llm_engine, job, {i: r for i, r in enumerate(requests) if r.wave == wave}, finished)
+    outputs = [finished.get(i) for i in range(len(requests))]
+    completions = [[list(c.token_ids) for c in output.outputs] if output else [] for output in outputs]
     return Result(
-        outputs=[list(output.outputs[0].token_ids) for output in outputs],
+        outputs=[found[0] if found else [] for found in completions],
         drafts=recorder.drafts if recorder else [],
         speculator=_name(runner.speculator),
         draft_model=_name(getattr(runner.speculator, "model", None)),
         steps=recorder.steps if recorder else 0,
+        completions=completions,
+        texts=[output.outputs[0].text if output else "" for output in outputs],
+        logprobs=[_logprobs(output.outputs[0]) if output else [] for output in outputs],
+        cached_tokens=[output.num_cached_tokens or 0 if output else 0 for output in outputs],
+        prompts=job.prompts,
+        preempted=preempted,
+        kv_cache_groups=len(runner.kv_cache_config.kv_cache_groups),
     )
+
+
+def _run_wave(engine: Any, job: Job, requests: dict[int, Request], finished: dict[int, Any]) -> None:
+    """Steps the engine until these requests are done; fills ``finished`` with their outputs."""
+    from vllm import SamplingParams, TokensPrompt
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    steps = 0
+    waiting = dict(requests)
+    while waiting or engine.has_unfinished_requests():
+        for i, request in list(waiting.items()):
+            if request.arrives <= steps:
+                shared = dict(temperature=0, max_tokens=job.max_tokens, ignore_eos=True, detokenize=False)
+                sampling = shared | dict(output_kind=RequestOutputKind.FINAL_ONLY) | request.sampling
+                if "structured_outputs" in sampling:
+                    sampling["structured_outputs"] = StructuredOutputsParams(**sampling["structured_outputs"])
+                engine.add_request(str(i), TokensPrompt(prompt_token_ids=job.prompts[i]), SamplingParams(**sampling))
+                del waiting[i]
+        for output in engine.step():
+            if output.finished:
+                finished[int(output.request_id)] = output
+        steps += 1
+        gone = [str(i) for i, request in requests.items() if request.aborted == steps]
+        if gone:
+            engine.abort_request(gone)
+
+
+def _record_preemptions(scheduler: Any) -> list[tuple[int, int]]:
+    found: list[tuple[int, int]] = []
+    preempt = scheduler._preempt_request
+
+    def recording(request: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append((_prompt(request.request_id)[0], request.num_tokens))
+        return preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = recording
+    return found
+
+
+def _prompt(request_id: str) -> tuple[int, int]:
+    """A request's prompt and completion: vLLM names completions of one prompt "0_3-...", "1_3-..."; a lone one "3-..."."""
+    completion, _, name = request_id.rpartition("_")
+    return int(name.split("-")[0]), int(completion or 0)
+
+
+def _logprobs(completion: Any) -> list[list[tuple[int, float]]]:
+    return [[(token, found.logprob) for token, found in position.items()] for position in completion.logprobs or []]
 
 
 def _name(thing: Any) -> str | None:
@@ -172,10 +279,10 @@ class _Recorder:
         self.steps += 1
         num_drafted = self.speculator.num_speculative_steps
         for row, request in enumerate(input_batch.req_ids):
-            prompt = int(request.split("-")[0])
+            prompt, completion = _prompt(request)
             anchor = int(self.speculator.sample_pos[row * num_drafted]) - 1
             anchor_token = int(self.speculator.input_buffers.input_ids[row * (num_drafted + 1)])
-            self.drafts[prompt].append(Draft(anchor, anchor_token, draft_tokens[row].tolist(), input_batch.num_reqs))
+            self.drafts[prompt].append(Draft(anchor, anchor_token, draft_tokens[row].tolist(), input_batch.num_reqs, completion))
             if self.script and prompt % 2 == 0:
                 known = (self.job.prompts[prompt] + self.script[prompt])[anchor + 1 :]
                 for k, token in enumerate(known[: self.random.randint(0, num_drafted)]):
@@ -193,7 +300,7 @@ def main() -> None:
     register()
     results: list[dict[str, Any]] = []
     for raw in json.loads(question.read_text()):
-        job = Job(**raw)
+        job = Job.read(raw)
         results.append(asdict(_serve(job, None if job.script_from is None else results[job.script_from]["outputs"])))
         gc.collect()
         cleanup_dist_env_and_memory()

@@ -5,9 +5,11 @@ loading is repeated here. A step that schedules fewer than ``num_speculative_tok
 and the model runner cuts the rest: the tokens that stay are the same.
 Limits: text only, and one pipeline stage, as the drafter takes the target's embedding.
 
-    pytest tests/engine/test_v2.py
+    pytest tests/engine/test_v2.py tests/engine/test_v2_formats.py tests/engine/test_v2_features.py
 """
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -17,10 +19,11 @@ from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator as
 
 from vllm_dflash.checks import settled
 from vllm_dflash.conditioning import kind_of
+from vllm_dflash.config import DrafterConfigError
 
 
 class DFlashSpeculator(NativeDFlashSpeculator):
-    """Drafts blocks as vLLM's speculator does; query rows past ``max_model_len`` write no K/V."""
+    """Drafts blocks as vLLM's speculator does; a block that would reach past ``max_model_len`` is moved to end there."""
 
     _speculator_name = "vllm-dflash"
 
@@ -30,6 +33,21 @@ class DFlashSpeculator(NativeDFlashSpeculator):
         width = kind_of(drafter).context_width(drafter)
         # vLLM's buffer holds one hidden state a token; DFlare's context has one a draft layer.
         self.hidden_states = torch.zeros(self.max_num_tokens, width, dtype=self.dtype, device=device)
+
+    def set_attn(self, *args: Any, **kwargs: Any) -> None:
+        """Takes over the KV cache's groups and the attention groups.
+
+        Raises:
+            DrafterConfigError: draft layers of one KV cache group differ in causality, which vLLM keeps by group.
+        """
+        super().set_attn(*args, **kwargs)
+        causal = dict(zip(self.model.get_draft_kv_cache_layer_names(), self.model.get_draft_attn_causal(), strict=True))
+        for group in self.kv_cache_config.kv_cache_groups:
+            if len({causal[name] for name in group.layer_names if name in causal}) > 1:
+                raise DrafterConfigError(
+                    "the drafter's causal sliding layers and its full ones came into one KV cache group: "
+                    "start vLLM without --disable-hybrid-kv-cache-manager, and without a KV connector that turns that manager off"
+                )
 
     def _generate_draft(
         self,
@@ -42,30 +60,48 @@ class DFlashSpeculator(NativeDFlashSpeculator):
     ) -> None:
         """Drafts ``num_reqs`` blocks into ``draft_tokens``.
 
-        A full CUDA graph records this call, the padding below with it: it works on vLLM's persistent buffers, in place, and
+        A full CUDA graph records this call, the moving below with it: it works on vLLM's persistent buffers, in place, and
         asks the device for nothing. ``slot_mappings`` is None in memory profiling, when there is no KV cache yet.
         """
         if slot_mappings is not None:
-            num_queries = num_reqs * self.num_query_per_req
-            for group_id in self.draft_kv_cache_group_ids:
-                pad_overflowing_slots(
-                    self.block_tables.slot_mappings[group_id, :num_queries].view(num_reqs, self.num_query_per_req),
-                    self.sample_pos[: num_reqs * self.num_speculative_steps].view(num_reqs, self.num_speculative_steps),
-                    self.max_model_len,
-                )
+            queries, samples = (num_reqs, self.num_query_per_req), (num_reqs, self.num_speculative_steps)
+            num_queries, num_samples = prod(queries), prod(samples)
+            end_blocks_at(
+                self.max_model_len,
+                rows=[buffer[:num_queries].view(queries) for buffer in (self.input_buffers.input_ids, self.input_buffers.positions)],
+                slots=[self.block_tables.slot_mappings[group, :num_queries].view(queries) for group in self.draft_kv_cache_group_ids],
+                sample_indices=self.sample_indices[:num_samples].view(samples),
+                sample_positions=self.sample_pos[:num_samples].view(samples),
+            )
         super()._generate_draft(num_reqs, num_tokens_padded, attn_metadata, slot_mappings, *args, **kwargs)
 
 
-def pad_overflowing_slots(query_slots: torch.Tensor, sample_positions: torch.Tensor, max_model_len: int) -> None:
-    """Sets to ``PAD_SLOT_ID``, in place, the slot of every query whose position is ``max_model_len`` or more.
+def end_blocks_at(
+    max_model_len: int, *, rows: Sequence[torch.Tensor], slots: Sequence[torch.Tensor], sample_indices: torch.Tensor,
+    sample_positions: torch.Tensor,
+) -> None:  # fmt: skip
+    """Moves, in place, each block that reaches past ``max_model_len`` back by its overflow; the others stay as they are.
 
-    vLLM looks such a position's slot up in the request's last block, where it is the slot of a position that the same
-    request holds: its K/V, target context or query, would be overwritten before the block is attended to.
+    Attention takes a request's 1 + K query rows for the last 1 + K positions of its sequence, which vLLM ends at
+    ``max_model_len``: windows and causal masks of an overflowing block would be off by the overflow. So its rows are moved to
+    where their positions are, and the rows in front of them stand for nothing. Rows past the end fall out; vLLM would give them
+    slots of positions that the same request holds, and so overwrite its context.
 
     Args:
-        query_slots: int64 ``[num_reqs, 1 + K]``, a view of the slots of each request's anchor and K masks.
-        sample_positions: int64 ``[num_reqs, K]``, the masks' positions, not clamped; 0 in a graph's padding rows.
         max_model_len: in tokens.
+        rows: ``[num_reqs, 1 + K]`` each, what is moved along: token ids and positions.
+        slots: int64 ``[num_reqs, 1 + K]`` of each KV cache group; ``PAD_SLOT_ID`` in rows that stand for nothing.
+        sample_indices: int64 ``[num_reqs, K]``, rows in the batch that predict each mask's token.
+        sample_positions: int64 ``[num_reqs, K]``, the masks' positions, not clamped; 0 in a graph's padding rows. Not changed.
     """
-    # The anchor needs no look: vLLM's scheduler keeps one position free for it.
-    query_slots[:, 1:].masked_fill_(sample_positions >= max_model_len, PAD_SLOT_ID)
+    num_masks = sample_positions.shape[1]
+    # The anchor itself always fits: vLLM's scheduler keeps one position free for it.
+    overflow = (sample_positions[:, -1:] - (max_model_len - 1)).clamp_(min=0)
+    offsets = torch.arange(num_masks + 1, device=overflow.device) - overflow
+    sources = offsets.clamp(min=0)
+    for buffer in rows:
+        buffer.copy_(buffer.gather(1, sources))
+    for group in slots:
+        group.copy_(group.gather(1, sources).masked_fill_(offsets < 0, PAD_SLOT_ID))
+    # A mask past the end has no row; its token is never used, and any row of its request will do.
+    sample_indices += torch.minimum(overflow, num_masks - torch.arange(1, num_masks + 1, device=overflow.device))

@@ -163,7 +163,8 @@ class DrafterModel(nn.Module):
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """``input_ids`` [N] -> embeddings [N, H]."""
-        embeds = self.embed_tokens(input_ids)
+        # With LoRA the target's embedding is wrapped, and the wrapper has the adapters of the target's rows, not of these.
+        embeds = getattr(self.embed_tokens, "base_layer", self.embed_tokens)(input_ids)
         if self.has_mask_embedding:
             embeds = torch.where((input_ids == self.mask_token_id)[:, None], self.mask_embedding, embeds)
         return embeds
@@ -218,7 +219,7 @@ class DrafterForCausalLM(nn.Module):
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """``hidden_states`` [N, H] -> logits [N, V]; minus infinity for tokens that the draft vocabulary lacks."""
-        logits = self.logits_processor(self.lm_head, hidden_states)
+        logits = self.logits_processor(getattr(self.lm_head, "base_layer", self.lm_head), hidden_states)
         if self.draft_ids is None or logits is None:
             return logits
         full = logits.new_full((logits.shape[0], self.drafter_config.vocab_size), float("-inf"))
