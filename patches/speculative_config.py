@@ -12,10 +12,12 @@ from vllm_dflash.supported import SUPPORTED_VLLM
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def post_init(self: Any, *arguments: Any) -> Any:
-        if self.method == "dflash" and self.model is not None and self.num_speculative_tokens is None:
-            from vllm_dflash.checks import default_num_speculative_tokens
+        if self.method == "dflash" and self.model is not None:
+            from vllm_dflash.checks import read_early
 
-            self.num_speculative_tokens = default_num_speculative_tokens(self.model, self.revision)
+            drafter = read_early(self.model, self.revision)
+            if drafter is not None and self.num_speculative_tokens is None:
+                self.num_speculative_tokens = drafter.max_speculative_tokens
         result = original(self, *arguments)
         if self.method == "dflash" and is_ours(self.draft_model_config.architectures):
             from vllm_dflash.checks import check_speculative_config

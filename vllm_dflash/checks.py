@@ -3,12 +3,13 @@
 pytest tests/unit/test_checks.py
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vllm_dflash.config import DrafterConfig, DrafterConfigError, TargetShape, check_pair
-from vllm_dflash.formats import FORMAT_OF, write
+from vllm_dflash.formats import CONFIG_FILE, FORMAT_OF, claims, write
 
 SETTLED = "vllm_dflash"
 """Attribute of vLLM's draft config that holds the drafter's settings in its published format, for all processes."""
@@ -75,13 +76,18 @@ def settled(hf_config: Any) -> DrafterConfig:
     return DrafterConfig.from_dict(raw)
 
 
-def default_num_speculative_tokens(model: str, revision: str | None) -> int | None:
-    """A whole block of the drafter at hand, ``block_size - 1``; None where there is none of ours."""
+def read_early(model: str, revision: str | None) -> DrafterConfig | None:
+    """The drafter at hand before vLLM has read it; None where it is not there yet or is none of ours.
+
+    Raises:
+        DrafterConfigError: its config.json is unusable. Later, transformers would refuse some of that without a remedy.
+    """
     folder = drafter_folder(model, revision)
     try:
-        return None if folder is None else DrafterConfig.from_pretrained(folder).max_speculative_tokens
-    except ValueError:
-        return None  # vLLM's own dflash may know it; if not, what is wrong is said where all is checked
+        ours = folder is not None and claims(json.loads((folder / CONFIG_FILE).read_text()))
+    except (OSError, ValueError, RecursionError):
+        return None  # vLLM says what is wrong with the file
+    return DrafterConfig.from_pretrained(folder) if ours and folder is not None else None
 
 
 def drafter_folder(model: str, revision: str | None) -> Path | None:

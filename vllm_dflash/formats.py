@@ -55,6 +55,15 @@ def is_ours(architectures: Sequence[str] | None) -> bool:
     return len(architectures or ()) == 1 and set(architectures or ()) <= set(VLLM_ARCHITECTURES)
 
 
+def claims(raw: Any) -> bool:
+    """Whether the contents of a ``config.json`` say that it is a drafter of a known format, sound or not."""
+    if not isinstance(raw, Mapping):
+        return False
+    architectures = raw.get("architectures")
+    named = isinstance(architectures, list) and any(name in VLLM_ARCHITECTURES for name in architectures)
+    return named or raw.get("speculators_model_type") in CONDITIONINGS
+
+
 def read(folder: str | Path) -> DrafterConfig:
     """Reads ``folder/config.json``; errors name the file.
 
@@ -218,8 +227,8 @@ def _attention(raw: Mapping[str, Any], layers: Mapping[str, Any], nested: Mappin
     marked = any(sliding)
     if fields.flag(nested, "dflash_config.use_swa") and not marked:
         sliding = [True] * count
-    causal = fields.optional_flag(nested, "dflash_config.causal")
-    causal = fields.optional_flag(raw, "is_causal") if causal is None else causal
+    causal = fields.optional_flag(raw, "is_causal")
+    causal = fields.optional_flag(nested, "dflash_config.causal") if causal is None else causal
     if causal and not all(sliding):
         raise DrafterConfigError(
             "dflash_config.causal = True with full-attention layers is not supported: a block's tokens see each other; use another checkpoint"

@@ -1,5 +1,6 @@
 """What a user of ``LLM`` or ``vllm serve`` reads when the drafter does not fit: through vLLM's own configuration, no process started."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +76,20 @@ def test_weights_are_looked_at_before_any_process_starts(target, tmp_path):
     weights.unlink()
     with pytest.raises(ValueError, match="holds neither"):
         configure(target, drafter)
+
+
+def test_a_whole_block_is_the_default(target, tmp_path):
+    from vllm.engine.arg_utils import EngineArgs
+
+    speculative = {"method": "dflash", "model": str(make_random_drafter(tmp_path / "dflash"))}
+    config = EngineArgs(model=str(target), skip_tokenizer_init=True, speculative_config=speculative, max_model_len=MAX_MODEL_LEN)
+    assert config.create_engine_config().speculative_config.num_speculative_tokens == 7
+
+
+def test_a_wrong_type_is_refused_with_a_remedy(target, tmp_path):
+    """transformers refuses such a value too, later and without a remedy."""
+    folder = make_random_drafter(tmp_path / "dflash")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"attention_bias": [1]}))
+    with pytest.raises(ValueError, match=r"attention_bias is \[1\]: true or false.* came with"):
+        configure(target, folder)
