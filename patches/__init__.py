@@ -4,6 +4,14 @@ vllm-dflash status          what is applied
 pytest tests/patches        each against the installed vLLM
 """
 
-from vllm_dflash.patches import speculative_config, v1_cpu_expand, v1_cpu_seeds, v1_draft_fit, v1_proposer, v2_speculator
+from vllm_dflash.patches import speculative_config, v1_cpu_expand, v1_cpu_seeds, v1_draft_fit, v1_no_drafts, v1_proposer, v2_speculator
 
-ALL = (speculative_config.PATCH, v1_proposer.PATCH, v1_draft_fit.PATCH, v1_cpu_seeds.PATCH, v1_cpu_expand.PATCH, v2_speculator.PATCH)
+ALL = (
+    speculative_config.PATCH,
+    v1_proposer.PATCH,
+    v1_draft_fit.PATCH,
+    v1_no_drafts.PATCH,
+    v1_cpu_seeds.PATCH,
+    v1_cpu_expand.PATCH,
+    v2_speculator.PATCH,
+)

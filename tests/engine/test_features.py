@@ -71,6 +71,7 @@ def asks() -> dict[str, Ask]:
         "max_model_len": Ask(up_to_the_limit(), greedy()),
         **{name: Ask(TEXTS, structured(name)) for name in STRUCTURED},
         "all at once": Ask(TEXTS, every_one),
+        "top_k, one at a time": Ask(TEXTS[:1], SEEDED | {"top_k": 5}),
         "seed": Ask(TEXTS, [SEEDED | {"seed": 11 + i} for i in range(COUNT)]),
         "seed, one at a time": Ask(TEXTS[:1], SEEDED | {"seed": 11}),
         "other seed": Ask(TEXTS, [SEEDED | {"seed": 111 + i} for i in range(COUNT)]),
@@ -274,6 +275,12 @@ def test_a_seed_gives_the_same_again(answers: dict[str, dict[str, Answer]]) -> N
     assert ours["seed"].tokens[0] == ours["seed, one at a time"].tokens[0] == [ours["n"].tokens[0][0]]
     assert all(a != b for a, b in zip(ours["seed"].tokens, ours["other seed"].tokens, strict=True))
     assert ours["seed"].counters["accepted"] > 0
+
+
+def test_top_k_alone_in_a_step(answers: dict[str, dict[str, Answer]]) -> None:
+    """A request with top_k and no top_p, alone in the batch, ended the CPU engine: its prompt's step verifies no drafts, and the
+    maximum of an empty tensor of top-k is an error. ``patches/v1_no_drafts.py`` has the cure."""
+    assert len(answers["ours"]["top_k, one at a time"].tokens[0][0]) == SEEDED["max_tokens"]
 
 
 def test_a_seed_and_a_prompt_in_chunks(answers: dict[str, dict[str, Answer]]) -> None:

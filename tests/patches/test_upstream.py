@@ -67,7 +67,8 @@ assert not [m for m in sys.modules if m.startswith(("vllm.v1.worker", "vllm_dfla
 import torch; assert not torch.cuda.is_initialized()
 assert model() == "vllm_dflash.models.drafter:DrafterForCausalLM", model()
 pending = {
-    "DFlashProposer", "GPUModelRunner._input_fits_in_drafter", "GPUModelRunner.sample_tokens", "expand_batch_to_tokens", "init_speculator",
+    "DFlashProposer", "GPUModelRunner._input_fits_in_drafter", "GPUModelRunner.sample_tokens", "apply_sampling_constraints",
+    "expand_batch_to_tokens", "init_speculator",
 }
 assert {name for name, state in states().items() if state == "pending"} == pending, states()
 
