@@ -69,11 +69,17 @@ class Job:
     logprobs: int | None = None
     engine_args: dict[str, Any] = field(default_factory=dict)
     kv_cache_memory_bytes: int = 1 << 28
+    speculative_config: dict[str, Any] = field(default_factory=dict)
+    """Further keys of vLLM's speculative config."""
     skip_steps: tuple[int, int] | None = None
     """Steps, from the first to before the second, that run without the drafter."""
 
     def to_json(self) -> dict[str, Any]:
-        speculative = {"method": "dflash", "model": str(self.drafter), "num_speculative_tokens": self.num_speculative_tokens}
+        speculative = {
+            "method": "dflash",
+            "model": str(self.drafter),
+            "num_speculative_tokens": self.num_speculative_tokens,
+        } | self.speculative_config
         return {
             "target": str(self.target), "speculative_config": speculative if self.drafter else None, "prompts": [list(p) for p in self.prompts],
             "dtype": self.dtype, "max_tokens": self.max_tokens, "batch_sizes": list(self.batch_sizes), "max_model_len": self.max_model_len,
@@ -105,7 +111,8 @@ def run_engines(jobs: Sequence[Job], *, env: dict[str, str] | None = None) -> li
         if job.drafter is not None:
             assert report["proposer"].startswith("vllm." if native else "vllm_dflash."), f"drafted by {report['proposer']}"
     return [
-        [Batch([list(p) for p in job.prompts], batch, report["coverage"]) for batch in report["batches"]] for job, report in zip(jobs, reports, strict=True)
+        [Batch([list(p) for p in job.prompts], batch, report["coverage"]) for batch in report["batches"]]
+        for job, report in zip(jobs, reports, strict=True)
     ]
 
 

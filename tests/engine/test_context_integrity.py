@@ -1,9 +1,12 @@
-"""A step that ran without the drafter leaves a hole in the context of its requests: found, counted, and never attended to.
+"""The context that the drafter attends to is whole, whatever happens to a request: preemption, steps that draft nothing, a KV connector.
+
+And a step that ran without the drafter leaves a hole, which is found, counted, and never attended to.
 
 pytest tests/engine/test_context_integrity.py
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,3 +88,65 @@ def skipped_positions(batch: Batch, first: int) -> tuple[int, int]:
     """What the first request's skipped steps computed: a step computes what lies between the last step's anchor and its own."""
     anchors = [draft["anchor"] for _, draft in batch.drafts if draft["request"] == first]
     return anchors[SKIPPED[0] - 1], anchors[SKIPPED[1] - 1]
+
+
+LIMIT, FEWER_FROM = 180, 4
+"""Requests end at ``max_model_len`` one by one, as their prompts differ in length. Steps of this many requests or more draft nothing."""
+
+
+@pytest.fixture(scope="module")
+def shaken(random_target: Path, random_drafter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Batch]:
+    """Engines in which something happens to the requests, and under ``plain`` one without a drafter."""
+    prompts = [p + [9] * 60 for p in random_prompts(8, 512)]
+    connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    store = connector | {"kv_connector_extra_config": {"shared_storage_path": str(tmp_path_factory.mktemp("kv"))}}
+    long = [p * 3 for p in prompts[:3]]
+    common: dict[str, Any] = {"max_tokens": 100, "record": True}
+    schedule = [[1, FEWER_FROM - 1, 7], [FEWER_FROM, 16, 0]]
+    jobs = {
+        "preemption": Job(random_target, random_drafter, prompts, engine_args={"num_gpu_blocks_override": 6}, **common),
+        "nothing drafted": Job(
+            random_target,
+            random_drafter,
+            prompts,
+            max_model_len=LIMIT,
+            **common | {"max_tokens": LIMIT},
+            speculative_config={"num_speculative_tokens_per_batch_size": schedule},
+        ),
+        "plain up to the limit": Job(random_target, None, prompts, max_model_len=LIMIT, max_tokens=LIMIT),
+        "stored": Job(random_target, random_drafter, long, engine_args={"kv_transfer_config": store}, **common | {"max_tokens": 20}),
+        "loaded": Job(random_target, random_drafter, long, engine_args={"kv_transfer_config": store}, **common | {"max_tokens": 20}),
+        "plain": Job(random_target, None, prompts, max_tokens=100),
+    }
+    return dict(zip(jobs, (b[0] for b in run_engines(list(jobs.values()))), strict=True))
+
+
+def check_whole(batch: Batch, target: Path, drafter: Path, at_least: int, max_model_len: int | None = None) -> None:
+    assert batch.coverage["missing"] == 0
+    agreement = compare_drafts(batch, target, drafter, torch.float32, 7, max_model_len)
+    assert agreement.tokens >= 7 * at_least
+    assert agreement.differences == []
+
+
+def test_preemption_and_resumption(shaken: dict[str, Batch], random_target: Path, random_drafter: Path) -> None:
+    batch = shaken["preemption"]
+    assert batch.report["counters"]["preemptions"] > 0
+    assert batch.tokens == shaken["plain"].tokens
+    check_whole(batch, random_target, random_drafter, 600)
+
+
+def test_steps_that_draft_nothing(shaken: dict[str, Batch], random_target: Path, random_drafter: Path) -> None:
+    """They write the context all the same, so that the drafts of the last requests, when few are left, are whole."""
+    batch = shaken["nothing drafted"]
+    assert batch.tokens == shaken["plain up to the limit"].tokens
+    assert sum(draft["draft"] == [] for _, draft in batch.drafts) > 200
+    check_whole(batch, random_target, random_drafter, 20, LIMIT)
+
+
+def test_context_from_a_kv_connector(shaken: dict[str, Batch], random_target: Path, random_drafter: Path) -> None:
+    """Pages that another engine has stored: the draft layers' come with the target's."""
+    stored, loaded = shaken["stored"], shaken["loaded"]
+    assert stored.coverage["reused"] == 0
+    assert loaded.coverage["reused"] >= 3 * PAGE
+    assert loaded.tokens == stored.tokens
+    check_whole(loaded, random_target, random_drafter, 50)

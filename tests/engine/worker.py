@@ -15,6 +15,7 @@ COUNTERS = {
     "draft_tokens": "vllm:spec_decode_num_draft_tokens",
     "accepted": "vllm:spec_decode_num_accepted_tokens",
     "prefix_cache_hits": "vllm:prefix_cache_hits",
+    "preemptions": "vllm:num_preemptions",
 }
 
 
