@@ -52,8 +52,10 @@ def skip_drafting(llm: Any, steps: range) -> None:
 
 def coverage(llm: Any) -> dict[str, int]:
     """The proposer's counts of context positions; empty for a proposer that is not ours."""
-    drafter = getattr(llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner, "drafter", None)
-    return vars(drafter.coverage.counts) if hasattr(drafter, "coverage") else {}
+    from vllm_dflash.drafting.proposer import DFlashProposer, context_counts
+
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    return llm.collective_rpc(context_counts)[0] if isinstance(getattr(runner, "drafter", None), DFlashProposer) else {}
 
 
 def counters(llm: Any) -> dict[str, float]:

@@ -181,3 +181,8 @@ class DFlashProposer(NativeDFlashProposer):
             slot_mapping=layout.slot_mapping,
             causal=causal,
         )
+
+
+def context_counts(worker: Any) -> dict[str, int]:
+    """Context positions that a worker's drafter has computed, taken over and missed: ``llm.collective_rpc(context_counts)``."""
+    return dict(vars(worker.model_runner.drafter.coverage.counts))
