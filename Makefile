@@ -3,15 +3,17 @@
 # PYTHON       the Python that the virtual environment is made from
 # TORCH_INDEX  where pip finds torch 2.13.0+cpu, when it does not by itself: an index address or a folder of wheels.
 #              PyTorch's installation page gives the address of its own index of CPU wheels
+# TEST_PROCESSES  how many processes run the tests, one thread each
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
+TEST_PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint wheel clean
+.PHONY: help install demo test soak lint wheel clean
 
 help: ## this text
 	@echo "vllm-dflash: make TARGET [TORCH_INDEX=index of CPU wheels]"
@@ -28,7 +30,10 @@ demo: $(INSTALLED) ## plain decoding against DFlash on the embedded pair, then t
 	@$(BIN)/python examples/demo.py
 
 test: $(INSTALLED) ## the tests that need no GPU
-	@$(BIN)/pytest -q tests
+	@$(BIN)/pytest -q -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder tests
+
+soak: $(INSTALLED) ## half an hour of mixed random requests against their twins without a drafter
+	@$(BIN)/python tests/soak.py --minutes 30
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
