@@ -45,7 +45,7 @@ def check_target(target: Any, pipeline_parallel_size: int) -> None:
     """Refuses a target that no drafter of ours can be conditioned on: ``target`` is vLLM's ``ModelConfig``.
 
     Raises:
-        DrafterConfigError: its hidden states cannot be captured, or its recurrent state cannot be taken back on this platform.
+        DrafterConfigError: its hidden states cannot be captured, or its recurrent state does not survive speculation on this platform.
     """
     from vllm.model_executor.models.interfaces import supports_eagle3
     from vllm.platforms import current_platform
@@ -61,12 +61,11 @@ def check_target(target: Any, pipeline_parallel_size: int) -> None:
             f"vLLM's model of {architecture} cannot hand out the hidden states of its layers (it lacks SupportsEagle3), and a drafter "
             "needs them: serve this target without a DFlash drafter, or on a vLLM whose model has that interface"
         )
-    delta_rule = hasattr(target.hf_text_config, "linear_key_head_dim")
-    if target.is_hybrid and current_platform.is_cpu() and not delta_rule:
-        # Not the drafter's doing: n-gram speculation changes the output in the same way (tests/engine/test_targets.py).
+    if target.is_hybrid and current_platform.is_cpu():
+        # Not the drafter's doing: n-gram speculation changes the output too (tests/engine/test_targets.py).
         raise DrafterConfigError(
-            f"vLLM's CPU kernels do not take back the Mamba state of rejected tokens, so {architecture} would write another text than "
-            "without a drafter: serve this target on a GPU, or without a drafter"
+            f"{architecture} has recurrent layers, whose state vLLM's CPU build does not keep right under speculation, with any drafter: "
+            "it would write another text than without one. Serve this target on a GPU, or without a drafter"
         )
 
 

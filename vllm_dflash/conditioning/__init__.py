@@ -20,3 +20,8 @@ def kind_of(config: DrafterConfig) -> ModuleType:
 def own_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
     """The tensors that only this kind has, by name, with their shapes."""
     return kind_of(config).own_tensors(config)
+
+
+def capture_order(config: DrafterConfig) -> list[int]:
+    """The drafter's feature that each captured one is: vLLM hands features out by ascending layer, whatever order they were asked for in."""
+    return sorted(range(config.num_features), key=config.target_layer_ids.__getitem__)

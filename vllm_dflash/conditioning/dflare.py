@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vllm_dflash.conditioning import capture_order
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.reference.drafter import Drafter, RMSNorm, apply_rotary
 
@@ -76,6 +77,7 @@ class Served(nn.Module):
         from vllm.model_executor.layers.layernorm import RMSNorm as VLLMRMSNorm
 
         self.num_layers, self.num_kv_heads, self.head_dim = config.num_hidden_layers, num_kv_heads, config.head_dim
+        self.order = capture_order(config)
         self.num_features, self.hidden_size, self.total_kv_heads = config.num_features, config.hidden_size, config.num_key_value_heads
         kv_size = num_kv_heads * config.head_dim
         self.share = nn.Parameter(torch.empty(self.num_layers, self.num_features, dtype=dtype), requires_grad=False)
@@ -86,7 +88,7 @@ class Served(nn.Module):
     def load_weights(self, tensors: dict[str, Tensor], attentions: Sequence[Any]) -> None:
         """``tensors``: those of ``own_tensors``; ``attentions`` is not needed: the context has projections of its own."""
         # The shares do not depend on the input: the softmax is taken once.
-        self.share.data.copy_(tensors["layer_fusion_weights"].float().softmax(dim=1))
+        self.share.data.copy_(tensors["layer_fusion_weights"].float().softmax(dim=1)[:, self.order])
         self.hidden_norm.weight.data.copy_(tensors["hidden_norm.weight"])
         for i in range(self.num_layers):
             halves = zip(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vllm_dflash.conditioning import capture_order
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.reference.drafter import Drafter, RMSNorm
 
@@ -50,6 +51,7 @@ class Served(nn.Module):
         from vllm.model_executor.layers.linear import ReplicatedLinear
 
         self.num_layers, self.num_kv_heads, self.head_dim = config.num_hidden_layers, num_kv_heads, config.head_dim
+        self.order = capture_order(config)
         hidden, kv_size = config.hidden_size, num_kv_heads * config.head_dim
         self.fc = ReplicatedLinear(
             config.num_features * hidden, hidden, bias=False, params_dtype=dtype, prefix=f"{prefix}.fc", return_bias=False
@@ -66,7 +68,8 @@ class Served(nn.Module):
 
     def load_weights(self, tensors: dict[str, Tensor], attentions: Sequence[Any]) -> None:
         """``tensors``: those of ``own_tensors``; ``attentions``: the draft layers' loaded attention modules."""
-        self.fc.weight.data.copy_(tensors["fc.weight"])
+        by_feature = tensors["fc.weight"].unflatten(1, (len(self.order), -1))
+        self.fc.weight.data.copy_(by_feature[:, self.order].flatten(1))
         self.hidden_norm.weight.data.copy_(tensors["hidden_norm.weight"])
         if self.quantized:
             # Packed weights cannot be stacked; a list of modules would register them a second time.

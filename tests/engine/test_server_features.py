@@ -1,0 +1,262 @@
+"""One ``vllm serve`` with a drafter and two API servers, over real HTTP: each feature of the server gives what it gives without one.
+
+The server has prefix caching, LoRA and a chat template on together. Expected tokens are plain decoding's, offline.
+
+    pytest -s tests/engine/test_server_features.py
+"""
+
+import http.client
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.harness import DRAFTER, PROMPTS, TARGET, Batch, Job, engine_env, held_out_prompts, run_engines
+from engine.test_serve import metric, request, server
+from lora import make_adapter, merge
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+COUNT, MAX_TOKENS = 8, 48
+SPECULATIVE = {"method": "dflash", "model": str(DRAFTER), "num_speculative_tokens": 7}
+TEXTS = [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()[:COUNT]]
+DRAFTS, ACCEPTED = "vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_accepted_tokens_total"
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+"""A conversation of one message is its text: chat and completion are then the same request."""
+
+
+@dataclass
+class Served:
+    port: int
+    stop: Callable[[], None]
+    """Ends the server and sees that nothing of it is left; a second call does nothing."""
+
+
+@dataclass
+class Expected:
+    """Offline engines: the target without a drafter, and the target with the adapter merged, without and with one."""
+
+    plain: Batch
+    merged: Batch
+    merged_drafted: Batch
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(tmp_path_factory.mktemp("lora") / "adapter", TARGET)
+
+
+@pytest.fixture(scope="module")
+def expected(adapter: Path) -> Expected:
+    merged, prompts = merge(adapter.with_name("merged"), TARGET, adapter), held_out_prompts(COUNT)
+    jobs = [Job(target, drafter, prompts, max_tokens=MAX_TOKENS) for target, drafter in ((TARGET, None), (merged, None), (merged, DRAFTER))]
+    return Expected(*(batches[0] for batches in run_engines(jobs)))
+
+
+@pytest.fixture(scope="module")
+def served(adapter: Path) -> Iterator[Served]:
+    with ExitStack() as stack:
+        port = stack.enter_context(
+            server(
+                "--speculative-config", json.dumps(SPECULATIVE), "--api-server-count", "2", "--enable-lora", "--max-lora-rank", "8", "--lora-modules",
+                f"adapter={adapter}", "--chat-template", CHAT_TEMPLATE, "--disable-uvicorn-access-log",
+            )
+        )  # fmt: skip
+        yield Served(port, stack.close)
+
+
+def body(prompt: str | list[int], **fields: Any) -> dict[str, Any]:
+    """A greedy completion."""
+    common = {"model": "embedded", "max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    return common | {"prompt": prompt} | fields
+
+
+def complete(port: int, prompt: str | list[int], **fields: Any) -> list[int]:
+    return json.loads(request(port, "/v1/completions", body(prompt, **fields)))["choices"][0]["token_ids"]
+
+
+def stream(port: int, prompt: str | list[int], chunks: int | None = None, **fields: Any) -> list[int]:
+    """A streamed completion; with ``chunks`` the connection is closed after so many of them."""
+    connection, tokens = http.client.HTTPConnection("127.0.0.1", port, timeout=120), []
+    connection.request("POST", "/v1/completions", json.dumps(body(prompt, stream=True, **fields)), {"Content-Type": "application/json"})
+    response, seen = connection.getresponse(), 0
+    while (line := response.readline()) and line.strip() != b"data: [DONE]" and (chunks is None or seen < chunks):
+        if line.startswith(b"data: "):
+            seen += 1
+            tokens += json.loads(line[6:])["choices"][0]["token_ids"]
+    response.close()
+    connection.close()
+    return tokens
+
+
+def counted(port: int, run: Callable[[], Any]) -> tuple[float, float]:
+    """Drafts and accepted tokens that ``/metrics`` counted while ``run`` ran and until the server was idle."""
+    before = metric(port, DRAFTS), metric(port, ACCEPTED)
+    run()
+    wait_until_idle(port)
+    return metric(port, DRAFTS) - before[0], metric(port, ACCEPTED) - before[1]
+
+
+def wait_until_idle(port: int, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while metric(port, "vllm:num_requests_running") + metric(port, "vllm:num_requests_waiting"):
+        assert time.monotonic() < deadline, "requests are still running"
+        time.sleep(0.2)
+
+
+def test_streaming(served: Served, expected: Expected) -> None:
+    """Streamed, whole and offline plain tokens are equal, from both API servers."""
+    prompts = held_out_prompts(COUNT)
+    with ThreadPoolExecutor(COUNT) as pool:
+        streamed = list(pool.map(lambda p: stream(served.port, p), prompts))
+        whole = list(pool.map(lambda p: complete(served.port, p), prompts))
+    assert streamed == expected.plain.tokens
+    assert whole == expected.plain.tokens
+
+
+def test_chat(served: Served, expected: Expected) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    for text, tokens in list(zip(TEXTS, expected.plain.tokens, strict=True))[:3]:
+        chat = {
+            "model": "embedded",
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": MAX_TOKENS,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
+        answer = json.loads(request(served.port, "/v1/chat/completions", chat))
+        assert answer["choices"][0]["message"]["content"] == tokenizer.decode(tokens)
+
+
+def test_arrivals_and_aborts(served: Served, expected: Expected) -> None:
+    """Requests come while others run, and a third of the clients hang up: the others' answers stay, and nothing keeps running."""
+    prompts = held_out_prompts(COUNT)
+
+    def ask(i: int) -> list[int] | None:
+        time.sleep(0.05 * i)
+        if i % 3 == 0:
+            stream(served.port, prompts[i % COUNT], chunks=1 + i % 4, max_tokens=300)
+            return None
+        return complete(served.port, prompts[i % COUNT])
+
+    with ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(ask, range(24)))
+    assert sum(answer is None for answer in answers) == 8
+    assert all(answer is None or answer == expected.plain.tokens[i % COUNT] for i, answer in enumerate(answers))
+    wait_until_idle(served.port)
+    request(served.port, "/health")
+    assert complete(served.port, prompts[0]) == expected.plain.tokens[0]
+
+
+def test_structured_output(served: Served) -> None:
+    """A regular expression and a JSON schema hold under drafting."""
+
+    def ask() -> None:
+        pattern = r"def [a-z]{3,8}_[a-z]{3,8}\(self\):\n    return (None|True|False)"
+        answer = request(served.port, "/v1/completions", body(TEXTS[0], structured_outputs={"regex": pattern}, ignore_eos=False))
+        text = json.loads(answer)["choices"][0]["text"]
+        assert re.fullmatch(pattern, text), text
+        schema = {
+            "type": "object",
+            "properties": {"kind": {"enum": ["class", "module"]}},
+            "required": ["kind"],
+            "additionalProperties": False,
+        }
+        chat = {
+            "model": "embedded", "messages": [{"role": "user", "content": TEXTS[1]}], "max_tokens": 64, "temperature": 0,
+            "response_format": {"type": "json_schema", "json_schema": {"name": "kind", "schema": schema}},
+        }  # fmt: skip
+        content = json.loads(request(served.port, "/v1/chat/completions", chat))["choices"][0]["message"]["content"]
+        assert json.loads(content)["kind"] in ("class", "module")
+
+    drafts, _ = counted(served.port, ask)
+    assert drafts > 0
+
+
+def test_lora(served: Served, expected: Expected) -> None:
+    """With the adapter the output is that of the merged weights, and so is tau: the drafter is conditioned on the adapter's states.
+
+    The drafter shares the target's embedding, which vLLM wraps for LoRA. The wrapper goes by the target's rows: the first request with
+    an adapter killed the engine, and on a batch of the same length the block's tokens would have had other rows' adapters.
+    """
+    prompts, answers = held_out_prompts(COUNT), []
+
+    def ask() -> None:
+        with ThreadPoolExecutor(COUNT) as pool:
+            answers.extend(pool.map(lambda p: complete(served.port, p, model="adapter"), prompts))
+
+    drafts, accepted = counted(served.port, ask)
+    tau = 1 + accepted / drafts
+    print(f"\nLoRA: tau {tau:.3f}, merged into the weights {expected.merged_drafted.tau:.3f}")
+    assert expected.merged.tokens != expected.plain.tokens
+    assert answers == expected.merged.tokens
+    assert abs(tau / expected.merged_drafted.tau - 1) < 0.02
+
+
+def test_prefix_cache(served: Served) -> None:
+    """Prompts whose pages are in the prefix cache: the same answers, and tau within 2 % of the cold one."""
+    text = [token for prompt in held_out_prompts(60) for token in prompt]
+    prompts = [text[300 * i : 300 * i + 300] for i in range(6)]
+    answers: list[list[int]] = []
+
+    def ask() -> None:
+        answers.extend(complete(served.port, p, max_tokens=128) for p in prompts)
+
+    hits = metric(served.port, "vllm:prefix_cache_hits_total")
+    (cold_drafts, cold), (warm_drafts, warm) = counted(served.port, ask), counted(served.port, ask)
+    hits = metric(served.port, "vllm:prefix_cache_hits_total") - hits
+    cold_tau, warm_tau = 1 + cold / cold_drafts, 1 + warm / warm_drafts
+    print(f"\nprefix cache: tau {cold_tau:.3f} cold, {warm_tau:.3f} warm; {hits:.0f} of {300 * 6} prompt tokens from the cache")
+    assert hits >= 6 * 256, "pages of 128 tokens on a CPU: two of each prompt"
+    assert answers[:6] == answers[6:]
+    assert abs(warm_tau / cold_tau - 1) < 0.02
+
+
+def test_sleep_mode_is_refused_on_a_cpu() -> None:
+    """vLLM has sleep mode on GPUs only and says so before anything starts, with a drafter as without."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    with pytest.raises(ValueError, match="Sleep mode is not supported on current platform"):
+        EngineArgs(str(TARGET), enable_sleep_mode=True, speculative_config=dict(SPECULATIVE), max_model_len=512).create_engine_config()
+
+
+def test_bench_serve(served: Served, tmp_path: Path) -> None:
+    """``vllm bench serve`` as a client: every request completes, and its report has the acceptance."""
+    command = [
+        str(Path(sys.executable).with_name("vllm")), "bench", "serve", "--host", "127.0.0.1", "--port", str(served.port),
+        "--endpoint", "/v1/completions", "--model", "embedded", "--tokenizer", str(TARGET), "--dataset-name", "random",
+        "--random-input-len", "32", "--random-output-len", "16", "--num-prompts", "8", "--temperature", "0", "--ignore-eos",
+        "--save-result", "--result-dir", str(tmp_path), "--result-filename", "bench.json",
+    ]  # fmt: skip
+    done = subprocess.run(command, env=engine_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert result["completed"] == 8
+    assert result["spec_decode_acceptance_length"] >= 1
+    print("\n".join(line for line in done.stdout.splitlines() if "cceptance" in line or "raft" in line))
+
+
+def test_metrics(served: Served) -> None:
+    """``/metrics`` of either API server counts drafts, draft tokens and accepted tokens, these by position too."""
+    metrics = request(served.port, "/metrics")
+    for name in ("drafts", "draft_tokens", "accepted_tokens"):
+        assert metric(served.port, f"vllm:spec_decode_num_{name}_total") > 0
+    positions = set(re.findall(r'vllm:spec_decode_num_accepted_tokens_per_pos_total\{[^}]*position="(\d+)"', metrics))
+    assert positions == {str(i) for i in range(7)}
+
+
+def test_shutdown(served: Served) -> None:
+    """SIGTERM ends the server with both API servers, the engine and the worker. The last test: it stops the shared server."""
+    served.stop()
+    with pytest.raises(OSError, match="refused"):
+        request(served.port, "/health")
