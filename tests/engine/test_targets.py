@@ -103,7 +103,8 @@ def test_speculation_on_hybrid_targets_is_wrong_on_a_cpu(
         ngram = run_engines([job], env={"VLLM_DFLASH": "0"})[0][0]
     except RuntimeError as error:
         # Another of vLLM's kernels, or another batch, fails where this one goes wrong: the window of the convolution's state.
-        assert "gdn_attention.py" in str(error), error
+        if "gdn_attention.py" not in str(error):
+            raise
         return
     gaps = []
     for i, (a, b) in enumerate(zip(plain.tokens, ngram.tokens, strict=True)):
