@@ -13,6 +13,7 @@ _EMBEDDED = {"test_draft_parity", "test_lossless", "test_serve"}
 """Files that share the session's engines on the embedded pair."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under xdist a file stays in one process, for its engines are shared by its tests; the longest go first, to fill both."""
     for item in items:
