@@ -30,7 +30,7 @@ demo: $(INSTALLED) ## plain decoding against DFlash on the embedded pair, then t
 	@$(BIN)/python examples/demo.py
 
 test: $(INSTALLED) ## the tests that need no GPU
-	@$(BIN)/pytest -q -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder tests
+	@$(BIN)/pytest -q -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder tests
 
 soak: $(INSTALLED) ## half an hour of mixed random requests against their twins without a drafter
 	@$(BIN)/python tests/soak.py --minutes 30

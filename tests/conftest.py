@@ -1,9 +1,11 @@
 """Fixtures shared by all tests: random pairs on disk, made once a session."""
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # Before torch is imported: the models are tiny, so a second thread gains nothing, and beside another process it makes both wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,14 +15,25 @@ _EMBEDDED = {"test_draft_parity", "test_lossless", "test_serve"}
 """Files that share the session's engines on the embedded pair."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def _group(nodeid: str) -> str:
+    file = PurePath(nodeid.partition("::")[0])
+    return "unit" if file.parent.name != "engine" else "embedded" if file.stem in _EMBEDDED else file.stem
+
+
+class ByEngine(LoadScopeScheduling):
+    """A file stays in one process, as its tests share engines. xdist's groups by mark do nothing under pytest 9.2, which fixes node ids."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _group(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByEngine:
+    return ByEngine(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under xdist a file stays in one process, for its engines are shared by its tests; the longest go first, to fill both."""
-    for item in items:
-        name = item.path.stem
-        group = "unit" if item.path.parent.name != "engine" else "embedded" if name in _EMBEDDED else name
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: (item.path.stem not in _EMBEDDED, item.path.parent.name != "engine"))
+    """The longest go first, so that no process ends long after the other."""
+    items.sort(key=lambda item: {"embedded": 0, "unit": 2}.get(_group(item.nodeid), 1))
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 Pure Python. ``raw`` is always the object that holds the field; ``name`` may be dotted, and its last part is the key.
 
-    pytest tests/unit/test_broken_checkpoints.py
+    pytest tests/unit/test_broken_configs.py
 """
 
 import math

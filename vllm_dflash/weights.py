@@ -2,7 +2,7 @@
 
 Reads safetensors headers and two small tables only, so the engine, the tools and the tests share it. A tensor that is missing
 or of another shape would otherwise show only as low acceptance. Tests: ``pytest tests/unit/test_weights.py
-tests/unit/test_broken_checkpoints.py``.
+tests/unit/test_broken_weights.py``.
 """
 
 import io

@@ -1,7 +1,8 @@
-"""Starts ``worker.py`` for a test, and turns its report into what tests compare."""
+"""Starts engines for a test in a process of their own, and turns their reports into what tests compare."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -97,15 +98,7 @@ def run_engine(
 
 def run_engines(jobs: Sequence[Job], *, env: dict[str, str] | None = None) -> list[list[Batch]]:
     """Runs the jobs one after the other in one new process: what starts slowly, vLLM's imports, is paid once."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "report.json")
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("worker.py")), str(out)], input=json.dumps([job.to_json() for job in jobs]),
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=engine_env(env), check=False,
-        )  # fmt: skip
-        if not out.is_file():
-            raise RuntimeError(f"the engine ended with {done.returncode}:\n{done.stdout[-6000:]}")
-        reports = json.loads(out.read_text())
+    reports = run_worker("worker.py", [job.to_json() for job in jobs], env)
     native = (env or {}).get("VLLM_DFLASH") == "0"
     for job, report in zip(jobs, reports, strict=True):
         if job.drafter is not None:
@@ -114,6 +107,25 @@ def run_engines(jobs: Sequence[Job], *, env: dict[str, str] | None = None) -> li
         [Batch([list(p) for p in job.prompts], batch, report["coverage"]) for batch in report["batches"]]
         for job, report in zip(jobs, reports, strict=True)
     ]
+
+
+def run_worker(script: str, jobs: Sequence[dict[str, Any]], env: dict[str, str] | None = None, timeout_s: float = 800) -> list[Any]:
+    """Hands the jobs to a script of this folder that ends in ``engines.answer_jobs``; its reports. It has to leave nothing running."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "reports.json")
+        process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name(script)), str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, start_new_session=True, env=engine_env(env),
+        )  # fmt: skip
+        try:
+            output, _ = process.communicate(json.dumps(jobs), timeout=timeout_s)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        if not out.is_file():
+            raise RuntimeError(f"the engine ended with {process.returncode}:\n{output[-6000:]}")
+        wait_until_gone(process.pid)
+        return json.loads(out.read_text())
 
 
 def engine_env(extra: dict[str, str] | None = None) -> dict[str, str]:

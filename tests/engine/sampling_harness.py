@@ -1,15 +1,11 @@
 """Starts ``sampling_worker.py``: engines that answer requests with any sampling parameters, several engines a process."""
 
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.harness import engine_env
+from engine.harness import run_worker
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 """The models are so small that a second thread costs more than it does, above all beside other work."""
@@ -41,10 +37,7 @@ class Engine:
     args: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        args: dict[str, Any] = {
-            "model": str(self.target), "enforce_eager": True, "dtype": "float32", "max_model_len": 512, "max_num_seqs": 16, "seed": 0,
-            "kv_cache_memory_bytes": 1 << 28, "disable_log_stats": False, "generation_config": "vllm",
-        } | self.args  # fmt: skip
+        args: dict[str, Any] = {"model": str(self.target)} | self.args
         if self.drafter is not None:
             args["speculative_config"] = {
                 "method": "dflash", "model": str(self.drafter), "num_speculative_tokens": self.num_speculative_tokens,
@@ -75,12 +68,5 @@ class Answer:
 
 def run(engines: Sequence[Engine]) -> list[list[Answer]]:
     """Runs the engines one after the other in one new process; returns each one's answers."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "answers.json")
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("sampling_worker.py")), str(out)], input=json.dumps([e.to_json() for e in engines]),
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=engine_env(ENVIRONMENT), check=False,
-        )  # fmt: skip
-        if not out.is_file():
-            raise RuntimeError(f"the engine ended with {done.returncode}:\n{done.stdout[-6000:]}")
-        return [[Answer(**answer) for answer in answers] for answers in json.loads(out.read_text())]
+    reports = run_worker("sampling_worker.py", [engine.to_json() for engine in engines], ENVIRONMENT)
+    return [[Answer(**answer) for answer in answers] for answers in reports]

@@ -1,17 +1,14 @@
-"""Answers requests with real vLLM engines, one after the other in a process of their own, as JSON. Driven by ``sampling_harness.run``.
+"""Answers requests with any sampling parameters. Driven by ``sampling_harness.run``.
 
 A request that vLLM refuses is answered with its message; the engine goes on. One that does not start answers all with its message.
 """
 
-import gc
-import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from broken_rules import RULES
-from worker import counters
+from engines import answer_jobs, counted, counters, model_runner, start
 
 
 def sampling_params(fields: dict[str, Any]) -> Any:
@@ -32,7 +29,7 @@ def counted_drafts(llm: Any, wanted: bool) -> Iterator[dict[str, Any]]:
     import torch
 
     sums: dict[str, Any] = {}
-    drafter = getattr(llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner, "drafter", None)
+    drafter = getattr(model_runner(llm), "drafter", None)
     if not wanted:
         yield sums
         return
@@ -77,13 +74,12 @@ def answer(llm: Any, ask: dict[str, Any]) -> dict[str, Any]:
             outputs = llm.generate(prompts, params, use_tqdm=False)
     except (ValueError, VLLMValidationError) as refusal:
         error, sums = str(refusal), {}
-    after = counters(llm)
     return {
         "completions": [[completion(c) for c in o.outputs] for o in outputs],
         "prompt_logprobs": [
             o.prompt_logprobs and [step and {t: [v.logprob, v.rank] for t, v in step.items()} for step in o.prompt_logprobs] for o in outputs
         ],
-        "counters": {name: after[name] - before[name] for name in after if name != "per_position"},
+        "counters": counted(before, counters(llm)),
         "error": error,
         "draft_probs": sums or None,
     }  # fmt: skip
@@ -93,27 +89,17 @@ def answered_with(error: str) -> dict[str, Any]:
     return {"completions": [], "prompt_logprobs": [], "counters": {}, "error": error, "draft_probs": None}
 
 
-def main() -> None:
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    reports = []
-    for engine in json.load(sys.stdin):
-        try:
-            llm = LLM(**engine["args"])
-        except ValueError as refusal:
-            reports.append([answered_with(str(refusal)) for _ in engine["asks"]])
-            continue
-        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-        if "speculative_config" in engine["args"]:
-            assert type(runner.drafter).__module__.startswith("vllm_dflash."), f"drafted by {type(runner.drafter)}"
-        reports.append([answer(llm, ask) for ask in engine["asks"]])
-        del llm, runner
-        gc.collect()
-        cleanup_dist_env_and_memory()
-    with open(sys.argv[1], "w") as file:
-        json.dump(reports, file)
+def run(engine: dict[str, Any]) -> list[dict[str, Any]]:
+    args = dict(engine["args"])
+    try:
+        llm = start(args.pop("model"), **args)
+    except ValueError as refusal:
+        return [answered_with(str(refusal)) for _ in engine["asks"]]
+    if "speculative_config" in args:
+        drafter = model_runner(llm).drafter
+        assert type(drafter).__module__.startswith("vllm_dflash."), f"drafted by {type(drafter)}"
+    return [answer(llm, ask) for ask in engine["asks"]]
 
 
 if __name__ == "__main__":
-    main()
+    answer_jobs(run)

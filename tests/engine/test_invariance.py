@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from engine.harness import DRAFTER, TARGET, held_out_prompts, run_engine
+from engine.harness import DRAFTER, TARGET, Job, held_out_prompts, run_engines
 
 pytestmark = pytest.mark.engine
 
@@ -33,10 +33,11 @@ def rescaled(drafter: Path, folder: Path) -> Path:
 
 def test_served_tau_stays(tmp_path: Path) -> None:
     prompts, scaled = held_out_prompts(16), rescaled(DRAFTER, tmp_path / "scaled")
+    jobs = {"as trained": Job(TARGET, DRAFTER, prompts, max_tokens=96), "rescaled": Job(TARGET, scaled, prompts, max_tokens=96)}
     tau = {
-        (who, which): run_engine(TARGET, folder, prompts, max_tokens=96, env=env)[0].tau
+        (who, which): batches[0].tau
         for who, env in (("ours", {}), ("native", {"VLLM_DFLASH": "0"}))
-        for which, folder in (("as trained", DRAFTER), ("rescaled", scaled))
+        for which, batches in zip(jobs, run_engines(list(jobs.values()), env=env), strict=True)
     }
     print("tau: " + ", ".join(f"{who} {which} {value:.3f}" for (who, which), value in tau.items()))
     assert abs(tau["ours", "rescaled"] / tau["ours", "as trained"] - 1) < 0.01

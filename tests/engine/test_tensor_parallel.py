@@ -5,16 +5,13 @@ Drafters with two KV heads (one a rank) and with one (a copy on each rank), DFla
     pytest -s tests/engine/test_tensor_parallel.py
 """
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from engine.harness import DRAFTER, TARGET, Batch, Job, engine_env, held_out_prompts, wait_until_gone
+from engine.harness import DRAFTER, TARGET, Batch, Job, held_out_prompts, run_worker
 from engine.oracle import compare_drafts
 from pairs import random_prompts
 from targets import FAMILIES
@@ -43,22 +40,14 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
 
 
 @pytest.fixture(scope="module")
-def reports(pairs: Pairs, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict]:
+def reports(pairs: Pairs) -> dict[tuple[str, int], dict]:
     """What each engine reports, by name and ranks; with 0 ranks the target on one, without a drafter."""
     jobs = {}
     for name, (target, drafter, prompts) in pairs.items():
         jobs[name, 0] = Job(target, None, prompts, max_tokens=24)
         jobs[name, 1] = Job(target, drafter, prompts, max_tokens=24)
         jobs[name, 2] = Job(target, drafter, prompts, max_tokens=24, engine_args={"tensor_parallel_size": 2})
-    out = tmp_path_factory.mktemp("reports") / "report.json"
-    command = [sys.executable, str(Path(__file__).with_name("tensor_parallel_worker.py")), str(out)]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=engine_env(),
-    )  # fmt: skip
-    output, _ = process.communicate(json.dumps([job.to_json() for job in jobs.values()]), timeout=800)
-    assert out.is_file(), output[-6000:]
-    wait_until_gone(process.pid)
-    return dict(zip(jobs, json.loads(out.read_text()), strict=True))
+    return dict(zip(jobs, run_worker("tensor_parallel_worker.py", [job.to_json() for job in jobs.values()]), strict=True))
 
 
 def batch(report: dict[str, Any], prompts: list[list[int]]) -> Batch:

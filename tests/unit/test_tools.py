@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from broken import edit, shard
 from pairs import make_random_drafter, random_drafter_config
-from unit.test_broken_checkpoints import edit, shard
 from variants import VARIANTS
 from vllm_dflash.cli import main
 from vllm_dflash.config import DrafterConfig, DrafterConfigError

@@ -1,19 +1,15 @@
-"""Broken checkpoints and configs, generated: each is refused with a DrafterConfigError that names what is wrong and a remedy.
+"""Broken weights, generated: each checkpoint is refused with a DrafterConfigError that names the tensor or file and a remedy.
 
-For every format each field is left out, given every wrong type and values out of range; tensors are dropped, renamed, reshaped,
-poisoned and mistyped; files are cut, emptied and replaced. Nothing else than a DrafterConfigError may come out: a KeyError or a
-TypeError from the depth of a loader tells a user nothing.
+Tensors are dropped, renamed, reshaped, poisoned and mistyped; files are cut, emptied and replaced.
 
-    pytest tests/unit/test_broken_checkpoints.py
+    pytest tests/unit/test_broken_weights.py
 """
 
-import copy
 import json
 import math
-import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,169 +17,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from broken import REMEDY, edit, edit_config, refused, shard
 from engine.harness import engine_env, wait_until_gone
 from pairs import make_random_drafter, random_drafter_config
 from unit.test_checks import configure
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
-from vllm_dflash.formats import write
+from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.tools.inspect import inspect_checkpoint
 from vllm_dflash.weights import check_finite
 
-REMEDY = re.compile(
-    r"fetch the checkpoint again|came with|came along|use files of one|use another|use config|use the|point (at|'model')|give (a|an|the|its|\d+)|"
-    r"one of |at least 2|true or false|or null|fix config|trained with|one a layer|each layer once|one-based|remove|serve it with|or an? object",
-    re.IGNORECASE,
-)
-MISSING = "(missing)"
-_WRONG_TYPES: list[Any] = ["x", "", 1.5, [1], [], [None], {"a": 1}, {}, True, False, math.nan, math.inf, -1, 0, 10**18]
-
-
-def _template(format: str) -> dict[str, Any]:
-    """A config.json with every optional field in use."""
-    config = random_drafter_config(
-        sliding_windows=(24, None, 24), draft_vocab_size=200, quantization_config={"quant_method": "fp8"},
-        rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
-    )  # fmt: skip
-    if format == "AngelSlim":
-        config = config.with_(conditioning="dflare")
-    return write(config, format, verifier="target")
-
-
-# Per field, the values that are legal there, written by hand. Everything else of the lists above has to be refused.
-_OPTIONAL = [None, MISSING]
-_FLAG = [*_OPTIONAL, True, False]
-_LEGAL_EVERYWHERE: dict[str, list[Any]] = {
-    "hidden_size": [], "intermediate_size": [], "num_hidden_layers": [], "num_attention_heads": [], "num_key_value_heads": [],
-    "vocab_size": [], "max_position_embeddings": [], "block_size": [],
-    "head_dim": _OPTIONAL, "rms_norm_eps": _OPTIONAL, "attention_bias": _FLAG, "rope_theta": [*_OPTIONAL, 1.5, 10**18],
-    "rope_scaling": [*_OPTIONAL, {}, {"a": 1}], "rope_scaling.rope_type": [], "rope_scaling.factor": [1.5, 10**18],
-    "rope_scaling.original_max_position_embeddings": [], "hidden_act": [MISSING], "layer_types": _OPTIONAL, "use_sliding_window": _FLAG,
-    "sliding_window": [],
-}  # fmt: skip
-_LEGAL_OUTSIDE: dict[str, list[Any]] = {
-    "draft_vocab_size": _OPTIONAL, "num_target_layers": _OPTIONAL, "dtype": _OPTIONAL, "quantization_config": _OPTIONAL,
-    "quantization_config.quant_method": ["x"],
-}  # fmt: skip
-_PLAIN = _LEGAL_EVERYWHERE | _LEGAL_OUTSIDE | {
-    "architectures": [], "dflash_config": [], "dflash_config.mask_token_id": [0], "dflash_config.target_layer_ids": [[1]],
-    "dflash_config.causal": [None, MISSING, False],
-}  # fmt: skip
-LEGAL: dict[str, dict[str, list[Any]]] = {
-    "z-lab": _PLAIN,
-    "AngelSlim": _PLAIN,
-    "speculators": {f"transformer_layer_config.{name}": values for name, values in _LEGAL_EVERYWHERE.items() if name != "block_size"} | _LEGAL_OUTSIDE | {
-        "speculators_model_type": [], "transformer_layer_config": [], "mask_token_id": [0], "aux_hidden_state_layer_ids": [[1]],
-        "sample_from_anchor": [*_OPTIONAL, False, 0], "sliding_window_non_causal": _FLAG, "block_size": [],
-    },
-}  # fmt: skip
-
-
-def _is_legal(value: Any, legal: list[Any]) -> bool:
-    # By type too: True equals 1, and 0 equals False.
-    return any(type(value) is type(v) and value == v for v in legal)
-
-
-def _broken_configs() -> Iterator[Any]:
-    for format, fields in LEGAL.items():
-        for path, legal in fields.items():
-            values = [v for v in [MISSING, None, *_WRONG_TYPES] if not _is_legal(v, legal)]
-            yield pytest.param(format, path, values, legal, id=f"{format} {path}")
-
-
-def _changed(format: str, path: str, value: Any) -> dict[str, Any]:
-    raw = copy.deepcopy(_template(format))
-    *parents, name = path.split(".")
-    place = raw
-    for parent in parents:
-        place = place[parent]
-    if value is MISSING:
-        place.pop(name, None)
-    else:
-        place[name] = value
-    return raw
-
-
-@pytest.mark.parametrize("format", LEGAL)
-def test_the_templates_are_sound(format: str) -> None:
-    """What is broken below was whole before."""
-    assert DrafterConfig.from_dict(_template(format)).draft_vocab_size == 200
-
-
-@pytest.mark.parametrize(("format", "path", "values", "legal"), _broken_configs())
-def test_a_broken_field(format: str, path: str, values: list[Any], legal: list[Any]) -> None:
-    """``dtype = []`` was once read as bfloat16, ``rms_norm_eps = Infinity`` as it stands, a missing yarn factor ended in vLLM's KeyError."""
-    assert len(values) >= 10, "a field with so many legal values is not tested"
-    for value in values:
-        with pytest.raises(DrafterConfigError) as error:
-            DrafterConfig.from_dict(_changed(format, path, value))
-        message = str(error.value)
-        names = {path.rpartition(".")[2], *_SHOWN_BY.get(path, ())}
-        assert any(name in message for name in names), f"{value!r}: {message}"
-        assert REMEDY.search(message), f"{value!r}: {message}"
-    for value in legal:
-        DrafterConfig.from_dict(_changed(format, path, value))
-
-
-# Without these, another field's message says what the file is not.
-_SHOWN_BY = {
-    "speculators_model_type": ["architectures"],
-    "transformer_layer_config": ["num_hidden_layers"],
-    "dflash_config": ["num_target_layers"],
-}
-
-
-@pytest.mark.parametrize("format", LEGAL)
-@pytest.mark.parametrize(
-    ("field", "value", "words"),
-    [
-        ("block_size", 1, "block_size is 1"),
-        ("block_size", 64, "sliding_window is 24, less than a block of 64"),
-        ("mask_token_id", 512, "mask_token_id 512"),
-        ("mask_token_id", -1, "mask_token_id is -1"),
-        ("layer_ids", [2, 3, 2], "names a layer twice"),
-        ("layer_ids", [1, 2, 6], "are outside the target's 5 layers"),
-        ("layer_ids", [1, True], "True"),
-        ("layer_ids", "1,2,3", "1,2,3"),
-        ("draft_vocab_size", 513, "draft_vocab_size 513"),
-        ("head_dim", 31, "head_dim is 31"),
-        ("num_key_value_heads", 3, "num_key_value_heads 3"),
-        ("layer_types", ["full_attention"], "layer_types"),
-        ("layer_types", ["full_attention", "chunked", None], "chunked"),
-        ("sliding_window", 7, "sliding_window is 7"),
-        ("rope_scaling", {"factor": 2.0}, "no rope_type"),
-        ("rope_scaling", {"rope_type": "mrope"}, "mrope"),
-        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, "low_freq_factor"),
-        ("rope_scaling", {"rope_type": "longrope", "original_max_position_embeddings": 64, "short_factor": 1.0}, "short_factor"),
-        ("num_hidden_layers", 10**9, "num_hidden_layers"),
-        ("rms_norm_eps", 2.0, "rms_norm_eps"),
-    ],
-)
-def test_a_value_out_of_range(format: str, field: str, value: Any, words: str) -> None:
-    spelled = {"layer_ids": "aux_hidden_state_layer_ids"} if format == "speculators" else {
-        "layer_ids": "dflash_config.target_layer_ids", "mask_token_id": "dflash_config.mask_token_id"
-    }  # fmt: skip
-    path = spelled.get(field, field)
-    if format == "speculators" and path in _LEGAL_EVERYWHERE and path != "block_size":
-        path = f"transformer_layer_config.{path}"
-    with pytest.raises(DrafterConfigError) as error:
-        DrafterConfig.from_dict(_changed(format, path, value))
-    assert words in str(error.value)
-    assert REMEDY.search(str(error.value)), error.value
-    if field == "layer_ids":
-        assert path.rpartition(".")[2] in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"[]", b"null", b"3", b'"dflash"', b"{", b"\xff\xfe{}", b"[" * 100_000, b"version https://git-lfs.github.com/spec/v1\n"],
-    ids=["empty", "list", "null", "number", "string", "cut", "no UTF-8", "nested", "LFS pointer"],
-)  # fmt: skip
-def test_a_config_file_that_is_none(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "config.json").write_bytes(content)
-    refused(tmp_path, "config.json")
-
-
-# Weights. A checkpoint is a kind and a format; each breakage is applied to all four.
+# A checkpoint is a kind and a format; each breakage is applied to all four.
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "z-lab": {},
     "AngelSlim": {"config": {"conditioning": "dflare"}},
@@ -196,37 +39,6 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     made = dict(CHECKPOINTS[request.param])
     return make_random_drafter(tmp_path / "drafter", config=random_drafter_config(**made.pop("config", {})), **made)
-
-
-def refused(folder: Path, *words: str) -> str:
-    """The message of what refuses the folder; the tool for it finds the same."""
-    with pytest.raises(DrafterConfigError) as error:
-        load_drafter(folder, torch.float32)
-    message = str(error.value)
-    assert all(word in message for word in words), message
-    assert REMEDY.search(message), message
-    found = inspect_checkpoint(folder)
-    assert not found.sound
-    assert any(all(word in problem for word in words) for problem in found.problems), found.problems
-    return message
-
-
-def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def shard(folder: Path) -> Path:
-    """Splits the weights in two; returns the index."""
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    places = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
-    for file in sorted(set(places.values())):
-        save_file({name: tensor for name, tensor in tensors.items() if places[name] == file}, folder / file)
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": places}))
-    return index
 
 
 def test_these_checkpoints_are_sound(folder: Path) -> None:
@@ -387,15 +199,10 @@ _THROUGH_VLLM: dict[str, tuple[dict[str, Any], Callable[[Path], object], list[st
     "integer weights": ({}, lambda f: edit(f, lambda t: t.update({"norm.weight": t["norm.weight"].long()})), ["norm.weight is I64"]),
     "a stray file": ({}, lambda f: save_file({"norm.weight": torch.ones(64)}, f / "old.safetensors"), ["old.safetensors", "remove"]),
     "a layer twice": (
-        {}, lambda f: _edit_config(f, dflash_config={"mask_token_id": 1, "target_layer_ids": [1, 2, 2]}), ["target_layer_ids", "each layer once"],
+        {}, lambda f: edit_config(f, dflash_config={"mask_token_id": 1, "target_layer_ids": [1, 2, 2]}), ["target_layer_ids", "each layer once"],
     ),
-    "a block size that is a text": ({}, lambda f: _edit_config(f, block_size="8"), ["block_size is '8'", "came with"]),
+    "a block size that is a text": ({}, lambda f: edit_config(f, block_size="8"), ["block_size is '8'", "came with"]),
 }  # fmt: skip
-
-
-def _edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize("name", _THROUGH_VLLM)
