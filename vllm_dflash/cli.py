@@ -8,10 +8,14 @@ import importlib.metadata
 import os
 import sys
 import textwrap
+from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import vllm_dflash
+from vllm_dflash.evaluation.methods import DEFAULT_METHODS, KINDS
+from vllm_dflash.evaluation.workload import DATASETS, RANDOM
 from vllm_dflash.formats import FORMATS
 from vllm_dflash.plugin import SWITCH, is_off, patch_set
 from vllm_dflash.supported import SUPPORTED_VLLM, installed_vllm
@@ -26,6 +30,7 @@ A new drafter, in this order:
   vllm-dflash inspect DRAFTER                   what is it, and is it whole?
   vllm-dflash doctor --target T --draft DRAFTER does the pair fit, and how much is accepted?
   vllm serve T --speculative-config '{"method": "dflash", "model": "DRAFTER"}'
+  vllm-dflash bench --target T --draft DRAFTER  how fast is it here, and against what?
 """
 
 
@@ -43,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_inspect(commands)
     _add_convert(commands)
     _add_doctor(commands)
+    _add_bench(commands)
     args = parser.parse_args(arguments)
     return int(args.run(args))
 
@@ -113,6 +119,74 @@ def _add_doctor(commands: Any) -> None:
     doctor.add_argument("--skip-vllm", action="store_true", help="plain PyTorch only: no engine is started")
     doctor.add_argument("--json", action="store_true", help="one JSON object, for scripts")
     doctor.set_defaults(run=_run_tool("doctor"))
+
+
+def _add_bench(commands: Any) -> None:
+    bench = _command(
+        commands, "bench", "measures methods against each other in one run, and writes a report",
+        "Starts an engine for each method with the same settings and lets them take turns on the same prompts, at each concurrency, prompt "
+        "length and temperature; medians with their spread, ratios within each repeat. Writes results.json, report.md and report.html into "
+        "--out, anew after every repeat. From a checkout the embedded pair and its held-out prompts are the defaults. "
+        "Ends with 0 where something was measured, 1 where no method ran, 2 on wrong usage.",
+        [
+            "vllm-dflash bench --concurrency 1,8 --temperature 0      # the embedded pair, a few minutes",
+            "vllm-dflash bench --methods plain,dflash:3,dflash:7,native:7 --concurrency 1,2,4,8,16,32 --temperature 0,1",
+            "vllm-dflash bench --target T --draft D --dataset gsm8k=test.jsonl --methods plain,dflash,eagle3:3 --eagle3 HEAD",
+            "vllm-dflash bench --target T --draft a=DFLASH --draft b=DFLARE --methods plain,dflash@a:7,dflash@b:7 --prompts mine.jsonl",
+            "vllm-dflash bench --server http://127.0.0.1:8000 --dataset random --concurrency 1,8",
+        ],
+    )  # fmt: skip
+    what = bench.add_argument_group("what runs", "KINDs of methods:\n" + "\n".join(f"  {kind:<9} {text}" for kind, text in KINDS.items()))
+    what.add_argument(
+        "--methods", metavar="LIST", default=DEFAULT_METHODS,
+        help="KIND, KIND:K for K drafted tokens a step, or KIND@NAME:K with a drafter of that --draft NAME (default: %(default)s)",
+    )  # fmt: skip
+    what.add_argument("--target", metavar="T", help="the target's folder or hub id")
+    what.add_argument(
+        "--draft", metavar="[NAME=]D", action="append", help="a drafter's folder or downloaded hub id; more than once for more"
+    )
+    what.add_argument("--eagle3", metavar="HEAD", help="the head of the method eagle3")
+    what.add_argument("--server", metavar="URL", help="in place of engines, a running server, measured by `vllm bench serve`")
+    load = bench.add_argument_group("load")
+    load.add_argument(
+        "--prompts", metavar="FILE", action="append", help="JSON lines with prompt (text), messages (chat) or prompt_token_ids"
+    )
+    load.add_argument(
+        "--dataset", metavar="NAME=FILE", action="append", help=f"the JSON lines of {', '.join(DATASETS)}; or {RANDOM}, without a file"
+    )
+    load.add_argument(
+        "--concurrency", metavar="LIST", type=_list_of(_at_least_one), default=[1, 8], help="requests in flight (default: 1,8)"
+    )
+    load.add_argument("--prompt-tokens", metavar="LIST", type=_list_of(_at_least_one), help="lengths that prompts are cut or filled up to")
+    load.add_argument("--temperature", metavar="LIST", type=_list_of(_not_negative), default=[0.0], help="default: 0")
+    load.add_argument("--max-tokens", metavar="N", type=_at_least_one, default=128, help="generated tokens a prompt (default: 128)")
+    load.add_argument("--num-prompts", metavar="N", type=_at_least_one, help="requests a point (default: 4 x concurrency, at least 16)")
+    load.add_argument("--repeats", metavar="N", type=_at_least_one, default=3, help="default: 3")
+    engine = bench.add_argument_group("engines, and the report")
+    engine.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: the target's own")
+    engine.add_argument("--max-model-len", metavar="N", type=_at_least_one, help="default: what the prompts need")
+    engine.add_argument("--engine-args", metavar="JSON", default="{}", help="more arguments of vLLM's LLM, for all methods")
+    engine.add_argument("--out", metavar="DIR", type=Path, help="folder of the report (default: bench-DATE-TIME)")
+    bench.set_defaults(run=lambda args: import_module("vllm_dflash.evaluation.bench").run(args))
+
+
+def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """The type of a comma-separated list, of which each entry counts once."""
+
+    def parse(text: str) -> list[Any]:
+        try:
+            return list(dict.fromkeys(kind(entry) for entry in text.split(",")))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, such as 1,8") from None
+
+    return parse
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value:g} is no temperature: give 0 or more")
+    return value
 
 
 def _at_least_one(text: str) -> int:

@@ -101,7 +101,9 @@ def check_environment() -> list[str]:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--extras", nargs="*", default=["test", "dev"], help="extras of pyproject.toml to install too (default: test dev)")
+    parser.add_argument(
+        "--extras", nargs="*", default=["bench", "test", "dev"], help="extras of pyproject.toml to install too (default: bench test dev)"
+    )
     parser.add_argument(
         "--torch-index", default="", help="index address or folder with PyTorch's CPU wheels, beside what pip is configured with"
     )

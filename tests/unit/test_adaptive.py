@@ -1,0 +1,62 @@
+"""The controller against what is best in hindsight, on servers in numbers (``tests/simulation.py``): two cores, and a large GPU."""
+
+import pytest
+
+from simulation import Server, large_gpu, two_cores
+from vllm_dflash.adaptive.acceptance import Acceptance
+from vllm_dflash.adaptive.controller import Controller
+from vllm_dflash.adaptive.cost import StepCost, Work
+
+RATES = {"good": [0.8, 0.78, 0.76, 0.74, 0.72, 0.7, 0.68], "fair": [0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.3], "bad": [0.01] * 7}
+
+
+@pytest.mark.parametrize("cost", [two_cores, large_gpu])
+@pytest.mark.parametrize("rates", RATES)
+@pytest.mark.parametrize("num_reqs", [1, 8, 32])
+def test_close_to_the_best_fixed_choice(cost, rates: str, num_reqs: int) -> None:
+    """Measured times are noisy, and one in a hundred steps is held up by another process."""
+    batches = [{f"r{i}": RATES[rates] for i in range(num_reqs)}] * 2000
+    server = Server(cost, noise=0.08, held_up=0.01)
+    best = max(server.fixed(k, batches) for k in range(8))
+    assert server.adaptive(batches) > 0.95 * best
+
+
+def test_each_request_has_its_own_length() -> None:
+    """Requests that accept much beside others that accept little: better than any one K for all."""
+    batches = [{f"r{i}": RATES["good" if i % 2 else "bad"] for i in range(32)}] * 2000
+    server = Server(large_gpu, noise=0.08)
+    assert server.adaptive(batches) > max(server.fixed(k, batches) for k in range(8))
+
+
+def test_off_under_load_and_back() -> None:
+    """The load swings from 1 request to 32 and back: each phase has the K that is best for it, none among them."""
+    controller, server = Controller(7), Server(two_cores, noise=0.05)
+    for _ in range(2):
+        for num_reqs, drafts in ((1, True), (32, False)):
+            requests = [f"r{i}" for i in range(num_reqs)]
+            server.adaptive([dict.fromkeys(requests, RATES["good"])] * 300, controller)
+            planned = [controller.plan(requests).num_draft_tokens for _ in range(3)]
+            assert (min(planned) > 2) if drafts else (max(planned) == 0)
+
+
+def test_cost_recovers_the_line() -> None:
+    cost = StepCost()
+    for _ in range(9):
+        for num_reqs in (1, 2, 4, 8):
+            for k, verified in ((0, 0), (7, 7), (7, 0), (0, 7), (3, 3)):
+                work = Work(num_reqs, num_reqs * (verified + 1), num_reqs * (k + 1) if k else 0)
+                cost.observe(work, two_cores(work))
+    unseen = Work(6, 6 * 6, 6 * 6)
+    assert cost.near(6).seconds(unseen) == pytest.approx(two_cores(unseen), rel=0.05)
+
+
+def test_acceptance_is_conditional() -> None:
+    """A position counts only where it was reached: two of three accepted say nothing about a fourth."""
+    acceptance = Acceptance(4)
+    for _ in range(400):
+        acceptance.observe("a", verified=3, accepted=2)
+    first, second, third, fourth = acceptance.rates
+    assert min(first, second) > 0.98
+    assert third < 0.02
+    assert fourth == pytest.approx(0.6), "the prior"
+    assert acceptance.lengths(["a"], 4, threshold=0.5) == {"a": 2}

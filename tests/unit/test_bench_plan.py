@@ -1,0 +1,79 @@
+"""What the command refuses before anything starts, and what it settles."""
+
+import json
+
+import pytest
+
+from vllm_dflash.cli import main
+from vllm_dflash.evaluation import plan as plans
+from vllm_dflash.evaluation.methods import Method
+from vllm_dflash.evaluation.starting import engine_settings
+from vllm_dflash.evaluation.workload import Point
+
+SMALL = ["--concurrency", "1", "--num-prompts", "4", "--max-tokens", "8", "--repeats", "1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["--methods", "medusa"], "KIND of plain"),
+        (["--methods", "eagle3"], "give --eagle3 PATH"),
+        (["--draft", "/not/there"], "no folder, nor a hub id"),
+        (["--draft", "a=/x", "--draft", "a=/y"], "no folder"),
+        (["--target", "/not/there", "--methods", "plain"], "give its folder or hub id"),
+        (["--dataset", "imagenet=x.jsonl"], "NAME of gsm8k"),
+        (["--dataset", "gsm8k"], "NAME=PATH"),
+        (["--dataset", "gsm8k=/not/there.jsonl"], "give a file of JSON lines"),
+        (["--dataset", "random", "--dataset", "random"], "the same name"),
+        (["--concurrency", "8"], "give at least as many"),
+        (["--max-model-len", "50"], "or a smaller --prompt-tokens or --max-tokens"),
+        (["--engine-args", "{"], "is no JSON"),
+        (["--engine-args", "[1]"], "is no object"),
+        (["--engine-args", '{"speculative_config": {}}'], "leave them out"),
+        (["--server", "http://127.0.0.1:9"], "no vLLM server answers"),
+    ],
+)
+def test_refusals_name_the_remedy(capsys, tmp_path, arguments, remedy):
+    assert main(["bench", *SMALL, "--out", str(tmp_path / "out"), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("vllm-dflash bench: ")
+    assert remedy in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--concurrency", "1,x"], ["--concurrency", "0"], ["--temperature", "-1"], ["--temperature", "nan"]])
+def test_numbers_that_are_none(capsys, arguments):
+    with pytest.raises(SystemExit):
+        main(["bench", *arguments])
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_results_are_not_written_over(capsys, tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    assert main(["bench", *SMALL, "--out", str(tmp_path)]) == 2
+    assert "holds the results of another run" in capsys.readouterr().err
+
+
+def test_another_target_needs_prompts_and_a_drafter(capsys, random_target):
+    assert main(["bench", "--target", str(random_target)]) == 2
+    assert "give --draft PATH" in capsys.readouterr().err
+    assert main(["bench", "--target", str(random_target), "--methods", "plain"]) == 2
+    assert "give --prompts FILE" in capsys.readouterr().err
+
+
+def test_without_a_checkout(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(plans, "EMBEDDED", tmp_path / "none")
+    assert main(["bench"]) == 2
+    assert "no --target: give its folder or hub id" in capsys.readouterr().err
+
+
+def test_engines_differ_in_the_method_alone():
+    """The user's additional_config stays, beside what switches the controller."""
+    both = {"additional_config": {"of": "the user", "dflash": {}}, "block_size": 32}
+    methods = [Method("plain", "plain"), Method("a", "adaptive", additional_config={"dflash": {"adaptive": True}})]
+    plan = plans.Plan("T", methods, [Point("p", None, 0.0, c, 8) for c in (1, 4)], {}, 8, 1, "float32", 64, both)
+    plain, adaptive = (engine_settings(plan, method)["engine_args"] for method in plan.methods)
+    assert adaptive.pop("additional_config") == {"of": "the user", "dflash": {"adaptive": True}}
+    assert plain.pop("additional_config") == both["additional_config"]
+    assert json.dumps(plain) == json.dumps(adaptive)
+    assert (plain["max_num_seqs"], plain["enable_prefix_caching"], plain["block_size"]) == (4, False, 32)

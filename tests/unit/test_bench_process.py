@@ -1,0 +1,128 @@
+"""The pipes to an engine's process: its chatter, its death, and its parent's."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from vllm_dflash.evaluation.engine_process import EngineFailedError, EngineProcess, Job, _what_was_said
+
+JOB = Job([[1, 2]], 1, 4, 0.0)
+CHILD = textwrap.dedent(
+    """
+    import json, os, sys
+    out = os.fdopen(int(sys.argv[1]), "w")
+    settings = json.loads(sys.stdin.readline())
+    def answer(**message):
+        print(json.dumps(message), file=out, flush=True)
+    print('{"result": "chatter on standard output"}', flush=True)
+    if settings.get("fails"):
+        raise ValueError("this vLLM refuses: say please")
+    answer(ready={"pid": os.getpid(), "set": os.environ.get("OF_THE_METHOD")})
+    for line in sys.stdin:
+        job = json.loads(line)
+        if settings.get("dies"):
+            os.kill(os.getpid(), 9)
+        answer(done=1)
+        print("Error: chatter again", file=sys.stderr, flush=True)
+        answer(result={"prompts": job["prompts"]})
+    """
+)
+
+
+def start(log, settings=None, environment=None):
+    return EngineProcess(settings or {}, environment or {}, log, ("-c", CHILD))
+
+
+def test_chatter_does_not_reach_the_protocol(tmp_path):
+    done = []
+    with start(tmp_path / "log", environment={"OF_THE_METHOD": "yes"}) as engine:
+        ready = engine.wait_until_ready()
+        assert ready["set"] == "yes"
+        for _ in range(2):
+            assert engine.run(JOB, lambda: done.append(1)) == {"prompts": [[1, 2]]}
+    assert len(done) == 2
+    assert "chatter on standard output" in (tmp_path / "log").read_text()
+    with pytest.raises(ProcessLookupError):
+        os.kill(ready["pid"], 0)
+
+
+def test_one_that_does_not_start_says_why(tmp_path):
+    with (
+        start(tmp_path / "log", {"fails": True}) as engine,
+        pytest.raises(EngineFailedError, match="status 1: ValueError: this vLLM refuses") as error,
+    ):
+        engine.wait_until_ready()
+    assert "Traceback" in error.value.tail
+
+
+def test_of_a_refused_configuration_the_validators_words_are_told():
+    """pydantic's last lines are an address; what is wrong stands between its title and them."""
+    lines = [
+        "pydantic_core._pydantic_core.ValidationError: 1 validation error for SpeculativeConfig",
+        "  Value error, K is 99: set 7 or less [type=value_error, input_value=ArgsKwargs((), {}), input_type=ArgsKwargs]",
+        "    For further information visit the errors' page",
+    ]
+    assert _what_was_said(lines) == "K is 99: set 7 or less"
+    assert _what_was_said(["Traceback", "OSError: no such head", "[rank0] shutting down"]) == "OSError: no such head"
+    assert _what_was_said(["Killed"]) == "Killed"
+    assert _what_was_said([]) == "it said nothing"
+
+
+def test_one_that_dies_says_how(tmp_path):
+    with start(tmp_path / "log", {"dies": True}) as engine:
+        engine.wait_until_ready()
+        with pytest.raises(EngineFailedError, match="signal SIGKILL"):
+            engine.run(JOB, lambda: None)
+        with pytest.raises(EngineFailedError, match="signal SIGKILL"):
+            engine.run(JOB, lambda: None)
+
+
+def test_an_interrupted_parent_ends_its_children(tmp_path):
+    """At once: one that is in the middle of a job would not look at its input for minutes."""
+    engine = start(tmp_path / "log")
+    pid = engine.wait_until_ready()["pid"]
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), engine:
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_killed_parent_leaves_no_child(tmp_path):
+    """Nobody cleans up after SIGKILL: the children see the end of their input."""
+    code = textwrap.dedent(
+        f"""
+        import sys, time
+        from pathlib import Path
+        from vllm_dflash.evaluation.engine_process import EngineProcess
+        engines = [EngineProcess({{}}, {{}}, Path(f"{tmp_path}/log{{i}}"), ("-c", {CHILD!r})) for i in range(2)]
+        print(*(engine.wait_until_ready()["pid"] for engine in engines), flush=True)
+        time.sleep(60)
+        """
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    children = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(children) == 2
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 10
+    while any(running(pid) for pid in children):
+        assert time.monotonic() < deadline, "a child outlived its parent"
+        time.sleep(0.02)
+
+
+def running(pid):
+    """Whether a process runs; one that has ended and is not collected does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -1,0 +1,130 @@
+"""What a step costs, learned from measured steps: linear in what it computes, near the batch size at hand. Pure.
+
+A step runs the target over ``num_tokens`` rows and, where it drafts, the drafter over ``draft_rows``. Its time is close to linear in
+both on a CPU and on a GPU that is short of compute, and flat on a GPU that is short of bandwidth, so the line is drawn through steps
+of about as many requests. Nothing here knows a machine, and a step that another process holds up does not count: of each kind of
+step the lower median of the last few is taken.
+
+    pytest tests/unit/test_adaptive.py
+"""
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+_LAST = 9
+"""Steps of a kind that are kept."""
+_FADE = 0.999
+"""Weight that a kind of step keeps with each step of another kind: a machine that slows down is followed."""
+_NEARNESS = 1.5
+"""How fast the weight of a kind falls with the distance of its batch size, in powers of two."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step computes."""
+
+    num_reqs: int
+    num_tokens: int
+    """The target's rows: one a request and one for each draft token that is verified."""
+    draft_rows: int
+    """The drafter's rows, K + 1 a request; 0 where nothing is drafted."""
+
+    @property
+    def features(self) -> tuple[float, ...]:
+        """Constant, requests, verified draft tokens, drafter on, its rows."""
+        return 1.0, self.num_reqs, self.num_tokens - self.num_reqs, float(self.draft_rows > 0), self.draft_rows
+
+    @property
+    def kind(self) -> tuple[int, int, int]:
+        """Steps that are alike: the nearest power of two of the requests, and for each the drafter's rows and verified tokens."""
+        verified = self.num_tokens - self.num_reqs
+        return round(math.log2(self.num_reqs)), self.draft_rows // self.num_reqs, round(verified / self.num_reqs)
+
+
+@dataclass
+class _Kind:
+    work: deque[Work] = field(default_factory=lambda: deque(maxlen=_LAST))
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_LAST))
+    last_seen: int = 0
+
+    @property
+    def typical(self) -> tuple[Work, float]:
+        """Of the last steps the one of the lower median, and its seconds."""
+        order = sorted(range(len(self.seconds)), key=self.seconds.__getitem__)
+        middle = order[(len(order) - 1) // 2]
+        return self.work[middle], self.seconds[middle]
+
+
+@dataclass(frozen=True)
+class LocalCost:
+    """Cost of steps about as large as one of so many requests."""
+
+    weights: np.ndarray
+    """float64 [5]: seconds for each of ``Work.features``; none below zero."""
+    factors: dict[tuple[int, int, int], float]
+    """By kind of step, measured over linear."""
+
+    def seconds(self, work: Work) -> float:
+        """Expected seconds of a step."""
+        linear = sum(w * x for w, x in zip(self.weights.tolist(), work.features, strict=True))
+        return max(linear * self.factors.get(work.kind, 1.0), 1e-9)
+
+    @property
+    def seconds_per_verified(self) -> float:
+        """What one more verified draft token adds, in seconds."""
+        return float(self.weights[2])
+
+
+class StepCost:
+    """Keeps the last steps of each kind and draws lines through them."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[tuple[int, int, int], _Kind] = {}
+        self._steps = 0
+
+    def observe(self, work: Work, seconds: float) -> None:
+        """Takes in a measured step."""
+        kind = self._kinds.setdefault(work.kind, _Kind())
+        kind.work.append(work)
+        kind.seconds.append(seconds)
+        self._steps += 1
+        kind.last_seen = self._steps
+
+    def has_seen(self, num_reqs: int) -> bool:
+        """Whether steps with and without drafts were seen at half to twice as many requests."""
+        near = [kind for kind in self._kinds if abs(kind[0] - math.log2(num_reqs)) <= 1]
+        return any(rows for _, rows, _ in near) and any(not rows for _, rows, _ in near)
+
+    def near(self, num_reqs: int) -> LocalCost:
+        """The cost of steps of about ``num_reqs`` requests: least squares of relative errors, weighted by nearness and age."""
+        size, rows, weights = math.log2(num_reqs), [], []
+        for (power, _, _), kind in self._kinds.items():
+            work, seconds = kind.typical
+            age, distance = self._steps - kind.last_seen, power - size
+            rows.append((*work.features, seconds))
+            weights.append(len(kind.seconds) * _FADE**age * math.exp(-_NEARNESS * distance * distance) + 1e-6)
+        found = _fit(np.array(rows), np.array(weights))
+        linear = np.array(rows)[:, :5] @ found
+        factors = {key: row[5] / max(line, 1e-9) for key, row, line in zip(self._kinds, rows, linear.tolist(), strict=True)}
+        return LocalCost(found, factors)
+
+
+def _fit(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weights of the five features that are not negative, for rows of features and seconds; a negative one is left out in turn."""
+    seconds = rows[:, 5]
+    x, scale = rows[:, :5] / seconds[:, None], np.sqrt(weights)
+    kept = list(range(5))
+    found = np.zeros(5)
+    while kept:
+        a = x[:, kept] * scale[:, None]
+        # In proportion to each feature's own weight: features that go together share what they cost.
+        ridge = np.diag(1e-4 * (a * a).sum(axis=0) + 1e-12)
+        solved = np.linalg.solve(a.T @ a + ridge, a.T @ scale)
+        if solved.min() >= 0:
+            found[kept] = solved
+            break
+        kept.pop(int(solved.argmin()))
+    return found

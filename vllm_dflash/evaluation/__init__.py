@@ -1,0 +1,1 @@
+"""The benchmark: methods on the same prompts in one run, taking turns, and the report of it."""

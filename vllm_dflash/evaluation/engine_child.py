@@ -1,0 +1,240 @@
+"""One vLLM engine that runs closed loops on command; started by ``engine_process.EngineProcess``.
+
+    python -m vllm_dflash.evaluation.engine_child FD
+
+Commands are JSON lines on standard input: first the settings, then a job each. Answers are JSON lines on the file descriptor FD, so
+that nothing that vLLM prints gets among them: ``ready``, ``done`` for each request that ends, ``result``. It ends with the end of its
+input, or when nobody reads its answers any more. Limits: the engine has to be in this process (no data parallelism).
+"""
+
+import functools
+import hashlib
+import json
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_dflash.evaluation.statistics import DraftCounts, percentile
+
+_COUNTERS = {
+    "drafts": "vllm:spec_decode_num_drafts",
+    "verified": "vllm:spec_decode_num_draft_tokens",
+    "accepted": "vllm:spec_decode_num_accepted_tokens",
+    "preemptions": "vllm:num_preemptions",
+}
+_PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos"
+
+
+@dataclass
+class Watch:
+    """What the scheduler sees of each step, for one run."""
+
+    counts: DraftCounts = field(default_factory=DraftCounts)
+    steps: int = 0
+    decoding: bool = False
+    """Whether the last step decoded only, with no prompt in it."""
+
+    def attach(self, scheduler: Any) -> None:
+        """Wraps ``update_from_output`` of this engine's scheduler: there verified and sampled tokens of a request stand side by side."""
+        update = scheduler.update_from_output
+
+        @functools.wraps(update)
+        def watching(scheduler_output: Any, runner_output: Any) -> Any:
+            rows = self._rows(scheduler, scheduler_output, runner_output)
+            outputs = update(scheduler_output, runner_output)
+            if scheduler_output.num_scheduled_tokens:
+                self._observe(rows, {o.request_id: len(o.new_token_ids) for each in outputs.values() for o in each.outputs})
+            return outputs
+
+        scheduler.update_from_output = watching
+
+    def reset(self) -> None:
+        """Before a run."""
+        self.counts, self.steps = DraftCounts(), 0
+
+    @staticmethod
+    def _rows(scheduler: Any, scheduled: Any, sampled: Any) -> list[tuple[str, int, int, bool]]:
+        """By request: verified draft tokens, accepted ones, and whether it decodes; read before the scheduler moves on."""
+        rows = []
+        for request_id, num_tokens in scheduled.num_scheduled_tokens.items():
+            request = scheduler.requests.get(request_id)
+            # Under asynchronous scheduling a step may hold requests that ended while it ran.
+            if request is None or request.is_finished():
+                continue
+            index = sampled.req_id_to_index.get(request_id)
+            tokens = sampled.sampled_token_ids[index] if index is not None and sampled.sampled_token_ids else []
+            verified = len(scheduled.scheduled_spec_decode_tokens.get(request_id) or ())
+            decodes = request.num_output_tokens > 0 and num_tokens == 1 + verified
+            rows.append((request_id, verified if len(tokens) else 0, max(len(tokens) - 1, 0), decodes))
+        return rows
+
+    def _observe(self, rows: list[tuple[str, int, int, bool]], committed: dict[str, int]) -> None:
+        self.steps += 1
+        self.decoding = bool(rows)
+        for request_id, verified, accepted, decodes in rows:
+            self.decoding &= decodes
+            if decodes:
+                self.counts.observe(verified, accepted, committed.get(request_id, 0))
+
+
+@dataclass
+class Request:
+    """One request's times, in seconds of ``time.perf_counter``, and its output."""
+
+    began: float
+    first: float | None = None
+    last: float = 0.0
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def ttft_ms(self) -> float:
+        assert self.first is not None
+        return 1000 * (self.first - self.began)
+
+    @property
+    def tpot_ms(self) -> float | None:
+        """Milliseconds per output token after the first; None where there is no second."""
+        assert self.first is not None
+        return 1000 * (self.last - self.first) / (len(self.tokens) - 1) if len(self.tokens) > 1 else None
+
+
+class Engine:
+    """An ``LLM`` and the watch over its scheduler."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        defaults: dict[str, Any] = {}
+        if current_platform.is_cpu():
+            # Its cache would take a share of the machine's memory, of which the other engines need theirs; compiling takes minutes.
+            defaults = {"kv_cache_memory_bytes": 1 << 30, "enforce_eager": True}
+        elif "gpu_memory_share" in settings:
+            defaults = {"gpu_memory_utilization": settings["gpu_memory_share"]}
+        self.llm = LLM(**defaults | settings["engine_args"])
+        self.watch = Watch()
+        self.watch.attach(self.llm.llm_engine.engine_core.engine_core.scheduler)
+
+    def describe(self) -> dict[str, Any]:
+        """What only the engine knows of itself."""
+        import torch
+        from vllm.platforms import current_platform
+
+        core = self.llm.llm_engine.engine_core.engine_core
+        # Where the target is spread over processes, its runner is in none of them here.
+        worker = getattr(getattr(core.model_executor, "driver_worker", None), "worker", None)
+        drafter = getattr(getattr(worker, "model_runner", None), "drafter", None)
+        config = self.llm.llm_engine.vllm_config
+        return {
+            "device": "CPU" if current_platform.is_cpu() else current_platform.get_device_name(),
+            "threads": torch.get_num_threads(),
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "max_model_len": config.model_config.max_model_len,
+            "async_scheduling": config.scheduler_config.async_scheduling,
+            "scheduler": f"{type(core.scheduler).__module__}.{type(core.scheduler).__qualname__}",
+            "proposer": None if drafter is None else f"{type(drafter).__module__}.{type(drafter).__qualname__}",
+        }
+
+    def run(self, job: dict[str, Any], done: Any) -> dict[str, Any]:
+        """A closed loop; calls ``done`` as each request ends."""
+        engine, waiting = self.llm.llm_engine, iter(enumerate(job["prompts"]))
+        requests: dict[str, Request] = {}
+        step_ms: list[float] = []
+
+        def add() -> None:
+            for index, prompt in waiting:
+                params = _sampling(job, index)
+                requests[str(index)] = Request(time.perf_counter())
+                engine.add_request(str(index), {"prompt_token_ids": prompt}, params)
+                return
+
+        before = self._counters()
+        self.watch.reset()
+        began = time.perf_counter()
+        for _ in range(job["concurrency"]):
+            add()
+        while engine.has_unfinished_requests():
+            steps, start = self.watch.steps, time.perf_counter()
+            outputs = engine.step()
+            now = time.perf_counter()
+            if self.watch.steps > steps and self.watch.decoding:
+                step_ms.append(1000 * (now - start))
+            for output in outputs:
+                request = requests[output.request_id]
+                request.tokens += output.outputs[0].token_ids
+                request.last = now
+                if request.first is None and request.tokens:
+                    request.first = now
+                if output.finished:
+                    add()
+                    done()
+        seconds = time.perf_counter() - began
+        return self._result(seconds, [requests[str(i)] for i in range(len(requests))], step_ms, before)
+
+    def _result(self, seconds: float, requests: list[Request], step_ms: list[float], before: dict[str, Any]) -> dict[str, Any]:
+        after, counts = self._counters(), self.watch.counts
+        counted = {name: after[name] - before[name] for name in _COUNTERS}
+        ttft, tpot = [r.ttft_ms for r in requests], [r.tpot_ms for r in requests if r.tpot_ms is not None]
+        at = [a - b for a, b in zip(after[_PER_POSITION], before[_PER_POSITION], strict=True)]
+        own = counts.accepted_at + [0] * (len(at) - len(counts.accepted_at))
+        agree = own == at and (counts.drafts, counts.verified, counts.accepted) == tuple(
+            counted[n] for n in ("drafts", "verified", "accepted")
+        )
+        tokens = sum(len(r.tokens) for r in requests)
+        return counts.as_dict() | {
+            "seconds": seconds, "requests": len(requests), "tokens": tokens, "tokens_per_second": tokens / seconds,
+            "ttft_p50_ms": percentile(ttft, 0.5), "ttft_p95_ms": percentile(ttft, 0.95),
+            "tpot_p50_ms": percentile(tpot, 0.5), "tpot_p95_ms": percentile(tpot, 0.95),
+            "steps": self.watch.steps, "step_ms": percentile(step_ms, 0.5), "step_p95_ms": percentile(step_ms, 0.95),
+            "memory_mib": _peak_memory_mib(), "preemptions": counted["preemptions"], "agrees_with_vllm": agree,
+            "outputs": [hashlib.sha256(json.dumps(r.tokens).encode()).hexdigest()[:16] for r in requests],
+        }  # fmt: skip
+
+    def _counters(self) -> dict[str, Any]:
+        """vLLM's own, since the engine began; zero where a method has none."""
+        metrics = {metric.name: metric for metric in self.llm.get_metrics()}
+        found: dict[str, Any] = {key: int(getattr(metrics.get(name), "value", 0)) for key, name in _COUNTERS.items()}
+        values = list(getattr(metrics.get(_PER_POSITION), "values", ()))
+        return found | {_PER_POSITION: [int(value) for value in values]}
+
+
+def _sampling(job: dict[str, Any], index: int) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=job["temperature"], seed=job["seed"] + index if job["temperature"] else None, max_tokens=job["max_tokens"],
+        ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA,
+    )  # fmt: skip
+
+
+def _peak_memory_mib() -> float:
+    """Of this process so far: its resident memory, or on a GPU what torch has reserved there."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    descriptor = int(sys.argv[1])
+    # A process that vLLM starts must not hold it open: its end is how the parent learns of ours.
+    os.set_inheritable(descriptor, False)
+    with os.fdopen(descriptor, "w") as answers:
+
+        def answer(**message: Any) -> None:
+            answers.write(json.dumps(message) + "\n")
+            answers.flush()
+
+        engine = Engine(json.loads(sys.stdin.readline()))
+        answer(ready=engine.describe())
+        for line in sys.stdin:
+            answer(result=engine.run(json.loads(line), lambda: answer(done=1)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""What a benchmark is going to do, settled from its command line before anything starts.
+
+pytest tests/unit/test_bench_plan.py
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_dflash.checks import drafter_folder
+from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.evaluation.methods import Drafter, Method, UsageError, parse_methods
+from vllm_dflash.evaluation.server import NAME, Server, connect
+from vllm_dflash.evaluation.workload import DATASETS, RANDOM, Point, PromptSet, dataset_prompts, file_prompts, points, random_prompts
+
+EMBEDDED = Path(__file__).resolve().parents[2] / "examples" / "embedded_pair"
+"""The pair that a checkout has; a wheel has none."""
+_OWN_ARGS = frozenset({"model", "speculative_config", "max_num_seqs", "dtype", "max_model_len"})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is asked for, checked."""
+
+    target: str
+    methods: Sequence[Method]
+    points: Sequence[Point]
+    prompt_sets: Mapping[str, PromptSet]
+    max_tokens: int
+    repeats: int
+    dtype: str
+    max_model_len: int
+    engine_args: Mapping[str, Any]
+    server: Server | None = None
+    server_url: str = ""
+
+    def prompts(self, point: Point) -> list[list[int]]:
+        return self.prompt_sets[point.prompt_set].take(point.num_prompts, point.prompt_tokens)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For the report: what all methods share."""
+        shared = {"target": self.target, "max_tokens": self.max_tokens, "repeats": self.repeats}
+        if self.server is not None:
+            return shared
+        return shared | {"dtype": self.dtype, "max_model_len": self.max_model_len, "engine_args": dict(self.engine_args) or None}
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Reads models' configs and prompts, and refuses what cannot be done.
+
+    Raises:
+        UsageError, PromptError: with what to give instead.
+    """
+    from vllm_dflash.tools.pair_checks import load_tokenizer
+
+    model, root = connect(args.server) if args.server else ("", "")
+    target = args.target or root or str(_embedded("target"))
+    methods = [Method(NAME, NAME)] if args.server else parse_methods(args.methods, _drafters(args), args.eagle3)
+    tokenizer = load_tokenizer(target)
+    if args.num_prompts is not None and args.num_prompts < max(args.concurrency):
+        raise UsageError(f"--num-prompts {args.num_prompts} never has {max(args.concurrency)} requests in flight: give at least as many")
+    prompt_sets = _prompt_sets(args, target, tokenizer)
+    every = points(list(prompt_sets), args.prompt_tokens or [None], args.temperature, args.concurrency, args.num_prompts)
+    server = None
+    if args.server:
+        if tokenizer is None:
+            raise UsageError(f"{target} has no tokenizer, which turns prompts into text: give --target, the model's folder or hub id")
+        server = Server(args.server, target, tokenizer, model)
+    longest = max(len(prompt) for p in every for prompt in prompt_sets[p.prompt_set].take(p.num_prompts, p.prompt_tokens))
+    needed = longest + args.max_tokens + 1 + max(method.num_speculative_tokens for method in methods)
+    if args.max_model_len is not None and args.max_model_len < longest + args.max_tokens:
+        raise UsageError(
+            f"--max-model-len {args.max_model_len} has no room for a prompt of {longest} tokens and {args.max_tokens} more: give {needed}, "
+            "or a smaller --prompt-tokens or --max-tokens"
+        )
+    return Plan(
+        target, methods, every, prompt_sets, args.max_tokens, args.repeats, args.dtype, args.max_model_len or needed,
+        _engine_args(args.engine_args), server, args.server or "",
+    )  # fmt: skip
+
+
+def _embedded(name: str) -> Path:
+    path = EMBEDDED / name
+    if not path.exists():
+        raise UsageError("no --target: give its folder or hub id (only a checkout has the embedded pair)")
+    return path
+
+
+def _drafters(args: argparse.Namespace) -> dict[str, Drafter]:
+    """By name, as ``--draft`` has them; the embedded one beside the embedded target."""
+    given = args.draft or ([] if args.target else [str(_embedded("dflash"))])
+    found: dict[str, Drafter] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        name, path = (name, path) if equals else (Path(text).name, text)
+        if name in found:
+            raise UsageError(f"--draft names {name} twice: give each a name of its own, NAME=PATH")
+        found[name] = _drafter(path)
+    return found
+
+
+def _drafter(path: str) -> Drafter:
+    folder = drafter_folder(path, None)
+    if folder is None:
+        raise UsageError(
+            f"--draft {path} is no folder, nor a hub id that is downloaded: give a folder, or fetch it with `hf download {path}`"
+        )
+    try:
+        return Drafter(str(folder), DrafterConfig.from_pretrained(folder).max_speculative_tokens)
+    except DrafterConfigError as error:
+        raise UsageError(f"--draft {path}: {error}") from None
+
+
+def _prompt_sets(args: argparse.Namespace, target: str, tokenizer: Any) -> dict[str, PromptSet]:
+    vocab_size = _vocab_size(target)
+    sets = [file_prompts(path, tokenizer, vocab_size) for path in args.prompts or []]
+    for text in args.dataset or []:
+        name, _, path = text.partition("=")
+        if name == RANDOM and not path:
+            sets.append(random_prompts(vocab_size))
+        elif name.lower() in DATASETS and path:
+            sets.append(dataset_prompts(name.lower(), path, tokenizer, vocab_size))
+        else:
+            raise UsageError(f"--dataset {text}: give {RANDOM}, or NAME=PATH with a NAME of {', '.join(DATASETS)}")
+    if not sets:
+        if Path(target).resolve() != (EMBEDDED / "target").resolve():
+            raise UsageError(f"no prompts: give --prompts FILE, --dataset NAME=PATH or --dataset {RANDOM}")
+        sets = [file_prompts(str(EMBEDDED / "prompts.jsonl"), tokenizer, vocab_size)]
+    names = [each.name for each in sets]
+    if len(set(names)) < len(names):
+        raise UsageError(f"two prompt sets have the same name ({', '.join(names)}): rename a file")
+    return dict(zip(names, sets, strict=True))
+
+
+def _vocab_size(target: str) -> int:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(target).get_text_config().vocab_size
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"--target {target} cannot be read ({str(error).splitlines()[0]}): give its folder or hub id") from None
+
+
+def _engine_args(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"--engine-args is no JSON ({error}): give an object such as '{{\"enforce_eager\": false}}'") from None
+    if not isinstance(found, dict):
+        raise UsageError("--engine-args is no object: give one such as '{\"enforce_eager\": false}'")
+    taken = sorted(_OWN_ARGS & found.keys())
+    if taken:
+        raise UsageError(f"--engine-args holds {', '.join(taken)}, which other options set: leave them out")
+    return found

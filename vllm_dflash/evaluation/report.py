@@ -1,0 +1,64 @@
+"""The files of a benchmark: results.json, report.md, and report.html where plots can be drawn.
+
+pytest tests/unit/test_bench_report.py
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm_dflash.evaluation.html import page
+from vllm_dflash.evaluation.tables import NONE, Table, acceptance_table, facts, groups, median, method_table, speed_table, spread
+
+
+def write(results: Mapping[str, Any], folder: Path) -> None:
+    """Writes all files anew; each is whole at any time, whatever interrupts."""
+    _replace(folder / "results.json", json.dumps(results, indent=1))
+    _replace(folder / "report.md", as_markdown(results))
+    _replace(folder / "report.html", page(results))
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
+def as_markdown(results: Mapping[str, Any]) -> str:
+    """All tables."""
+    lines = ["# vllm-dflash bench", "", *[f"- {line}" for line in facts(results)], ""]
+    for table in all_tables(results):
+        lines += [f"## {table.title}", "", *_markdown(table), "", *(f"- {note}" for note in table.notes), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def all_tables(results: Mapping[str, Any]) -> list[Table]:
+    """In the order of the report."""
+    tables = [method_table(results)]
+    for title, rows in groups(results):
+        tables.append(speed_table(results, title, rows))
+        acceptance = acceptance_table(results, title, rows)
+        tables += [acceptance] if acceptance else []
+    return tables
+
+
+def short_lines(results: Mapping[str, Any]) -> list[str]:
+    """For the terminal: a line for each method that did not run, and for each row."""
+    lines = [f"{m['name']}: {m['reason']}" for m in results["methods"] if m["reason"]]
+    width = max((len(row["method"]) for row in results["rows"]), default=0)
+    for title, rows in groups(results):
+        lines += ["", f"{title}", f"{'requests':>8}  {'method':<{width}} {'tokens/s':>9} {'tau':>6} {'step, ms':>9}  x plain"]
+        for row in rows:
+            plain = row["against"].get("plain")
+            lines.append(
+                f"{results['points'][row['point']]['concurrency']:>8}  {row['method']:<{width}} {median(row['tokens_per_second'], '.1f'):>9} "
+                f"{NONE if row['tau'] is None else format(row['tau'], '.2f'):>6} {median(row['step_ms'], '.2f'):>9}  "
+                f"{'' if plain is None else spread(plain['tokens_per_second'], '.2f')}"
+            )
+    return lines
+
+
+def _markdown(table: Table) -> list[str]:
+    rows = [table.header, ["---"] * len(table.header), *table.rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]

@@ -1,0 +1,69 @@
+"""Starts the engines of a benchmark one after the other, or reaches the server that takes their place.
+
+pytest tests/engine/test_bench.py
+"""
+
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vllm_dflash.evaluation.engine_process import Engine, EngineFailedError, EngineProcess
+from vllm_dflash.evaluation.methods import Method
+from vllm_dflash.evaluation.plan import Plan
+
+_GPU_MEMORY = 0.9
+"""Of the device, for all engines together."""
+
+
+def start_engines(
+    plan: Plan, logs: Path, stack: ExitStack, described: dict[str, dict[str, Any]], failures: dict[str, EngineFailedError]
+) -> dict[str, Engine]:  # fmt: skip
+    """The engines that started, by method; fills in what they say of themselves, and why others did not start.
+
+    One after the other: vLLM measures free memory while it starts.
+    """
+    if plan.server is not None:
+        described[plan.methods[0].name] = {"device": plan.server_url}
+        return {plan.methods[0].name: plan.server}
+    logs.mkdir(exist_ok=True)
+    engines: dict[str, Engine] = {}
+    with tqdm(plan.methods, unit=" engines") as bar:
+        for method in bar:
+            bar.set_description(f"starting {method.name}")
+            log = logs / (method.name.replace(":", "-").replace("@", "-") + ".log")
+            try:
+                _refuse_early(method)
+                engine = EngineProcess(engine_settings(plan, method), method.environment, log)
+                stack.enter_context(engine)
+                described[method.name] = engine.wait_until_ready()
+                engines[method.name] = engine
+            except EngineFailedError as error:
+                failures[method.name] = error
+                bar.write(f"{method.name} did not start: {error}" + (f"\n{error.tail}\n(its log: {log})" if error.tail else ""))
+    return engines
+
+
+def engine_settings(plan: Plan, method: Method) -> dict[str, Any]:
+    """What the child is told; the same for all methods, but for what makes the method."""
+    own = method.engine_args
+    given = plan.engine_args.get("additional_config") or {}
+    if "additional_config" in own and given:
+        own = own | {"additional_config": given | own["additional_config"]}
+    args = {
+        "model": plan.target, "dtype": plan.dtype, "max_model_len": plan.max_model_len, "max_num_seqs": max(p.concurrency for p in plan.points),
+        "skip_tokenizer_init": True, "enable_prefix_caching": False, "generation_config": "vllm", "seed": 0, "disable_log_stats": False,
+        "use_tqdm_on_load": False,
+    }  # fmt: skip
+    return {"engine_args": {**args, **plan.engine_args, **own}, "gpu_memory_share": round(_GPU_MEMORY / len(plan.methods), 3)}
+
+
+def _refuse_early(method: Method) -> None:
+    """What is known before vLLM is imported."""
+    if method.kind == "adaptive":
+        # The controller (vllm_dflash/adaptive) is not in the engine yet; without this the row would be a fixed K under another name.
+        raise EngineFailedError("this version drafts at a fixed K only: give dflash:K")
+    if method.kind == "suffix" and find_spec("arctic_inference") is None:
+        raise EngineFailedError("arctic-inference is not installed: pip install arctic-inference==0.1.1")

@@ -1,0 +1,118 @@
+"""The order of a benchmark, and the record of its runs. No vLLM import.
+
+For each repeat, for each point, every method takes its turn, each time beginning with another: a machine that slows down slows down all,
+and no method always comes first. Repeat 0 warms up and is not measured.
+
+    pytest tests/unit/test_bench_sweep.py
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from tqdm import tqdm
+
+from vllm_dflash.evaluation.engine_process import Engine, EngineFailedError, Job
+from vllm_dflash.evaluation.workload import Point
+
+BASELINE = "plain"
+_LEAST_WARM_UP = 4
+"""Requests."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One method at one point; repeat 0 is the warm-up."""
+
+    repeat: int
+    point: int
+    method: str
+
+
+def turns(num_points: int, methods: Sequence[str], repeats: int) -> Iterator[Turn]:
+    """Every turn, in order."""
+    for repeat in range(repeats + 1):
+        for point in range(num_points):
+            first = (repeat + point) % len(methods)
+            for method in [*methods[first:], *methods[:first]]:
+                yield Turn(repeat, point, method)
+
+
+@dataclass
+class Record:
+    """The measured runs, and why methods stopped."""
+
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    """What the engine measured, with ``repeat``, ``point`` (index) and ``method``."""
+    failures: dict[str, EngineFailedError] = field(default_factory=dict)
+
+    def at(self, point: int, method: str) -> dict[int, dict[str, Any]]:
+        """By repeat, the runs of a method at a point."""
+        return {run["repeat"]: run for run in self.runs if (run["point"], run["method"]) == (point, method)}
+
+
+class Sweep:
+    """Runs the turns on engines that are ready.
+
+    ``prompts`` holds each point's. Tokens a request and repeats are the same for all points.
+    """
+
+    def __init__(
+        self, engines: Mapping[str, Engine], points: Sequence[Point], prompts: Sequence[list[list[int]]], max_tokens: int, repeats: int
+    ) -> None:  # fmt: skip
+        self.record = Record()
+        self._engines, self._points, self._prompts = dict(engines), points, prompts
+        self._max_tokens, self._repeats = max_tokens, repeats
+        self._first_outputs: dict[tuple[int, str], list[str]] = {}
+
+    def run(self, after_repeat: Callable[[int], None]) -> None:
+        """All turns; a method that fails is left out from then on. Calls ``after_repeat`` with each measured repeat that is complete."""
+        order = list(turns(len(self._points), list(self._engines), self._repeats))
+        total = sum(len(self._job(turn).prompts) for turn in order)
+        with tqdm(total=total, unit=" requests", smoothing=0.05, dynamic_ncols=True) as bar:
+            for repeat, in_repeat in groupby(order, key=lambda turn: turn.repeat):
+                for _, at_point in groupby(in_repeat, key=lambda turn: turn.point):
+                    self._compare({turn: outputs for turn in at_point if (outputs := self._take(turn, bar)) is not None})
+                if repeat:
+                    after_repeat(repeat)
+
+    def _job(self, turn: Turn) -> Job:
+        """The turn's job; a warm-up is one wave of requests."""
+        point = self._points[turn.point]
+        count = point.num_prompts if turn.repeat else min(point.num_prompts, max(point.concurrency, _LEAST_WARM_UP))
+        return Job(self._prompts[turn.point][:count], point.concurrency, self._max_tokens, point.temperature)
+
+    def _take(self, turn: Turn, bar: Any) -> list[str] | None:
+        """Runs one turn and files its result; returns digests of the outputs where they can be compared."""
+        job = self._job(turn)
+        if turn.method in self.record.failures:
+            bar.update(len(job.prompts))
+            return None
+        what = f"repeat {turn.repeat} of {self._repeats}" if turn.repeat else "warming up"
+        bar.set_description(f"{what}: {turn.method}, {self._points[turn.point]}")
+        try:
+            result = self._engines[turn.method].run(job, bar.update)
+        except EngineFailedError as error:
+            self.record.failures[turn.method] = error
+            bar.write(f"{turn.method} {error}")
+            return None
+        outputs = result.pop("outputs", None)
+        if not turn.repeat:
+            return None
+        self.record.runs.append({"repeat": turn.repeat, "point": turn.point, "method": turn.method, **result})
+        return None if job.temperature else outputs
+
+    def _compare(self, outputs: Mapping[Turn, list[str]]) -> None:
+        """Counts, for the greedy outputs of one point in one repeat, those that differ from plain decoding's, and from the method's own first."""
+        plain = next((found for turn, found in outputs.items() if turn.method == BASELINE), None)
+        for turn, found in outputs.items():
+            run = self.record.at(turn.point, turn.method)[turn.repeat]
+            first = self._first_outputs.setdefault((turn.point, turn.method), found)
+            run["differing_from_own_first"] = _differing(found, first)
+            if plain is not None and turn.method != BASELINE:
+                run["differing_from_plain"] = _differing(found, plain)
+
+
+def _differing(outputs: Sequence[str], others: Sequence[str]) -> int:
+    return sum(a != b for a, b in zip(outputs, others, strict=True))

@@ -1,0 +1,136 @@
+"""What the engines are asked: prompt sets from files or from chance, and the points of a sweep.
+
+pytest tests/unit/test_bench_workload.py
+"""
+
+import itertools
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_dflash.tools.prompts import PromptError, _token_ids
+
+RANDOM = "random"
+DATASETS = {
+    "gsm8k": ("question",),
+    "math-500": ("problem",),
+    "humaneval": ("prompt",),
+    "mbpp": ("text", "prompt"),
+    "mt-bench": ("turns",),
+}
+"""Name to the fields of a line that may hold the text; of a list the first entry is taken, MT-Bench's first turn."""
+_RANDOM_LENGTH, _RANDOM_COUNT = 64, 128
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts as token ids."""
+
+    name: str
+    prompts: list[list[int]]
+
+    def take(self, count: int, length: int | None) -> list[list[int]]:
+        """``count`` prompts, from the start again where there are fewer; each cut, or filled up with those after it, to ``length`` tokens."""
+        cycle = [self.prompts[i % len(self.prompts)] for i in range(count)]
+        if length is None:
+            return cycle
+        return [list(itertools.islice(self._from(i), length)) for i in range(count)]
+
+    def _from(self, first: int) -> Iterator[int]:
+        """The tokens of the prompt ``first``, then of those after it, without end."""
+        return itertools.chain.from_iterable(self.prompts[i % len(self.prompts)] for i in itertools.count(first))
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of the load: ``concurrency`` requests in flight until ``num_prompts`` are done."""
+
+    prompt_set: str
+    prompt_tokens: int | None
+    """Length of each prompt; None: as they are."""
+    temperature: float
+    concurrency: int
+    num_prompts: int
+
+    def __str__(self) -> str:
+        length = "" if self.prompt_tokens is None else f" of {self.prompt_tokens} tokens"
+        return f"{self.prompt_set}{length}, temperature {self.temperature:g}, {self.concurrency} at a time"
+
+
+def default_num_prompts(concurrency: int) -> int:
+    """Four waves of requests, so that the ends of a run, where fewer are in flight, weigh little; at least 16."""
+    return max(16, 4 * concurrency)
+
+
+def points(
+    prompt_sets: Sequence[str], prompt_tokens: Sequence[int | None], temperatures: Sequence[float], concurrency: Sequence[int], num_prompts: int | None
+) -> list[Point]:  # fmt: skip
+    """All combinations, concurrency innermost."""
+    every = itertools.product(prompt_sets, prompt_tokens, temperatures, concurrency)
+    return [Point(name, length, t, c, num_prompts or default_num_prompts(c)) for name, length, t, c in every]
+
+
+def random_prompts(vocab_size: int) -> PromptSet:
+    """Token ids by chance, the same each time: text that no drafter has seen."""
+    generator = random.Random(0)
+    return PromptSet(RANDOM, [[generator.randrange(vocab_size) for _ in range(_RANDOM_LENGTH)] for _ in range(_RANDOM_COUNT)])
+
+
+def file_prompts(path: str, tokenizer: Any, vocab_size: int) -> PromptSet:
+    """The prompts of a file of this package's own form: JSON lines with prompt, messages or prompt_token_ids.
+
+    Raises:
+        PromptError: with the line and the remedy.
+    """
+    return PromptSet(Path(path).stem, [_token_ids(line, where, tokenizer, vocab_size) for line, where in _read(path)])
+
+
+def dataset_prompts(name: str, path: str, tokenizer: Any, vocab_size: int) -> PromptSet:
+    """The questions of a published set's file, through the target's chat template where it has one.
+
+    Raises:
+        PromptError: with the line and the remedy.
+    """
+    chat = bool(getattr(tokenizer, "chat_template", None))
+    prompts = []
+    for line, where in _read(path):
+        text = _text(name, line, where)
+        asked = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+        prompts.append(_token_ids(asked, where, tokenizer, vocab_size))
+    return PromptSet(name, prompts)
+
+
+def _text(name: str, line: Any, where: str) -> str:
+    fields = DATASETS[name]
+    for field in fields:
+        value = line.get(field) if isinstance(line, dict) else None
+        if isinstance(value, list) and value:
+            value = value[0]
+        if isinstance(value, str) and value.strip():
+            return value
+    raise PromptError(
+        f"{where}: no text in {' or '.join(fields)}: a line of {name} is an object with it; give the set's own JSON lines file"
+    )
+
+
+def _read(path: str) -> Iterator[tuple[Any, str]]:
+    """The objects of a file of JSON lines, each with where it stands."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"{path} cannot be read ({error}): give a file of JSON lines") from None
+    found = False
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            yield json.loads(line), where
+        except ValueError as error:
+            raise PromptError(f"{where} is no JSON ({error}): give one object a line") from None
+        found = True
+    if not found:
+        raise PromptError(f'{path} is empty: give at least one line such as {{"prompt": "..."}}')
