@@ -4,10 +4,24 @@ vllm-dflash status          what is applied
 pytest tests/patches        each against the installed vLLM
 """
 
-from vllm_dflash.patches import speculative_config, v1_cpu_expand, v1_cpu_seeds, v1_draft_fit, v1_no_drafts, v1_proposer, v2_speculator
+from vllm_dflash.patches import (
+    draft_lookahead,
+    draft_slots,
+    speculative_config,
+    v1_cpu_expand,
+    v1_cpu_seeds,
+    v1_draft_fit,
+    v1_no_drafts,
+    v1_proposer,
+    v2_speculator,
+    vllm_config,
+)
 
 ALL = (
     speculative_config.PATCH,
+    vllm_config.PATCH,
+    draft_lookahead.PATCH,
+    draft_slots.PATCH,
     v1_proposer.PATCH,
     v1_draft_fit.PATCH,
     v1_no_drafts.PATCH,

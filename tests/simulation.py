@@ -8,10 +8,13 @@ import numpy as np
 from vllm_dflash.adaptive.controller import Controller, Plan
 from vllm_dflash.adaptive.cost import Work
 
+Batch = dict[str, Sequence[float]]
+"""Request to the probability with which its draft token at each position is accepted, once all before it are."""
+
 
 @dataclass
 class Server:
-    """``cost`` gives the seconds of a step; a request's draft tokens are accepted with its ``rates``, one after the other."""
+    """``cost`` gives the seconds of a step; a request's draft tokens are accepted with its rates, one after the other."""
 
     cost: Callable[[Work], float]
     max_draft: int = 7
@@ -19,48 +22,62 @@ class Server:
     """Standard deviation of the logarithm of a measured time."""
     held_up: float = 0.0
     """Probability that another process holds a step up, by a factor of four."""
+    spread: float = 0.0
+    """Standard deviation of a draft token's log-odds around its rate's."""
+    confident: bool = False
+    """Whether the drafter says how sure it is of a token; it thinks too well of itself."""
     seed: int = 0
     random: np.random.Generator = field(init=False)
 
     def __post_init__(self) -> None:
         self.random = np.random.default_rng(self.seed)
 
-    def run(
-        self, plan: Callable[[list[str]], Plan], batches: Sequence[dict[str, Sequence[float]]], observe: Callable[..., None] | None = None
-    ) -> tuple[float, float]:
-        """One step a batch (request to rates); returns committed tokens and true seconds."""
+    def fixed(self, k: int, batches: Sequence[Batch]) -> float:
+        """Tokens a second of a fixed K."""
+        return self._run(Controller(self.max_draft, self.max_draft + 1), batches, lambda requests: Plan(k))
+
+    def adaptive(self, batches: Sequence[Batch], controller: Controller | None = None) -> float:
+        """Tokens a second under a controller."""
+        controller = controller or Controller(self.max_draft, self.max_draft + 1)
+        return self._run(controller, batches, controller.plan)
+
+    def _run(self, controller: Controller, batches: Sequence[Batch], plan: Callable[[list[str]], Plan]) -> float:
+        """One step a batch; returns committed tokens over true seconds."""
         committed = seconds = 0.0
-        waiting: dict[str, int] = {}
+        drafted: dict[str, np.ndarray] = {}
+        verified: dict[str, int] = {}
+        said: dict[str, list[float]] = {}
         for batch in batches:
             outcomes = {}
-            for request, rates in batch.items():
-                verified, accepted = waiting.get(request, 0), 0
-                while accepted < verified and self.random.random() < rates[accepted]:
+            for request in batch:
+                count, accepted = verified.get(request, 0), 0
+                while accepted < count and self.random.random() < drafted[request][accepted]:
                     accepted += 1
-                outcomes[request] = (verified, accepted)
+                outcomes[request] = (count, accepted)
                 committed += accepted + 1
-            now = plan(list(batch))
-            verified = sum(verified for verified, _ in outcomes.values())
-            k = now.num_draft_tokens
-            work = Work(len(batch), len(batch) + verified, len(batch) * (k + 1) if k else 0)
+            requests, now = list(batch), plan(list(batch))
+            k, num_verified = now.num_draft_tokens, sum(count for count, _ in outcomes.values())
+            work = Work(len(batch), len(batch) + num_verified, len(batch) * (self.max_draft + 1) if k else 0)
             true = self.cost(work)
             seconds += true
-            waiting = dict(now.lengths)
-            if observe is not None:
-                measured = true * np.exp(self.noise * self.random.standard_normal()) * (4 if self.random.random() < self.held_up else 1)
-                observe(work, measured, outcomes)
-        return committed, seconds
+            measured = true * np.exp(self.noise * self.random.standard_normal()) * (4 if self.random.random() < self.held_up else 1)
+            controller.observe(work, measured, outcomes, said if self.confident else None)
+            drafted = {request: self._draft(rates)[:k] for request, rates in batch.items()} if k else {}
+            said = {request: _odds(_log_odds(p) * 1.4 + 0.6).tolist() for request, p in drafted.items()}
+            verified = controller.lengths(requests, now, said if self.confident else None)
+        return committed / seconds
 
-    def fixed(self, k: int, batches: Sequence[dict[str, Sequence[float]]]) -> float:
-        """Tokens a second of a fixed K."""
-        tokens, seconds = self.run(lambda requests: Plan(k, dict.fromkeys(requests, k)), batches)
-        return tokens / seconds
+    def _draft(self, rates: Sequence[float]) -> np.ndarray:
+        """[K] each token's own probability."""
+        return _odds(_log_odds(np.array(rates)) + self.spread * self.random.standard_normal(len(rates)))
 
-    def adaptive(self, batches: Sequence[dict[str, Sequence[float]]], controller: Controller | None = None) -> float:
-        """Tokens a second under a controller."""
-        controller = controller or Controller(self.max_draft)
-        tokens, seconds = self.run(controller.plan, batches, controller.observe)
-        return tokens / seconds
+
+def _log_odds(p: np.ndarray) -> np.ndarray:
+    return np.log(p / (1 - p))
+
+
+def _odds(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
 
 
 def two_cores(work: Work) -> float:

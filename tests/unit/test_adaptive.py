@@ -28,9 +28,30 @@ def test_each_request_has_its_own_length() -> None:
     assert server.adaptive(batches) > max(server.fixed(k, batches) for k in range(8))
 
 
+@pytest.mark.parametrize("num_reqs", [2, 8, 32])
+def test_the_drafters_confidence_is_used(num_reqs: int) -> None:
+    """Drafts differ, the drafter says how, and it thinks too well of itself: verifying each as far as it pays beats every fixed K.
+
+    Without its word it cannot be beaten by much.
+    """
+    batches = [{f"r{i}": RATES["fair"] for i in range(num_reqs)}] * 2000
+    best = max(Server(two_cores, spread=2.0, noise=0.05).fixed(k, batches) for k in range(8))
+    assert Server(two_cores, spread=2.0, noise=0.05, confident=True).adaptive(batches) > 1.02 * best
+    assert Server(two_cores, spread=2.0, noise=0.05).adaptive(batches) > 0.95 * best
+
+
+def test_confidence_is_calibrated() -> None:
+    """A drafter that is sure of everything and right half the time is taken at half, also at a position that was never reached."""
+    acceptance = Acceptance(2)
+    for i in range(400):
+        acceptance.observe("a", verified=1, accepted=i % 2, confidences=[0.95])
+    assert acceptance.survival("b", 2, [0.95, 0.95]) == pytest.approx([0.5, 0.25], rel=0.1)
+    assert acceptance.survival("b", 1, [0.3])[0] < 0.5
+
+
 def test_off_under_load_and_back() -> None:
     """The load swings from 1 request to 32 and back: each phase has the K that is best for it, none among them."""
-    controller, server = Controller(7), Server(two_cores, noise=0.05)
+    controller, server = Controller(7, 8), Server(two_cores, noise=0.05)
     for _ in range(2):
         for num_reqs, drafts in ((1, True), (32, False)):
             requests = [f"r{i}" for i in range(num_reqs)]
@@ -59,4 +80,4 @@ def test_acceptance_is_conditional() -> None:
     assert min(first, second) > 0.98
     assert third < 0.02
     assert fourth == pytest.approx(0.6), "the prior"
-    assert acceptance.lengths(["a"], 4, threshold=0.5) == {"a": 2}
+    assert acceptance.lengths(["a"], 4, 0.5, None) == {"a": 2}

@@ -1,136 +1,147 @@
-"""How many tokens to draft in a step, and how many of each request's to verify: as many as commit the most tokens a second. Pure.
+"""Whether to draft in a step, and how many of each request's draft tokens to verify: as many as commit the most tokens a second. Pure.
 
-Drafting K tokens a request and verifying some of them commits one token a request, and each draft token with the probability that
-it and all before it are accepted; ``StepCost`` knows the seconds, ``Acceptance`` the probabilities. The best K has the highest
-ratio, K = 0 among them. Now and then another K is tried, to learn what it costs and brings; what that is expected to lose is paid
-from a budget, a share of the time that has passed.
+A block is drafted whole or not at all, for a shorter one costs little less and drafts worse. Verifying some of its tokens commits one
+token a request, and each draft token with the probability that it and all before it are accepted; ``StepCost`` knows the seconds,
+``Acceptance`` the probabilities. Now and then what does not look best is tried, to learn what it costs and brings; what that is
+expected to lose is paid from a budget, a share of the time that has passed.
 
     pytest tests/unit/test_adaptive.py
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_dflash.adaptive.acceptance import Acceptance
+from vllm_dflash.adaptive.acceptance import Acceptance, Confidences
 from vllm_dflash.adaptive.cost import LocalCost, StepCost, Work
 
 EXPLORATION = 0.01
 """Share of the time that may be lost to trying what does not look best."""
 _FIRST_TRIES = 3
 """Steps that each of a whole block and no draft gets at once, for a batch size that was not seen."""
-_EVERY = 8
-"""Steps between two choices of K, unless the number of requests changes by more than an eighth."""
+_EVERY = 16
+"""Steps between two choices, unless the number of requests changes by more than an eighth."""
 _SWITCH = 1.01
-"""Another K has to be better by this factor, so that noise does not make K jump."""
+"""The other choice has to be better by this factor, so that noise does not make it jump."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to draft in a step, and of it to verify in the next."""
+    """What to draft in a step, and which of it to verify in the next."""
 
     num_draft_tokens: int
-    """K of the step; 0 for no drafter forward."""
-    lengths: Mapping[str, int]
-    """By request, how many of its draft tokens are worth verifying; at most K."""
+    """K of the step: all, or 0 for no drafter forward."""
+    threshold: float = 0.0
+    """A draft token is worth verifying if it is accepted with a probability above."""
+    why: str = "best"
+    """``best`` by what is known, ``first`` steps of a batch size, or ``trial`` of what does not look best."""
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """The K of the next steps."""
+    """The plan of the next steps, for so many requests, with the committed tokens a second that are expected of it."""
 
-    num_draft_tokens: int
-    threshold: float
-    """Probability of acceptance above which a draft token is worth verifying."""
+    plan: Plan
     num_reqs: int
     rate: float
-    """Expected committed tokens a second."""
 
 
 class Controller:
-    """Learns from steps and plans the next. ``max_draft`` is the longest draft, in tokens."""
+    """Learns from steps and plans the next. A draft has ``max_draft`` tokens, the drafter's block ``block_size`` rows."""
 
-    def __init__(self, max_draft: int) -> None:
-        self.max_draft, self.cost, self.acceptance = max_draft, StepCost(), Acceptance(max_draft)
+    def __init__(self, max_draft: int, block_size: int) -> None:
+        self.max_draft, self.block_size = max_draft, block_size
+        self.cost, self.acceptance = StepCost(), Acceptance(max_draft)
         self._budget, self._steps, self._chosen_at = 0.0, 0, 0
         self._tries: list[int] = []
-        self._tried_at = [0] * (max_draft + 1)
+        self._tried_at = {0: 0, max_draft: 0}
         self._choice: _Choice | None = None
 
-    def observe(self, work: Work, seconds: float, outcomes: Mapping[str, tuple[int, int]]) -> None:
-        """Takes in a step of decoding.
+    def observe(
+        self, work: Work | None, seconds: float, outcomes: Mapping[str, tuple[int, int]], confidences: Confidences | None = None
+    ) -> None:  # fmt: skip
+        """Takes in a step.
 
         Args:
-            work: what the step computed.
+            work: what the step computed; None where its time tells nothing, as with a prompt in it.
             seconds: how long it took.
             outcomes: by request, draft tokens verified in it and how many of them were accepted.
+            confidences: of those draft tokens, where known.
         """
-        self.cost.observe(work, seconds)
-        self._budget = min(self._budget + EXPLORATION * seconds, 10 * seconds)
+        if work is not None:
+            self.cost.observe(work, seconds)
+            self._budget = min(self._budget + EXPLORATION * seconds, 10 * seconds)
         for request, (verified, accepted) in outcomes.items():
-            self.acceptance.observe(request, verified, accepted)
+            if verified:
+                self.acceptance.observe(request, verified, accepted, None if confidences is None else confidences.get(request))
 
-    def plan(self, requests: Sequence[str]) -> Plan:
-        """What to draft for these requests, which all decode."""
+    def plan(self, requests: Sequence[str], num_context: int = 0) -> Plan:
+        """What to draft for these requests, which all decode; ``num_context``: positions of their contexts, in all."""
         self._steps += 1
-        tried = self._try(requests)
-        k = self._choice.num_draft_tokens if tried is None and self._choice else tried or 0
-        self._tried_at[k] = self._steps
-        # What is tried is verified whole: that is how positions that did not pay are seen to pay again.
-        if tried is None and self._choice:
-            return Plan(k, self.acceptance.lengths(requests, k, self._choice.threshold))
-        return Plan(k, dict.fromkeys(requests, k))
+        plan = self._plan(requests, num_context)
+        self._tried_at[plan.num_draft_tokens] = self._steps
+        return plan
 
-    def forget(self, request: str) -> None:
-        """A request has ended."""
-        self.acceptance.forget(request)
+    def lengths(self, requests: Sequence[str], plan: Plan, confidences: Confidences | None = None) -> dict[str, int]:
+        """By request, how many of its draft tokens to verify; with their confidences once they are drafted."""
+        return self.acceptance.lengths(requests, plan.num_draft_tokens, plan.threshold, confidences)
 
-    def _try(self, requests: Sequence[str]) -> int | None:
-        """Sets ``_choice`` where it is time to; returns a K to try in its stead, or None."""
+    def forget(self, requests: Container[str]) -> None:
+        """These requests have ended."""
+        self.acceptance.forget(requests)
+
+    def _plan(self, requests: Sequence[str], num_context: int) -> Plan:
         if not self._tries and not self.cost.has_seen(len(requests)):
             self._tries = [self.max_draft] * _FIRST_TRIES + [0] * _FIRST_TRIES
         if self._tries:
             self._choice = None
-            return self._tries.pop(0)
+            return Plan(self._tries.pop(0), why="first")
         last = self._choice
         if last and self._steps - self._chosen_at < _EVERY and abs(len(requests) - last.num_reqs) * 8 <= last.num_reqs:
-            return None
+            return last.plan
         self._chosen_at = self._steps
-        cost, survival = self.cost.near(len(requests)), self.acceptance.survival(requests)
-        choices = [self._weigh(cost, survival, k) for k in range(self.max_draft + 1)]
-        best = max(choices, key=lambda choice: choice.rate)
-        if last and choices[last.num_draft_tokens].rate * _SWITCH > best.rate:
-            best = choices[last.num_draft_tokens]
+        cost, survival = self.cost.near(len(requests)), self.acceptance.expected(requests)
+        choices = {k: self._weigh(cost, survival, len(requests), num_context, k) for k in self._tried_at}
+        best = max(choices.values(), key=lambda choice: choice.rate)
+        if last and choices[last.plan.num_draft_tokens].rate * _SWITCH > best.rate:
+            best = choices[last.plan.num_draft_tokens]
         self._choice = best
-        return self._experiment(cost, survival, best)
+        if not self._can_try(cost, survival, num_context, best):
+            return best.plan
+        # Verified whole: that is how positions that did not pay are seen to pay again.
+        return Plan(self._other(best), why="trial")
 
-    def _experiment(self, cost: LocalCost, survival: np.ndarray, best: _Choice) -> int | None:
-        """Of the K that the budget pays for, the one that was not tried for longest; None for none."""
-        # A whole block shows every position, and none what it costs to do without; between them the model knows by itself.
-        others = {0, min(best.num_draft_tokens + 1, self.max_draft), self.max_draft} - {best.num_draft_tokens}
-        k = min(others, key=lambda k: self._tried_at[k])
-        num_reqs = len(survival)
-        seconds = cost.seconds(Work(num_reqs, num_reqs * (k + 1), num_reqs * (k + 1) if k else 0))
-        loss = max(seconds - (num_reqs + float(survival[:, :k].sum())) / best.rate, 0.0)
+    def _can_try(self, cost: LocalCost, survival: np.ndarray, num_context: int, best: _Choice) -> bool:
+        """Whether the budget pays for a step of the other choice, and the last one is long ago."""
+        k, num_reqs = self._other(best), best.num_reqs
+        seconds = cost.seconds(self._work(num_reqs, num_reqs * k, k, num_context))
+        loss = max(seconds - num_reqs * (1 + float(survival[:, :k].sum()) / len(survival)) / best.rate, 0.0)
         if loss > self._budget or self._steps - self._tried_at[k] < 2 * _EVERY:
-            return None
+            return False
         self._budget -= loss
-        return k
+        return True
 
-    @staticmethod
-    def _weigh(cost: LocalCost, survival: np.ndarray, k: int) -> _Choice:
-        """Steps that draft ``k`` tokens a request and verify those that commit more in their time than the step as a whole does.
+    def _other(self, choice: _Choice) -> int:
+        return 0 if choice.plan.num_draft_tokens else self.max_draft
+
+    def _work(self, num_reqs: int, num_verified: int, num_draft_tokens: int, num_context: int) -> Work:
+        """A step of so many requests that verifies so many draft tokens in all."""
+        return Work(num_reqs, num_reqs + num_verified, num_reqs * self.block_size if num_draft_tokens else 0, num_context)
+
+    def _weigh(self, cost: LocalCost, survival: np.ndarray, num_reqs: int, num_context: int, k: int) -> _Choice:
+        """Steps that draft ``k`` tokens a request, and verify those that commit more in their time than the step as a whole does.
 
         ``survival`` falls along a row, so the tokens above a threshold are each request's first ones. The threshold is the price
         of a verified token at the rate of the whole, which only rises as tokens below it are left out: the maximum of a ratio of
         linear sums (Dinkelbach, 1967).
         """
-        num_reqs, price = len(survival), cost.seconds_per_verified
-        rows, candidates, threshold = num_reqs * (k + 1) if k else 0, survival[:, :k], 0.0
+        price, share = cost.seconds_per_verified, num_reqs / len(survival)
+        candidates, threshold = survival[:, :k], 0.0
         while True:
             kept = candidates[candidates > threshold]
-            rate = (num_reqs + float(kept.sum())) / cost.seconds(Work(num_reqs, num_reqs + len(kept), rows))
+            seconds = cost.seconds(self._work(num_reqs, round(len(kept) * share), k, num_context))
+            rate = (num_reqs + float(kept.sum()) * share) / seconds
             if rate * price <= threshold * (1 + 1e-6):
-                return _Choice(k, threshold, num_reqs, rate)
+                return _Choice(Plan(k, threshold), num_reqs, rate)
             threshold = rate * price

@@ -1,7 +1,7 @@
 """What a step costs, learned from measured steps: linear in what it computes, near the batch size at hand. Pure.
 
-A step runs the target over ``num_tokens`` rows and, where it drafts, the drafter over ``draft_rows``. Its time is close to linear in
-both on a CPU and on a GPU that is short of compute, and flat on a GPU that is short of bandwidth, so the line is drawn through steps
+A step runs the target over ``num_tokens`` rows and, where it drafts, the drafter over ``draft_rows``, all over ``num_context``
+positions. Its time is close to linear in these on a CPU and on a GPU that is short of compute, and flat on a GPU that is short of bandwidth, so the line is drawn through steps
 of about as many requests. Nothing here knows a machine, and a step that another process holds up does not count: of each kind of
 step the lower median of the last few is taken.
 
@@ -31,11 +31,13 @@ class Work:
     """The target's rows: one a request and one for each draft token that is verified."""
     draft_rows: int
     """The drafter's rows, K + 1 a request; 0 where nothing is drafted."""
+    num_context: int = 0
+    """Positions of all requests' contexts, which the rows attend to."""
 
     @property
     def features(self) -> tuple[float, ...]:
-        """Constant, requests, verified draft tokens, drafter on, its rows."""
-        return 1.0, self.num_reqs, self.num_tokens - self.num_reqs, float(self.draft_rows > 0), self.draft_rows
+        """Constant, requests, verified draft tokens, drafter on, its rows, context."""
+        return 1.0, self.num_reqs, self.num_tokens - self.num_reqs, float(self.draft_rows > 0), self.draft_rows, self.num_context
 
     @property
     def kind(self) -> tuple[int, int, int]:
@@ -63,7 +65,7 @@ class LocalCost:
     """Cost of steps about as large as one of so many requests."""
 
     weights: np.ndarray
-    """float64 [5]: seconds for each of ``Work.features``; none below zero."""
+    """float64 [6]: seconds for each of ``Work.features``; none below zero."""
     factors: dict[tuple[int, int, int], float]
     """By kind of step, measured over linear."""
 
@@ -107,17 +109,17 @@ class StepCost:
             rows.append((*work.features, seconds))
             weights.append(len(kind.seconds) * _FADE**age * math.exp(-_NEARNESS * distance * distance) + 1e-6)
         found = _fit(np.array(rows), np.array(weights))
-        linear = np.array(rows)[:, :5] @ found
-        factors = {key: row[5] / max(line, 1e-9) for key, row, line in zip(self._kinds, rows, linear.tolist(), strict=True)}
+        linear = np.array(rows)[:, :-1] @ found
+        factors = {key: row[-1] / max(line, 1e-9) for key, row, line in zip(self._kinds, rows, linear.tolist(), strict=True)}
         return LocalCost(found, factors)
 
 
 def _fit(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Weights of the five features that are not negative, for rows of features and seconds; a negative one is left out in turn."""
-    seconds = rows[:, 5]
-    x, scale = rows[:, :5] / seconds[:, None], np.sqrt(weights)
-    kept = list(range(5))
-    found = np.zeros(5)
+    """Weights of the features that are not negative, for rows of features and seconds; a negative one is left out in turn."""
+    seconds = rows[:, -1]
+    x, scale = rows[:, :-1] / seconds[:, None], np.sqrt(weights)
+    kept = list(range(x.shape[1]))
+    found = np.zeros(x.shape[1])
     while kept:
         a = x[:, kept] * scale[:, None]
         # In proportion to each feature's own weight: features that go together share what they cost.

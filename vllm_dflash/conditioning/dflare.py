@@ -74,14 +74,14 @@ class Served(nn.Module):
 
     def __init__(self, config: DrafterConfig, num_kv_heads: int, dtype: torch.dtype, quant_config: Any, prefix: str) -> None:
         super().__init__()
-        from vllm.model_executor.layers.layernorm import RMSNorm as VLLMRMSNorm
+        from vllm_dflash.models.norm import RMSNorm as ServedRMSNorm
 
         self.num_layers, self.num_kv_heads, self.head_dim = config.num_hidden_layers, num_kv_heads, config.head_dim
         self.order = capture_order(config)
         self.num_features, self.hidden_size, self.total_kv_heads = config.num_features, config.hidden_size, config.num_key_value_heads
         kv_size = num_kv_heads * config.head_dim
         self.share = nn.Parameter(torch.empty(self.num_layers, self.num_features, dtype=dtype), requires_grad=False)
-        self.hidden_norm = VLLMRMSNorm(self.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_norm = ServedRMSNorm(self.hidden_size, eps=config.rms_norm_eps)
         self.weight = nn.Parameter(torch.empty(self.num_layers, self.hidden_size, 2 * kv_size, dtype=dtype), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(self.num_layers, 1, 2 * kv_size, dtype=dtype), requires_grad=False)
 

@@ -47,7 +47,7 @@ class Served(nn.Module):
 
     def __init__(self, config: DrafterConfig, num_kv_heads: int, dtype: torch.dtype, quant_config: Any, prefix: str) -> None:
         super().__init__()
-        from vllm.model_executor.layers.layernorm import RMSNorm as VLLMRMSNorm
+        from vllm_dflash.models.norm import RMSNorm as ServedRMSNorm
         from vllm.model_executor.layers.linear import ReplicatedLinear
 
         self.num_layers, self.num_kv_heads, self.head_dim = config.num_hidden_layers, num_kv_heads, config.head_dim
@@ -56,7 +56,7 @@ class Served(nn.Module):
         self.fc = ReplicatedLinear(
             config.num_features * hidden, hidden, bias=False, params_dtype=dtype, prefix=f"{prefix}.fc", return_bias=False
         )  # fmt: skip
-        self.hidden_norm = VLLMRMSNorm(hidden, eps=config.rms_norm_eps)
+        self.hidden_norm = ServedRMSNorm(hidden, eps=config.rms_norm_eps)
         self.quantized = quant_config is not None
         self.attentions: list[Any] = []
         if not self.quantized:

@@ -1,11 +1,14 @@
 """Where a block goes: tokens, positions and cache slots of the drafter's queries and of its new context. Pure.
 
 Notation as in arXiv 2602.06036: a request whose target has run over positions 0..n-1 drafts a block at positions
-n..n+K that holds its anchor x[n] and K masks. All tensors stay on their device and nothing waits for the host.
+n..n+b-1 that holds its anchor x[n] and b - 1 masks. The block is whole whatever K is: a drafter that has only seen
+whole blocks drafts badly in a shorter one (docs/log.md); of its masks the first K are asked for their token.
+All tensors stay on their device and nothing waits for the host.
 
     pytest tests/unit/test_layout.py
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,76 +19,97 @@ PAD_SLOT_ID = -1
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """One draft for a batch of B requests; rows are request-major, K + 1 a request."""
+    """One draft for a batch of B requests; rows are request-major, b a request."""
 
     input_ids: torch.Tensor
-    """[B * (K + 1)] int32: each anchor followed by its masks; a block cut at ``max_model_len`` stands at the end of its rows."""
+    """[B * b] int32: each anchor followed by its masks; a block cut at ``max_model_len`` stands at the end of its rows."""
     positions: torch.Tensor
-    """[B * (K + 1)] int64, below ``max_model_len``."""
+    """[B * b] int64, below ``max_model_len``."""
     slot_mapping: torch.Tensor
-    """[B * (K + 1)] int64 cache slots; ``PAD_SLOT_ID`` for rows that stand for nothing."""
+    """[B * b] int64 cache slots; ``PAD_SLOT_ID`` for rows that stand for nothing."""
     seq_lens: torch.Tensor
     """[B] int32: what each request's queries attend to, context and block."""
-    context_slot_mapping: torch.Tensor
-    """[N] int64 cache slots of the new context; ``PAD_SLOT_ID`` for rejected tokens."""
     sample_indices: torch.Tensor
-    """[B * K] int64: the rows that predict, that is the masks."""
+    """[B * K] int64: the rows that predict, that is the first K masks of each block."""
 
 
 def block_layout(
     *,
     next_token_ids: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    num_rejected: torch.Tensor | None,
+    anchors: torch.Tensor,
     block_table: torch.Tensor,
-    slot_mapping: torch.Tensor,
     page_size: int,
     mask_token_id: int,
+    block_size: int,
     num_speculative_tokens: int,
     max_model_len: int,
+    may_overflow: bool = True,
 ) -> BlockLayout:
     """Lays out the blocks that follow one target forward.
 
     Args:
         next_token_ids: [B] int32, each request's anchor x[n].
-        query_start_loc: [B + 1] int32, where each request's rows start in the target's batch of N rows.
-        seq_lens: [B] int32, target sequence lengths after the forward, rejected tokens included.
-        num_rejected: [B] int32 rejected tokens at the end of each request's rows, or None for none.
+        anchors: [B] int32, its position n: the target's sequence length after the forward, rejected tokens not counted.
         block_table: [B, pages] int32, physical pages of the draft layers' KV cache.
-        slot_mapping: [N] int64, slots that the target's rows have in that cache.
         page_size: tokens a page.
         mask_token_id: the token that stands for "to be drafted".
-        num_speculative_tokens: K, 0 to block_size - 1.
+        block_size: b, the drafter's own.
+        num_speculative_tokens: K, 1 to b - 1.
         max_model_len: positions that exist are 0..max_model_len - 1.
+        may_overflow: False where the caller knows that every block ends before ``max_model_len``, which takes less work.
     """
-    device, k = seq_lens.device, num_speculative_tokens
-    anchors = seq_lens if num_rejected is None else seq_lens - num_rejected
-    if num_rejected is None:
-        context_slots = slot_mapping
-    else:
-        rows = torch.arange(slot_mapping.shape[0], device=device)
-        ends = query_start_loc[1:].long()
-        owner = torch.searchsorted(ends, rows, right=True).clamp_(max=len(ends) - 1)
-        context_slots = torch.where(rows < (ends - num_rejected)[owner], slot_mapping, PAD_SLOT_ID)
+    device, masks = anchors.device, block_size - 1
+    offsets = torch.arange(block_size, device=device)
+    first = torch.arange(len(anchors), device=device)[:, None] * block_size
+    predicting = offsets[1 : num_speculative_tokens + 1]
+    if not may_overflow:
+        positions = anchors.long()[:, None] + offsets
+        input_ids = torch.full(positions.shape, mask_token_id, dtype=torch.int32, device=device)
+        input_ids[:, 0] = next_token_ids
+        slots = _slots(block_table, positions, page_size)
+        return BlockLayout(
+            input_ids.flatten(), positions.flatten(), slots.flatten(), anchors + block_size, (first + predicting).flatten()
+        )  # fmt: skip
 
-    # Attention takes a request's K + 1 rows for the last K + 1 positions of its sequence, so the rows of a block that would reach
+    # Attention takes a request's b rows for the last b positions of its sequence, so the rows of a block that would reach
     # past the end are moved to where their positions are; those in front of them stand for nothing.
-    overflow = (anchors.long() + k - (max_model_len - 1)).clamp(min=0)[:, None]
-    offsets = torch.arange(k + 1, device=device) - overflow
-    positions = anchors.long()[:, None] + offsets.clamp(min=0)
-    pages = block_table.gather(1, positions // page_size).long()
-    slots = torch.where(offsets >= 0, pages * page_size + positions % page_size, PAD_SLOT_ID)
-
-    input_ids = torch.where(offsets == 0, next_token_ids.to(torch.int32)[:, None], mask_token_id).to(torch.int32)
+    overflow = (anchors.long() + masks - (max_model_len - 1)).clamp(min=0)[:, None]
+    moved = offsets - overflow
+    positions = anchors.long()[:, None] + moved.clamp(min=0)
+    slots = torch.where(moved >= 0, _slots(block_table, positions, page_size), PAD_SLOT_ID)
+    input_ids = torch.where(moved == 0, next_token_ids.to(torch.int32)[:, None], mask_token_id).to(torch.int32)
     # A mask past the end has no row; its token is never used, and any row of its request will do.
-    rows_of_masks = (torch.arange(1, k + 1, device=device) + overflow).clamp(max=k)
-    sample_indices = torch.arange(len(anchors), device=device)[:, None] * (k + 1) + rows_of_masks
     return BlockLayout(
         input_ids=input_ids.flatten(),
         positions=positions.flatten(),
         slot_mapping=slots.flatten(),
-        seq_lens=(anchors + k + 1).clamp(max=max_model_len).to(torch.int32),
-        context_slot_mapping=context_slots,
-        sample_indices=sample_indices.flatten(),
+        seq_lens=(anchors + block_size).clamp(max=max_model_len).to(torch.int32),
+        sample_indices=(first + (predicting + overflow).clamp(max=masks)).flatten(),
     )
+
+
+def _slots(block_table: torch.Tensor, positions: torch.Tensor, page_size: int) -> torch.Tensor:
+    """Cache slots [B, n] int64 of ``positions`` [B, n]."""
+    pages = block_table.gather(1, positions // page_size)
+    return pages.long() * page_size + positions % page_size
+
+
+def committed_rows(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> slice | torch.Tensor:
+    """The rows of a target batch that were committed: of each request the first ``lengths[i]`` from ``starts[i]`` on."""
+    if len(starts) == 1:
+        return slice(starts[0], starts[0] + lengths[0])
+    return torch.tensor([row for s, n in zip(starts, lengths, strict=True) for row in range(s, s + n)], dtype=torch.int64, device=device)
+
+
+def without_rejected(slot_mapping: torch.Tensor, query_start_loc: torch.Tensor, num_rejected: torch.Tensor) -> torch.Tensor:
+    """Cache slots [N] int64 of a target batch's rows, with ``PAD_SLOT_ID`` for rejected tokens; for a device that is not waited for.
+
+    Args:
+        slot_mapping: [N] int64, slots that the target's rows have in that cache.
+        query_start_loc: [B + 1] int32, where each request's rows start.
+        num_rejected: [B] int32 rejected tokens at the end of each request's rows.
+    """
+    rows = torch.arange(slot_mapping.shape[0], device=slot_mapping.device)
+    ends = query_start_loc[1:].long()
+    owner = torch.searchsorted(ends, rows, right=True).clamp_(max=len(ends) - 1)
+    return torch.where(rows < (ends - num_rejected)[owner], slot_mapping, PAD_SLOT_ID)

@@ -19,13 +19,27 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer as NativeDFlashProposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
+from vllm_dflash.adaptive.settings import is_adaptive
+from vllm_dflash.checks import settled
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.drafting.coverage import ContextCoverage, Hole, without_first_pages
-from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_layout
+from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_layout, committed_rows, without_rejected
+from vllm_dflash.drafting.pending import PendingContext
+from vllm_dflash.drafting.verification import Verifier
 from vllm_dflash.models.drafter import DrafterForCausalLM
 
 # A name below "vllm", so that vLLM's own handlers and format apply.
 _logger = init_logger("vllm.plugins.dflash")
+_PENDING_ROWS = 1024
+"""Rows of target features, [T * H] each, that may wait for the next draft."""
+
+
+class Drafts(list[list[int]]):
+    """Draft token ids [B][K], with the probability that the drafter gives each, [B][K] or None; both go to the scheduler as one."""
+
+    def __init__(self, tokens: list[list[int]], confidences: list[list[float]] | None = None) -> None:
+        super().__init__(tokens)
+        self.confidences = confidences
 
 
 class DFlashProposer(NativeDFlashProposer):
@@ -39,8 +53,23 @@ class DFlashProposer(NativeDFlashProposer):
                 "the drafter shares the target's embedding, which another pipeline stage holds: set pipeline_parallel_size to 1"
             )
         super().__init__(vllm_config, device, runner)
-        self.runner = runner
+        self.runner, self.on_cpu = runner, device.type == "cpu"
         self._coverage: ContextCoverage | None = None
+        # The whole block, whatever K is; vLLM's buffers hold K + 1 queries a request.
+        self.num_queries = settled(self.draft_model_config.hf_config).block_size
+        size = max(self.max_batch_size * self.num_queries, self.max_padded_query_tokens)
+        self._query_ids = torch.zeros(size, dtype=torch.int32, device=device)
+        self.positions, self._slot_mapping_buffer = (torch.zeros(size, dtype=torch.int64, device=device) for _ in range(2))
+        self._pending = PendingContext(_PENDING_ROWS)
+        # A connector, and a copy for part of a page, read pages between steps: there they have to be whole after every step.
+        self._may_wait = vllm_config.kv_transfer_config is None and vllm_config.cache_config.prefix_match_unit is None
+        self._says_confidences = is_adaptive(vllm_config)
+
+    def load_model(self, target_model: Any) -> None:
+        """Loads the drafter; on a CPU drafts are verified by our own class from then on."""
+        super().load_model(target_model)
+        if self.on_cpu:
+            self.runner.rejection_sampler = Verifier(self.runner)
 
     @property
     def coverage(self) -> ContextCoverage:
@@ -63,7 +92,7 @@ class DFlashProposer(NativeDFlashProposer):
         mm_embed_inputs: Any = None,
         num_rejected_tokens_gpu: torch.Tensor | None = None,
         slot_mappings: Any = None,
-    ) -> torch.Tensor:
+    ) -> "torch.Tensor | Drafts":
         """Stores the new context, then drafts.
 
         Args:
@@ -75,45 +104,83 @@ class DFlashProposer(NativeDFlashProposer):
             num_rejected_tokens_gpu: [B] int32 rejected tokens at the end of each request's rows, or None.
 
         Returns:
-            Draft token ids [B, K] int64.
+            Draft token ids [B, K] int64; on a CPU as a list, with confidences where the scheduler asks for them.
         """
         self._last_draft_probs = None
         cad, k = common_attn_metadata, num_speculative_tokens
+        starts, lengths = self._written(cad, num_rejected_tokens_gpu)
+        self._store_context(cad, target_hidden_states, target_positions, lengths, num_rejected_tokens_gpu, later=k == 0)
+        first_pages = self._watch(cad, starts, lengths)
+        if k == 0:
+            return self._hand_out(torch.empty(cad.num_reqs, 0, dtype=torch.int64, device=self.device), None)
         layout = block_layout(
             next_token_ids=next_token_ids,
-            query_start_loc=cad.query_start_loc,
-            seq_lens=cad.seq_lens,
-            num_rejected=num_rejected_tokens_gpu,
+            anchors=cad.seq_lens if num_rejected_tokens_gpu is None else cad.seq_lens - num_rejected_tokens_gpu,
             block_table=cad.block_table_tensor,
-            slot_mapping=cad.slot_mapping[: target_hidden_states.shape[0]],
             page_size=self.block_size,
             mask_token_id=self.parallel_drafting_token_id,
+            block_size=self.num_queries,
             num_speculative_tokens=k,
             max_model_len=self.max_model_len,
+            may_overflow=cad.max_seq_len + self.num_queries > self.max_model_len,
         )
-        context = self.model.combine_hidden_states(target_hidden_states)
-        self.model.precompute_and_store_context_kv(context, target_positions, layout.context_slot_mapping)
-        first_pages = self._watch(cad, num_rejected_tokens_gpu)
-        if k == 0:
-            return torch.empty(cad.num_reqs, 0, dtype=torch.int64, device=self.device)
-        hidden_states = self._run_block(layout, cad, k, first_pages)
-        tokens, probs = self._sample_draft_tokens(hidden_states[layout.sample_indices], sampling_metadata)
-        if probs is not None:
+        hidden_states = self._run_block(layout, cad, first_pages)[layout.sample_indices]
+        if self._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy:
+            tokens, probs = self._sample_draft_tokens(hidden_states, sampling_metadata)
             self._last_draft_probs = probs.view(-1, k, probs.shape[-1]).contiguous()
-        return tokens.view(-1, k)
+            return self._hand_out(tokens.view(-1, k), None)
+        return self._hand_out(*self._rank(hidden_states, k))
 
-    def _run_block(self, layout: BlockLayout, cad: CommonAttentionMetadata, k: int, first_pages: torch.Tensor | None) -> torch.Tensor:
-        """Runs the drafter over the block's queries; returns hidden states [B * (K + 1) or more, H]."""
+    def _store_context(
+        self, cad: CommonAttentionMetadata, features: torch.Tensor, positions: torch.Tensor, lengths: list[int],
+        num_rejected: torch.Tensor | None, *, later: bool,
+    ) -> None:  # fmt: skip
+        """Writes the context of a step's committed rows into the KV cache, or keeps their features until something is drafted."""
+        slots = cad.slot_mapping[: len(features)]
+        if num_rejected is not None:
+            if self.on_cpu:
+                rows = committed_rows(cad.query_start_loc_cpu[: len(lengths)].tolist(), lengths, self.device)
+                features, positions, slots = features[rows], positions[rows], slots[rows]
+            else:
+                slots = without_rejected(slots, cad.query_start_loc, num_rejected)
+        later = later and self._may_wait
+        if later:  # vLLM writes the next step's positions and slots into the same buffers
+            positions, slots = positions.clone(), slots.clone()
+        has_room = self._pending.add(features, positions, slots)
+        if not later or not has_room:
+            self._write_pending()
+
+    def _write_pending(self) -> None:
+        """Writes what was kept."""
+        pending = self._pending.take()
+        if pending is not None:
+            features, positions, slots = pending
+            self.model.precompute_and_store_context_kv(self.model.combine_hidden_states(features), positions, slots)
+
+    def _rank(self, hidden_states: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The best token of each mask [B, K] int64, and where somebody asks for it the probability that the drafter gives it [B, K]."""
+        if not self.on_cpu:
+            return self._greedy_sample(hidden_states).view(-1, k), None
+        logits = self.model.compute_logits(hidden_states)
+        tokens = torch.ops._C.greedy_argmax(logits)
+        confidences = logits.softmax(-1, dtype=torch.float32).gather(1, tokens[:, None]).view(-1, k) if self._says_confidences else None
+        return tokens.view(-1, k), confidences
+
+    def _hand_out(self, tokens: torch.Tensor, confidences: torch.Tensor | None) -> "torch.Tensor | Drafts":
+        return Drafts(tokens.tolist(), None if confidences is None else confidences.tolist()) if self.on_cpu else tokens
+
+    def _run_block(self, layout: BlockLayout, cad: CommonAttentionMetadata, first_pages: torch.Tensor | None) -> torch.Tensor:
+        """Runs the drafter over the block's queries; returns hidden states [B * b or more, H]."""
         num_tokens = layout.input_ids.shape[0]
         mode, num_input_tokens, num_tokens_across_dp = self._determine_batch_execution_and_padding(num_tokens)
-        self.input_ids[:num_tokens] = layout.input_ids
+        self._query_ids[:num_tokens] = layout.input_ids
         self.positions[:num_tokens] = layout.positions
         self._slot_mapping_buffer[:num_tokens] = layout.slot_mapping
         self._slot_mapping_buffer[num_tokens:num_input_tokens] = PAD_SLOT_ID
         if first_pages is not None:
             cad = cad.replace(block_table_tensor=without_first_pages(cad.block_table_tensor, first_pages))
             layout = replace(layout, seq_lens=(layout.seq_lens - first_pages * self.block_size).to(layout.seq_lens.dtype))
-        metadata = self._layer_metadata(layout, cad, k)
+        metadata = self._layer_metadata(layout, cad)
         slots = self._slot_mapping_buffer[:num_input_tokens]
         with set_forward_context(
             metadata,
@@ -123,23 +190,32 @@ class DFlashProposer(NativeDFlashProposer):
             cudagraph_runtime_mode=mode,
             slot_mapping=dict.fromkeys(self._draft_attn_layer_names, slots),
         ):
-            return self.model(input_ids=self.input_ids[:num_input_tokens], positions=self.positions[:num_input_tokens])
+            return self.model(input_ids=self._query_ids[:num_input_tokens], positions=self.positions[:num_input_tokens])
 
-    def _watch(self, cad: CommonAttentionMetadata, num_rejected: torch.Tensor | None) -> torch.Tensor | None:
-        """Notes what this step has written; returns [B] int64 first sound pages where some request's context has a hole."""
-        batch, count = self.runner.input_batch, cad.num_reqs
-        starts = batch.num_computed_tokens_cpu[:count].tolist()
+    def _written(self, cad: CommonAttentionMetadata, num_rejected: torch.Tensor | None) -> tuple[list[int], list[int]]:
+        """Of each request the first position that this step computed, and how many were committed.
+
+        On a GPU the host does not wait for the rejected, and they are counted too.
+        """
+        count = cad.num_reqs
+        starts = self.runner.input_batch.num_computed_tokens_cpu[:count].tolist()
         lengths = (cad.query_start_loc_cpu[1 : count + 1] - cad.query_start_loc_cpu[:count]).tolist()
-        if num_rejected is not None and num_rejected.device.type == "cpu":
+        if num_rejected is not None and self.on_cpu:
             lengths = [length - rejected for length, rejected in zip(lengths, num_rejected.tolist(), strict=True)]
-        # On a GPU the host does not wait for the rejected: a hole shorter than a block goes unnoticed there.
-        for hole in self.coverage.step(batch.req_ids[:count], starts, lengths, self.runner.requests):
+        return starts, lengths
+
+    def _watch(self, cad: CommonAttentionMetadata, starts: list[int], lengths: list[int]) -> torch.Tensor | None:
+        """Notes what this step has written; returns [B] int64 first sound pages where some request's context has a hole."""
+        batch = self.runner.input_batch
+        # Where the rejected are counted as written, a hole shorter than a block goes unnoticed.
+        for hole in self.coverage.step(batch.req_ids[: cad.num_reqs], starts, lengths, self.runner.requests):
             table = cad.block_table_tensor[hole.row]
             _logger.warning_once(
                 "the drafter's context of a request has a hole (positions %d to %d): a step ran without the drafter. "
                 "It is left out of what the drafter attends to, and counted", hole.start, hole.end - 1,
             )  # fmt: skip
             self.coverage.add(hole, table.tolist())
+            self._write_pending()
             self._fill_with_zeros(hole, table)
         return self.coverage.first_pages(cad.block_table_tensor, starts, lengths)
 
@@ -148,13 +224,13 @@ class DFlashProposer(NativeDFlashProposer):
         positions = torch.arange(hole.start, hole.end, device=table.device)
         self.model.store_zeros(table[positions // self.block_size].long() * self.block_size + positions % self.block_size)
 
-    def _layer_metadata(self, layout: BlockLayout, cad: CommonAttentionMetadata, k: int) -> dict[str, Any]:
+    def _layer_metadata(self, layout: BlockLayout, cad: CommonAttentionMetadata) -> dict[str, Any]:
         """Attention metadata by draft layer; layers differ only in whether a query sees later ones of its block."""
         causal = dict(zip(self.model.get_draft_kv_cache_layer_names(), self.model.get_draft_attn_causal(), strict=True))
         built = {}
         for flag in sorted(set(causal.values())):
             # Past vLLM's DFlashProposer, which asserts that no layer is causal.
-            _, by_layer = SpecDecodeBaseProposer.build_per_group_and_layer_attn_metadata(self, self._block_metadata(layout, cad, k, flag))
+            _, by_layer = SpecDecodeBaseProposer.build_per_group_and_layer_attn_metadata(self, self._block_metadata(layout, cad, flag))
             built[flag] = by_layer
             for name, metadata in by_layer.items():
                 if getattr(metadata, "causal", None) is not flag:
@@ -164,19 +240,19 @@ class DFlashProposer(NativeDFlashProposer):
                     )
         return {name: built[flag][name] for name, flag in causal.items()}
 
-    def _block_metadata(self, layout: BlockLayout, cad: CommonAttentionMetadata, k: int, causal: bool) -> CommonAttentionMetadata:
-        """Attention metadata of the block: K + 1 queries a request."""
-        upper_bound = cad.seq_lens_cpu_upper_bound
+    def _block_metadata(self, layout: BlockLayout, cad: CommonAttentionMetadata, causal: bool) -> CommonAttentionMetadata:
+        """Attention metadata of the block: b queries a request."""
+        upper_bound, b = cad.seq_lens_cpu_upper_bound, self.num_queries
         return CommonAttentionMetadata(
-            query_start_loc=self.arange[: cad.num_reqs + 1] * (k + 1),
-            query_start_loc_cpu=torch.arange(cad.num_reqs + 1, dtype=torch.int32) * (k + 1),
+            query_start_loc=self.arange[: cad.num_reqs + 1] * b,
+            query_start_loc_cpu=torch.arange(cad.num_reqs + 1, dtype=torch.int32) * b,
             seq_lens=layout.seq_lens,
             # An upper bound may count rejected tokens; it only sizes work.
-            seq_lens_cpu_upper_bound=None if upper_bound is None else (upper_bound + k + 1).clamp(max=self.max_model_len),
+            seq_lens_cpu_upper_bound=None if upper_bound is None else (upper_bound + b).clamp(max=self.max_model_len),
             num_reqs=cad.num_reqs,
             num_actual_tokens=layout.input_ids.shape[0],
-            max_query_len=k + 1,
-            max_seq_len=min(cad.max_seq_len + k + 1, self.max_model_len),
+            max_query_len=b,
+            max_seq_len=min(cad.max_seq_len + b, self.max_model_len),
             block_table_tensor=cad.block_table_tensor,
             slot_mapping=layout.slot_mapping,
             causal=causal,

@@ -8,6 +8,7 @@ Limits: text only, and one pipeline stage, as the drafter takes the target's emb
     pytest tests/engine/test_v2.py tests/engine/test_v2_formats.py tests/engine/test_v2_features.py
 """
 
+import copy
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -28,8 +29,15 @@ class DFlashSpeculator(NativeDFlashSpeculator):
     _speculator_name = "vllm-dflash"
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        super().__init__(vllm_config, device)
-        drafter = settled(self.draft_model_config.hf_config)
+        speculative = vllm_config.speculative_config
+        assert speculative is not None
+        drafter = settled(speculative.draft_model_config.hf_config)
+        self.num_draft_tokens = speculative.num_speculative_tokens
+        # The block is drafted whole, whatever K is: vLLM's own class takes its length from the config.
+        whole = copy.copy(vllm_config)
+        whole.speculative_config = copy.copy(speculative)
+        whole.speculative_config.num_speculative_tokens = drafter.max_speculative_tokens
+        super().__init__(whole, device)
         width = kind_of(drafter).context_width(drafter)
         # vLLM's buffer holds one hidden state a token; DFlare's context has one a draft layer.
         self.hidden_states = torch.zeros(self.max_num_tokens, width, dtype=self.dtype, device=device)
@@ -48,6 +56,10 @@ class DFlashSpeculator(NativeDFlashSpeculator):
                     "the drafter's causal sliding layers and its full ones came into one KV cache group: "
                     "start vLLM without --disable-hybrid-kv-cache-manager, and without a KV connector that turns that manager off"
                 )
+
+    def propose(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As vLLM's; of each block the first ``num_speculative_tokens`` tokens, [num_reqs, K]."""
+        return super().propose(*args, **kwargs)[:, : self.num_draft_tokens]
 
     def _generate_draft(
         self,

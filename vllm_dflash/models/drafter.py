@@ -18,7 +18,6 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CacheConfig, VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import get_rope
@@ -31,6 +30,7 @@ from vllm_dflash.conditioning import own_tensors
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import IGNORED_TENSORS, tensor_name
 from vllm_dflash.models.context import ContextKV
+from vllm_dflash.models.norm import RMSNorm
 from vllm_dflash.models.own import OwnTables
 from vllm_dflash.weights import check_finite, check_shapes
 

@@ -78,15 +78,23 @@ def target_features(target: Any, layer_ids: Sequence[int], input_ids: Tensor, **
     return torch.cat(features, dim=-1) if features else hidden[..., :0], hidden
 
 
-def draft_block(target: Any, drafter: Drafter, token: int, anchor: int, context: ContextKV, num_queries: int) -> Draft:
-    """Drafts the ``num_queries - 1`` tokens after ``token`` at position ``anchor``; ``context`` holds positions before it."""
-    device = target.device
+def draft_block(
+    target: Any, drafter: Drafter, token: int, anchor: int, context: ContextKV, num_tokens: int, max_model_len: int | None = None
+) -> Draft:  # fmt: skip
+    """Drafts up to ``num_tokens`` tokens after ``token`` at position ``anchor``; ``context`` holds positions before it.
+
+    Always the whole block, of which the first tokens are taken: a drafter that was trained on whole blocks drafts badly in a
+    shorter one. Only ``max_model_len`` cuts it, as there are no positions past it.
+    """
+    device, num_queries = target.device, drafter.config.block_size
+    if max_model_len is not None:
+        num_queries = min(num_queries, max_model_len - anchor)
     ids = torch.full((1, num_queries), drafter.config.mask_token_id, device=device)
     ids[0, 0] = token
     positions = torch.arange(anchor, anchor + num_queries, device=device)[None]
     hidden = drafter(drafter.embed(target.get_input_embeddings(), ids), positions, context)
     # The query at position n + k predicts the token at n + k itself; the anchor's own output is unused.
-    logits = drafter.logits(target.lm_head, hidden[0, 1:]).float()
+    logits = drafter.logits(target.lm_head, hidden[0, 1 : num_tokens + 1]).float()
     best, second = logits.topk(2, dim=-1).values.unbind(-1)
     # Not topk's indices: of equal logits, as bfloat16 often has them, argmax takes the first token, as every engine does.
     return Draft(anchor, logits.argmax(-1).tolist(), (best - second).tolist(), best.tolist())
@@ -124,12 +132,12 @@ class _Loop:
             return
         self.context = [(torch.cat([k0, k1], 1), torch.cat([v0, v1], 1)) for (k0, v0), (k1, v1) in zip(self.context, new, strict=True)]
 
-    def step(self, token: int, num_queries: int) -> tuple[Step, int]:
+    def step(self, token: int, num_tokens: int, max_model_len: int | None) -> tuple[Step, int]:
         """Drafts after ``token`` at position ``computed``, verifies, commits; returns also the bonus token."""
         draft = Draft(self.computed, [], [], [])
-        if self.drafter is not None and num_queries > 1:
+        if self.drafter is not None and num_tokens and (max_model_len is None or self.computed + 1 < max_model_len):
             assert self.context is not None, "the prompt is committed first"
-            draft = draft_block(self.target, self.drafter, token, self.computed, self.context, num_queries)
+            draft = draft_block(self.target, self.drafter, token, self.computed, self.context, num_tokens, max_model_len)
         choices, features = self.run_target([token, *draft.tokens])
         accepted = 0
         while accepted < len(draft.tokens) and draft.tokens[accepted] == choices[accepted]:
@@ -145,7 +153,7 @@ def generate(
 ) -> Generation:  # fmt: skip
     """Greedy generation; the tokens are the target's own, whatever the drafter.
 
-    A draft has ``num_speculative_tokens + 1`` queries, fewer where ``max_model_len`` leaves less room. The last step
+    A draft has ``num_speculative_tokens`` tokens, fewer where ``max_model_len`` leaves less room. The last step
     counts in full in the record, even where the output is cut at ``max_new_tokens``, as in vLLM's counters.
     """
     if not prompt_ids:
@@ -156,7 +164,7 @@ def generate(
     out = Generation([choices[-1]])
     room = max_new_tokens if max_model_len is None else min(max_new_tokens, max_model_len - len(prompt_ids))
     while len(out.tokens) < room and out.tokens[-1] != eos_token_id:
-        step, bonus = loop.step(out.tokens[-1], _num_queries(num_speculative_tokens, loop.computed, max_model_len))
+        step, bonus = loop.step(out.tokens[-1], num_speculative_tokens, max_model_len)
         out.steps.append(step)
         out.tokens += [*step.draft.tokens[: step.accepted], bonus]
         if eos_token_id in out.tokens:
@@ -183,11 +191,5 @@ def replay_drafts(
     drafts = []
     for n in anchors:
         before = [(k[:, :n], v[:, :n]) for k, v in context]
-        drafts.append(draft_block(target, drafter, token_ids[n], n, before, _num_queries(num_speculative_tokens, n, max_model_len)))
+        drafts.append(draft_block(target, drafter, token_ids[n], n, before, num_speculative_tokens, max_model_len))
     return drafts
-
-
-def _num_queries(num_speculative_tokens: int, anchor: int, max_model_len: int | None) -> int:
-    """The anchor and the masks after it, as far as ``max_model_len`` has positions for them."""
-    whole = num_speculative_tokens + 1
-    return whole if max_model_len is None else min(whole, max_model_len - anchor)

@@ -1,0 +1,112 @@
+"""vLLM's scheduler, asking the controller how much to draft in each step and how much of each draft to verify.
+
+It measures what steps take, from the end of one to the end of the next, and what becomes of drafts. K goes to the model runner in
+the scheduler's output. Under synchronous scheduling (a CPU's) drafts come back with the drafter's confidence in each token and are
+cut here; under asynchronous scheduling the next step is planned before they are known, and they are cut by what the request and the
+position have been accepted before. Limits: not with data parallelism.
+
+    pytest tests/engine/test_adaptive.py
+"""
+
+import time
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+
+from vllm_dflash.adaptive.controller import Controller, Plan
+from vllm_dflash.adaptive.cost import Work
+
+
+class _Adaptive(Scheduler):
+    """What both schedulers add to vLLM's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        draft_config = self.vllm_config.speculative_config.draft_model_config.hf_config
+        self.controller = Controller(self.num_spec_tokens, draft_config.block_size)
+        self.plan = Plan(self.num_spec_tokens)
+        """Of the step that was scheduled last."""
+        self._confidences: dict[str, list[float]] = {}
+        self._last_end: float | None = None
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        drafting, num_context = self._drafting(scheduler_output)
+        self.plan = self.controller.plan(drafting, num_context) if drafting else Plan(0)
+        scheduler_output.num_spec_tokens_to_schedule = self.plan.num_draft_tokens
+        if scheduler_output.finished_req_ids:
+            self.controller.forget(scheduler_output.finished_req_ids)
+            for request_id in scheduler_output.finished_req_ids:
+                self._confidences.pop(request_id, None)
+        super()._update_after_schedule(scheduler_output)
+
+    def _drafting(self, scheduler_output: SchedulerOutput) -> tuple[list[str], int]:
+        """The requests of a step that sample a token, and so can draft, and the positions of their contexts in all."""
+        drafting, num_context = [], 0
+        for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
+            request = self.requests[request_id]
+            end = request.num_computed_tokens + num_tokens
+            if end >= request.num_tokens:
+                drafting.append(request_id)
+                num_context += end
+        return drafting, num_context
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
+        work, outcomes = self._outcomes(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        now = time.perf_counter()
+        # With nothing left to do the engine waits, and the time to the next step's end is not that step's.
+        measured = work is not None and self._last_end is not None
+        self.controller.observe(work if measured else None, now - (self._last_end or now), outcomes, self._confidences or None)
+        self._last_end = now if self.running or self.waiting else None
+        return outputs
+
+    def _outcomes(self, scheduled: SchedulerOutput, ran: ModelRunnerOutput) -> tuple[Work | None, dict[str, tuple[int, int]]]:
+        """What the step computed (None where it was not all decoding), and by request its verified and its accepted draft tokens."""
+        outcomes: dict[str, tuple[int, int]] = {}
+        all_decode, num_context = bool(scheduled.num_scheduled_tokens), 0
+        drafts, invalid = scheduled.scheduled_spec_decode_tokens, scheduled.num_invalid_spec_tokens or {}
+        for request_id, num_tokens in scheduled.num_scheduled_tokens.items():
+            request, verified = self.requests.get(request_id), len(drafts.get(request_id, ()))
+            if request is None or request.is_finished():
+                all_decode = False
+                continue
+            all_decode &= request.num_output_tokens > 0 and num_tokens == 1 + verified
+            num_context += request.num_computed_tokens
+            if verified and ran.sampled_token_ids:
+                sampled = ran.sampled_token_ids[ran.req_id_to_index[request_id]]
+                # Tokens that a grammar forbids were not the drafter's to get right.
+                outcomes[request_id] = (verified - invalid.get(request_id, 0), max(len(sampled) - 1, 0))
+        if not all_decode:
+            return None, outcomes
+        num_reqs, k = len(scheduled.num_scheduled_tokens), scheduled.num_spec_tokens_to_schedule
+        return Work(num_reqs, scheduled.total_num_scheduled_tokens, num_reqs * self.controller.block_size if k else 0, num_context), outcomes
+
+
+class AdaptiveScheduler(_Adaptive):
+    """For synchronous scheduling."""
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        drafts, confidences = draft_token_ids.draft_token_ids, getattr(draft_token_ids.draft_token_ids, "confidences", None)
+        if drafts and drafts[0]:
+            request_ids = draft_token_ids.req_ids
+            self._confidences = {} if confidences is None else dict(zip(request_ids, confidences, strict=False))
+            lengths = self.controller.lengths(request_ids, self.plan, self._confidences or None)
+            draft_token_ids.draft_token_ids = [
+                draft[: lengths[request_id]] for request_id, draft in zip(request_ids, drafts, strict=False)
+            ]  # fmt: skip
+        super().update_draft_token_ids(draft_token_ids)
+
+
+class AdaptiveAsyncScheduler(_Adaptive, AsyncScheduler):
+    """For asynchronous scheduling: vLLM reserves a place for every draft token that it will verify, here for as many as are worth it."""
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        super()._update_after_schedule(scheduler_output)
+        lengths = self.controller.lengths(list(scheduler_output.num_scheduled_tokens), self.plan)
+        for request_id, length in lengths.items():
+            request = self.requests[request_id]
+            if len(request.spec_token_ids) > length:
+                request.spec_token_ids = request.spec_token_ids[:length]

@@ -1,0 +1,81 @@
+"""Whether an engine drafts adaptively: what the user says in ``additional_config={"dflash": {"adaptive": true}}``, and the default.
+
+pytest tests/unit/test_settings.py
+"""
+
+from typing import Any
+
+from vllm_dflash.formats import is_ours
+
+SECTION = "dflash"
+_ADAPTIVE = "adaptive"
+_SCHEDULER = "vllm_dflash.adaptive.scheduler.AdaptiveScheduler"
+_ASYNC_SCHEDULER = "vllm_dflash.adaptive.scheduler.AdaptiveAsyncScheduler"
+
+
+class SettingsError(ValueError):
+    """A setting that does not exist or has no such value; the message names it and the remedy."""
+
+
+def wants_adaptive(additional_config: Any) -> bool | None:
+    """What the user says, or None for nothing.
+
+    Raises:
+        SettingsError: on anything in our section that is not known.
+    """
+    section = additional_config.get(SECTION) if isinstance(additional_config, dict) else None
+    if section is None:
+        return None
+    if not isinstance(section, dict):
+        raise SettingsError(f'additional_config: {SECTION} is {section!r}: give an object such as {{"{SECTION}": {{"{_ADAPTIVE}": false}}}}')
+    unknown = sorted(section.keys() - {_ADAPTIVE})
+    if unknown:
+        raise SettingsError(f"additional_config: {SECTION}.{unknown[0]} is no setting: there is {_ADAPTIVE} (true or false)")
+    value = section.get(_ADAPTIVE)
+    if value is not None and not isinstance(value, bool):
+        raise SettingsError(f"additional_config: {SECTION}.{_ADAPTIVE} is {value!r}: give true or false")
+    return value
+
+
+def settle_scheduler(vllm_config: Any) -> None:
+    """Puts our scheduler into vLLM's ``VllmConfig`` where drafting is to be adaptive; does nothing where that was done before.
+
+    Raises:
+        SettingsError: the user asks for it where it cannot be, or for a setting that does not exist.
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is None or speculative.method != "dflash" or not is_ours(speculative.draft_model_config.architectures):
+        return
+    wanted = wants_adaptive(vllm_config.additional_config)
+    if wanted is False or is_adaptive(vllm_config):
+        return
+    obstacle = _obstacle(vllm_config)
+    if wanted and obstacle:
+        raise SettingsError(f"additional_config: {SECTION}.{_ADAPTIVE} is true, but {obstacle}")
+    if obstacle or not (wanted or _is_default()):
+        return
+    scheduler = vllm_config.scheduler_config
+    scheduler.scheduler_cls = _ASYNC_SCHEDULER if scheduler.async_scheduling else _SCHEDULER
+
+
+def is_adaptive(vllm_config: Any) -> bool:
+    """Whether the engine of a ``VllmConfig`` has our scheduler."""
+    return vllm_config.scheduler_config.scheduler_cls in (_SCHEDULER, _ASYNC_SCHEDULER)
+
+
+def _obstacle(vllm_config: Any) -> str | None:
+    """Why drafting has to be fixed, with the remedy."""
+    if vllm_config.scheduler_config.scheduler_cls is not None:
+        return f"scheduler_cls is {vllm_config.scheduler_config.scheduler_cls}: leave it out, for the controller is in a scheduler of its own"
+    if vllm_config.speculative_config.num_speculative_tokens_per_batch_size:
+        return "num_speculative_tokens_per_batch_size says how much to draft: leave one of the two out"
+    if vllm_config.parallel_config.data_parallel_size > 1:
+        return "data-parallel ranks have to draft alike: set it to false, or run the ranks as servers of their own"
+    return None
+
+
+def _is_default() -> bool:
+    """Where it was measured to pay: on a CPU. A GPU has CUDA graphs for a fixed number of tokens, and it was not measured there."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()

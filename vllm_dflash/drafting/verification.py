@@ -1,0 +1,159 @@
+"""Verification on vLLM's V1 runner on a CPU: the target's own token at every row, and the drafts that are equal to it.
+
+A greedy draft is a point mass, so to sample the target's token and accept the draft if it is that token has the same distribution as
+to accept it with the target's probability and else sample from the rest (arXiv 2211.17192, with q a point mass). It takes one pass over
+the logits. And the noise of an output token then depends on its request's seed and its own place alone, not on how many tokens were
+drafted: a seed gives what it gives without a drafter. Limits: greedy drafts; sampled ones are verified by vLLM's own class.
+
+    pytest tests/unit/test_verification.py tests/engine/test_sampling.py tests/engine/test_features.py
+"""
+
+from collections.abc import Container, Sequence
+from typing import Any
+
+import torch
+from vllm.v1.outputs import SamplerOutput
+from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID, RejectionSampler
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+_GREEDY_BELOW = 1e-5
+"""Temperatures below are greedy, as vLLM's sampler has it."""
+
+
+class Verifier(RejectionSampler):
+    """Stands in the runner's place for vLLM's rejection sampler; ``runner`` is the V1 model runner."""
+
+    def __init__(self, runner: Any) -> None:
+        super().__init__(runner.sampler, runner.speculative_config, runner.device)
+        self._runner, self._draws = runner, SeedDraws()
+
+    def forward(
+        self, metadata: SpecDecodeMetadata, draft_probs: torch.Tensor | None, logits: torch.Tensor, sampling_metadata: SamplingMetadata
+    ) -> SamplerOutput:  # fmt: skip
+        """Verifies each request's drafts and samples one token more.
+
+        Args:
+            draft_probs: None for greedy drafts; else vLLM's own class does all.
+            logits: [R, V], a request's rows one after the other: one for each of its drafts and one more.
+
+        Returns:
+            Token ids [B, longest draft + 1] int32, rejected ones -1, and their log probabilities where asked for.
+        """
+        if draft_probs is not None or self.synthetic_mode:
+            return super().forward(metadata, draft_probs, logits, sampling_metadata)
+        processed = self._process(metadata, logits, sampling_metadata)
+        sampled, processed = self._sample(metadata, processed, sampling_metadata)
+        kept = keep_accepted(sampled.tolist(), metadata.draft_token_ids.tolist(), metadata.num_draft_tokens)
+        output = torch.tensor(kept, dtype=torch.int32)
+        if sampling_metadata.max_num_logprobs is None:
+            return SamplerOutput(sampled_token_ids=output, logprobs_tensors=None)
+        shown = processed if self.is_processed_logprobs_mode else logits
+        logprobs = self._get_logprobs_tensors(
+            sampling_metadata.max_num_logprobs, metadata, logits, shown[metadata.target_logits_indices],
+            shown[metadata.bonus_logits_indices], output,
+        )  # fmt: skip
+        return SamplerOutput(sampled_token_ids=output, logprobs_tensors=logprobs)
+
+    def _process(self, metadata: SpecDecodeMetadata, logits: torch.Tensor, sampling: SamplingMetadata) -> torch.Tensor:
+        """Logits [R, V] float32 after penalties, bad words, allowed tokens and ``min_tokens``; the argument stays as it is."""
+        if not _has_processors(sampling):
+            return logits.to(torch.float32)
+        bonus = self.sampler.apply_logits_processors(logits[metadata.bonus_logits_indices].to(torch.float32), sampling, True)
+        if not metadata.max_spec_len:
+            return bonus
+        target = self.apply_logits_processors(logits[metadata.target_logits_indices].to(torch.float32), sampling, metadata)
+        processed = torch.empty(logits.shape, dtype=torch.float32)
+        processed[metadata.bonus_logits_indices], processed[metadata.target_logits_indices] = bonus, target
+        return processed
+
+    def _sample(
+        self, metadata: SpecDecodeMetadata, logits: torch.Tensor, sampling: SamplingMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """The target's token at each row [R], and the logits [R, V] that it was sampled from."""
+        greedy = None if sampling.all_random else self.sampler.greedy_sample(logits)
+        if sampling.all_greedy:
+            return greedy, logits
+        counts = torch.tensor(metadata.num_draft_tokens) + 1
+
+        def by_row(setting: torch.Tensor | None) -> torch.Tensor | None:
+            return None if setting is None else setting.repeat_interleave(counts, output_size=len(logits))
+
+        temperature = by_row(sampling.temperature)
+        scaled = logits / temperature.masked_fill(temperature < _GREEDY_BELOW, 1.0)[:, None]
+        scaled = apply_top_k_top_p(scaled, by_row(sampling.top_k), by_row(sampling.top_p))
+        sampled = torch.ops._C.fused_gumbel_argmax(scaled, self._seeds(metadata.num_draft_tokens, sampling))
+        return sampled if greedy is None else torch.where(temperature < _GREEDY_BELOW, greedy, sampled), scaled
+
+    def _seeds(self, num_draft_tokens: Sequence[int], sampling: SamplingMetadata) -> torch.Tensor:
+        """[R] int64, what vLLM's sampler seeds a row's noise with: by chance, or by the request's seed and the token's place."""
+        seeds = torch.randint(0, _BOUND, (len(num_draft_tokens) + sum(num_draft_tokens),), dtype=torch.long)
+        requests, request_ids, first = self._runner.requests, self._runner.input_batch.req_ids, 0
+        for row, drafts in enumerate(num_draft_tokens):
+            if row in sampling.generators:
+                request = requests[request_ids[row]]
+                place = len(request.output_token_ids)
+                own = self._draws.at(request_ids[row], request.sampling_params.seed, range(place, place + drafts + 1))
+                seeds[first : first + drafts + 1] = torch.tensor(own)
+            first += drafts + 1
+        self._draws.forget_all_but(requests)
+        return seeds
+
+
+def _has_processors(sampling: SamplingMetadata) -> bool:
+    """Whether a request of the batch changes its logits before they are ranked. vLLM refuses the other processors with a drafter."""
+    holder = sampling.thinking_budget_state_holder
+    return bool(
+        not sampling.no_penalties
+        or sampling.bad_words_token_ids
+        or sampling.allowed_token_ids_mask is not None
+        or any(isinstance(p, MinTokensLogitsProcessor) and p.min_toks for p in sampling.logitsprocs.non_argmax_invariant)
+        or (holder is not None and holder.has_tracked_requests())
+    )
+
+
+def keep_accepted(sampled: Sequence[int], drafts: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
+    """Each request's accepted drafts and the target's token after them, filled up with -1 to the longest draft plus one.
+
+    Args:
+        sampled: [R] the target's token at each row, ``counts[i] + 1`` rows a request.
+        drafts: [R - B] draft tokens, ``counts[i]`` a request.
+        counts: [B] drafts of each request.
+    """
+    width, row, at, kept = max(counts) + 1, 0, 0, []
+    for count in counts:
+        accepted = 0
+        while accepted < count and sampled[row + accepted] == drafts[at + accepted]:
+            accepted += 1
+        kept.append([*sampled[row : row + accepted + 1], *[PLACEHOLDER_TOKEN_ID] * (width - accepted - 1)])
+        row, at = row + count + 1, at + count
+    return kept
+
+
+_BOUND = 2**31
+"""vLLM's CPU sampler seeds a row's noise with a number below it."""
+
+
+class SeedDraws:
+    """The numbers that vLLM draws one after the other for a request with a seed, by the place of the output token that each is for."""
+
+    def __init__(self) -> None:
+        self._drawn: dict[str, tuple[int, torch.Generator, list[int]]] = {}
+
+    def at(self, request_id: str, seed: int, places: range) -> list[int]:
+        """The draws for these output tokens of a request, counted from 0."""
+        known = self._drawn.get(request_id)
+        if known is None or known[0] != seed:
+            known = self._drawn[request_id] = (seed, torch.Generator().manual_seed(seed), [])
+        _, generator, drawn = known
+        while len(drawn) < places.stop:
+            # One at a time, as vLLM draws them: a generator gives other numbers when it is asked for several.
+            drawn.append(int(torch.randint(0, _BOUND, (1,), generator=generator, dtype=torch.long)))
+        return drawn[places.start : places.stop]
+
+    def forget_all_but(self, running: Container[str]) -> None:
+        """Drops requests that have ended."""
+        for request_id in [name for name in self._drawn if name not in running]:
+            del self._drawn[request_id]

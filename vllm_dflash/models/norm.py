@@ -1,0 +1,22 @@
+"""RMSNorm for the drafter: one kernel a norm on a CPU, where vLLM's own runs as seven small operators unless it is compiled.
+
+    pytest tests/engine/test_draft_parity.py
+"""
+
+import torch
+from vllm import _custom_ops as ops
+from vllm.model_executor.layers.layernorm import RMSNorm as VLLMRMSNorm
+
+
+class RMSNorm(VLLMRMSNorm):
+    """As vLLM's: ``x`` [..., H] in the model's dtype; with a residual both are returned, summed first."""
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        if not x.is_cpu or torch.compiler.is_compiling():
+            return super().forward(x, residual)
+        if residual is not None:
+            ops.fused_add_rms_norm(x, residual, self.weight.data, self.variance_epsilon)
+            return x, residual
+        out = torch.empty_like(x)
+        ops.rms_norm(out, x, self.weight.data, self.variance_epsilon)
+        return out
