@@ -13,10 +13,23 @@ from unittest.mock import patch
 def accept_every_draft(llm: Any) -> Iterator[None]:
     import torch
 
+    from vllm_dflash.drafting import verification
+
     def zeros(num_tokens: int, num_draft_tokens: list[int], generators: dict[int, Any], device: Any) -> Any:
         return torch.zeros(num_tokens, dtype=torch.float64, device=device)
 
-    with patch("vllm.v1.sample.rejection_sampler.generate_uniform_probs", zeros):
+    keep = verification.keep_accepted
+
+    def keep_all(sampled: Any, drafts: Any, counts: Any) -> Any:
+        rows = (row for row, count in enumerate(counts) for _ in range(count))
+        sampled, starts = list(sampled), [sum(counts[:i]) + i for i in range(len(counts))]
+        at = 0
+        for row in rows:
+            sampled[starts[row] + at - sum(counts[:row])] = drafts[at]
+            at += 1
+        return keep(sampled, drafts, counts)
+
+    with patch("vllm.v1.sample.rejection_sampler.generate_uniform_probs", zeros), patch.object(verification, "keep_accepted", keep_all):
         yield
 
 
@@ -39,11 +52,31 @@ def accept_by_the_target_alone(llm: Any) -> Iterator[None]:
 @contextmanager
 def draw_the_rejected_from_the_target(llm: Any) -> Iterator[None]:
     """Draws what takes a rejected draft's place from p, not from what of p is left over q."""
+    from vllm_dflash.drafting import verification
 
     def from_p(max_spec_len: int, counts: Any, cu: Any, draft_token_ids: Any, draft_probs: Any, target_probs: Any, *rest: Any) -> Any:
         return target_probs.multinomial(1).flatten().to(draft_token_ids.dtype)
 
-    with patch("vllm.v1.sample.rejection_sampler.sample_recovered_tokens", from_p):
+    sample, keep, second = verification.Verifier._sample, verification.keep_accepted, []
+
+    def sample_twice(self: Any, metadata: Any, logits: Any, sampling: Any) -> Any:
+        second[:] = sample(self, metadata, logits.clone(), sampling)[0].tolist()
+        return sample(self, metadata, logits, sampling)
+
+    def keep_and_draw_again(sampled: Any, drafts: Any, counts: Any) -> Any:
+        kept, row = keep(sampled, drafts, counts), 0
+        for tokens, count in zip(kept, counts, strict=True):
+            accepted = sum(token >= 0 for token in tokens) - 1
+            if accepted < count:
+                tokens[accepted] = second[row + accepted]
+            row += count + 1
+        return kept
+
+    with (
+        patch("vllm.v1.sample.rejection_sampler.sample_recovered_tokens", from_p),
+        patch.object(verification.Verifier, "_sample", sample_twice),
+        patch.object(verification, "keep_accepted", keep_and_draw_again),
+    ):
         yield
 
 
@@ -64,14 +97,23 @@ def probabilities_of_another_position(llm: Any) -> Iterator[None]:
 @contextmanager
 def one_temperature_for_all(llm: Any) -> Iterator[None]:
     """Every draft is verified at the batch's first temperature: requests' settings in the wrong rows."""
+    from dataclasses import replace
+
     from vllm.v1.sample import rejection_sampler
 
-    expand = rejection_sampler.expand_batch_to_tokens
+    from vllm_dflash.drafting.verification import Verifier
+
+    expand, sample = rejection_sampler.expand_batch_to_tokens, Verifier._sample
 
     def first(x: Any, *rest: Any, **keywords: Any) -> Any:
         return expand(x[:1].expand_as(x), *rest, **keywords)
 
-    with patch("vllm.v1.sample.rejection_sampler.expand_batch_to_tokens", first):
+    def sample_at_first(self: Any, metadata: Any, logits: Any, sampling: Any) -> Any:
+        if sampling.temperature is not None:
+            sampling = replace(sampling, temperature=sampling.temperature[:1].expand_as(sampling.temperature))
+        return sample(self, metadata, logits, sampling)
+
+    with patch("vllm.v1.sample.rejection_sampler.expand_batch_to_tokens", first), patch.object(Verifier, "_sample", sample_at_first):
         yield
 
 

@@ -40,11 +40,16 @@ def record_drafts(runner: Any, drafts: list[dict[str, Any]]) -> None:
         tokens = propose(*args, **kwargs)
         lengths, rejected = kwargs["common_attn_metadata"].seq_lens, kwargs["num_rejected_tokens_gpu"]
         anchors = lengths if rejected is None else lengths - rejected
-        rows = zip(runner.input_batch.req_ids, anchors.tolist(), kwargs["next_token_ids"].tolist(), tokens.tolist(), strict=True)
+        rows = zip(runner.input_batch.req_ids, anchors.tolist(), kwargs["next_token_ids"].tolist(), as_list(tokens), strict=True)
         drafts.extend({"request": int(r.split("-")[0]), "anchor": n, "token": t, "draft": d} for r, n, t, d in rows)
         return tokens
 
     runner.drafter.propose = recording
+
+
+def as_list(drafts: Any) -> list[list[int]]:
+    """What a proposer drafted: ours hands out lists on a CPU, vLLM's a tensor."""
+    return drafts if isinstance(drafts, list) else drafts.tolist()
 
 
 def counters(llm: Any) -> dict[str, Any]:

@@ -72,6 +72,8 @@ class Job:
     kv_cache_memory_bytes: int = 1 << 28
     speculative_config: dict[str, Any] = field(default_factory=dict)
     """Further keys of vLLM's speculative config."""
+    adaptive: bool = False
+    """Whether the controller chooses how much to draft and verify; else every draft is whole and verified whole."""
     skip_steps: tuple[int, int] | None = None
     """Steps, from the first to before the second, that run without the drafter."""
 
@@ -84,7 +86,8 @@ class Job:
         return {
             "target": str(self.target), "speculative_config": speculative if self.drafter else None, "prompts": [list(p) for p in self.prompts],
             "dtype": self.dtype, "max_tokens": self.max_tokens, "batch_sizes": list(self.batch_sizes), "max_model_len": self.max_model_len,
-            "record": self.record, "logprobs": self.logprobs, "engine_args": self.engine_args, "kv_cache_memory_bytes": self.kv_cache_memory_bytes,
+            "record": self.record, "logprobs": self.logprobs,
+            "engine_args": {"additional_config": {"dflash": {"adaptive": self.adaptive}}} | self.engine_args, "kv_cache_memory_bytes": self.kv_cache_memory_bytes,
             "skip_steps": self.skip_steps,
         }  # fmt: skip
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from broken_rules import RULES
-from engines import answer_jobs, counted, counters, model_runner, start
+from engines import answer_jobs, as_list, counted, counters, model_runner, start
 
 
 def sampling_params(fields: dict[str, Any]) -> Any:
@@ -39,10 +39,11 @@ def counted_drafts(llm: Any, wanted: bool) -> Iterator[dict[str, Any]]:
         tokens, probs = propose(*args, **kwargs), drafter.take_last_draft_probs()
         if probs is None:  # all requests are greedy
             return tokens
-        assert probs.shape[:2] == tokens.shape, (probs.shape, tokens.shape)
+        drafted = torch.tensor(as_list(tokens))
+        assert probs.shape[:2] == drafted.shape, (probs.shape, drafted.shape)
         assert torch.allclose(probs.sum(-1), torch.ones(()), atol=1e-4)
         p = probs.double()
-        seen = torch.nn.functional.one_hot(tokens, p.shape[-1])
+        seen = torch.nn.functional.one_hot(drafted, p.shape[-1])
         for name, value in (("seen", seen), ("expected", p), ("variance", p * (1 - p))):
             sums[name] = sums.get(name, 0) + value.sum(0)
         return tokens

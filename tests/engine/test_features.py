@@ -294,11 +294,11 @@ def test_a_seed_and_a_prompt_in_chunks(answers: dict[str, dict[str, Answer]]) ->
     assert answers["chunked"]["plain"].tokens == answers["plain"]["plain"].tokens
 
 
-def test_what_a_seed_shares_with_plain_sampling(answers: dict[str, dict[str, Answer]]) -> None:
-    """The first token only: a verified draft takes other random numbers than a sampled token (which is drawn from the same distribution)."""
-    plain, ours = answers["plain"]["seed"].tokens, answers["ours"]["seed"].tokens
-    assert [t[0] for (t,) in plain] == [t[0] for (t,) in ours]
-    assert plain != ours
+def test_a_seed_gives_what_it_gives_without_a_drafter(answers: dict[str, dict[str, Answer]]) -> None:
+    """Token for token: the noise of an output token depends on the seed and on its place alone, however many tokens were verified with it."""
+    plain, ours = answers["plain"]["seed"], answers["ours"]["seed"]
+    assert ours.tokens == plain.tokens
+    assert ours.counters["accepted"] > 0
 
 
 def test_n_completions(answers: dict[str, dict[str, Answer]]) -> None:

@@ -1,8 +1,9 @@
 """Where a block goes, on an example small enough to work out by hand."""
 
+import pytest
 import torch
 
-from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_layout
+from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_layout, committed_rows, without_rejected
 
 PAGE = 4
 # Two requests. The first ran rows at positions 2..6 and two of them were rejected: n = 5. The second ran position 9: n = 10.
@@ -13,15 +14,16 @@ BLOCK_TABLE = torch.tensor([[7, 3, 9, 0], [2, 8, 5, 6]], dtype=torch.int32)
 SLOTS = torch.tensor([30, 31, 12, 13, 14, 21])
 
 
-def layout(k: int = 3, max_model_len: int = 16, rejected: torch.Tensor | None = REJECTED) -> BlockLayout:
+def layout(k: int = 3, max_model_len: int = 16, block_size: int = 4, may_overflow: bool = True) -> BlockLayout:
     return block_layout(
-        next_token_ids=torch.tensor([100, 200], dtype=torch.int32), query_start_loc=QUERY_START, seq_lens=SEQ_LENS, num_rejected=rejected,
-        block_table=BLOCK_TABLE, slot_mapping=SLOTS, page_size=PAGE, mask_token_id=1, num_speculative_tokens=k, max_model_len=max_model_len,
+        next_token_ids=torch.tensor([100, 200], dtype=torch.int32), anchors=SEQ_LENS - REJECTED, block_table=BLOCK_TABLE, page_size=PAGE,
+        mask_token_id=1, block_size=block_size, num_speculative_tokens=k, max_model_len=max_model_len, may_overflow=may_overflow,
     )  # fmt: skip
 
 
-def test_block_follows_the_committed_tokens() -> None:
-    got = layout()
+@pytest.mark.parametrize("may_overflow", [True, False])
+def test_block_follows_the_committed_tokens(may_overflow: bool) -> None:
+    got = layout(may_overflow=may_overflow)
     assert got.input_ids.tolist() == [100, 1, 1, 1, 200, 1, 1, 1]
     assert got.positions.tolist() == [5, 6, 7, 8, 10, 11, 12, 13]
     # Position 5 is in the first request's second page (3), at offset 1; position 8 in its third (9).
@@ -30,9 +32,24 @@ def test_block_follows_the_committed_tokens() -> None:
     assert got.sample_indices.tolist() == [1, 2, 3, 5, 6, 7]
 
 
+@pytest.mark.parametrize("may_overflow", [True, False])
+def test_the_block_is_whole_whatever_k_is(may_overflow: bool) -> None:
+    """The embedded drafter, trained on whole blocks of eight, has a tau of 4.3 with all its masks and 1.1 with one fewer."""
+    got, whole = layout(k=1, may_overflow=may_overflow), layout(may_overflow=may_overflow)
+    assert got.sample_indices.tolist() == [1, 5]
+    for name in ("input_ids", "positions", "slot_mapping", "seq_lens"):
+        assert getattr(got, name).tolist() == getattr(whole, name).tolist()
+
+
 def test_rejected_rows_are_not_stored() -> None:
-    assert layout().context_slot_mapping.tolist() == [30, 31, 12, PAD_SLOT_ID, PAD_SLOT_ID, 21]
-    assert layout(rejected=None).context_slot_mapping.tolist() == SLOTS.tolist()
+    assert without_rejected(SLOTS, QUERY_START, REJECTED).tolist() == [30, 31, 12, PAD_SLOT_ID, PAD_SLOT_ID, 21]
+
+
+def test_committed_rows() -> None:
+    """Where the host knows what was rejected, such rows are not even computed."""
+    rows = committed_rows([0, 5], [3, 1], SLOTS.device)
+    assert SLOTS[rows].tolist() == [30, 31, 12, 21]
+    assert SLOTS[committed_rows([2], [2], SLOTS.device)].tolist() == [12, 13]
 
 
 def test_positions_past_the_end_do_not_exist() -> None:
@@ -46,10 +63,3 @@ def test_positions_past_the_end_do_not_exist() -> None:
     assert got.positions.tolist()[4:] == [10, 10, 10, 11]
     assert got.seq_lens.tolist() == [9, 12]
     assert got.sample_indices.tolist() == [1, 2, 3, 7, 7, 7], "the one mask that exists is the batch's last row"
-
-
-def test_nothing_to_draft() -> None:
-    got = layout(k=0)
-    assert got.sample_indices.tolist() == []
-    assert got.input_ids.tolist() == [100, 200]
-    assert got.context_slot_mapping.tolist() == [30, 31, 12, PAD_SLOT_ID, PAD_SLOT_ID, 21]

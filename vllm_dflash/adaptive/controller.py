@@ -55,7 +55,7 @@ class Controller:
         self.cost, self.acceptance = StepCost(), Acceptance(max_draft)
         self._budget, self._steps, self._chosen_at = 0.0, 0, 0
         self._tries: list[int] = []
-        self._tried_at = {0: 0, max_draft: 0}
+        self._num_trials = self._trial_at = 0
         self._choice: _Choice | None = None
 
     def observe(
@@ -79,9 +79,7 @@ class Controller:
     def plan(self, requests: Sequence[str], num_context: int = 0) -> Plan:
         """What to draft for these requests, which all decode; ``num_context``: positions of their contexts, in all."""
         self._steps += 1
-        plan = self._plan(requests, num_context)
-        self._tried_at[plan.num_draft_tokens] = self._steps
-        return plan
+        return self._plan(requests, num_context)
 
     def lengths(self, requests: Sequence[str], plan: Plan, confidences: Confidences | None = None) -> dict[str, int]:
         """By request, how many of its draft tokens to verify; with their confidences once they are drafted."""
@@ -102,46 +100,57 @@ class Controller:
             return last.plan
         self._chosen_at = self._steps
         cost, survival = self.cost.near(len(requests)), self.acceptance.expected(requests)
-        choices = {k: self._weigh(cost, survival, len(requests), num_context, k) for k in self._tried_at}
+        choices = {k: self._weigh(cost, survival, len(requests), num_context, k) for k in (0, self.max_draft)}
         best = max(choices.values(), key=lambda choice: choice.rate)
         if last and choices[last.plan.num_draft_tokens].rate * _SWITCH > best.rate:
             best = choices[last.plan.num_draft_tokens]
         self._choice = best
-        if not self._can_try(cost, survival, num_context, best):
-            return best.plan
-        # Verified whole: that is how positions that did not pay are seen to pay again.
-        return Plan(self._other(best), why="trial")
+        return self._trial(cost, survival, num_context, best) or best.plan
 
-    def _can_try(self, cost: LocalCost, survival: np.ndarray, num_context: int, best: _Choice) -> bool:
-        """Whether the budget pays for a step of the other choice, and the last one is long ago."""
-        k, num_reqs = self._other(best), best.num_reqs
-        seconds = cost.seconds(self._work(num_reqs, num_reqs * k, k, num_context))
-        loss = max(seconds - num_reqs * (1 + float(survival[:, :k].sum()) / len(survival)) / best.rate, 0.0)
-        if loss > self._budget or self._steps - self._tried_at[k] < 2 * _EVERY:
-            return False
-        self._budget -= loss
-        return True
+    def _trial(self, cost: LocalCost, survival: np.ndarray, num_context: int, best: _Choice) -> Plan | None:
+        """What does not look best, if it was not tried for long and the budget pays for it.
 
-    def _other(self, choice: _Choice) -> int:
-        return 0 if choice.plan.num_draft_tokens else self.max_draft
+        In turn drafting or not, as the choice is not, verified whole, so that positions that did not pay are seen to pay again; and a
+        token a request less than the choice verifies, as the cost need not be a line.
+        """
+        num_reqs, k = best.num_reqs, best.plan.num_draft_tokens
+        self._num_trials += 1
+        plan = Plan(0 if k else self.max_draft, why="trial")
+        if k and self._num_trials % 2:
+            kept = np.sort(survival[survival > best.plan.threshold])
+            if len(kept) > len(survival):
+                plan = Plan(k, float(kept[len(survival) - 1]), why="trial")
+        if self._steps - self._trial_at < 2 * _EVERY:
+            return None
+        likely = survival[:, : plan.num_draft_tokens]
+        kept = likely[likely > plan.threshold]
+        share = num_reqs / len(survival)
+        seconds = cost.seconds(self._work(num_reqs, round(len(kept) * share), plan.num_draft_tokens, num_context))
+        loss = max(seconds - (num_reqs + float(kept.sum()) * share) / best.rate, 0.0)
+        if loss > self._budget:
+            return None
+        self._budget, self._trial_at = self._budget - loss, self._steps
+        return plan
 
     def _work(self, num_reqs: int, num_verified: int, num_draft_tokens: int, num_context: int) -> Work:
         """A step of so many requests that verifies so many draft tokens in all."""
         return Work(num_reqs, num_reqs + num_verified, num_reqs * self.block_size if num_draft_tokens else 0, num_context)
 
     def _weigh(self, cost: LocalCost, survival: np.ndarray, num_reqs: int, num_context: int, k: int) -> _Choice:
-        """Steps that draft ``k`` tokens a request, and verify those that commit more in their time than the step as a whole does.
+        """Steps that draft ``k`` tokens a request and verify the likeliest of them, as many as commit the most tokens a second.
 
-        ``survival`` falls along a row, so the tokens above a threshold are each request's first ones. The threshold is the price
-        of a verified token at the rate of the whole, which only rises as tokens below it are left out: the maximum of a ratio of
-        linear sums (Dinkelbach, 1967).
+        ``survival`` falls along a row, so the tokens above a threshold are each request's first ones. Half a token more a request
+        at a time, for the cost need not be a line: a GPU has a number of rows from which on each costs.
         """
-        price, share = cost.seconds_per_verified, num_reqs / len(survival)
-        candidates, threshold = survival[:, :k], 0.0
-        while True:
-            kept = candidates[candidates > threshold]
-            seconds = cost.seconds(self._work(num_reqs, round(len(kept) * share), k, num_context))
-            rate = (num_reqs + float(kept.sum()) * share) / seconds
-            if rate * price <= threshold * (1 + 1e-6):
-                return _Choice(Plan(k, threshold), num_reqs, rate)
-            threshold = rate * price
+        likeliest, share = np.sort(survival[:, :k], axis=None)[::-1], num_reqs / len(survival)
+        gained, best = np.concatenate([[0.0], likeliest.cumsum()]), None
+        for half in range(2 * k + 1):
+            at = round(half / 2 * len(survival))
+            threshold = float(likeliest[at]) if at < len(likeliest) else 0.0
+            count = int(np.searchsorted(-likeliest, -threshold))  # of equal ones all stay out
+            seconds = cost.seconds(self._work(num_reqs, round(count * share), k, num_context))
+            rate = (num_reqs + float(gained[count]) * share) / seconds
+            if best is None or rate > best.rate:
+                best = _Choice(Plan(k, threshold), num_reqs, rate)
+        assert best is not None
+        return best

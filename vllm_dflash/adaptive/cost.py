@@ -18,6 +18,8 @@ _LAST = 9
 """Steps of a kind that are kept."""
 _FADE = 0.999
 """Weight that a kind of step keeps with each step of another kind: a machine that slows down is followed."""
+_DOUBT = 2.0
+"""Steps of a kind that weigh against what its own say: the luckiest of a few noisy measurements would be chosen for its luck."""
 _NEARNESS = 1.5
 """How fast the weight of a kind falls with the distance of its batch size, in powers of two."""
 
@@ -67,17 +69,12 @@ class LocalCost:
     weights: np.ndarray
     """float64 [6]: seconds for each of ``Work.features``; none below zero."""
     factors: dict[tuple[int, int, int], float]
-    """By kind of step, measured over linear."""
+    """By kind of step, measured over linear, closer to one the less it was measured."""
 
     def seconds(self, work: Work) -> float:
         """Expected seconds of a step."""
         linear = sum(w * x for w, x in zip(self.weights.tolist(), work.features, strict=True))
         return max(linear * self.factors.get(work.kind, 1.0), 1e-9)
-
-    @property
-    def seconds_per_verified(self) -> float:
-        """What one more verified draft token adds, in seconds."""
-        return float(self.weights[2])
 
 
 class StepCost:
@@ -110,7 +107,10 @@ class StepCost:
             weights.append(len(kind.seconds) * _FADE**age * math.exp(-_NEARNESS * distance * distance) + 1e-6)
         found = _fit(np.array(rows), np.array(weights))
         linear = np.array(rows)[:, :-1] @ found
-        factors = {key: row[-1] / max(line, 1e-9) for key, row, line in zip(self._kinds, rows, linear.tolist(), strict=True)}
+        factors = {}
+        for (key, kind), row, line in zip(self._kinds.items(), rows, linear.tolist(), strict=True):
+            count = len(kind.seconds)
+            factors[key] = (row[-1] / max(line, 1e-9)) ** (count / (count + _DOUBT))
         return LocalCost(found, factors)
 
 

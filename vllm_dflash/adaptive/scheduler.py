@@ -82,7 +82,9 @@ class _Adaptive(Scheduler):
         if not all_decode:
             return None, outcomes
         num_reqs, k = len(scheduled.num_scheduled_tokens), scheduled.num_spec_tokens_to_schedule
-        return Work(num_reqs, scheduled.total_num_scheduled_tokens, num_reqs * self.controller.block_size if k else 0, num_context), outcomes
+        return Work(
+            num_reqs, scheduled.total_num_scheduled_tokens, num_reqs * self.controller.block_size if k else 0, num_context
+        ), outcomes
 
 
 class AdaptiveScheduler(_Adaptive):

@@ -27,7 +27,9 @@ def wants_adaptive(additional_config: Any) -> bool | None:
     if section is None:
         return None
     if not isinstance(section, dict):
-        raise SettingsError(f'additional_config: {SECTION} is {section!r}: give an object such as {{"{SECTION}": {{"{_ADAPTIVE}": false}}}}')
+        raise SettingsError(
+            f'additional_config: {SECTION} is {section!r}: give an object such as {{"{SECTION}": {{"{_ADAPTIVE}": false}}}}'
+        )
     unknown = sorted(section.keys() - {_ADAPTIVE})
     if unknown:
         raise SettingsError(f"additional_config: {SECTION}.{unknown[0]} is no setting: there is {_ADAPTIVE} (true or false)")
@@ -66,7 +68,9 @@ def is_adaptive(vllm_config: Any) -> bool:
 def _obstacle(vllm_config: Any) -> str | None:
     """Why drafting has to be fixed, with the remedy."""
     if vllm_config.scheduler_config.scheduler_cls is not None:
-        return f"scheduler_cls is {vllm_config.scheduler_config.scheduler_cls}: leave it out, for the controller is in a scheduler of its own"
+        return (
+            f"scheduler_cls is {vllm_config.scheduler_config.scheduler_cls}: leave it out, for the controller is in a scheduler of its own"
+        )
     if vllm_config.speculative_config.num_speculative_tokens_per_batch_size:
         return "num_speculative_tokens_per_batch_size says how much to draft: leave one of the two out"
     if vllm_config.parallel_config.data_parallel_size > 1:

@@ -47,8 +47,9 @@ class Served(nn.Module):
 
     def __init__(self, config: DrafterConfig, num_kv_heads: int, dtype: torch.dtype, quant_config: Any, prefix: str) -> None:
         super().__init__()
-        from vllm_dflash.models.norm import RMSNorm as ServedRMSNorm
         from vllm.model_executor.layers.linear import ReplicatedLinear
+
+        from vllm_dflash.models.norm import RMSNorm as ServedRMSNorm
 
         self.num_layers, self.num_kv_heads, self.head_dim = config.num_hidden_layers, num_kv_heads, config.head_dim
         self.order = capture_order(config)

@@ -27,6 +27,7 @@ from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_layout, 
 from vllm_dflash.drafting.pending import PendingContext
 from vllm_dflash.drafting.verification import Verifier
 from vllm_dflash.models.drafter import DrafterForCausalLM
+from vllm_dflash.models.norm import use_for_target
 
 # A name below "vllm", so that vLLM's own handlers and format apply.
 _logger = init_logger("vllm.plugins.dflash")
@@ -66,10 +67,33 @@ class DFlashProposer(NativeDFlashProposer):
         self._says_confidences = is_adaptive(vllm_config)
 
     def load_model(self, target_model: Any) -> None:
-        """Loads the drafter; on a CPU drafts are verified by our own class from then on."""
+        """Loads the drafter; on a CPU drafts are verified by our own class from then on, and norms are one kernel each."""
         super().load_model(target_model)
         if self.on_cpu:
             self.runner.rejection_sampler = Verifier(self.runner)
+            use_for_target(self.vllm_config)
+
+    def prepare_next_token_ids_padded(
+        self, sampled_token_ids: torch.Tensor, requests: Any, gpu_input_batch: Any, discard_request_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As vLLM's: each request's anchor [B] int32, and how many of ``sampled_token_ids`` [B, n] (-1: rejected) it keeps [B] int32.
+
+        On a CPU without its stand-ins for kernels, and without looking up tokens for requests that need none.
+        """
+        if not self.on_cpu or bool(discard_request_mask[: len(sampled_token_ids)].any()):
+            return super().prepare_next_token_ids_padded(sampled_token_ids, requests, gpu_input_batch, discard_request_mask)
+        kept = (sampled_token_ids >= 0).sum(1, dtype=torch.int32)
+        return sampled_token_ids.gather(1, (kept - 1).long()[:, None])[:, 0], kept
+
+    def prepare_inputs_padded(
+        self, common_attn_metadata: CommonAttentionMetadata, spec_decode_metadata: Any, valid_sampled_tokens_count: torch.Tensor
+    ) -> tuple[CommonAttentionMetadata, torch.Tensor | None, torch.Tensor]:
+        """As vLLM's: the step's metadata, nothing that we need, and each request's rejected tokens [B] int32."""
+        if not self.on_cpu:
+            return super().prepare_inputs_padded(common_attn_metadata, spec_decode_metadata, valid_sampled_tokens_count)
+        drafted = torch.tensor(spec_decode_metadata.num_draft_tokens, dtype=torch.int32)
+        # A prompt that is not at its end keeps no token and has no drafts.
+        return common_attn_metadata, None, (drafted + 1 - valid_sampled_tokens_count).mul_(drafted > 0)
 
     @property
     def coverage(self) -> ContextCoverage:
@@ -161,9 +185,9 @@ class DFlashProposer(NativeDFlashProposer):
         """The best token of each mask [B, K] int64, and where somebody asks for it the probability that the drafter gives it [B, K]."""
         if not self.on_cpu:
             return self._greedy_sample(hidden_states).view(-1, k), None
-        logits = self.model.compute_logits(hidden_states)
+        logits = self.model.compute_logits(hidden_states).to(torch.float32)
         tokens = torch.ops._C.greedy_argmax(logits)
-        confidences = logits.softmax(-1, dtype=torch.float32).gather(1, tokens[:, None]).view(-1, k) if self._says_confidences else None
+        confidences = logits.softmax(-1).gather(1, tokens[:, None]).view(-1, k) if self._says_confidences else None
         return tokens.view(-1, k), confidences
 
     def _hand_out(self, tokens: torch.Tensor, confidences: torch.Tensor | None) -> "torch.Tensor | Drafts":

@@ -62,8 +62,5 @@ def engine_settings(plan: Plan, method: Method) -> dict[str, Any]:
 
 def _refuse_early(method: Method) -> None:
     """What is known before vLLM is imported."""
-    if method.kind == "adaptive":
-        # The controller (vllm_dflash/adaptive) is not in the engine yet; without this the row would be a fixed K under another name.
-        raise EngineFailedError("this version drafts at a fixed K only: give dflash:K")
     if method.kind == "suffix" and find_spec("arctic_inference") is None:
         raise EngineFailedError("arctic-inference is not installed: pip install arctic-inference==0.1.1")

@@ -1,0 +1,38 @@
+"""Features that wait for the next draft."""
+
+import torch
+
+from vllm_dflash.drafting.pending import PendingContext
+
+
+def add(pending: PendingContext, first: int, slots: list[int]) -> bool:
+    count = len(slots)
+    return pending.add(torch.arange(first, first + count)[:, None], torch.arange(count), torch.tensor(slots))
+
+
+def test_steps_come_back_in_order_and_once() -> None:
+    pending = PendingContext(100)
+    assert pending.take() is None
+    add(pending, 0, [5, 6])
+    add(pending, 10, [9])
+    taken = pending.take()
+    assert taken is not None
+    assert [part.flatten().tolist() for part in taken] == [[0, 1, 10], [0, 1, 0], [5, 6, 9]]
+    assert pending.take() is None
+
+
+def test_the_last_row_of_a_slot_counts() -> None:
+    """A page that goes from one request to another has its slots written again; one kernel call may write two rows of a slot in any order."""
+    pending = PendingContext(100)
+    add(pending, 0, [5, 6])
+    add(pending, 10, [6, -1, -1, 7])
+    taken = pending.take()
+    assert taken is not None
+    assert taken[2].tolist() == [5, 6, 7]
+    assert taken[0].flatten().tolist() == [0, 10, 13]
+
+
+def test_it_says_when_it_is_full() -> None:
+    pending = PendingContext(4)
+    assert add(pending, 0, [1])
+    assert not add(pending, 0, [2, 3])

@@ -1,0 +1,69 @@
+"""Whether an engine drafts adaptively: what the user says, what stands in the way, and the default."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_dflash.adaptive.settings import SettingsError, is_adaptive, settle_scheduler, wants_adaptive
+from vllm_dflash.formats import VLLM_ARCHITECTURES
+
+
+def config(
+    said: Any = None, *, scheduler_cls: Any = None, is_async: bool = False, ranks: int = 1, schedule: Any = None, method: str = "dflash"
+) -> Any:
+    return SimpleNamespace(
+        additional_config={} if said is None else {"dflash": {"adaptive": said}},
+        scheduler_config=SimpleNamespace(scheduler_cls=scheduler_cls, async_scheduling=is_async),
+        parallel_config=SimpleNamespace(data_parallel_size=ranks),
+        speculative_config=SimpleNamespace(
+            method=method, num_speculative_tokens_per_batch_size=schedule,
+            draft_model_config=SimpleNamespace(architectures=[next(iter(VLLM_ARCHITECTURES))]),
+        ),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [({"dflash": {"adaptve": True}}, "dflash.adaptve"), ({"dflash": {"adaptive": "yes"}}, "dflash.adaptive"), ({"dflash": True}, "dflash")],
+)
+def test_what_is_not_known_is_refused_by_name(given: Any, named: str) -> None:
+    with pytest.raises(SettingsError, match=named):
+        wants_adaptive(given)
+
+
+def test_other_peoples_settings_are_left_alone() -> None:
+    assert wants_adaptive({"gdn": 1}) is None
+    assert wants_adaptive(object()) is None
+
+
+def test_the_scheduler_that_fits() -> None:
+    for is_async, name in ((False, "AdaptiveScheduler"), (True, "AdaptiveAsyncScheduler")):
+        asked = config(True, is_async=is_async)
+        settle_scheduler(asked)
+        assert asked.scheduler_config.scheduler_cls.endswith(f".{name}")
+        assert is_adaptive(asked)
+        settle_scheduler(asked)  # vLLM makes its configuration more than once
+        assert is_adaptive(asked)
+
+
+def test_false_and_other_methods_are_left_alone() -> None:
+    for asked in (config(False), config(True, method="ngram")):
+        settle_scheduler(asked)
+        assert asked.scheduler_config.scheduler_cls is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"scheduler_cls": "their.Scheduler"}, "leave it out"),
+        ({"schedule": [(1, 8, 3)]}, "leave one of the two out"),
+        ({"ranks": 2}, "set it to false"),
+    ],
+)
+def test_what_stands_in_the_way_is_named_where_it_was_asked_for(changes: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(SettingsError, match=remedy):
+        settle_scheduler(config(True, **changes))
+    quiet = config(None, **changes)
+    settle_scheduler(quiet)
+    assert not is_adaptive(quiet)
