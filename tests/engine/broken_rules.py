@@ -21,12 +21,10 @@ def accept_every_draft(llm: Any) -> Iterator[None]:
     keep = verification.keep_accepted
 
     def keep_all(sampled: Any, drafts: Any, counts: Any) -> Any:
-        rows = (row for row, count in enumerate(counts) for _ in range(count))
-        sampled, starts = list(sampled), [sum(counts[:i]) + i for i in range(len(counts))]
-        at = 0
-        for row in rows:
-            sampled[starts[row] + at - sum(counts[:row])] = drafts[at]
-            at += 1
+        sampled, row, at = list(sampled), 0, 0
+        for count in counts:
+            sampled[row : row + count] = drafts[at : at + count]
+            row, at = row + count + 1, at + count
         return keep(sampled, drafts, counts)
 
     with patch("vllm.v1.sample.rejection_sampler.generate_uniform_probs", zeros), patch.object(verification, "keep_accepted", keep_all):

@@ -37,7 +37,8 @@ class Engine:
     args: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        args: dict[str, Any] = {"model": str(self.target)} | self.args
+        # Every draft whole and verified whole, unless a test says otherwise: the controller may choose not to draft at all.
+        args: dict[str, Any] = {"model": str(self.target), "additional_config": {"dflash": {"adaptive": False}}} | self.args
         if self.drafter is not None:
             args["speculative_config"] = {
                 "method": "dflash", "model": str(self.drafter), "num_speculative_tokens": self.num_speculative_tokens,

@@ -185,7 +185,9 @@ class DFlashProposer(NativeDFlashProposer):
         """The best token of each mask [B, K] int64, and where somebody asks for it the probability that the drafter gives it [B, K]."""
         if not self.on_cpu:
             return self._greedy_sample(hidden_states).view(-1, k), None
-        logits = self.model.compute_logits(hidden_states).to(torch.float32)
+        logits = self.model.compute_logits(hidden_states)
+        assert logits is not None, "every rank of vLLM's CPU build gathers the whole logits"
+        logits = logits.to(torch.float32)
         tokens = torch.ops._C.greedy_argmax(logits)
         confidences = logits.softmax(-1).gather(1, tokens[:, None]).view(-1, k) if self._says_confidences else None
         return tokens.view(-1, k), confidences

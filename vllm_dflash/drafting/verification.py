@@ -78,12 +78,14 @@ class Verifier(RejectionSampler):
             return greedy, logits
         counts = torch.tensor(metadata.num_draft_tokens) + 1
 
-        def by_row(setting: torch.Tensor | None) -> torch.Tensor | None:
-            return None if setting is None else setting.repeat_interleave(counts, output_size=len(logits))
+        def by_row(setting: torch.Tensor) -> torch.Tensor:
+            return setting.repeat_interleave(counts, output_size=len(logits))
 
+        assert sampling.temperature is not None
         temperature = by_row(sampling.temperature)
         scaled = logits / temperature.masked_fill(temperature < _GREEDY_BELOW, 1.0)[:, None]
-        scaled = apply_top_k_top_p(scaled, by_row(sampling.top_k), by_row(sampling.top_p))
+        top_k, top_p = (None if setting is None else by_row(setting) for setting in (sampling.top_k, sampling.top_p))
+        scaled = apply_top_k_top_p(scaled, top_k, top_p)
         sampled = torch.ops._C.fused_gumbel_argmax(scaled, self._seeds(metadata.num_draft_tokens, sampling))
         return sampled if greedy is None else torch.where(temperature < _GREEDY_BELOW, greedy, sampled), scaled
 

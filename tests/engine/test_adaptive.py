@@ -1,0 +1,66 @@
+"""The controller in a real engine: output stays the target's, seeds hold whatever it chooses, and the context is fresh after a time off.
+
+pytest -s tests/engine/test_adaptive.py
+"""
+
+import pytest
+import torch
+
+from engine.harness import DRAFTER, TARGET, Batch, held_out_prompts, run_engine, run_engines
+from engine.harness import Job as EngineJob
+from engine.oracle import compare_drafts
+from engine.sampling_harness import Ask, Engine, run
+
+pytestmark = pytest.mark.engine
+ADAPTIVE = {"additional_config": {"dflash": {"adaptive": True}}}
+
+
+@pytest.fixture(scope="module")
+def batches() -> dict[str, list[Batch]]:
+    """Plain decoding, and the controller under loads that rise and fall: 1, 16, 1 and 4 requests at a time, on one engine."""
+    prompts = held_out_prompts(16)
+    common = {"max_tokens": 64, "batch_sizes": (1, 16, 1, 4)}
+    plain, adaptive = run_engines(
+        [EngineJob(TARGET, None, prompts, **common), EngineJob(TARGET, DRAFTER, prompts, adaptive=True, record=True, **common)]
+    )
+    return {"plain": plain, "adaptive": adaptive}
+
+
+def test_output_is_plain_decodings(batches: dict[str, list[Batch]]) -> None:
+    for plain, adaptive in zip(batches["plain"], batches["adaptive"], strict=True):
+        assert adaptive.tokens == plain.tokens
+
+
+def test_every_draft_is_made_from_the_whole_context(batches: dict[str, list[Batch]]) -> None:
+    """Also the first after steps that drafted nothing, whose context was written late."""
+    for batch in batches["adaptive"]:
+        agreement = compare_drafts(batch, TARGET, DRAFTER, torch.float32, 7)
+        assert agreement.drafts > 20
+        assert agreement.differences == []
+    assert batches["adaptive"][-1].coverage["missing"] == 0
+
+
+def test_tau_after_the_load_is_what_it_was_before(batches: dict[str, list[Batch]]) -> None:
+    """Of drafts that are verified as far as it pays; it pays to the end with one request at a time."""
+    before, load, after, _ = batches["adaptive"]
+    print(f"\ntau with one request {before.tau:.2f}, with 16 {load.tau:.2f}, with one again {after.tau:.2f}")
+    assert after.tau > 0.9 * before.tau
+
+
+def test_fewer_drafts_than_the_block_holds() -> None:
+    """A drafter that was trained on whole blocks collapsed in shorter ones: tau 1.04 at K = 3 where 3.2 are possible. Blocks are whole."""
+    batch = run_engine(TARGET, DRAFTER, held_out_prompts(8), num_speculative_tokens=3, max_tokens=64, record=True)[0]
+    agreement = compare_drafts(batch, TARGET, DRAFTER, torch.float32, 3)
+    assert agreement.differences == []
+    assert batch.tau > 2.5
+
+
+def test_a_seed_gives_what_it_gives_without_a_drafter() -> None:
+    """How much is drafted depends on measured times, so it differs from run to run; what is sampled does not."""
+    texts = ["def read_json(path):\n", "class Stack:\n", "import os\n\n\ndef walk(", "for line in "]
+    params = [{"temperature": 1.0, "max_tokens": 48, "ignore_eos": True, "seed": i} for i in range(16)]
+    ask = Ask(texts * 4, params)
+    adaptive = Engine(TARGET, DRAFTER, [ask, ask], num_speculative_tokens=7, args=ADAPTIVE)
+    (plain,), (first, again) = run([Engine(TARGET, None, [ask]), adaptive])
+    assert first.tokens == again.tokens == plain.tokens
+    assert first.counters["accepted"] > 0
