@@ -27,7 +27,6 @@ from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_layout, 
 from vllm_dflash.drafting.pending import PendingContext
 from vllm_dflash.drafting.verification import Verifier
 from vllm_dflash.models.drafter import DrafterForCausalLM
-from vllm_dflash.models.norm import use_for_target
 
 # A name below "vllm", so that vLLM's own handlers and format apply.
 _logger = init_logger("vllm.plugins.dflash")
@@ -67,11 +66,10 @@ class DFlashProposer(NativeDFlashProposer):
         self._says_confidences = is_adaptive(vllm_config)
 
     def load_model(self, target_model: Any) -> None:
-        """Loads the drafter; on a CPU drafts are verified by our own class from then on, and norms are one kernel each."""
+        """Loads the drafter; on a CPU drafts are verified by our own class from then on."""
         super().load_model(target_model)
         if self.on_cpu:
             self.runner.rejection_sampler = Verifier(self.runner)
-            use_for_target(self.vllm_config)
 
     def prepare_next_token_ids_padded(
         self, sampled_token_ids: torch.Tensor, requests: Any, gpu_input_batch: Any, discard_request_mask: torch.Tensor

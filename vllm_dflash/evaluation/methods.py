@@ -15,7 +15,7 @@ from vllm_dflash.plugin import SWITCH
 KINDS = {
     "plain": "decoding without a drafter",
     "dflash": "this package at a fixed K, DFlash or DFlare as the drafter is",
-    "adaptive": "this package, K chosen at each step (not served yet: reported as not run)",
+    "adaptive": "this package, with the controller: whether to draft, and how much of each draft to verify, chosen at each step",
     "native": "vLLM's own dflash",
     "ngram": "vLLM's n-gram lookup in the request's own text",
     "suffix": "vLLM's suffix decoding (needs arctic-inference)",
