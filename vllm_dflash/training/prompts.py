@@ -88,7 +88,7 @@ class Reader:
         given = {name: row[name] for name in _COLUMNS if row.get(name) is not None}
         if "prompt_token_ids" in given:
             ids = self._ids(given["prompt_token_ids"], "prompt_token_ids", where)
-        elif isinstance(given.get("messages"), list):
+        elif _is_chat(given.get("messages")):
             ids = self._chat(given["messages"], where)
         elif isinstance(given.get("prompt"), str) and given["prompt"]:
             ids = list(self._known(where)(given["prompt"])["input_ids"])
@@ -161,6 +161,10 @@ def split(reader: Reader, data: Data, seed: int) -> Split:
             f"{out.describe(data.max_prompt_tokens)}: at least one of each is needed; give more prompts, or raise max_prompt_tokens"
         )
     return out
+
+
+def _is_chat(messages: Any) -> bool:
+    return isinstance(messages, list) and bool(messages) and all(isinstance(message, dict) for message in messages)
 
 
 def _json(line: str, where: str) -> Any:
