@@ -49,10 +49,11 @@ def write_prompts(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
 
 
 def answered_prompts(target: Path, path: Path, count: int, tokens: int = 24) -> Path:
-    """Prompts with the target's own greedy answers, so that no engine is needed for them."""
+    """Prompts with the target's own greedy answers, of several lengths, so that no engine is needed for them."""
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     prompts = random_prompts(count, VOCAB)
-    return write_prompts(path, ({"prompt_token_ids": p, "response_token_ids": generate(model, None, p, tokens, 0).tokens} for p in prompts))
+    answers = [generate(model, None, p, tokens - i % 9, 0).tokens for i, p in enumerate(prompts)]
+    return write_prompts(path, ({"prompt_token_ids": p, "response_token_ids": a} for p, a in zip(prompts, answers, strict=True)))
 
 
 def answer_held_out(chosen: Settings, prompts: list[list[int]]) -> None:

@@ -118,11 +118,11 @@ class Trainer:
         lengths = self.data.lengths[batch.rows]
         whole = denominator(batch, lengths, self.config.block_size, None if self.table.weighting == "dpace" else gamma_weights)
         size = self.table.micro_batch or self.table.batch_size // self.workers.count
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.model.device)
         for start in range(self.workers.rank * size, self.table.batch_size, self.workers.count * size):
             loss, accepted = self._forward(batch.part(start, size), gamma_weights)
             (loss / whole).backward()
-            sums += torch.tensor([loss.item() / whole, accepted.item()], dtype=torch.float64)
+            sums += torch.stack([loss.detach() / whole, accepted])
         self.workers.add_gradients(self.optimizer.parameters)
         loss_value, accepted_value = self.workers.add(sums).tolist()
         norm, good = self.optimizer.step(step, loss_value)
