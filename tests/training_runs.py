@@ -70,16 +70,13 @@ def held_out_file(path: Path, chosen: int = 4) -> tuple[Path, list[list[int]]]:
     return write_prompts(path, ({"prompt_token_ids": p} for p in prompts)), prompts
 
 
-def in_process(chosen: Settings, stages: tuple[str, ...], limits: Callable[[], object] = lambda: None) -> tuple[Any, Any]:
-    """Starts the stages in a forked process, with this one's imports; the process, and a pipe that gets the refusal's text or nothing."""
+def start_child(work: Callable[[], str]) -> tuple[Any, Any]:
+    """Starts ``work`` in a forked process, with this one's imports; the process, and a pipe that gets its answer or its refusal."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
 
     def child() -> None:
-        os.setpgid(0, 0)
-        limits()
         try:
-            run_stages(chosen, stages)
-            theirs.send("")
+            theirs.send(work())
         except TrainingError as error:
             theirs.send(str(error))
 
@@ -89,9 +86,17 @@ def in_process(chosen: Settings, stages: tuple[str, ...], limits: Callable[[], o
     return process, ours
 
 
+def in_child(work: Callable[[], str]) -> str:
+    """``work``'s answer, from a process of its own."""
+    process, answer = start_child(work)
+    said = answer.recv()
+    process.join()
+    return str(said)
+
+
 def run_and_kill(chosen: Settings, stages: tuple[str, ...], once: Path, seconds: float = 60) -> None:
     """Runs the stages and kills their process, hard, as soon as the file ``once`` is there."""
-    process, _ = in_process(chosen, stages)
+    process, _ = start_child(lambda: str(run_stages(chosen, stages)))
     deadline = time.monotonic() + seconds
     while not once.exists():
         assert process.is_alive(), "it ended before it could be killed"

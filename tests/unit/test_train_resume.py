@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from training_runs import answer_held_out, answered_prompts, held_out_file, in_process, make_target, run_and_kill, settings
+from training_runs import answer_held_out, answered_prompts, held_out_file, in_child, make_target, run_and_kill, settings
 from vllm_dflash.training import checkpoints, loop
 from vllm_dflash.training.files import TrainingError
 from vllm_dflash.training.pipeline import run_stages
@@ -113,9 +113,12 @@ def test_a_full_disk(make) -> None:
     """A limit on file sizes that the features still fit in and the checkpoint does not: said, nothing lost, and the run goes on later."""
     chosen = make()
     run_stages(chosen, HERE[:2])
-    process, answer = in_process(chosen, HERE, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))
-    said = answer.recv()
-    process.join()
+
+    def work() -> str:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        return str(run_stages(chosen, HERE))
+
+    said = in_child(work)
     assert "cannot be written (File too large): free some space" in said
     assert "the same command goes on from there" in said
     assert not list(Path(chosen.run.out).rglob("*.part"))

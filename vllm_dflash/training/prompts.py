@@ -16,7 +16,7 @@ import numpy as np
 from vllm_dflash.training.files import TrainingError
 from vllm_dflash.training.settings import Data
 
-_COLUMNS = ("prompt", "messages", "prompt_token_ids", "response", "response_token_ids")
+_COLUMNS = ("prompt", "messages", "prompt_token_ids", "response", "response_token_ids", "finish_reason")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ class Reader:
             return self._ids(given["response_token_ids"], "response_token_ids", where)
         if isinstance(given.get("response"), str) and given["response"]:
             tokenizer = self._known(where)
-            end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+            cut = given.get("finish_reason") == "length"
+            end = [] if cut or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
             return list(tokenizer(given["response"], add_special_tokens=False)["input_ids"]) + end
         return None
 
