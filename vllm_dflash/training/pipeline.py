@@ -4,6 +4,7 @@ vllm-dflash train --target T --prompts mine.jsonl --out RUN         pytest tests
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -93,20 +94,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _dry_run(settings: Settings) -> int:
-    from vllm_dflash.training import drafter, target
+    """Prints the drafter's shape and what the run takes as comments, and every setting as TOML."""
+    from vllm_dflash.training import budget, drafter, target
+    from vllm_dflash.training.prompts import Reader, split
 
     found = target.find_target(settings)
     config, why = drafter.plan(settings, found)
     _check_lengths(settings, found, config)
-    print(_summary(settings, config, why))
+    parts = split(Reader(found.tokenizer, found.shape.vocab_size, settings.data.chat_template_kwargs), settings.data, settings.run.seed)
+    expected = budget.budget(settings, config, target.parameters(found, settings), len(parts.train))
+    lines = [
+        _summary(settings, config, why),
+        parts.describe(settings.data.max_prompt_tokens),
+        budget.as_text(expected, settings.train.workers),
+    ]
+    print("\n".join(f"# {line}" for text in lines for line in text.splitlines()))
     for table, values in settings.to_dict().items():
         print(f"\n[{table}]")
         for name, value in values.items():
-            print(f"{name} = {_toml(value)}" if value is not None else f"# {name}: left to the default")
+            print(f"{name} = {json.dumps(value)}" if value is not None else f"# {name}: left to the default")
     return 0
-
-
-def _toml(value: Any) -> str:
-    import json
-
-    return json.dumps(list(value) if isinstance(value, tuple) else value)

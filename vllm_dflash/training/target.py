@@ -70,6 +70,15 @@ def load_target(target: Target, settings: Settings, device: str) -> Any:
     return model.to(device).eval().requires_grad_(False)
 
 
+def parameters(target: Target, settings: Settings) -> int:
+    """How many the model has, from its shape; no weight is read."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(target.config, trust_remote_code=settings.run.trust_remote_code)
+    return sum(p.numel() for p in model.parameters())
+
+
 def device() -> str:
     """Where this process trains: its own CUDA device, or the CPU."""
     if not torch.cuda.is_available():
