@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
-import time
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -94,14 +94,17 @@ def in_child(work: Callable[[], str]) -> str:
     return str(said)
 
 
-def run_and_kill(chosen: Settings, stages: tuple[str, ...], once: Path, seconds: float = 60) -> None:
-    """Runs the stages and kills their process, hard, as soon as the file ``once`` is there."""
-    process, _ = start_child(lambda: str(run_stages(chosen, stages)))
-    deadline = time.monotonic() + seconds
-    while not once.exists():
-        assert process.is_alive(), "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
+def run_and_kill(chosen: Settings, stages: tuple[str, ...], before: Path) -> None:
+    """Runs the stages in a process that is killed, hard, at the moment that the file ``before`` would get its name."""
+
+    def at_rename(event: str, args: tuple[Any, ...]) -> None:
+        if event == "os.rename" and str(args[1]) == str(before):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def work() -> str:
+        sys.addaudithook(at_rename)
+        return str(run_stages(chosen, stages))
+
+    process, _ = start_child(work)
     process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert process.exitcode == -signal.SIGKILL, f"it never came to write {before}"

@@ -55,21 +55,26 @@ def entries(chosen: Settings) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
-def test_killed_in_features_and_in_training(make, undisturbed: Settings) -> None:
-    """Weights, averages and log equal those of the undisturbed run, bit for bit; nothing half-written is left in their place."""
+def test_killed_at_every_kind_of_write(make, undisturbed: Settings) -> None:
+    """Shards, their notes, checkpoints, the drafter's folder, the last note: the process dies as each would get its name, and the next goes on.
+
+    Weights, averages and log equal those of the undisturbed run, bit for bit.
+    """
     chosen = make(ema=0.9)
     run = Path(chosen.run.out)
-    run_and_kill(chosen, HERE, run / "features" / "shard-00001.json")
-    assert not (run / "features" / "shard-00002.json").exists(), "too late: all shards were there"
-    run_and_kill(chosen, HERE, run / "train" / "checkpoints" / "step-00000003.json")
-    run_and_kill(chosen, HERE, run / "train" / "checkpoints" / "step-00000006.pt")
-    run_and_kill(chosen, HERE, run / "train" / "checkpoints" / "step-00000009.pt.part")
-    assert loop.result(chosen) is None
+    for moment in (
+        "features/inputs.json", "features/shard-00001.safetensors", "features/shard-00002.json", "train/checkpoints/step-00000003.pt",
+        "train/checkpoints/step-00000006.json", "train/checkpoints/step-00000009.pt", "train/log.jsonl", "train/curves.svg", "train/drafter",
+        "train/result.json",
+    ):  # fmt: skip
+        run_and_kill(chosen, HERE, run / moment)
+        assert loop.result(chosen) is None
     run_stages(chosen, HERE)
     assert entries(chosen) == entries(undisturbed)
     mine, theirs = weights(chosen), weights(undisturbed)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert not [p for p in run.rglob("*.part") if not p.is_dir()]
 
 
 def test_it_learns(undisturbed: Settings) -> None:

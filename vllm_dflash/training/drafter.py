@@ -3,7 +3,9 @@
 pytest tests/unit/test_train_drafter.py
 """
 
+import copy
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +91,29 @@ def first_weights(config: DrafterConfig, settings: Settings, model: Any) -> Draf
         except DrafterConfigError as error:
             raise TrainingError(f"init: {error}") from None
         drafter.load_state_dict(loaded.state_dict())
-        return drafter
-    with torch.no_grad():
-        # lm_head was trained behind this norm.
-        drafter.norm.weight.copy_(model.model.norm.weight)
-    if settings.drafter.init_from_target:
-        _copy_layers(drafter, model)
+    else:
+        with torch.no_grad():
+            # lm_head was trained behind this norm.
+            drafter.norm.weight.copy_(model.model.norm.weight)
+        if settings.drafter.init_from_target:
+            _copy_layers(drafter, model)
+    if settings.drafter.tie_context:
+        for layer in drafter.layers:
+            layer.self_attn.k_proj_target, layer.self_attn.v_proj_target = layer.self_attn.k_proj, layer.self_attn.v_proj
     return drafter
+
+
+@torch.no_grad()
+def with_weights(drafter: Drafter, weights: Mapping[str, torch.Tensor]) -> Drafter:
+    """A copy of ``drafter`` with other weights by parameter name; projections that were tied are tensors of their own in it, as on disk."""
+    out = copy.deepcopy(drafter)
+    for name, parameter in out.named_parameters():
+        parameter.copy_(weights[name])
+    for layer in out.layers:
+        attention = layer.self_attn
+        if getattr(attention, "k_proj_target", None) is attention.k_proj:
+            attention.k_proj_target, attention.v_proj_target = copy.deepcopy(attention.k_proj), copy.deepcopy(attention.v_proj)
+    return out
 
 
 def _copy_layers(drafter: Drafter, model: Any) -> None:

@@ -13,9 +13,10 @@ from vllm_dflash.training.files import whole_file
 class Log:
     """Appends entries that have a step."""
 
-    def __init__(self, folder: Path, resumed_at: int) -> None:
+    def __init__(self, folder: Path, resumed_at: int, steps: int) -> None:
+        """Keeps what was written before the checkpoint of ``resumed_at``; the measurement after the last of ``steps`` comes after it."""
         self.path = folder / "log.jsonl"
-        kept = [entry for entry in read(self.path) if entry["step"] <= resumed_at]
+        kept = [e for e in read(self.path) if e["step"] <= resumed_at and not (e["step"] == steps and "held_out_tau" in e)]
         with whole_file(self.path) as file:
             file.write("".join(json.dumps(entry) + "\n" for entry in kept).encode())
         self.board = _tensorboard(folder / "tensorboard", resumed_at)

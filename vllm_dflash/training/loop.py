@@ -3,7 +3,6 @@
 vllm-dflash train ... --only train          pytest tests/unit/test_train_resume.py
 """
 
-import copy
 import math
 import shutil
 import time
@@ -22,7 +21,7 @@ from vllm_dflash.reference.drafter import Drafter, block_attention
 from vllm_dflash.reference.masks import context_mask
 from vllm_dflash.training import checkpoints, flex
 from vllm_dflash.training.batches import Batch, Plan
-from vllm_dflash.training.drafter import first_weights
+from vllm_dflash.training.drafter import first_weights, with_weights
 from vllm_dflash.training.features import Features, padded
 from vllm_dflash.training.files import TrainingError, claim, read_json, write_json
 from vllm_dflash.training.generate import held_out, sequences
@@ -61,7 +60,11 @@ def result(settings: Settings) -> Any:
 def inputs(settings: Settings, config: DrafterConfig, dtype: str) -> dict[str, Any]:
     """What the weights depend on."""
     table = {name: value for name, value in asdict(settings.train).items() if name not in _NO_PART}
-    start = {"init": settings.drafter.init, "init_from_target": settings.drafter.init_from_target}
+    start = {
+        "init": settings.drafter.init,
+        "init_from_target": settings.drafter.init_from_target,
+        "tie_context": settings.drafter.tie_context,
+    }
     note = read_json(Path(settings.run.out) / "generate" / "split.json") or {}
     return (
         table
@@ -142,8 +145,7 @@ class Trainer:
 
     def as_exported(self) -> Drafter:
         """A copy with the weights that are exported, rounded as they will be on disk, in the dtype that the target runs in."""
-        drafter = copy.deepcopy(self.drafter)
-        drafter.load_state_dict(self.optimizer.weights())
+        drafter = with_weights(self.drafter, self.optimizer.weights())
         for layer in drafter.layers:
             layer.self_attn.attend_blocks = block_attention
         return drafter.to(getattr(torch, self.config.dtype)).to(getattr(torch, self.target.dtype)).eval()
@@ -167,7 +169,7 @@ def train(settings: Settings, config: DrafterConfig, target: Target, model: Any)
         claim(folder, "train", inputs(settings, config, target.dtype))
     trainer.workers.wait()
     start = trainer.resume()
-    log = Log(folder, start) if trainer.workers.first else None
+    log = Log(folder, start, trainer.steps) if trainer.workers.first else None
     began, table = time.monotonic(), settings.train
     every = table.eval_every or max(1, trainer.steps // 10)
     with tqdm(total=trainer.steps, initial=start, desc="train", unit=" steps", disable=None if trainer.workers.first else True) as bar:

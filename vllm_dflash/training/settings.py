@@ -82,6 +82,9 @@ class Drafter:
         None, "token of the places to fill (default: the tokenizer's mask token, or one that text never holds)", least=0
     )
     max_position_embeddings: int | None = _set(None, "longest context that it may be served with (default: the target's)", least=1)
+    tie_context: bool = _set(
+        False, "DFlare's projections of the context are its block's own, as DFlash's are (to study what its own are worth)"
+    )
     init: str | None = _set(None, "a drafter's folder to go on from: fine-tuned target, new domain, longer context")
     init_from_target: bool = _set(False, "draft layers begin as copies of target layers")
 
@@ -187,6 +190,8 @@ class Settings:
             )
         if train.gamma_start is not None and train.weighting != "decay":
             raise SettingsError("gamma_start is set, but the weighting is dpace, which has no gamma: leave one of them out")
+        if self.drafter.tie_context and self.drafter.kind != "dflare":
+            raise SettingsError("tie_context is set, but only a dflare has projections of its own: leave it out, or set kind to dflare")
         if self.drafter.init and self.drafter.init_from_target:
             raise SettingsError("init and init_from_target are both set: a drafter begins from one of them")
 
