@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from vllm_dflash.training.engines import device_sets
 from vllm_dflash.training.files import TrainingError
 from vllm_dflash.training.prompts import Reader, split
 from vllm_dflash.training.settings import Data
@@ -99,3 +100,12 @@ def test_nothing_left(tokenizer, tmp_path: Path) -> None:
     path = lines(tmp_path / "p.jsonl", {"prompt_token_ids": [1] * 30})
     with pytest.raises(TrainingError, match=r"1 longer than max_prompt_tokens 8: at least one of each is needed"):
         split(Reader(tokenizer, 4096, "{}"), Data(prompts=(path,), max_prompt_tokens=8), 0)
+
+
+def test_engines_have_devices_of_their_own() -> None:
+    assert device_sets(1, 2, None, 8) == [None]
+    assert device_sets(2, 1, None, 0) == [None, None]
+    assert device_sets(4, 2, None, 8) == ["0,1", "2,3", "4,5", "6,7"]
+    assert device_sets(2, 1, "5,7", 2) == ["5", "7"]
+    with pytest.raises(TrainingError, match="engines 8 x tensor_parallel_size 2 need 16 devices, and 8 are there: lower engines"):
+        device_sets(8, 2, None, 8)

@@ -7,21 +7,14 @@ Held-out prompts are answered greedily past their end token, so that drafts near
 """
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from vllm_dflash.training.engines import run_engines
 from vllm_dflash.training.files import TrainingError, claim, read_json, write_json
 from vllm_dflash.training.prompts import Prompt, Reader, Split, split
 from vllm_dflash.training.sequences import Sequences, is_finished, shard_path, write_sequences
 from vllm_dflash.training.settings import Settings
-
-_LOG_KEPT = 12
 
 
 def folder_of(settings: Settings) -> Path:
@@ -57,7 +50,7 @@ def generate(settings: Settings, tokenizer: Any, vocab_size: int, dtype: str) ->
     if todo:
         longest = max(len(p.ids) for p in [*parts.train, *parts.held_out])
         room = longest + max(table.response_tokens, held_out_tokens(settings))
-        _run_engine(_engine_args(settings, dtype, room), todo)
+        run_engines(_engine_args(settings, dtype, room), todo, table.engines)
 
 
 def inputs(settings: Settings, dtype: str) -> dict[str, Any]:
@@ -131,31 +124,3 @@ def _engine_args(settings: Settings, dtype: str, room: int) -> dict[str, Any]:
         # A shard must not depend on what was cached before it.
         "enable_prefix_caching": False,
     } | more  # fmt: skip
-
-
-def _run_engine(engine_args: dict[str, Any], jobs: list[dict[str, Any]]) -> None:
-    """Has the jobs done by ``generate_engine``, which ends with this process however that ends."""
-    env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"} | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    total = sum(len(job["prompts"]) for job in jobs)
-    with tempfile.TemporaryDirectory() as scratch, tqdm(total=total, desc="generate", unit=" answers", disable=None) as bar:
-        log, order = Path(scratch, "log"), Path(scratch, "order.json")
-        order.write_text(json.dumps({"engine_args": engine_args, "jobs": jobs}))
-        with log.open("w") as errors:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "vllm_dflash.training.generate_engine", str(order)],
-                env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-            )  # fmt: skip
-            try:
-                assert process.stdout is not None
-                for line in process.stdout:
-                    if line.startswith("done "):
-                        bar.update(int(line.removeprefix("done ")))
-                    elif line.startswith("refused "):
-                        raise TrainingError(line.removeprefix("refused ").strip())
-                process.wait()
-            finally:
-                process.kill()
-                process.wait()
-        if process.returncode:
-            end = "\n".join(log.read_text().strip().splitlines()[-_LOG_KEPT:])
-            raise TrainingError(f"the target's engine ended with {process.returncode}: the end of its output says why\n{end}")

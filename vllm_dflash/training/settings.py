@@ -66,6 +66,7 @@ class Generate:
     ignore_eos: bool = _set(False, "answers of full length, for a target that is no chat model")
     shard_size: int = _set(512, "answers a shard: what a kill can cost", least=1)
     num_seqs: int = _set(256, "requests that the engine runs at a time", least=1)
+    engines: int = _set(1, "engines at a time on this machine, each with devices of its own", least=1)
     engine_args: str = _set("{}", 'JSON of more arguments of vLLM\'s LLM, such as {"tensor_parallel_size": 2}')
 
 
