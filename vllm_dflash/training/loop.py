@@ -97,6 +97,12 @@ class Trainer:
         self.objective = torch.compile(objective) if self.table.compile else objective
         self.skipped = self.bad_in_a_row = 0
         self.recent: list[list[float]] = []
+        self.began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Of training so far, those of stopped processes up to their last checkpoint among them."""
+        return time.monotonic() - self.began
 
     def resume(self) -> int:
         """Takes over the newest checkpoint; the number of steps that are done."""
@@ -106,12 +112,13 @@ class Trainer:
         step, state = found
         self.optimizer.load(state)
         self.skipped, self.bad_in_a_row, self.recent = state["skipped"], state["bad_in_a_row"], state["recent"]
+        self.began -= state["seconds"]
         return step
 
     def save(self, step: int) -> None:
         """Writes the checkpoint of the first ``step`` steps; one of several workers does."""
         if self.workers.first:
-            counts = {"skipped": self.skipped, "bad_in_a_row": self.bad_in_a_row, "recent": self.recent}
+            counts = {"skipped": self.skipped, "bad_in_a_row": self.bad_in_a_row, "recent": self.recent, "seconds": self.seconds}
             checkpoints.save(folder_of(self.settings) / "checkpoints", step, self.optimizer.state() | counts)
 
     def step(self, step: int) -> dict[str, float]:
@@ -170,7 +177,7 @@ def train(settings: Settings, config: DrafterConfig, target: Target, model: Any)
     trainer.workers.wait()
     start = trainer.resume()
     log = Log(folder, start, trainer.steps) if trainer.workers.first else None
-    began, table = time.monotonic(), settings.train
+    table = settings.train
     every = table.eval_every or max(1, trainer.steps // 10)
     with tqdm(total=trainer.steps, initial=start, desc="train", unit=" steps", disable=None if trainer.workers.first else True) as bar:
         for step in range(start, trainer.steps):
@@ -187,7 +194,7 @@ def train(settings: Settings, config: DrafterConfig, target: Target, model: Any)
                 f"loss {found['loss']:.3f} tau {found['train_tau']:.2f}" + (f" skipped {trainer.skipped}" if trainer.skipped else "")
             )
             if log is not None and (done % table.log_every == 0 or done == trainer.steps):
-                _log_step(log, trainer, done, found, time.monotonic() - began)
+                _log_step(log, trainer, done, found)
             if log is not None and done % every == 0 and done < trainer.steps:
                 measured = trainer.measure(table.eval_prompts)
                 log.write(done, held_out_tau=measured.tau, held_out_tau_everywhere=measured.everywhere)
@@ -197,14 +204,14 @@ def train(settings: Settings, config: DrafterConfig, target: Target, model: Any)
         _finish(trainer, log, folder)
 
 
-def _log_step(log: Log, trainer: Trainer, done: int, found: dict[str, float], seconds: float) -> None:
+def _log_step(log: Log, trainer: Trainer, done: int, found: dict[str, float]) -> None:
     """Means of the steps since the last entry."""
     finite = [pair for pair in trainer.recent if math.isfinite(pair[0])]
     loss, tau = (sum(column) / len(finite) for column in zip(*finite, strict=True)) if finite else (None, None)
     trainer.recent = []
     log.write(
         done, loss=loss, train_tau=tau, gradient=found["gradient"] if math.isfinite(found["gradient"]) else None, lr=learning_rate(trainer.table, done - 1, trainer.steps),
-        epoch=trainer.plan.epoch(done), skipped=trainer.skipped, seconds=round(seconds, 1),
+        epoch=trainer.plan.epoch(done), skipped=trainer.skipped, seconds=round(trainer.seconds, 1),
     )  # fmt: skip
 
 
