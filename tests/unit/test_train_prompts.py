@@ -33,11 +33,13 @@ def test_forms(tokenizer, tmp_path: Path) -> None:
         tmp_path / "p.jsonl",
         {"prompt": "import os\n"}, "", {"messages": [{"role": "u", "content": "hi"}]}, {"prompt_token_ids": [5, 6], "response": "x = 1"},
         {"prompt_token_ids": [5, 7], "response_token_ids": [8, 9]},
+        {"prompt_token_ids": [5, 8], "response": "x = 1", "finish_reason": "length"},
     )  # fmt: skip
     found = list(Reader(tokenizer, 4096, '{"extra": "!"}').read(path))
     assert [tokenizer.decode(p.ids) for p in found[:2]] == ["import os\n", "<u>hi\n<a>!"]
     assert found[2].response == [*tokenizer("x = 1")["input_ids"], tokenizer.eos_token_id]
     assert (found[3].ids, found[3].response) == ([5, 7], [8, 9])
+    assert found[4].response == tokenizer("x = 1")["input_ids"], "cut by a limit, as the recorder notes: no end token"
 
 
 @pytest.mark.parametrize(
