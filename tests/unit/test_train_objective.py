@@ -123,6 +123,7 @@ def test_gamma_rises_for_dflare() -> None:
     assert gamma_at(Train(gamma=6.0, gamma_start=2.0), "dflash", 8, 25, 100) == 4.0
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_flex_attention(drafter) -> None:
     """On a CPU only forward: PyTorch has no backward of it there."""
     table, weights = Train(), position_weights(8, 4.0)

@@ -65,16 +65,17 @@ def prove(settings: Settings, target: Target, device: str) -> bool:
     }
     found = read_json(path_of(settings))
     if found is None or found["question"] != question:
-        proofs = _run(settings, target, device)
+        proofs = _run(settings, target, device, trained["prompts"])
         found = {"question": question, **_judge(settings, trained, proofs)}
         write_json(path_of(settings), found)
     print(as_text(found))
     return bool(found["agree"])
 
 
-def _run(settings: Settings, target: Target, device: str) -> list[Proof]:
+def _run(settings: Settings, target: Target, device: str, count: int) -> list[Proof]:
+    """Decodes the first ``count`` held-out prompts, those of the trainer's figure."""
     answers = held_out(settings)
-    chosen = [answers[i] for i in range(min(settings.prove.prove_prompts, len(answers)))]
+    chosen = [answers[i] for i in range(count)]
     prompts = [s.tokens[: s.prompt_length].tolist() for s in chosen]
     texts = [s.tokens[s.prompt_length :].tolist() for s in chosen]
     folder, tokens, eos = loop.final_folder(settings), settings.prove.prove_tokens, target.eos_token_id
