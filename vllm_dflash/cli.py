@@ -19,6 +19,7 @@ from vllm_dflash.evaluation.workload import DATASETS, RANDOM
 from vllm_dflash.formats import FORMATS
 from vllm_dflash.plugin import SWITCH, is_off, patch_set
 from vllm_dflash.supported import SUPPORTED_VLLM, installed_vllm
+from vllm_dflash.training import command as training
 
 _PLUGIN_NAME = "dflash"
 _PAIR = "examples/embedded_pair"
@@ -31,6 +32,9 @@ A new drafter, in this order:
   vllm-dflash doctor --target T --draft DRAFTER does the pair fit, and how much is accepted?
   vllm serve T --speculative-config '{"method": "dflash", "model": "DRAFTER"}'
   vllm-dflash bench --target T --draft DRAFTER  how fast is it here, and against what?
+
+No drafter yet:
+  vllm-dflash train --target T --prompts P --out RUN
 """
 
 
@@ -49,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_convert(commands)
     _add_doctor(commands)
     _add_bench(commands)
+    _add_train(commands)
     args = parser.parse_args(arguments)
     return int(args.run(args))
 
@@ -168,6 +173,14 @@ def _add_bench(commands: Any) -> None:
     engine.add_argument("--engine-args", metavar="JSON", default="{}", help="more arguments of vLLM's LLM, for all methods")
     engine.add_argument("--out", metavar="DIR", type=Path, help="folder of the report (default: bench-DATE-TIME)")
     bench.set_defaults(run=lambda args: import_module("vllm_dflash.evaluation.bench").run(args))
+
+
+def _add_train(commands: Any) -> None:
+    train = _command(
+        commands, "train", "makes a drafter for a target: generate, features, train, prove, export", training.DESCRIPTION, training.EXAMPLES
+    )
+    training.add_flags(train)
+    train.set_defaults(run=lambda args: import_module("vllm_dflash.training.pipeline").run(args))
 
 
 def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:

@@ -67,12 +67,16 @@ def metric(port: int, name: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in request(port, "/metrics").splitlines() if line.startswith(name + "{"))
 
 
-def test_completion_over_http() -> None:
-    """The flag is all it takes; the answer is the one that plain decoding gives, and the drafter's acceptance is in ``/metrics``."""
+def test_completion_over_http(tmp_path: Path) -> None:
+    """The flag is all it takes; the answer is the one that plain decoding gives, and the drafter's acceptance is in ``/metrics``.
+
+    Beside it the traffic recorder, asked for: the line that it writes is one that training reads.
+    """
     prompt = held_out_prompts(1)[0]
     expected = run_engine(TARGET, None, [prompt], max_tokens=96)[0].tokens[0]
     speculative = json.dumps({"method": "dflash", "model": str(DRAFTER), "num_speculative_tokens": 7})
-    with server("--speculative-config", speculative) as port:
+    recorder = ("--middleware", "vllm_dflash.training.recorder.TrafficRecorder")
+    with server("--speculative-config", speculative, *recorder, env={"VLLM_DFLASH_RECORD": str(tmp_path)}) as port:
         body = {"model": "embedded", "prompt": prompt, "max_tokens": 96, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
         answer = json.loads(request(port, "/v1/completions", body))
         assert answer["choices"][0]["token_ids"] == expected
@@ -80,6 +84,8 @@ def test_completion_over_http() -> None:
     print(f"served over HTTP: {drafts:.0f} drafts, tau {1 + accepted / drafts:.2f}")
     assert drafts > 0
     assert accepted > 0
+    recorded = [json.loads(line) for path in tmp_path.iterdir() for line in path.read_text().splitlines()]
+    assert recorded == [{"prompt_token_ids": prompt, "response": answer["choices"][0]["text"], "finish_reason": "length"}]
 
 
 def test_ordinary_serving_is_not_touched(plain_float32: list[Batch]) -> None:

@@ -7,6 +7,7 @@ target's or the checkpoint's own. Parameter names are those of the published che
 Tests: ``pytest tests/unit/test_reference.py``.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.window, self.causal = window, window is not None and config.sliding_causal
+        # Training on a GPU puts another way of computing the same in its place (training/flex.py).
+        self.attend_blocks: Callable[..., Tensor] = block_attention
         bias = config.attention_bias
         self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
@@ -109,7 +112,7 @@ class Attention(nn.Module):
             assert mask is not None
             if self.window is not None:
                 mask = mask & window_mask(where.positions, where.context_positions(shared[0]), self.window)
-            out = block_attention(query, shared[0], shared[1], own[0], own[1], mask, where.block_size, self.causal)
+            out = self.attend_blocks(query, shared[0], shared[1], own[0], own[1], mask, where.block_size, self.causal)
             return self.o_proj(out.flatten(2))
         if self.window is not None:
             seen = torch.cat([where.context_positions(shared[0]), where.positions], dim=1)

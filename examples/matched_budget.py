@@ -1,0 +1,208 @@
+"""A study at one budget: DFlash and DFlare, depths, target layers, DFlare's own projections, the rise of gamma; several seeds, with intervals.
+
+Every variant is trained by `vllm-dflash train` on the same answers, for the same number of steps, on the embedded target; tau is the trainer's on
+held-out prompts, which is the served one (docs/train.md). Stopped, it goes on where it was. Drafters to compare in speed are then served beside
+each other by `vllm-dflash bench`.
+
+    .venv/bin/python examples/matched_budget.py --prompts prompts.jsonl --out /tmp/study --list
+    .venv/bin/python examples/matched_budget.py --prompts prompts.jsonl --out /tmp/study --steps 400 --seeds 0 1 2
+    .venv/bin/python examples/matched_budget.py --prompts prompts.jsonl --out /tmp/study --steps 400 --match parameters
+    .venv/bin/python examples/matched_budget.py --prompts prompts.jsonl --out /tmp/study --bench dflash-3x3 dflare-3x5
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vllm_dflash.training.settings import Settings, load
+
+PAIR = Path(__file__).resolve().parent / "embedded_pair"
+TARGET_LAYERS = {3: "1,3,5", 5: "1,2,3,5,6", 8: "0,1,2,3,4,5,6,7"}
+"""How many of the target's eight layers a drafter sees, and which."""
+_STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""97.5 % quantiles of Student's distribution by degrees of freedom."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One drafter of the study, by its settings."""
+
+    name: str
+    flags: dict[str, Any] = field(default_factory=dict)
+
+
+def variants() -> list[Variant]:
+    """Kind x depth x target layers, gamma constant in all; then, around three layers and five target layers, one change at a time."""
+    grid = [
+        Variant(f"{kind}-{layers}x{seen}", {"kind": kind, "layers": layers, "target_layer_ids": ids, "gamma_start": 4.0})
+        for kind in ("dflash", "dflare") for layers in (2, 3, 5) for seen, ids in TARGET_LAYERS.items()
+    ]  # fmt: skip
+    base = {"layers": 3, "target_layer_ids": TARGET_LAYERS[5]}
+    return [
+        *grid,
+        Variant("dflare-3x5-tied", base | {"kind": "dflare", "tie_context": True, "gamma_start": 4.0}),
+        Variant("dflare-3x5-rise", base | {"kind": "dflare", "gamma_start": 1.0}),
+        Variant("dflash-3x5-rise", base | {"kind": "dflash", "gamma_start": 1.0}),
+        Variant("dflash-3x5-dpace", base | {"kind": "dflash", "weighting": "dpace"}),
+        Variant("dflare-3x5-dpace", base | {"kind": "dflare", "weighting": "dpace"}),
+    ]
+
+
+def settings_of(args: argparse.Namespace, variant: Variant, seed: int) -> Settings:
+    """The run of a variant and seed."""
+    flags = {
+        "target": str(PAIR / "target"), "prompts": [str(args.prompts)], "held_out_prompts": str(PAIR / "prompts.jsonl"), "steps": args.steps,
+        "out": str(args.out / f"{args.match}-{args.steps}" / f"{variant.name}-seed{seed}"), "seed": seed, "dtype": "bfloat16", "prove_prompts": 128,
+        "eval_every": args.steps, "checkpoint_every": max(25, args.steps // 8),
+    }  # fmt: skip
+    chosen = load(str(PAIR / "dflash.toml"), flags | variant.flags)
+    if args.match == "parameters":
+        chosen = load(str(PAIR / "dflash.toml"), flags | variant.flags | {"intermediate_size": matched_width(chosen)})
+    return chosen
+
+
+def parameters_of(chosen: Settings) -> int:
+    """Parameters of the drafter that a run trains; tied projections count once."""
+    from vllm_dflash.training.drafter import plan
+    from vllm_dflash.training.target import find_target
+    from vllm_dflash.weights import expected_tensors
+
+    shapes = expected_tensors(plan(chosen, find_target(chosen))[0])
+    return sum(_product(s) for name, s in shapes.items() if not (chosen.drafter.tie_context and "_proj_target" in name))
+
+
+def matched_width(chosen: Settings) -> int:
+    """The MLP's width with which a drafter has the parameters of dflash-3x3, to a multiple of 16."""
+    from dataclasses import replace
+
+    def at(width: int) -> int:
+        return parameters_of(replace(chosen, drafter=replace(chosen.drafter, intermediate_size=width)))
+
+    base = replace(chosen.drafter, kind="dflash", layers=3, target_layer_ids=(1, 3, 5), tie_context=False, intermediate_size=None)
+    wanted, each = parameters_of(replace(chosen, drafter=base)), (at(32) - at(16)) // 16
+    return max(16, 16 + (wanted - at(16)) // each // 16 * 16)
+
+
+def _product(shape: Sequence[int]) -> int:
+    out = 1
+    for size in shape:
+        out *= size
+    return out
+
+
+def train(args: argparse.Namespace, chosen: Settings) -> None:
+    """Trains a run to its end; all share one folder of answers."""
+    from vllm_dflash.training import pipeline
+    from vllm_dflash.training.generate import folder_of
+
+    answers, mine = args.out / "answers", folder_of(chosen)
+    if not mine.exists():
+        first = load(str(PAIR / "dflash.toml"), {"target": chosen.run.target, "prompts": chosen.data.prompts, "held_out_prompts": chosen.data.held_out_prompts,
+                                                 "out": str(answers), "dtype": "bfloat16"})  # fmt: skip
+        pipeline.run_stages(first, ("generate",))
+        shutil.copytree(answers / "generate", mine.with_name("generate.part"), copy_function=os.link)
+        # Greedy answers do not depend on the seed, which the folder names.
+        inputs = mine.with_name("generate.part") / "inputs.json"
+        found = json.loads(inputs.read_text()) | {"seed": chosen.run.seed}
+        inputs.unlink()
+        inputs.write_text(json.dumps(found))
+        mine.with_name("generate.part").rename(mine)
+    pipeline.run_stages(chosen, ("features", "train"))
+    shutil.rmtree(Path(chosen.run.out) / "features", ignore_errors=True)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % confidence interval (Student); infinite for one value."""
+    if len(values) < 2:
+        return values[0], float("inf")
+    return statistics.mean(values), _STUDENT[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
+
+
+def report(args: argparse.Namespace, chosen: Sequence[Variant]) -> str:
+    """A table of what is trained so far, best first."""
+    rows = []
+    for variant in chosen:
+        runs = [settings_of(args, variant, seed) for seed in args.seeds]
+        results = [r for run in runs if (r := _read(Path(run.run.out) / "train" / "result.json"))]
+        if results:
+            mean, half = interval([r["tau"] for r in results])
+            rows.append((mean, half, len(results), variant.name, parameters_of(runs[0]), _step_seconds(runs)))
+    lines = [f"{args.steps} steps, matched by {args.match}; tau on 128 held-out prompts x 192 tokens, greedy", "",
+             "| drafter | tau | 95 % interval | seeds | parameters | seconds a step |", "|---|---|---|---|---|---|"]  # fmt: skip
+    for mean, half, count, name, size, seconds in sorted(rows, reverse=True):
+        lines.append(f"| {name} | {mean:.3f} | ± {half:.3f} | {count} | {size / 1e6:.2f} M | {seconds:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _step_seconds(runs: Sequence[Settings]) -> float:
+    """Median over the logs' stretches: the slowest are other work's."""
+    found = []
+    for run in runs:
+        path = Path(run.run.out) / "train" / "log.jsonl"
+        entries = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        timed = [(e["step"], e["seconds"]) for e in entries if "seconds" in e]
+        found += [(s1 - s0) / (n1 - n0) for (n0, s0), (n1, s1) in pairwise(timed) if s1 > s0]
+    return statistics.median(found) if found else float("nan")
+
+
+def bench(args: argparse.Namespace, names: Sequence[str]) -> int:
+    """Serves the first seed's drafters of these names beside plain decoding, in turns."""
+    by_name = {v.name: v for v in variants()}
+    folders = {n: Path(settings_of(args, by_name[n], args.seeds[0]).run.out) / "train" / "drafter" for n in names}
+    drafts = [part for name, folder in folders.items() for part in ("--draft", f"{name}={folder}")]
+    command = [sys.executable, "-m", "vllm_dflash.cli", "bench", "--target", str(PAIR / "target"), *drafts, "--prompts", str(PAIR / "prompts.jsonl"),
+               "--methods", ",".join(["plain", *(f"dflash@{n}:7" for n in names)]), "--out", str(args.out / "bench")]  # fmt: skip
+    return subprocess.run(command, check=False).returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=Path, required=True, help="JSON lines to train on, from embedded_pair/prompts.py")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the study")
+    parser.add_argument("--steps", type=int, default=400, help="of every run (default: 400)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument(
+        "--match", choices=("steps", "parameters"), default="steps", help="parameters: MLPs as wide as makes all as large as dflash-3x3"
+    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these variants")
+    parser.add_argument("--minutes", type=float, help="begin no run after so many")
+    parser.add_argument("--list", action="store_true", help="print the variants with their parameters, and stop")
+    parser.add_argument("--bench", nargs="+", metavar="NAME", help="serve these, and stop")
+    args = parser.parse_args()
+    chosen = [v for v in variants() if not args.only or v.name in args.only]
+    if args.list:
+        for variant in chosen:
+            print(f"{variant.name:<20} {parameters_of(settings_of(args, variant, 0)):>10,} parameters")
+        return 0
+    if args.bench:
+        return bench(args, args.bench)
+    began = time.monotonic()
+    todo = [settings_of(args, v, seed) for seed in args.seeds for v in chosen]
+    todo = [run for run in todo if not (Path(run.run.out) / "train" / "result.json").is_file()]
+    for run in tqdm(todo, desc="study", unit=" runs"):
+        if args.minutes and time.monotonic() - began > 60 * args.minutes:
+            break
+        train(args, run)
+        (args.out / f"report-{args.match}-{args.steps}.md").write_text(report(args, chosen))
+    print(report(args, chosen))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

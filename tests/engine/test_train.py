@@ -1,0 +1,95 @@
+"""From a target to a proven drafter with real engines: the example at a small scale, killed on the way, and another family.
+
+The trainer's tau, the reference loop's and vLLM's are the same figure in float32, for Qwen3 and for Llama.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from engine.harness import ROOT, TARGET, engine_env, wait_until_gone
+from training_runs import answer_held_out, answered_prompts, held_out_file, make_target, settings
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.reference.decoding import generate
+from vllm_dflash.training.pipeline import run_stages
+from vllm_dflash.training.sequences import Shard, shard_path
+from vllm_dflash.training.settings import STAGES
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+
+SMALL = ["--response-tokens", "48", "--shard-size", "24", "--held-out", "8", "--prove-prompts", "8", "--prove-tokens", "32", "--batch-size", "8", "--anchors", "16", "--lr", "1e-2", "--eval-prompts", "2", "--num-seqs", "24"]  # fmt: skip
+
+
+def example(out: Path) -> subprocess.Popen[str]:
+    env = engine_env({"OUT": str(out), "STEPS": "50", "PROMPTS": "72", "SERVE": "no", "BIN": str(Path(sys.executable).parent)})
+    return subprocess.Popen(
+        ["bash", str(ROOT / "examples" / "train_tiny.sh"), *SMALL], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def agreed(run: Path, rows: int) -> dict:
+    """The proof's figures, all within 2 % of each other."""
+    found = json.loads((run / "prove.json").read_text())
+    assert found["agree"]
+    assert [row["by"] for row in found["rows"]] == ["reference loop", "vLLM"][:rows]
+    for row in found["rows"]:
+        assert row["tau"] == pytest.approx(found["trainer_tau"], rel=0.02)
+        assert row["walk_tau"] == pytest.approx(row["tau"], rel=0.02)
+    return found
+
+
+def test_the_example_killed_while_the_target_answers(tmp_path: Path) -> None:
+    """The first command dies between two shards and takes its engine along; the second does the rest, with the answers of plain decoding."""
+    first = example(tmp_path)
+    while not (tmp_path / "run" / "generate" / "shard-00000.json").exists():
+        assert first.poll() is None, first.stdout.read()
+        time.sleep(0.01)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    wait_until_gone(first.pid)
+    kept = (tmp_path / "run" / "generate" / "shard-00000.safetensors").stat().st_mtime_ns
+    assert not (tmp_path / "run" / "generate" / "shard-00002.json").exists(), "too late: all was answered"
+    second = example(tmp_path)
+    said, _ = second.communicate(timeout=300)
+    assert second.returncode == 0, said
+    run = tmp_path / "run"
+    assert (run / "generate" / "shard-00000.safetensors").stat().st_mtime_ns == kept
+    model = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32)
+    for index in (0, 2):
+        one = Shard(shard_path(run / "generate", index))[5]
+        prompt, answer = one.tokens[: one.prompt_length].tolist(), one.tokens[one.prompt_length :].tolist()
+        assert answer == generate(model, None, prompt, 48, 0).tokens
+    found = agreed(run, 2)
+    assert found["trainer_tau"] > 1.05
+    assert {row["same_text"] for row in found["rows"]} == {8}
+    assert DrafterConfig.from_pretrained(run / "drafter").block_size == 8
+    card = (run / "drafter" / "README.md").read_text()
+    for words in ("| vLLM |", "72 prompts (prompts.jsonl)", "50 steps of 8 sequences x 16 blocks", "the tokenizer's mask token"):
+        assert words in card
+    assert "they agree within 2%" in said
+    assert (run / "train" / "curves.svg").read_text().count("<svg") == 1
+
+
+def test_llama(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A DFlare drafter for a target of another family, exported in speculators' format."""
+    target = make_target(tmp_path / "target")
+    held_out, ids = held_out_file(tmp_path / "held-out.jsonl", 8)
+    prompts = answered_prompts(target, tmp_path / "prompts.jsonl", 24, 40)
+    chosen = settings(
+        target, prompts, tmp_path / "run", held_out_prompts=str(held_out), held_out=8, prove_prompts=8, prove_tokens=40, steps=40, kind="dflare",
+        format="speculators", response_tokens=40, cache=False,
+    )  # fmt: skip
+    answer_held_out(chosen, ids)
+    assert run_stages(chosen, STAGES), capsys.readouterr().out
+    assert agreed(tmp_path / "run", 2)["trainer_tau"] > 1.5
+    config = DrafterConfig.from_pretrained(tmp_path / "run" / "drafter")
+    assert (config.format, config.conditioning) == ("speculators", "dflare")

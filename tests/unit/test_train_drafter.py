@@ -1,0 +1,116 @@
+"""The drafter that is planned for a target: its shape, its mask token, its first weights, and what is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from pairs import make_random_drafter, random_drafter_config
+from training_runs import make_target, settings
+from vllm_dflash.training.drafter import default_features, default_layers, first_weights, mask_token, plan
+from vllm_dflash.training.files import TrainingError
+from vllm_dflash.training.target import find_target
+
+PAIR = Path(__file__).parents[2] / "examples" / "embedded_pair"
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_target(tmp_path_factory.mktemp("drafter") / "target", "llama")
+
+
+def test_defaults_are_the_papers() -> None:
+    """36 layers are Qwen3-8B's: DFlash 5 layers and features, DFlare 7 and 9."""
+    assert default_layers("dflash", 36) == 5
+    assert default_features("dflash", 5, 36) == (1, 9, 17, 25, 33)
+    assert default_layers("dflare", 36) == 7
+    assert len(default_features("dflare", 7, 36)) == 9
+    assert default_layers("dflash", 8) == 3
+    assert default_features("dflare", default_layers("dflare", 8), 8) == (1, 2, 3, 4, 5)
+
+
+def test_mask_tokens(target: Path) -> None:
+    """The tokenizer's own; else a row past it (z-lab's choice for Qwen3); else a reserved token; without a tokenizer it must be given."""
+    chosen = settings(target, Path("p"), Path("o"))
+    bare = find_target(chosen)
+    with pytest.raises(TrainingError, match="give --mask-token-id, an id below 512"):
+        mask_token(bare, None)
+    assert mask_token(bare, 9) == (9, "as set")
+    full = find_target(settings(PAIR / "target", Path("p"), Path("o")))
+    assert mask_token(full, None)[0] == 1
+    without = replace(full, tokenizer=find_target(settings(PAIR / "target", Path("p"), Path("o"))).tokenizer)
+    without.tokenizer.mask_token = None
+    with pytest.raises(TrainingError, match="no mask, reserved or padding token"):
+        mask_token(replace(without, tokenizer=_renamed(without.tokenizer)), None)
+    assert mask_token(without, None) == (1, "the reserved token <|mask|>")
+    config = without.config.__class__.from_dict(without.config.to_dict() | {"vocab_size": 4100})
+    assert mask_token(replace(without, config=config), None) == (
+        4096,
+        "the first of the embedding's 4 rows that the tokenizer does not use",
+    )
+
+
+def _renamed(tokenizer):
+    class Bare:
+        pad_token_id = mask_token_id = None
+        eos_token_id = 0
+
+        def __len__(self) -> int:
+            return len(tokenizer)
+
+        def get_added_vocab(self) -> dict[str, int]:
+            return {"<|endoftext|>": 0}
+
+    return Bare()
+
+
+def test_wrong_layers_are_refused(target: Path) -> None:
+    chosen = settings(target, Path("p"), Path("o"), target_layer_ids="1,9")
+    with pytest.raises(TrainingError, match=r"target_layer_ids \[9\] are outside the target's 5 layers"):
+        plan(chosen, find_target(chosen))
+
+
+def test_from_target_layers(target: Path) -> None:
+    """Copies of the first and the last layer; DFlare's context projections begin as the layer's own."""
+    chosen = settings(target, Path("p"), Path("o"), init_from_target=True, kind="dflare")
+    config, _ = plan(chosen, find_target(chosen))
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    drafter = first_weights(config, chosen, model)
+    for d, layer in ((0, model.model.layers[0]), (1, model.model.layers[4])):
+        assert torch.equal(drafter.layers[d].mlp.up_proj.weight, layer.mlp.up_proj.weight)
+        assert torch.equal(drafter.layers[d].self_attn.k_proj_target.weight, layer.self_attn.k_proj.weight)
+    narrow = settings(target, Path("p"), Path("o"), init_from_target=True, intermediate_size=32)
+    with pytest.raises(TrainingError, match=r"init_from_target: .*mlp.down_proj"):
+        first_weights(plan(narrow, find_target(narrow))[0], narrow, model)
+
+
+def test_from_a_drafter(tmp_path: Path, target: Path) -> None:
+    """The weights are those of the file, the reach is longer; a setting that contradicts it is refused."""
+    config = random_drafter_config(num_target_layers=5, max_position_embeddings=256)
+    source = make_random_drafter(tmp_path / "drafter", config=config)
+    flags = dict(init=str(source), layers=None, mask_token_id=None, max_position_embeddings=512, block_size=8)
+    chosen = settings(target, Path("p"), Path("o"), **flags)
+    found, why = plan(chosen, find_target(chosen))
+    assert (found.max_position_embeddings, found.target_layer_ids, why) == (512, (1, 2, 4), f"that of {source}")
+    drafter = first_weights(found, chosen, None)
+    tensors = load_file(source / "model.safetensors")
+    assert all(torch.equal(p, tensors[name]) for name, p in drafter.state_dict().items())
+    for change, words in (({"layers": 5}, "layers is 5, but the drafter of init has 3"), ({"kind": "dflare"}, "is a dflash: set kind")):
+        other = settings(target, Path("p"), Path("o"), **flags | change)
+        with pytest.raises(TrainingError, match=words):
+            plan(other, find_target(other))
+
+
+def test_init_for_another_target_is_refused(tmp_path: Path) -> None:
+    source = make_random_drafter(tmp_path / "drafter")
+    chosen = settings(PAIR / "target", Path("p"), Path("o"), init=str(source), layers=None, mask_token_id=None)
+    with pytest.raises(TrainingError, match="trained for another target"):
+        plan(chosen, find_target(chosen))
+
+
+def test_an_absent_target_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="cannot be read"):
+        find_target(settings(tmp_path, Path("p"), Path("o")))

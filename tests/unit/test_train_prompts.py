@@ -1,0 +1,113 @@
+"""Prompts in all their forms become the token ids that are served; broken ones are refused by line; the split holds still."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from vllm_dflash.training.engines import device_sets
+from vllm_dflash.training.files import TrainingError
+from vllm_dflash.training.prompts import Reader, split
+from vllm_dflash.training.settings import Data
+
+TARGET = Path(__file__).parents[2] / "examples" / "embedded_pair" / "target"
+TEMPLATE = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}{{ extra }}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    found = AutoTokenizer.from_pretrained(TARGET)
+    found.chat_template = TEMPLATE
+    return found
+
+
+def lines(path: Path, *rows: Any) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def test_forms(tokenizer, tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "p.jsonl",
+        {"prompt": "import os\n"}, "", {"messages": [{"role": "u", "content": "hi"}]}, {"prompt_token_ids": [5, 6], "response": "x = 1"},
+        {"prompt_token_ids": [5, 7], "response_token_ids": [8, 9]},
+        {"prompt_token_ids": [5, 8], "response": "x = 1", "finish_reason": "length"},
+    )  # fmt: skip
+    found = list(Reader(tokenizer, 4096, '{"extra": "!"}').read(path))
+    assert [tokenizer.decode(p.ids) for p in found[:2]] == ["import os\n", "<u>hi\n<a>!"]
+    assert found[2].response == [*tokenizer("x = 1")["input_ids"], tokenizer.eos_token_id]
+    assert (found[3].ids, found[3].response) == ([5, 7], [8, 9])
+    assert found[4].response == tokenizer("x = 1")["input_ids"], "cut by a limit, as the recorder notes: no end token"
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], "is empty: give at least one line"),
+        ([{"prompt": "a"}, "{"], "line 2 is not JSON"),
+        ([{"prompt": "a"}, "", {"text": "b"}], "line 3: give prompt (text), messages"),
+        ([[1]], "line 1: it holds list"),
+        ([{"prompt_token_ids": [5000]}], "line 1: prompt_token_ids is no list of ids below 4096"),
+        ([{"prompt_token_ids": []}], "line 1: prompt_token_ids is no list"),
+        ([{"prompt": ""}], "line 1: give prompt"),
+        ([{"messages": ["x"]}], "line 1: give prompt"),
+        ([{"messages": [{"role": "system", "content": "x"}]}], "line 1: the target's chat template refuses these messages (no system)"),
+    ],
+)
+def test_broken_lines(tokenizer, tmp_path: Path, rows: list[Any], words: str) -> None:
+    with pytest.raises(TrainingError) as found:
+        list(Reader(tokenizer, 4096, "{}").read(lines(tmp_path / "p.jsonl", *rows)))
+    assert words in str(found.value)
+
+
+def test_other_refusals(tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="no tokenizer, so give prompt_token_ids"):
+        list(Reader(None, 4096, "{}").read(lines(tmp_path / "p.jsonl", {"prompt": "a"})))
+    with pytest.raises(TrainingError, match="cannot be read"):
+        list(Reader(tokenizer, 4096, "{}").read(str(tmp_path / "absent.jsonl")))
+    (tmp_path / "latin").write_bytes(b'{"prompt": "\xe9"}\n')
+    with pytest.raises(TrainingError, match="in UTF-8"):
+        list(Reader(tokenizer, 4096, "{}").read(str(tmp_path / "latin")))
+    with pytest.raises(TrainingError, match="give a JSON object"):
+        Reader(tokenizer, 4096, "[1, 2]")
+
+
+def test_the_split(tokenizer, tmp_path: Path) -> None:
+    """Repeats and what is too long are left out and counted; a prompt keeps its side when the file is turned around."""
+    rows = [{"prompt_token_ids": [9, i]} for i in range(40)]
+    path = lines(tmp_path / "p.jsonl", *rows, rows[3], {"prompt_token_ids": [9] * 20})
+    reader = Reader(tokenizer, 4096, "{}")
+    found = split(reader, Data(prompts=(path,), held_out=10, max_prompt_tokens=8), 0)
+    assert found.describe(8) == "30 prompts to train on, 10 held out; left out: 1 repeated, 1 longer than max_prompt_tokens 8"
+    assert not {p.key for p in found.train} & {p.key for p in found.held_out}
+    turned = split(reader, Data(prompts=(lines(tmp_path / "q.jsonl", *reversed(rows)),), held_out=10), 0)
+    assert {p.key for p in turned.held_out} == {p.key for p in found.held_out}
+    other = split(reader, Data(prompts=(path,), held_out=10), 1)
+    assert {p.key for p in other.held_out} != {p.key for p in found.held_out}
+
+
+def test_held_out_prompts_of_their_own(tokenizer, tmp_path: Path) -> None:
+    """One of them is also in the training file, and so is not trained on."""
+    data = Data(
+        prompts=(lines(tmp_path / "p.jsonl", {"prompt_token_ids": [1]}, {"prompt_token_ids": [2]}),),
+        held_out_prompts=lines(tmp_path / "h.jsonl", {"prompt_token_ids": [2]}),
+    )
+    found = split(Reader(tokenizer, 4096, "{}"), data, 0)
+    assert ([p.ids for p in found.train], [p.ids for p in found.held_out]) == ([[1]], [[2]])
+
+
+def test_nothing_left(tokenizer, tmp_path: Path) -> None:
+    path = lines(tmp_path / "p.jsonl", {"prompt_token_ids": [1] * 30})
+    with pytest.raises(TrainingError, match=r"1 longer than max_prompt_tokens 8: at least one of each is needed"):
+        split(Reader(tokenizer, 4096, "{}"), Data(prompts=(path,), max_prompt_tokens=8), 0)
+
+
+def test_engines_have_devices_of_their_own() -> None:
+    assert device_sets(1, 2, None, 8) == [None]
+    assert device_sets(2, 1, None, 0) == [None, None]
+    assert device_sets(4, 2, None, 8) == ["0,1", "2,3", "4,5", "6,7"]
+    assert device_sets(2, 1, "5,7", 2) == ["5", "7"]
+    with pytest.raises(TrainingError, match="engines 8 x tensor_parallel_size 2 need 16 devices, and 8 are there: lower engines"):
+        device_sets(8, 2, None, 8)

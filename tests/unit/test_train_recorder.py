@@ -1,0 +1,137 @@
+"""The recorder over ASGI, with bodies in vLLM's shape: what it writes is what training reads, and nothing of it disturbs the client."""
+
+import asyncio
+import json
+import os
+import resource
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training_runs import in_child
+from vllm_dflash.training import recorder
+from vllm_dflash.training.files import TrainingError
+from vllm_dflash.training.recorder import FOLDER, MAX_MB, TrafficRecorder
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+WHOLE = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "hello"}, "finish_reason": "stop"}]}
+
+
+def stream(*texts: str, done: bool = True) -> bytes:
+    events = [{"choices": [{"index": 0, "delta": {"content": t}, "finish_reason": None}]} for t in texts]
+    events[-1]["choices"][0]["finish_reason"] = "length"
+    lines = [f"data: {json.dumps(event)}\n\n" for event in [*events, {"choices": [], "usage": {}}]]
+    return "".join([*lines, "data: [DONE]\n\n" if done else ""]).encode()
+
+
+class Server:
+    """An ASGI application that reads the request and sends a fixed body in three parts."""
+
+    def __init__(self, status: int = 200) -> None:
+        self.status, self.body, self.heard = status, b"", b""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.heard = (await receive())["body"]
+        await send({"type": "http.response.start", "status": self.status, "headers": []})
+        third = len(self.body) // 3 + 1
+        for at in range(0, len(self.body), third):
+            await send({"type": "http.response.body", "body": self.body[at : at + third], "more_body": at + third < len(self.body)})
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(FOLDER, str(tmp_path / "traffic"))
+    monkeypatch.setenv(MAX_MB, "1")
+    app = Server()
+    return app, TrafficRecorder(app)
+
+
+def ask(served, request: Any, answer: Any, path: str = "/v1/chat/completions", status: int = 200) -> None:
+    """One request; the client gets the very bytes, the application too."""
+    app, middleware = served
+    app.status, app.body = status, answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+    raw, got = json.dumps(request).encode(), []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": raw, "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        got.append(message.get("body", b""))
+
+    asyncio.run(middleware({"type": "http", "path": path}, receive, send))
+    assert (b"".join(got), app.heard) == (app.body, raw)
+    middleware.writer.drain()
+
+
+def recorded(served) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in served[1].writer.path.read_text().splitlines()]
+
+
+def test_what_is_recorded(served) -> None:
+    ask(served, CHAT, WHOLE)
+    ask(served, CHAT | {"stream": True}, stream("hel", "lo ", "\u00fc"))
+    ask(served, {"prompt": "a", "max_tokens": 3}, {"choices": [{"index": 0, "text": "bc", "finish_reason": "length"}]}, "/v1/completions")
+    ask(served, {"prompt": [5, 6]}, {"choices": [{"index": 0, "text": "bc", "finish_reason": "stop"}]}, "/v1/completions")
+    assert recorded(served) == [
+        CHAT | {"response": "hello", "finish_reason": "stop"},
+        CHAT | {"response": "hello \u00fc", "finish_reason": "length"},
+        {"prompt": "a", "response": "bc", "finish_reason": "length"},
+        {"prompt_token_ids": [5, 6], "response": "bc", "finish_reason": "stop"},
+    ]
+    assert stat.S_IMODE(served[1].writer.path.stat().st_mode) == 0o600
+
+
+def test_what_is_not(served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors, other endpoints, several answers, tools, images, answers that were cut short or rewritten by the server."""
+    ask(served, CHAT, WHOLE, status=400)
+    ask(served, CHAT, WHOLE, path="/v1/embeddings")
+    for more in ({"n": 2}, {"tools": [{}]}, {"chat_template": "x"}, {"stop": ["\n"]}):
+        ask(served, CHAT | more, WHOLE)
+    ask(served, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, WHOLE)
+    ask(served, CHAT, {"choices": [{"index": 0, "message": {"content": "4", "reasoning": "2 + 2"}, "finish_reason": "stop"}]})
+    ask(served, CHAT, stream("hel", done=False))
+    ask(served, CHAT, b"no JSON")
+    ask(served, [1], WHOLE)
+    monkeypatch.setattr(recorder, "_LARGEST_BODY", 50)
+    ask(served, CHAT, WHOLE)
+    assert recorded(served) == []
+
+
+def test_the_bound(served) -> None:
+    """A megabyte for the folder, whatever its files: the line that would pass it ends the recording, and requests are still answered."""
+    (served[1].writer.path.parent / "traffic-of-another-process.jsonl").write_bytes(b"x" * 900_000)
+    for _ in range(4):
+        ask(served, CHAT, {"choices": [{"index": 0, "message": {"content": "y" * 100_000}, "finish_reason": "stop"}]})
+    assert len(recorded(served)) == 1
+    assert served[1].writer.stopped
+    assert sum(p.stat().st_size for p in served[1].writer.path.parent.iterdir()) <= 1 << 20
+
+
+def test_a_full_disk(served) -> None:
+    """No half line is left, and no request fails."""
+
+    def child() -> str:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+        app = Server()
+        recording = (app, TrafficRecorder(app))
+        for _ in range(20):
+            ask(recording, CHAT, WHOLE)
+        assert recording[1].writer.stopped
+        return json.dumps(recorded(recording))
+
+    lines = json.loads(in_child(child))
+    assert 0 < len(lines) < 20
+    assert all(line["response"] == "hello" for line in lines)
+
+
+def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(FOLDER, raising=False)
+    with pytest.raises(TrainingError, match="VLLM_DFLASH_RECORD is not set"):
+        TrafficRecorder(Server())
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setenv(MAX_MB, "lots")
+    with pytest.raises(TrainingError, match="give a whole number of megabytes"):
+        TrafficRecorder(Server())
+    assert not os.listdir(tmp_path)

@@ -1,0 +1,167 @@
+"""Killed in any stage, a run goes on and ends with the bits of one that was not; what is in its way is refused by name."""
+
+import json
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from training_runs import answer_held_out, answered_prompts, held_out_file, in_child, make_target, run_and_kill, settings
+from vllm_dflash.training import checkpoints, loop
+from vllm_dflash.training.files import TrainingError
+from vllm_dflash.training.pipeline import run_stages
+from vllm_dflash.training.settings import Settings
+
+HERE = ("generate", "features", "train")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, list[list[int]]]:
+    """Target, answered prompts, and held-out ones."""
+    folder = tmp_path_factory.mktemp("training")
+    target = make_target(folder / "target")
+    return target, answered_prompts(target, folder / "prompts.jsonl", 20), *held_out_file(folder / "held-out.jsonl")
+
+
+@pytest.fixture(scope="module")
+def make(parts, tmp_path_factory: pytest.TempPathFactory):
+    """A run's settings, in a new folder, its held-out prompts answered."""
+    target, prompts, held_out, ids = parts
+
+    def new(other: Path | None = None, **changes) -> Settings:
+        chosen = settings(other or target, prompts, tmp_path_factory.mktemp("run"), held_out_prompts=str(held_out), **changes)
+        answer_held_out(chosen, ids)
+        return chosen
+
+    return new
+
+
+@pytest.fixture(scope="module")
+def undisturbed(make) -> Settings:
+    chosen = make(ema=0.9)
+    run_stages(chosen, HERE)
+    return chosen
+
+
+def weights(chosen: Settings) -> dict[str, torch.Tensor]:
+    return load_file(loop.final_folder(chosen) / "model.safetensors")
+
+
+def entries(chosen: Settings) -> list[dict]:
+    """The log without its clock."""
+    lines = (loop.folder_of(chosen) / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def test_killed_at_every_kind_of_write(make, undisturbed: Settings) -> None:
+    """Shards, their notes, checkpoints, the drafter's folder, the last note: the process dies as each would get its name, and the next goes on.
+
+    Weights, averages and log equal those of the undisturbed run, bit for bit.
+    """
+    chosen = make(ema=0.9)
+    run = Path(chosen.run.out)
+    for moment in (
+        "features/inputs.json", "features/shard-00001.safetensors", "features/shard-00002.json", "train/checkpoints/step-00000003.pt",
+        "train/checkpoints/step-00000006.json", "train/checkpoints/step-00000009.pt", "train/log.jsonl", "train/curves.svg", "train/drafter",
+        "train/result.json",
+    ):  # fmt: skip
+        run_and_kill(chosen, HERE, run / moment)
+        assert loop.result(chosen) is None
+    run_stages(chosen, HERE)
+    assert entries(chosen) == entries(undisturbed)
+    mine, theirs = weights(chosen), weights(undisturbed)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert not [p for p in run.rglob("*.part") if not p.is_dir()]
+
+
+def test_it_learns(undisturbed: Settings) -> None:
+    found = [e for e in entries(undisturbed) if "loss" in e]
+    assert found[-1]["loss"] < 0.7 * found[0]["loss"]
+    assert loop.result(undisturbed)["tau"] > 1.3
+    assert loop.result(undisturbed)["skipped"] == 0
+
+
+def test_a_finished_run_does_nothing(undisturbed: Settings) -> None:
+    before = {p: p.stat().st_mtime_ns for p in Path(undisturbed.run.out).rglob("*.safetensors")}
+    run_stages(undisturbed, HERE)
+    assert {p: p.stat().st_mtime_ns for p in Path(undisturbed.run.out).rglob("*.safetensors")} == before
+
+
+def test_features_on_the_fly_agree(make, undisturbed: Settings) -> None:
+    """A shard from the cache, the others from the target in every step: the loss curve of all from the cache, to rounding."""
+    chosen = make(ema=0.9, max_disk_gb=3e-4)
+    run_stages(chosen, HERE)
+    shards = list((Path(chosen.run.out) / "features").glob("*.safetensors"))
+    assert 0 < len(shards) < len(list((Path(undisturbed.run.out) / "features").glob("*.safetensors")))
+    mine, theirs = ([e["loss"] for e in entries(run) if "loss" in e] for run in (chosen, undisturbed))
+    assert mine == pytest.approx(theirs, rel=1e-3)
+
+
+def test_another_config_is_refused(make, undisturbed: Settings) -> None:
+    """The stage, the setting and both values are named; what is there is not touched."""
+    flags = {"target": undisturbed.run.target, "prompts": undisturbed.data.prompts, "out": undisturbed.run.out}
+    other = settings(
+        Path(flags["target"]), Path(flags["prompts"][0]), Path(flags["out"]), held_out_prompts=undisturbed.data.held_out_prompts, lr=1.0
+    )
+    before = loop.result(undisturbed)
+    (loop.folder_of(undisturbed) / "result.json").rename(loop.folder_of(undisturbed) / "aside")
+    with pytest.raises(TrainingError, match=r"stage train with .*lr 0.02 \(now 1.0\).*choose another --out"):
+        run_stages(other, HERE)
+    (loop.folder_of(undisturbed) / "aside").rename(loop.folder_of(undisturbed) / "result.json")
+    assert loop.result(undisturbed) == before
+
+
+def test_a_full_disk(make) -> None:
+    """A limit on file sizes that the features still fit in and the checkpoint does not: said, nothing lost, and the run goes on later."""
+    chosen = make()
+    run_stages(chosen, HERE[:2])
+
+    def work() -> str:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        return str(run_stages(chosen, HERE))
+
+    said = in_child(work)
+    assert "cannot be written (File too large): free some space" in said
+    assert "the same command goes on from there" in said
+    assert not list(Path(chosen.run.out).rglob("*.part"))
+    run_stages(chosen, HERE)
+    assert loop.result(chosen) is not None
+
+
+def test_a_spoilt_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (1, 2, 3):
+        checkpoints.save(tmp_path, step, {"value": torch.tensor(step)})
+    assert [p.name for p in sorted(tmp_path.glob("*.pt"))] == ["step-00000002.pt", "step-00000003.pt"]
+    (tmp_path / "step-00000003.pt").write_bytes(b"no checkpoint")
+    found = checkpoints.load_newest(tmp_path, "cpu")
+    assert found is not None
+    assert (found[0], int(found[1]["value"])) == (2, 2)
+    assert "step-00000003.pt is not as it was written" in capsys.readouterr().out
+    (tmp_path / "step-00000002.pt").write_bytes(b"nor this")
+    with pytest.raises(TrainingError, match="remove the folder to train anew"):
+        checkpoints.load_newest(tmp_path, "cpu")
+
+
+def test_a_loss_that_is_not_finite(make, parts, tmp_path: Path) -> None:
+    """One token's embedding is no number: steps that meet it are skipped and counted, and the weights stay finite."""
+    target = tmp_path / "target"
+    target.mkdir()
+    for path in parts[0].iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(target / "model.safetensors")
+    rows = [json.loads(line)["prompt_token_ids"] for line in parts[1].read_text().splitlines()]
+    rare = next(t for t in rows[3] if sum(t in row for row in rows) == 1)
+    tensors["model.embed_tokens.weight"][rare] = float("nan")
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    chosen = make(target, cache=False)
+    run_stages(chosen, HERE)
+    assert 0 < loop.result(chosen)["skipped"] < 12
+    assert all(bool(t.isfinite().all()) for t in weights(chosen).values())
+
+
+def test_a_loss_that_stays_not_finite(make) -> None:
+    with pytest.raises(TrainingError, match=r"not finite for 3 steps in a row.*lower --lr"):
+        run_stages(make(lr=1e38, max_bad_steps=3), HERE)

@@ -1,0 +1,77 @@
+"""What a run will take, from its settings and the models' shapes alone: parameters, memory, disk, and arithmetic. Pure.
+
+Arithmetic is matrix products only: 2 a parameter and token forward, 6 where weights learn, 4 through the frozen lm_head; attention scores
+are left out. Limits: sequences are taken as long as they may get, so a run ends sooner than this says.
+
+    vllm-dflash train ... --dry-run             pytest tests/unit/test_train_budget.py
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.training.settings import Settings
+from vllm_dflash.weights import expected_tensors
+
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes, tokens and floating-point operations."""
+
+    parameters: int
+    optimizer_bytes: int
+    """Weights, gradients, the optimizer's moments and averages, all float32, on every worker."""
+    checkpoint_bytes: int
+    """The two that are kept."""
+    cache_bytes: int
+    """Of features on disk, if all were cached."""
+    generated_tokens: int
+    steps: int
+    target_operations: float
+    drafter_operations: float
+
+    def hours(self, operations_a_second: float) -> float:
+        """Of the training, at so many useful operations a second over all devices."""
+        return (self.target_operations + self.drafter_operations) / operations_a_second / 3600
+
+
+def budget(settings: Settings, config: DrafterConfig, target_parameters: int, prompts: int) -> Budget:
+    """For so many prompts to train on, whose answers are all of ``response_tokens``."""
+    table, sizes = settings.train, {name: prod(shape) for name, shape in expected_tensors(config).items()}
+    parameters = sum(sizes.values())
+    steps = table.steps or max(1, round(table.epochs * prompts / table.batch_size))
+    sequences = steps * table.batch_size
+    length = settings.data.max_prompt_tokens + settings.generate.response_tokens
+    # What runs over context positions, and what runs over a block's queries.
+    over_context = sum(n for name, n in sizes.items() if name.startswith("fc.") or "_proj_target" in name)
+    if config.conditioning == "dflash":
+        over_context += sum(n for name, n in sizes.items() if "k_proj.weight" in name or "v_proj.weight" in name)
+    over_queries = sum(n for name, n in sizes.items() if name.startswith("layers.") and "_proj_target" not in name)
+    queries = sequences * min(table.anchors, settings.generate.response_tokens - 1) * config.block_size
+    head = config.vocab_size * config.hidden_size
+    moments = 2 if table.optimizer == "adamw" else 1
+    kept = parameters * _FLOAT32 * (1 + moments + bool(table.ema))
+    dtype = getattr(torch, settings.run.dtype if settings.run.dtype != "auto" else config.dtype)
+    features = config.num_features * config.hidden_size * dtype.itemsize * length
+    return Budget(
+        parameters=parameters, optimizer_bytes=kept + parameters * _FLOAT32, checkpoint_bytes=2 * kept, cache_bytes=features * prompts,
+        generated_tokens=prompts * settings.generate.response_tokens, steps=steps,
+        target_operations=2.0 * target_parameters * length * (prompts if settings.features.cache else sequences),
+        drafter_operations=6.0 * over_context * length * sequences + (6.0 * over_queries + 4.0 * head) * queries,
+    )  # fmt: skip
+
+
+def as_text(found: Budget, workers: int) -> str:
+    """Lines for ``--dry-run``."""
+    return "\n".join([
+        f"drafter             {found.parameters / 1e6:,.1f} M parameters; {found.optimizer_bytes / 1e9:,.1f} GB of weights and optimizer on every worker",
+        f"answers             at most {found.generated_tokens / 1e6:,.1f} M tokens",
+        f"disk                {found.checkpoint_bytes / 1e9:,.1f} GB of checkpoints; {found.cache_bytes / 1e9:,.0f} GB of features, were all cached",
+        f"training            {found.steps:,} steps, at most {found.target_operations + found.drafter_operations:.1e} operations, the target's "
+        f"{found.target_operations / (found.target_operations + found.drafter_operations):.0%} of them",
+        f"                    {found.hours(4e14 * workers):,.1f} hours at 400 TFLOP/s a worker (40 % of an H100's bfloat16)",
+    ])  # fmt: skip

@@ -1,0 +1,175 @@
+"""What drafter is trained for a target, from settings or from a drafter to go on from; and its first weights.
+
+pytest tests/unit/test_train_drafter.py
+"""
+
+import copy
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_dflash.config import DrafterConfig, DrafterConfigError, default_target_layer_ids
+from vllm_dflash.reference.checkpoint import load_drafter, new_drafter
+from vllm_dflash.reference.drafter import Drafter
+from vllm_dflash.training.files import TrainingError
+from vllm_dflash.training.settings import Settings
+from vllm_dflash.training.target import Target
+
+_PUBLISHED_LAYERS = {"dflash": 5, "dflare": 7}
+_RESERVED = re.compile(r"reserved|unused|mask", re.IGNORECASE)
+
+
+def plan(settings: Settings, target: Target) -> tuple[DrafterConfig, str]:
+    """The drafter's configuration, and how its mask token was chosen.
+
+    Raises:
+        TrainingError: a setting does not fit the target, or no token can be the mask.
+    """
+    table = settings.drafter
+    try:
+        if table.init is not None:
+            return _continued(settings, target)
+        mask, why = mask_token(target, table.mask_token_id)
+        config = _new(settings, target, mask)
+        config.check()
+    except DrafterConfigError as error:
+        raise TrainingError(str(error)) from None
+    return config, why
+
+
+def mask_token(target: Target, given: int | None) -> tuple[int, str]:
+    """A token that fills the places to draft: given, the tokenizer's own, or one that text never holds; and which of them.
+
+    The embedding's rows past the tokenizer are what z-lab's drafters for Qwen3 take.
+    """
+    tokenizer, rows = target.tokenizer, target.shape.vocab_size
+    if given is not None:
+        return given, "as set"
+    if tokenizer is None:
+        raise TrainingError(f"the target has no tokenizer: give --mask-token-id, an id below {rows} that its text never holds")
+    if getattr(tokenizer, "mask_token_id", None) is not None:
+        return tokenizer.mask_token_id, f"the tokenizer's mask token {tokenizer.mask_token}"
+    if len(tokenizer) < rows:
+        return len(tokenizer), f"the first of the embedding's {rows - len(tokenizer)} rows that the tokenizer does not use"
+    for token, index in sorted(tokenizer.get_added_vocab().items(), key=lambda item: item[1]):
+        if _RESERVED.search(token) and index < rows:
+            return index, f"the reserved token {token}"
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return tokenizer.pad_token_id, f"the tokenizer's padding token {tokenizer.pad_token}"
+    raise TrainingError(
+        "the tokenizer has no mask, reserved or padding token, and no row is free: give --mask-token-id, the id of a token that text never holds"
+    )
+
+
+def default_layers(kind: str, num_target_layers: int) -> int:
+    """The papers' depth, or less for a shallow target: draft layers cost as much as the target's."""
+    return max(1, min(_PUBLISHED_LAYERS[kind], num_target_layers // 2 - (kind == "dflash")))
+
+
+def default_features(kind: str, layers: int, num_target_layers: int) -> tuple[int, ...]:
+    """Evenly spaced target layers: as many as draft layers, for DFlare a quarter of the target's (9 of 36) but two more than those."""
+    if kind == "dflash":
+        return default_target_layer_ids(layers, num_target_layers)
+    count = max(layers + 2, round(num_target_layers / 4))
+    return default_target_layer_ids(min(count, num_target_layers - 3), num_target_layers)
+
+
+def first_weights(config: DrafterConfig, settings: Settings, model: Any) -> Drafter:
+    """The drafter to begin with, in float32: ``init``'s weights, copies of target layers, or random ones from the seed.
+
+    Raises:
+        TrainingError: the target's layers have another shape than the drafter's, or ``init`` is unusable.
+    """
+    torch.manual_seed(settings.run.seed)
+    drafter = new_drafter(config).float()
+    if settings.drafter.init is not None:
+        try:
+            loaded = load_drafter(settings.drafter.init, torch.float32)
+        except DrafterConfigError as error:
+            raise TrainingError(f"init: {error}") from None
+        drafter.load_state_dict(loaded.state_dict())
+    else:
+        with torch.no_grad():
+            # lm_head was trained behind this norm.
+            drafter.norm.weight.copy_(model.model.norm.weight)
+        if settings.drafter.init_from_target:
+            _copy_layers(drafter, model)
+    if settings.drafter.tie_context:
+        for layer in drafter.layers:
+            layer.self_attn.k_proj_target, layer.self_attn.v_proj_target = layer.self_attn.k_proj, layer.self_attn.v_proj
+    return drafter
+
+
+@torch.no_grad()
+def with_weights(drafter: Drafter, weights: Mapping[str, torch.Tensor]) -> Drafter:
+    """A copy of ``drafter`` with other weights by parameter name; projections that were tied are tensors of their own in it, as on disk."""
+    out = copy.deepcopy(drafter)
+    for name, parameter in out.named_parameters():
+        parameter.copy_(weights[name])
+    for layer in out.layers:
+        attention = layer.self_attn
+        if getattr(attention, "k_proj_target", None) is attention.k_proj:
+            attention.k_proj_target, attention.v_proj_target = copy.deepcopy(attention.k_proj), copy.deepcopy(attention.v_proj)
+    return out
+
+
+def _copy_layers(drafter: Drafter, model: Any) -> None:
+    """Draft layer d begins as the target layer at the same share of the depth; what only a drafter has stays random."""
+    depth, count = len(model.model.layers), len(drafter.layers)
+    for d, layer in enumerate(drafter.layers):
+        source = model.model.layers[round(d * (depth - 1) / max(1, count - 1))].state_dict()
+        own = layer.state_dict()
+        wrong = sorted(name for name in own.keys() & source.keys() if own[name].shape != source[name].shape)
+        if wrong or not any("mlp" in name for name in own.keys() & source.keys()):
+            raise TrainingError(
+                f"init_from_target: the target's layers differ from the drafter's ({', '.join(wrong) or 'no mlp'}): leave it out, or "
+                "give the drafter the target's intermediate_size"
+            )
+        own |= {name: source[name].float() for name in own.keys() & source.keys()}
+        for name in ("k_proj", "v_proj"):  # DFlare's own projections of the context
+            if f"self_attn.{name}_target.weight" in own:
+                own[f"self_attn.{name}_target.weight"] = own[f"self_attn.{name}.weight"].clone()
+        layer.load_state_dict(own)
+
+
+def _new(settings: Settings, target: Target, mask: int) -> DrafterConfig:
+    table, text, depth = settings.drafter, target.config, target.shape.num_hidden_layers
+    layers = table.layers or default_layers(table.kind, depth)
+    rope = dict(getattr(text, "rope_parameters", None) or {})
+    theta = rope.pop("rope_theta", None)
+    if theta is None:
+        raise TrainingError("the target's config gives no single rope_theta, so the drafter's positions are unknown: train from --init")
+    heads = text.num_attention_heads
+    return DrafterConfig(
+        hidden_size=text.hidden_size, intermediate_size=table.intermediate_size or text.intermediate_size, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads, vocab_size=text.vocab_size, block_size=table.block_size,
+        mask_token_id=mask, target_layer_ids=table.target_layer_ids or default_features(table.kind, layers, depth), num_target_layers=depth,
+        max_position_embeddings=table.max_position_embeddings or text.max_position_embeddings, rms_norm_eps=text.rms_norm_eps,
+        rope_theta=float(theta), rope_scaling=None if rope.get("rope_type", "default") == "default" else rope,
+        dtype=target.dtype if settings.export.export_dtype == "auto" else settings.export.export_dtype, conditioning=table.kind,
+    )  # fmt: skip
+
+
+def _continued(settings: Settings, target: Target) -> tuple[DrafterConfig, str]:
+    """``init``'s configuration; only its reach may change."""
+    from vllm_dflash.config import check_pair
+
+    table = settings.drafter
+    config = DrafterConfig.from_pretrained(Path(table.init or ""))
+    for name, wanted in (("layers", config.num_hidden_layers), ("target_layer_ids", config.target_layer_ids), ("mask_token_id", config.mask_token_id),
+                         ("intermediate_size", config.intermediate_size)):  # fmt: skip
+        given = getattr(table, name)
+        if given not in (None, wanted):
+            raise TrainingError(f"{name} is {given}, but the drafter of init has {wanted}: leave {name} out, or train without init")
+    if config.conditioning != table.kind:
+        raise TrainingError(f"the drafter of init is a {config.conditioning}: set kind to it")
+    if config.draft_vocab_size is not None:
+        raise TrainingError("the drafter of init has a draft vocabulary of its own, which is not trained here: give one without")
+    reach = table.max_position_embeddings or config.max_position_embeddings
+    config = config.with_(block_size=table.block_size, max_position_embeddings=reach)
+    check_pair(config, target.shape, config.max_speculative_tokens, 1)
+    return config, f"that of {table.init}"

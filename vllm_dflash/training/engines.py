@@ -1,0 +1,88 @@
+"""Runs ``generate_engine`` processes over shards of prompts: one, or several at a time on one machine, each with devices of its own.
+
+They end with this process, however that ends. Limits: one machine; where an engine fails, the others first finish what they have.
+
+    pytest tests/unit/test_train_prompts.py tests/engine/test_train.py
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vllm_dflash.training.files import TrainingError
+
+_LOG_KEPT = 12
+_DEVICES = "CUDA_VISIBLE_DEVICES"
+
+
+def run_engines(engine_args: Mapping[str, Any], jobs: Sequence[dict[str, Any]], engines: int) -> None:
+    """Has every job done; they are dealt out in turn.
+
+    Raises:
+        TrainingError: there are too few devices, or an engine failed; the end of its output is in the message.
+    """
+    parts = [part for i in range(engines) if (part := list(jobs[i::engines]))]
+    places = device_sets(len(parts), int(engine_args.get("tensor_parallel_size", 1)), os.environ.get(_DEVICES), _count())
+    total = sum(len(job["prompts"]) for job in jobs)
+    with tqdm(total=total, desc="generate", unit=" answers", disable=None) as bar, ThreadPoolExecutor(len(parts)) as pool:
+        runs = [pool.submit(_run, engine_args, part, place, bar) for part, place in zip(parts, places, strict=True)]
+    for run in runs:
+        run.result()
+
+
+def device_sets(engines: int, each: int, visible: str | None, count: int) -> list[str | None]:
+    """What each engine's CUDA_VISIBLE_DEVICES is to be; None where it is to stay as it is: a single engine, or no device at all. Pure.
+
+    Raises:
+        TrainingError: there are fewer than ``engines`` times ``each``.
+    """
+    names = visible.split(",") if visible else [str(i) for i in range(count)]
+    if engines == 1 or not count:
+        return [None] * engines
+    if len(names) < engines * each:
+        raise TrainingError(
+            f"engines {engines} x tensor_parallel_size {each} need {engines * each} devices, and {len(names)} are there: lower engines"
+        )
+    return [",".join(names[i * each : (i + 1) * each]) for i in range(engines)]
+
+
+def _count() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _run(engine_args: Mapping[str, Any], jobs: list[dict[str, Any]], devices: str | None, bar: Any) -> None:
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"} | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if devices is not None:
+        env[_DEVICES] = devices
+    with tempfile.TemporaryDirectory() as scratch:
+        log, order = Path(scratch, "log"), Path(scratch, "order.json")
+        order.write_text(json.dumps({"engine_args": dict(engine_args), "jobs": jobs}))
+        with log.open("w") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "vllm_dflash.training.generate_engine", str(order)],
+                env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+            )  # fmt: skip
+            try:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    if line.startswith("done "):
+                        bar.update(int(line.removeprefix("done ")))
+                    elif line.startswith("refused "):
+                        raise TrainingError(line.removeprefix("refused ").strip())
+                process.wait()
+            finally:
+                process.kill()
+                process.wait()
+        if process.returncode:
+            end = "\n".join(log.read_text().strip().splitlines()[-_LOG_KEPT:])
+            raise TrainingError(f"the target's engine ended with {process.returncode}: the end of its output says why\n{end}")

@@ -1,0 +1,106 @@
+"""Stage five: the proven drafter in a published format, with a model card that says what it was made of.
+
+vllm-dflash train ... --only export         pytest tests/engine/test_train.py
+"""
+
+import importlib.metadata
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import vllm_dflash
+from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.formats import FORMAT_OF
+from vllm_dflash.tools.convert import convert
+from vllm_dflash.training import loop, prove
+from vllm_dflash.training.files import TrainingError, read_json
+from vllm_dflash.training.generate import sequences
+from vllm_dflash.training.settings import Settings
+from vllm_dflash.training.target import Target
+
+
+def folder_of(settings: Settings) -> Path:
+    """The drafter to serve."""
+    return Path(settings.run.out) / "drafter"
+
+
+def export(settings: Settings, target: Target, mask_why: str) -> Path:
+    """Runs the stage; the folder.
+
+    Raises:
+        TrainingError: nothing is trained, what is trained is not proven, or the format cannot hold it.
+    """
+    trained, proof = loop.result(settings), read_json(prove.path_of(settings))
+    if trained is None or proof is None or proof["question"]["trained"] != trained:
+        raise TrainingError(f"the drafter in {loop.final_folder(settings)} is not proven yet: run the stages train and prove first")
+    if not proof["agree"]:
+        raise TrainingError(f"trainer and serving disagree about tau ({prove.path_of(settings)}): a drafter like that is not exported")
+    source, out = loop.final_folder(settings), folder_of(settings)
+    config = DrafterConfig.from_pretrained(source)
+    part = out.with_name("drafter.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        convert(source, part, settings.export.format or FORMAT_OF[config.conditioning], verifier=target.name)
+    except DrafterConfigError as error:
+        raise TrainingError(f"export: {error}") from None
+    (part / "README.md").write_text(card(settings, target, config, trained, proof, mask_why))
+    (part / "training.json").write_text(json.dumps({"settings": settings.to_dict(), "result": trained, "proof": proof}, indent=1) + "\n")
+    shutil.rmtree(out, ignore_errors=True)
+    part.rename(out)
+    return out
+
+
+def card(settings: Settings, target: Target, config: DrafterConfig, trained: dict[str, Any], proof: dict[str, Any], mask_why: str) -> str:
+    """The model card, in Markdown."""
+    data = sequences(settings)
+    answered = int((data.lengths - data.prompt_lengths).sum())
+    kind = {"dflash": "DFlash", "dflare": "DFlare"}[config.conditioning]
+    served = {"method": "dflash", "model": "DRAFTER", "num_speculative_tokens": config.max_speculative_tokens}
+    rates = "".join(f"| {row['by']} | {row['tau']:.2f} | {' '.join(f'{r:.2f}' for r in row['rates'])} |\n" for row in proof["rows"])
+    versions = ", ".join(f"{name} {_version(name)}" for name in ("vllm", "torch", "transformers"))
+    table = settings.train
+    weighting = (
+        f"decay, gamma {table.gamma or 'of the block size'}" if table.weighting == "decay" else f"D-PACE, alpha {table.dpace_alpha:g}"
+    )
+    return f"""---
+base_model: {target.name}
+library_name: vllm
+tags: [speculative-decoding, {config.conditioning}]
+---
+# {kind} drafter for {target.name}
+
+```
+vllm serve {target.name} --speculative-config '{json.dumps(served)}'
+```
+
+{config.num_hidden_layers} layers, blocks of {config.block_size}, conditioned on target layers {", ".join(map(str, config.target_layer_ids))} (counted from 0).
+The mask token is {config.mask_token_id}: {mask_why}.
+
+## Acceptance
+Greedy, {proof["prompts"]} held-out prompts x {settings.prove.prove_tokens} tokens, {target.dtype}. The trainer's own estimate: tau {proof["trainer_tau"]:.2f}.
+
+| by | tau | share of drafts accepted at position 1 to {config.max_speculative_tokens} |
+|---|---|---|
+{rates}
+## Training
+| | |
+|---|---|
+| data | {len(data)} prompts ({", ".join(Path(p).name for p in settings.data.prompts)}), {answered} tokens answered by the target at temperature {settings.generate.temperature:g} |
+| budget | {trained["steps"]} steps of {table.batch_size} sequences x {trained["blocks"] // (trained["steps"] * table.batch_size)} blocks ({trained["epochs"]:.1f} epochs); skipped for a loss that was not finite: {trained["skipped"]} |
+| optimizer | {table.optimizer}, learning rate {table.lr:g}, {table.schedule}, weighting {weighting}, EMA {table.ema:g} |
+| begun from | {settings.drafter.init or ("target layers" if settings.drafter.init_from_target else "random weights")} |
+| versions | vllm-dflash {vllm_dflash.__version__}, {versions} |
+| command | `{shlex.join(["vllm-dflash", *sys.argv[1:]])}` |
+
+All settings are in training.json.
+"""
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

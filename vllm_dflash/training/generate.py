@@ -1,0 +1,126 @@
+"""Stage one: prompts are split, and the target answers them in vLLM, shard by shard, in a process of its own.
+
+A shard's answers depend on nothing but the shard, so a stage that was killed ends with the same answers as one that was not.
+Held-out prompts are answered greedily past their end token, so that drafts near the end can be judged as in decoding.
+
+    vllm-dflash train ... --only generate       pytest tests/unit/test_train_prompts.py tests/engine/test_train.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vllm_dflash.training.engines import run_engines
+from vllm_dflash.training.files import TrainingError, claim, read_json, write_json
+from vllm_dflash.training.prompts import Prompt, Reader, Split, split
+from vllm_dflash.training.sequences import Sequences, is_finished, shard_path, write_sequences
+from vllm_dflash.training.settings import Settings
+
+
+def folder_of(settings: Settings) -> Path:
+    """Where the stage keeps its shards."""
+    return Path(settings.run.out) / "generate"
+
+
+def held_out_tokens(settings: Settings) -> int:
+    """Tokens that a held-out prompt is answered with: those to prove with, and a block for the last draft to be judged by."""
+    return settings.prove.prove_tokens + settings.drafter.block_size
+
+
+def generate(settings: Settings, tokenizer: Any, vocab_size: int, dtype: str) -> None:
+    """Runs the stage, or the rest of it.
+
+    Raises:
+        TrainingError: the prompts cannot be used, the stage was begun with other settings, or the engine failed.
+    """
+    folder, table = folder_of(settings), settings.generate
+    claim(folder, "generate", inputs(settings, dtype))
+    parts = split(Reader(tokenizer, vocab_size, settings.data.chat_template_kwargs), settings.data, settings.run.seed)
+    print(parts.describe(settings.data.max_prompt_tokens))
+    jobs = _jobs(settings, parts, folder)
+    note = {"shards": len(jobs) - 1, "train": len(parts.train), "held_out": len(parts.held_out), "keys": _digest(parts)}
+    found = read_json(folder / "split.json")
+    if found not in (None, note):
+        raise TrainingError(f"the prompts are not those that {folder} was begun with: give the same files, or choose another --out")
+    write_json(folder / "split.json", note)
+    todo = [job for job in jobs if not is_finished(Path(job["path"]))]
+    for job in [job for job in todo if not job["prompts"]]:
+        write_sequences(Path(job["path"]), job["answered"])
+    todo = [job for job in todo if job["prompts"]]
+    if todo:
+        longest = max(len(p.ids) for p in [*parts.train, *parts.held_out])
+        room = longest + max(table.response_tokens, held_out_tokens(settings))
+        run_engines(_engine_args(settings, dtype, room), todo, table.engines)
+
+
+def inputs(settings: Settings, dtype: str) -> dict[str, Any]:
+    """What the answers depend on."""
+    ours = {
+        name: getattr(settings.generate, name) for name in ("response_tokens", "temperature", "top_p", "top_k", "ignore_eos", "shard_size")
+    }
+    return ours | {"target": settings.run.target, "dtype": dtype, "seed": settings.run.seed, "held_out_tokens": held_out_tokens(settings)}
+
+
+def sequences(settings: Settings) -> Sequences:
+    """What is trained on.
+
+    Raises:
+        TrainingError: the stage has not been run to its end.
+    """
+    note = read_json(folder_of(settings) / "split.json")
+    if note is None or not all(is_finished(shard_path(folder_of(settings), i)) for i in range(note["shards"])):
+        raise TrainingError(f"{folder_of(settings)} is not finished: run the stage generate first")
+    return Sequences(folder_of(settings), note["shards"])
+
+
+def held_out(settings: Settings) -> Sequences:
+    """The held-out prompts with their greedy answers; raises as ``sequences``."""
+    if not is_finished(shard_path(folder_of(settings) / "held-out", 0)):
+        raise TrainingError(f"{folder_of(settings) / 'held-out'} is not finished: run the stage generate first")
+    return Sequences(folder_of(settings) / "held-out", 1)
+
+
+def _digest(parts: Split) -> str:
+    import hashlib
+
+    whole = hashlib.blake2b(digest_size=8)
+    for prompt in [*parts.held_out, *parts.train]:
+        whole.update(prompt.key)
+    return whole.hexdigest()
+
+
+def _jobs(settings: Settings, parts: Split, folder: Path) -> list[dict[str, Any]]:
+    """One a shard, the held-out one first: where it goes, what is answered already, what is asked and how."""
+    table, size = settings.generate, settings.generate.shard_size
+    sampling = {"temperature": table.temperature, "top_p": table.top_p, "top_k": table.top_k, "max_tokens": table.response_tokens,
+                "ignore_eos": table.ignore_eos}  # fmt: skip
+    greedy = {"temperature": 0.0, "max_tokens": held_out_tokens(settings), "ignore_eos": True}
+    asked = [Prompt(p.ids) for p in parts.held_out]
+    jobs = [_job(shard_path(folder / "held-out", 0), asked, greedy, 0)]
+    for index, at in enumerate(range(0, len(parts.train), size)):
+        jobs.append(_job(shard_path(folder, index), parts.train[at : at + size], sampling, settings.run.seed + at))
+    return jobs
+
+
+def _job(path: Path, prompts: list[Prompt], sampling: dict[str, Any], seed: int) -> dict[str, Any]:
+    answered = [([*p.ids, *p.response], len(p.ids)) for p in prompts if p.response is not None]
+    return {
+        "path": str(path),
+        "answered": answered,
+        "prompts": [p.ids for p in prompts if p.response is None],
+        "sampling": sampling,
+        "seed": seed,
+    }
+
+
+def _engine_args(settings: Settings, dtype: str, room: int) -> dict[str, Any]:
+    try:
+        more = dict(json.loads(settings.generate.engine_args))
+    except (TypeError, ValueError):
+        raise TrainingError(f"engine_args is {settings.generate.engine_args!r}: give a JSON object of arguments of vLLM's LLM") from None
+    return {
+        "model": settings.run.target, "dtype": dtype, "max_model_len": room, "max_num_seqs": settings.generate.num_seqs, "seed": 0,
+        "skip_tokenizer_init": True, "generation_config": "vllm", "trust_remote_code": settings.run.trust_remote_code,
+        # A shard must not depend on what was cached before it.
+        "enable_prefix_caching": False,
+    } | more  # fmt: skip

@@ -1,0 +1,237 @@
+"""Stage three: the drafter learns. Resumes from its newest checkpoint and ends with the weights of a run that was never stopped.
+
+vllm-dflash train ... --only train          pytest tests/unit/test_train_resume.py
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.formats import FORMAT_OF, write
+from vllm_dflash.reference.checkpoint import save_drafter
+from vllm_dflash.reference.drafter import Drafter, block_attention
+from vllm_dflash.reference.masks import context_mask
+from vllm_dflash.training import checkpoints, flex
+from vllm_dflash.training.batches import Batch, Plan
+from vllm_dflash.training.drafter import first_weights, with_weights
+from vllm_dflash.training.features import Features, padded
+from vllm_dflash.training.files import TrainingError, claim, read_json, write_json
+from vllm_dflash.training.generate import held_out, sequences
+from vllm_dflash.training.generate import inputs as generate_inputs
+from vllm_dflash.training.logs import Log, plot
+from vllm_dflash.training.objective import Objective, denominator, weights_at
+from vllm_dflash.training.optimizer import Optimizer, learning_rate
+from vllm_dflash.training.settings import Settings
+from vllm_dflash.training.target import Target
+from vllm_dflash.training.walk import Estimate, estimate
+from vllm_dflash.training.workers import Workers
+
+_LENGTHS = 64
+"""Batches are padded to a multiple of so many tokens: compiled code then meets few lengths."""
+_NO_PART = frozenset(
+    {"checkpoint_every", "eval_every", "eval_prompts", "log_every", "max_bad_steps", "workers", "micro_batch", "compile", "attention"}
+)
+"""Settings of the table that do not change what is learned, but for rounding."""
+
+
+def folder_of(settings: Settings) -> Path:
+    """Where the stage keeps checkpoints, log and result."""
+    return Path(settings.run.out) / "train"
+
+
+def final_folder(settings: Settings) -> Path:
+    """The trained drafter, in its kind's published format."""
+    return folder_of(settings) / "drafter"
+
+
+def result(settings: Settings) -> Any:
+    """What the stage noted at its end; None where it has not got there."""
+    return read_json(folder_of(settings) / "result.json")
+
+
+def inputs(settings: Settings, config: DrafterConfig, dtype: str) -> dict[str, Any]:
+    """What the weights depend on."""
+    table = {name: value for name, value in asdict(settings.train).items() if name not in _NO_PART}
+    start = {
+        "init": settings.drafter.init,
+        "init_from_target": settings.drafter.init_from_target,
+        "tie_context": settings.drafter.tie_context,
+    }
+    note = read_json(Path(settings.run.out) / "generate" / "split.json") or {}
+    return (
+        table
+        | start
+        | {"drafter": write(config, FORMAT_OF[config.conditioning]), "prompts": note.get("keys")}
+        | generate_inputs(settings, dtype)
+    )
+
+
+class Trainer:
+    """One worker's state of the stage."""
+
+    def __init__(self, settings: Settings, config: DrafterConfig, target: Target, model: Any) -> None:
+        self.settings, self.table, self.config, self.target, self.model = settings, settings.train, config, target, model
+        self.workers, self.data = Workers.current(), sequences(settings)
+        try:
+            self.plan = Plan(self.data.lengths, self.data.prompt_lengths, self.table.batch_size, self.table.anchors, settings.run.seed)
+        except ValueError as error:
+            raise TrainingError(f"{error}: generate longer answers (--response-tokens, --ignore-eos)") from None
+        self.steps = self.table.steps or self.plan.steps(self.table.epochs)
+        self.features = Features(settings, self.data, config, target, model)
+        drafter = first_weights(config, settings, model).to(model.device).train()
+        on_cuda = model.device.type == "cuda"
+        blocks: Callable[..., Any] = context_mask
+        if self.table.attention == "flex" or (self.table.attention == "auto" and on_cuda and not config.sliding_windows):
+            flex.use(drafter)
+            blocks = flex.block_mask
+        self.drafter, self.optimizer = drafter, Optimizer(drafter, self.table, self.steps)
+        objective = Objective(model, drafter, self.table, blocks)
+        self.objective = torch.compile(objective) if self.table.compile else objective
+        self.skipped = self.bad_in_a_row = 0
+        self.recent: list[list[float]] = []
+        self.began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Of training so far, those of stopped processes up to their last checkpoint among them."""
+        return time.monotonic() - self.began
+
+    def resume(self) -> int:
+        """Takes over the newest checkpoint; the number of steps that are done."""
+        found = checkpoints.load_newest(folder_of(self.settings) / "checkpoints", str(self.model.device))
+        if found is None:
+            return 0
+        step, state = found
+        self.optimizer.load(state)
+        self.skipped, self.bad_in_a_row, self.recent = state["skipped"], state["bad_in_a_row"], state["recent"]
+        self.began -= state["seconds"]
+        return step
+
+    def save(self, step: int) -> None:
+        """Writes the checkpoint of the first ``step`` steps; one of several workers does."""
+        if self.workers.first:
+            counts = {"skipped": self.skipped, "bad_in_a_row": self.bad_in_a_row, "recent": self.recent, "seconds": self.seconds}
+            checkpoints.save(folder_of(self.settings) / "checkpoints", step, self.optimizer.state() | counts)
+
+    def step(self, step: int) -> dict[str, float]:
+        """One optimizer step, counted from 0: this worker's forwards, the sum over all, the update."""
+        batch = self.plan.batch(step)
+        gamma_weights = weights_at(self.table, self.config.conditioning, self.config.block_size, step, self.steps)
+        lengths = self.data.lengths[batch.rows]
+        whole = denominator(batch, lengths, self.config.block_size, None if self.table.weighting == "dpace" else gamma_weights)
+        size = self.table.micro_batch or self.table.batch_size // self.workers.count
+        sums = torch.zeros(2, dtype=torch.float64, device=self.model.device)
+        for start in range(self.workers.rank * size, self.table.batch_size, self.workers.count * size):
+            loss, accepted = self._forward(batch.part(start, size), gamma_weights)
+            (loss / whole).backward()
+            sums += torch.stack([loss.detach() / whole, accepted])
+        self.workers.add_gradients(self.optimizer.parameters)
+        loss_value, accepted_value = self.workers.add(sums).tolist()
+        norm, good = self.optimizer.step(step, loss_value)
+        self.skipped += not good
+        self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1
+        return {"loss": loss_value, "train_tau": 1 + accepted_value / max(1, int(batch.exists.sum())), "gradient": norm}
+
+    def _forward(self, part: Batch, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        device = self.model.device
+        tokens = padded([self.data[int(row)].tokens for row in part.rows], _LENGTHS)
+        features = self.features(part.rows.tolist(), tokens)
+        lengths = torch.from_numpy(self.data.lengths[part.rows])
+        rest = [t.to(device) for t in (tokens, lengths, torch.from_numpy(part.anchors), torch.from_numpy(part.exists), weights)]
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.table.precision == "bfloat16"):
+            loss, accepted = self.objective(features, *rest)
+        return loss, accepted
+
+    def as_exported(self) -> Drafter:
+        """A copy with the weights that are exported, rounded as they will be on disk, in the dtype that the target runs in."""
+        drafter = with_weights(self.drafter, self.optimizer.weights())
+        for layer in drafter.layers:
+            layer.self_attn.attend_blocks = block_attention
+        return drafter.to(getattr(torch, self.config.dtype)).to(getattr(torch, self.target.dtype)).eval()
+
+    def measure(self, prompts: int) -> Estimate:
+        """tau on the first held-out prompts, by walking through the target's own answers."""
+        answers = held_out(self.settings)
+        chosen = [(answers[i].tokens.tolist(), answers[i].prompt_length) for i in range(min(prompts, len(answers)))]
+        with tqdm(total=len(chosen), desc="held-out tau", unit=" prompts", leave=False, disable=None) as bar:
+            return estimate(self.model, self.as_exported(), chosen, self.settings.prove.prove_tokens, self.target.eos_token_id, bar.update)
+
+
+def train(settings: Settings, config: DrafterConfig, target: Target, model: Any) -> None:
+    """Runs the stage, or the rest of it, on this worker.
+
+    Raises:
+        TrainingError: as ``files`` and ``checkpoints``, or the loss was not finite for too many steps in a row.
+    """
+    trainer, folder = Trainer(settings, config, target, model), folder_of(settings)
+    if trainer.workers.first:
+        claim(folder, "train", inputs(settings, config, target.dtype))
+    trainer.workers.wait()
+    start = trainer.resume()
+    log = Log(folder, start, trainer.steps) if trainer.workers.first else None
+    table = settings.train
+    every = table.eval_every or max(1, trainer.steps // 10)
+    with tqdm(total=trainer.steps, initial=start, desc="train", unit=" steps", disable=None if trainer.workers.first else True) as bar:
+        for step in range(start, trainer.steps):
+            found = trainer.step(step)
+            done = step + 1
+            if trainer.bad_in_a_row >= table.max_bad_steps:
+                raise TrainingError(
+                    f"the loss was not finite for {trainer.bad_in_a_row} steps in a row, up to step {done}: lower --lr, or train with "
+                    f"--precision float32; the checkpoints in {folder / 'checkpoints'} are from before"
+                )
+            trainer.recent.append([found["loss"], found["train_tau"]])
+            bar.update()
+            bar.set_postfix_str(
+                f"loss {found['loss']:.3f} tau {found['train_tau']:.2f}" + (f" skipped {trainer.skipped}" if trainer.skipped else "")
+            )
+            if log is not None and (done % table.log_every == 0 or done == trainer.steps):
+                _log_step(log, trainer, done, found)
+            if log is not None and done % every == 0 and done < trainer.steps:
+                measured = trainer.measure(table.eval_prompts)
+                log.write(done, held_out_tau=measured.tau, held_out_tau_everywhere=measured.everywhere)
+            if done % table.checkpoint_every == 0 or done == trainer.steps:
+                trainer.save(done)
+    if log is not None:
+        _finish(trainer, log, folder)
+
+
+def _log_step(log: Log, trainer: Trainer, done: int, found: dict[str, float]) -> None:
+    """Means of the steps since the last entry."""
+    finite = [pair for pair in trainer.recent if math.isfinite(pair[0])]
+    loss, tau = (sum(column) / len(finite) for column in zip(*finite, strict=True)) if finite else (None, None)
+    trainer.recent = []
+    log.write(
+        done, loss=loss, train_tau=tau, gradient=found["gradient"] if math.isfinite(found["gradient"]) else None, lr=learning_rate(trainer.table, done - 1, trainer.steps),
+        epoch=trainer.plan.epoch(done), skipped=trainer.skipped, seconds=round(trainer.seconds, 1),
+    )  # fmt: skip
+
+
+def _finish(trainer: Trainer, log: Log, folder: Path) -> None:
+    """The last measurement, the plot, the drafter in its folder, and the note that says that all is there."""
+    settings, table = trainer.settings, trainer.table
+    measured = trainer.measure(settings.prove.prove_prompts)
+    log.write(trainer.steps, held_out_tau=measured.tau, held_out_tau_everywhere=measured.everywhere)
+    log.close()
+    plot(log.path, folder / "curves.svg")
+    drafter = trainer.as_exported().to(getattr(torch, trainer.config.dtype))
+    part = final_folder(settings).with_name("drafter.part")
+    shutil.rmtree(part, ignore_errors=True)
+    save_drafter(part, drafter)
+    shutil.rmtree(final_folder(settings), ignore_errors=True)
+    part.rename(final_folder(settings))
+    write_json(folder / "result.json", {
+        "tau": measured.tau, "tau_everywhere": measured.everywhere, "drafts": measured.acceptance.drafts,
+        "per_position": measured.acceptance.per_position, "prompts": min(settings.prove.prove_prompts, len(held_out(settings))),
+        "steps": trainer.steps, "epochs": trainer.plan.epoch(trainer.steps), "blocks": trainer.steps * table.batch_size * trainer.plan.anchors,
+        "skipped": trainer.skipped,
+    })  # fmt: skip
+    print(f"trainer's tau on held-out prompts: {measured.tau:.2f} as decoded ({measured.everywhere:.2f} as a mean over all places)")

@@ -1,0 +1,116 @@
+"""The stages in their order, and the command ``vllm-dflash train``.
+
+vllm-dflash train --target T --prompts mine.jsonl --out RUN         pytest tests/engine/test_train.py
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.training.files import TrainingError, write_json
+from vllm_dflash.training.settings import STAGES, Settings, SettingsError, load
+
+
+def run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
+    """Runs the stages, each from where it stopped; whether the drafter's tau is proven (true where that is not asked).
+
+    Raises:
+        TrainingError: a stage cannot go on.
+    """
+    from vllm_dflash.training import drafter, export, features, generate, loop, prove, target
+
+    found = target.find_target(settings)
+    config, why = drafter.plan(settings, found)
+    _check_lengths(settings, found, config)
+    print(_summary(settings, config, why))
+    write_json(Path(settings.run.out) / "settings.json", settings.to_dict())
+    if "generate" in stages:
+        generate.generate(settings, found.tokenizer, found.shape.vocab_size, found.dtype)
+    model = None
+    if "features" in stages and settings.features.cache:
+        model = target.load_target(found, settings, target.device())
+        features.cache(settings, config, found, model)
+    if "train" in stages and loop.result(settings) is None:
+        _train(settings, config, found, model)
+    model = None
+    if "prove" in stages and not prove.prove(settings, found, target.device()):
+        return False
+    if "export" in stages:
+        folder = export.export(settings, found, why)
+        print(f'\nserve it:\n  vllm serve {settings.run.target} --speculative-config \'{{"method": "dflash", "model": "{folder}"}}\'')
+    return True
+
+
+def _train(settings: Settings, config: DrafterConfig, found: Any, model: Any) -> None:
+    from vllm_dflash.training import loop, target
+
+    if settings.train.workers > 1:
+        from vllm_dflash.training.ray_workers import train_on_ray
+
+        train_on_ray(settings)
+        return
+    loop.train(settings, config, found, model if model is not None else target.load_target(found, settings, target.device()))
+
+
+def _check_lengths(settings: Settings, found: Any, config: DrafterConfig) -> None:
+    """The longest sequence there can be, before anything is run for it."""
+    from vllm_dflash.training.generate import held_out_tokens
+
+    most = min(getattr(found.config, "max_position_embeddings", None) or sys.maxsize, config.max_position_embeddings)
+    longest = settings.data.max_prompt_tokens + max(settings.generate.response_tokens, held_out_tokens(settings))
+    if longest > most:
+        raise SettingsError(
+            f"max_prompt_tokens {settings.data.max_prompt_tokens} and response_tokens {settings.generate.response_tokens} (or prove_tokens "
+            f"{settings.prove.prove_tokens} and a block) come to {longest} tokens, and target and drafter reach to {most}: lower them"
+        )
+
+
+def _summary(settings: Settings, config: DrafterConfig, why: str) -> str:
+    layers = ", ".join(map(str, config.target_layer_ids))
+    return (
+        f"{config.conditioning} for {settings.run.target}: {config.num_hidden_layers} layers, blocks of {config.block_size}, target layers {layers}, "
+        f"mask token {config.mask_token_id} ({why})\nrun folder {settings.run.out}"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """``vllm-dflash train``: 0 where all is done, 1 where a stage failed or tau is not what training said, 2 on wrong usage."""
+    flags = {name: value for name, value in vars(args).items() if name not in ("run", "settings", "only", "dry_run")}
+    try:
+        settings = load(args.settings, flags)
+        stages = tuple(args.only or STAGES)
+        if args.dry_run:
+            return _dry_run(settings)
+        return 0 if run_stages(settings, stages) else 1
+    except SettingsError as error:
+        print(f"vllm-dflash train: {error}", file=sys.stderr)
+        return 2
+    except TrainingError as error:
+        print(f"vllm-dflash train: {error}", file=sys.stderr)
+        return 1
+
+
+def _dry_run(settings: Settings) -> int:
+    """Prints the drafter's shape and what the run takes as comments, and every setting as TOML."""
+    from vllm_dflash.training import budget, drafter, target
+    from vllm_dflash.training.prompts import Reader, split
+
+    found = target.find_target(settings)
+    config, why = drafter.plan(settings, found)
+    _check_lengths(settings, found, config)
+    parts = split(Reader(found.tokenizer, found.shape.vocab_size, settings.data.chat_template_kwargs), settings.data, settings.run.seed)
+    expected = budget.budget(settings, config, target.parameters(found, settings), len(parts.train))
+    lines = [
+        _summary(settings, config, why),
+        parts.describe(settings.data.max_prompt_tokens),
+        budget.as_text(expected, settings.train.workers),
+    ]
+    print("\n".join(f"# {line}" for text in lines for line in text.splitlines()))
+    for table, values in settings.to_dict().items():
+        print(f"\n[{table}]")
+        for name, value in values.items():
+            print(f"{name} = {json.dumps(value)}" if value is not None else f"# {name}: left to the default")
+    return 0

@@ -1,0 +1,191 @@
+"""Reads prompts (JSON lines, or Hugging Face datasets on disk) as token ids, drops repeats, and splits off the held-out ones.
+
+The split is by a hash of the prompt's tokens, so a prompt stays on its side when files are added or reordered.
+Limits: token ids of all prompts in memory. Tests: ``pytest tests/unit/test_train_prompts.py``.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllm_dflash.training.files import TrainingError
+from vllm_dflash.training.settings import Data
+
+_COLUMNS = ("prompt", "messages", "prompt_token_ids", "response", "response_token_ids", "finish_reason")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of a prompt, and of its answer where the target has given one already."""
+
+    ids: list[int]
+    response: list[int] | None = None
+
+    @property
+    def key(self) -> bytes:
+        """Tells prompts apart: eight bytes."""
+        return hashlib.blake2b(np.asarray(self.ids, "<i4").tobytes(), digest_size=8).digest()
+
+
+@dataclass
+class Split:
+    """What is trained on, what is held out, and what was left out of both and why."""
+
+    train: list[Prompt] = field(default_factory=list)
+    held_out: list[Prompt] = field(default_factory=list)
+    repeated: int = 0
+    too_long: int = 0
+
+    def describe(self, limit: int) -> str:
+        """One line for the user."""
+        left = [f"{n} {what}" for n, what in ((self.repeated, "repeated"), (self.too_long, f"longer than max_prompt_tokens {limit}")) if n]
+        return f"{len(self.train)} prompts to train on, {len(self.held_out)} held out" + (f"; left out: {', '.join(left)}" if left else "")
+
+
+class Reader:
+    """Turns lines into token ids the way the target is served: chats through its template, texts with its special tokens."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int, chat_template_kwargs: str) -> None:
+        self.tokenizer, self.vocab_size = tokenizer, vocab_size
+        try:
+            self.template_args = dict(json.loads(chat_template_kwargs))
+        except (TypeError, ValueError):
+            raise TrainingError(f"chat_template_kwargs is {chat_template_kwargs!r}: give a JSON object") from None
+
+    def read(self, path: str) -> Iterator[Prompt]:
+        """Every prompt of a file or dataset, in its order.
+
+        Raises:
+            TrainingError: it is absent or empty, or a line is broken; the line is named.
+        """
+        empty = True
+        for number, row in self._rows(Path(path)):
+            empty = False
+            yield self._prompt(row, f"{path}, line {number}")
+        if empty:
+            raise TrainingError(f'{path} is empty: give at least one line such as {{"prompt": "..."}}')
+
+    def _rows(self, path: Path) -> Iterator[tuple[int, Any]]:
+        if path.is_dir():
+            yield from enumerate(_dataset(path), 1)
+            return
+        try:
+            with path.open(encoding="utf-8") as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield number, _json(line, f"{path}, line {number}")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TrainingError(f"{path} cannot be read ({error}): give a file of JSON lines in UTF-8, or a dataset's folder") from None
+
+    def _prompt(self, row: Any, where: str) -> Prompt:
+        if not isinstance(row, dict):
+            raise TrainingError(f"{where}: it holds {type(row).__name__}, not an object with prompt, messages or prompt_token_ids")
+        given = {name: row[name] for name in _COLUMNS if row.get(name) is not None}
+        if "prompt_token_ids" in given:
+            ids = self._ids(given["prompt_token_ids"], "prompt_token_ids", where)
+        elif _is_chat(given.get("messages")):
+            ids = self._chat(given["messages"], where)
+        elif isinstance(given.get("prompt"), str) and given["prompt"]:
+            ids = list(self._known(where)(given["prompt"])["input_ids"])
+        else:
+            raise TrainingError(
+                f"{where}: give prompt (text), messages (a chat) or prompt_token_ids (a list of ids below {self.vocab_size})"
+            )
+        if not ids:
+            raise TrainingError(f"{where}: the prompt has no tokens: remove the line")
+        return Prompt(ids, self._response(given, where))
+
+    def _response(self, given: dict[str, Any], where: str) -> list[int] | None:
+        if "response_token_ids" in given:
+            return self._ids(given["response_token_ids"], "response_token_ids", where)
+        if isinstance(given.get("response"), str) and given["response"]:
+            tokenizer = self._known(where)
+            cut = given.get("finish_reason") == "length"
+            end = [] if cut or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+            return list(tokenizer(given["response"], add_special_tokens=False)["input_ids"]) + end
+        return None
+
+    def _ids(self, ids: Any, name: str, where: str) -> list[int]:
+        good = isinstance(ids, Sequence) and all(isinstance(i, int) and 0 <= i < self.vocab_size for i in ids)
+        if not good or not ids:
+            raise TrainingError(f"{where}: {name} is no list of ids below {self.vocab_size}: tokenize it with the target's tokenizer")
+        return list(ids)
+
+    def _chat(self, messages: list[Any], where: str) -> list[int]:
+        tokenizer = self._known(where)
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self.template_args)
+        except Exception as error:  # a template is a program of the target's author, and raises what it likes
+            raise TrainingError(
+                f"{where}: the target's chat template refuses these messages ({error}): mend them, or give prompt as text"
+            ) from None
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _known(self, where: str) -> Any:
+        if self.tokenizer is None:
+            raise TrainingError(f"{where}: the target has no tokenizer, so give prompt_token_ids and response_token_ids")
+        return self.tokenizer
+
+
+def split(reader: Reader, data: Data, seed: int) -> Split:
+    """Reads all files, drops repeats and what is too long, and holds out ``data.held_out`` prompts.
+
+    Raises:
+        TrainingError: as ``Reader.read``, or too little is left.
+    """
+    out, seen = Split(), set[bytes]()
+
+    def kept(path: str) -> Iterator[Prompt]:
+        for prompt in reader.read(path):
+            out.repeated += prompt.key in seen
+            out.too_long += len(prompt.ids) > data.max_prompt_tokens and prompt.key not in seen
+            if prompt.key not in seen and len(prompt.ids) <= data.max_prompt_tokens:
+                yield prompt
+            seen.add(prompt.key)
+
+    if data.held_out_prompts is not None:
+        out.held_out = list(kept(data.held_out_prompts))[: data.held_out]
+    prompts = [prompt for path in data.prompts for prompt in kept(path)]
+    if data.held_out_prompts is None:
+        order = sorted(range(len(prompts)), key=lambda i: hashlib.blake2b(prompts[i].key, salt=seed.to_bytes(8, "little")).digest())
+        chosen = set(order[: min(data.held_out, len(prompts) // 2)])
+        out.held_out = [prompts[i] for i in sorted(chosen)]
+        prompts = [p for i, p in enumerate(prompts) if i not in chosen]
+    out.train = prompts[: data.max_prompts]
+    if not out.train or not out.held_out:
+        raise TrainingError(
+            f"{out.describe(data.max_prompt_tokens)}: at least one of each is needed; give more prompts, or raise max_prompt_tokens"
+        )
+    return out
+
+
+def _is_chat(messages: Any) -> bool:
+    return isinstance(messages, list) and bool(messages) and all(isinstance(message, dict) for message in messages)
+
+
+def _json(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise TrainingError(f"{where} is not JSON ({error}): mend or remove the line") from None
+
+
+def _dataset(path: Path) -> Iterator[Any]:
+    try:
+        from datasets import Dataset, load_from_disk
+    except ImportError:
+        raise TrainingError(
+            f"{path} is a folder, and reading datasets needs their library: pip install datasets, or give JSON lines"
+        ) from None
+    try:
+        found = load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{path} is no dataset of save_to_disk ({error}): give such a folder, or a file of JSON lines") from None
+    if not isinstance(found, Dataset):
+        raise TrainingError(f"{path} holds the splits {', '.join(found)}: give the folder of one, such as {path / next(iter(found))}")
+    yield from found

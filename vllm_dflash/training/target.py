@@ -1,0 +1,86 @@
+"""The frozen target: its config and tokenizer, and the whole model in plain PyTorch once a stage needs it.
+
+Limits: decoder layers at ``model.layers`` and an ``lm_head`` (Qwen3, Llama and their like), one device.
+Tests: ``pytest tests/unit/test_train_drafter.py``.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_dflash.config import TargetShape
+from vllm_dflash.training.files import TrainingError
+from vllm_dflash.training.settings import Settings
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is known of a target without its weights."""
+
+    name: str
+    config: Any
+    """Its Hugging Face config, the text part."""
+    tokenizer: Any
+    """None where it has none."""
+    dtype: str
+    """In which it runs, settled."""
+
+    @property
+    def shape(self) -> TargetShape:
+        return TargetShape.from_hf(self.config)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The first, where it has several, as the doctor takes it."""
+        found = self.config.eos_token_id
+        return found[0] if isinstance(found, list) else found
+
+
+def find_target(settings: Settings) -> Target:
+    """Reads the target's config and tokenizer.
+
+    Raises:
+        TrainingError: it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    from vllm_dflash.tools.pair_checks import load_tokenizer, resolved_dtype
+
+    name = settings.run.target
+    try:
+        text = AutoConfig.from_pretrained(name, trust_remote_code=settings.run.trust_remote_code).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise TrainingError(f"target {name} cannot be read ({str(error).splitlines()[0]}): give its folder or hub id") from None
+    return Target(name, text, load_tokenizer(name), resolved_dtype(text, settings.run.dtype))
+
+
+def load_target(target: Target, settings: Settings, device: str) -> Any:
+    """The model itself, frozen, in eval mode.
+
+    Raises:
+        TrainingError: it has no ``model.layers``.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, target.dtype)
+    model = AutoModelForCausalLM.from_pretrained(target.name, dtype=dtype, trust_remote_code=settings.run.trust_remote_code)
+    if not hasattr(getattr(model, "model", None), "layers") or not hasattr(model, "lm_head"):
+        raise TrainingError(f"{type(model).__name__} has no model.layers and lm_head, where features are taken: train for another target")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def parameters(target: Target, settings: Settings) -> int:
+    """How many the model has, from its shape; no weight is read."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(target.config, trust_remote_code=settings.run.trust_remote_code)
+    return sum(p.numel() for p in model.parameters())
+
+
+def device() -> str:
+    """Where this process trains: its own CUDA device, or the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{torch.cuda.current_device()}"

@@ -1,0 +1,108 @@
+"""The trainer's tau: a held-out answer is gone through as decoding would, from one batch of drafts at all of its places.
+
+A mean over all places says more than decoding gives, for decoding skips ahead where drafts are long and so meets hard places more often
+(docs/log.md). The walk starts at the answer's first token, and its next place is the one after what was accepted.
+
+    pytest tests/unit/test_train_walk.py
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_dflash.reference.decoding import target_features
+from vllm_dflash.reference.drafter import Drafter
+from vllm_dflash.reference.masks import block_positions, context_mask
+from vllm_dflash.tools.pair_runs import Acceptance
+
+_BLOCKS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What decoding one answer would count."""
+
+    accepted: list[int]
+    """Per draft on the way, its accepted tokens."""
+    everywhere: list[int]
+    """The same at every place of the answer."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Over several answers."""
+
+    acceptance: Acceptance
+    everywhere: float
+    """tau as a mean over all places: what a training loss knows."""
+
+    @property
+    def tau(self) -> float:
+        return self.acceptance.tau
+
+
+@torch.inference_mode()
+def estimate(
+    model: Any, drafter: Drafter, answers: Sequence[tuple[Sequence[int], int]], max_tokens: int, eos_token_id: int | None,
+    done: Callable[[], object] = lambda: None,
+) -> Estimate:  # fmt: skip
+    """tau of whole blocks over (token ids, prompt length) pairs: the target's greedy text, ``block_size`` tokens past ``max_tokens``.
+
+    Args:
+        done: called after each answer.
+    """
+    walks = []
+    for tokens, prompt_length in answers:
+        walks.append(walk(accepted_everywhere(model, drafter, tokens, prompt_length), tokens, prompt_length, max_tokens, eos_token_id))
+        done()
+    k = drafter.config.max_speculative_tokens
+    accepted = [n for w in walks for n in w.accepted]
+    everywhere = [n for w in walks for n in w.everywhere]
+    per_position = [sum(n > i for n in accepted) for i in range(k)]
+    return Estimate(Acceptance(len(accepted), per_position), 1 + sum(everywhere) / max(1, len(everywhere)))
+
+
+def walk(accepted: Sequence[int], tokens: Sequence[int], prompt_length: int, max_tokens: int, eos_token_id: int | None) -> Walk:
+    """The drafts that decoding meets, with the stops of ``decoding.generate``; ``accepted`` is of every place from ``prompt_length`` on. Pure."""
+    answer = list(tokens[prompt_length:])
+    room = min(max_tokens, len(answer))
+    on_the_way, made = [], 1
+    while made < room and eos_token_id not in answer[:made]:
+        step = accepted[made - 1]
+        on_the_way.append(step)
+        made += step + 1
+    end = answer.index(eos_token_id) if eos_token_id in answer else len(answer)
+    return Walk(on_the_way, list(accepted[: max(1, min(room, end) - 1)]))
+
+
+def accepted_everywhere(model: Any, drafter: Drafter, tokens: Sequence[int], prompt_length: int) -> list[int]:
+    """Accepted tokens of the draft at every place of the answer that a token follows."""
+    device, size = model.device, drafter.config.block_size
+    ids = torch.tensor([list(tokens)], device=device)
+    features, _ = target_features(model, drafter.config.target_layer_ids, ids, use_cache=False)
+    context = drafter.context_kv(drafter.context(features), torch.arange(ids.shape[1], device=device)[None])
+    accepted: list[int] = []
+    for anchors in _pieces(prompt_length, ids.shape[1] - 1, device):
+        at = anchors[0, :, None] + torch.arange(1, size, device=device)
+        truth = torch.where(at < ids.shape[1], ids[0][at.clamp(max=ids.shape[1] - 1)], -1)
+        drafts = _drafts(model, drafter, ids, anchors, context)
+        accepted += (drafts == truth).long().cumprod(-1).sum(-1).tolist()
+    return accepted
+
+
+def _pieces(first: int, end: int, device: Any) -> Iterator[Tensor]:
+    for at in range(first, end, _BLOCKS_AT_ONCE):
+        yield torch.arange(at, min(at + _BLOCKS_AT_ONCE, end), device=device)[None]
+
+
+def _drafts(model: Any, drafter: Drafter, ids: Tensor, anchors: Tensor, context: Any) -> Tensor:
+    """Drafted tokens [N, b - 1] of the blocks at ``anchors`` [1, N]."""
+    size = drafter.config.block_size
+    block = torch.full((*anchors.shape, size), drafter.config.mask_token_id, device=ids.device)
+    block[..., 0] = ids.gather(1, anchors)
+    embeds = drafter.embed(model.get_input_embeddings(), block.flatten(1))
+    hidden = drafter(embeds, block_positions(anchors, size), context, context_mask(anchors, size, ids.shape[1]), size)
+    return drafter.logits(model.lm_head, hidden.unflatten(1, (-1, size))[0, :, 1:]).float().argmax(-1)
