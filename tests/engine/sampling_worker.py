@@ -42,8 +42,10 @@ def counted_drafts(llm: Any, wanted: bool) -> Iterator[dict[str, Any]]:
         drafted = torch.tensor(as_list(tokens))
         assert probs.shape[:2] == drafted.shape, (probs.shape, drafted.shape)
         assert torch.allclose(probs.sum(-1), torch.ones(()), atol=1e-4)
-        p = probs.double()
-        seen = torch.nn.functional.one_hot(drafted, p.shape[-1])
+        # A greedy request's drafts are the likeliest tokens, whatever the probabilities beside them say; nothing reads those.
+        sampled = kwargs["sampling_metadata"].temperature > 0
+        p = probs[sampled].double()
+        seen = torch.nn.functional.one_hot(drafted[sampled], p.shape[-1])
         for name, value in (("seen", seen), ("expected", p), ("variance", p * (1 - p))):
             sums[name] = sums.get(name, 0) + value.sum(0)
         return tokens
