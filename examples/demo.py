@@ -34,7 +34,8 @@ def engine(speculative_tokens: int) -> Any:
     speculative = {"method": "dflash", "model": str(PAIR / "dflash"), "num_speculative_tokens": speculative_tokens}
     return LLM(
         str(PAIR / "target"), dtype="float32", enforce_eager=True, max_num_seqs=8, max_model_len=1024, kv_cache_memory_bytes=1 << 28,
-        disable_log_stats=False, generation_config="vllm", use_tqdm_on_load=False, **({"speculative_config": speculative} if speculative_tokens else {}),
+        disable_log_stats=False, generation_config="vllm", use_tqdm_on_load=False, additional_config={"dflash": {"adaptive": False}},
+        **({"speculative_config": speculative} if speculative_tokens else {}),
     )  # fmt: skip
 
 

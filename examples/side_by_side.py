@@ -61,6 +61,7 @@ def run_child(settings: dict[str, Any]) -> None:
     from vllm import LLM, SamplingParams
 
     speculative = {"speculative_config": settings["speculative"]} if settings["speculative"] else {}
+    speculative["additional_config"] = {"dflash": {"adaptive": False}}  # whole drafts, as vLLM's own
     llm = LLM(
         settings["target"], dtype=settings["dtype"], enforce_eager=True, max_num_seqs=settings["batch"], max_model_len=1024, use_tqdm_on_load=False,
         kv_cache_memory_bytes=1 << 28, disable_log_stats=False, generation_config="vllm", enable_prefix_caching=False, **speculative,

@@ -22,7 +22,9 @@ def main(job: dict[str, Any], report: Path) -> None:
     cache = {"kv_cache_memory_bytes": _CPU_CACHE_BYTES} if current_platform.is_cpu() else {}
     llm = LLM(
         job["target"], skip_tokenizer_init=True, dtype=job["dtype"], max_model_len=job["max_model_len"], max_num_seqs=_BATCH,
-        enforce_eager=True, disable_log_stats=False, generation_config="vllm", seed=0, speculative_config=speculative, **cache,
+        enforce_eager=True, disable_log_stats=False, generation_config="vllm", seed=0, speculative_config=speculative,
+        # Whole drafts, as the reference loop has them: tau of drafts that are verified in part is another figure.
+        additional_config={"dflash": {"adaptive": False}}, **cache,
     )  # fmt: skip
     eos = job["eos_token_id"]
     params = SamplingParams(
