@@ -68,6 +68,8 @@ def served(adapter: Path) -> Iterator[Served]:
             server(
                 "--speculative-config", json.dumps(SPECULATIVE), "--api-server-count", "2", "--enable-lora", "--max-lora-rank", "8", "--lora-modules",
                 f"adapter={adapter}", "--chat-template", CHAT_TEMPLATE, "--disable-uvicorn-access-log",
+                # Whole drafts: their tau is compared with offline engines'.
+                "--additional-config", json.dumps({"dflash": {"adaptive": False}}),
             )
         )  # fmt: skip
         yield Served(port, stack.close)

@@ -17,6 +17,8 @@ class RMSNorm(VLLMRMSNorm):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if not x.is_cpu or torch.compiler.is_compiling():
             return super().forward(x, residual)
+        # The kernel takes rows for adjacent: the keys of one head a rank are a strided part of a wider row.
+        x = x.contiguous()
         if residual is not None:
             ops.fused_add_rms_norm(x, residual, self.weight.data, self.variance_epsilon)
             return x, residual
