@@ -9,7 +9,7 @@ import torch
 from engine.harness import DRAFTER, TARGET, Batch, held_out_prompts, run_engine, run_engines
 from engine.harness import Job as EngineJob
 from engine.oracle import compare_drafts
-from engine.sampling_harness import Ask, Engine, run
+from engine.sampling_harness import Answer, Ask, Engine, run
 
 pytestmark = pytest.mark.engine
 ADAPTIVE = {"additional_config": {"dflash": {"adaptive": True}}}
@@ -55,12 +55,26 @@ def test_fewer_drafts_than_the_block_holds() -> None:
     assert batch.tau > 2.5
 
 
-def test_a_seed_gives_what_it_gives_without_a_drafter() -> None:
-    """How much is drafted depends on measured times, so it differs from run to run; what is sampled does not."""
+@pytest.fixture(scope="module")
+def answers() -> dict[str, list[Answer]]:
+    """Plain and adaptive: requests with seeds (the second twice), and greedy ones that may stop at every third token after ``min_tokens``."""
     texts = ["def read_json(path):\n", "class Stack:\n", "import os\n\n\ndef walk(", "for line in "]
-    params = [{"temperature": 1.0, "max_tokens": 48, "ignore_eos": True, "seed": i} for i in range(16)]
-    ask = Ask(texts * 4, params)
-    adaptive = Engine(TARGET, DRAFTER, [ask, ask], num_speculative_tokens=7, args=ADAPTIVE)
-    (plain,), (first, again) = run([Engine(TARGET, None, [ask]), adaptive])
-    assert first.tokens == again.tokens == plain.tokens
+    seeds = Ask(texts * 4, [{"temperature": 1.0, "max_tokens": 48, "ignore_eos": True, "seed": i} for i in range(16)])
+    stop = {"temperature": 0.0, "max_tokens": 48, "stop_token_ids": list(range(0, 4096, 3))}
+    stops = Ask(texts * 16, [stop | {"min_tokens": 2 + i // 4} for i in range(64)])
+    adaptive = Engine(TARGET, DRAFTER, [seeds, seeds, stops], num_speculative_tokens=7, args=ADAPTIVE)
+    plain, ours = run([Engine(TARGET, None, [seeds, stops]), adaptive])
+    return {"plain": plain, "ours": ours}
+
+
+def test_a_seed_gives_what_it_gives_without_a_drafter(answers: dict[str, list[Answer]]) -> None:
+    """How much is drafted depends on measured times, so it differs from run to run; what is sampled does not."""
+    first, again, _ = answers["ours"]
+    assert first.tokens == again.tokens == answers["plain"][0].tokens
     assert first.counters["accepted"] > 0
+
+
+def test_min_tokens_reached_by_drafts(answers: dict[str, list[Answer]]) -> None:
+    """vLLM counts committed tokens only, and forbids a stop token after drafts that reach ``min_tokens`` too: short drafts met that often."""
+    assert answers["ours"][2].tokens == answers["plain"][1].tokens
+    assert answers["ours"][2].counters["accepted"] > 0
