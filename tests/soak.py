@@ -69,7 +69,11 @@ def serve(drafter: str | None, results: str) -> None:
 
     speculative: dict[str, Any] = {}
     if drafter:
-        speculative = {"speculative_config": {"method": "dflash", "model": drafter, "num_speculative_tokens": 7}}
+        # With the controller: drafts of every length, and times without any, are the harder case.
+        speculative = {
+            "speculative_config": {"method": "dflash", "model": drafter, "num_speculative_tokens": 7},
+            "additional_config": {"dflash": {"adaptive": True}},
+        }
     llm = LLM(
         str(TARGET), dtype="float32", enforce_eager=True, max_model_len=MAX_MODEL_LEN, max_num_seqs=16, max_num_batched_tokens=256,
         num_gpu_blocks_override=PAGES, kv_cache_memory_bytes=1 << 28, disable_log_stats=False, generation_config="vllm", **speculative,

@@ -1,4 +1,4 @@
-"""Whether an engine drafts adaptively: what the user says, what stands in the way, and the default."""
+"""Whether an engine drafts adaptively: where the user says so, and nothing stands in the way."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -48,7 +48,7 @@ def test_the_scheduler_that_fits() -> None:
 
 
 def test_false_and_other_methods_are_left_alone() -> None:
-    for asked in (config(False), config(True, method="ngram")):
+    for asked in (config(False), config(None), config(True, method="ngram")):
         settle_scheduler(asked)
         assert asked.scheduler_config.scheduler_cls is None
 

@@ -1,4 +1,4 @@
-"""Whether an engine drafts adaptively: what the user says in ``additional_config={"dflash": {"adaptive": true}}``, and the default.
+"""Whether an engine drafts adaptively: where the user says so, in ``additional_config={"dflash": {"adaptive": true}}``.
 
 pytest tests/unit/test_settings.py
 """
@@ -49,13 +49,11 @@ def settle_scheduler(vllm_config: Any) -> None:
     if speculative is None or speculative.method != "dflash" or not is_ours(speculative.draft_model_config.architectures):
         return
     wanted = wants_adaptive(vllm_config.additional_config)
-    if wanted is False or is_adaptive(vllm_config):
+    if not wanted or is_adaptive(vllm_config):
         return
     obstacle = _obstacle(vllm_config)
-    if wanted and obstacle:
+    if obstacle:
         raise SettingsError(f"additional_config: {SECTION}.{_ADAPTIVE} is true, but {obstacle}")
-    if obstacle or not (wanted or _is_default()):
-        return
     scheduler = vllm_config.scheduler_config
     scheduler.scheduler_cls = _ASYNC_SCHEDULER if scheduler.async_scheduling else _SCHEDULER
 
@@ -66,7 +64,7 @@ def is_adaptive(vllm_config: Any) -> bool:
 
 
 def _obstacle(vllm_config: Any) -> str | None:
-    """Why drafting has to be fixed, with the remedy."""
+    """What stands in the way, with the remedy."""
     if vllm_config.scheduler_config.scheduler_cls is not None:
         return (
             f"scheduler_cls is {vllm_config.scheduler_config.scheduler_cls}: leave it out, for the controller is in a scheduler of its own"
@@ -76,10 +74,3 @@ def _obstacle(vllm_config: Any) -> str | None:
     if vllm_config.parallel_config.data_parallel_size > 1:
         return "data-parallel ranks have to draft alike: set it to false, or run the ranks as servers of their own"
     return None
-
-
-def _is_default() -> bool:
-    """Where it was measured to pay: on a CPU. A GPU has CUDA graphs for a fixed number of tokens, and it was not measured there."""
-    from vllm.platforms import current_platform
-
-    return current_platform.is_cpu()
