@@ -1,0 +1,1 @@
+"""The Grafana dashboard as code: ``python -m monitoring.dashboard.build``."""

@@ -1,0 +1,83 @@
+"""The rows on the service around the drafts: Time, Requests, Load. What the figures mean: docs/dashboard.md.
+
+pytest tests/engine/test_monitoring.py        (runs every query against a real server)
+"""
+
+from monitoring.dashboard.panel import Panel
+from monitoring.dashboard.promql import BY_ENGINE, EACH, mean, quantile, rate, ratio, selector
+from monitoring.dashboard.speculation import DRAFTER_SECONDS, STEP_SECONDS, drafter_share
+
+_REQUEST_ACCEPTED = "vllm_dflash_request_accepted_length"
+
+
+def _quantiles(histogram: str) -> tuple[tuple[str, str], ...]:
+    return tuple((quantile(q, histogram), f"p{q * 100:.0f}") for q in (0.5, 0.95))
+
+
+TIME = (
+    Panel(
+        "series", "Step", "Mean seconds of an engine's step by its kind.",
+        ((mean(STEP_SECONDS, "kind"), "{{kind}}"),), "s", "time",
+    ),
+    Panel(
+        "series", "Drafter", "Mean seconds of a step that go into drafting: context, the drafter's forward, ranking.",
+        ((mean(DRAFTER_SECONDS, BY_ENGINE), EACH),), "s", "time",
+    ),
+    Panel(
+        "series", "Drafter's share of a step, by engine", "Seconds of drafting of all seconds of steps. It grows with load where the drafter's forward does.",
+        ((drafter_share(BY_ENGINE), EACH),), "percentunit", "time", maximum=1, thresholds=((None, "transparent"), (0.4, "red")),
+    ),
+    Panel(
+        "series", "Time a generated token", "What a client waits for a token on average over a request. vLLM's inter-token latency is not shown: under speculation it "
+        "is per step.",
+        _quantiles("vllm:request_time_per_output_token_seconds"), "s", "time", 12,
+    ),
+    Panel(
+        "heat", "Step", "How often a step took so long, per second.",
+        ((rate(f"{STEP_SECONDS}_bucket", "le"), "{{le}}"),), "ops", "time", 12, bucket_unit="s",
+    ),
+)  # fmt: skip
+
+REQUESTS = (
+    Panel(
+        "heat", "Tokens a verification, per request", "How many finished requests a second had such a mean of tokens a verification.",
+        ((rate(f"{_REQUEST_ACCEPTED}_bucket", "le"), "{{le}}"),), "ops", "requests", 12,
+    ),
+    Panel(
+        "series", "Tokens a verification, per request, quantiles",
+        "Half of the requests lie above p50. p10 near 1: some of the traffic gains nothing; find out which.",
+        tuple((quantile(q, _REQUEST_ACCEPTED), f"p{q * 100:.0f}") for q in (0.1, 0.5, 0.9)), "none", "requests", 12, minimum=1,
+    ),
+    Panel(
+        "series", "Time to first token", "From the request's arrival to its first token. Speculation does not shorten it.",
+        _quantiles("vllm:time_to_first_token_seconds"), "s", "requests",
+    ),
+    Panel(
+        "series", "Whole request", "From arrival to the last token.",
+        _quantiles("vllm:e2e_request_latency_seconds"), "s", "requests",
+    ),
+    Panel(
+        "series", "Finished", "Requests a second, by how they ended.",
+        ((rate("vllm:request_success_total", "finished_reason"), "{{finished_reason}}"),), "reqps", "requests", stacked=True,
+    ),
+)  # fmt: skip
+
+LOAD = (
+    Panel(
+        "series", "Requests", "Running in the engines and waiting for them. Speculation pays most with few running.",
+        ((f"sum({selector('vllm:num_requests_running')})", "running"), (f"sum({selector('vllm:num_requests_waiting')})", "waiting")),
+        "none", "load", 6, decimals=0,
+    ),
+    Panel(
+        "series", "Tokens", "Tokens a second: generated, and of prompts.",
+        ((rate("vllm:generation_tokens_total"), "generated"), (rate("vllm:prompt_tokens_total"), "prompt")), "ops", "load", 6,
+    ),
+    Panel(
+        "series", "KV cache", "Of the blocks of the KV cache, those in use. The drafter's keys and values live there too.",
+        ((f"max by ({BY_ENGINE}) ({selector('vllm:kv_cache_usage_perc')})", EACH),), "percentunit", "load", 6, maximum=1,
+    ),
+    Panel(
+        "series", "Prefix cache, preemptions", "Of prompt tokens looked up, those found in the prefix cache; and requests preempted a second.",
+        ((ratio(rate("vllm:prefix_cache_hits_total"), rate("vllm:prefix_cache_queries_total")), "prefix-cache hits"),), "percentunit", "load", 6, maximum=1,
+    ),
+)  # fmt: skip
