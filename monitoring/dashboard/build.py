@@ -62,6 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def as_json() -> str:
     """The dashboard in the form that Grafana's import takes."""
     built = json.loads(json.dumps(_dashboard().build(), cls=JSONEncoder))
+    for variable in built["templating"]["list"]:
+        # The SDK writes what belongs to a variable of kind interval into all; Grafana's schema has it nowhere else.
+        for key in ("auto", "auto_min", "auto_count"):
+            del variable[key]
     # A dashboard's id is the database's: with none Grafana gives it one.
     return json.dumps({**built, "id": None}, indent=2, ensure_ascii=False) + "\n"
 
@@ -87,7 +91,6 @@ def _dashboard() -> dashboard.Dashboard:
             dashboard.QueryVariable(name)
             .label(label)
             .query({"query": query, "refId": name})
-            .definition(query)
             .datasource(_SOURCE)
             .refresh(model.VariableRefresh.ON_TIME_RANGE_CHANGED)
             .sort(model.VariableSort.NATURAL_ASC)

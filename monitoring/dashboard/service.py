@@ -16,15 +16,16 @@ def _quantiles(histogram: str) -> tuple[tuple[str, str], ...]:
 
 TIME = (
     Panel(
-        "series", "Step", "Mean seconds of an engine's step by its kind.",
+        "series", "Step, by kind", "Mean seconds of an engine's step by its kind: with a prompt in it (prefill), drafting and verifying (speculative), one of the two (partial), neither "
+        "(plain). Speculation pays where tau is above speculative over plain, at one load.",
         ((mean(STEP_SECONDS, "kind"), "{{kind}}"),), "s", "time",
     ),
     Panel(
-        "series", "Drafter", "Mean seconds of a step that go into drafting: context, the drafter's forward, ranking.",
+        "series", "Drafter", "Mean seconds of the drafter in a step in which it ran: its context and its forward. On a GPU by device events.",
         ((mean(DRAFTER_SECONDS, BY_ENGINE), EACH),), "s", "time",
     ),
     Panel(
-        "series", "Drafter's share of a step, by engine", "Seconds of drafting of all seconds of steps. It grows with load where the drafter's forward does.",
+        "series", "Drafter's share of a step, by engine", "Seconds of the drafter of all seconds of steps. The alert is at the dashed line.",
         ((drafter_share(BY_ENGINE), EACH),), "percentunit", "time", maximum=1, thresholds=((None, "transparent"), (0.4, "red")),
     ),
     Panel(
@@ -33,15 +34,15 @@ TIME = (
         _quantiles("vllm:request_time_per_output_token_seconds"), "s", "time", 12,
     ),
     Panel(
-        "heat", "Step", "How often a step took so long, per second.",
-        ((rate(f"{STEP_SECONDS}_bucket", "le"), "{{le}}"),), "ops", "time", 12, bucket_unit="s",
+        "heat", "Step, all kinds", "How often a step took so long, per second.",
+        ((rate(f"{STEP_SECONDS}_bucket", "le"), "{{le}}"),), "short", "time", 12, bucket_unit="s",
     ),
 )  # fmt: skip
 
 REQUESTS = (
     Panel(
         "heat", "Tokens a verification, per request", "How many finished requests a second had such a mean of tokens a verification.",
-        ((rate(f"{_REQUEST_ACCEPTED}_bucket", "le"), "{{le}}"),), "ops", "requests", 12,
+        ((rate(f"{_REQUEST_ACCEPTED}_bucket", "le"), "{{le}}"),), "short", "requests", 12,
     ),
     Panel(
         "series", "Tokens a verification, per request, quantiles",
@@ -70,14 +71,14 @@ LOAD = (
     ),
     Panel(
         "series", "Tokens", "Tokens a second: generated, and of prompts.",
-        ((rate("vllm:generation_tokens_total"), "generated"), (rate("vllm:prompt_tokens_total"), "prompt")), "ops", "load", 6,
+        ((rate("vllm:generation_tokens_total"), "generated"), (rate("vllm:prompt_tokens_total"), "prompt")), "short", "load", 6,
     ),
     Panel(
         "series", "KV cache", "Of the blocks of the KV cache, those in use. The drafter's keys and values live there too.",
         ((f"max by ({BY_ENGINE}) ({selector('vllm:kv_cache_usage_perc')})", EACH),), "percentunit", "load", 6, maximum=1,
     ),
     Panel(
-        "series", "Prefix cache, preemptions", "Of prompt tokens looked up, those found in the prefix cache; and requests preempted a second.",
+        "series", "Prefix cache", "Of the prompt tokens looked up, those found in the prefix cache.",
         ((ratio(rate("vllm:prefix_cache_hits_total"), rate("vllm:prefix_cache_queries_total")), "prefix-cache hits"),), "percentunit", "load", 6, maximum=1,
     ),
 )  # fmt: skip

@@ -6,9 +6,18 @@ pytest tests/engine/test_monitoring.py        (runs every query against a real s
 from monitoring.dashboard.panel import Panel
 from monitoring.dashboard.promql import BY_ENGINE, EACH, mean, rate, ratio, selector, share
 
+OUTPUT = "vllm_dflash_output_tokens_total"
 ACCEPTED, DRAFT_LENGTH = "vllm_dflash_accepted_length", "vllm_dflash_draft_length"
-DRAFTED, VERIFIED, TAKEN = (f"vllm_dflash_{kind}_tokens_total" for kind in ("drafted", "verified", "accepted"))
+DRAFTED, VERIFIED, REACHED, TAKEN = (f"vllm_dflash_{kind}_tokens_total" for kind in ("drafted", "verified", "reached", "accepted"))
 DRAFTER_SECONDS, STEP_SECONDS = "vllm_dflash_drafter_seconds", "vllm_dflash_step_seconds"
+
+
+NO_BASELINE = "this engine has measured no plain steps of so many requests: adaptive drafting does, now and then"
+
+
+def speedup(by: str = "") -> str:
+    """Time that plain decoding would have taken for the same tokens, over the time taken; of the steps for which there is a baseline."""
+    return ratio(rate("vllm_dflash_baseline_seconds_total", by), rate("vllm_dflash_measured_seconds_total", by))
 
 
 def drafter_share(by: str) -> str:
@@ -16,105 +25,114 @@ def drafter_share(by: str) -> str:
     return ratio(rate(f"{DRAFTER_SECONDS}_sum", by), rate(f"{STEP_SECONDS}_sum", by))
 
 
+def _by_context(label: str) -> str:
+    return ratio(rate("vllm_dflash_context_committed_tokens_total", label), rate("vllm_dflash_context_verifications_total", label))
+
+
 PAYING = (
     Panel(
         "number", "Estimated speed-up",
-        "Tokens a second against the same server without speculation. Below 1 it costs more than it brings. Absent where no baseline was "
-        "measured: it is never guessed.",
-        ((f"avg({selector('vllm_dflash_estimated_speedup')})", "speed-up"),), "x", "paying", 4, 5,
-        decimals=2, thresholds=((None, "red"), (1, "yellow"), (1.1, "green")), trend=True, no_value="no baseline",
-        may_be_empty="no baseline was measured",
+        "Tokens a second against this engine's own plain steps of as many requests. Below 1, speculation costs more than it brings. "
+        "Absent where no baseline was measured: it is never guessed. Adaptive drafting measures one; without it, compare with vllm-dflash bench.",
+        ((speedup(), "speed-up"),), "none", "paying", 4, 5,
+        decimals=2, thresholds=((None, "red"), (1, "yellow"), (1.1, "green")), trend=True, no_value="no baseline", may_be_empty=NO_BASELINE,
     ),
     Panel(
-        "number", "Tokens a verification",
-        "Tokens that the target commits for each draft it verifies, its own included (tau). 1 is what plain decoding gives.",
+        "number", "Tokens a verification (tau)",
+        "Tokens that the target commits for each draft it verifies, its own included. 1 is what plain decoding gives. It pays where this is above "
+        "the price of a speculative step in plain steps.",
         ((mean(ACCEPTED), "tau"),), "none", "paying", 4, 5,
         minimum=1, decimals=2, thresholds=((None, "red"), (1.3, "yellow"), (2, "green")), trend=True, no_value="idle",
     ),
     Panel(
         "number", "Drafter's share of a step",
-        "Seconds spent drafting of all seconds of steps. Above 40 % the drafter is too large for its target, or drafts for too few tokens.",
+        "Seconds of the drafter of all seconds of steps. Above 40 % the drafter is too large for its target, or too little of what it drafts is accepted to be worth "
+        "it.",
         ((drafter_share(""), "share"),), "percentunit", "paying", 4, 5,
         maximum=1, decimals=1, thresholds=((None, "green"), (0.3, "yellow"), (0.4, "red")), trend=True, no_value="idle",
     ),
     Panel(
-        "number", "Steps that draft", "Of all decoding steps, those in which the drafter ran. The rest were left out by the controller.",
-        ((ratio(rate(f"{STEP_SECONDS}_count", where='kind="draft"'), rate(f"{STEP_SECONDS}_count", where='kind=~"draft|plain"')), "share"),),
-        "percentunit", "paying", 4, 5, maximum=1, decimals=0, trend=True, no_value="idle",
+        "number", "Tokens from drafts", "Of the generated tokens, those that a verification committed. The rest came from prompts' last steps and from steps without a draft.",
+        ((ratio(rate(OUTPUT, where='step="speculative"'), rate(OUTPUT)), "share"),), "percentunit", "paying", 4, 5,
+        maximum=1, decimals=0, trend=True, no_value="idle",
     ),
     Panel(
-        "number", "Generated tokens", "Tokens a second that requests received, of the engines selected.",
-        ((rate("vllm:generation_tokens_total"), "tokens/s"),), "ops", "paying", 4, 5, decimals=0, trend=True,
+        "number", "Generated tokens", "Tokens a second that requests received, of all engines selected.",
+        ((rate("vllm:generation_tokens_total"), "tokens/s"),), "short", "paying", 4, 5, decimals=0, trend=True,
     ),
     Panel(
-        "number", "Drafter", "What drafts: kind, block size and the most tokens that a draft may have.",
-        ((selector("vllm_dflash_drafter_info"), "{{kind}} · block {{block_size}} · K {{num_speculative_tokens}}"),), "none", "paying", 4, 5,
-        names=True,
+        "number", "Drafter", "What drafts: the block's tokens, the most that is drafted a step (K), and whether the controller is on.",
+        ((selector("vllm_dflash_drafter_info"), "block {{block_size}}, K {{num_speculative_tokens}}, adaptive: {{adaptive}}"),),
+        "none", "paying", 4, 5, names=True,
     ),
     Panel(
-        "series", "Estimated speed-up, by engine", "The same over time. The line at 1 is where speculation stops paying.",
-        ((selector("vllm_dflash_estimated_speedup"), EACH),), "x", "paying", 12,
-        thresholds=((None, "transparent"), (1, "red")), no_value="no baseline", may_be_empty="no baseline was measured",
+        "series", "Estimated speed-up, by engine", "The same over time. At the dashed line speculation stops paying.",
+        ((speedup(BY_ENGINE), EACH),), "none", "paying", 12, decimals=2,
+        thresholds=((None, "transparent"), (1, "red")), no_value="no baseline", may_be_empty=NO_BASELINE,
     ),
     Panel(
         "series", "Tokens a verification, by engine",
-        "tau of each engine. Engines of one model serve alike: one that lies well below its peers has a fault, not harder text.",
-        ((mean(ACCEPTED, BY_ENGINE), EACH),), "none", "paying", 12, minimum=1, thresholds=((None, "transparent"), (1.3, "red")),
+        "tau of each engine. Engines that share a model's traffic should lie together: one well below its peers has a fault, not harder text.",
+        ((mean(ACCEPTED, BY_ENGINE), EACH),), "none", "paying", 12, minimum=1, decimals=2, thresholds=((None, "transparent"), (1.3, "red")),
     ),
 )  # fmt: skip
 
 ACCEPTANCE = (
     Panel(
-        "heat", "Tokens a verification", "How often a verification committed so many tokens, per second. Two bands, at one and at a whole block: easy "
-        "and hard text in turn. One band near one: the drafter does not fit.",
-        ((rate(f"{ACCEPTED}_bucket", "le"), "{{le}}"),), "ops", "acceptance", 12,
+        "heat", "Accepted length", "How many verifications a second committed so many tokens. Much at one and much at a whole block: easy and hard text in turn. "
+        "All near one: the drafter does not fit the target or the text.",
+        ((rate(f"{ACCEPTED}_bucket", "le"), "{{le}}"),), "short", "acceptance", 12,
     ),
     Panel(
         "series", "Acceptance by position",
-        "Of the drafts verified at a position, those accepted: a position counts only where all before it were accepted, so this is honest "
-        "when the length changes. It falls slowly with a drafter that fits; a cliff at one position is a fault.",
-        ((ratio(rate(TAKEN, "position"), rate(VERIFIED, "position")), "position {{position}}"),), "percentunit", "acceptance", 12, maximum=1,
+        "Of the drafts that reached a position (all before it accepted), those accepted there: honest when drafts differ in length. "
+        "With a drafter that fits it falls slowly or not at all; a cliff at one position is a fault.",
+        ((ratio(rate(TAKEN, "position"), rate(REACHED, "position")), "position {{position}}"),), "percentunit", "acceptance", 12, maximum=1,
     ),
     Panel(
-        "series", "Acceptance by context length", "Accepted tokens a verification by the length of the request's context, in tokens. A fall with "
-        "length: the drafter was trained on shorter texts.",
-        ((mean("vllm_dflash_accepted_length_by_context", "context"), "up to {{context}}"),), "none", "acceptance", 8, minimum=1,
+        "series", "By context length", "tau by the length of the request's context, in tokens. A fall with length: the drafter was trained on "
+        "shorter texts.",
+        ((_by_context("context_length"), "{{context_length}}"),), "none", "acceptance", 6, minimum=1, decimals=2,
     ),
     Panel(
-        "series", "Acceptance by prefix-cache hit", "Requests whose prompt was found in the prefix cache against those that were computed. The two should lie "
-        "together: a cached prompt drafts as well as a new one.",
-        ((mean("vllm_dflash_accepted_length_by_prefix", "prefix_cache"), "{{prefix_cache}}"),), "none", "acceptance", 8, minimum=1,
+        "series", "By prefix-cache hit", "tau of requests whose prompt came in part from the prefix cache (true) against the rest (false). With like text the two lie "
+        "together.",
+        ((_by_context("prefix_cached"), "cached: {{prefix_cached}}"),), "none", "acceptance", 6, minimum=1, decimals=2,
     ),
     Panel(
-        "series", "Draft context", "Positions of requests' contexts that a draft attends to (valid), that were filled in later, and that are masked because the "
-        "drafter never saw them. Masked should be nothing.",
-        ((share("vllm_dflash_context_positions_total", "state"), "{{state}}"),), "percentunit", "acceptance", 8, maximum=1, stacked=True,
+        "series", "Drafter's context", "Positions of the drafter's context: computed, reused from the prefix cache, and missing (filled with zeros and masked). "
+        "Missing should be nothing: acceptance falls with it.",
+        ((share("vllm_dflash_draft_context_positions_total", "state"), "{{state}}"),), "percentunit", "acceptance", 6, maximum=1, stacked=True,
     ),
     Panel(
-        "bars", "Calibration", "Of the drafted tokens to which the drafter gave a probability in this range, those accepted. Far from the range: "
-        "its confidence misleads the controller, which corrects for it.",
-        ((ratio(rate("vllm_dflash_confidence_accepted_total", "confidence"), rate("vllm_dflash_confidence_verified_total", "confidence")), "{{confidence}}"),),
-        "percentunit", "acceptance", 24, 6, maximum=1,
+        "bars", "Calibration", "Of the draft tokens to which the drafter gave a probability in this range, those accepted. On the diagonal it is as sure as it is right. "
+        "Only with adaptive drafting.",
+        ((ratio(rate("vllm_dflash_confidence_accepted_tokens_total", "confidence"), rate("vllm_dflash_confidence_tokens_total", "confidence")),
+          "{{confidence}}"),),
+        "percentunit", "acceptance", 6, maximum=1, no_value="adaptive drafting is off", may_be_empty="adaptive drafting is off",
     ),
 )  # fmt: skip
 
 DRAFT_LENGTHS = (
     Panel(
-        "heat", "Draft length", "How often so many tokens of a draft were verified, per second. Without the controller it is one band, at K.",
-        ((rate(f"{DRAFT_LENGTH}_bucket", "le"), "{{le}}"),), "ops", "draft-length", 8,
+        "heat", "Verified draft length", "How many decoding steps of a request a second had so many draft tokens verified; 0 is a step without a draft. Without the controller "
+        "nearly all are at K.",
+        ((rate(f"{DRAFT_LENGTH}_bucket", "le"), "{{le}}"),), "short", "draft-length", 12,
     ),
     Panel(
-        "series", "Drafted, verified, accepted", "Tokens a second. Drafted but not verified: cut by the controller. Verified but not accepted: wasted work of the "
-        "target.",
-        ((rate(DRAFTED), "drafted"), (rate(VERIFIED), "verified"), (rate(TAKEN), "accepted")), "ops", "draft-length", 8,
+        "series", "Drafted, verified, accepted", "Draft tokens a second. Drafted and not verified: cut by the controller or by a limit. Verified and not accepted: wasted work "
+        "of the target.",
+        ((rate(DRAFTED), "drafted"), (rate(VERIFIED), "verified"), (rate(TAKEN), "accepted")), "short", "draft-length", 12,
     ),
     Panel(
-        "series", "Controller", "What the controller chose for how many steps a second, and why it drafted nothing.",
-        ((rate("vllm_dflash_controller_steps_total", "state, reason"), "{{state}} {{reason}}"),), "ops", "draft-length", 8, stacked=True,
+        "series", "Controller", "Decoding steps a second by what the controller chose and why: best by what it knows, the first steps of a batch size, or a trial. "
+        "Only with adaptive drafting.",
+        ((rate("vllm_dflash_controller_steps_total", "choice, why"), "{{choice}}: {{why}}"),), "short", "draft-length", 12, stacked=True,
+        no_value="adaptive drafting is off", may_be_empty="adaptive drafting is off",
     ),
     Panel(
-        "series", "Refused or switched off", "Requests or steps that went without speculation, per second, by reason.",
-        ((rate("vllm_dflash_disabled_total", "reason"), "{{reason}}"),), "ops", "draft-length", 24, 6,
-        may_be_empty="nothing was refused",
+        "series", "Steps without a draft", "Decoding steps of a request a second that had no draft although speculation is configured, by reason.",
+        ((rate("vllm_dflash_speculation_refused_total", "reason"), "{{reason}}"),), "short", "draft-length", 12, stacked=True,
+        may_be_empty="every step drafted",
     ),
 )  # fmt: skip
