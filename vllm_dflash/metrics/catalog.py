@@ -3,6 +3,7 @@
 All names begin with ``vllm_dflash_`` and all metrics have the labels ``model_name`` and ``engine``, as vLLM's own have. A counter's name
 ends in ``_total``; a histogram has the series ``_bucket``, ``_sum`` and ``_count``.
 
+    python -m vllm_dflash.metrics.catalog      # the table of docs/monitoring.md
     pytest tests/unit/test_metrics.py
 """
 
@@ -61,7 +62,10 @@ _CONTEXT = (
 _CONFIDENCE = (("confidence", "probability that the drafter gave the token: 0.0-0.1 to 0.9-1.0"),)
 _ADAPTIVE = "with adaptive drafting"
 _SAID = "with adaptive drafting under synchronous scheduling (a CPU)"
-_BASELINE = "once the engine itself has measured plain steps of about this many requests, as adaptive drafting's trials do"
+_BASELINE = (
+    "once the engine has measured plain decoding of about as many requests itself: with adaptive drafting by its trials, else where "
+    "`num_speculative_tokens_per_batch_size` has steps without drafts"
+)
 
 ALL = (
     Metric(
@@ -148,11 +152,17 @@ ALL = (
         "vllm_dflash_speculation_refused_total", COUNTER, "steps",
         "Decoding steps of a request without a draft although speculation is configured.",
         "Why is nothing drafted?",
-        (("reason", "controller: it chose so; max_model_len: no room for a block; grammar: it forbids the draft; other"),),
+        (
+            (
+                "reason",
+                "controller: it chose so; batch_size: num_speculative_tokens_per_batch_size does; max_model_len: no room for a block; "
+                "grammar: it forbids the draft; other",
+            ),
+        ),
     ),
     Metric(
         "vllm_dflash_baseline_seconds_total", COUNTER, "seconds",
-        "Time in which plain decoding would have committed the tokens of the steps in measured_seconds, by this engine's own plain steps.",
+        "Time in which plain decoding would have committed the tokens of the steps in measured_seconds.",
         "What is the speed-up over any window? rate(baseline_seconds_total) / rate(measured_seconds_total).", only=_BASELINE,
     ),
     Metric(
@@ -162,8 +172,9 @@ ALL = (
     ),
     Metric(
         "vllm_dflash_estimated_speedup", GAUGE, "ratio",
-        "Committed tokens a second over those of this engine's own plain steps of about as many requests, over the last minutes of work.",
-        "Does it pay?", (("baseline", "what it was measured against: plain_steps"),), only=_BASELINE,
+        "Committed tokens a second over those of plain decoding of about as many requests by this engine; the last thousand steps or so.",
+        "Does it pay?", (("baseline", "plain_steps: the median of the last plain steps; cost_model: adaptive drafting's line through the steps that it measured"),),
+        only=_BASELINE,
     ),
     Metric(
         "vllm_dflash_drafter_info", GAUGE, "none", "What drafts; the value is 1.", "What runs here?",
@@ -187,3 +198,7 @@ def table() -> str:
 
 BY_NAME = {metric.name.removeprefix("vllm_dflash_").removesuffix("_total"): metric for metric in ALL}
 """By the name without prefix and ``_total``: what recorders write."""
+
+
+if __name__ == "__main__":
+    print(table(), end="")
