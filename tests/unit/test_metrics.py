@@ -97,7 +97,7 @@ def test_a_process_that_is_gone_leaves_no_series(folder: Path):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     assert len(list(folder.glob("*.json"))) == 1
     leave(folder, reached_tokens=[(["1"], 2)])
-    assert [line for line in read(wait=False).splitlines() if line.startswith("vllm_dflash_reached")][0].endswith(" 2.0")
+    assert next(line for line in read(wait=False).splitlines() if line.startswith("vllm_dflash_reached")).endswith(" 2.0")
     assert len(list(folder.glob("*.json"))) == 1
     # The same number, another process.
     (folder / f"engine-0-{os.getpid()}-1.json").write_text("{}")

@@ -7,6 +7,7 @@ ends in ``_total``; a histogram has the series ``_bucket``, ``_sum`` and ``_coun
     pytest tests/unit/test_metrics.py
 """
 
+import itertools
 from dataclasses import dataclass
 
 COMMON_LABELS = ("model_name", "engine")
@@ -43,7 +44,7 @@ class Metric:
 
 def context_bucket(num_tokens: int) -> str:
     """The value of the label ``context_length`` for a context of so many tokens."""
-    for start, following in zip(CONTEXT_STARTS, CONTEXT_STARTS[1:], strict=False):
+    for start, following in itertools.pairwise(CONTEXT_STARTS):
         if num_tokens < following:
             return f"{start}-{following - 1}"
     return f"{CONTEXT_STARTS[-1]}+"

@@ -1,9 +1,9 @@
 """Reads what engines have counted: for vLLM's /metrics, and for offline use.
 
-    from vllm_dflash.metrics.read import read
-    print(read())                                     # after llm.generate(...), in the process that made the LLM
+from vllm_dflash.metrics.read import read
+print(read())                                     # after llm.generate(...), in the process that made the LLM
 
-    pytest tests/unit/test_metrics.py tests/engine/test_metrics.py
+pytest tests/unit/test_metrics.py tests/engine/test_metrics.py
 """
 
 import math

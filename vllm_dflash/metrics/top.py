@@ -1,7 +1,7 @@
 """``vllm-dflash top URL``: whether speculation pays on a running server, live in a terminal, or once as JSON for a script.
 
-    vllm-dflash top http://127.0.0.1:8000
-    pytest tests/unit/test_metrics.py tests/engine/test_metrics.py
+vllm-dflash top http://127.0.0.1:8000
+pytest tests/unit/test_metrics.py tests/engine/test_metrics.py
 """
 
 import argparse
@@ -76,7 +76,9 @@ def _live(url: str, scrape: Scrape, interval: float) -> None:
 
 def screen(url: str, now: Scrape, before: Scrape | None = None) -> RenderableType:
     """All engines, of the time since ``before`` or since the server began."""
-    parts: list[RenderableType] = [Text(f"{url}   {'last %.0f s' % (now.seconds - before.seconds) if before else 'since the server began'}")]
+    parts: list[RenderableType] = [
+        Text(f"{url}   {'last %.0f s' % (now.seconds - before.seconds) if before else 'since the server began'}")
+    ]
     for found in figures(now, before):
         pays = found["speedup"]
         style = "bold" if pays is None else "bold green" if pays > 1.01 else "bold red"
