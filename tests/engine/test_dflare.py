@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from engine.harness import Batch, Job, run_engines
-from engine.oracle import BFLOAT16_GAP, compare_drafts
+from engine.oracle import compare_bfloat16, compare_drafts
 from pairs import make_random_target, random_drafter_config
 from trained import train_briefly
 from vllm_dflash.reference.checkpoint import load_drafter
@@ -71,10 +71,11 @@ def test_drafts_are_the_references(served: list[Batch], target: Path, drafter: P
 
 
 def test_bfloat16_drafts_are_the_references(served: list[Batch], target: Path, drafter: Path) -> None:
-    agreement = compare_drafts(served[BFLOAT16], target, drafter, torch.bfloat16, 7)
-    print(f"\nbfloat16: {agreement.share:.4f} of {agreement.tokens} tokens agree")
-    assert agreement.drafts >= 200
-    assert agreement.share_beyond(BFLOAT16_GAP) >= 0.99
+    """As near to the float32 reference's as the reference's own in bfloat16 are, to 1 %."""
+    ours, reference = compare_bfloat16(served[BFLOAT16], target, drafter, 7)
+    print(f"\nbfloat16, {ours.tokens} tokens that agree with float32: engine {ours.share:.4f}, reference {reference.share:.4f}")
+    assert ours.drafts >= 200
+    assert ours.share >= reference.share - 0.01
 
 
 def test_tau_is_the_reference_loops(served: list[Batch], target: Path, drafter: Path) -> None:

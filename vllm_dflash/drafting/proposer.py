@@ -26,6 +26,7 @@ from vllm_dflash.drafting.coverage import ContextCoverage, Hole, without_first_p
 from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_layout, committed_rows, without_rejected
 from vllm_dflash.drafting.pending import PendingContext
 from vllm_dflash.drafting.verification import Verifier
+from vllm_dflash.metrics.drafter import attach as record_drafter
 from vllm_dflash.models.drafter import DrafterForCausalLM
 
 # A name below "vllm", so that vLLM's own handlers and format apply.
@@ -60,10 +61,13 @@ class DFlashProposer(NativeDFlashProposer):
         size = max(self.max_batch_size * self.num_queries, self.max_padded_query_tokens)
         self._query_ids = torch.zeros(size, dtype=torch.int32, device=device)
         self.positions, self._slot_mapping_buffer = (torch.zeros(size, dtype=torch.int64, device=device) for _ in range(2))
+        # Counts of steps without drafts.
+        self._ones, self._zeros = (make(self.max_batch_size, dtype=torch.int32, device=device) for make in (torch.ones, torch.zeros))
         self._pending = PendingContext(_PENDING_ROWS)
         # A connector, and a copy for part of a page, read pages between steps: there they have to be whole after every step.
         self._may_wait = vllm_config.kv_transfer_config is None and vllm_config.cache_config.prefix_match_unit is None
         self._says_confidences = is_adaptive(vllm_config)
+        record_drafter(self, vllm_config, device)
 
     def load_model(self, target_model: Any) -> None:
         """Loads the drafter; on a CPU drafts are verified by our own class from then on."""
@@ -80,6 +84,8 @@ class DFlashProposer(NativeDFlashProposer):
         """
         if not self.on_cpu or bool(discard_request_mask[: len(sampled_token_ids)].any()):
             return super().prepare_next_token_ids_padded(sampled_token_ids, requests, gpu_input_batch, discard_request_mask)
+        if sampled_token_ids.shape[1] == 1:
+            return sampled_token_ids[:, 0], self._ones[: len(sampled_token_ids)]
         kept = (sampled_token_ids >= 0).sum(1, dtype=torch.int32)
         return sampled_token_ids.gather(1, (kept - 1).long()[:, None])[:, 0], kept
 
@@ -89,6 +95,8 @@ class DFlashProposer(NativeDFlashProposer):
         """As vLLM's: the step's metadata, nothing that we need, and each request's rejected tokens [B] int32."""
         if not self.on_cpu:
             return super().prepare_inputs_padded(common_attn_metadata, spec_decode_metadata, valid_sampled_tokens_count)
+        if spec_decode_metadata.max_spec_len == 0:
+            return common_attn_metadata, None, self._zeros[: common_attn_metadata.num_reqs]
         drafted = torch.tensor(spec_decode_metadata.num_draft_tokens, dtype=torch.int32)
         # A prompt that is not at its end keeps no token and has no drafts.
         return common_attn_metadata, None, (drafted + 1 - valid_sampled_tokens_count).mul_(drafted > 0)
@@ -159,7 +167,7 @@ class DFlashProposer(NativeDFlashProposer):
     ) -> None:  # fmt: skip
         """Writes the context of a step's committed rows into the KV cache, or keeps their features until something is drafted."""
         slots = cad.slot_mapping[: len(features)]
-        if num_rejected is not None:
+        if num_rejected is not None and not (self.on_cpu and sum(lengths) == len(features)):
             if self.on_cpu:
                 rows = committed_rows(cad.query_start_loc_cpu[: len(lengths)].tolist(), lengths, self.device)
                 features, positions, slots = features[rows], positions[rows], slots[rows]

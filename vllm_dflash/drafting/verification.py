@@ -47,8 +47,11 @@ class Verifier(RejectionSampler):
             return super().forward(metadata, draft_probs, logits, sampling_metadata)
         processed = self._process(metadata, logits, sampling_metadata)
         sampled, processed = self._sample(metadata, processed, sampling_metadata)
-        kept = keep_accepted(sampled.tolist(), metadata.draft_token_ids.tolist(), metadata.num_draft_tokens)
-        output = torch.tensor(kept, dtype=torch.int32)
+        if metadata.max_spec_len:
+            kept = keep_accepted(sampled.tolist(), metadata.draft_token_ids.tolist(), metadata.num_draft_tokens)
+            output = torch.tensor(kept, dtype=torch.int32)
+        else:
+            output = sampled.to(torch.int32)[:, None]
         if sampling_metadata.max_num_logprobs is None:
             return SamplerOutput(sampled_token_ids=output, logprobs_tensors=None)
         shown = processed if self.is_processed_logprobs_mode else logits

@@ -71,7 +71,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
             raise UsageError(f"{target} has no tokenizer, which turns prompts into text: give --target, the model's folder or hub id")
         server = Server(args.server, target, tokenizer, model)
     longest = max(len(prompt) for p in every for prompt in prompt_sets[p.prompt_set].take(p.num_prompts, p.prompt_tokens))
-    needed = longest + args.max_tokens + 1 + max(method.num_speculative_tokens for method in methods)
+    # vLLM's own dflash drafts for nobody in a step in which the longest request, its draft tokens counted, leaves no room for a block.
+    needed = longest + args.max_tokens + 2 * (1 + max(method.num_speculative_tokens for method in methods))
     if args.max_model_len is not None and args.max_model_len < longest + args.max_tokens:
         raise UsageError(
             f"--max-model-len {args.max_model_len} has no room for a prompt of {longest} tokens and {args.max_tokens} more: give {needed}, "
