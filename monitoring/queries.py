@@ -19,7 +19,8 @@ import yaml
 HERE = Path(__file__).resolve().parent
 DASHBOARD = HERE / "grafana" / "dashboards" / "vllm-dflash.json"
 CONFIG = HERE / "prometheus" / "prometheus.yml"
-RECORDING, ALERTS, ALERTS_TEST = (HERE / "prometheus" / name for name in ("recording.yml", "alerts.yml", "alerts_test.yml"))
+RECORDING, ALERTS = HERE / "prometheus" / "recording.yml", HERE / "prometheus" / "alerts.yml"
+ALERT_CASES = [HERE / "prometheus" / name for name in ("alerts_test.yml", "alerts_day_test.yml")]
 _LABEL_VALUES = re.compile(r"label_values\((?P<selector>.*), *(?P<label>\w+)\)")
 
 
