@@ -7,7 +7,7 @@ pytest tests/patches        each against the installed vLLM
 from vllm_dflash.patches import (
     draft_lookahead,
     draft_slots,
-    engine_metrics,
+    scheduler_metrics,
     server_metrics,
     speculative_config,
     v1_cpu_expand,
@@ -30,6 +30,6 @@ ALL = (
     v1_cpu_seeds.PATCH,
     v1_cpu_expand.PATCH,
     v2_speculator.PATCH,
-    engine_metrics.PATCH,
+    scheduler_metrics.PATCH,
     server_metrics.PATCH,
 )

@@ -168,7 +168,8 @@ ALL = (
     ),
     Metric(
         "vllm_dflash_measured_seconds_total", COUNTER, "seconds",
-        "Time of the decoding steps, plain ones included, for whose number of requests there is a baseline.",
+        "Time of the decoding steps, plain ones included, for whose number of requests there is a baseline. A step of more than four times "
+        "the median of its like was held up from outside and is left out.",
         "What is the speed-up over any window? rate(baseline_seconds_total) / rate(measured_seconds_total).", only=_BASELINE,
     ),
     Metric(

@@ -52,8 +52,7 @@ class DrafterRecord:
         seconds = time.perf_counter() - began
         with self.recorder.lock:
             self.seconds.observe(seconds)
-            self.drafted.add(len(drafts[0]) if drafts else 0, len(drafts))
-            self.recorder.dirty = True
+            self._drafted(drafts)
         return drafts
 
     def _timed_by_events(self, propose: Any, args: Any, kwargs: Any) -> Any:
@@ -66,9 +65,14 @@ class DrafterRecord:
         self._running.append((begin, end))
         with self.recorder.lock:
             self._collect()
-            self.drafted.add(drafts.shape[1], drafts.shape[0])
-            self.recorder.dirty = True
+            self._drafted(drafts)
         return drafts
+
+    def _drafted(self, drafts: Any) -> None:
+        """``drafts``: [B, K], a tensor or the V1 proposer's lists."""
+        num_reqs = len(drafts)
+        self.drafted.add(len(drafts[0]) if num_reqs else 0, num_reqs)
+        self.recorder.dirty = True
 
     def _collect(self) -> None:
         """Takes the times of those that the device is done with."""

@@ -22,19 +22,22 @@ from vllm_dflash.metrics.counts import Histogram, Positions, Speedup
 from vllm_dflash.metrics.recorder import Recorder
 
 STEP_KINDS = ("prefill", "speculative", "partial", "plain")
-_PLAIN_STEPS = 3
-"""Plain steps of about as many requests, from which on their median is a baseline."""
+_LAST = 9
+"""Steps of a kind with about as many requests whose median is taken."""
+_FEWEST = 3
+"""Of them, before there is one."""
+_HELD_UP = 4.0
+"""A step that took so many medians of its kind was held up from outside, as a plain one would have been; it says nothing of a speed-up."""
 _REFRESH = 128
 """Steps for which an answer of the cost model is kept."""
 
 
-def attach(core: Any) -> None:
-    """Records what vLLM's ``EngineCore`` does, where it speculates with one of our drafters; else does nothing."""
-    speculative = core.vllm_config.speculative_config
+def attach(scheduler: Any) -> None:
+    """Records what vLLM's ``Scheduler`` sees, where it speculates with one of our drafters; else does nothing."""
+    speculative = scheduler.vllm_config.speculative_config
     if speculative is None or speculative.method != "dflash" or not is_ours(speculative.draft_model_config.architectures):
         return
-    record = EngineRecord(core.vllm_config, core.scheduler)
-    scheduler = core.scheduler
+    record = EngineRecord(scheduler.vllm_config, scheduler)
     scheduler.schedule = record.watch_schedule(scheduler.schedule)
     scheduler.update_from_output = record.watch_update(scheduler.update_from_output)
     scheduler.shutdown = record.watch_shutdown(scheduler.shutdown)
@@ -68,7 +71,8 @@ class EngineRecord:
         self.controller: dict[tuple[str, str], int] = {}
         self.confident, self.confident_accepted = [0] * CONFIDENCE_BUCKETS, [0] * CONFIDENCE_BUCKETS
         self.speedup = Speedup()
-        self._plain: dict[int, deque[float]] = {}
+        self._last: dict[tuple[str, int], deque[float]] = {}
+        """By kind and size of step, seconds of the last ones."""
         self._model: dict[int, tuple[int, float | None]] = {}
         self._requests: dict[str, _Request] = {}
         self._last_end: float | None = None
@@ -201,15 +205,16 @@ class EngineRecord:
         self.step_seconds[kind].observe(seconds)
         if not all_decode:
             return
-        if kind == "plain" and not self.adaptive:
-            self._plain.setdefault(num_reqs.bit_length(), deque(maxlen=9)).append(seconds)
-        plain = self._cost_model(num_reqs) if self.adaptive else self._plain_median(num_reqs)
-        if plain is not None:
+        usual = self._median(kind, num_reqs)
+        self._last.setdefault((kind, num_reqs.bit_length()), deque(maxlen=_LAST)).append(seconds)
+        plain = self._cost_model(num_reqs) if self.adaptive else self._median("plain", num_reqs)
+        if plain is not None and usual is not None and seconds < _HELD_UP * usual:
             self.speedup.observe(num_reqs, committed, seconds, plain)
 
-    def _plain_median(self, num_reqs: int) -> float | None:
-        seconds = self._plain.get(num_reqs.bit_length(), ())
-        return None if len(seconds) < _PLAIN_STEPS else sorted(seconds)[len(seconds) // 2]
+    def _median(self, kind: str, num_reqs: int) -> float | None:
+        """Seconds of such steps lately; None before there were a few."""
+        seconds = self._last.get((kind, num_reqs.bit_length()), ())
+        return None if len(seconds) < _FEWEST else sorted(seconds)[len(seconds) // 2]
 
     def _cost_model(self, num_reqs: int) -> float | None:
         """Seconds of a plain step by what the controller has measured; None before it has seen such a batch."""

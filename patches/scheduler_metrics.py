@@ -1,4 +1,4 @@
-"""Engine core: our recorder watches the scheduler of an engine that has one of our drafters."""
+"""Scheduler: our recorder watches that of an engine with one of our drafters."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -20,16 +20,17 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 PATCH = Patch(
-    target="vllm.v1.engine.core:EngineCore.__init__",
+    target="vllm.v1.core.sched.scheduler:Scheduler.__init__",
     versions=SUPPORTED_VLLM,
     fingerprints={
-        "vllm.v1.engine.core:EngineCore.__init__": "7194526c41548dcc",
-        "vllm.v1.engine.core:EngineCore.step": "f877e9d6a4de1ca4",
+        "vllm.v1.core.sched.scheduler:Scheduler.__init__": "efafe217357c6b19",
         "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": "d285784b0bfeee09",
+        "vllm.v1.engine.core:EngineCore.step": "f877e9d6a4de1ca4",
     },
     why=(
         "lengths, steps without drafts and their times are seen in the engine's process only; the hook for metrics, a stat logger, runs in "
-        "the API server, gets none of them, and is not asked by an offline LLM. An engine without our drafters is left as it is"
+        "the API server, gets none of them, and is not asked by an offline LLM. Plug-ins are loaded in EngineCore.__init__, so that is too "
+        "late a place. A scheduler without one of our drafters is left as it is"
     ),
     until="vLLM lets a plug-in observe steps in the engine's process",
     replace=_replace,
