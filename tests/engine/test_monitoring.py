@@ -60,7 +60,7 @@ class Scraped:
 
     def over_traffic(self, expression: str) -> list[dict[str, Any]]:
         """The samples of the traffic's time, a second apart, by series."""
-        span = {"start": f"{self.began + 3:.3f}", "end": f"{self.ended:.3f}", "step": "1"}
+        span = {"start": f"{self.began + 2:.3f}", "end": f"{self.ended:.3f}", "step": "1"}
         return queries.ask(self.prometheus, "query_range", query=expression, **span)["result"]
 
     def total(self, expression: str) -> float:
@@ -104,14 +104,14 @@ def _wait_for_scrapes(run: Scraped) -> None:
 
 
 def _check(place: str, unit: str, series: list[dict[str, Any]]) -> None:
-    """Finite, and plausible for the unit: fractions in 0 to 1, seconds below a minute, nothing negative."""
+    """Finite, and plausible for the unit: fractions in 0 to 1, seconds below a minute, tau in 1 to K + 1, nothing negative."""
     values = [float(value) for one in series for _, value in one["values"]]
     assert all(math.isfinite(value) and value >= 0 for value in values), (place, values)
     if unit == "percentunit":
         assert max(values) <= 1 + 1e-9, (place, values)
     if unit == "s":
         assert 0 < max(values) < 60, (place, values)
-    if "tau" in place or "Tokens a verification" in place or place.startswith("By "):
+    if unit == "tau":
         assert 1 <= min(values) <= max(values) <= K + 1, (place, values)
 
 
@@ -121,7 +121,8 @@ def test_panel(scraped: Scraped, query: queries.Query) -> None:
     series = scraped.over_traffic(query.expression)
     assert series or query.place in MAY_BE_EMPTY, f"{query.place} has no sample: {query.expression}"
     if series:
-        _check(query.place, query.unit, series)
+        is_tau = query.legend != "{{le}}" and ("Tokens a verification" in query.place or query.place.startswith("By "))
+        _check(query.place, "tau" if is_tau else query.unit, series)
     idle = scraped.instant(query.expression, scraped.idle)
     assert all(math.isfinite(float(one["value"][1])) for one in idle), (query.place, idle)
 
@@ -138,16 +139,17 @@ def test_recording_rule(scraped: Scraped, rule: dict[str, Any]) -> None:
     """Recorded by Prometheus itself, every second of the traffic."""
     series = scraped.over_traffic(rule["record"])
     assert series or "speedup" in rule["record"], f"{rule['record']} recorded nothing"
-    _check(
-        rule["record"], "percentunit" if "acceptance:" in rule["record"] or "share" in rule["record"] else "", series
-    ) if series else None
+    if series:
+        unit = "tau" if "length" in rule["record"] else "percentunit" if "acceptance:" in rule["record"] or "share" in rule["record"] else ""
+        _check(rule["record"], unit, series)
 
 
 @pytest.mark.parametrize("rule", queries.rules(queries.ALERTS), ids=lambda rule: rule["alert"])
 def test_alert(scraped: Scraped, rule: dict[str, Any]) -> None:
     """Quiet for a sound server; with its threshold moved it gives samples of that server."""
     name, expression = rule["alert"], rule["expr"]
-    assert name == "SpeculationDoesNotPay" or not scraped.over_traffic(expression), f"{name} has samples for a sound server"
+    # Two cores may well be slower with speculation.
+    assert name == "SpeculationDoesNotPay" or not scraped.instant(expression, scraped.ended), f"{name} has samples for a sound server"
     for found, put in LOOSENED[name].items():
         assert found in expression, f"{name}: {found!r} is not in it"
         expression = expression.replace(found, put)
