@@ -25,7 +25,8 @@ def main() -> None:
     values = {"instance": ".*", "model": ".*", "engine": ".*", "docs": "", "__rate_interval": args.rate_interval}
     dashboard = json.loads(queries.DASHBOARD.read_text())
     shown = [
-        {"row": row, "panel": panel, "series": _series(args.prometheus, panel, values, start, end)} for row, panel in queries.panels(dashboard)
+        {"row": row, "panel": panel, "series": _series(args.prometheus, panel, values, start, end)}
+        for row, panel in queries.panels(dashboard)
     ]
     args.out.write_text(json.dumps({"start": start * 1000, "end": end * 1000, "panels": shown}))
     print(f"{args.out}: {len(shown)} panels, {sum(len(one['series']) for one in shown)} series")

@@ -140,7 +140,9 @@ def test_recording_rule(scraped: Scraped, rule: dict[str, Any]) -> None:
     series = scraped.over_traffic(rule["record"])
     assert series or "speedup" in rule["record"], f"{rule['record']} recorded nothing"
     if series:
-        unit = "tau" if "length" in rule["record"] else "percentunit" if "acceptance:" in rule["record"] or "share" in rule["record"] else ""
+        unit = (
+            "tau" if "length" in rule["record"] else "percentunit" if "acceptance:" in rule["record"] or "share" in rule["record"] else ""
+        )
         _check(rule["record"], unit, series)
 
 
