@@ -102,7 +102,10 @@ def check_environment() -> list[str]:
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--extras", nargs="*", default=["bench", "monitoring", "test", "dev"], help="extras of pyproject.toml to install too (default: bench monitoring test dev)"
+        "--extras",
+        nargs="*",
+        default=["bench", "monitoring", "test", "dev"],
+        help="extras of pyproject.toml to install too (default: bench monitoring test dev)",
     )
     parser.add_argument(
         "--torch-index", default="", help="index address or folder with PyTorch's CPU wheels, beside what pip is configured with"
