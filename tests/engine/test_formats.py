@@ -92,7 +92,7 @@ def test_quantized_weights(random_target: Path, tmp_path: Path, kind: str) -> No
     drafter = make_random_drafter(tmp_path / "drafter", config=config)
     quantize(drafter, tmp_path / "packed", tmp_path / "written-out")
     if not _has_kernel():
-        with pytest.raises(RuntimeError, match="4-bit weights.*AVX-512.*serve a drafter with 16-bit weights"):
+        with pytest.raises(RuntimeError, match=r"4-bit weights.*AVX-512.*serve a drafter with 16-bit weights"):
             run_engine(random_target, tmp_path / "packed", random_prompts(1, 512), max_tokens=2, dtype="bfloat16")
         return
     batch = run_engine(random_target, tmp_path / "packed", random_prompts(16, 512), max_tokens=24, dtype="bfloat16", record=True)[0]
