@@ -7,6 +7,8 @@ pytest tests/patches        each against the installed vLLM
 from vllm_dflash.patches import (
     draft_lookahead,
     draft_slots,
+    scheduler_metrics,
+    server_metrics,
     speculative_config,
     v1_cpu_expand,
     v1_cpu_seeds,
@@ -28,4 +30,6 @@ ALL = (
     v1_cpu_seeds.PATCH,
     v1_cpu_expand.PATCH,
     v2_speculator.PATCH,
+    scheduler_metrics.PATCH,
+    server_metrics.PATCH,
 )

@@ -32,6 +32,7 @@ A new drafter, in this order:
   vllm-dflash doctor --target T --draft DRAFTER does the pair fit, and how much is accepted?
   vllm serve T --speculative-config '{"method": "dflash", "model": "DRAFTER"}'
   vllm-dflash bench --target T --draft DRAFTER  how fast is it here, and against what?
+  vllm-dflash top URL                           does it pay on a running server?
 
 No drafter yet:
   vllm-dflash train --target T --prompts P --out RUN
@@ -54,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_doctor(commands)
     _add_bench(commands)
     _add_train(commands)
+    _add_top(commands)
     args = parser.parse_args(arguments)
     return int(args.run(args))
 
@@ -183,6 +185,21 @@ def _add_train(commands: Any) -> None:
     train.set_defaults(run=lambda args: import_module("vllm_dflash.training.pipeline").run(args))
 
 
+def _add_top(commands: Any) -> None:
+    top = _command(
+        commands, "top", "does speculation pay on a running server? Live in the terminal, or once",
+        "Reads /metrics of a server and shows, engine by engine, the estimated speed-up with its baseline, tau, acceptance by position, "
+        "what steps take, what the controller chooses and why nothing is drafted. docs/monitoring.md says how to read it. "
+        "Ends with 0, with 1 where the server has no metrics of ours, with 2 where it does not answer.",
+        ["vllm-dflash top http://127.0.0.1:8000", "vllm-dflash top 127.0.0.1:8000 --once --json    # since the server began"],
+    )  # fmt: skip
+    top.add_argument("url", metavar="URL", help="the server, such as http://127.0.0.1:8000")
+    top.add_argument("--interval", metavar="S", type=_positive, default=2.0, help="seconds between two looks (default: 2)")
+    top.add_argument("--once", action="store_true", help="one look, of the time since the server began")
+    top.add_argument("--json", action="store_true", help="one JSON object, for scripts; implies --once")
+    top.set_defaults(run=lambda args: import_module("vllm_dflash.metrics.top").run(args))
+
+
 def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     """The type of a comma-separated list, of which each entry counts once."""
 
@@ -199,6 +216,13 @@ def _not_negative(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{value:g} is no temperature: give 0 or more")
+    return value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no time: give seconds above 0")
     return value
 
 

@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 from vllm_dflash.formats import VLLM_ARCHITECTURES
+from vllm_dflash.metrics.snapshots import choose_folder
 from vllm_dflash.patching import PatchError, PatchSet
 from vllm_dflash.supported import installed_vllm, is_supported, refusal
 
@@ -44,6 +45,7 @@ def register() -> None:
         for name in VLLM_ARCHITECTURES:
             ModelRegistry.register_model(name, "vllm_dflash.models.drafter:DrafterForCausalLM")
         _register_speculators_dflare()
+        choose_folder()
         return
     if _WARNED not in os.environ:
         os.environ[_WARNED] = "1"

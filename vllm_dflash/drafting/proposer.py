@@ -26,6 +26,7 @@ from vllm_dflash.drafting.coverage import ContextCoverage, Hole, without_first_p
 from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_layout, committed_rows, without_rejected
 from vllm_dflash.drafting.pending import PendingContext
 from vllm_dflash.drafting.verification import Verifier
+from vllm_dflash.metrics.drafter import attach as record_drafter
 from vllm_dflash.models.drafter import DrafterForCausalLM
 
 # A name below "vllm", so that vLLM's own handlers and format apply.
@@ -66,6 +67,7 @@ class DFlashProposer(NativeDFlashProposer):
         # A connector, and a copy for part of a page, read pages between steps: there they have to be whole after every step.
         self._may_wait = vllm_config.kv_transfer_config is None and vllm_config.cache_config.prefix_match_unit is None
         self._says_confidences = is_adaptive(vllm_config)
+        record_drafter(self, vllm_config, device)
 
     def load_model(self, target_model: Any) -> None:
         """Loads the drafter; on a CPU drafts are verified by our own class from then on."""

@@ -21,6 +21,7 @@ from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator as
 from vllm_dflash.checks import settled
 from vllm_dflash.conditioning import kind_of
 from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.metrics.drafter import attach as record_drafter
 
 
 class DFlashSpeculator(NativeDFlashSpeculator):
@@ -41,6 +42,7 @@ class DFlashSpeculator(NativeDFlashSpeculator):
         width = kind_of(drafter).context_width(drafter)
         # vLLM's buffer holds one hidden state a token; DFlare's context has one a draft layer.
         self.hidden_states = torch.zeros(self.max_num_tokens, width, dtype=self.dtype, device=device)
+        record_drafter(self, vllm_config, device)
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
         """Takes over the KV cache's groups and the attention groups.

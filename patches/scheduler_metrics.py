@@ -1,0 +1,37 @@
+"""Scheduler: our recorder watches that of an engine with one of our drafters."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from vllm_dflash.patching import Patch
+from vllm_dflash.supported import SUPPORTED_VLLM
+
+
+def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        from vllm_dflash.metrics.engine import attach
+
+        original(self, *args, **kwargs)
+        attach(self)
+
+    return init
+
+
+PATCH = Patch(
+    target="vllm.v1.core.sched.scheduler:Scheduler.__init__",
+    versions=SUPPORTED_VLLM,
+    fingerprints={
+        "vllm.v1.core.sched.scheduler:Scheduler.__init__": "efafe217357c6b19",
+        "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": "d285784b0bfeee09",
+        "vllm.v1.engine.core:EngineCore.step": "f877e9d6a4de1ca4",
+    },
+    why=(
+        "lengths, steps without drafts and their times are seen in the engine's process only; the hook for metrics, a stat logger, runs in "
+        "the API server, gets none of them, and is not asked by an offline LLM. Plug-ins are loaded in EngineCore.__init__, so that is too "
+        "late a place. A scheduler without one of our drafters is left as it is"
+    ),
+    until="vLLM lets a plug-in observe steps in the engine's process",
+    replace=_replace,
+)

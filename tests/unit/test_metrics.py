@@ -1,0 +1,156 @@
+"""Metrics without an engine: the catalog, what recorders count in, snapshots, the text, the figures of ``vllm-dflash top``."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from vllm_dflash.cli import main
+from vllm_dflash.metrics import catalog, snapshots
+from vllm_dflash.metrics.counts import Histogram, Positions, Speedup
+from vllm_dflash.metrics.figures import Scrape, figures, verdict
+from vllm_dflash.metrics.read import read
+from vllm_dflash.metrics.top import address
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def histogram(name: str, *values: float) -> list[object]:
+    counts = Histogram(catalog.BY_NAME[name].buckets)
+    for value in values:
+        counts.observe(value)
+    return counts.sample()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(snapshots.USERS, str(tmp_path / "metrics"))
+    return tmp_path / "metrics"
+
+
+def leave(folder: Path, engine: str = "0", **samples: object) -> None:
+    snapshots.write(folder / snapshots.file_name("engine", engine), {"labels": ["m", engine], "samples": samples})
+
+
+def test_names_follow_prometheus_rules():
+    assert len(catalog.BY_NAME) == len(catalog.ALL)
+    for metric in catalog.ALL:
+        assert metric.name.startswith("vllm_dflash_")
+        assert ":" not in metric.name
+        assert metric.name.endswith("_total") == (metric.kind == catalog.COUNTER), metric.name
+        assert bool(metric.buckets) == (metric.kind == catalog.HISTOGRAM), metric.name
+        assert metric.help.endswith("."), metric.name
+
+
+def test_the_guide_has_the_table_of_the_code():
+    assert catalog.table() in (ROOT / "docs" / "monitoring.md").read_text(), "python -m vllm_dflash.metrics.catalog prints the table"
+
+
+def test_buckets_of_labels():
+    assert [catalog.context_bucket(n) for n in (0, 255, 256, 4095, 4096, 10**6)] == [
+        "0-255", "0-255", "256-1023", "1024-4095", "4096-16383", "65536+",
+    ]  # fmt: skip
+    assert [catalog.confidence_bucket(i) for i in (0, 9)] == ["0.0-0.1", "0.9-1.0"]
+
+
+def test_positions_are_counted_from_the_ends_of_drafts():
+    counts = Positions()
+    for length in (0, 2, 3, 3, 1):
+        counts.add(length)
+    assert counts.samples() == [(["1"], 4), (["2"], 3), (["3"], 2)]
+
+
+def test_a_histogram_counts_a_bound_in_its_own_bucket():
+    counts = Histogram((1.0, 2.0))
+    for value in (1, 2, 2, 3):
+        counts.observe(value)
+    assert counts.sample() == [[1, 2, 1], 8.0]
+
+
+def test_speedup_against_plain_steps():
+    speedup = Speedup()
+    assert speedup.recent is None
+    for _ in range(10):
+        speedup.observe(num_reqs=2, committed=6, seconds=0.02, plain_seconds=0.01)
+    assert speedup.baseline / speedup.measured == pytest.approx(1.5)
+    assert speedup.recent == pytest.approx(1.5)
+
+
+def test_text_of_snapshots(folder: Path):
+    leave(folder, accepted_length=[([], histogram("accepted_length", 1, 4, 4))], reached_tokens=[(["1"], 3)])
+    leave(folder, "1", reached_tokens=[(["1"], 5)])
+    found = {f.name: f for f in text_string_to_metric_families(read(wait=False))}
+    assert set(found) == {"vllm_dflash_accepted_length", "vllm_dflash_reached_tokens"}
+    assert {s.labels["engine"]: s.value for s in found["vllm_dflash_reached_tokens"].samples} == {"0": 3, "1": 5}
+    lengths = {s.labels.get("le", s.name): s.value for s in found["vllm_dflash_accepted_length"].samples}
+    assert (lengths["1.0"], lengths["3.0"], lengths["4.0"], lengths["+Inf"]) == (1, 1, 3, 3)
+    assert lengths["vllm_dflash_accepted_length_sum"] == 9
+
+
+def test_a_process_that_is_gone_leaves_no_series(folder: Path):
+    """Prometheus would show its last values for ever, beside those of the process in its place."""
+    code = "from pathlib import Path; from vllm_dflash.metrics import snapshots as s; " \
+        "s.write(s.folder() / s.file_name('engine', '0'), {'labels': ['m', '0'], 'samples': {'reached_tokens': [[['1'], 9]]}})"  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert len(list(folder.glob("*.json"))) == 1
+    leave(folder, reached_tokens=[(["1"], 2)])
+    assert next(line for line in read(wait=False).splitlines() if line.startswith("vllm_dflash_reached")).endswith(" 2.0")
+    assert len(list(folder.glob("*.json"))) == 1
+    # The same number, another process.
+    (folder / f"engine-0-{os.getpid()}-1.json").write_text("{}")
+    assert read(wait=False).count("vllm_dflash_reached_tokens_total{") == 1
+
+
+def test_a_server_started_by_a_process_of_vllm_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(snapshots.USERS, raising=False)
+    show = "from vllm_dflash.metrics import snapshots as s; s.choose_folder(); print(s.folder(), flush=True)"
+    code = (
+        f"import multiprocessing, subprocess, sys; show = {show!r}; exec(show); "
+        "child = multiprocessing.get_context('fork').Process(target=exec, args=(show,)); child.start(); child.join(); "
+        "subprocess.run([sys.executable, '-c', show], check=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    own, child, server = done.stdout.split()
+    assert own == child != server
+
+
+TEXT = """\
+# TYPE vllm_dflash_drafter_info gauge
+vllm_dflash_drafter_info{model_name="m",engine="0",drafter="d"} 1
+# TYPE vllm_dflash_accepted_length histogram
+vllm_dflash_accepted_length_bucket{model_name="m",engine="0",le="+Inf"} 4
+vllm_dflash_accepted_length_count{model_name="m",engine="0"} 4
+vllm_dflash_accepted_length_sum{model_name="m",engine="0"} 10
+# TYPE vllm_dflash_reached_tokens counter
+vllm_dflash_reached_tokens_total{model_name="m",engine="0",position="1"} 4
+# TYPE vllm_dflash_accepted_tokens counter
+vllm_dflash_accepted_tokens_total{model_name="m",engine="0",position="1"} 3
+"""
+BASELINE = """\
+# TYPE vllm_dflash_baseline_seconds counter
+vllm_dflash_baseline_seconds_total{model_name="m",engine="0"} 3
+# TYPE vllm_dflash_measured_seconds counter
+vllm_dflash_measured_seconds_total{model_name="m",engine="0"} 2
+# TYPE vllm_dflash_estimated_speedup gauge
+vllm_dflash_estimated_speedup{model_name="m",engine="0",baseline="plain_steps"} 1.5
+"""
+
+
+def test_figures_and_what_they_say():
+    [found] = figures(Scrape.parse(TEXT, 0.0))
+    assert (found["tau"], found["acceptance"], found["speedup"]) == (2.5, {"1": 0.75}, None)
+    assert "cannot be said" in verdict(found)
+    [paying] = figures(Scrape.parse(TEXT + BASELINE, 0.0))
+    assert verdict(paying) == "pays: 1.50 x plain decoding (plain_steps), tau 2.50"
+    [since] = figures(Scrape.parse(TEXT, 5.0), Scrape.parse(TEXT, 3.0))
+    assert since["tau"] is None
+    assert verdict(since) == "no draft was verified in this time"
+
+
+def test_top_without_a_server(capsys: pytest.CaptureFixture[str]):
+    assert main(["top", "127.0.0.1:9", "--once"]) == 2
+    assert "does not answer" in capsys.readouterr().err
+    assert address("host:1") == address("http://host:1/") == address("http://host:1/metrics") == "http://host:1/metrics"

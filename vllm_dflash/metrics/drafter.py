@@ -1,0 +1,91 @@
+"""The worker's side: how much the drafter drafts, how long it takes, and whether it sees the whole context.
+
+It stands around ``propose`` of a proposer (V1 runner) or a speculator (V2). On a GPU two events of the device stand around it, which
+are asked for their times some steps later, so that nothing waits. Limits: the first rank of tensor parallelism records; coverage is
+known with the V1 runner only.
+
+    pytest tests/engine/test_metrics.py
+"""
+
+import functools
+import time
+import weakref
+from collections import deque
+from typing import Any
+
+from vllm_dflash.metrics.catalog import BY_NAME
+from vllm_dflash.metrics.counts import Histogram, Positions
+from vllm_dflash.metrics.recorder import Recorder
+
+
+def attach(drafter: Any, vllm_config: Any, device: Any) -> None:
+    """Records what ``drafter.propose`` does."""
+    parallel = vllm_config.parallel_config
+    if parallel.rank % parallel.tensor_parallel_size == 0:
+        drafter.propose = DrafterRecord(drafter, vllm_config, on_gpu=device.type == "cuda").watch(drafter.propose)
+
+
+class DrafterRecord:
+    """Counts of one worker's drafter."""
+
+    def __init__(self, drafter: Any, vllm_config: Any, *, on_gpu: bool) -> None:
+        self.on_gpu, self._drafter = on_gpu, weakref.ref(drafter)
+        self.drafted, self.seconds = Positions(), Histogram(BY_NAME["drafter_seconds"].buckets)
+        self._running: deque[tuple[Any, Any]] = deque()
+        """Pairs of events whose times are not known yet."""
+        self._spare: list[tuple[Any, Any]] = []
+        self.recorder = Recorder("drafter", vllm_config, self.samples)
+
+    def watch(self, propose: Any) -> Any:
+        """Around ``propose``, which returns draft tokens [B, K]."""
+        timed = self._timed_by_events if self.on_gpu else self._timed
+
+        @functools.wraps(propose)
+        def watching(*args: Any, **kwargs: Any) -> Any:
+            return propose(*args, **kwargs) if kwargs.get("dummy_run") else timed(propose, args, kwargs)
+
+        return watching
+
+    def _timed(self, propose: Any, args: Any, kwargs: Any) -> Any:
+        began = time.perf_counter()
+        drafts = propose(*args, **kwargs)
+        seconds = time.perf_counter() - began
+        with self.recorder.lock:
+            self.seconds.observe(seconds)
+            self._drafted(drafts)
+        return drafts
+
+    def _timed_by_events(self, propose: Any, args: Any, kwargs: Any) -> Any:
+        import torch
+
+        begin, end = self._spare.pop() if self._spare else (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        begin.record()
+        drafts = propose(*args, **kwargs)
+        end.record()
+        self._running.append((begin, end))
+        with self.recorder.lock:
+            self._collect()
+            self._drafted(drafts)
+        return drafts
+
+    def _drafted(self, drafts: Any) -> None:
+        """``drafts``: [B, K], a tensor or the V1 proposer's lists."""
+        num_reqs = len(drafts)
+        self.drafted.add(len(drafts[0]) if num_reqs else 0, num_reqs)
+        self.recorder.dirty = True
+
+    def _collect(self) -> None:
+        """Takes the times of those that the device is done with."""
+        while self._running and self._running[0][1].query():
+            pair = self._running.popleft()
+            self.seconds.observe(pair[0].elapsed_time(pair[1]) / 1000)
+            self._spare.append(pair)
+
+    def samples(self) -> dict[str, list[Any]]:
+        """Everything, for a snapshot."""
+        found: dict[str, list[Any]] = {"drafted_tokens": self.drafted.samples(), "drafter_seconds": [([], self.seconds.sample())]}
+        # The proposer makes it once the page size is known, in its first step.
+        coverage = getattr(self._drafter(), "coverage", None) if any(self.seconds.counts) else None
+        if coverage is not None:
+            found["draft_context_positions"] = [([state], count) for state, count in vars(coverage.counts).items()]
+        return found

@@ -1,0 +1,116 @@
+"""What an operator wants to know, out of /metrics: over the time between two answers, or since the server began. Pure.
+
+pytest tests/unit/test_metrics.py
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+_PREFIX = "vllm_dflash_"
+_Labels = frozenset[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Scrape:
+    """One answer of /metrics, at a time in seconds."""
+
+    seconds: float
+    samples: dict[tuple[str, _Labels], float]
+
+    @classmethod
+    def parse(cls, text: str, seconds: float) -> "Scrape":
+        families = text_string_to_metric_families(text)
+        return cls(seconds, {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples})
+
+    def engines(self) -> list[tuple[str, str]]:
+        """(model, engine) of every engine with one of our drafters."""
+        found = {(dict(labels)["model_name"], dict(labels)["engine"]) for name, labels in self.samples if name == f"{_PREFIX}drafter_info"}
+        return sorted(found)
+
+
+class _Engine:
+    """The samples of one engine, as growth since an earlier answer."""
+
+    def __init__(self, now: Scrape, before: Scrape | None, model: str, engine: str) -> None:
+        self.own = {("model_name", model), ("engine", engine)}
+        self._now, self._before = now.samples, before.samples if before else {}
+
+    def each(self, name: str) -> Iterator[tuple[dict[str, str], float]]:
+        """The further labels of each sample of a counter, and its growth."""
+        for (found, labels), value in self._now.items():
+            if found == name and labels >= self.own:
+                earlier = self._before.get((found, labels), 0.0)
+                # A count that fell is of an engine that has begun anew.
+                yield dict(labels - self.own), value - earlier if value >= earlier else value
+
+    def total(self, name: str) -> float:
+        return sum(value for _, value in self.each(name))
+
+    def by(self, label: str, name: str) -> dict[str, float]:
+        found: dict[str, float] = defaultdict(float)
+        for labels, value in self.each(name):
+            found[labels[label]] += value
+        return dict(found)
+
+    def value(self, name: str) -> tuple[dict[str, str], float] | None:
+        """A gauge's further labels and its value."""
+        return next(((dict(ls - self.own), v) for (found, ls), v in self._now.items() if found == name and ls >= self.own), None)
+
+
+def figures(now: Scrape, before: Scrape | None = None) -> list[dict[str, Any]]:
+    """By engine, the figures of the time since ``before``, or since the server began; None stands for what cannot be known."""
+    return [_figures(now, before, model, engine) for model, engine in now.engines()]
+
+
+def _figures(now: Scrape, before: Scrape | None, model: str, engine: str) -> dict[str, Any]:
+    see = _Engine(now, before, model, engine)
+    speedup, info = see.value(f"{_PREFIX}estimated_speedup"), see.value(f"{_PREFIX}drafter_info")
+    lengths = see.total(f"{_PREFIX}accepted_length_count")
+    steps, step_seconds = see.by("kind", f"{_PREFIX}step_seconds_count"), see.by("kind", f"{_PREFIX}step_seconds_sum")
+    output = see.by("step", f"{_PREFIX}output_tokens_total")
+    verified, reached, accepted = (see.by("position", f"{_PREFIX}{what}_tokens_total") for what in ("verified", "reached", "accepted"))
+    context = see.by("context_length", f"{_PREFIX}context_verifications_total")
+    committed = see.by("context_length", f"{_PREFIX}context_committed_tokens_total")
+    positions = see.by("state", f"{_PREFIX}draft_context_positions_total")
+    controller: dict[str, float] = {}
+    for labels, count in see.each(f"{_PREFIX}controller_steps_total"):
+        controller[f"{labels['choice']} ({labels['why']})"] = count
+    return {
+        "model": model, "engine": engine, "drafter": info[0] if info else {},
+        "seconds": now.seconds - before.seconds if before else None,
+        "speedup": _over(see.total(f"{_PREFIX}baseline_seconds_total"), see.total(f"{_PREFIX}measured_seconds_total")),
+        "baseline": speedup[0]["baseline"] if speedup else None,
+        "tau": _over(see.total(f"{_PREFIX}accepted_length_sum"), lengths), "verifications": lengths,
+        "request_tau": _over(see.total(f"{_PREFIX}request_accepted_length_sum"), see.total(f"{_PREFIX}request_accepted_length_count")),
+        "draft_length": _over(see.total(f"{_PREFIX}draft_length_sum"), see.total(f"{_PREFIX}draft_length_count")),
+        "acceptance": {at: _over(accepted.get(at, 0.0), reached[at]) for at in sorted(reached, key=int)},
+        "verified": {at: verified[at] for at in sorted(verified, key=int)},
+        "drafter_share": _over(see.total(f"{_PREFIX}drafter_seconds_sum"), sum(step_seconds.values())),
+        "step_ms": {kind: 1000 * step_seconds[kind] / count for kind, count in steps.items() if count},
+        "time_share": {kind: seconds / sum(step_seconds.values()) for kind, seconds in step_seconds.items() if seconds},
+        "output_tokens": output, "tokens_per_second": _over(sum(output.values()), now.seconds - before.seconds) if before else None,
+        "tau_by_context": {length: committed[length] / count for length, count in context.items() if count},
+        "missing_context": _over(positions.get("missing", 0.0), sum(positions.values())),
+        "controller": controller, "refused": see.by("reason", f"{_PREFIX}speculation_refused_total"),
+        "running": (see.value("vllm:num_requests_running") or ({}, None))[1],
+        "waiting": (see.value("vllm:num_requests_waiting") or ({}, None))[1],
+    }  # fmt: skip
+
+
+def _over(numerator: float, denominator: float) -> float | None:
+    return numerator / denominator if denominator else None
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """Whether it pays, in a line."""
+    speedup, tau = found["speedup"], found["tau"]
+    if not found["verifications"]:
+        return "no draft was verified in this time"
+    if speedup is None:
+        return f"tau {tau:.2f}; whether it pays cannot be said without a baseline: turn adaptive drafting on, or run vllm-dflash bench"
+    word = "pays" if speedup > 1.01 else "does not pay" if speedup < 0.99 else "makes no difference"
+    return f"{word}: {speedup:.2f} x plain decoding ({found['baseline']}), tau {tau:.2f}"

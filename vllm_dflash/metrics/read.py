@@ -1,0 +1,71 @@
+"""Reads what engines have counted: for vLLM's /metrics, and for offline use.
+
+from vllm_dflash.metrics.read import read
+print(read())                                     # after llm.generate(...), in the process that made the LLM
+
+pytest tests/unit/test_metrics.py tests/engine/test_metrics.py
+"""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from vllm_dflash.metrics import catalog, recorder, snapshots
+
+_FAMILIES = {catalog.COUNTER: CounterMetricFamily, catalog.GAUGE: GaugeMetricFamily, catalog.HISTOGRAM: HistogramMetricFamily}
+
+
+class DFlashCollector(Collector):
+    """All our metrics of this server's engines; none where no engine has one of our drafters."""
+
+    def collect(self) -> Iterator[Metric]:
+        recorder.flush_here()
+        return families(snapshots.read_all())
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing ahead of time: registering reads no files."""
+        return ()
+
+
+def families(found: Iterable[dict[str, Any]]) -> Iterator[Metric]:
+    """Snapshots as prometheus-client's metric families, in the catalog's order."""
+    found = list(found)
+    for short, metric in catalog.BY_NAME.items():
+        samples = [(each["labels"], sample) for each in found for sample in each["samples"].get(short, ())]
+        if not samples:
+            continue
+        name = metric.name.removesuffix("_total")
+        family = _FAMILIES[metric.kind](name, metric.help, labels=metric.label_names)
+        for common, (labels, value) in samples:
+            if metric.kind == catalog.HISTOGRAM:
+                family.add_metric([*common, *labels], *_cumulative(metric.buckets, *value))
+            else:
+                family.add_metric([*common, *labels], value)
+        yield family
+
+
+def _cumulative(bounds: tuple[float, ...], counts: list[int], total: float) -> tuple[list[tuple[str, int]], float]:
+    """Prometheus counts all that is at or below each bound."""
+    running, buckets = 0, []
+    for bound, count in zip((*bounds, math.inf), counts, strict=True):
+        running += count
+        buckets.append(("+Inf" if bound == math.inf else str(bound), running))
+    return buckets, total
+
+
+def read(wait: bool = True) -> str:
+    """This process's engines' metrics in Prometheus's text format, as /metrics gives them; empty where there is no drafter of ours.
+
+    Args:
+        wait: until engines in other processes have written what they counted before this call, a little over a second.
+    """
+    if wait:
+        time.sleep(1.2 * recorder.PERIOD)
+    registry = CollectorRegistry()
+    registry.register(DFlashCollector())
+    return generate_latest(registry).decode()
