@@ -5,12 +5,14 @@ Random weights, random norms, GQA, an untied lm_head: whatever is read wrongly f
     pytest tests/engine/test_formats.py
 """
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine.harness import Batch, Job, run_engine, run_engines
+from engine.harness import Batch, Job, engine_env, run_engine, run_engines
 from engine.oracle import BFLOAT16_GAP, compare_drafts
 from pairs import make_random_drafter, random_drafter_config, random_prompts
 from quantized import quantize
@@ -67,16 +69,32 @@ def near_the_end(random_target: Path, drafters: dict[str, Path]) -> dict[str, Ba
     return dict(zip(names, (b[0] for b in run_engines(jobs)), strict=True))
 
 
+def _has_kernel() -> bool:
+    return subprocess.run([sys.executable, "-c", _LOOK], env=engine_env(), check=True, capture_output=True, text=True).stdout == "True"
+
+
+_LOOK = """
+import torch
+from vllm.platforms import current_platform
+current_platform.import_kernels()
+print(hasattr(torch.ops._C, "cpu_gemm_wna16"), end="")
+"""
+
+
 @pytest.mark.parametrize("kind", ["dflash", "dflare"])
 def test_quantized_weights(random_target: Path, tmp_path: Path, kind: str) -> None:
     """4-bit weights on vLLM's own kernels draft as the same weights written out do, as far as bfloat16 tells.
 
     The kernel rounds elsewhere than plain PyTorch, and random drafters' best logits are close: 94 % agree outright, and a
-    checkpoint that is read wrongly agrees in a third of its tokens at most.
+    checkpoint that is read wrongly agrees in a third of its tokens at most. A build without the kernel refuses the drafter at load.
     """
     config = random_drafter_config(conditioning=kind, intermediate_size=128)
     drafter = make_random_drafter(tmp_path / "drafter", config=config)
     quantize(drafter, tmp_path / "packed", tmp_path / "written-out")
+    if not _has_kernel():
+        with pytest.raises(RuntimeError, match=r"4-bit weights.*AVX-512.*serve a drafter with 16-bit weights"):
+            run_engine(random_target, tmp_path / "packed", random_prompts(1, 512), max_tokens=2, dtype="bfloat16")
+        return
     batch = run_engine(random_target, tmp_path / "packed", random_prompts(16, 512), max_tokens=24, dtype="bfloat16", record=True)[0]
     agreement = compare_drafts(batch, random_target, tmp_path / "written-out", torch.bfloat16, 7)
     print(f"\n4-bit {kind}: {agreement.share:.4f} of {agreement.tokens} tokens agree")

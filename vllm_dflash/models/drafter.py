@@ -30,6 +30,7 @@ from vllm_dflash.conditioning import own_tensors
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import IGNORED_TENSORS, tensor_name
 from vllm_dflash.models.context import ContextKV
+from vllm_dflash.models.kernels import check_kernels
 from vllm_dflash.models.norm import RMSNorm
 from vllm_dflash.models.own import OwnTables
 from vllm_dflash.weights import check_finite, check_shapes
@@ -208,6 +209,7 @@ class DrafterForCausalLM(nn.Module):
         self.draft_ids: torch.Tensor | None = None
         # A target's logit scale or soft cap is left out: both are monotonic, and drafts are ranked unless probabilities are asked for.
         self.logits_processor = LogitsProcessor(self.drafter_config.draft_vocab_size or self.drafter_config.vocab_size)
+        check_kernels(self.model)
 
     def embed_input_ids(self, input_ids: torch.Tensor, multimodal_embeddings: object = None, is_multimodal: object = None) -> torch.Tensor:
         """``input_ids`` [N] -> embeddings [N, H]; drafts are text only."""
