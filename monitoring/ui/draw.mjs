@@ -17,7 +17,7 @@ if (!out) throw new Error("usage: node draw.mjs DATA.json FOLDER");
 const folder = mkdtempSync(join(tmpdir(), "panels-"));
 try {
   await build({ entryPoints: [join(here, "panels.tsx")], bundle: true, outfile: join(folder, "panels.js"), jsx: "automatic", format: "iife", logLevel: "error",
-    define: { "process.env.NODE_ENV": '"production"', global: "window" }, loader: { ".svg": "dataurl", ".woff2": "dataurl", ".png": "dataurl" } });
+    define: { "process.env.NODE_ENV": '"production"', global: "window" }, loader: { ".svg": "dataurl", ".woff2": "dataurl", ".png": "dataurl", ".ttf": "dataurl" } });
   const html = `<!doctype html><meta charset="utf-8"><body style="margin:0;width:1240px"><div id="root"></div>
     <script>window.DATA = ${readFileSync(data, "utf8")};</script><script src="panels.js"></script></body>`;
   writeFileSync(join(folder, "index.html"), html);

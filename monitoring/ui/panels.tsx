@@ -1,7 +1,7 @@
 // The dashboard's panels by Grafana's own UI components (TimeSeries, BigValue, BarGauge, PanelChrome), from what collect.py wrote.
 // Heat maps are no part of @grafana/ui: theirs is a grid of this file, each column of cells a time.
 import { createRoot } from "react-dom/client";
-import { createTheme, FieldColorModeId, FieldType, getDisplayProcessor, ThemeContext, ThresholdsMode, toDataFrame, dateTime, LoadingState } from "@grafana/data";
+import { createTheme, EventBusSrv, FieldColorModeId, FieldType, getDisplayProcessor, ThemeContext, ThresholdsMode, toDataFrame, dateTime, LoadingState } from "@grafana/data";
 import { BarGauge, BigValue, BigValueColorMode, BigValueGraphMode, BigValueJustifyMode, BigValueTextMode, GlobalStyles, PanelChrome, PanelContextProvider, PortalContainer, TimeSeries } from "@grafana/ui";
 import { BarGaugeDisplayMode, BarGaugeNamePlacement, BarGaugeValueMode, LegendDisplayMode, VizOrientation } from "@grafana/schema";
 
@@ -85,7 +85,7 @@ function Shown({ one, top }: any) {
 
 const rows = [...new Set(data.panels.map((one: any) => one.row))] as string[];
 createRoot(document.getElementById("root")!).render(
-  <ThemeContext.Provider value={theme}><GlobalStyles /><PanelContextProvider value={{ eventsScope: "global", eventBus: { publish() {}, getStream: () => ({ subscribe: () => ({ unsubscribe() {} }) }), subscribe: () => ({ unsubscribe() {} }), removeAllListeners() {}, newScopedBus() { return this; } } } as any}>
+  <ThemeContext.Provider value={theme}><GlobalStyles /><PanelContextProvider value={{ eventsScope: "global", eventBus: new EventBusSrv() } as any}>
     {rows.map((row) => {
       const own = data.panels.filter((one: any) => one.row === row);
       const top = Math.min(...own.map((one: any) => one.panel.gridPos.y));
