@@ -3,7 +3,6 @@
 pytest tests/unit/test_train_drafter.py
 """
 
-import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,16 +102,11 @@ def first_weights(config: DrafterConfig, settings: Settings, model: Any) -> Draf
     return drafter
 
 
-@torch.no_grad()
-def with_weights(drafter: Drafter, weights: Mapping[str, torch.Tensor]) -> Drafter:
-    """A copy of ``drafter`` with other weights by parameter name; projections that were tied are tensors of their own in it, as on disk."""
-    out = copy.deepcopy(drafter)
-    for name, parameter in out.named_parameters():
-        parameter.copy_(weights[name])
-    for layer in out.layers:
-        attention = layer.self_attn
-        if getattr(attention, "k_proj_target", None) is attention.k_proj:
-            attention.k_proj_target, attention.v_proj_target = copy.deepcopy(attention.k_proj), copy.deepcopy(attention.v_proj)
+def with_weights(config: DrafterConfig, weights: Mapping[str, torch.Tensor]) -> Drafter:
+    """A drafter with these weights by parameter name; projections that were tied are tensors of their own in it, as on disk."""
+    out = new_drafter(config)
+    # A tied projection is named once, by its block's own.
+    out.load_state_dict({name: weights[name if name in weights else name.replace("_target.", ".")] for name in out.state_dict()})
     return out
 
 

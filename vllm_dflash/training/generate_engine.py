@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,21 @@ from vllm_dflash.training.sequences import write_sequences
 _CPU_CACHE_BYTES = 1 << 30
 
 
-def main(order: dict[str, Any]) -> None:
-    """Answers each job's prompts, writes its shard, and prints ``done N`` for its N prompts."""
-    from vllm import LLM, SamplingParams
+def start(engine_args: dict[str, Any]) -> Any:
+    """An ``LLM``."""
+    from vllm import LLM
     from vllm.platforms import current_platform
 
     # Without it, the CPU's cache takes a share of the machine's memory, which other work may need.
     cpu = {"kv_cache_memory_bytes": _CPU_CACHE_BYTES, "enforce_eager": True} if current_platform.is_cpu() else {}
-    llm = LLM(**cpu | order["engine_args"])
+    return LLM(**cpu | engine_args)
+
+
+def main(order: dict[str, Any]) -> None:
+    """Answers each job's prompts, writes its shard, and prints ``done N`` for its N prompts."""
+    from vllm import SamplingParams
+
+    llm = start(order["engine_args"])
     eos = llm.llm_engine.model_config.try_get_generation_config().get(
         "eos_token_id", getattr(llm.llm_engine.model_config.hf_text_config, "eos_token_id", None)
     )
@@ -39,6 +47,16 @@ def main(order: dict[str, Any]) -> None:
         print(f"done {len(answers)}", flush=True)
 
 
+def run_as_child(work: Callable[[dict[str, Any]], None]) -> None:
+    """``work`` on the order whose file the command line names; a refusal is printed as ``refused ...``."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        work(json.loads(Path(sys.argv[1]).read_text()))
+    except TrainingError as refusal:
+        print(f"refused {refusal}", flush=True)
+        sys.exit(1)
+
+
 def _end_with_parent() -> None:
     """The parent holds the other end of standard input: it closes when the parent ends, however it ends."""
     sys.stdin.read()
@@ -46,9 +64,4 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        main(json.loads(Path(sys.argv[1]).read_text()))
-    except TrainingError as refusal:
-        print(f"refused {refusal}", flush=True)
-        sys.exit(1)
+    run_as_child(main)
