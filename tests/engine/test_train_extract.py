@@ -21,7 +21,7 @@ def read(chosen: Settings) -> list[torch.Tensor]:
     """Every sequence's features, as training reads them."""
     found = target.find_target(chosen)
     config, data = drafter.plan(chosen, found)[0], generate.sequences(chosen)
-    reader = features.Features(chosen, data, config, found, None)
+    reader = features.Features(chosen, data, config, found, target.load_target(found, chosen, "cpu"))
     rows = [data[i].tokens for i in range(len(data))]
     return [reader([i], features.padded([row]))[0] for i, row in enumerate(rows)]
 
