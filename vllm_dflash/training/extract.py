@@ -39,7 +39,12 @@ def extract(settings: Settings, config: DrafterConfig, dtype: str, todo: Sequenc
         }
         for path, shard in todo
     ]  # fmt: skip
-    run_engines("extract", engine_args(settings, dtype, longest + _ROOM) | extraction(config.target_layer_ids, folder_of(settings)), jobs, settings.generate.engines)
+    run_engines(
+        "extract",
+        engine_args(settings, dtype, longest + _ROOM) | extraction(config.target_layer_ids, folder_of(settings)),
+        jobs,
+        settings.generate.engines,
+    )
 
 
 def extraction(target_layer_ids: Sequence[int], folder: Path) -> dict[str, object]:

@@ -49,7 +49,9 @@ def _rows(llm: Any, shard: Shard, target_layer_ids: list[int], batch: int) -> It
             found = load_hidden_states(str(path))
             cleanup_hidden_states(str(path))
             if found["token_ids"].tolist() != ids:
-                raise TrainingError(f"vLLM's extraction gave {len(found['token_ids'])} states for a sequence of {len(ids)}: use --extract-with transformers")
+                raise TrainingError(
+                    f"vLLM's extraction gave {len(found['token_ids'])} states for a sequence of {len(ids)}: use --extract-with transformers"
+                )
             yield found["hidden_states"][:, order].flatten(1)
 
 

@@ -75,7 +75,9 @@ def cache(settings: Settings, config: DrafterConfig, target: Target, model: Any)
         with tqdm(total=total, desc="features", unit=" answers", disable=None) as bar:
             for index in todo:
                 rows = _by_transformers(data.shards[index], config, model, settings.features.features_batch, bar)
-                write_shard(shard_path(folder, index), len(data.shards[index].tokens), bytes_a_token(config, target.dtype), target.dtype, rows)
+                write_shard(
+                    shard_path(folder, index), len(data.shards[index].tokens), bytes_a_token(config, target.dtype), target.dtype, rows
+                )
     if count < len(data.shards):
         print(
             f"features of {count} of {len(data.shards)} shards fit in max_disk_gb {settings.features.max_disk_gb:g}; the rest is computed in every step"

@@ -37,7 +37,18 @@ from vllm_dflash.training.workers import Workers
 _LENGTHS = 64
 """Batches are padded to a multiple of so many tokens: compiled code then meets few lengths."""
 _NO_PART = frozenset(
-    {"checkpoint_every", "eval_every", "eval_prompts", "log_every", "max_bad_steps", "workers", "parallel", "micro_batch", "compile", "attention"}
+    {
+        "checkpoint_every",
+        "eval_every",
+        "eval_prompts",
+        "log_every",
+        "max_bad_steps",
+        "workers",
+        "parallel",
+        "micro_batch",
+        "compile",
+        "attention",
+    }
 )
 """Settings of the table that do not change what is learned, but for rounding."""
 
@@ -63,6 +74,7 @@ def inputs(settings: Settings, config: DrafterConfig, dtype: str) -> dict[str, A
     start = {
         "init": settings.drafter.init,
         "init_from_target": settings.drafter.init_from_target,
+        "init_layers": settings.drafter.init_layers,
         "tie_context": settings.drafter.tie_context,
     }
     note = read_json(Path(settings.run.out) / "generate" / "split.json") or {}

@@ -88,6 +88,9 @@ class Drafter:
     )
     init: str | None = _set(None, "a drafter's folder to go on from: fine-tuned target, new domain, longer context")
     init_from_target: bool = _set(False, "draft layers begin as copies of target layers")
+    init_layers: str | None = _set(
+        None, "a drafter's folder, of either kind, whose draft layers it begins with; how it sees the target is learned anew"
+    )
 
 
 @dataclass(frozen=True)
@@ -203,8 +206,9 @@ class Settings:
             raise SettingsError("tie_context is set, but only a dflare has projections of its own: leave it out, or set kind to dflare")
         if self.features.extract_with == "vllm" and not self.features.cache:
             raise SettingsError("extract_with is vllm, but features are not kept, so each step takes them from transformers: set cache too")
-        if self.drafter.init and self.drafter.init_from_target:
-            raise SettingsError("init and init_from_target are both set: a drafter begins from one of them")
+        starts = [name for name in ("init", "init_from_target", "init_layers") if getattr(self.drafter, name)]
+        if len(starts) > 1:
+            raise SettingsError(f"{' and '.join(starts)} are both set: a drafter begins from one of them")
 
 
 TABLES: dict[str, type] = {f.name: typing.cast(type, f.type) for f in dataclasses.fields(Settings)}
