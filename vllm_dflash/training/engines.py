@@ -21,6 +21,10 @@ from tqdm import tqdm
 
 from vllm_dflash.training.files import TrainingError
 
+DEFAULT_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
+"""Of an engine's process, where it has no values of its own: threads are left unbound, for other work runs on the same cores."""
+ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""In one process, so that ending it ends all."""
 _LOG_KEPT = 12
 _DEVICES = "CUDA_VISIBLE_DEVICES"
 
@@ -67,7 +71,7 @@ def _count() -> int:
 
 
 def _run(what: str, engine_args: Mapping[str, Any], jobs: list[dict[str, Any]], devices: str | None, bar: Any) -> None:
-    env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"} | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    env = DEFAULT_ENV | os.environ | ENV
     if devices is not None:
         env[_DEVICES] = devices
     with tempfile.TemporaryDirectory() as scratch:

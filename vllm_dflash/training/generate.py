@@ -50,7 +50,12 @@ def generate(settings: Settings, tokenizer: Any, vocab_size: int, dtype: str) ->
     if todo:
         longest = max(len(p.ids) for p in [*parts.train, *parts.held_out])
         room = longest + max(table.response_tokens, held_out_tokens(settings))
-        run_engines("generate", engine_args(settings, dtype, room), todo, table.engines)
+        if table.engines_on_ray:
+            from vllm_dflash.training.ray_engines import answer_on_ray
+
+            answer_on_ray(engine_args(settings, dtype, room), todo, table.engines)
+        else:
+            run_engines("generate", engine_args(settings, dtype, room), todo, table.engines)
 
 
 def inputs(settings: Settings, dtype: str) -> dict[str, Any]:

@@ -28,23 +28,26 @@ def start(engine_args: dict[str, Any]) -> Any:
 
 
 def main(order: dict[str, Any]) -> None:
-    """Answers each job's prompts, writes its shard, and prints ``done N`` for its N prompts."""
+    """Does each job, and prints ``done N`` for its N prompts."""
+    llm = start(order["engine_args"])
+    for job in order["jobs"]:
+        print(f"done {answer(llm, job)}", flush=True)
+
+
+def answer(llm: Any, job: dict[str, Any]) -> int:
+    """Answers a job's prompts and writes its shard; how many prompts it had."""
     from vllm import SamplingParams
 
-    llm = start(order["engine_args"])
-    eos = llm.llm_engine.model_config.try_get_generation_config().get(
-        "eos_token_id", getattr(llm.llm_engine.model_config.hf_text_config, "eos_token_id", None)
-    )
-    stops = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    for job in order["jobs"]:
-        sampling = job["sampling"] | {"ignore_eos": True, "detokenize": False}
-        if not job["sampling"]["ignore_eos"]:
-            sampling["stop_token_ids"] = stops
-        params = [SamplingParams(**sampling, seed=job["seed"] + i if sampling["temperature"] else None) for i in range(len(job["prompts"]))]
-        outputs = llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], params, use_tqdm=False)
-        answers = [([*ids, *out.outputs[0].token_ids], len(ids)) for ids, out in zip(job["prompts"], outputs, strict=True)]
-        write_sequences(Path(job["path"]), [*((tokens, n) for tokens, n in job["answered"]), *answers])
-        print(f"done {len(answers)}", flush=True)
+    config = llm.llm_engine.model_config
+    eos = config.try_get_generation_config().get("eos_token_id", getattr(config.hf_text_config, "eos_token_id", None))
+    sampling = job["sampling"] | {"ignore_eos": True, "detokenize": False}
+    if not job["sampling"]["ignore_eos"]:
+        sampling["stop_token_ids"] = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    params = [SamplingParams(**sampling, seed=job["seed"] + i if sampling["temperature"] else None) for i in range(len(job["prompts"]))]
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], params, use_tqdm=False)
+    answers = [([*ids, *out.outputs[0].token_ids], len(ids)) for ids, out in zip(job["prompts"], outputs, strict=True)]
+    write_sequences(Path(job["path"]), [*((tokens, n) for tokens, n in job["answered"]), *answers])
+    return len(answers)
 
 
 def run_as_child(work: Callable[[dict[str, Any]], None]) -> None:

@@ -66,7 +66,10 @@ class Generate:
     ignore_eos: bool = _set(False, "answers of full length, for a target that is no chat model")
     shard_size: int = _set(512, "answers a shard: what a kill can cost", least=1)
     num_seqs: int = _set(256, "requests that the engine runs at a time", least=1)
-    engines: int = _set(1, "engines at a time on this machine, each with devices of its own", least=1)
+    engines: int = _set(1, "engines at a time, each with devices of its own", least=1)
+    engines_on_ray: bool = _set(
+        False, "they run by Ray Data on the cluster of RAY_ADDRESS, a shard at a time, and not on this machine alone"
+    )
     engine_args: str = _set("{}", 'JSON of more arguments of vLLM\'s LLM, such as {"tensor_parallel_size": 2}')
 
 
