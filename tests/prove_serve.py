@@ -1,0 +1,215 @@
+"""The long proofs of `vllm-dflash up`, by hand: traffic to two replicas, one killed under load, and 1 -> 2 -> 1 by load.
+
+    .venv/bin/python tests/prove_serve.py kill       (about 6 minutes on two cores)
+    .venv/bin/python tests/prove_serve.py scale      (about 6)
+
+`kill` sends `vllm bench serve` traffic, then ends one replica's process while clients ask, and says what became of every request. With
+`prometheus` on the path, a real one scrapes what Ray's service discovery names.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from engine.harness import DRAFTER, PROMPTS, TARGET  # noqa: E402
+
+BODY = {"model": "pair", "max_tokens": 48, "temperature": 0}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextmanager
+def deployment(folder: Path, replicas: str, *more: str) -> Iterator[str]:
+    """`vllm-dflash up` on the embedded pair; yields its address once it serves. Its Ray files are in ``folder``."""
+    port = free_port()
+    command = [
+        str(Path(sys.executable).with_name("vllm-dflash")), "up", "--target", str(TARGET), "--draft", str(DRAFTER), "-k", "7", "--device", "cpu",
+        "--dtype", "float32", "--max-model-len", "512", "--engine-args", '{"kv_cache_memory_bytes": 268435456}', "--name", "pair",
+        "--replicas", replicas, "--port", str(port), *more,
+    ]  # fmt: skip
+    began = time.monotonic()
+    log = (folder / "up.log").open("w")
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"RAY_TMPDIR": str(folder)}, start_new_session=True)
+    try:
+        while "serving pair at" not in (folder / "up.log").read_text():
+            assert process.poll() is None, (folder / "up.log").read_text()[-3000:]
+            time.sleep(0.5)
+        print(f"{replicas} replicas ready after {time.monotonic() - began:.0f} s", flush=True)
+        yield f"http://127.0.0.1:{port}"
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        print(f"stopped with {process.wait(180)} in {time.monotonic() - began:.0f} s", flush=True)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def ask(url: str, body: dict[str, Any], seconds: float = 120) -> dict[str, Any]:
+    call = urllib.request.Request(url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(call, timeout=seconds) as response:
+        return json.loads(response.read())
+
+
+def replicas() -> list[int]:
+    """Processes of replicas that run, by Ray's names for them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if re.match(r"ray::ServeReplica:vllm-dflash:(?!.*Ingress)", path.read_text()):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def until(what: str, reached: Callable[[], bool], seconds: float = 240) -> float:
+    """Waits; the seconds that it took."""
+    began = time.monotonic()
+    while not reached():
+        assert time.monotonic() - began < seconds, f"{what}: not within {seconds:.0f} s"
+        time.sleep(0.5)
+    return time.monotonic() - began
+
+
+class Load:
+    """Clients that each ask one request after the other until they are stopped."""
+
+    def __init__(self, url: str, clients: int) -> None:
+        self.outcomes: list[tuple[float, float, str]] = []
+        """When it began and ended, and what came: ok, or the error."""
+        self._stop, self._url = threading.Event(), url
+        self._prompts = [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()]
+        self._threads = [threading.Thread(target=self._client, args=(i,)) for i in range(clients)]
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _client(self, number: int) -> None:
+        while not self._stop.is_set():
+            began, said = time.monotonic(), "ok"
+            try:
+                ask(self._url, BODY | {"prompt": self._prompts[number % len(self._prompts)], "ignore_eos": True})
+            except urllib.error.HTTPError as error:
+                said = f"HTTP {error.code}: {error.read().decode()[:160]}"
+            except OSError as error:
+                said = f"{type(error).__name__}: {error}"
+            self.outcomes.append((began, time.monotonic(), said))
+
+
+def bench(url: str) -> None:
+    """`vllm bench serve`, 64 requests of 8 clients."""
+    command = [
+        str(Path(sys.executable).with_name("vllm")), "bench", "serve", "--base-url", url, "--endpoint", "/v1/completions", "--model", "pair",
+        "--tokenizer", str(TARGET), "--dataset-name", "random", "--random-input-len", "64", "--random-output-len", "48", "--num-prompts", "64",
+        "--max-concurrency", "8", "--ignore-eos", "--disable-tqdm",
+    ]  # fmt: skip
+    out = subprocess.run(command, env=os.environ | {"VLLM_DFLASH": "0", "VLLM_LOGGING_LEVEL": "ERROR"}, capture_output=True, text=True, check=True)
+    print("\n".join(line for line in out.stdout.splitlines() if re.match(r"Successful|Failed|Output token|Request throughput|Mean TTFT|P99 TTFT", line)))
+
+
+def prove_kill(folder: Path) -> None:
+    """Traffic, a replica's end, and its replacement."""
+    with deployment(folder, "2") as url:
+        assert len(replicas()) == 2, replicas()
+        bench(url)
+        with prometheus(folder) as look:
+            with Load(url, 8) as load:
+                time.sleep(8)
+                victim, killed = replicas()[0], time.monotonic()
+                os.kill(victim, signal.SIGKILL)
+                until("one replica", lambda: victim not in replicas())
+                back = until("two replicas", lambda: len(replicas()) == 2)
+                time.sleep(30)
+            lost = [o for o in load.outcomes if o[2] != "ok"]
+            print(f"{len(load.outcomes)} requests, {len(lost)} failed; two replicas' processes again after {back:.0f} s")
+            print("errors:", *(f"\n  {count} x {said}" for said, count in Counter(o[2] for o in lost).items()))
+            late = [o for o in lost if not o[0] <= killed + 1]
+            print(f"failed though they began later than a second after the kill: {len(late)}; longest: {max(o[1] - o[0] for o in load.outcomes):.1f} s")
+            bench(url)
+            look()
+
+
+def prove_scale(folder: Path) -> None:
+    """One replica, two under load, one again."""
+    with deployment(folder, "1,2", "--requests-per-replica", "4") as url:
+        assert len(replicas()) == 1
+        with Load(url, 16) as load:
+            print(f"1 -> 2 after {until('two replicas', lambda: len(replicas()) == 2, 400):.0f} s of load (16 clients, 4 requests a replica wanted)")
+            time.sleep(60)
+        print(f"{len(load.outcomes)} requests, {sum(o[2] != 'ok' for o in load.outcomes)} failed")
+        print(f"2 -> 1 after {until('one replica', lambda: len(replicas()) == 1, 900):.0f} s without load")
+
+
+@contextmanager
+def prometheus(folder: Path) -> Iterator[Callable[[], None]]:
+    """A real one, fed by Ray's service discovery; what is yielded prints what it knows of each replica."""
+    if shutil.which("prometheus") is None:
+        print("no prometheus on the path: what replicas export is not looked at")
+        yield lambda: None
+        return
+    port = free_port()
+    (folder / "prometheus.yml").write_text(
+        "global: {scrape_interval: 2s}\nscrape_configs:\n- job_name: ray\n  file_sd_configs:\n"
+        f"  - files: ['{folder}/prom_metrics_service_discovery.json']\n"
+    )
+    command = ["prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/tsdb", f"--web.listen-address=127.0.0.1:{port}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def look() -> None:
+        time.sleep(15)
+        query = urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/query?query=%7B__name__%3D~%22ray_vllm.*spec_decode.*total%22%7D", timeout=30)
+        for found in json.loads(query.read())["data"]["result"]:
+            labels = found["metric"]
+            if "position" not in labels:
+                print({name: labels[name] for name in labels if name in ("__name__", "model_name", "ReplicaId", "Application")}, found["value"][1])
+
+    try:
+        yield look
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def main() -> None:
+    """Runs one of the proofs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    proofs = {"kill": prove_kill, "scale": prove_scale}
+    parser.add_argument("proof", choices=proofs)
+    proof = parser.parse_args().proof
+    folder = Path(tempfile.mkdtemp(prefix="up-", dir="/tmp"))
+    proofs[proof](folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
