@@ -28,7 +28,9 @@ from vllm_dflash.cluster.parts import index  # noqa: E402
 from vllm_dflash.cluster.settings import EngineSettings  # noqa: E402
 
 ROWS, TOKENS = 512, 48
-ENGINE = EngineSettings(str(TARGET), str(DRAFTER), "cpu", 7, dtype="float32", max_model_len=512, engine_args={"kv_cache_memory_bytes": 1 << 28})
+ENGINE = EngineSettings(
+    str(TARGET), str(DRAFTER), "cpu", 7, dtype="float32", max_model_len=512, engine_args={"kv_cache_memory_bytes": 1 << 28}
+)
 SAMPLING = {"temperature": 0.0, "max_tokens": TOKENS}
 
 
@@ -89,7 +91,9 @@ def prove_rows(folder: Path) -> None:
     rows = [json.loads(line) for path in sorted(answers.glob("part-*.jsonl")) for line in path.read_text().split("\n") if line]
     assert [row["id"] for row in rows] == list(range(ROWS))
     assert [[r["completion"], r["finish_reason"], r["completion_tokens"]] for r in rows] == expected["rows"]
-    print(f"{ROWS} rows, each once, all equal to one process without a drafter ({expected['start']:.0f} s start, {expected['seconds']:.0f} s)")
+    print(
+        f"{ROWS} rows, each once, all equal to one process without a drafter ({expected['start']:.0f} s start, {expected['seconds']:.0f} s)"
+    )
 
 
 def prove_sums(folder: Path) -> None:
@@ -119,14 +123,20 @@ def prove_stream(folder: Path) -> None:
     stop.set()
     watcher.join()
     assert (sums["rows"], sums["failed"]) == (count, 0)
-    print(f"{count} rows, {path.stat().st_size / 1e6:.0f} MB in {time.monotonic() - began:.0f} s\nseconds  this process, MB  largest actor, MB")
+    print(
+        f"{count} rows, {path.stat().st_size / 1e6:.0f} MB in {time.monotonic() - began:.0f} s\nseconds  this process, MB  largest actor, MB"
+    )
     for sample in samples[:: max(1, len(samples) // 12)]:
         print(f"{sample[0]:7.0f}  {sample[1]:16.0f}  {sample[2]:17.0f}")
 
 
 def _watch(samples: list[tuple[float, float, float]], stop: threading.Event, began: float) -> None:
     while not stop.wait(1):
-        actors = [_resident(p.parent) for p in Path("/proc").glob("[0-9]*/cmdline") if _command(p).startswith("ray::") and "IDLE" not in _command(p)]
+        actors = [
+            _resident(p.parent)
+            for p in Path("/proc").glob("[0-9]*/cmdline")
+            if _command(p).startswith("ray::") and "IDLE" not in _command(p)
+        ]
         samples.append((time.monotonic() - began, _resident(Path("/proc/self")), max(actors, default=0.0)))
 
 

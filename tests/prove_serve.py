@@ -133,8 +133,16 @@ def bench(url: str) -> None:
         "--tokenizer", str(TARGET), "--dataset-name", "random", "--random-input-len", "64", "--random-output-len", "48", "--num-prompts", "64",
         "--max-concurrency", "8", "--ignore-eos", "--disable-tqdm",
     ]  # fmt: skip
-    out = subprocess.run(command, env=os.environ | {"VLLM_DFLASH": "0", "VLLM_LOGGING_LEVEL": "ERROR"}, capture_output=True, text=True, check=True)
-    print("\n".join(line for line in out.stdout.splitlines() if re.match(r"Successful|Failed|Output token|Request throughput|Mean TTFT|P99 TTFT", line)))
+    out = subprocess.run(
+        command, env=os.environ | {"VLLM_DFLASH": "0", "VLLM_LOGGING_LEVEL": "ERROR"}, capture_output=True, text=True, check=True
+    )
+    print(
+        "\n".join(
+            line
+            for line in out.stdout.splitlines()
+            if re.match(r"Successful|Failed|Output token|Request throughput|Mean TTFT|P99 TTFT", line)
+        )
+    )
 
 
 def prove_kill(folder: Path) -> None:
@@ -154,7 +162,9 @@ def prove_kill(folder: Path) -> None:
             print(f"{len(load.outcomes)} requests, {len(lost)} failed; two replicas' processes again after {back:.0f} s")
             print("errors:", *(f"\n  {count} x {said}" for said, count in Counter(o[2] for o in lost).items()))
             late = [o for o in lost if not o[0] <= killed + 1]
-            print(f"failed though they began later than a second after the kill: {len(late)}; longest: {max(o[1] - o[0] for o in load.outcomes):.1f} s")
+            print(
+                f"failed though they began later than a second after the kill: {len(late)}; longest: {max(o[1] - o[0] for o in load.outcomes):.1f} s"
+            )
             bench(url)
             look()
 
@@ -164,7 +174,9 @@ def prove_scale(folder: Path) -> None:
     with deployment(folder, "1,2", "--requests-per-replica", "4") as url:
         assert len(replicas()) == 1
         with Load(url, 16) as load:
-            print(f"1 -> 2 after {until('two replicas', lambda: len(replicas()) == 2, 400):.0f} s of load (16 clients, 4 requests a replica wanted)")
+            print(
+                f"1 -> 2 after {until('two replicas', lambda: len(replicas()) == 2, 400):.0f} s of load (16 clients, 4 requests a replica wanted)"
+            )
             time.sleep(60)
         print(f"{len(load.outcomes)} requests, {sum(o[2] != 'ok' for o in load.outcomes)} failed")
         print(f"2 -> 1 after {until('one replica', lambda: len(replicas()) == 1, 900):.0f} s without load")
@@ -182,16 +194,26 @@ def prometheus(folder: Path) -> Iterator[Callable[[], None]]:
         "global: {scrape_interval: 2s}\nscrape_configs:\n- job_name: ray\n  file_sd_configs:\n"
         f"  - files: ['{folder}/prom_metrics_service_discovery.json']\n"
     )
-    command = ["prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/tsdb", f"--web.listen-address=127.0.0.1:{port}"]
+    command = [
+        "prometheus",
+        f"--config.file={folder}/prometheus.yml",
+        f"--storage.tsdb.path={folder}/tsdb",
+        f"--web.listen-address=127.0.0.1:{port}",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def look() -> None:
         time.sleep(15)
-        query = urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/query?query=%7B__name__%3D~%22ray_vllm.*spec_decode.*total%22%7D", timeout=30)
+        query = urllib.request.urlopen(
+            f"http://127.0.0.1:{port}/api/v1/query?query=%7B__name__%3D~%22ray_vllm.*spec_decode.*total%22%7D", timeout=30
+        )
         for found in json.loads(query.read())["data"]["result"]:
             labels = found["metric"]
             if "position" not in labels:
-                print({name: labels[name] for name in labels if name in ("__name__", "model_name", "ReplicaId", "Application")}, found["value"][1])
+                print(
+                    {name: labels[name] for name in labels if name in ("__name__", "model_name", "ReplicaId", "Application")},
+                    found["value"][1],
+                )
 
     try:
         yield look

@@ -77,7 +77,9 @@ class Replica:
         return len(self.waiting) + len(self.active)
 
 
-def simulate(steps: dict[str, Steps], prompt: float, method: str, replicas: int, rate: float, tokens: int, requests: int, seed: int) -> dict:
+def simulate(
+    steps: dict[str, Steps], prompt: float, method: str, replicas: int, rate: float, tokens: int, requests: int, seed: int
+) -> dict:
     """``requests`` arrivals at ``rate`` a second over all replicas, until the last is answered; latencies in seconds."""
     draw = random.Random(seed)
     most = steps["off"].sizes[-1]
@@ -131,7 +133,8 @@ def main() -> None:
     seconds, committed = steps["off"].at(most)
     capacity = most / (prompt * most + args.output_tokens / committed * seconds)
     print(f"one replica without a drafter, {most} requests in the batch: {capacity:.2f} requests/s of {args.output_tokens} tokens\n")
-    print("| load | replicas | " + " | ".join(f"{m}: requests/s a replica, p50, p99 (s)" for m in METHODS) + " |\n" + "|---" * (2 + len(METHODS)) + "|")
+    header = ["load", "replicas", *(f"{method}: requests/s a replica, p50, p99 (s)" for method in METHODS)]
+    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
     for load in map(float, args.load.split(",")):
         for replicas in map(int, args.replicas.split(",")):
             cells = []

@@ -34,4 +34,3 @@ def ray_cluster(*, platform: bool = False, **resources: Any) -> Iterator[None]:
             else:
                 os.environ[name] = value
         shutil.rmtree(folder, ignore_errors=True)
-

@@ -27,10 +27,8 @@ async def main(out: Path, tokens: int) -> None:
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
 
     async def ask(number: int, ids: list[int]) -> Any:
-        answer = None
-        async for answer in engine.generate({"prompt_token_ids": ids}, params, str(number), data_parallel_rank=number % 2):
-            pass
-        return answer
+        stream = engine.generate({"prompt_token_ids": ids}, params, str(number), data_parallel_rank=number % 2)
+        return [answer async for answer in stream][-1]
 
     answers = await asyncio.gather(*(ask(number, ids) for number, ids in enumerate(held_out_prompts(8))))
     report = {"texts": [answer.outputs[0].text for answer in answers], "tokens_by_rank": _tokens_by_rank()}

@@ -41,7 +41,9 @@ def expected() -> list[str]:
 
 def test_two_tensor_parallel_ranks(tmp_path: Path, expected: list[str]) -> None:
     (tmp_path / "in.jsonl").write_text("\n".join(PROMPTS.read_text().splitlines()[:8]))
-    engine = EngineSettings(str(TARGET), str(DRAFTER), "cuda", 7, tensor_parallel_size=2, dtype="float32", max_model_len=512, engine_args=ON_CPU)
+    engine = EngineSettings(
+        str(TARGET), str(DRAFTER), "cuda", 7, tensor_parallel_size=2, dtype="float32", max_model_len=512, engine_args=ON_CPU
+    )
     sampling = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
     sums = complete(Job([str(tmp_path / "in.jsonl")], tmp_path / "out", engine, sampling, 1, 8))
     rows = [json.loads(line) for line in (tmp_path / "out/part-000000.jsonl").read_text().splitlines()]
@@ -59,7 +61,9 @@ def test_two_data_parallel_ranks(tmp_path: Path, expected: list[str]) -> None:
     script = Path(__file__).with_name("data_parallel_worker.py")
     env = engine_env({"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
     out = tmp_path / "out.json"
-    done = subprocess.run([sys.executable, str(script), str(out), str(TOKENS)], env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, str(script), str(out), str(TOKENS)], env=env, capture_output=True, text=True, timeout=300, check=False
+    )
     assert out.is_file(), done.stderr[-3000:]
     report = json.loads(out.read_text())
     assert report["texts"] == expected

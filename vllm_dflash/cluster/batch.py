@@ -65,7 +65,9 @@ def complete(job: Job, completer: Any = Completer) -> dict[str, Any]:
     """
     found = parts.index(job.inputs, job.rows_per_part)
     args = engine_args(job.engine)
-    claim(job.out / STATE, "batch", {"input": found.fingerprint, "rows_per_part": job.rows_per_part, "engine": args, "sampling": job.sampling})
+    claim(
+        job.out / STATE, "batch", {"input": found.fingerprint, "rows_per_part": job.rows_per_part, "engine": args, "sampling": job.sampling}
+    )
     sums = dict.fromkeys(("rows", "failed", *COUNTED), 0)
     todo = []
     for part in found.parts:
@@ -135,7 +137,9 @@ def _progress(sums: dict[str, int], tokens_per_second: float) -> str:
 def _describe(sums: dict[str, int], out: Path) -> str:
     lines = [f"{out}: {sums['rows']} rows, {sums['completion_tokens']} tokens"]
     if sums["drafts"]:
-        lines.append(f"  {sums['drafts']} drafts, {sums['accepted_tokens']} of {sums['draft_tokens']} tokens accepted, tau {_tau(sums):.2f}")
+        lines.append(
+            f"  {sums['drafts']} drafts, {sums['accepted_tokens']} of {sums['draft_tokens']} tokens accepted, tau {_tau(sums):.2f}"
+        )
     if sums["failed"]:
         lines.append(f"  {sums['failed']} rows failed: their field error says why")
     return "\n".join(lines)

@@ -48,8 +48,12 @@ def add_up_flags(command: argparse.ArgumentParser) -> None:
     _add_engine_flags(command)
     serve = command.add_argument_group("serving")
     serve.add_argument("--name", metavar="NAME", help="of the model, for clients (default: the target as given)")
-    serve.add_argument("--replicas", metavar="N or MIN,MAX", default="1", help="engines; with two numbers as many as the load needs (default: 1)")
-    serve.add_argument("--requests-per-replica", metavar="N", type=int, default=32, help="in flight on each, before one is added (default: 32)")
+    serve.add_argument(
+        "--replicas", metavar="N or MIN,MAX", default="1", help="engines; with two numbers as many as the load needs (default: 1)"
+    )
+    serve.add_argument(
+        "--requests-per-replica", metavar="N", type=int, default=32, help="in flight on each, before one is added (default: 32)"
+    )
     serve.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1")
     serve.add_argument("--port", metavar="N", type=int, default=8000, help="default: 8000")
     serve.add_argument("--detach", action="store_true", help="leave it on the cluster of RAY_ADDRESS, and end")
@@ -79,7 +83,9 @@ def _add_engine_flags(command: argparse.ArgumentParser) -> None:
     engine.add_argument("--target", metavar="T", required=True, help="the target's folder (the same path on all nodes) or hub id")
     engine.add_argument("--draft", metavar="D", help="the drafter's; without it, plain decoding")
     engine.add_argument("--device", choices=DEVICES, default="cuda", help="default: cuda")
-    engine.add_argument("-k", "--num-speculative-tokens", metavar="K", type=int, help="drafted tokens a step (default: the drafter's block)")
+    engine.add_argument(
+        "-k", "--num-speculative-tokens", metavar="K", type=int, help="drafted tokens a step (default: the drafter's block)"
+    )
     engine.add_argument("--tensor-parallel-size", metavar="N", type=int, default=1, help="devices an engine (default: 1)")
     engine.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: the target's own")
     engine.add_argument("--max-model-len", metavar="N", type=int, help="default: the target's own")

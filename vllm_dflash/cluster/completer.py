@@ -86,10 +86,9 @@ class Completer:
         params = SamplingParams(**sampling_of(row, self._sampling), output_kind=RequestOutputKind.FINAL_ONLY)
         if params.n != 1:
             raise RowError(f"n is {params.n}: a row has one completion; repeat the row")
-        output = None
-        async for output in self._engine.generate({"prompt_token_ids": ids}, params, f"row-{next(self._names)}"):
-            pass
-        return output
+        # FINAL_ONLY: there is but one.
+        outputs = [output async for output in self._engine.generate({"prompt_token_ids": ids}, params, f"row-{next(self._names)}")]
+        return outputs[-1]
 
     def _revive(self) -> None:
         """A new engine where the last one has ended."""

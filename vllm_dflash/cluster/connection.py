@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import vllm_dflash
-from vllm_dflash.cluster.settings import ClusterError, EngineSettings, environment, uses_ray
+from vllm_dflash.cluster.settings import ClusterError, EngineSettings, engine_args, environment, uses_ray
 from vllm_dflash.supported import installed_vllm
 
 INSTALL = "pip install 'vllm-dflash[ray]'"
@@ -28,7 +28,9 @@ _OF_ONE_NODE = ("VLLM_HOST_IP", "VLLM_PORT", "VLLM_DP_", "VLLM_LOCAL_RANK")
 
 
 @contextmanager
-def connect(engine: EngineSettings, replicas: int, seconds: float = SECONDS, extra: list[dict[str, float]] | None = None) -> Iterator[dict[str, Any]]:
+def connect(
+    engine: EngineSettings, replicas: int, seconds: float = SECONDS, extra: list[dict[str, float]] | None = None, dashboard: bool = False
+) -> Iterator[dict[str, Any]]:
     """Connects, checks, and yields the ``runtime_env`` that every actor of an engine needs; ``extra`` are bundles beside the engines'.
 
     Raises:
@@ -37,7 +39,7 @@ def connect(engine: EngineSettings, replicas: int, seconds: float = SECONDS, ext
     ray = _import_ray()
     ours, folder = not ray.is_initialized(), None
     if ours:
-        folder = _init(ray)
+        folder = _init(ray, dashboard)
     try:
         check_nodes(engine, seconds)
         check_room(engine.bundles * replicas + (extra or []), seconds)
@@ -173,7 +175,7 @@ def _import_ray() -> Any:
     return ray
 
 
-def _init(ray: Any) -> str | None:
+def _init(ray: Any, dashboard: bool) -> str | None:
     """Connects to RAY_ADDRESS, or starts a cluster here; returns the folder of the latter's files where it is ours to remove."""
     address = os.environ.get("RAY_ADDRESS")
     if address:
@@ -187,7 +189,7 @@ def _init(ray: Any) -> str | None:
         return None
     # Its sockets' paths have a limit of 107 characters; its default place is shared by all users.
     folder = None if "RAY_TMPDIR" in os.environ else tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    ray.init(address="local", log_to_driver=False, include_dashboard=False, _temp_dir=folder)
+    ray.init(address="local", log_to_driver=False, include_dashboard=dashboard, _temp_dir=folder)
     return folder
 
 

@@ -1,6 +1,6 @@
 """One row of a batch run: what is asked, and what is written of the answer. Pure, but for vLLM's own checks of the sampling parameters.
 
-    pytest tests/unit/test_cluster_batch.py
+pytest tests/engine/test_cluster_batch.py
 """
 
 from collections.abc import Mapping

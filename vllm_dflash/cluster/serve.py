@@ -7,6 +7,7 @@ they stop. Limits: one model a deployment.
 """
 
 import argparse
+import math
 import os
 import signal
 import threading
@@ -23,7 +24,7 @@ _DRAIN = {"graceful_shutdown_wait_loop_s": 1, "graceful_shutdown_timeout_s": 120
 """Seconds: a replica that is to stop takes no new request, and is ended once it has none or the time is over."""
 _ATTEMPTS = 2
 """To start a replica, before the deployment counts as failed; Ray's own 20 are half an hour of silence."""
-_INGRESS = [{"CPU": 1.0}]
+_REPLICAS_PER_INGRESS = 8
 
 
 @dataclass(frozen=True)
@@ -81,22 +82,36 @@ def app_args(serving: Serving, env_vars: dict[str, str]) -> dict[str, Any]:
     least, most = serving.replicas
     count: dict[str, Any] = {"num_replicas": least}
     if least < most:
-        count = {"autoscaling_config": {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": serving.requests_per_replica}}
+        count = {
+            "autoscaling_config": {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": serving.requests_per_replica}
+        }
     model = {
         "model_loading_config": {"model_id": serving.name, "model_source": args.pop("model")},
         "engine_kwargs": args,
         "deployment_config": {
             **count, **_HEALTH, **_DRAIN, "max_ongoing_requests": 2 * serving.requests_per_replica, "max_constructor_retry_count": _ATTEMPTS,
+            # Ray adds it to the first bundle, which has room for the front end already.
+            "ray_actor_options": {"num_cpus": 0},
         },
-        "experimental_configs": {"num_ingress_replicas": 1},
+        "placement_group_config": {"bundles": serving.engine.bundles},
         "server_cls": "vllm_dflash.cluster.replica:Replica",
         "runtime_env": {"env_vars": env_vars},
     }  # fmt: skip
     if serving.engine.device == "cpu":
         model["accelerator_config"] = {"kind": "cpu"}
-    else:
-        model["placement_group_config"] = {"bundles": serving.engine.bundles}
-    return {"llm_configs": [model], "ingress_cls_config": {"ingress_cls": "vllm_dflash.cluster.replica:Ingress"}}
+    return {
+        "llm_configs": [model],
+        "ingress_cls_config": {"ingress_cls": "vllm_dflash.cluster.replica:Ingress"},
+        "ingress_deployment_config": {
+            **_HEALTH, **_DRAIN, "ray_actor_options": {"num_cpus": _ingress_cpus(serving)},
+            "autoscaling_config": {"min_replicas": 1, "max_replicas": math.ceil(most / _REPLICAS_PER_INGRESS)},
+        },
+    }  # fmt: skip
+
+
+def _ingress_cpus(serving: Serving) -> int:
+    """A core of its own beside GPUs, of which none is short; on a CPU it would be an engine's."""
+    return 0 if serving.engine.device == "cpu" else 1
 
 
 def as_yaml(serving: Serving) -> str:
@@ -119,7 +134,8 @@ def up(serving: Serving, detach: bool = False, stop: threading.Event | None = No
     Raises:
         ClusterError: the cluster cannot run it.
     """
-    with connect(serving.engine, serving.replicas[0], extra=_INGRESS) as runtime_env:
+    ingress = [{"CPU": 1.0}] * _ingress_cpus(serving)
+    with connect(serving.engine, serving.replicas[0], extra=ingress, dashboard=True) as runtime_env:
         from ray import serve
         from ray.serve.llm import build_openai_app
 

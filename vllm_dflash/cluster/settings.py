@@ -44,7 +44,9 @@ class EngineSettings:
         if self.tensor_parallel_size < 1:
             raise ClusterError(f"tensor_parallel_size is {self.tensor_parallel_size}: give 1 or more")
         if self.draft is None and self.num_speculative_tokens is not None:
-            raise ClusterError(f"num_speculative_tokens is {self.num_speculative_tokens}, but there is no drafter: give draft, or leave it out")
+            raise ClusterError(
+                f"num_speculative_tokens is {self.num_speculative_tokens}, but there is no drafter: give draft, or leave it out"
+            )
         for name in ("target", "draft"):
             path = getattr(self, name)
             if path is not None and path.startswith(("/", "./", "../", "~")) and not Path(path).expanduser().is_dir():
