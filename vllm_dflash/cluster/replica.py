@@ -16,7 +16,7 @@ from vllm.plugins import load_general_plugins
 class Replica(LLMServer):
     """An engine's front end."""
 
-    async def __init__(self, *args: Any, **kwargs: Any) -> None:
+    async def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         load_general_plugins()
         await super().__init__(*args, **kwargs)
 
