@@ -78,7 +78,7 @@ def replicas() -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if re.match(r"ray::ServeReplica:vllm-dflash:(?!.*Ingress)", path.read_text()):
+            if path.read_text().startswith("ray::SERVE_REPLICA::vllm-dflash#Replica"):
                 found.append(int(path.parent.name))
         except OSError:
             continue

@@ -74,6 +74,11 @@ def _strict(schema: Any) -> Any:
     if schema.get("x-kubernetes-int-or-string"):
         strict.pop("type", None)
     free = schema.get("x-kubernetes-preserve-unknown-fields") or "additionalProperties" in schema
-    if schema.get("type") == "object" and isinstance(schema.get("properties"), dict) and not free and "apiVersion" not in schema["properties"]:
+    if (
+        schema.get("type") == "object"
+        and isinstance(schema.get("properties"), dict)
+        and not free
+        and "apiVersion" not in schema["properties"]
+    ):
         strict["additionalProperties"] = False
     return strict

@@ -9,6 +9,7 @@ the finish reason nor what was accepted, and it has no place for a row that ends
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         job = Job(args.inputs, args.out, settings_of(args), _sampling(args), args.replicas, args.rows_per_part)
         summary = complete(job)
     except (ClusterError, TrainingError) as error:
-        print(f"vllm-dflash batch: {error}")
+        print(f"vllm-dflash batch: {error}", file=sys.stderr)
         return 1
     print(_describe(summary, job.out))
     return 1 if summary["failed"] else 0

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.cluster.orphans import tie_children
 from vllm_dflash.cluster.parts import Part, read, write
 from vllm_dflash.cluster.rows import answered, failed, prompt_of, sampling_of
 from vllm_dflash.cluster.settings import ClusterError
@@ -28,6 +29,7 @@ class Completer:
         """Starts the engine: ``engine_args`` as of ``settings.engine_args``; answers are written to ``folder``."""
         self._engine_args, self._sampling, self._folder = dict(engine_args), dict(sampling), Path(folder)
         self._engine = self._start()
+        self._tied = tie_children()
         self._names = itertools.count()
         self._alone, self._calm, self._suspects = asyncio.Lock(), asyncio.Event(), 0
         self._calm.set()
@@ -95,8 +97,11 @@ class Completer:
         if not self._engine.errored:
             return
         self._engine.shutdown()
+        self._tied.kill()
+        self._tied.wait()
         try:
             self._engine = self._start()
+            self._tied = tie_children()
         except Exception as error:
             raise ClusterError(f"the engine ended and does not start again ({error}): run the command again when it is mended") from error
 

@@ -12,6 +12,8 @@ from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.ingress import OpenAiIngress
 from vllm.plugins import load_general_plugins
 
+from vllm_dflash.cluster.orphans import tie_children
+
 
 class Replica(LLMServer):
     """An engine's front end."""
@@ -19,6 +21,7 @@ class Replica(LLMServer):
     async def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         load_general_plugins()
         await super().__init__(*args, **kwargs)
+        self._tied = tie_children()
 
 
 class Ingress(OpenAiIngress):

@@ -10,6 +10,7 @@ import argparse
 import math
 import os
 import signal
+import sys
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
             raise ClusterError("--detach leaves the deployment on a running cluster: set RAY_ADDRESS, or leave --detach out")
         up(serving, args.detach)
     except ClusterError as error:
-        print(f"vllm-dflash up: {error}")
+        print(f"vllm-dflash up: {error}", file=sys.stderr)
         return 1
     return 0
 
