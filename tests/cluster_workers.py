@@ -54,6 +54,11 @@ class Counting(Completer):
             (self._folder / "_batch" / f"counters-{os.getpid()}.json").write_text(
                 json.dumps({name: value + self._earlier[name] for name, value in _counters().items()})
             )
+            if "VLLM_DFLASH_REPORT" in os.environ:
+                from engine.cluster_harness import plugin_processes
+
+                found = plugin_processes(Path(os.environ["VLLM_DFLASH_REPORT"]))
+                (self._folder / "_batch" / "processes.json").write_text(json.dumps(found))
             yield done
 
 

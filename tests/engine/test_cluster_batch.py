@@ -37,8 +37,14 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for path in sorted(out.glob("part-*.jsonl")) for line in path.read_text().split("\n") if line]
 
 
-def test_rows_are_those_of_one_process_and_bad_ones_cost_themselves_alone(tmp_path: Path, plain_float32: list[Batch]) -> None:
-    """Among 24 good rows: one that ends its engine, a broken line, one that is too long, and one with a parameter that does not exist."""
+def test_rows_are_those_of_one_process_and_bad_ones_cost_themselves_alone(
+    tmp_path: Path, plain_float32: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among 24 good rows: one that ends its engine, a broken line, one that is too long, and one with a parameter that does not exist.
+
+    And the plug-in is loaded in every process of it, the first engine's and the later ones'.
+    """
+    monkeypatch.setenv("VLLM_DFLASH_REPORT", str(tmp_path))
     from transformers import AutoTokenizer
 
     prompts = [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()[:24]]
@@ -51,6 +57,13 @@ def test_rows_are_those_of_one_process_and_bad_ones_cost_themselves_alone(tmp_pa
     out = tmp_path / "out"
     job = Job([str(tmp_path / "in.jsonl")], out, ENGINE, {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}, 1, rows_per_part=7)
     sums = complete(job, Counting)
+
+    processes = json.loads((out / "_batch" / "processes.json").read_text())
+    print("", *processes, sep="\n  ")
+    assert all(processes.values())
+    assert {kind for kind in ("ray::", "VLLM::EngineCore", "VLLM::Worker") for name in processes if name.startswith(kind)} == {
+        "ray::", "VLLM::EngineCore", "VLLM::Worker",
+    }  # fmt: skip
 
     rows = rows_of(out)
     assert [row.get("id") for row in rows] == [json.loads(line)["id"] if line.endswith("}") else None for line in lines]

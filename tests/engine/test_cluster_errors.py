@@ -81,7 +81,7 @@ def test_a_node_with_another_vllm_and_without_the_drafter(tmp_path: Path) -> Non
     print(f"\n{error.value}")
     assert "vLLM is 0.31.0, here it is 0.32.0" in str(error.value)
     assert f"the draft {drafter} is not there: put it on every node" in str(error.value)
-    assert str(error.value).count("node ") == 2
+    assert str(error.value).count("\n  node ") == 2
 
 
 def test_no_cluster_at_the_address() -> None:

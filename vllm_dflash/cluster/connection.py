@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -180,6 +181,7 @@ def _init(ray: Any, dashboard: bool) -> str | None:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
+            _knock(address)
             ray.init(address=address, log_to_driver=False)
         except Exception as error:
             raise ClusterError(
@@ -191,6 +193,13 @@ def _init(ray: Any, dashboard: bool) -> str | None:
     folder = None if "RAY_TMPDIR" in os.environ else tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     ray.init(address="local", log_to_driver=False, include_dashboard=dashboard, _temp_dir=folder)
     return folder
+
+
+def _knock(address: str) -> None:
+    """Ray waits for minutes where nobody listens: an OSError where that is so at HOST:PORT; other forms of address are Ray's to read."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _digest(path: Path) -> str | None:

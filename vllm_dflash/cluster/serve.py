@@ -139,7 +139,9 @@ def up(serving: Serving, detach: bool = False, stop: threading.Event | None = No
     with connect(serving.engine, serving.replicas[0], extra=ingress, dashboard=True) as runtime_env:
         from ray import serve
         from ray.serve.llm import build_openai_app
+        from vllm.plugins import load_general_plugins
 
+        load_general_plugins()
         check_engine(serving.engine, runtime_env)
         serve.start(http_options={"host": serving.host, "port": serving.port})
         try:
