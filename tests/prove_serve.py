@@ -10,7 +10,6 @@
 import argparse
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -74,15 +73,28 @@ def ask(url: str, body: dict[str, Any], seconds: float = 120) -> dict[str, Any]:
 
 
 def replicas() -> list[int]:
-    """Processes of replicas that run, by Ray's names for them."""
+    """Processes of replicas, by Ray's names for them, which differ while they work and while they wait."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if path.read_text().startswith("ray::SERVE_REPLICA::vllm-dflash#Replica"):
-                found.append(int(path.parent.name))
+            title = path.read_text()
         except OSError:
             continue
+        if title.startswith("ray::") and "Replica:pair" in title:
+            found.append(int(path.parent.name))
     return found
+
+
+def running(folder: Path) -> int:
+    """Replicas that Serve counts as running."""
+    import ray
+    from ray import serve
+
+    if not ray.is_initialized():
+        os.environ["RAY_AUTH_MODE"] = "token"
+        ray.init(address=(folder / "ray_current_cluster").read_text().strip(), log_to_driver=False)
+    deployments = serve.status().applications["vllm-dflash"].deployments
+    return sum(each.replica_states.get("RUNNING", 0) for name, each in deployments.items() if "pair" in name)
 
 
 def until(what: str, reached: Callable[[], bool], seconds: float = 240) -> float:
@@ -130,25 +142,21 @@ def bench(url: str) -> None:
     """`vllm bench serve`, 64 requests of 8 clients."""
     command = [
         str(Path(sys.executable).with_name("vllm")), "bench", "serve", "--base-url", url, "--endpoint", "/v1/completions", "--model", "pair",
-        "--tokenizer", str(TARGET), "--dataset-name", "random", "--random-input-len", "64", "--random-output-len", "48", "--num-prompts", "64",
-        "--max-concurrency", "8", "--ignore-eos", "--disable-tqdm",
+        "--tokenizer", str(TARGET), "--dataset-name", "custom", "--dataset-path", str(PROMPTS), "--custom-output-len", "48",
+        "--skip-chat-template", "--disable-shuffle", "--num-prompts", "64", "--max-concurrency", "8", "--ignore-eos", "--disable-tqdm",
     ]  # fmt: skip
-    out = subprocess.run(
-        command, env=os.environ | {"VLLM_DFLASH": "0", "VLLM_LOGGING_LEVEL": "ERROR"}, capture_output=True, text=True, check=True
-    )
-    print(
-        "\n".join(
-            line
-            for line in out.stdout.splitlines()
-            if re.match(r"Successful|Failed|Output token|Request throughput|Mean TTFT|P99 TTFT", line)
-        )
-    )
+    env = os.environ | {"VLLM_DFLASH": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    out = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    wanted = ("Successful", "Failed", "Output token", "Request throughput", "Mean TTFT", "P99 TTFT")
+    print(*(line for line in out.stdout.splitlines() if line.startswith(wanted)), sep="\n", flush=True)
+    if out.returncode:
+        print(out.stderr[-2000:], flush=True)
 
 
 def prove_kill(folder: Path) -> None:
     """Traffic, a replica's end, and its replacement."""
     with deployment(folder, "2") as url:
-        assert len(replicas()) == 2, replicas()
+        print(f"replicas running: {running(folder)}, processes {replicas()}", flush=True)
         bench(url)
         with prometheus(folder) as look:
             with Load(url, 8) as load:
@@ -156,30 +164,30 @@ def prove_kill(folder: Path) -> None:
                 victim, killed = replicas()[0], time.monotonic()
                 os.kill(victim, signal.SIGKILL)
                 until("one replica", lambda: victim not in replicas())
-                back = until("two replicas", lambda: len(replicas()) == 2)
-                time.sleep(30)
+                until("Serve to notice", lambda: running(folder) < 2, 120)
+                back = until("two replicas", lambda: running(folder) == 2, 600)
+                time.sleep(10)
             lost = [o for o in load.outcomes if o[2] != "ok"]
-            print(f"{len(load.outcomes)} requests, {len(lost)} failed; two replicas' processes again after {back:.0f} s")
+            print(f"{len(load.outcomes)} requests, {len(lost)} failed; two replicas running again after {back:.0f} s")
             print("errors:", *(f"\n  {count} x {said}" for said, count in Counter(o[2] for o in lost).items()))
             late = [o for o in lost if not o[0] <= killed + 1]
             print(
                 f"failed though they began later than a second after the kill: {len(late)}; longest: {max(o[1] - o[0] for o in load.outcomes):.1f} s"
             )
-            bench(url)
             look()
 
 
 def prove_scale(folder: Path) -> None:
     """One replica, two under load, one again."""
     with deployment(folder, "1,2", "--requests-per-replica", "4") as url:
-        assert len(replicas()) == 1
+        assert running(folder) == 1
         with Load(url, 16) as load:
             print(
-                f"1 -> 2 after {until('two replicas', lambda: len(replicas()) == 2, 400):.0f} s of load (16 clients, 4 requests a replica wanted)"
+                f"1 -> 2 after {until('two replicas', lambda: running(folder) == 2, 600):.0f} s of load (16 clients, 4 requests a replica wanted)"
             )
             time.sleep(60)
         print(f"{len(load.outcomes)} requests, {sum(o[2] != 'ok' for o in load.outcomes)} failed")
-        print(f"2 -> 1 after {until('one replica', lambda: len(replicas()) == 1, 900):.0f} s without load")
+        print(f"2 -> 1 after {until('one replica', lambda: running(folder) == 1, 1200):.0f} s without load")
 
 
 @contextmanager
