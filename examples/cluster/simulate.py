@@ -4,10 +4,10 @@ Fed with what `vllm-dflash bench` measured of one engine, so it says what copies
 another model or device. What it knows: a step's time and committed tokens by the number of requests in it (measured, lines between), the time
 of a prompt (measured at one request), Poisson arrivals, output lengths (geometric), a queue and a batch limit a replica, and Ray Serve's
 router: of two replicas drawn at random the one with fewer requests. What it leaves out: the network, the router's own time and limits, replicas
-that die or start, the KV cache's limit, prompts of different lengths, and what the controller of adaptive drafting spends on learning:
-"adaptive" is the better of the two measured kinds of step at each batch size, an upper bound.
+that die or start, the KV cache's limit and prompts of different lengths. Where the benchmark has no method adaptive, "adaptive" is the better of
+the two kinds of step at each batch size: an upper bound, for a controller has to learn.
 
-    vllm-dflash bench --target T --draft D --methods plain,dflash --concurrency 1,2,4,8,16,32 --out bench
+    vllm-dflash bench --target T --draft D --methods plain,dflash,adaptive --concurrency 1,2,4,8,16,32 --out bench
     python examples/cluster/simulate.py bench/results.json
 """
 
@@ -16,6 +16,7 @@ import bisect
 import heapq
 import json
 import random
+import re
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,23 +43,42 @@ class Steps:
 
 
 def read(results: dict) -> tuple[dict[str, Steps], float]:
-    """The two kinds of step, and the seconds that a prompt takes, from a benchmark's results.json."""
-    found = {}
-    for name, kind in (("off", "plain"), ("on", "dflash")):
-        rows = [row for row in results["rows"] if row["method"].partition(":")[0] == kind and row["step_ms"]]
-        rows = sorted((results["points"][row["point"]]["concurrency"], row) for row in rows)
+    """The kinds of step by method, greedy, and the seconds that a prompt takes, from a benchmark's results.json.
+
+    Of several K the largest is taken, and of several sets or lengths of prompts the first.
+    """
+    found, prompt = {}, 0.0
+    for name, kind in (("off", "plain"), ("on", "dflash"), ("adaptive", "adaptive")):
+        rows = _rows(results, kind)
+        if len(rows) < 2 and name == "adaptive":
+            continue
         if len(rows) < 2:
             raise SystemExit(f"results.json has fewer than two concurrencies of the method {kind}: measure at least two")
-        committed = [row["committed_per_request_step"]["median"] if row["committed_per_request_step"] else 1.0 for _, row in rows]
-        found[name] = Steps([size for size, _ in rows], [row["step_ms"]["median"] / 1000 for _, row in rows], committed)
+        committed = [(row["committed_per_request_step"] or {"median": 1.0})["median"] for row in rows.values()]
+        found[name] = Steps(list(rows), [row["step_ms"]["median"] / 1000 for row in rows.values()], committed)
         if name == "off":
-            prompt = max(rows[0][1]["ttft_p50_ms"]["median"] / 1000 - found[name].seconds[0], 0.0)
+            prompt = max(rows[min(rows)]["ttft_p50_ms"]["median"] / 1000 - found[name].seconds[0], 0.0)
     return found, prompt
+
+
+def _rows(results: dict, kind: str) -> dict[int, dict]:
+    """By concurrency, ascending."""
+    points = results["points"]
+    first = next(point for point in points if point["temperature"] == 0)
+    names = {row["method"] for row in results["rows"] if re.split("[:@]", row["method"])[0] == kind}
+    method = max(names, key=lambda name: int((re.findall(r":(\d+)", name) or ["99"])[0]), default=None)
+    rows = {}
+    for row in results["rows"]:
+        point = points[row["point"]]
+        same = all(point[field] == first[field] for field in ("prompt_set", "prompt_tokens", "temperature"))
+        if row["method"] == method and same and row["step_ms"]:
+            rows[point["concurrency"]] = row
+    return dict(sorted(rows.items()))
 
 
 def chosen(steps: dict[str, Steps], method: str, size: int) -> tuple[float, float]:
     """Seconds and committed tokens a request of the step that the method takes."""
-    if method != "adaptive":
+    if method in steps:
         return steps[method].at(size)
     return min((steps[name].at(size) for name in ("off", "on")), key=lambda step: step[0] / step[1])
 
@@ -85,7 +105,8 @@ def simulate(
     most = steps["off"].sizes[-1]
     table = [(0.0, 0.0), *(chosen(steps, method, size) for size in range(1, most + 1))]
     pool, events, latencies = [Replica() for _ in range(replicas)], [(draw.expovariate(rate), -1)], []
-    arrived, now = 0, 0.0
+    arrived, now, window = 0, 0.0, (0, 1.0)
+    """Answered, and the time, at the last arrival: afterwards replicas run empty."""
 
     def step(index: int) -> None:
         replica, new = pool[index], 0
@@ -103,6 +124,7 @@ def simulate(
             index = a if pool[a].load <= pool[b].load else b
             pool[index].waiting.append([now, 1 + int(draw.expovariate(1 / max(tokens - 1, 1)))])
             arrived += 1
+            window = (len(latencies), now)
             if arrived < requests:
                 heapq.heappush(events, (now + draw.expovariate(rate), -1))
             if not pool[index].busy:
@@ -116,7 +138,11 @@ def simulate(
         replica.active = [request for request in replica.active if request[1] > 0]
         step(index)
     latencies.sort()
-    return {"requests_per_second": requests / now, "p50": latencies[len(latencies) // 2], "p99": latencies[int(0.99 * len(latencies))]}
+    return {
+        "requests_per_second": window[0] / window[1],
+        "p50": latencies[len(latencies) // 2],
+        "p99": latencies[int(0.99 * len(latencies))],
+    }
 
 
 def main() -> None:
