@@ -100,13 +100,13 @@ class Replica:
 def simulate(
     steps: dict[str, Steps], prompt: float, method: str, replicas: int, rate: float, tokens: int, requests: int, seed: int
 ) -> dict:
-    """``requests`` arrivals at ``rate`` a second over all replicas, until the last is answered; latencies in seconds."""
+    """``requests`` arrivals at ``rate`` a second over all replicas, until the last is answered; latencies in seconds. The first half is not counted."""
     draw = random.Random(seed)
     most = steps["off"].sizes[-1]
     table = [(0.0, 0.0), *(chosen(steps, method, size) for size in range(1, most + 1))]
     pool, events, latencies = [Replica() for _ in range(replicas)], [(draw.expovariate(rate), -1)], []
-    arrived, now, window = 0, 0.0, (0, 1.0)
-    """Answered, and the time, at the last arrival: afterwards replicas run empty."""
+    # What is measured lies between half of the arrivals and the last: before, queues fill; afterwards, replicas run empty.
+    arrived, answered, first, now, halfway, window = 0, 0, 0, 0.0, float("inf"), (0, 1.0)
 
     def step(index: int) -> None:
         replica, new = pool[index], 0
@@ -124,7 +124,9 @@ def simulate(
             index = a if pool[a].load <= pool[b].load else b
             pool[index].waiting.append([now, 1 + int(draw.expovariate(1 / max(tokens - 1, 1)))])
             arrived += 1
-            window = (len(latencies), now)
+            halfway = now if arrived == requests // 2 else halfway
+            first = answered if arrived == requests // 2 else first
+            window = (answered - first, now - halfway)
             if arrived < requests:
                 heapq.heappush(events, (now + draw.expovariate(rate), -1))
             if not pool[index].busy:
@@ -134,7 +136,9 @@ def simulate(
         committed = table[len(replica.active)][1]
         for request in replica.active:
             request[1] -= int(committed) + (draw.random() < committed % 1)
-        latencies += [now - request[0] for request in replica.active if request[1] <= 0]
+        done = [(request[0], now - request[0]) for request in replica.active if request[1] <= 0]
+        answered += len(done)
+        latencies += [took for began, took in done if halfway <= began]
         replica.active = [request for request in replica.active if request[1] > 0]
         step(index)
     latencies.sort()
@@ -150,9 +154,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="results.json of `vllm-dflash bench` with the methods plain and dflash")
     parser.add_argument("--replicas", default="1,10,100,1000")
-    parser.add_argument("--load", default="0.3,0.7,1.0", help="arrivals as shares of what plain decoding can do with full batches")
+    parser.add_argument("--load", default="0.5,1.0", help="arrivals as shares of what plain decoding can do with full batches")
     parser.add_argument("--output-tokens", type=int, default=128, help="mean of a geometric distribution (default: 128)")
-    parser.add_argument("--requests", type=int, default=3000, help="at least, and 30 a replica (default: 3000)")
+    parser.add_argument(
+        "--requests", type=int, default=3000, help="at least, and 100 a replica; the first half is not counted (default: 3000)"
+    )
     args = parser.parse_args()
     steps, prompt = read(json.loads(args.results.read_text()))
     most = steps["off"].sizes[-1]
@@ -165,7 +171,7 @@ def main() -> None:
         for replicas in map(int, args.replicas.split(",")):
             cells = []
             for method in METHODS:
-                count = max(args.requests, 30 * replicas)
+                count = max(args.requests, 100 * replicas)
                 done = simulate(steps, prompt, method, replicas, load * capacity * replicas, args.output_tokens, count, seed=0)
                 cells.append(f"{done['requests_per_second'] / replicas:.2f}, {done['p50']:.2f}, {done['p99']:.2f}")
             print(f"| {load:g} | {replicas} | " + " | ".join(cells) + " |", flush=True)
