@@ -31,6 +31,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from engine.harness import DRAFTER, PROMPTS, TARGET  # noqa: E402
 
+# Read when Ray is imported; a cluster that `up` starts asks for tokens.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
 BODY = {"model": "pair", "max_tokens": 48, "temperature": 0}
 
 
@@ -91,7 +93,6 @@ def running(folder: Path) -> int:
     from ray import serve
 
     if not ray.is_initialized():
-        os.environ["RAY_AUTH_MODE"] = "token"
         ray.init(address=_address(folder), log_to_driver=False)
     deployments = serve.status().applications["vllm-dflash"].deployments
     return sum(each.replica_states.get("RUNNING", 0) for name, each in deployments.items() if "pair" in name)

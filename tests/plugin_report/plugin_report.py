@@ -6,19 +6,25 @@ Put this folder on PYTHONPATH (its dist-info makes it a distribution) and name a
 import json
 import os
 import threading
+import time
 from pathlib import Path
 
 SWITCH = "VLLM_DFLASH_REPORT"
 
 
 def report() -> None:
-    """The entry point. It waits a moment, for plug-ins load in no certain order."""
+    """The entry point. It looks for a minute, for plug-ins load in no certain order, and ours may take a while."""
     if SWITCH in os.environ:
-        threading.Timer(1, _write).start()
+        threading.Thread(target=_watch, daemon=True).start()
 
 
-def _write() -> None:
+def _watch() -> None:
     from vllm.model_executor.models import ModelRegistry
 
-    registered = getattr(ModelRegistry.models.get("DFlashDraftModel"), "module_name", "")
-    Path(os.environ[SWITCH], f"{os.getpid()}.json").write_text(json.dumps({"drafter": registered}))
+    path, said = Path(os.environ[SWITCH], f"{os.getpid()}.json"), None
+    for _ in range(120):
+        registered = getattr(ModelRegistry.models.get("DFlashDraftModel"), "module_name", "")
+        if registered != said:
+            path.write_text(json.dumps({"drafter": registered}))
+            said = registered
+        time.sleep(0.5)
