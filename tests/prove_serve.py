@@ -31,8 +31,6 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from engine.harness import DRAFTER, PROMPTS, TARGET  # noqa: E402
 
-# Read when Ray is imported; a cluster that `up` starts asks for tokens.
-os.environ.setdefault("RAY_AUTH_MODE", "token")
 BODY = {"model": "pair", "max_tokens": 48, "temperature": 0}
 
 
@@ -89,6 +87,8 @@ def replicas() -> list[int]:
 
 def running(folder: Path) -> int:
     """Replicas that Serve counts as running."""
+    # Read when Ray is imported; a cluster that `up` starts asks for tokens.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
     from ray import serve
 
