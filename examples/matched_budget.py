@@ -7,6 +7,7 @@ each other by `vllm-dflash bench`.
     .venv/bin/python examples/matched_budget.py --prompts prompts.jsonl --out /tmp/study --list
     .venv/bin/python examples/matched_budget.py --prompts prompts.jsonl --out /tmp/study --steps 400 --seeds 0 1 2
     .venv/bin/python examples/matched_budget.py --prompts prompts.jsonl --out /tmp/study --steps 400 --match parameters
+    .venv/bin/python examples/matched_budget.py --prompts prompts.jsonl --out /tmp/study --batch-size 8 --anchors 16 --precision float32
     .venv/bin/python examples/matched_budget.py --prompts prompts.jsonl --out /tmp/study --bench dflash-3x3 dflare-3x5
 """
 
@@ -64,8 +65,9 @@ def settings_of(args: argparse.Namespace, variant: Variant, seed: int) -> Settin
     """The run of a variant and seed."""
     flags = {
         "target": str(PAIR / "target"), "prompts": [str(args.prompts)], "held_out_prompts": str(PAIR / "prompts.jsonl"), "steps": args.steps,
-        "out": str(args.out / f"{args.match}-{args.steps}" / f"{variant.name}-seed{seed}"), "seed": seed, "dtype": "bfloat16", "prove_prompts": 128,
-        "eval_every": args.steps, "checkpoint_every": max(25, args.steps // 8),
+        "out": str(args.out / f"{args.match}-{args.steps}" / f"{variant.name}-seed{seed}"), "seed": seed, "dtype": args.dtype, "prove_prompts": 128,
+        "eval_every": args.steps, "checkpoint_every": max(25, args.steps // 8), "batch_size": args.batch_size, "anchors": args.anchors,
+        "precision": args.precision,
     }  # fmt: skip
     chosen = load(str(PAIR / "dflash.toml"), flags | variant.flags)
     if args.match == "parameters":
@@ -103,15 +105,16 @@ def _product(shape: Sequence[int]) -> int:
 
 
 def train(args: argparse.Namespace, chosen: Settings) -> None:
-    """Trains a run to its end; all share one folder of answers."""
-    from vllm_dflash.training import pipeline
+    """Trains a run to its end; all share one folder of answers, and those with the same target layers one of features."""
+    from vllm_dflash.training import features, pipeline
     from vllm_dflash.training.generate import folder_of
 
     answers, mine = args.out / "answers", folder_of(chosen)
     if not mine.exists():
         first = load(str(PAIR / "dflash.toml"), {"target": chosen.run.target, "prompts": chosen.data.prompts, "held_out_prompts": chosen.data.held_out_prompts,
-                                                 "out": str(answers), "dtype": "bfloat16"})  # fmt: skip
+                                                 "out": str(answers), "dtype": chosen.run.dtype})  # fmt: skip
         pipeline.run_stages(first, ("generate",))
+        shutil.rmtree(mine.with_name("generate.part"), ignore_errors=True)
         shutil.copytree(answers / "generate", mine.with_name("generate.part"), copy_function=os.link)
         # Greedy answers do not depend on the seed, which the folder names.
         inputs = mine.with_name("generate.part") / "inputs.json"
@@ -119,8 +122,23 @@ def train(args: argparse.Namespace, chosen: Settings) -> None:
         inputs.unlink()
         inputs.write_text(json.dumps(found))
         mine.with_name("generate.part").rename(mine)
-    pipeline.run_stages(chosen, ("features", "train"))
-    shutil.rmtree(Path(chosen.run.out) / "features", ignore_errors=True)
+    shared = args.out / f"features-{'-'.join(map(str, chosen.drafter.target_layer_ids or ()))}"
+    cached = features.folder_of(chosen)
+    if shared.exists() and not cached.exists():
+        _linked(shared, cached)
+    pipeline.run_stages(chosen, ("features",))
+    if not shared.exists():
+        _linked(cached, shared)
+    pipeline.run_stages(chosen, ("train",))
+    shutil.rmtree(cached)
+
+
+def _linked(source: Path, out: Path) -> None:
+    """A folder of links to the files of another, whole or not there."""
+    part = out.with_name(f"{out.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(source, part, copy_function=os.link)
+    part.rename(out)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -139,7 +157,8 @@ def report(args: argparse.Namespace, chosen: Sequence[Variant]) -> str:
         if results:
             mean, half = interval([r["tau"] for r in results])
             rows.append((mean, half, len(results), variant.name, parameters_of(runs[0]), _step_seconds(runs)))
-    lines = [f"{args.steps} steps, matched by {args.match}; tau on 128 held-out prompts x 192 tokens, greedy", "",
+    blocks = f"{args.batch_size} sequences x {args.anchors} blocks"
+    lines = [f"{args.steps} steps of {blocks}, matched by {args.match}; tau on 128 held-out prompts x 192 tokens, greedy, {args.dtype}", "",
              "| drafter | tau | 95 % interval | seeds | parameters | seconds a step |", "|---|---|---|---|---|---|"]  # fmt: skip
     for mean, half, count, name, size, seconds in sorted(rows, reverse=True):
         lines.append(f"| {name} | {mean:.3f} | ± {half:.3f} | {count} | {size / 1e6:.2f} M | {seconds:.2f} |")
@@ -176,6 +195,10 @@ def main() -> int:
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines to train on, from embedded_pair/prompts.py")
     parser.add_argument("--out", type=Path, required=True, help="folder of the study")
     parser.add_argument("--steps", type=int, default=400, help="of every run (default: 400)")
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences a step (default: 16)")
+    parser.add_argument("--anchors", type=int, default=32, help="blocks a sequence (default: 32)")
+    parser.add_argument("--dtype", default="bfloat16", help="of target, answers and exported drafters (default: bfloat16)")
+    parser.add_argument("--precision", default="bfloat16", help="of the training's matrix products (default: bfloat16)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument(
         "--match", choices=("steps", "parameters"), default="steps", help="parameters: MLPs as wide as makes all as large as dflash-3x3"

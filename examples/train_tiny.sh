@@ -16,4 +16,4 @@ mkdir -p "$OUT"
 [ -f "$OUT/prompts.jsonl" ] || "$BIN/python" "$pair/prompts.py" --target "$pair/target" --out "$OUT/prompts.jsonl" --count "$PROMPTS"
 "$BIN/vllm-dflash" train "$pair/dflash.toml" --target "$pair/target" --prompts "$OUT/prompts.jsonl" --held-out-prompts "$pair/prompts.jsonl" \
     --out "$OUT/run" --steps "$STEPS" --dtype float32 "$@"
-[ "$SERVE" = no ] || DRAFTER=$OUT/run/drafter VLLM="$BIN/vllm" "$here/serve.sh"
+[ "$SERVE" = no ] || DRAFTER=$OUT/run/drafter VLLM="$BIN/vllm" MEMORY=${MEMORY:-0.1} "$here/serve.sh"

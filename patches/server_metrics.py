@@ -1,5 +1,6 @@
 """API server: /metrics also shows what our recorders have counted."""
 
+import re
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -8,22 +9,30 @@ from vllm_dflash.patching import Patch
 from vllm_dflash.supported import SUPPORTED_VLLM
 
 
-def _replace(original: Callable[[], Any]) -> Callable[[], Any]:
+def _replace(original: Callable[[Any], None]) -> Callable[[Any], None]:
     @wraps(original)
-    def get_prometheus_registry() -> Any:
+    def attach_router(app: Any) -> None:
+        from prometheus_client import REGISTRY, make_asgi_app
+        from starlette.routing import Mount
+        from vllm.v1.metrics.prometheus import get_prometheus_registry
+
         from vllm_dflash.metrics.read import DFlashCollector
 
-        registry = original()
+        original(app)
+        registry = get_prometheus_registry()
         # With one API server it is the process's own registry, and another app of this process may have been here.
         if not any(isinstance(collector, DFlashCollector) for collector in registry._collector_to_names):
             registry.register(DFlashCollector())
-        return registry
+        if registry is not REGISTRY:
+            route = Mount("/metrics", make_asgi_app(registry=registry))
+            route.path_regex = re.compile("^/metrics(?P<path>.*)$")
+            app.routes.insert(0, route)
 
-    return get_prometheus_registry
+    return attach_router
 
 
 PATCH = Patch(
-    target="vllm.entrypoints.serve.instrumentator.metrics:get_prometheus_registry",
+    target="vllm.entrypoints.serve.instrumentator.metrics:attach_router",
     versions=SUPPORTED_VLLM,
     fingerprints={
         "vllm.v1.metrics.prometheus:get_prometheus_registry": "1dd5aec854c0a47f",
@@ -31,7 +40,8 @@ PATCH = Patch(
     },
     why=(
         "a stat-logger plug-in can register collectors in the process's registry, but with several API servers, or a PROMETHEUS_MULTIPROC_DIR "
-        "of the user's, vLLM answers from a registry of its own, which reads prometheus-client's files and nothing else"
+        "of the user's, /metrics is answered from a registry that is made anew for each scrape and reads prometheus-client's files and nothing "
+        "else; there a route that answers from those files and ours goes before it"
     ),
     until="vLLM lets a plug-in add a collector to the registry that /metrics answers from",
     replace=_replace,

@@ -11,7 +11,7 @@ from xdist.scheduler import LoadScopeScheduling
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-_EMBEDDED = {"test_draft_parity", "test_lossless", "test_serve"}
+_EMBEDDED = {"test_draft_parity", "test_lossless", "test_serve", "test_cluster_batch"}
 """Files that share the session's engines on the embedded pair."""
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import vllm_dflash
+from vllm_dflash.cluster import command as cluster
 from vllm_dflash.evaluation.methods import DEFAULT_METHODS, KINDS
 from vllm_dflash.evaluation.workload import DATASETS, RANDOM
 from vllm_dflash.formats import FORMATS
@@ -36,6 +37,10 @@ A new drafter, in this order:
 
 No drafter yet:
   vllm-dflash train --target T --prompts P --out RUN
+
+More than one device or machine, on Ray:
+  vllm-dflash batch PROMPTS --target T --draft DRAFTER --out DIR
+  vllm-dflash up --target T --draft DRAFTER --replicas 1,8
 """
 
 
@@ -56,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_bench(commands)
     _add_train(commands)
     _add_top(commands)
+    _add_cluster(commands)
     args = parser.parse_args(arguments)
     return int(args.run(args))
 
@@ -198,6 +204,15 @@ def _add_top(commands: Any) -> None:
     top.add_argument("--once", action="store_true", help="one look, of the time since the server began")
     top.add_argument("--json", action="store_true", help="one JSON object, for scripts; implies --once")
     top.set_defaults(run=lambda args: import_module("vllm_dflash.metrics.top").run(args))
+
+
+def _add_cluster(commands: Any) -> None:
+    batch = _command(commands, "batch", "answers every row of a data set, on one machine or many", cluster.BATCH, cluster.BATCH_EXAMPLES)
+    cluster.add_batch_flags(batch)
+    batch.set_defaults(run=lambda args: import_module("vllm_dflash.cluster.batch").run(args))
+    up = _command(commands, "up", "serves on as many replicas as the load needs", cluster.UP, cluster.UP_EXAMPLES)
+    cluster.add_up_flags(up)
+    up.set_defaults(run=lambda args: import_module("vllm_dflash.cluster.serve").run(args))
 
 
 def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:

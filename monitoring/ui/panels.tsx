@@ -1,5 +1,6 @@
 // The dashboard's panels by Grafana's own UI components (TimeSeries, BigValue, BarGauge, PanelChrome), from what collect.py wrote.
 // Heat maps are no part of @grafana/ui: theirs is a grid of this file, each column of cells a time.
+import "uplot/dist/uPlot.min.css";
 import { createRoot } from "react-dom/client";
 import { createTheme, EventBusSrv, FieldColorModeId, FieldType, getDisplayProcessor, ThemeContext, ThresholdsMode, toDataFrame, dateTime, LoadingState } from "@grafana/data";
 import { BarGauge, BigValue, BigValueColorMode, BigValueGraphMode, BigValueJustifyMode, BigValueTextMode, GlobalStyles, PanelChrome, PanelContextProvider, PortalContainer, TimeSeries } from "@grafana/ui";
@@ -37,6 +38,8 @@ function stat(panel: any, series: any[], width: number, height: number) {
   const [frame] = frames(panel, series.slice(0, 1));
   const shown = frame.fields[1].display!(last(series[0]));
   const color = thresholdColor(panel, last(series[0]));
+  const values = frame.fields[1].values as number[], min = Math.min(0, ...values), max = Math.max(...values);
+  frame.fields[1].state = { range: { min, max, delta: max - min } };
   const name = panel.options.textMode === "name";
   return <BigValue theme={theme} width={width} height={height} colorMode={BigValueColorMode.Value}
     graphMode={panel.options.graphMode === "area" ? BigValueGraphMode.Area : BigValueGraphMode.None}
@@ -59,7 +62,7 @@ function heat(panel: any, series: any[], width: number, height: number) {
   const cells: any[] = [];
   let most = 0;
   at.forEach((cumulative, time) => cumulative.forEach((value, row) => { const here = Math.max(0, value - (row ? cumulative[row - 1] ?? 0 : 0)); most = Math.max(most, here); cells.push([time, row, here]); }));
-  const left = 44, w = (width - left) * 1.02 / 200, h = height / series.length;
+  const left = 44, w = (width - left) * 1.02 / Math.max(60, at.size), h = height / series.length;
   return <svg width={width} height={height}>
     {cells.filter((c) => c[2] > 0).map(([time, row, value], i) => <rect key={i} x={left + (time - data.start) / (data.end - data.start) * (width - left)} y={height - (row + 1) * h}
       width={w} height={h - 1} fill={`rgba(31,96,196,${0.08 + 0.92 * value / most})`} />)}
@@ -90,7 +93,7 @@ createRoot(document.getElementById("root")!).render(
       const own = data.panels.filter((one: any) => one.row === row);
       const top = Math.min(...own.map((one: any) => one.panel.gridPos.y));
       const bottom = Math.max(...own.map((one: any) => one.panel.gridPos.y + one.panel.gridPos.h));
-      return <div key={row} className="row" data-row={row} style={{ width: 24 * COLUMN + 16, background: theme.colors.background.canvas, padding: 12 }}>
+      return <div key={row} className="drawn" data-row={row} style={{ width: 24 * COLUMN + 16, background: theme.colors.background.canvas, padding: 12 }}>
         <h4 style={{ margin: "0 0 8px" }}>{row}</h4>
         <div style={{ position: "relative", height: (bottom - top) * ROW_HEIGHT }}>{own.map((one: any) => <Shown key={one.panel.title} one={one} top={top} />)}</div></div>;
     })}<PortalContainer />

@@ -12,7 +12,7 @@ from pairs import make_random_drafter, random_drafter_config
 from training_runs import make_target, settings
 from vllm_dflash.training.drafter import default_features, default_layers, first_weights, mask_token, plan
 from vllm_dflash.training.files import TrainingError
-from vllm_dflash.training.target import find_target
+from vllm_dflash.training.target import find_target, load_target
 
 PAIR = Path(__file__).parents[2] / "examples" / "embedded_pair"
 
@@ -102,6 +102,27 @@ def test_from_a_drafter(tmp_path: Path, target: Path) -> None:
         other = settings(target, Path("p"), Path("o"), **flags | change)
         with pytest.raises(TrainingError, match=words):
             plan(other, find_target(other))
+
+
+def test_from_the_layers_of_the_other_kind(tmp_path: Path, target: Path) -> None:
+    """A DFlare begins with a DFlash's layers, its own context projections as copies; wrong depth and mask token are named."""
+    dflash, found = (
+        settings(target, Path("p"), Path("o"), layers=3, target_layer_ids=(0, 1, 2)),
+        find_target(settings(target, Path("p"), Path("o"))),
+    )
+    source = make_random_drafter(tmp_path / "drafter", config=plan(dflash, found)[0])
+    flags = dict(init_layers=str(source), kind="dflare", layers=3, target_layer_ids=(0, 1, 2, 3))
+    chosen = settings(target, Path("p"), Path("o"), **flags)
+    model = load_target(found, chosen, "cpu")
+    drafter = first_weights(plan(chosen, found)[0], chosen, model)
+    tensors = load_file(source / "model.safetensors")
+    for name, parameter in drafter.state_dict().items():
+        if name.startswith(("layers.", "norm.")):
+            assert torch.equal(parameter, tensors[name.replace("_target.", ".")]), name
+    for change, words in (({"layers": 2}, "has 3 layers"), ({"mask_token_id": 9}, "mask token 511, the drafter to train 3 and 9")):
+        other = settings(target, Path("p"), Path("o"), **flags | change)
+        with pytest.raises(TrainingError, match=words):
+            first_weights(plan(other, found)[0], other, model)
 
 
 def test_init_for_another_target_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from training_runs import answer_held_out, answered_prompts, held_out_file, in_child, make_target, run_and_kill, settings
 from vllm_dflash.training import checkpoints, loop
 from vllm_dflash.training.files import TrainingError
+from vllm_dflash.training.logs import Log, read
 from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.settings import Settings
 
@@ -129,6 +130,22 @@ def test_a_full_disk(make) -> None:
     assert not list(Path(chosen.run.out).rglob("*.part"))
     run_stages(chosen, HERE)
     assert loop.result(chosen) is not None
+
+
+def test_a_disk_that_is_full_for_the_log(tmp_path: Path) -> None:
+    """It is appended to and so not written beside its place: said as well, and the cut line is no entry for the next run."""
+
+    def work() -> str:
+        log = Log(tmp_path, 0, 9)
+        log.board = None
+        log.write(1, loss=1.0)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 9,) * 2)
+        log.write(2, loss=1.0)
+        return "written"
+
+    said = in_child(work)
+    assert "log.jsonl cannot be written (File too large): free some space" in said
+    assert [entry["step"] for entry in read(tmp_path / "log.jsonl")] == [1]
 
 
 def test_a_spoilt_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,6 +43,8 @@ def test_a_file_and_flags(tmp_path: Path) -> None:
         ({"batch_size": 12, "micro_batch": 5}, "make it a multiple of workers x micro_batch"),
         ({"weighting": "dpace", "gamma_start": 1.0}, "dpace, which has no gamma"),
         ({"init": "d", "init_from_target": True}, "begins from one of them"),
+        ({"parallel": "fsdp"}, "one worker has nobody to share with: set workers"),
+        ({"extract_with": "vllm"}, "each step takes them from transformers: set cache too"),
     ],
 )
 def test_refusals(changes: dict[str, Any], words: str) -> None:

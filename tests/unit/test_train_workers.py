@@ -1,11 +1,14 @@
 """Several workers take the steps of one process with the same batch: the same loss curve, to rounding."""
 
+import dataclasses
 import json
 import multiprocessing
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from training_runs import answer_held_out, answered_prompts, held_out_file, make_target, settings
 from vllm_dflash.training import drafter, loop, target
@@ -37,6 +40,10 @@ def curve(chosen: Settings) -> list[float]:
     return [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]
 
 
+def weights(chosen: Settings) -> dict[str, torch.Tensor]:
+    return load_file(loop.final_folder(chosen) / "model.safetensors")
+
+
 def work(chosen: Settings, rank: int, count: int, meeting: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
     found = target.find_target(chosen)
@@ -66,6 +73,29 @@ def test_two_workers_are_one_with_twice_the_batch(make, tmp_path: Path, weightin
     assert curve(two) == pytest.approx(curve(one), rel=2e-4)
     assert curve(pieces) == pytest.approx(curve(one), rel=2e-4)
     assert loop.result(two)["tau"] == pytest.approx(loop.result(one)["tau"], rel=0.02)
+
+
+@pytest.mark.parametrize(("optimizer", "rounding"), [("adamw", 1e-3), ("muon", 5e-3)])
+def test_workers_that_share_the_weights(make, tmp_path: Path, optimizer: str, rounding: float) -> None:
+    """FSDP: the curve and the weights of one process, to rounding; Muon rounds to bfloat16 on the way."""
+    one, two = (make(optimizer=optimizer, ema=0.9, **more) for more in ({}, {"workers": 2, "parallel": "fsdp"}))
+    run_stages(one, ("train",))
+    together(two, 2, tmp_path / "meeting")
+    assert curve(two) == pytest.approx(curve(one), rel=2e-4)
+    finished = weights(one)
+    assert all(torch.allclose(w, finished[name], atol=rounding) for name, w in weights(two).items())
+    if optimizer == "adamw":
+        goes_on_sharded(one, two, finished, tmp_path / "again")
+
+
+def goes_on_sharded(one: Settings, two: Settings, finished: dict[str, torch.Tensor], meeting: Path) -> None:
+    """From the last but one checkpoint of one process."""
+    folder = loop.folder_of(one)
+    for path in (folder / "result.json", folder / "checkpoints" / "step-00000010.json"):
+        path.unlink()
+    together(dataclasses.replace(one, train=two.train), 2, meeting)
+    assert loop.result(one)["steps"] == 10
+    assert all(torch.allclose(w, finished[name], atol=1e-3) for name, w in weights(one).items())
 
 
 def test_two_workers_on_ray(make) -> None:

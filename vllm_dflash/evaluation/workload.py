@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.tools.prompts import PromptError, _token_ids
+from vllm_dflash.tools.prompts import PromptError, token_ids
 
 RANDOM = "random"
 DATASETS = {
@@ -85,7 +85,7 @@ def file_prompts(path: str, tokenizer: Any, vocab_size: int) -> PromptSet:
     Raises:
         PromptError: with the line and the remedy.
     """
-    return PromptSet(Path(path).stem, [_token_ids(line, where, tokenizer, vocab_size) for line, where in _read(path)])
+    return PromptSet(Path(path).stem, [token_ids(line, where, tokenizer, vocab_size) for line, where in _read(path)])
 
 
 def dataset_prompts(name: str, path: str, tokenizer: Any, vocab_size: int) -> PromptSet:
@@ -99,7 +99,7 @@ def dataset_prompts(name: str, path: str, tokenizer: Any, vocab_size: int) -> Pr
     for line, where in _read(path):
         text = _text(name, line, where)
         asked = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
-        prompts.append(_token_ids(asked, where, tokenizer, vocab_size))
+        prompts.append(token_ids(asked, where, tokenizer, vocab_size))
     return PromptSet(name, prompts)
 
 

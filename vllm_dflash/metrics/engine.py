@@ -8,6 +8,7 @@ one before to its own. Limits: confidences are known under synchronous schedulin
 """
 
 import functools
+import logging
 import time
 from collections import deque
 from typing import Any
@@ -21,6 +22,8 @@ from vllm_dflash.metrics.catalog import BY_NAME, CONFIDENCE_BUCKETS, confidence_
 from vllm_dflash.metrics.counts import Histogram, Positions, Speedup
 from vllm_dflash.metrics.recorder import Recorder
 
+# A name below "vllm", so that vLLM's own handlers and format apply.
+_logger = logging.getLogger("vllm.plugins.dflash")
 STEP_KINDS = ("prefill", "speculative", "partial", "plain")
 _LAST = 9
 """Steps of a kind with about as many requests whose median is taken."""
@@ -77,7 +80,7 @@ class EngineRecord:
         self._requests: dict[str, _Request] = {}
         self._last_end: float | None = None
         self._last_k = 1
-        self._steps = 0
+        self._steps, self.failed = 0, False
         self._info = _info(vllm_config, self.block_size, self.adaptive)
         self.recorder = Recorder("engine", vllm_config, self.samples)
 
@@ -97,11 +100,20 @@ class EngineRecord:
 
         @functools.wraps(update)
         def watching(scheduled: Any, ran: Any) -> Any:
-            rows = self._rows(scheduled, ran)
+            if self.failed:
+                return update(scheduled, ran)
+            try:
+                rows = self._rows(scheduled, ran)
+            except Exception:
+                self._fail()
+                return update(scheduled, ran)
             outputs = update(scheduled, ran)
-            with self.recorder.lock:
-                self._observe(scheduled, rows, outputs)
-                self.recorder.dirty = True
+            try:
+                with self.recorder.lock:
+                    self._observe(scheduled, rows, outputs)
+                    self.recorder.dirty = True
+            except Exception:
+                self._fail()
             return outputs
 
         return watching
@@ -115,6 +127,12 @@ class EngineRecord:
             return shutdown(*args, **kwargs)
 
         return watching
+
+    def _fail(self) -> None:
+        """What counts must not end what serves: the series end instead, and the log says why."""
+        self.failed = True
+        self.recorder.close()
+        _logger.exception("the metrics of this engine's speculation end here, as they failed; serving goes on")
 
     def _rows(self, scheduled: Any, ran: Any) -> list[tuple[str, Any, int, int, int]]:
         """By request: verified draft tokens, sampled tokens and its context so far; read before the scheduler moves on."""

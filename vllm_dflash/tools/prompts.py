@@ -38,7 +38,7 @@ def load_prompts(path: str | None, count: int, tokenizer: Any, vocab_size: int) 
             lines = [{"messages": [{"role": "user", "content": text}]} for text in BUILT_IN]
     else:
         lines = _read(path)
-    return [_token_ids(line, f"{path or 'built-in prompts'}, line {n}", tokenizer, vocab_size) for n, line in enumerate(lines[:count], 1)]
+    return [token_ids(line, f"{path or 'built-in prompts'}, line {n}", tokenizer, vocab_size) for n, line in enumerate(lines[:count], 1)]
 
 
 def _read(path: str) -> list[dict[str, Any]]:
@@ -51,7 +51,8 @@ def _read(path: str) -> list[dict[str, Any]]:
     return lines
 
 
-def _token_ids(line: Any, where: str, tokenizer: Any, vocab_size: int) -> list[int]:
+def token_ids(line: Any, where: str, tokenizer: Any, vocab_size: int) -> list[int]:
+    """The token ids of one line with ``prompt``, ``messages`` or ``prompt_token_ids``; errors begin with ``where``, and are as above."""
     ids = line.get("prompt_token_ids") if isinstance(line, dict) else None
     if isinstance(ids, list) and ids and all(isinstance(i, int) and 0 <= i < vocab_size for i in ids):
         return ids

@@ -24,7 +24,7 @@ class Budget:
 
     parameters: int
     optimizer_bytes: int
-    """Weights, gradients, the optimizer's moments and averages, all float32, on every worker."""
+    """Weights, gradients, the optimizer's moments and averages, all float32, on every worker; with fsdp its part, and whole weights for a step."""
     checkpoint_bytes: int
     """The two that are kept."""
     cache_bytes: int
@@ -56,9 +56,12 @@ def budget(settings: Settings, config: DrafterConfig, target_parameters: int, pr
     moments = 2 if table.optimizer == "adamw" else 1
     kept = parameters * _FLOAT32 * (1 + moments + bool(table.ema))
     dtype = getattr(torch, settings.run.dtype if settings.run.dtype != "auto" else config.dtype)
+    held = kept + parameters * _FLOAT32
+    if table.parallel == "fsdp":
+        held = held // table.workers + parameters * _FLOAT32
     features = config.num_features * config.hidden_size * dtype.itemsize * length
     return Budget(
-        parameters=parameters, optimizer_bytes=kept + parameters * _FLOAT32, checkpoint_bytes=2 * kept, cache_bytes=features * prompts,
+        parameters=parameters, optimizer_bytes=held, checkpoint_bytes=2 * kept, cache_bytes=features * prompts,
         generated_tokens=prompts * settings.generate.response_tokens, steps=steps,
         target_operations=2.0 * target_parameters * length * (prompts if settings.features.cache else sequences),
         drafter_operations=6.0 * over_context * length * sequences + (6.0 * over_queries + 4.0 * head) * queries,

@@ -3,7 +3,6 @@
 pytest tests/unit/test_train_drafter.py
 """
 
-import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,10 +77,10 @@ def default_features(kind: str, layers: int, num_target_layers: int) -> tuple[in
 
 
 def first_weights(config: DrafterConfig, settings: Settings, model: Any) -> Drafter:
-    """The drafter to begin with, in float32: ``init``'s weights, copies of target layers, or random ones from the seed.
+    """The drafter to begin with, in float32: ``init``'s weights, copies of target layers or of a drafter's, or random ones from the seed.
 
     Raises:
-        TrainingError: the target's layers have another shape than the drafter's, or ``init`` is unusable.
+        TrainingError: those layers have another shape than the drafter's, or ``init`` or ``init_layers`` is unusable.
     """
     torch.manual_seed(settings.run.seed)
     drafter = new_drafter(config).float()
@@ -97,22 +96,19 @@ def first_weights(config: DrafterConfig, settings: Settings, model: Any) -> Draf
             drafter.norm.weight.copy_(model.model.norm.weight)
         if settings.drafter.init_from_target:
             _copy_layers(drafter, model)
+        if settings.drafter.init_layers is not None:
+            _take_layers(drafter, settings.drafter.init_layers)
     if settings.drafter.tie_context:
         for layer in drafter.layers:
             layer.self_attn.k_proj_target, layer.self_attn.v_proj_target = layer.self_attn.k_proj, layer.self_attn.v_proj
     return drafter
 
 
-@torch.no_grad()
-def with_weights(drafter: Drafter, weights: Mapping[str, torch.Tensor]) -> Drafter:
-    """A copy of ``drafter`` with other weights by parameter name; projections that were tied are tensors of their own in it, as on disk."""
-    out = copy.deepcopy(drafter)
-    for name, parameter in out.named_parameters():
-        parameter.copy_(weights[name])
-    for layer in out.layers:
-        attention = layer.self_attn
-        if getattr(attention, "k_proj_target", None) is attention.k_proj:
-            attention.k_proj_target, attention.v_proj_target = copy.deepcopy(attention.k_proj), copy.deepcopy(attention.v_proj)
+def with_weights(config: DrafterConfig, weights: Mapping[str, torch.Tensor]) -> Drafter:
+    """A drafter with these weights by parameter name; projections that were tied are tensors of their own in it, as on disk."""
+    out = new_drafter(config)
+    # A tied projection is named once, by its block's own.
+    out.load_state_dict({name: weights[name if name in weights else name.replace("_target.", ".")] for name in out.state_dict()})
     return out
 
 
@@ -133,6 +129,23 @@ def _copy_layers(drafter: Drafter, model: Any) -> None:
             if f"self_attn.{name}_target.weight" in own:
                 own[f"self_attn.{name}_target.weight"] = own[f"self_attn.{name}.weight"].clone()
         layer.load_state_dict(own)
+
+
+def _take_layers(drafter: Drafter, folder: str) -> None:
+    """The draft layers and last norm of another drafter; what it sees of the target stays random, where only one kind has it."""
+    try:
+        source = load_drafter(folder, torch.float32)
+    except DrafterConfigError as error:
+        raise TrainingError(f"init_layers: {error}") from None
+    found, own = source.state_dict(), drafter.state_dict()
+    wanted = {name: name if name in found else name.replace("_target.", ".") for name in own if name.startswith(("layers.", "norm."))}
+    wrong = sorted(name for name, taken in wanted.items() if taken not in found or found[taken].shape != own[name].shape)
+    if wrong or len(source.layers) != len(drafter.layers) or source.config.mask_token_id != drafter.config.mask_token_id:
+        raise TrainingError(
+            f"init_layers: {folder} has {len(source.layers)} layers and mask token {source.config.mask_token_id}, the drafter to train "
+            f"{len(drafter.layers)} and {drafter.config.mask_token_id}; of another shape: {', '.join(wrong) or 'none'}. Give the settings that it has"
+        )
+    drafter.load_state_dict(own | {name: found[taken] for name, taken in wanted.items()})
 
 
 def _new(settings: Settings, target: Target, mask: int) -> DrafterConfig:

@@ -1,4 +1,6 @@
-"""Runs ``generate_engine`` processes over shards of prompts: one, or several at a time on one machine, each with devices of its own.
+"""Runs engine processes over shards: one, or several at a time on one machine, each with devices of its own.
+
+``generate_engine`` answers prompts, ``extract_engine`` takes hidden states.
 
 They end with this process, however that ends. Limits: one machine; where an engine fails, the others first finish what they have.
 
@@ -19,21 +21,29 @@ from tqdm import tqdm
 
 from vllm_dflash.training.files import TrainingError
 
+DEFAULT_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
+"""Of an engine's process, where it has no values of its own: threads are left unbound, for other work runs on the same cores."""
+ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""In one process, so that ending it ends all."""
 _LOG_KEPT = 12
 _DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
-def run_engines(engine_args: Mapping[str, Any], jobs: Sequence[dict[str, Any]], engines: int) -> None:
+def run_engines(what: str, engine_args: Mapping[str, Any], jobs: Sequence[dict[str, Any]], engines: int) -> None:
     """Has every job done; they are dealt out in turn.
+
+    Args:
+        what: ``generate`` or ``extract``, whose module ``..._engine`` is run.
+        jobs: what that module takes; ``count`` is the sequences of one.
 
     Raises:
         TrainingError: there are too few devices, or an engine failed; the end of its output is in the message.
     """
     parts = [part for i in range(engines) if (part := list(jobs[i::engines]))]
     places = device_sets(len(parts), int(engine_args.get("tensor_parallel_size", 1)), os.environ.get(_DEVICES), _count())
-    total = sum(len(job["prompts"]) for job in jobs)
-    with tqdm(total=total, desc="generate", unit=" answers", disable=None) as bar, ThreadPoolExecutor(len(parts)) as pool:
-        runs = [pool.submit(_run, engine_args, part, place, bar) for part, place in zip(parts, places, strict=True)]
+    total = sum(job["count"] for job in jobs)
+    with tqdm(total=total, desc=what, unit=" answers", disable=None) as bar, ThreadPoolExecutor(len(parts)) as pool:
+        runs = [pool.submit(_run, what, engine_args, part, place, bar) for part, place in zip(parts, places, strict=True)]
     for run in runs:
         run.result()
 
@@ -60,8 +70,8 @@ def _count() -> int:
     return torch.cuda.device_count()
 
 
-def _run(engine_args: Mapping[str, Any], jobs: list[dict[str, Any]], devices: str | None, bar: Any) -> None:
-    env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"} | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+def _run(what: str, engine_args: Mapping[str, Any], jobs: list[dict[str, Any]], devices: str | None, bar: Any) -> None:
+    env = DEFAULT_ENV | os.environ | ENV
     if devices is not None:
         env[_DEVICES] = devices
     with tempfile.TemporaryDirectory() as scratch:
@@ -69,7 +79,7 @@ def _run(engine_args: Mapping[str, Any], jobs: list[dict[str, Any]], devices: st
         order.write_text(json.dumps({"engine_args": dict(engine_args), "jobs": jobs}))
         with log.open("w") as errors:
             process = subprocess.Popen(
-                [sys.executable, "-m", "vllm_dflash.training.generate_engine", str(order)],
+                [sys.executable, "-m", f"vllm_dflash.training.{what}_engine", str(order)],
                 env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
             )  # fmt: skip
             try:

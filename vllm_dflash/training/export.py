@@ -62,6 +62,7 @@ def card(settings: Settings, target: Target, config: DrafterConfig, trained: dic
     rates = "".join(f"| {row['by']} | {row['tau']:.2f} | {' '.join(f'{r:.2f}' for r in row['rates'])} |\n" for row in proof["rows"])
     versions = ", ".join(f"{name} {_version(name)}" for name in ("vllm", "torch", "transformers"))
     table = settings.train
+    begun = settings.drafter.init or (f"the layers of {layers}" if (layers := settings.drafter.init_layers) else None)
     weighting = (
         f"decay, gamma {table.gamma or 'of the block size'}" if table.weighting == "decay" else f"D-PACE, alpha {table.dpace_alpha:g}"
     )
@@ -91,7 +92,7 @@ Greedy, {proof["prompts"]} held-out prompts x {settings.prove.prove_tokens} toke
 | data | {len(data)} prompts ({", ".join(Path(p).name for p in settings.data.prompts)}), {answered} tokens answered by the target at temperature {settings.generate.temperature:g} |
 | budget | {trained["steps"]} steps of {table.batch_size} sequences x {trained["blocks"] // (trained["steps"] * table.batch_size)} blocks ({trained["epochs"]:.1f} epochs); skipped for a loss that was not finite: {trained["skipped"]} |
 | optimizer | {table.optimizer}, learning rate {table.lr:g}, {table.schedule}, weighting {weighting}, EMA {table.ema:g} |
-| begun from | {settings.drafter.init or ("target layers" if settings.drafter.init_from_target else "random weights")} |
+| begun from | {begun or ("target layers" if settings.drafter.init_from_target else "random weights")} |
 | versions | vllm-dflash {vllm_dflash.__version__}, {versions} |
 | command | `{shlex.join(["vllm-dflash", *sys.argv[1:]])}` |
 

@@ -2,13 +2,14 @@
 
 A shard's features [tokens, T * H] follow its token shard's sequences; it is written and read a few sequences at a time, so that no more
 than ``bytes_in_memory`` of features are ever held. Past ``max_disk_gb`` sequences are not cached, and computed in every step.
+What is cached is computed by transformers here, or by vLLM's own extraction (``extract``).
 
     pytest tests/unit/test_train_features.py
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from vllm_dflash.config import DrafterConfig
 from vllm_dflash.reference.decoding import target_features
 from vllm_dflash.training.files import claim, whole_file, write_json
 from vllm_dflash.training.generate import sequences
-from vllm_dflash.training.sequences import Sequences, check, header, is_finished, shard_path
+from vllm_dflash.training.sequences import Sequences, Shard, check, header, is_finished, shard_path
 from vllm_dflash.training.settings import Settings
 from vllm_dflash.training.target import Target
 
@@ -49,33 +50,60 @@ def cached_shards(settings: Settings, data: Sequences, config: DrafterConfig, dt
     return int(np.searchsorted(sizes, settings.features.max_disk_gb * 1e9, "right"))
 
 
-def inputs(config: DrafterConfig, target: Target) -> dict[str, Any]:
+def inputs(settings: Settings, config: DrafterConfig, target: Target) -> dict[str, Any]:
     """What a cache depends on beside the answers."""
-    return {"target": target.name, "dtype": target.dtype, "target_layer_ids": list(config.target_layer_ids)}
+    with_ = settings.features.extract_with
+    return {"target": target.name, "dtype": target.dtype, "target_layer_ids": list(config.target_layer_ids), "extract_with": with_}
 
 
 def cache(settings: Settings, config: DrafterConfig, target: Target, model: Any) -> None:
-    """Runs the stage, or the rest of it; raises TrainingError as ``files``."""
+    """Runs the stage, or the rest of it; raises TrainingError as ``files`` and ``extract``.
+
+    Args:
+        model: the target, for ``extract_with`` transformers.
+    """
     data, folder = sequences(settings), folder_of(settings)
-    claim(folder, "features", inputs(config, target))
+    claim(folder, "features", inputs(settings, config, target))
     count = cached_shards(settings, data, config, target.dtype)
     todo = [i for i in range(count) if not is_finished(shard_path(folder, i))]
-    total = sum(len(data.shards[i]) for i in todo)
-    with tqdm(total=total, desc="features", unit=" answers", disable=None) as bar:
-        for index in todo:
-            _write(shard_path(folder, index), data, index, config, target.dtype, model, settings.features.features_batch, bar)
+    if settings.features.extract_with == "vllm":
+        from vllm_dflash.training.extract import extract
+
+        extract(settings, config, target.dtype, [(shard_path(folder, i), data.shards[i]) for i in todo])
+    else:
+        total = sum(len(data.shards[i]) for i in todo)
+        with tqdm(total=total, desc="features", unit=" answers", disable=None) as bar:
+            for index in todo:
+                rows = _by_transformers(data.shards[index], config, model, settings.features.features_batch, bar)
+                write_shard(
+                    shard_path(folder, index), len(data.shards[index].tokens), bytes_a_token(config, target.dtype), target.dtype, rows
+                )
     if count < len(data.shards):
         print(
             f"features of {count} of {len(data.shards)} shards fit in max_disk_gb {settings.features.max_disk_gb:g}; the rest is computed in every step"
         )
 
 
-@torch.inference_mode()
-def _write(path: Path, data: Sequences, index: int, config: DrafterConfig, dtype: str, model: Any, batch: int, bar: Any) -> None:
-    """Streams one shard to the disk; its size is known before its contents, so the header can go first."""
-    shard, width = data.shards[index], config.num_features * config.hidden_size
-    size = len(shard.tokens) * bytes_a_token(config, dtype)
-    described = {"features": {"dtype": _SAFETENSORS_NAMES[dtype], "shape": [len(shard.tokens), width], "data_offsets": [0, size]}}
+def _by_transformers(shard: Shard, config: DrafterConfig, model: Any, batch: int, bar: Any) -> Iterator[Tensor]:
+    """Each sequence's features [S, T * H]."""
+    for at in range(0, len(shard), batch):
+        rows = [shard[i].tokens for i in range(at, min(at + batch, len(shard)))]
+        with torch.inference_mode():
+            found = target_features(model, config.target_layer_ids, padded(rows).to(model.device), use_cache=False)[0]
+        for row, tokens in zip(found, rows, strict=True):
+            yield row[: len(tokens)].cpu()
+        bar.update(len(rows))
+
+
+def write_shard(path: Path, tokens: int, each: int, dtype: str, rows: Iterable[Tensor]) -> None:
+    """Streams one shard to the disk; its size is known before its contents, so the header can go first.
+
+    Args:
+        tokens: of all its sequences; ``each`` is the bytes of one's features in ``dtype``.
+        rows: each sequence's features [S, T * H].
+    """
+    size, width = tokens * each, each // getattr(torch, dtype).itemsize
+    described = {"features": {"dtype": _SAFETENSORS_NAMES[dtype], "shape": [tokens, width], "data_offsets": [0, size]}}
     head = json.dumps(described).encode()
     head += b" " * (-len(head) % 8)
     digest = hashlib.sha256()
@@ -86,13 +114,9 @@ def _write(path: Path, data: Sequences, index: int, config: DrafterConfig, dtype
             file.write(data)
 
         put(len(head).to_bytes(8, "little") + head)
-        for at in range(0, len(shard), batch):
-            rows = [shard[i].tokens for i in range(at, min(at + batch, len(shard)))]
-            found = target_features(model, config.target_layer_ids, padded(rows).to(model.device), use_cache=False)[0]
-            for row, tokens in zip(found, rows, strict=True):
-                put(row[: len(tokens)].cpu().contiguous().view(torch.uint8).numpy().tobytes())
-            bar.update(len(rows))
-    write_json(path.with_suffix(".json"), {"bytes": path.stat().st_size, "sha256": digest.hexdigest(), "tokens": len(shard.tokens)})
+        for row in rows:
+            put(row.contiguous().view(torch.uint8).numpy().tobytes())
+    write_json(path.with_suffix(".json"), {"bytes": path.stat().st_size, "sha256": digest.hexdigest(), "tokens": tokens})
 
 
 def padded(rows: Sequence[np.ndarray], multiple: int = 1) -> Tensor:

@@ -21,29 +21,40 @@ class TrainingError(RuntimeError):
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A new file that gets its name only once all of it is on the disk; what a killed process leaves is overwritten by the next.
+def disk_refusals(path: Path) -> Iterator[None]:
+    """What is written to ``path`` within, or a refusal that says what to do.
 
     Raises:
-        TrainingError: the disk is full, or a limit of the system's is reached; whatever was at ``path`` before is still there.
+        TrainingError: the disk is full, or a limit of the system's is reached.
     """
-    part = path.with_name(path.name + _PART)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        _sync_folder(path.parent)
+        yield
     except OSError as error:
-        part.unlink(missing_ok=True)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise TrainingError(
             f"{path} cannot be written ({error.strerror}): free some space or set --out to a larger disk; what is finished is kept, "
             "and the same command goes on from there"
         ) from None
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A new file that gets its name only once all of it is on the disk; what a killed process leaves is overwritten by the next.
+
+    Raises:
+        TrainingError: as ``disk_refusals``; whatever was at ``path`` before is still there.
+    """
+    part = path.with_name(path.name + _PART)
+    try:
+        with disk_refusals(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+            _sync_folder(path.parent)
     except BaseException:
         part.unlink(missing_ok=True)
         raise

@@ -50,7 +50,12 @@ def generate(settings: Settings, tokenizer: Any, vocab_size: int, dtype: str) ->
     if todo:
         longest = max(len(p.ids) for p in [*parts.train, *parts.held_out])
         room = longest + max(table.response_tokens, held_out_tokens(settings))
-        run_engines(_engine_args(settings, dtype, room), todo, table.engines)
+        if table.engines_on_ray:
+            from vllm_dflash.training.ray_engines import answer_on_ray
+
+            answer_on_ray(engine_args(settings, dtype, room), todo, table.engines)
+        else:
+            run_engines("generate", engine_args(settings, dtype, room), todo, table.engines)
 
 
 def inputs(settings: Settings, dtype: str) -> dict[str, Any]:
@@ -104,16 +109,16 @@ def _jobs(settings: Settings, parts: Split, folder: Path) -> list[dict[str, Any]
 
 def _job(path: Path, prompts: list[Prompt], sampling: dict[str, Any], seed: int) -> dict[str, Any]:
     answered = [([*p.ids, *p.response], len(p.ids)) for p in prompts if p.response is not None]
-    return {
-        "path": str(path),
-        "answered": answered,
-        "prompts": [p.ids for p in prompts if p.response is None],
-        "sampling": sampling,
-        "seed": seed,
-    }
+    asked = [p.ids for p in prompts if p.response is None]
+    return {"path": str(path), "count": len(asked), "answered": answered, "prompts": asked, "sampling": sampling, "seed": seed}
 
 
-def _engine_args(settings: Settings, dtype: str, room: int) -> dict[str, Any]:
+def engine_args(settings: Settings, dtype: str, room: int) -> dict[str, Any]:
+    """Arguments of vLLM's ``LLM`` for sequences of up to ``room`` tokens.
+
+    Raises:
+        TrainingError: the setting engine_args is no JSON object.
+    """
     try:
         more = dict(json.loads(settings.generate.engine_args))
     except (TypeError, ValueError):

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.training.files import whole_file
+from vllm_dflash.training.files import disk_refusals, whole_file
 
 
 class Log:
@@ -22,8 +22,12 @@ class Log:
         self.board = _tensorboard(folder / "tensorboard", resumed_at)
 
     def write(self, step: int, **values: Any) -> None:
-        """One entry; numbers become curves."""
-        with self.path.open("a") as file:
+        """One entry; numbers become curves.
+
+        Raises:
+            TrainingError: as ``disk_refusals``.
+        """
+        with disk_refusals(self.path), self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self.board is not None:
             for name, value in values.items():

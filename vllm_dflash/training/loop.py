@@ -17,9 +17,9 @@ from tqdm import tqdm
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.formats import FORMAT_OF, write
 from vllm_dflash.reference.checkpoint import save_drafter
-from vllm_dflash.reference.drafter import Drafter, block_attention
+from vllm_dflash.reference.drafter import Drafter
 from vllm_dflash.reference.masks import context_mask
-from vllm_dflash.training import checkpoints, flex
+from vllm_dflash.training import checkpoints, flex, sharding
 from vllm_dflash.training.batches import Batch, Plan
 from vllm_dflash.training.drafter import first_weights, with_weights
 from vllm_dflash.training.features import Features, padded
@@ -37,7 +37,18 @@ from vllm_dflash.training.workers import Workers
 _LENGTHS = 64
 """Batches are padded to a multiple of so many tokens: compiled code then meets few lengths."""
 _NO_PART = frozenset(
-    {"checkpoint_every", "eval_every", "eval_prompts", "log_every", "max_bad_steps", "workers", "micro_batch", "compile", "attention"}
+    {
+        "checkpoint_every",
+        "eval_every",
+        "eval_prompts",
+        "log_every",
+        "max_bad_steps",
+        "workers",
+        "parallel",
+        "micro_batch",
+        "compile",
+        "attention",
+    }
 )
 """Settings of the table that do not change what is learned, but for rounding."""
 
@@ -63,6 +74,7 @@ def inputs(settings: Settings, config: DrafterConfig, dtype: str) -> dict[str, A
     start = {
         "init": settings.drafter.init,
         "init_from_target": settings.drafter.init_from_target,
+        "init_layers": settings.drafter.init_layers,
         "tie_context": settings.drafter.tie_context,
     }
     note = read_json(Path(settings.run.out) / "generate" / "split.json") or {}
@@ -92,8 +104,11 @@ class Trainer:
         if self.table.attention == "flex" or (self.table.attention == "auto" and on_cuda and not config.sliding_windows):
             flex.use(drafter)
             blocks = flex.block_mask
-        self.drafter, self.optimizer = drafter, Optimizer(drafter, self.table, self.steps)
         objective = Objective(model, drafter, self.table, blocks)
+        self.sharded = self.table.parallel == "fsdp" and self.workers.count > 1
+        if self.sharded:
+            sharding.shard(objective, model.device)
+        self.drafter, self.optimizer = drafter, Optimizer(drafter, self.table, self.steps)
         self.objective = torch.compile(objective) if self.table.compile else objective
         self.skipped = self.bad_in_a_row = 0
         self.recent: list[list[float]] = []
@@ -106,7 +121,8 @@ class Trainer:
 
     def resume(self) -> int:
         """Takes over the newest checkpoint; the number of steps that are done."""
-        found = checkpoints.load_newest(folder_of(self.settings) / "checkpoints", str(self.model.device))
+        device = "cpu" if self.sharded else str(self.model.device)
+        found = checkpoints.load_newest(folder_of(self.settings) / "checkpoints", device)
         if found is None:
             return 0
         step, state = found
@@ -116,10 +132,11 @@ class Trainer:
         return step
 
     def save(self, step: int) -> None:
-        """Writes the checkpoint of the first ``step`` steps; one of several workers does."""
+        """Writes the checkpoint of the first ``step`` steps: the first of several workers, all of which must call it."""
+        state = sharding.whole(self.optimizer.state())
         if self.workers.first:
             counts = {"skipped": self.skipped, "bad_in_a_row": self.bad_in_a_row, "recent": self.recent, "seconds": self.seconds}
-            checkpoints.save(folder_of(self.settings) / "checkpoints", step, self.optimizer.state() | counts)
+            checkpoints.save(folder_of(self.settings) / "checkpoints", step, state | counts)
 
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step, counted from 0: this worker's forwards, the sum over all, the update."""
@@ -133,7 +150,8 @@ class Trainer:
             loss, accepted = self._forward(batch.part(start, size), gamma_weights)
             (loss / whole).backward()
             sums += torch.stack([loss.detach() / whole, accepted])
-        self.workers.add_gradients(self.optimizer.parameters)
+        if not self.sharded:
+            self.workers.add_gradients(self.optimizer.parameters)
         loss_value, accepted_value = self.workers.add(sums).tolist()
         norm, good = self.optimizer.step(step, loss_value)
         self.skipped += not good
@@ -151,18 +169,16 @@ class Trainer:
         return loss, accepted
 
     def as_exported(self) -> Drafter:
-        """A copy with the weights that are exported, rounded as they will be on disk, in the dtype that the target runs in."""
-        drafter = with_weights(self.drafter, self.optimizer.weights())
-        for layer in drafter.layers:
-            layer.self_attn.attend_blocks = block_attention
+        """A copy with the weights that are exported, rounded as on disk, in the dtype that the target runs in; all workers must call it."""
+        drafter = with_weights(self.config, sharding.whole(self.optimizer.weights())).to(self.model.device)
         return drafter.to(getattr(torch, self.config.dtype)).to(getattr(torch, self.target.dtype)).eval()
 
-    def measure(self, prompts: int) -> Estimate:
+    def measure(self, drafter: Drafter, prompts: int) -> Estimate:
         """tau on the first held-out prompts, by walking through the target's own answers."""
         answers = held_out(self.settings)
         chosen = [(answers[i].tokens.tolist(), answers[i].prompt_length) for i in range(min(prompts, len(answers)))]
         with tqdm(total=len(chosen), desc="held-out tau", unit=" prompts", leave=False, disable=None) as bar:
-            return estimate(self.model, self.as_exported(), chosen, self.settings.prove.prove_tokens, self.target.eos_token_id, bar.update)
+            return estimate(self.model, drafter, chosen, self.settings.prove.prove_tokens, self.target.eos_token_id, bar.update)
 
 
 def train(settings: Settings, config: DrafterConfig, target: Target, model: Any) -> None:
@@ -195,13 +211,16 @@ def train(settings: Settings, config: DrafterConfig, target: Target, model: Any)
             )
             if log is not None and (done % table.log_every == 0 or done == trainer.steps):
                 _log_step(log, trainer, done, found)
-            if log is not None and done % every == 0 and done < trainer.steps:
-                measured = trainer.measure(table.eval_prompts)
-                log.write(done, held_out_tau=measured.tau, held_out_tau_everywhere=measured.everywhere)
+            if done % every == 0 and done < trainer.steps:
+                drafter = trainer.as_exported()
+                if log is not None:
+                    measured = trainer.measure(drafter, table.eval_prompts)
+                    log.write(done, held_out_tau=measured.tau, held_out_tau_everywhere=measured.everywhere)
             if done % table.checkpoint_every == 0 or done == trainer.steps:
                 trainer.save(done)
+    drafter = trainer.as_exported()
     if log is not None:
-        _finish(trainer, log, folder)
+        _finish(trainer, drafter, log, folder)
 
 
 def _log_step(log: Log, trainer: Trainer, done: int, found: dict[str, float]) -> None:
@@ -215,17 +234,16 @@ def _log_step(log: Log, trainer: Trainer, done: int, found: dict[str, float]) ->
     )  # fmt: skip
 
 
-def _finish(trainer: Trainer, log: Log, folder: Path) -> None:
+def _finish(trainer: Trainer, drafter: Drafter, log: Log, folder: Path) -> None:
     """The last measurement, the plot, the drafter in its folder, and the note that says that all is there."""
     settings, table = trainer.settings, trainer.table
-    measured = trainer.measure(settings.prove.prove_prompts)
+    measured = trainer.measure(drafter, settings.prove.prove_prompts)
     log.write(trainer.steps, held_out_tau=measured.tau, held_out_tau_everywhere=measured.everywhere)
     log.close()
     plot(log.path, folder / "curves.svg")
-    drafter = trainer.as_exported().to(getattr(torch, trainer.config.dtype))
     part = final_folder(settings).with_name("drafter.part")
     shutil.rmtree(part, ignore_errors=True)
-    save_drafter(part, drafter)
+    save_drafter(part, drafter.to(getattr(torch, trainer.config.dtype)))
     shutil.rmtree(final_folder(settings), ignore_errors=True)
     part.rename(final_folder(settings))
     write_json(folder / "result.json", {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_dflash.training.settings import Train
+from vllm_dflash.training.sharding import like, whole
 
 _BETAS = (0.9, 0.95)
 _MOMENTUM = 0.95
@@ -49,7 +50,7 @@ class Optimizer:
 
     def step(self, step: int, loss: float) -> tuple[float, bool]:
         """Applies the gradients that are there, and clears them; returns their norm, and whether they were finite and so applied."""
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.table.clip or math.inf))
+        norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, self.table.clip or math.inf)))
         good = math.isfinite(norm) and math.isfinite(loss)
         if good:
             lr = learning_rate(self.table, step, self.steps)
@@ -74,7 +75,7 @@ class Optimizer:
         return self.average or {n: p.detach() for n, p in self.drafter.named_parameters()}
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: weights, optimizers, averages."""
+        """For a checkpoint: weights, optimizers, averages; sharded where the parameters are."""
         return {
             "weights": {n: p.detach() for n, p in self.drafter.named_parameters()},
             "average": self.average,
@@ -85,8 +86,10 @@ class Optimizer:
         """Takes over what ``state`` gave."""
         with torch.no_grad():
             for name, parameter in self.drafter.named_parameters():
-                parameter.copy_(state["weights"][name])
+                parameter.copy_(like(state["weights"][name], parameter))
             for name, tensor in self.average.items():
-                tensor.copy_(state["average"][name])
+                tensor.copy_(like(state["average"][name], tensor))
         for optimizer, found in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(found)
+            for parameter, entry in optimizer.state.items():
+                entry.update({name: like(value, parameter) for name, value in entry.items() if isinstance(value, Tensor)})

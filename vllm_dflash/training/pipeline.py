@@ -31,7 +31,8 @@ def run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
         generate.generate(settings, found.tokenizer, found.shape.vocab_size, found.dtype)
     model = None
     if "features" in stages and settings.features.cache:
-        model = target.load_target(found, settings, target.device())
+        if settings.features.extract_with == "transformers":
+            model = target.load_target(found, settings, target.device())
         features.cache(settings, config, found, model)
     if "train" in stages and loop.result(settings) is None:
         _train(settings, config, found, model)

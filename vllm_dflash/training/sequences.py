@@ -76,6 +76,7 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         check(path)
+        self.path = path
         tensors, base = header(path)
 
         def array(name: str, dtype: type) -> np.ndarray:

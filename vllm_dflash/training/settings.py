@@ -66,7 +66,10 @@ class Generate:
     ignore_eos: bool = _set(False, "answers of full length, for a target that is no chat model")
     shard_size: int = _set(512, "answers a shard: what a kill can cost", least=1)
     num_seqs: int = _set(256, "requests that the engine runs at a time", least=1)
-    engines: int = _set(1, "engines at a time on this machine, each with devices of its own", least=1)
+    engines: int = _set(1, "engines at a time, each with devices of its own", least=1)
+    engines_on_ray: bool = _set(
+        False, "they run by Ray Data on the cluster of RAY_ADDRESS, a shard at a time, and not on this machine alone"
+    )
     engine_args: str = _set("{}", 'JSON of more arguments of vLLM\'s LLM, such as {"tensor_parallel_size": 2}')
 
 
@@ -88,6 +91,9 @@ class Drafter:
     )
     init: str | None = _set(None, "a drafter's folder to go on from: fine-tuned target, new domain, longer context")
     init_from_target: bool = _set(False, "draft layers begin as copies of target layers")
+    init_layers: str | None = _set(
+        None, "a drafter's folder, of either kind, whose draft layers it begins with; how it sees the target is learned anew"
+    )
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,9 @@ class Features:
     cache: bool = _set(False, "keep them on disk; otherwise the target runs in every step")
     max_disk_gb: float = _set(100.0, "of the cache; sequences that do not fit are computed in every step", least=0)
     features_batch: int = _set(8, "sequences a forward of the target", least=1)
+    extract_with: str = _set(
+        "transformers", "what computes those that are kept: transformers, or vllm's own extraction", choices=("transformers", "vllm")
+    )
 
 
 @dataclass(frozen=True)
@@ -135,6 +144,9 @@ class Train:
     log_every: int = _set(10, "steps between lines of the log", least=1)
     max_bad_steps: int = _set(10, "steps in a row that may be skipped for a loss that is not finite", least=1)
     workers: int = _set(1, "processes on Ray Train, each with its device", least=1)
+    parallel: str = _set(
+        "ddp", "what each worker keeps: ddp the whole drafter and its optimizer, fsdp a part of them", choices=("ddp", "fsdp")
+    )
 
 
 @dataclass(frozen=True)
@@ -189,12 +201,17 @@ class Settings:
                 f"batch_size {train.batch_size} does not split into {train.workers} workers x forwards of {train.micro_batch or share} sequences: "
                 "make it a multiple of workers x micro_batch"
             )
+        if train.parallel == "fsdp" and train.workers == 1:
+            raise SettingsError("parallel is fsdp, but one worker has nobody to share with: set workers, or leave parallel out")
         if train.gamma_start is not None and train.weighting != "decay":
             raise SettingsError("gamma_start is set, but the weighting is dpace, which has no gamma: leave one of them out")
         if self.drafter.tie_context and self.drafter.kind != "dflare":
             raise SettingsError("tie_context is set, but only a dflare has projections of its own: leave it out, or set kind to dflare")
-        if self.drafter.init and self.drafter.init_from_target:
-            raise SettingsError("init and init_from_target are both set: a drafter begins from one of them")
+        if self.features.extract_with == "vllm" and not self.features.cache:
+            raise SettingsError("extract_with is vllm, but features are not kept, so each step takes them from transformers: set cache too")
+        starts = [name for name in ("init", "init_from_target", "init_layers") if getattr(self.drafter, name)]
+        if len(starts) > 1:
+            raise SettingsError(f"{' and '.join(starts)} are both set: a drafter begins from one of them")
 
 
 TABLES: dict[str, type] = {f.name: typing.cast(type, f.type) for f in dataclasses.fields(Settings)}

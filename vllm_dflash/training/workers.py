@@ -1,7 +1,7 @@
 """The processes that train together: which one this is, and sums over all of them by torch.distributed; one process needs none of it.
 
-Every worker holds the whole drafter and its optimizer, and the gradients are summed before they are clipped, so that all take the same step.
-Limits: no sharding of weights or optimizer. Tests: ``pytest tests/unit/test_train_workers.py``.
+Every worker holds the whole drafter and its optimizer, and the gradients are summed before they are clipped, so that all take the same step;
+``sharding`` has them hold parts. Tests: ``pytest tests/unit/test_train_workers.py``.
 """
 
 from collections.abc import Iterable

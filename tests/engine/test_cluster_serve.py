@@ -1,0 +1,48 @@
+"""``vllm-dflash up`` on a real cluster: it answers as one process does, the plug-in is in every process, it stops when told, and nothing stays.
+
+One replica; two, a killed one and scaling are in ``tests/prove_serve.py``, to be run by hand. Needs ``pip install 'vllm-dflash[ray]'``.
+
+    pytest -s tests/engine/test_cluster_serve.py
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from engine.cluster_harness import PYTHONPATH, plugin_processes
+from engine.harness import PROMPTS, TARGET, held_out_prompts, run_engine
+from prove_serve import BODY, ask, deployment
+
+pytest.importorskip("ray", reason="needs Ray: pip install 'vllm-dflash[ray]'")
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+KINDS = (
+    "vllm-dflash up",
+    "ray::SERVE_REPLICA::vllm-dflash#Replica",
+    "ray::SERVE_REPLICA::vllm-dflash#Ingress",
+    "VLLM::EngineCore",
+    "VLLM::Worker",
+)
+
+
+def test_it_answers_from_processes_that_all_have_the_plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoTokenizer
+
+    reports, files = tmp_path / "reports", Path(os.environ.get("TMPDIR", "/tmp"), f"up-{os.getpid()}")
+    reports.mkdir()
+    files.mkdir()
+    monkeypatch.setenv("VLLM_DFLASH_REPORT", str(reports))
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
+    with deployment(files, "1") as url:
+        prompts = [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()[:4]]
+        answers = [ask(url, BODY | {"prompt": prompt, "ignore_eos": True})["choices"][0]["text"] for prompt in prompts]
+        processes = plugin_processes(reports)
+    print("", *processes, sep="\n  ")
+    assert all(processes.values())
+    assert [kind for kind in KINDS if not any(kind in name for name in processes)] == []
+    assert not [name for name in plugin_processes(reports) if "Worker" in name], "something was left running"
+    monkeypatch.delenv("PYTHONPATH")
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    plain = run_engine(TARGET, None, held_out_prompts(4), max_tokens=BODY["max_tokens"])[0]
+    assert answers == [tokenizer.decode(tokens) for tokens in plain.tokens]

@@ -1,0 +1,96 @@
+"""The input of a batch run in parts: every row in one part, in order, with all that it held."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_dflash.cluster import parts
+from vllm_dflash.cluster.rows import failed
+from vllm_dflash.cluster.settings import ClusterError
+
+
+def lines(path: Path, *rows: str) -> str:
+    path.write_text("".join(rows))
+    return str(path)
+
+
+def all_rows(found: parts.Input) -> list[dict[str, Any]]:
+    return [row for part in found.parts for row, problem in parts.read(part) if problem is None]
+
+
+def test_every_line_once_and_in_order(tmp_path: Path) -> None:
+    """Two files, empty lines, other than ASCII, and no line end at the end of a file."""
+    first = lines(tmp_path / "a.jsonl", *(json.dumps({"prompt": f"é{i}", "id": i}, ensure_ascii=False) + "\n\n" for i in range(5)))
+    second = lines(tmp_path / "b.jsonl", '{"prompt": "x", "id": 5}\r\n', '{"prompt": "y", "id": 6}')
+    found = parts.index([first, second], 2)
+    assert [part.rows for part in found.parts] == [2, 2, 1, 2]
+    assert [row["id"] for row in all_rows(found)] == list(range(7))
+    assert found.rows == 7
+
+
+def test_a_broken_line_is_a_row_that_says_where_it_is(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", '{"prompt": "x"}\n', "\n", '{"prompt": \n', "[1]\n")
+    (part,) = parts.index([path], 8).parts
+    rows = list(parts.read(part))
+    assert rows[0] == ({"prompt": "x"}, None)
+    assert rows[1][0] == {"line": '{"prompt": '}
+    assert rows[1][1].startswith("line 3 is no JSON")
+    assert rows[2] == ({"line": "[1]"}, 'line 4 is no object: give one such as {"prompt": "..."}')
+
+
+def test_output_is_read_back_and_holds_the_input(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", '{"prompt": "x", "tags": [1, "two"]}\n', "broken\n")
+    (part,) = parts.index([path], 8).parts
+    parts.write(part, tmp_path, [row | failed(problem or "no") for row, problem in parts.read(part)])
+    assert part.name == "part-000000.jsonl"
+    assert [row["error"][:6] for row in parts.read_output(part, tmp_path)] == ["no", "line 2"]
+    assert parts.read_output(part, tmp_path)[0]["tags"] == [1, "two"]
+
+
+def test_parquet_keeps_types_over_parts_and_row_groups(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow", reason="pyarrow comes with vllm-dflash[ray]")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow comes with vllm-dflash[ray]")
+    table = pa.table({"prompt": [f"p{i}" for i in range(10)], "score": pa.array([None] * 9 + [1.5], pa.float32())})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4)
+    found = parts.index([str(tmp_path / "a.parquet")], 3)
+    assert [part.rows for part in found.parts] == [3, 3, 3, 1]
+    assert [row["prompt"] for row in all_rows(found)] == [f"p{i}" for i in range(10)]
+    for part in found.parts:
+        parts.write(part, tmp_path, [row | failed("no") for row, _ in parts.read(part)])
+    schemas = [parquet.read_schema(tmp_path / part.name) for part in found.parts]
+    assert all(schema == schemas[0] for schema in schemas)
+    assert schemas[0].field("score").type == pa.float32()
+    assert schemas[0].names[-8:] == list(parts.RESULT_FIELDS)
+
+
+def test_another_input_has_another_fingerprint(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    first = parts.index([lines(path, '{"prompt": "x"}\n')], 8).fingerprint
+    assert parts.index([str(path)], 8).fingerprint == first
+    assert parts.index([lines(path, '{"prompt": "y"}\n')], 8).fingerprint != first
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a.jsonl", "b.parquet"], "give files that all end in .jsonl or all in .parquet"),
+        (["a.csv"], "give files that all end in .jsonl or all in .parquet"),
+        (["missing.jsonl"], "missing.jsonl cannot be read"),
+        (["empty.jsonl"], "no rows"),
+    ],
+)
+def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.jsonl").write_text("\n")
+    with pytest.raises(ClusterError, match=message):
+        parts.index(names, 8)
+
+
+def test_an_input_that_shrinks_is_an_error(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", '{"prompt": "x"}\n', '{"prompt": "y"}\n')
+    (part,) = parts.index([path], 8).parts
+    lines(tmp_path / "a.jsonl", '{"prompt": "x"}\n')
+    with pytest.raises(ClusterError, match="has become shorter"):
+        list(parts.read(part))

@@ -1,0 +1,158 @@
+"""``vllm-dflash batch``: every row of a data set through a target and its drafter, by Ray Data over one engine a replica.
+
+The input is cut into parts; Ray Data hands them to a pool of actors, and again to another where one is lost. An answered part is a file that
+is whole or not there, so running the same command again does what is left. Ray Data LLM's own processor is not used: its rows carry neither
+the finish reason nor what was accepted, and it has no place for a row that ends the engine (docs/cluster.md).
+
+    vllm-dflash batch prompts.jsonl --target T --draft D --out answers          pytest tests/engine/test_cluster_batch.py
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vllm_dflash.cluster import parts
+from vllm_dflash.cluster.command import settings_of
+from vllm_dflash.cluster.completer import COUNTED, Completer, count
+from vllm_dflash.cluster.connection import connect
+from vllm_dflash.cluster.settings import ClusterError, EngineSettings, engine_args, uses_ray
+from vllm_dflash.training.files import TrainingError, claim, write_json
+
+STATE = "_batch"
+"""The folder in the output that holds no rows: readers of data sets pass over names that begin with an underscore."""
+_PARTS_IN_FLIGHT = 2
+"""A replica: while the last rows of one part end, the next part's fill the engine."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run."""
+
+    inputs: Sequence[str]
+    """Files of JSON lines or Parquet."""
+    out: Path
+    engine: EngineSettings
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """Of vLLM's ``SamplingParams``."""
+    replicas: int = 1
+    rows_per_part: int = 64
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; 0 where every row was answered, 1 where a row or the run failed."""
+    try:
+        job = Job(args.inputs, args.out, settings_of(args), _sampling(args), args.replicas, args.rows_per_part)
+        summary = complete(job)
+    except (ClusterError, TrainingError) as error:
+        print(f"vllm-dflash batch: {error}", file=sys.stderr)
+        return 1
+    print(_describe(summary, job.out))
+    return 1 if summary["failed"] else 0
+
+
+def complete(job: Job, completer: Any = Completer) -> dict[str, Any]:
+    """Answers what is left of the input and returns the sums over all of it, those of earlier runs included.
+
+    Raises:
+        ClusterError: the input cannot be used, or the cluster cannot run it.
+        TrainingError: the output was begun with other settings, or the disk is full.
+    """
+    found = parts.index(job.inputs, job.rows_per_part)
+    args = engine_args(job.engine)
+    claim(
+        job.out / STATE, "batch", {"input": found.fingerprint, "rows_per_part": job.rows_per_part, "engine": args, "sampling": job.sampling}
+    )
+    sums = dict.fromkeys(("rows", "failed", *COUNTED), 0)
+    todo = []
+    for part in found.parts:
+        if (job.out / part.name).is_file():
+            _add(sums, count(parts.read_output(part, job.out)))
+        else:
+            todo.append(part)
+    began, before = time.monotonic(), sums["completion_tokens"]
+    with tqdm(total=found.rows, initial=sums["rows"], unit=" rows", smoothing=0.1) as bar:
+        for done in _answer(job, todo, args, completer) if todo else ():
+            _add(sums, done)
+            bar.update(done["rows"])
+            bar.set_postfix_str(_progress(sums, (sums["completion_tokens"] - before) / (time.monotonic() - began)))
+    write_json(job.out / STATE / "summary.json", sums)
+    return sums
+
+
+def _answer(job: Job, todo: list[parts.Part], args: dict[str, Any], completer: Any) -> Iterator[dict[str, int]]:
+    """The sums over each part as it is written, in any order."""
+    with connect(job.engine, job.replicas) as runtime_env:
+        import ray
+        from ray.data import ActorPoolStrategy, DataContext
+
+        context = DataContext.get_current()
+        context.enable_progress_bars = False
+        items = ray.data.from_items([asdict(part) for part in todo], override_num_blocks=len(todo))
+        done = items.map_batches(
+            completer,
+            batch_size=1,
+            compute=ActorPoolStrategy(size=job.replicas, max_tasks_in_flight_per_actor=_PARTS_IN_FLIGHT),
+            max_concurrency=_PARTS_IN_FLIGHT,
+            fn_constructor_kwargs={"engine_args": args, "sampling": job.sampling, "folder": str(job.out.resolve())},
+            runtime_env=runtime_env,
+            **_reserve(job.engine),
+        )
+        yield from done.iter_rows()
+
+
+def _reserve(engine: EngineSettings) -> dict[str, Any]:
+    """What Ray keeps for one replica; ranks that vLLM starts as Ray actors of its own take the rest of the replica's group."""
+    bundles = engine.bundles
+    if len(bundles) == 1 or not uses_ray(engine):
+        return {f"num_{kind.lower()}s": sum(bundle.get(kind, 0) for bundle in bundles) for kind in ("CPU", "GPU")}
+
+    def placed() -> dict[str, Any]:
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        group = placement_group(bundles, strategy="PACK")
+        return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)}
+
+    return {"num_cpus": 1, "num_gpus": 0, "ray_remote_args_fn": placed}
+
+
+def _add(sums: dict[str, int], more: dict[str, int]) -> None:
+    for name in sums:
+        sums[name] += int(more[name])
+
+
+def _progress(sums: dict[str, int], tokens_per_second: float) -> str:
+    text = f"{tokens_per_second:.0f} tokens/s"
+    if sums["drafts"]:
+        text += f", tau {_tau(sums):.2f}"
+    return text + (f", {sums['failed']} failed" if sums["failed"] else "")
+
+
+def _describe(sums: dict[str, int], out: Path) -> str:
+    lines = [f"{out}: {sums['rows']} rows, {sums['completion_tokens']} tokens"]
+    if sums["drafts"]:
+        lines.append(
+            f"  {sums['drafts']} drafts, {sums['accepted_tokens']} of {sums['draft_tokens']} tokens accepted, tau {_tau(sums):.2f}"
+        )
+    if sums["failed"]:
+        lines.append(f"  {sums['failed']} rows failed: their field error says why")
+    return "\n".join(lines)
+
+
+def _tau(sums: dict[str, int]) -> float:
+    return 1 + sums["accepted_tokens"] / sums["drafts"]
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    try:
+        more = dict(json.loads(args.sampling))
+    except (TypeError, ValueError):
+        raise ClusterError(f"--sampling is {args.sampling!r}: give a JSON object of vLLM's sampling parameters") from None
+    return {"temperature": args.temperature, "max_tokens": args.max_tokens} | more

@@ -1,0 +1,32 @@
+"""The two kinds of process of a deployment that Ray starts, each of which loads vLLM's plug-ins, ours among them, before anything else.
+
+vLLM itself loads them in its engine cores and workers; Ray's replicas and ingress read configurations and checkpoints without. Named in the
+Serve config as strings, so this is imported where they run, and nowhere else.
+
+    pytest tests/engine/test_cluster_serve.py
+"""
+
+from typing import Any
+
+from ray.serve.llm.deployment import LLMServer
+from ray.serve.llm.ingress import OpenAiIngress
+from vllm.plugins import load_general_plugins
+
+from vllm_dflash.cluster.orphans import tie_children
+
+
+class Replica(LLMServer):
+    """An engine's front end."""
+
+    async def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+        load_general_plugins()
+        await super().__init__(*args, **kwargs)
+        self._tied = tie_children()
+
+
+class Ingress(OpenAiIngress):
+    """The HTTP side."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        load_general_plugins()
+        super().__init__(*args, **kwargs)

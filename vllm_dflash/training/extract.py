@@ -1,0 +1,66 @@
+"""Features by vLLM's own hidden-state extraction, in an engine process: the states that the target really has when it is served.
+
+It takes the place of transformers in the stage features, for targets that vLLM runs better or alone (quantized, tensor parallel). Limits: an
+engine's worth of memory while it runs. Tests: ``pytest tests/engine/test_train_extract.py``.
+
+    vllm-dflash train ... --cache --extract-with vllm
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.training.engines import run_engines
+from vllm_dflash.training.features import bytes_a_token, folder_of
+from vllm_dflash.training.generate import engine_args
+from vllm_dflash.training.sequences import Shard
+from vllm_dflash.training.settings import Settings
+
+_ROOM = 2
+"""Tokens past a sequence: the one that vLLM must sample to end a request, and the draft of it that extraction makes."""
+
+
+def extract(settings: Settings, config: DrafterConfig, dtype: str, todo: Sequence[tuple[Path, Shard]]) -> None:
+    """Writes the feature shards at these paths for these token shards.
+
+    Raises:
+        TrainingError: as ``run_engines``.
+    """
+    for left in folder_of(settings).glob("extracted-*.part"):
+        shutil.rmtree(left)
+    if not todo:
+        return
+    longest = max(int((shard.starts[1:] - shard.starts[:-1]).max()) for _, shard in todo)
+    jobs = [
+        {
+            "path": str(path), "sequences": str(shard.path), "count": len(shard), "bytes_a_token": bytes_a_token(config, dtype), "dtype": dtype,
+            "target_layer_ids": list(config.target_layer_ids), "batch": settings.features.features_batch,
+        }
+        for path, shard in todo
+    ]  # fmt: skip
+    run_engines(
+        "extract",
+        engine_args(settings, dtype, longest + _ROOM) | extraction(config.target_layer_ids, folder_of(settings)),
+        jobs,
+        settings.generate.engines,
+    )
+
+
+def extraction(target_layer_ids: Sequence[int], folder: Path) -> dict[str, object]:
+    """Arguments of ``LLM`` that have it write these layers' outputs, in ascending order, to files in ``folder``."""
+    # vLLM counts what goes into layers, so layer i's output is its i + 1.
+    layers = sorted({i + 1 for i in target_layer_ids})
+    return {
+        "speculative_config": {
+            "method": "extract_hidden_states",
+            "num_speculative_tokens": 1,
+            "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": layers}},
+        },
+        "kv_transfer_config": {
+            "kv_connector": "HiddenStates",
+            "kv_connector_module_path": "vllm_dflash.training.hidden_states",
+            "kv_role": "kv_producer",
+            "kv_connector_extra_config": {"shared_storage_path": str(folder)},
+        },
+    }
