@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.harness import DRAFTER, TARGET, Batch, held_out_prompts, run_engine
-from engine.oracle import compare_bfloat16, compare_drafts
+from engine.oracle import BFLOAT16_GAP, compare_bfloat16, compare_drafts
 from pairs import random_prompts
 
 pytestmark = pytest.mark.engine
@@ -28,8 +28,9 @@ def test_trained_float32_compiled() -> None:
     assert agreement.differences == []
 
 
-def check_bfloat16(batch: Batch, target: Path, drafter: Path) -> None:
-    """An engine's drafts in bfloat16 are as near to the float32 reference's as the reference's own in bfloat16 are, to 1 %."""
+def check_bfloat16(batch: Batch, target: Path, drafter: Path, at_least: float) -> None:
+    """An engine's drafts in bfloat16 are as near to the float32 reference's as the reference's own in bfloat16 are, to 1 %; all but 1 %
+    agree with the reference in bfloat16 or differ by rounding."""
     served, reference = compare_bfloat16(batch, target, drafter, 7)
     gaps = [f"{gap:.4f}" for gap in sorted(served.differences)]
     print(
@@ -38,10 +39,13 @@ def check_bfloat16(batch: Batch, target: Path, drafter: Path) -> None:
     )
     assert served.drafts >= 200
     assert served.share >= reference.share - 0.01
+    agreement = compare_drafts(batch, target, drafter, torch.bfloat16, 7)
+    assert agreement.share >= at_least
+    assert agreement.share_beyond(BFLOAT16_GAP) >= 0.99
 
 
 def test_trained_bfloat16(dflash_bfloat16: Batch) -> None:
-    check_bfloat16(dflash_bfloat16, TARGET, DRAFTER)
+    check_bfloat16(dflash_bfloat16, TARGET, DRAFTER, 0.98)
 
 
 @pytest.mark.parametrize("num_speculative_tokens", [7, 3])
@@ -58,7 +62,7 @@ def test_random_weights_float32(random_target: Path, random_drafter: Path, num_s
 def test_random_weights_bfloat16(random_target: Path, random_drafter: Path) -> None:
     """With random weights the two best logits are often closer than bfloat16 can tell apart."""
     batch = run_engine(random_target, random_drafter, random_prompts(16, 512), dtype="bfloat16", max_tokens=24, record=True)[0]
-    check_bfloat16(batch, random_target, random_drafter)
+    check_bfloat16(batch, random_target, random_drafter, 0.96)
 
 
 def test_blocks_end_at_max_model_len(random_target: Path, random_drafter: Path) -> None:
