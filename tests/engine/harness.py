@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -12,6 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from engine import forks
 
 ROOT = Path(__file__).parents[2]
 PAIR = ROOT / "examples" / "embedded_pair"
@@ -115,19 +115,17 @@ def run_engines(jobs: Sequence[Job], *, env: dict[str, str] | None = None) -> li
 def run_worker(script: str, jobs: Sequence[dict[str, Any]], env: dict[str, str] | None = None, timeout_s: float = 800) -> list[Any]:
     """Hands the jobs to a script of this folder that ends in ``engines.answer_jobs``; its reports. It has to leave nothing running."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "reports.json")
-        process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name(script)), str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, start_new_session=True, env=engine_env(env),
-        )  # fmt: skip
+        asked, out, output = (Path(folder, name) for name in ("jobs.json", "reports.json", "output.txt"))
+        asked.write_text(json.dumps(jobs))
+        pid = forks.start(Path(__file__).with_name(script), [str(out)], engine_env(env), asked, output)
         try:
-            output, _ = process.communicate(json.dumps(jobs), timeout=timeout_s)
+            forks.wait(pid, timeout_s)
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(pid, signal.SIGKILL)
             raise
         if not out.is_file():
-            raise RuntimeError(f"the engine ended with {process.returncode}:\n{output[-6000:]}")
-        wait_until_gone(process.pid)
+            raise RuntimeError(f"the engine's process ended without a report:\n{output.read_text()[-6000:]}")
+        wait_until_gone(pid)
         return json.loads(out.read_text())
 
 
