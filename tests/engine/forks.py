@@ -21,7 +21,8 @@ def start(script: Path, arguments: Sequence[str], env: Mapping[str, str], input_
     """Runs a Python script beside this process; returns its process id, which is also its process group's."""
     parent = _parent(env["VLLM_ENABLE_V1_MULTIPROCESSING"])
     request = {"argv": [str(script), *arguments], "env": dict(env), "input": str(input_path), "output": str(output_path)}
-    assert parent.stdin and parent.stdout
+    assert parent.stdin
+    assert parent.stdout
     parent.stdin.write(json.dumps(request) + "\n")
     parent.stdin.flush()
     return int(parent.stdout.readline())
@@ -56,7 +57,7 @@ def _become(request: dict[str, Any]) -> None:
         os.dup2(opened, descriptor)
         os.close(opened)
     os.dup2(1, 2)
-    sys.stdin = open(0, closefd=False)
+    sys.stdin = os.fdopen(0, closefd=False)
     os.environ.clear()
     os.environ.update(request["env"])
     sys.argv = request["argv"]
@@ -67,7 +68,7 @@ def main() -> None:
     import gc
 
     gc.disable()
-    import vllm.v1.worker.cpu_worker
+    import vllm.v1.worker.cpu_worker  # noqa: F401
     from vllm import LLM, SamplingParams  # noqa: F401
 
     gc.collect()

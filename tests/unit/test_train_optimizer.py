@@ -51,3 +51,28 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
     assert optimizer.step(0, 1.0)[1] is False
     assert all(torch.equal(before[name], p) for name, p in optimizer.state()["weights"].items())
     assert all(p.grad is None for p in optimizer.parameters)
+
+
+def test_muon_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the processor has no bfloat16, Muon's update is orthogonalized in float32: torch's own to rounding, gradients left alone."""
+
+    def pushed(native: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        monkeypatch.setattr("vllm_dflash.training.optimizer.computes_bfloat16", lambda device: native)
+        torch.manual_seed(0)
+        optimizer = Optimizer(new_drafter(random_drafter_config()), Train(optimizer="muon", lr=1e-2), 10)
+        before = [p.detach().clone() for p in optimizer.parameters]
+        for p in optimizer.parameters:
+            p.grad = torch.randn(p.shape)
+        gradients = [p.grad.clone() for p in optimizer.parameters]
+        for muon in optimizer.optimizers[:1]:
+            with optimizer.precision:
+                muon.step()
+        assert all(torch.equal(p.grad, g) for p, g in zip(optimizer.parameters, gradients, strict=True))
+        return before, [p.detach() for p in optimizer.parameters]
+
+    before, rounded = pushed(True)
+    exact = pushed(False)[1]
+    moved = [(b - a, c - a) for a, b, c in zip(before, rounded, exact, strict=True) if not torch.equal(a, b)]
+    assert len(moved) >= 14
+    for theirs, ours in moved:
+        assert 0 < (ours - theirs).norm() < 0.02 * theirs.norm()

@@ -28,7 +28,7 @@ from vllm_dflash.training.generate import held_out, sequences
 from vllm_dflash.training.generate import inputs as generate_inputs
 from vllm_dflash.training.logs import Log, plot
 from vllm_dflash.training.objective import Objective, denominator, weights_at
-from vllm_dflash.training.optimizer import Optimizer, learning_rate
+from vllm_dflash.training.optimizer import Optimizer, computes_bfloat16, learning_rate
 from vllm_dflash.training.settings import Settings
 from vllm_dflash.training.target import Target
 from vllm_dflash.training.walk import Estimate, estimate
@@ -110,6 +110,7 @@ class Trainer:
             sharding.shard(objective, model.device)
         self.drafter, self.optimizer = drafter, Optimizer(drafter, self.table, self.steps)
         self.objective = torch.compile(objective) if self.table.compile else objective
+        self.mixed_precision = self.table.precision == "bfloat16" or (self.table.precision == "auto" and computes_bfloat16(model.device))
         self.skipped = self.bad_in_a_row = 0
         self.recent: list[list[float]] = []
         self.began = time.monotonic()
@@ -164,7 +165,7 @@ class Trainer:
         features = self.features(part.rows.tolist(), tokens)
         lengths = torch.from_numpy(self.data.lengths[part.rows])
         rest = [t.to(device) for t in (tokens, lengths, torch.from_numpy(part.anchors), torch.from_numpy(part.exists), weights)]
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.table.precision == "bfloat16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.mixed_precision):
             loss, accepted = self.objective(features, *rest)
         return loss, accepted
 

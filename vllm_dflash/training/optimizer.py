@@ -4,10 +4,12 @@ Parameters are float32 masters; matrix products run in the precision of autocast
 """
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vllm_dflash.training.settings import Train
 from vllm_dflash.training.sharding import like, whole
@@ -28,6 +30,18 @@ def learning_rate(table: Train, step: int, steps: int) -> float:
     return table.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 take no longer than in float32; a processor without AVX-512 takes eight times as long."""
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class _NoBfloat16(TorchFunctionMode):
+    """Inside it ``Tensor.bfloat16()`` copies and does not round: ``torch.optim.Muon`` orthogonalizes in bfloat16 and has no setting for it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0].clone() if func is Tensor.bfloat16 else func(*args, **kwargs or {})
+
+
 class Optimizer:
     """AdamW on everything, or Muon on the layers' matrices and AdamW on the rest."""
 
@@ -46,6 +60,7 @@ class Optimizer:
         else:
             groups.append({"params": matrices, "weight_decay": table.weight_decay})
         self.optimizers.append(torch.optim.AdamW(groups, lr=table.lr, betas=_BETAS, fused=True))
+        self.precision = nullcontext() if computes_bfloat16(self.parameters[0].device) else _NoBfloat16()
         self.average = {n: p.detach().clone() for n, p in drafter.named_parameters()} if table.ema else {}
 
     def step(self, step: int, loss: float) -> tuple[float, bool]:
@@ -57,7 +72,8 @@ class Optimizer:
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                optimizer.step()
+                with self.precision:
+                    optimizer.step()
             self._average(step)
         self.drafter.zero_grad(set_to_none=True)
         return norm, good

@@ -134,7 +134,10 @@ class Train:
     dpace_alpha: float = _set(0.5, "smoothing of dpace", least=0.001, most=1)
     ema: float = _set(0.0, "decay of the averaged weights, which are then what is measured and exported; 0: none", least=0, most=0.99999)
     precision: str = _set(
-        "bfloat16", "of the drafter's matrix products; weights and optimizer are float32", choices=("bfloat16", "float32")
+        "auto",
+        "of the drafter's matrix products, bfloat16 or float32; weights and optimizer are float32 (auto: bfloat16 where the processor has "
+        "instructions for it)",
+        choices=("auto", "bfloat16", "float32"),
     )
     attention: str = _set("auto", "dense, or flex for a GPU (auto: flex on CUDA)", choices=("auto", "dense", "flex"))
     compile: bool = _set(False, "torch.compile the loss: a minute at the start, less time a step")
