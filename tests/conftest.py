@@ -13,11 +13,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _EMBEDDED = {"test_draft_parity", "test_lossless", "test_serve", "test_cluster_batch"}
 """Files that share the session's engines on the embedded pair."""
+_ORDER = {"embedded": 0, "engine": 1}
 
 
 def _group(nodeid: str) -> str:
     file = PurePath(nodeid.partition("::")[0])
-    return "unit" if file.parent.name != "engine" else "embedded" if file.stem in _EMBEDDED else file.stem
+    return "embedded" if file.stem in _EMBEDDED else f"{file.parent.name}/{file.stem}"
 
 
 class ByEngine(LoadScopeScheduling):
@@ -33,7 +34,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByEngine:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest go first, so that no process ends long after the other."""
-    items.sort(key=lambda item: {"embedded": 0, "unit": 2}.get(_group(item.nodeid), 1))
+    items.sort(key=lambda item: _ORDER.get(_group(item.nodeid).partition("/")[0], 2))
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,12 @@ pytest -s tests/engine/test_metrics.py
 """
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
+import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from engine.harness import DRAFTER, TARGET, engine_env, held_out_prompts
 from engine.test_serve import request, server
 from vllm_dflash.cli import main
 from vllm_dflash.metrics.figures import Scrape, figures
+from vllm_dflash.metrics.snapshots import USERS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 COUNT, MAX_TOKENS = 6, 40
@@ -128,6 +132,28 @@ def test_two_api_servers_and_a_multiprocess_directory_of_the_users(tmp_path: Pat
     assert len(lines) == len(set(lines))
     # Without plain steps there is no baseline, and no speed-up is guessed.
     assert not [line for line in lines if "speedup" in line or "baseline" in line]
+
+
+def test_an_engine_that_died_leaves_no_series(tmp_path: Path) -> None:
+    """The server ends with its engine, unasked and so without tidying up; one that is started again in the same folder counts from zero."""
+    flags, env = ("--speculative-config", json.dumps(SPECULATIVE), "--per-request-spec-decode-metrics", "summary"), {USERS: str(tmp_path)}
+    with server(*flags, env=env) as port:
+        send(port)
+        settled(port)
+        [engine] = {int(file.stem.split("-")[2]) for file in tmp_path.glob("*.json")}
+        os.kill(engine, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                shown = ours(request(port, "/metrics"))
+                assert not shown, "series of an engine that is gone"
+                time.sleep(0.2)
+            except (urllib.error.URLError, ConnectionError):
+                break
+    assert [file.stem.split("-")[2] for file in tmp_path.glob("*.json")] in ([], [str(engine)] * 2)
+    with server(*flags, env=env) as port:
+        answers = send(port)
+        check(settled(port), answers)
 
 
 def test_offline_and_without_a_drafter() -> None:

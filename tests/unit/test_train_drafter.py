@@ -28,6 +28,7 @@ def test_defaults_are_the_papers() -> None:
     assert default_features("dflash", 5, 36) == (1, 9, 17, 25, 33)
     assert default_layers("dflare", 36) == 7
     assert len(default_features("dflare", 7, 36)) == 9
+    assert default_features("dflash", 3, 5) == (1, 2)
     assert default_layers("dflash", 8) == 3
     assert default_features("dflare", default_layers("dflare", 8), 8) == (1, 2, 3, 4, 5)
 

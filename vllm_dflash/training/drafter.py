@@ -70,9 +70,8 @@ def default_layers(kind: str, num_target_layers: int) -> int:
 
 def default_features(kind: str, layers: int, num_target_layers: int) -> tuple[int, ...]:
     """Evenly spaced target layers: as many as draft layers, for DFlare a quarter of the target's (9 of 36) but two more than those."""
-    if kind == "dflash":
-        return default_target_layer_ids(layers, num_target_layers)
-    count = max(layers + 2, round(num_target_layers / 4))
+    count = layers if kind == "dflash" else max(layers + 2, round(num_target_layers / 4))
+    # No more than there are between the formula's first and last, so that none comes twice.
     return default_target_layer_ids(min(count, num_target_layers - 3), num_target_layers)
 
 
