@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,15 @@ from vllm_dflash.adaptive.cost import Work
 
 Batch = dict[str, Sequence[float]]
 """Request to the probability with which its draft token at each position is accepted, once all before it are."""
+
+
+class _Unasked:
+    """In the controller's place where K is fixed: every draft is verified whole, and nothing is learned."""
+
+    def observe(self, work: Work, seconds: float, outcomes: Any, confidences: Any = None) -> None: ...
+
+    def lengths(self, requests: Sequence[str], plan: Plan, confidences: Any = None) -> dict[str, int]:
+        return dict.fromkeys(requests, plan.num_draft_tokens)
 
 
 @dataclass
@@ -34,14 +44,14 @@ class Server:
 
     def fixed(self, k: int, batches: Sequence[Batch]) -> float:
         """Tokens a second of a fixed K."""
-        return self._run(Controller(self.max_draft, self.max_draft + 1), batches, lambda requests: Plan(k))
+        return self._run(_Unasked(), batches, lambda requests: Plan(k))
 
     def adaptive(self, batches: Sequence[Batch], controller: Controller | None = None) -> float:
         """Tokens a second under a controller."""
         controller = controller or Controller(self.max_draft, self.max_draft + 1)
         return self._run(controller, batches, controller.plan)
 
-    def _run(self, controller: Controller, batches: Sequence[Batch], plan: Callable[[list[str]], Plan]) -> float:
+    def _run(self, controller: "Controller | _Unasked", batches: Sequence[Batch], plan: Callable[[list[str]], Plan]) -> float:
         """One step a batch; returns committed tokens over true seconds."""
         committed = seconds = 0.0
         drafted: dict[str, np.ndarray] = {}
@@ -63,12 +73,14 @@ class Server:
             measured = true * np.exp(self.noise * self.random.standard_normal()) * (4 if self.random.random() < self.held_up else 1)
             controller.observe(work, measured, outcomes, said if self.confident else None)
             drafted = {request: self._draft(rates)[:k] for request, rates in batch.items()} if k else {}
-            said = {request: _odds(_log_odds(p) * 1.4 + 0.6).tolist() for request, p in drafted.items()}
+            said = {request: _odds(_log_odds(p) * 1.4 + 0.6).tolist() for request, p in drafted.items()} if self.confident else {}
             verified = controller.lengths(requests, now, said if self.confident else None)
         return committed / seconds
 
     def _draft(self, rates: Sequence[float]) -> np.ndarray:
         """[K] each token's own probability."""
+        if not self.spread:
+            return np.array(rates)
         return _odds(_log_odds(np.array(rates)) + self.spread * self.random.standard_normal(len(rates)))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,10 @@ def compare_drafts(
     batch: Batch, target: Path, drafter: Path, dtype: torch.dtype, num_speculative_tokens: int, max_model_len: int | None = None
 ) -> Agreement:
     """Replays every recorded draft in plain PyTorch and compares token by token."""
-    replay = _Replay(target, drafter, dtype)
     result = Agreement()
     for sequence, drafts in _by_sequence(batch).items():
-        expected = replay(sequence, [d["anchor"] for d in drafts], num_speculative_tokens, max_model_len)
+        anchors = tuple(d["anchor"] for d in drafts)
+        expected = _replayed(target, drafter, dtype, sequence, anchors, num_speculative_tokens, max_model_len)
         for draft, oracle in zip(drafts, expected, strict=True):
             result.add(draft["draft"], oracle)
     return result
@@ -61,25 +62,29 @@ def compare_bfloat16(batch: Batch, target: Path, drafter: Path, num_speculative_
     How often rounding alone changes a draft depends on the weights and on the processor; the second figure is that, for
     the same drafts on this machine, and an engine in bfloat16 that does the same computation has about the same.
     """
-    exact, rounded = _Replay(target, drafter, torch.float32), _Replay(target, drafter, torch.bfloat16)
     served, reference = Agreement(), Agreement()
     for sequence, drafts in _by_sequence(batch).items():
-        anchors = [d["anchor"] for d in drafts]
-        replays = (replay(sequence, anchors, num_speculative_tokens) for replay in (exact, rounded))
+        anchors = tuple(d["anchor"] for d in drafts)
+        replays = (
+            _replayed(target, drafter, dtype, sequence, anchors, num_speculative_tokens, None) for dtype in (torch.float32, torch.bfloat16)
+        )
         for draft, oracle, again in zip(drafts, *replays, strict=True):
             served.add(draft["draft"], oracle)
             reference.add(again.tokens, oracle)
     return served, reference
 
 
-class _Replay:
-    """The reference's drafts at given anchors of a sequence."""
+@cache
+def _models(target: Path, drafter: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    return AutoModelForCausalLM.from_pretrained(target, dtype=dtype), load_drafter(drafter, dtype)
 
-    def __init__(self, target: Path, drafter: Path, dtype: torch.dtype) -> None:
-        self._models = AutoModelForCausalLM.from_pretrained(target, dtype=dtype), load_drafter(drafter, dtype)
 
-    def __call__(self, sequence: Sequence[int], anchors: list[int], num_speculative_tokens: int, limit: int | None = None) -> list:
-        return replay_drafts(*self._models, sequence, anchors, num_speculative_tokens, limit)
+@cache
+def _replayed(
+    target: Path, drafter: Path, dtype: torch.dtype, sequence: tuple[int, ...], anchors: tuple[int, ...], num_draft_tokens: int, limit: int | None
+) -> list[Any]:  # fmt: skip
+    """The reference's drafts at given anchors of a sequence; kept, as engines of several batch sizes draft at the same ones."""
+    return replay_drafts(*_models(target, drafter, dtype), sequence, anchors, num_draft_tokens, limit)
 
 
 def _by_sequence(batch: Batch) -> dict[tuple[int, ...], list[dict]]:

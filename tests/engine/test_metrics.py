@@ -96,9 +96,25 @@ def settled(port: int) -> str:
     return request(port, "/metrics")
 
 
-def test_one_api_server_with_adaptive_drafting(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ("--additional-config", json.dumps({"dflash": {"adaptive": True}}), "--per-request-spec-decode-metrics", "summary")
-    with server("--speculative-config", json.dumps(SPECULATIVE), *flags) as port:
+def kill_engine(port: int, folder: Path) -> None:
+    """The server ends with its engine, unasked and so without tidying up; until it has, it shows no series of that."""
+    [engine] = {int(file.stem.split("-")[2]) for file in folder.glob("engine-*.json")}
+    os.kill(engine, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            assert "vllm_dflash_accepted_length" not in request(port, "/metrics")
+            time.sleep(0.2)
+        except (urllib.error.URLError, ConnectionError):
+            return
+    raise AssertionError("the server goes on without its engine")
+
+
+def test_one_api_server_with_adaptive_drafting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its engine then dies; a server that is started again in the same folder counts from zero."""
+    flags = ("--speculative-config", json.dumps(SPECULATIVE), "--per-request-spec-decode-metrics", "summary")
+    env = {USERS: str(tmp_path)}
+    with server(*flags, "--additional-config", json.dumps({"dflash": {"adaptive": True}}), env=env) as port:
         answers = send(port) + send(port)
         text = settled(port)
         check(text, answers)
@@ -106,6 +122,7 @@ def test_one_api_server_with_adaptive_drafting(capsys: pytest.CaptureFixture[str
         [shown] = json.loads(capsys.readouterr().out)["engines"]
         assert main(["top", f"127.0.0.1:{port}", "--once"]) == 0
         print(capsys.readouterr().out)
+        kill_engine(port, tmp_path)
     assert total(text, "vllm_dflash_controller_steps_total") > 0
     assert total(text, "vllm_dflash_confidence_tokens_total") == total(text, "vllm_dflash_reached_tokens_total")
     assert total(text, "vllm_dflash_confidence_accepted_tokens_total") == total(text, "vllm_dflash_accepted_tokens_total")
@@ -116,6 +133,9 @@ def test_one_api_server_with_adaptive_drafting(capsys: pytest.CaptureFixture[str
     assert shown["tau"] == found["tau"] > 1
     assert found["baseline"] == "cost_model"
     assert 0.1 < total(text, "vllm_dflash_estimated_speedup") < 10
+    with server(*flags, env=env) as port:
+        answers = send(port)
+        check(settled(port), answers)
 
 
 def test_two_api_servers_and_a_multiprocess_directory_of_the_users(tmp_path: Path) -> None:
@@ -132,28 +152,6 @@ def test_two_api_servers_and_a_multiprocess_directory_of_the_users(tmp_path: Pat
     assert len(lines) == len(set(lines))
     # Without plain steps there is no baseline, and no speed-up is guessed.
     assert not [line for line in lines if "speedup" in line or "baseline" in line]
-
-
-def test_an_engine_that_died_leaves_no_series(tmp_path: Path) -> None:
-    """The server ends with its engine, unasked and so without tidying up; one that is started again in the same folder counts from zero."""
-    flags, env = ("--speculative-config", json.dumps(SPECULATIVE), "--per-request-spec-decode-metrics", "summary"), {USERS: str(tmp_path)}
-    with server(*flags, env=env) as port:
-        send(port)
-        settled(port)
-        [engine] = {int(file.stem.split("-")[2]) for file in tmp_path.glob("*.json")}
-        os.kill(engine, signal.SIGKILL)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                shown = ours(request(port, "/metrics"))
-                assert not shown, "series of an engine that is gone"
-                time.sleep(0.2)
-            except (urllib.error.URLError, ConnectionError):
-                break
-    assert [file.stem.split("-")[2] for file in tmp_path.glob("*.json")] in ([], [str(engine)] * 2)
-    with server(*flags, env=env) as port:
-        answers = send(port)
-        check(settled(port), answers)
 
 
 def test_offline_and_without_a_drafter() -> None:

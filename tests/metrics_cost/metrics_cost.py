@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 VARIABLE = "VLLM_DFLASH_STEPS"
-WINDOW = 16
+WINDOW = 4
 """Steps between two switches."""
 _on = True
 _steps = 0
@@ -56,7 +56,7 @@ def _timed(step: Any, path: Path) -> Any:
         _steps += 1
         if _steps % WINDOW == 0:
             _on = not _on
-        if len(lines) >= 64 * WINDOW:
+        if len(lines) >= 256 * WINDOW:
             with path.open("a") as file:
                 file.writelines(lines)
             lines.clear()
