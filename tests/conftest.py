@@ -9,6 +9,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 # Before torch is imported: the models are tiny, so a second thread gains nothing, and beside another process it makes both wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# For every process that a test starts: vLLM's plug-ins are loaded once its imports are done, and this one freezes them.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent / "quick_start"), os.environ.get("PYTHONPATH")]))
 
 
 _EMBEDDED = {"test_draft_parity", "test_lossless", "test_serve", "test_cluster_batch"}

@@ -97,9 +97,10 @@ def settled(port: int) -> str:
 
 
 def kill_engine(port: int, folder: Path) -> None:
-    """The server ends with its engine, unasked and so without tidying up; until it has, it shows no series of that."""
+    """The server ends with its engine, unasked and so without tidying up; a second later it shows no series of that, if it still runs."""
     [engine] = {int(file.stem.split("-")[2]) for file in folder.glob("engine-*.json")}
     os.kill(engine, signal.SIGKILL)
+    time.sleep(1)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
