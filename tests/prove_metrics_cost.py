@@ -2,8 +2,7 @@
 
 A window's median step is compared with the mean of those of the windows before and after it, as steps grow with the contexts; all three have as
 many requests in every step. The figure is the median of the differences, with an interval that holds the true one in 95 of 100 runs
-(bootstrap). Traffic is ``vllm bench serve``'s,
-and /metrics is read once a second all the while.
+(bootstrap). Traffic is ``vllm bench serve``'s, and /metrics is read once a second all the while.
 
     python tests/prove_metrics_cost.py --concurrency 8 --minutes 4
 """

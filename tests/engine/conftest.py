@@ -13,14 +13,14 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
-def plain_float32(prompts: list[list[int]]) -> Batch:
-    """The embedded target without speculation: 64 prompts x 128 tokens, a batch of 16."""
-    return run_engine(TARGET, None, prompts)[0]
+def plain_float32(prompts: list[list[int]]) -> list[Batch]:
+    """The embedded target without speculation: 64 prompts x 128 tokens, batches of 1, 4 and 16."""
+    return run_engine(TARGET, None, prompts, batch_sizes=BATCH_SIZES)
 
 
 @pytest.fixture(scope="session")
 def dflash_float32(prompts: list[list[int]]) -> list[Batch]:
-    """The same with the embedded drafter in batches of 1, 4 and 16, every draft recorded."""
+    """The same with the embedded drafter, every draft recorded."""
     return run_engine(TARGET, DRAFTER, prompts, batch_sizes=BATCH_SIZES, record=True)
 
 

@@ -71,28 +71,21 @@ def answer_jobs(run: Callable[[dict[str, Any]], Any]) -> None:
     """Runs each job of the list on standard input, an engine each, and writes the reports to the file named on the command line."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    unfreeze = keep_frozen()
+    keep_frozen()
     reports = []
     for job in json.load(sys.stdin):
         reports.append(run(job))
         gc.collect()
         cleanup_dist_env_and_memory()
-    unfreeze()
     with open(sys.argv[1], "w") as file:
         json.dump(reports, file)
 
 
-def keep_frozen() -> Callable[[], None]:
+def keep_frozen() -> None:
     """Takes what is imported out of the garbage collector's sight for good: vLLM collects a dozen times for each engine, half a second each.
 
-    vLLM freezes a started engine and unfreezes everything at its end; neither happens until the returned function is called.
+    vLLM freezes a started engine, which could then not be collected, and unfreezes everything at its end; neither happens from now on.
     """
-    freeze, unfreeze = gc.freeze, gc.unfreeze
     gc.collect()
-    freeze()
+    gc.freeze()
     gc.freeze = gc.unfreeze = lambda: None
-
-    def undo() -> None:
-        gc.freeze, gc.unfreeze = freeze, unfreeze
-
-    return undo

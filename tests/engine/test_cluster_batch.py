@@ -38,7 +38,7 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
 
 
 def test_rows_are_those_of_one_process_and_bad_ones_cost_themselves_alone(
-    tmp_path: Path, plain_float32: Batch, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, plain_float32: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Among 24 good rows: one that ends its engine, a broken line, one that is too long, and one with a parameter that does not exist.
 
@@ -76,7 +76,7 @@ def test_rows_are_those_of_one_process_and_bad_ones_cost_themselves_alone(
 
     good = [row for row in rows if row["error"] is None]
     tokenizer = AutoTokenizer.from_pretrained(TARGET)
-    assert [row["completion"] for row in good] == [tokenizer.decode(tokens[:TOKENS]) for tokens in plain_float32.tokens[:24]]
+    assert [row["completion"] for row in good] == [tokenizer.decode(tokens[:TOKENS]) for tokens in plain_float32[0].tokens[:24]]
     assert all(row["finish_reason"] == "length" and row["completion_tokens"] == TOKENS and row["tags"][1] == "mixed" for row in good)
     assert (sums["rows"], sums["failed"], sums["completion_tokens"]) == (28, 4, 24 * TOKENS)
     print(f"\n{sums['drafts']} drafts, tau {1 + sums['accepted_tokens'] / sums['drafts']:.2f}")

@@ -10,12 +10,12 @@ ROUNDING = 0.07
 about 16, where neighbouring bfloat16 numbers are 1/16 apart."""
 
 
-def test_float32(plain_float32: Batch, dflash_float32: list[Batch]) -> None:
-    """64 prompts x 128 tokens: in batches of 1, 4 and 16 the output of plain decoding, which was run in one of 16."""
-    assert len(plain_float32.tokens) == 64
-    assert all(len(t) == 128 for t in plain_float32.tokens)
-    for ours in dflash_float32:
-        assert ours.tokens == plain_float32.tokens
+def test_float32(plain_float32: list[Batch], dflash_float32: list[Batch]) -> None:
+    """64 prompts x 128 tokens, in batches of 1, 4 and 16."""
+    for plain, ours in zip(plain_float32, dflash_float32, strict=True):
+        assert len(plain.tokens) == 64
+        assert all(len(t) == 128 for t in plain.tokens)
+        assert ours.tokens == plain.tokens
 
 
 def test_bfloat16(plain_bfloat16: Batch, dflash_bfloat16: Batch) -> None:

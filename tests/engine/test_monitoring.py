@@ -64,7 +64,7 @@ class Scraped:
 
     def over_traffic(self, expression: str) -> list[dict[str, Any]]:
         """The samples of the traffic's time, a second apart, by series."""
-        span = {"start": f"{self.began + 4:.3f}", "end": f"{self.ended:.3f}", "step": "1"}
+        span = {"start": f"{self.began + 2:.3f}", "end": f"{self.ended:.3f}", "step": "1"}
         return queries.ask(self.prometheus, "query_range", query=expression, **span)["result"]
 
     def total(self, expression: str) -> float:

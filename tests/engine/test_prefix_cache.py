@@ -11,7 +11,7 @@ from engine.harness import DRAFTER, TARGET, Batch, Job, held_out_prompts, run_en
 from variants import VARIANTS
 
 pytestmark = pytest.mark.engine
-TURNS, TOKENS = 6, 40
+TURNS, TOKENS = 6, 64
 NAMES = ("embedded pair", "sliding layers")
 """A trained drafter of full attention, and a random one whose layers see a window only."""
 

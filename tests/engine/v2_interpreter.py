@@ -331,7 +331,7 @@ def main() -> None:
     from vllm_dflash.plugin import register
 
     register()
-    unfreeze = keep_frozen()
+    keep_frozen()
     gc.enable()
     results: list[dict[str, Any]] = []
     for raw in json.loads(question.read_text()):
@@ -339,7 +339,6 @@ def main() -> None:
         results.append(asdict(_serve(job, None if job.script_from is None else results[job.script_from]["outputs"])))
         gc.collect()
         cleanup_dist_env_and_memory()
-    unfreeze()
     answer.write_text(json.dumps(results))
 
 

@@ -5,6 +5,7 @@ pytest tests/engine/test_metrics.py
 
 import atexit
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -60,7 +61,8 @@ class Recorder:
             _recorders.remove(self)
 
     def _run(self) -> None:
-        while not self._stop.wait(PERIOD):
+        # By the clock, so that an engine's snapshot and its drafter's are of one moment, and the one's seconds never exceed the other's for long.
+        while not self._stop.wait(PERIOD - time.time() % PERIOD):
             if self.dirty or self._samples() is None:
                 self.flush()
 
