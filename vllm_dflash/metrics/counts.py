@@ -25,8 +25,9 @@ class Histogram:
 class Positions:
     """Counts of draft tokens by position: only the ends are counted as they come, the rest follows from them."""
 
-    def __init__(self) -> None:
-        self._ends: list[int] = []
+    def __init__(self, positions: int = 0) -> None:
+        """``positions``: those that have a count, of zero, before a draft reached them."""
+        self._ends = [0] * (positions + 1)
 
     def add(self, length: int, times: int = 1) -> None:
         """``times`` drafts that had, or got right, their first ``length`` tokens."""

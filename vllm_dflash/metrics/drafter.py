@@ -30,7 +30,10 @@ class DrafterRecord:
 
     def __init__(self, drafter: Any, vllm_config: Any, *, on_gpu: bool) -> None:
         self.on_gpu, self._drafter = on_gpu, weakref.ref(drafter)
-        self.drafted, self.seconds = Positions(), Histogram(BY_NAME["drafter_seconds"].buckets)
+        self.drafted, self.seconds = (
+            Positions(vllm_config.speculative_config.num_speculative_tokens),
+            Histogram(BY_NAME["drafter_seconds"].buckets),
+        )
         self._running: deque[tuple[Any, Any]] = deque()
         """Pairs of events whose times are not known yet."""
         self._spare: list[tuple[Any, Any]] = []

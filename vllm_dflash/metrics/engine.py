@@ -18,7 +18,7 @@ from vllm_dflash.adaptive.cost import Work
 from vllm_dflash.adaptive.settings import is_adaptive
 from vllm_dflash.checks import settled
 from vllm_dflash.formats import is_ours
-from vllm_dflash.metrics.catalog import BY_NAME, CONFIDENCE_BUCKETS, confidence_bucket, context_bucket
+from vllm_dflash.metrics.catalog import BY_NAME, CONFIDENCE_BUCKETS, CONTEXT_STARTS, confidence_bucket, context_bucket
 from vllm_dflash.metrics.counts import Histogram, Positions, Speedup
 from vllm_dflash.metrics.recorder import Recorder
 
@@ -66,9 +66,12 @@ class EngineRecord:
             Histogram(BY_NAME[name].buckets) for name in ("accepted_length", "draft_length", "request_accepted_length")
         )
         self.step_seconds = {kind: Histogram(BY_NAME["step_seconds"].buckets) for kind in STEP_KINDS}
-        self.verified, self.reached, self.accepted = Positions(), Positions(), Positions()
+        # Zero from the start: Prometheus rates a counter from its first sample on, and guesses what was before, for each its own way.
+        self.verified, self.reached, self.accepted = (Positions(vllm_config.speculative_config.num_speculative_tokens) for _ in range(3))
         self.output = dict.fromkeys(("prefill", "speculative", "plain"), 0)
-        self.context: dict[tuple[str, str], list[int]] = {}
+        self.context = {
+            (context_bucket(start), cached): [0, 0] for start in CONTEXT_STARTS if start < self.max_model_len for cached in ("false", "true")
+        }  # fmt: skip
         """Verifications and committed tokens."""
         self.refused: dict[str, int] = {}
         self.controller: dict[tuple[str, str], int] = {}
@@ -263,7 +266,7 @@ class EngineRecord:
             "controller_steps": [(list(labels), count) for labels, count in sorted(self.controller.items())],
             "drafter_info": [(self._info, 1)],
         }
-        if any(self.confident):
+        if self.adaptive:
             names = [[confidence_bucket(i)] for i in range(CONFIDENCE_BUCKETS)]
             found["confidence_tokens"] = list(zip(names, self.confident, strict=True))
             found["confidence_accepted_tokens"] = list(zip(names, self.confident_accepted, strict=True))
