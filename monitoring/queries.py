@@ -18,7 +18,7 @@ import yaml
 
 HERE = Path(__file__).resolve().parent
 DASHBOARD = HERE / "grafana" / "dashboards" / "vllm-dflash.json"
-CONFIG = HERE / "prometheus" / "prometheus.yml"
+CONFIG, RAY_CONFIG = HERE / "prometheus" / "prometheus.yml", HERE / "prometheus" / "ray.yml"
 RECORDING, ALERTS = HERE / "prometheus" / "recording.yml", HERE / "prometheus" / "alerts.yml"
 ALERT_CASES = [HERE / "prometheus" / name for name in ("alerts_test.yml", "alerts_day_test.yml")]
 _LABEL_VALUES = re.compile(r"label_values\((?P<selector>.*), *(?P<label>\w+)\)")

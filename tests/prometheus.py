@@ -8,8 +8,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -28,14 +29,23 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-@contextmanager
-def scraping(port: int, folder: Path) -> Iterator[str]:
+def scraping(port: int, folder: Path) -> AbstractContextManager[str]:
     """Prometheus on ``monitoring/prometheus/prometheus.yml`` with one target, 127.0.0.1:``port``, and seconds for its 15; yields its address."""
-    config = yaml.safe_load(queries.CONFIG.read_text())
+    return _prometheus(queries.CONFIG, {"static_configs": [{"targets": [f"127.0.0.1:{port}"]}]}, folder)
+
+
+def scraping_ray(discovery: Path, folder: Path) -> AbstractContextManager[str]:
+    """The same on ``monitoring/prometheus/ray.yml``, with the targets that Ray writes into the file ``discovery``."""
+    return _prometheus(queries.RAY_CONFIG, {"file_sd_configs": [{"files": [str(discovery)], "refresh_interval": "1s"}]}, folder)
+
+
+@contextmanager
+def _prometheus(path: Path, targets: dict[str, Any], folder: Path) -> Iterator[str]:
+    config = yaml.safe_load(path.read_text())
     config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
-    config["rule_files"] = [str(queries.CONFIG.with_name(name)) for name in config["rule_files"]]
+    config["rule_files"] = [str(path.with_name(name)) for name in config["rule_files"]]
     jobs = [job for job in config["scrape_configs"] if job["job_name"] == "vllm"]
-    jobs[0]["static_configs"] = [{"targets": [f"127.0.0.1:{port}"]}]
+    jobs[0] |= targets
     config["scrape_configs"] = jobs
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))

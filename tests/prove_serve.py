@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,14 +29,10 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from engine.harness import DRAFTER, PROMPTS, TARGET  # noqa: E402
+from monitoring import queries  # noqa: E402
+from prometheus import free_port, scraping_ray  # noqa: E402
 
 BODY = {"model": "pair", "max_tokens": 48, "temperature": 0}
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @contextmanager
@@ -199,42 +194,24 @@ def prove_scale(folder: Path, url: str) -> None:
 
 @contextmanager
 def prometheus(folder: Path) -> Iterator[Callable[[], None]]:
-    """A real one, fed by Ray's service discovery; what is yielded prints what it knows of each replica."""
+    """A real one on ``monitoring/prometheus/ray.yml``, fed by Ray's service discovery; what is yielded prints what it knows of each replica."""
     if shutil.which("prometheus") is None:
         print("no prometheus on the path: what replicas export is not looked at")
         yield lambda: None
         return
-    port = free_port()
-    (folder / "prometheus.yml").write_text(
-        "global: {scrape_interval: 2s}\nscrape_configs:\n- job_name: ray\n  file_sd_configs:\n"
-        f"  - files: ['{folder}/ray/prom_metrics_service_discovery.json']\n"
-    )
-    command = [
-        "prometheus",
-        f"--config.file={folder}/prometheus.yml",
-        f"--storage.tsdb.path={folder}/tsdb",
-        f"--web.listen-address=127.0.0.1:{port}",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    values = {"instance": ".*", "model": ".*", "engine": ".*", "__rate_interval": "1m", "docs": ""}
+    with scraping_ray(folder / "ray" / "prom_metrics_service_discovery.json", folder / "prometheus") as address:
 
-    def look() -> None:
-        time.sleep(15)
-        query = urllib.request.urlopen(
-            f"http://127.0.0.1:{port}/api/v1/query?query=%7B__name__%3D~%22ray_vllm.*spec_decode.*total%22%7D", timeout=30
-        )
-        for found in json.loads(query.read())["data"]["result"]:
-            labels = found["metric"]
-            if "position" not in labels:
-                print(
-                    {name: labels[name] for name in labels if name in ("__name__", "model_name", "ReplicaId", "Application")},
-                    found["value"][1],
-                )
+        def look() -> None:
+            time.sleep(15)
+            for expression in ("vllm:generation_tokens_total", "vllm_dflash_output_tokens_total", "vllm_dflash_accepted_length_count"):
+                for found in queries.ask(address, "query", query=f"sum by (model_name, engine) ({expression})")["result"]:
+                    print(expression, found["metric"], found["value"][1])
+            panels = queries.panel_queries(json.loads(queries.DASHBOARD.read_text()), values)
+            empty = {query.place for query in panels if not queries.ask(address, "query", query=query.expression)["result"]}
+            print(f"{len(panels)} queries of the dashboard; without samples: {', '.join(sorted(empty)) or 'none'}", flush=True)
 
-    try:
         yield look
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def main() -> None:

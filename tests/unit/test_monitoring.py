@@ -121,7 +121,8 @@ def test_provisioning_and_compose_name_files_that_are_there() -> None:
 
 @needs_prometheus
 def test_configuration_and_rules_are_sound(tmp_path: Path) -> None:
-    assert "SUCCESS" in _promtool("check", "config", queries.CONFIG)
+    for path in (queries.CONFIG, queries.RAY_CONFIG):
+        assert "SUCCESS" in _promtool("check", "config", path)
     assert "SUCCESS" in _promtool("check", "rules", "--lint=all", "--lint-fatal", queries.RECORDING, queries.ALERTS)
 
 

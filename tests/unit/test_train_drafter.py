@@ -103,6 +103,9 @@ def test_from_a_drafter(tmp_path: Path, target: Path) -> None:
         other = settings(target, Path("p"), Path("o"), **flags | change)
         with pytest.raises(TrainingError, match=words):
             plan(other, find_target(other))
+    torch.save(torch.randn(config.hidden_size), source / "mask_embedding.pt")
+    with pytest.raises(TrainingError, match="mask embedding .* of its own, which is not trained here"):
+        first_weights(found, chosen, None)
 
 
 def test_from_the_layers_of_the_other_kind(tmp_path: Path, target: Path) -> None:

@@ -8,20 +8,23 @@ Serve config as strings, so this is imported where they run, and nowhere else.
 
 from typing import Any
 
+from ray import serve
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.ingress import OpenAiIngress
 from vllm.plugins import load_general_plugins
 
 from vllm_dflash.cluster.orphans import tie_children
+from vllm_dflash.metrics.on_ray import RayExporter
 
 
 class Replica(LLMServer):
-    """An engine's front end."""
+    """An engine's front end, whose metrics go to Ray."""
 
     async def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         load_general_plugins()
         await super().__init__(*args, **kwargs)
         self._tied = tie_children()
+        self._exporter = RayExporter(serve.get_replica_context().replica_id.unique_id)
 
 
 class Ingress(OpenAiIngress):

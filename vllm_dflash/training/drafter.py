@@ -12,7 +12,7 @@ import torch
 
 from vllm_dflash.config import DrafterConfig, DrafterConfigError, default_target_layer_ids
 from vllm_dflash.reference.checkpoint import load_drafter, new_drafter
-from vllm_dflash.reference.drafter import Drafter
+from vllm_dflash.reference.drafter import Drafter, OwnTables
 from vllm_dflash.training.files import TrainingError
 from vllm_dflash.training.settings import Settings
 from vllm_dflash.training.target import Target
@@ -88,6 +88,11 @@ def first_weights(config: DrafterConfig, settings: Settings, model: Any) -> Draf
             loaded = load_drafter(settings.drafter.init, torch.float32)
         except DrafterConfigError as error:
             raise TrainingError(f"init: {error}") from None
+        if loaded.own != OwnTables():
+            raise TrainingError(
+                f"the drafter of init, {settings.drafter.init}, has an embedding, mask embedding or lm_head of its own, which is not trained here: "
+                "begin with its layers by init_layers, or give a drafter without"
+            )
         drafter.load_state_dict(loaded.state_dict())
     else:
         with torch.no_grad():
