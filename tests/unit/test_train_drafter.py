@@ -104,7 +104,7 @@ def test_from_a_drafter(tmp_path: Path, target: Path) -> None:
         with pytest.raises(TrainingError, match=words):
             plan(other, find_target(other))
     torch.save(torch.randn(config.hidden_size), source / "mask_embedding.pt")
-    with pytest.raises(TrainingError, match="mask embedding .* of its own, which is not trained here"):
+    with pytest.raises(TrainingError, match=r"mask embedding .* of its own, which is not trained here"):
         first_weights(found, chosen, None)
 
 
