@@ -139,15 +139,18 @@ def test_one_api_server_with_adaptive_drafting(tmp_path: Path, capsys: pytest.Ca
         check(settled(port), answers)
 
 
-def test_two_api_servers_and_a_multiprocess_directory_of_the_users(tmp_path: Path) -> None:
-    """Every API server answers the same, three times in a row, and nothing is counted twice."""
-    flags = ("--api-server-count", "2", "--per-request-spec-decode-metrics", "summary")
+def test_two_api_servers_two_engines_and_a_multiprocess_directory_of_the_users(tmp_path: Path) -> None:
+    """Every API server answers the same, scrape after scrape, and nothing is counted twice; each data-parallel engine has series of its own."""
+    flags = ("--api-server-count", "2", "--data-parallel-size", "2", "--per-request-spec-decode-metrics", "summary")
     with server("--speculative-config", json.dumps(SPECULATIVE), *flags, env={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}) as port:
         answers = send(port)
         first = settled(port)
         # Each scrape is a connection of its own, which either API server may take.
         scrapes = [ours(request(port, "/metrics")) for _ in range(8)]
     check(first, answers)
+    for engine in ('engine="0"', 'engine="1"'):
+        assert total(first, "vllm_dflash_output_tokens_total", engine) == total(first, "vllm:generation_tokens_total", engine) > 0
+        assert total(first, "vllm_dflash_drafter_info", engine) == 1
     assert all(scrape == ours(first) for scrape in scrapes)
     lines = [line.rpartition(" ")[0] for line in ours(first) if not line.startswith("#")]
     assert len(lines) == len(set(lines))

@@ -191,7 +191,15 @@ def _init(ray: Any, dashboard: bool) -> str | None:
         return None
     # Its sockets' paths have a limit of 107 characters; its default place is shared by all users.
     folder = None if "RAY_TMPDIR" in os.environ else tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    ray.init(address="local", log_to_driver=False, include_dashboard=dashboard, _temp_dir=folder)
+    try:
+        ray.init(address="local", log_to_driver=False, include_dashboard=dashboard, _temp_dir=folder)
+    except Exception as error:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise ClusterError(
+            f"Ray does not start here ({_last_line(error)}). It gives itself half a minute, which a busy machine can miss: try again, or "
+            "start it with `ray start --head` and set RAY_ADDRESS to its address"
+        ) from None
     return folder
 
 
