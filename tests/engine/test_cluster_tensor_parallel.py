@@ -9,6 +9,7 @@ AsyncLLM. Needs ``pip install 'vllm-dflash[ray]'``.
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def expected() -> list[str]:
 
 
 def test_two_tensor_parallel_ranks(tmp_path: Path, expected: list[str]) -> None:
+    import ray
+
     (tmp_path / "in.jsonl").write_text("\n".join(PROMPTS.read_text().splitlines()[:8]))
     engine = EngineSettings(
         str(TARGET), str(DRAFTER), "cuda", 7, tensor_parallel_size=2, dtype="float32", max_model_len=512, engine_args=ON_CPU
@@ -52,6 +55,10 @@ def test_two_tensor_parallel_ranks(tmp_path: Path, expected: list[str]) -> None:
     tau = 1 + sums["accepted_tokens"] / sums["drafts"]
     print(f"\ntensor parallel 2 on Ray: {sums['drafts']} drafts, tau {tau:.3f}")
     assert tau > 2
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("GPU") != 2:
+        assert time.monotonic() < deadline, "a finished batch still holds devices"
+        time.sleep(0.5)
 
 
 def test_two_data_parallel_ranks(tmp_path: Path, expected: list[str]) -> None:
@@ -64,7 +71,8 @@ def test_two_data_parallel_ranks(tmp_path: Path, expected: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, str(script), str(out), str(TOKENS)], env=env, capture_output=True, text=True, timeout=300, check=False
     )
-    assert out.is_file(), done.stderr[-3000:]
+    said = [line for line in done.stderr.splitlines() if "leaked" not in line]  # nanobind's, of Triton's bindings
+    assert out.is_file(), "\n".join(said[-60:])
     report = json.loads(out.read_text())
     assert report["texts"] == expected
     print(f"\ntwo data-parallel ranks on Ray: tokens by rank {report['tokens_by_rank']}")

@@ -91,7 +91,9 @@ def _answer(job: Job, todo: list[parts.Part], args: dict[str, Any], completer: A
     with connect(job.engine, job.replicas) as runtime_env:
         import ray
         from ray.data import ActorPoolStrategy, DataContext
+        from ray.util.placement_group import remove_placement_group
 
+        groups: list[Any] = []
         context = DataContext.get_current()
         context.enable_progress_bars = False
         items = ray.data.from_items([asdict(part) for part in todo], override_num_blocks=len(todo))
@@ -102,13 +104,20 @@ def _answer(job: Job, todo: list[parts.Part], args: dict[str, Any], completer: A
             max_concurrency=_PARTS_IN_FLIGHT,
             fn_constructor_kwargs={"engine_args": args, "sampling": job.sampling, "folder": str(job.out.resolve())},
             runtime_env=runtime_env,
-            **_reserve(job.engine),
+            **_reserve(job.engine, groups),
         )
-        yield from done.iter_rows()
+        try:
+            yield from done.iter_rows()
+        finally:
+            for group in groups:
+                remove_placement_group(group)
 
 
-def _reserve(engine: EngineSettings) -> dict[str, Any]:
-    """What Ray keeps for one replica; ranks that vLLM starts as Ray actors of its own take the rest of the replica's group."""
+def _reserve(engine: EngineSettings, groups: list[Any]) -> dict[str, Any]:
+    """What Ray keeps for one replica; ranks that vLLM starts as Ray actors of its own take the rest of the replica's group.
+
+    Groups that are made are added to ``groups``: they hold their devices until they are removed.
+    """
     bundles = engine.bundles
     if len(bundles) == 1 or not uses_ray(engine):
         return {f"num_{kind.lower()}s": sum(bundle.get(kind, 0) for bundle in bundles) for kind in ("CPU", "GPU")}
@@ -118,6 +127,7 @@ def _reserve(engine: EngineSettings) -> dict[str, Any]:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         group = placement_group(bundles, strategy="PACK")
+        groups.append(group)
         return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)}
 
     return {"num_cpus": 1, "num_gpus": 0, "ray_remote_args_fn": placed}
