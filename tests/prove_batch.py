@@ -2,6 +2,7 @@
 
     .venv/bin/python tests/prove_batch.py rows --folder /tmp/proof       (about 8 minutes on two cores)
     .venv/bin/python tests/prove_batch.py stream --folder /tmp/proof     (about 3)
+    .venv/bin/python tests/prove_batch.py overhead --folder /tmp/proof   (about 5)
 
 `rows` runs the command itself, ends it with SIGKILL in mid-run, runs it again, and compares with vLLM's LLM without a drafter in one process.
 `stream` answers with a stand-in for the engine, and watches the memory of this process and of the actors.
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -42,8 +44,8 @@ def write_rows(path: Path) -> list[str]:
     return prompts
 
 
-def one_process(prompts: list[str], path: Path) -> dict:
-    """vLLM's own LLM without a drafter: what the rows have to equal, and the time it takes. Kept in ``path``."""
+def one_process(prompts: list[str], path: Path, drafted: bool = False) -> dict:
+    """vLLM's own LLM, without a drafter unless ``drafted``: what the rows have to equal, and the time it takes. Kept in ``path``."""
     if not path.is_file():
         code = (
             "import json, sys, time\nfrom vllm import LLM, SamplingParams\n"
@@ -54,7 +56,10 @@ def one_process(prompts: list[str], path: Path) -> dict:
         )
         args = {"model": str(TARGET), "dtype": "float32", "max_model_len": 512, "kv_cache_memory_bytes": 1 << 28, "enforce_eager": True}
         job = {"args": args, "prompts": prompts, "sampling": SAMPLING, "out": str(path)}
-        env = os.environ | {"VLLM_DFLASH": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        if drafted:
+            args |= {"max_num_seqs": 32}
+            args["speculative_config"] = {"method": "dflash", "model": str(DRAFTER), "num_speculative_tokens": 7}
+        env = os.environ | {"VLLM_DFLASH": str(int(drafted)), "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         subprocess.run([sys.executable, "-c", code], input=json.dumps(job), text=True, env=env, check=True)
     return json.loads(path.read_text())
 
@@ -109,6 +114,26 @@ def prove_sums(folder: Path) -> None:
     print(f"{len(engines)} engines, {time.monotonic() - began:.0f} s in all, tau {1 + sums['accepted_tokens'] / sums['drafts']:.3f}")
 
 
+def prove_overhead(folder: Path) -> None:
+    """One replica against vLLM's LLM with the same drafter in one process, 32 requests at a time, from the first row to the last; three turns.
+
+    Set OMP_NUM_THREADS: Ray gives an actor its own number of threads otherwise.
+    """
+    prompts = write_rows(folder / "rows.jsonl")
+    engine = replace(ENGINE, engine_args=ENGINE.engine_args | {"max_num_seqs": 32})
+    ratios = []
+    for turn in range(3):
+        alone = one_process(prompts, folder / f"drafted-{os.getpid()}-{turn}.json", drafted=True)
+        out = folder / f"overhead-{os.getpid()}-{turn}"
+        complete(Job([str(folder / "rows.jsonl")], out, engine, SAMPLING, 1, 32))
+        written = sorted(path.stat().st_mtime for path in out.glob("part-*"))
+        # The engine has begun before the first part is there: parts of as many rows, from the end of one to the end of the last.
+        batch = (written[-1] - written[0]) * len(written) / (len(written) - 1)
+        ratios.append(batch / alone["seconds"])
+        print(f"{ROWS} rows: {alone['seconds']:.1f} s in one process, {batch:.1f} s through Ray Data", flush=True)
+    print(f"through Ray Data / in one process: {sorted(ratios)[1]:.3f} (median of {', '.join(f'{ratio:.3f}' for ratio in ratios)})")
+
+
 def prove_stream(folder: Path) -> None:
     """200,000 rows of 2 kB through the stand-in."""
     path, count = folder / "many.jsonl", 200_000
@@ -157,7 +182,7 @@ def _resident(process: Path) -> float:
 def main() -> None:
     """Runs one of the proofs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    proofs = {"rows": prove_rows, "sums": prove_sums, "stream": prove_stream}
+    proofs = {"rows": prove_rows, "sums": prove_sums, "stream": prove_stream, "overhead": prove_overhead}
     parser.add_argument("proof", choices=proofs)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "prove-batch")
     args = parser.parse_args()

@@ -2,6 +2,7 @@
 
     .venv/bin/python tests/prove_serve.py kill       (about 6 minutes on two cores)
     .venv/bin/python tests/prove_serve.py scale      (about 6)
+    .venv/bin/python tests/prove_serve.py overhead   (about 4)
 
 `kill` sends `vllm bench serve` traffic, then ends one replica's process while clients ask, and says what became of every request. With
 `prometheus` on the path, a real one scrapes what Ray's service discovery names.
@@ -29,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from engine.harness import DRAFTER, PROMPTS, TARGET  # noqa: E402
+from engine.test_serve import server  # noqa: E402
 from monitoring import queries  # noqa: E402
 from prometheus import free_port, scraping_ray  # noqa: E402
 
@@ -182,6 +184,17 @@ def prove_kill(folder: Path, url: str) -> None:
     print(f"of the failed, began after the kill: {sum(each[0] > killed for each in lost)}", flush=True)
 
 
+def prove_overhead(folder: Path, url: str) -> None:
+    """One replica against `vllm serve` with the same drafter: the same traffic to each in turn."""
+    speculative = json.dumps({"method": "dflash", "model": str(DRAFTER), "num_speculative_tokens": 7})
+    with server("--speculative-config", speculative, "--served-model-name", "pair") as port:
+        for turn in range(3):
+            print(f"turn {turn}: vllm serve", flush=True)
+            bench(f"http://127.0.0.1:{port}")
+            print(f"turn {turn}: up, one replica", flush=True)
+            bench(url)
+
+
 def prove_scale(folder: Path, url: str) -> None:
     """One replica, two under load, one again."""
     assert running(folder) == 1
@@ -217,7 +230,11 @@ def prometheus(folder: Path) -> Iterator[Callable[[], None]]:
 def main() -> None:
     """Runs one of the proofs, on a deployment of its own or on one that runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    proofs = {"kill": (prove_kill, ["2"]), "scale": (prove_scale, ["1,2", "--requests-per-replica", "4"])}
+    proofs = {
+        "kill": (prove_kill, ["2"]),
+        "scale": (prove_scale, ["1,2", "--requests-per-replica", "4"]),
+        "overhead": (prove_overhead, ["1"]),
+    }
     parser.add_argument("proof", choices=proofs)
     parser.add_argument("--url", help="of a deployment that runs, named pair")
     parser.add_argument("--folder", type=Path, help="its RAY_TMPDIR")
