@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.harness import DRAFTER, TARGET, Batch, Job, held_out_prompts, run_engine, run_engines
+from engine.harness import DRAFTER, TARGET, Batch, held_out_prompts, run_engine
 
 BATCH_SIZES = (1, 4, 16)
 
@@ -14,9 +14,8 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def plain_float32(prompts: list[list[int]]) -> list[Batch]:
-    """The embedded target without speculation: 16 prompts one at a time, 64 in batches of 4 and 64 in batches of 16, x 128 tokens."""
-    jobs = [Job(TARGET, None, prompts[:16], batch_sizes=BATCH_SIZES[:1]), Job(TARGET, None, prompts, batch_sizes=BATCH_SIZES[1:])]
-    return [batch for batches in run_engines(jobs) for batch in batches]
+    """The embedded target without speculation: 64 prompts x 128 tokens, batches of 1, 4 and 16."""
+    return run_engine(TARGET, None, prompts, batch_sizes=BATCH_SIZES)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 Like ``worker.py``, but what it asks of the workers goes through vLLM's ``collective_rpc``: they are processes of their own.
 """
 
-import multiprocessing
 from typing import Any
 
 from engines import answer_jobs, counters, record_drafts, start
@@ -23,11 +22,7 @@ def recorded(worker: Any) -> list[dict[str, Any]]:
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import SamplingParams
-    from vllm.v1.executor import multiproc_executor
 
-    if job["fork_ranks"]:
-        # Ranks as vLLM starts them import all of it again, which takes most of the time; this process has no device and no threads yet.
-        multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
     settings = {name: job[name] for name in ("dtype", "max_model_len", "kv_cache_memory_bytes", "speculative_config")}
     llm = start(job["target"], skip_tokenizer_init=True, **settings | job["engine_args"])
     drafted = job["speculative_config"] is not None

@@ -36,7 +36,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
     folder = tmp_path_factory.mktemp("sharded")
     target, prompts = FAMILIES["llama"].make(folder / "target"), random_prompts(8, 512)
     found = {name: (target, variant.make(folder / name.replace(" ", "-")), prompts) for name, variant in RANDOM.items()}
-    return {TRAINED: (TARGET, DRAFTER, held_out_prompts(8))} | found
+    return found | {TRAINED: (TARGET, DRAFTER, held_out_prompts(8))}
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,7 @@ def reports(pairs: Pairs) -> dict[tuple[str, int], dict]:
         jobs[name, 0] = Job(target, None, prompts, max_tokens=24)
         jobs[name, 1] = Job(target, drafter, prompts, max_tokens=24)
         jobs[name, 2] = Job(target, drafter, prompts, max_tokens=24, engine_args={"tensor_parallel_size": 2})
-    # The trained pair's ranks are started as vLLM starts them, and the others, after it, forked: that is quicker.
-    asked = [job.to_json() | {"fork_ranks": name != TRAINED} for (name, _), job in jobs.items()]
-    return dict(zip(jobs, run_worker("tensor_parallel_worker.py", asked), strict=True))
+    return dict(zip(jobs, run_worker("tensor_parallel_worker.py", [job.to_json() for job in jobs.values()]), strict=True))
 
 
 def batch(report: dict[str, Any], prompts: list[list[int]]) -> Batch:

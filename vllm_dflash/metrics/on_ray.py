@@ -7,6 +7,7 @@ have there. A counter or bucket stays a sum that grows, so ``rate()`` holds; ``m
 """
 
 import threading
+import time
 
 from ray.util.metrics import Gauge
 
@@ -17,17 +18,12 @@ PERIOD = 5.0
 
 
 class RayExporter:
-    """Writes this process's engines' metrics to Ray until ``close``."""
+    """Writes this process's engines' metrics to Ray for as long as it lives."""
 
     def __init__(self, replica_id: str) -> None:
         self._replica_id = replica_id
         self._gauges: dict[str, Gauge] = {}
-        self._closed = threading.Event()
         threading.Thread(target=self._run, name="vllm-dflash-metrics", daemon=True).start()
-
-    def close(self) -> None:
-        """Stops it."""
-        self._closed.set()
 
     def export(self) -> None:
         """Writes what the engines have counted so far."""
@@ -39,5 +35,6 @@ class RayExporter:
                 gauge.set(sample.value, sample.labels | {"ReplicaId": self._replica_id})
 
     def _run(self) -> None:
-        while not self._closed.wait(PERIOD):
+        while True:
             self.export()
+            time.sleep(PERIOD)
