@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -32,10 +33,11 @@ def server(*flags: str, env: dict[str, str] | None = None) -> Iterator[int]:
         "--served-model-name", "embedded", "--enforce-eager", "--max-model-len", "512", "--kv-cache-memory-bytes", str(1 << 28),
         "--generation-config", "vllm", *flags,
     ]  # fmt: skip
+    # A pipe that nobody reads would stop the server once it is full of its log of requests.
+    log = tempfile.TemporaryFile("w+")
     process = subprocess.Popen(
-        command, env=engine_env({"VLLM_ENABLE_V1_MULTIPROCESSING": "1", **(env or {})}),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+        command, env=engine_env({"VLLM_ENABLE_V1_MULTIPROCESSING": "1", **(env or {})}), stdout=log, stderr=log, start_new_session=True
+    )
     try:
         deadline = time.monotonic() + 240
         while True:
@@ -43,12 +45,12 @@ def server(*flags: str, env: dict[str, str] | None = None) -> Iterator[int]:
                 request(port, "/health")
                 break
             except (urllib.error.URLError, ConnectionError):
-                assert process.poll() is None, process.stdout.read()[-6000:]
+                assert process.poll() is None, log.seek(0) or log.read()[-6000:]
                 assert time.monotonic() < deadline, "the server did not answer in time"
                 time.sleep(0.5)
         yield port
         process.terminate()
-        process.communicate(timeout=60)
+        process.wait(60)
         wait_until_gone(process.pid)
     finally:
         if process.poll() is None:
