@@ -34,7 +34,7 @@ def server(*flags: str, env: dict[str, str] | None = None) -> Iterator[int]:
         "--generation-config", "vllm", *flags,
     ]  # fmt: skip
     # A pipe that nobody reads would stop the server once it is full of its log of requests.
-    log = tempfile.TemporaryFile("w+")
+    log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (as long as the server: closed with it)
     process = subprocess.Popen(
         command, env=engine_env({"VLLM_ENABLE_V1_MULTIPROCESSING": "1", **(env or {})}), stdout=log, stderr=log, start_new_session=True
     )
@@ -56,6 +56,7 @@ def server(*flags: str, env: dict[str, str] | None = None) -> Iterator[int]:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        log.close()
 
 
 def request(port: int, path: str, body: dict[str, Any] | None = None) -> str:
