@@ -67,7 +67,7 @@ def settings_of(args: argparse.Namespace, variant: Variant, seed: int) -> Settin
         "target": str(PAIR / "target"), "prompts": [str(args.prompts)], "held_out_prompts": str(PAIR / "prompts.jsonl"), "steps": args.steps,
         "out": str(args.out / f"{args.match}-{args.steps}" / f"{variant.name}-seed{seed}"), "seed": seed, "dtype": args.dtype, "prove_prompts": 128,
         "eval_every": args.steps, "checkpoint_every": max(25, args.steps // 8), "batch_size": args.batch_size, "anchors": args.anchors,
-        "precision": args.precision,
+        "precision": args.precision, "compile": args.compile,
     }  # fmt: skip
     chosen = load(str(PAIR / "dflash.toml"), flags | variant.flags)
     if args.match == "parameters":
@@ -148,15 +148,32 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.mean(values), _STUDENT[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
 
 
+def note(args: argparse.Namespace, variant: Variant, seed: int, run: Settings) -> None:
+    """Adds a finished run to the file of results, a line."""
+    found = _read(Path(run.run.out) / "train" / "result.json")
+    line = _budget(args) | {
+        "variant": variant.name, "seed": seed, "tau": found["tau"], "parameters": parameters_of(run), "seconds_a_step": _step_seconds(run),
+    }  # fmt: skip
+    with _results(args).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def finished(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The results of runs with this budget."""
+    lines = _results(args).read_text().splitlines() if _results(args).is_file() else []
+    budget = _budget(args)
+    return [line for line in map(json.loads, lines) if budget.items() <= line.items()]
+
+
 def report(args: argparse.Namespace, chosen: Sequence[Variant]) -> str:
     """A table of what is trained so far, best first."""
     rows = []
     for variant in chosen:
-        runs = [settings_of(args, variant, seed) for seed in args.seeds]
-        results = [r for run in runs if (r := _read(Path(run.run.out) / "train" / "result.json"))]
-        if results:
-            mean, half = interval([r["tau"] for r in results])
-            rows.append((mean, half, len(results), variant.name, parameters_of(runs[0]), _step_seconds(runs)))
+        runs = [one for one in finished(args) if one["variant"] == variant.name]
+        if runs:
+            mean, half = interval([one["tau"] for one in runs])
+            seconds = statistics.median(one["seconds_a_step"] for one in runs)
+            rows.append((mean, half, len(runs), variant.name, runs[0]["parameters"], seconds))
     blocks = f"{args.batch_size} sequences x {args.anchors} blocks"
     lines = [f"{args.steps} steps of {blocks}, matched by {args.match}; tau on 128 held-out prompts x 192 tokens, greedy, {args.dtype}", "",
              "| drafter | tau | 95 % interval | seeds | parameters | seconds a step |", "|---|---|---|---|---|---|"]  # fmt: skip
@@ -165,19 +182,24 @@ def report(args: argparse.Namespace, chosen: Sequence[Variant]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _budget(args: argparse.Namespace) -> dict[str, Any]:
+    """What results have to have in common to be compared."""
+    return {name: getattr(args, name) for name in ("match", "steps", "batch_size", "anchors", "dtype", "precision")}
+
+
+def _results(args: argparse.Namespace) -> Path:
+    return args.results or args.out / "results.jsonl"
+
+
 def _read(path: Path) -> Any:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _step_seconds(runs: Sequence[Settings]) -> float:
-    """Median over the logs' stretches: the slowest are other work's."""
-    found = []
-    for run in runs:
-        path = Path(run.run.out) / "train" / "log.jsonl"
-        entries = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        timed = [(e["step"], e["seconds"]) for e in entries if "seconds" in e]
-        found += [(s1 - s0) / (n1 - n0) for (n0, s0), (n1, s1) in pairwise(timed) if s1 > s0]
-    return statistics.median(found) if found else float("nan")
+def _step_seconds(run: Settings) -> float:
+    """Median over the log's stretches: the slowest are other work's."""
+    path = Path(run.run.out) / "train" / "log.jsonl"
+    timed = [(e["step"], e["seconds"]) for e in map(json.loads, path.read_text().splitlines()) if "seconds" in e]
+    return statistics.median((s1 - s0) / (n1 - n0) for (n0, s0), (n1, s1) in pairwise(timed) if s1 > s0)
 
 
 def bench(args: argparse.Namespace, names: Sequence[str]) -> int:
@@ -194,11 +216,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines to train on, from embedded_pair/prompts.py")
     parser.add_argument("--out", type=Path, required=True, help="folder of the study")
+    parser.add_argument(
+        "--results", type=Path, help="a line for each finished run, none of which is done again (default: OUT/results.jsonl)"
+    )
     parser.add_argument("--steps", type=int, default=400, help="of every run (default: 400)")
     parser.add_argument("--batch-size", type=int, default=16, help="sequences a step (default: 16)")
     parser.add_argument("--anchors", type=int, default=32, help="blocks a sequence (default: 32)")
     parser.add_argument("--dtype", default="bfloat16", help="of target, answers and exported drafters (default: bfloat16)")
     parser.add_argument("--precision", default="bfloat16", help="of the training's matrix products (default: bfloat16)")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile each run's loss: on two cores two minutes once, then half the time a step"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument(
         "--match", choices=("steps", "parameters"), default="steps", help="parameters: MLPs as wide as makes all as large as dflash-3x3"
@@ -216,13 +244,14 @@ def main() -> int:
     if args.bench:
         return bench(args, args.bench)
     began = time.monotonic()
-    todo = [settings_of(args, v, seed) for seed in args.seeds for v in chosen]
-    todo = [run for run in todo if not (Path(run.run.out) / "train" / "result.json").is_file()]
-    for run in tqdm(todo, desc="study", unit=" runs"):
+    done = {(one["variant"], one["seed"]) for one in finished(args)}
+    todo = [(v, seed) for seed in args.seeds for v in chosen if (v.name, seed) not in done]
+    for variant, seed in tqdm(todo, desc="study", unit=" runs"):
         if args.minutes and time.monotonic() - began > 60 * args.minutes:
             break
+        run = settings_of(args, variant, seed)
         train(args, run)
-        (args.out / f"report-{args.match}-{args.steps}.md").write_text(report(args, chosen))
+        note(args, variant, seed, run)
     print(report(args, chosen))
     return 0
 
