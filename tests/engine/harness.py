@@ -15,7 +15,7 @@ from engine import forks
 
 ROOT = Path(__file__).parents[2]
 PAIR = ROOT / "examples" / "embedded_pair"
-TARGET, DRAFTER, PROMPTS = PAIR / "target", PAIR / "dflash", PAIR / "prompts.jsonl"
+TARGET, DRAFTER, DFLARE, PROMPTS = PAIR / "target", PAIR / "dflash", PAIR / "dflare", PAIR / "prompts.jsonl"
 
 
 @dataclass(frozen=True)
