@@ -21,7 +21,15 @@ def study():
 
 def test_one_size(study, tmp_path: Path) -> None:
     args = argparse.Namespace(
-        prompts=tmp_path / "p", out=tmp_path, steps=10, match="parameters", batch_size=16, anchors=32, dtype="float32", precision="float32"
+        prompts=tmp_path / "p",
+        out=tmp_path,
+        steps=10,
+        match="parameters",
+        batch_size=16,
+        anchors=32,
+        dtype="float32",
+        precision="float32",
+        compile=False,
     )
     sizes = {v.name: study.parameters_of(study.settings_of(args, v, 0)) for v in study.variants()}
     assert len(sizes) == 23

@@ -91,14 +91,18 @@ def test_a_finished_run_does_nothing(undisturbed: Settings) -> None:
     assert {p: p.stat().st_mtime_ns for p in Path(undisturbed.run.out).rglob("*.safetensors")} == before
 
 
-def test_features_on_the_fly_agree(make, undisturbed: Settings) -> None:
-    """A shard from the cache, the others from the target in every step: the loss curve of all from the cache, to rounding."""
-    chosen = make(ema=0.9, max_disk_gb=3e-4)
-    run_stages(chosen, HERE)
-    shards = list((Path(chosen.run.out) / "features").glob("*.safetensors"))
-    assert 0 < len(shards) < len(list((Path(undisturbed.run.out) / "features").glob("*.safetensors")))
-    mine, theirs = ([e["loss"] for e in entries(run) if "loss" in e] for run in (chosen, undisturbed))
-    assert mine == pytest.approx(theirs, rel=1e-3)
+def test_features_on_the_fly_agree(make) -> None:
+    """A shard from the cache, the others from the target in every step: the loss curve of all from the cache, to rounding.
+
+    Trained by AdamW, which differs by 1e-7: Muon orthogonalizes in bfloat16 where the processor does, and makes a thousandth of it.
+    """
+    runs = [make(ema=0.9, optimizer="adamw", lr=2e-2, max_disk_gb=size) for size in (3e-4, 1.0)]
+    for chosen in runs:
+        run_stages(chosen, HERE)
+    some, all_ = (list((Path(chosen.run.out) / "features").glob("*.safetensors")) for chosen in runs)
+    assert 0 < len(some) < len(all_)
+    mine, theirs = ([e["loss"] for e in entries(run) if "loss" in e] for run in runs)
+    assert mine == pytest.approx(theirs, rel=1e-5)
 
 
 def test_another_config_is_refused(make, undisturbed: Settings) -> None:
