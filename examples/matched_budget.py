@@ -252,6 +252,7 @@ def main() -> int:
         run = settings_of(args, variant, seed)
         train(args, run)
         note(args, variant, seed, run)
+        (args.out / "report.md").write_text(report(args, chosen))
     print(report(args, chosen))
     return 0
 

@@ -76,9 +76,13 @@ def test_trained_drafts_are_the_references(runs: Runs) -> None:
     assert [pair for draft in drafts for pair in draft if pair.served != pair.reference] == []
     pairs = [pair for draft in runs.compare(TRAINED_BFLOAT16) for pair in draft]
     agreeing = sum(pair.served == pair.reference for pair in pairs) / len(pairs)
-    print(f"\nV2, bfloat16, trained weights: {agreeing:.4f} of {len(pairs)} tokens agree")
+    beyond, gaps = sum(pair.differs_beyond_rounding for pair in pairs), sorted(pair.gap for pair in pairs if pair.served != pair.reference)
+    print(
+        f"\nV2, bfloat16, trained weights: {agreeing:.4f} of {len(pairs)} tokens agree, {1 - beyond / len(pairs):.4f} but for rounding; "
+        f"logit gaps where they do not: {', '.join(f'{gap:.4f}' for gap in gaps)}"
+    )
     assert agreeing >= 0.96
-    assert sum(pair.differs_beyond_rounding for pair in pairs) <= 0.01 * len(pairs)
+    assert beyond <= 0.01 * len(pairs)
 
 
 def test_drafts_after_a_chunk_of_the_prompt(runs: Runs) -> None:
@@ -103,6 +107,8 @@ def test_bfloat16_drafts_are_the_references(runs: Runs) -> None:
     clear = [pair for pair in pairs if pair.gap >= 1 / 32]
     assert len(clear) >= 0.75 * len(pairs)
     agreeing = sum(pair.served == pair.reference for pair in clear) / len(clear)
+    outright = sum(pair.served == pair.reference for pair in pairs) / len(pairs)
+    print(f"\nV2, bfloat16, random weights: {agreeing:.4f} of {len(clear)} clear tokens agree, {outright:.4f} of all {len(pairs)}")
     assert agreeing >= 0.99, f"{agreeing:.2%} of {len(clear)}"
 
 
