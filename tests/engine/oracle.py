@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from engine.harness import Batch
+from engine.rounding import Kernels, RoundedDrafter, RoundedTarget, replay_rounded
 from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.reference.decoding import replay_drafts
 
@@ -72,6 +73,17 @@ def compare_bfloat16(batch: Batch, target: Path, drafter: Path, num_speculative_
             served.add(draft["draft"], oracle)
             reference.add(again.tokens, oracle)
     return served, reference
+
+
+def compare_rounded(batch: Batch, target: Path, drafter: Path, num_speculative_tokens: int) -> Agreement:
+    """The same for an engine in bfloat16, beside a computation in plain PyTorch that rounds where the engine does."""
+    models = RoundedTarget(target, Kernels.here()), RoundedDrafter(drafter, Kernels.here())
+    result = Agreement()
+    for sequence, drafts in _by_sequence(batch).items():
+        expected = replay_rounded(*models, sequence, [d["anchor"] for d in drafts], num_speculative_tokens)
+        for draft, oracle in zip(drafts, expected, strict=True):
+            result.add(draft["draft"], oracle)
+    return result
 
 
 @cache

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from engine.harness import Batch, Job, run_engines
-from engine.oracle import BFLOAT16_GAP, compare_bfloat16, compare_drafts
+from engine.oracle import compare_bfloat16, compare_drafts, compare_rounded
+from engine.rounding import AT_LEAST
 from pairs import make_random_target, random_drafter_config
 from trained import train_briefly
 from vllm_dflash.reference.checkpoint import load_drafter
@@ -71,13 +72,15 @@ def test_drafts_are_the_references(served: list[Batch], target: Path, drafter: P
 
 
 def test_bfloat16_drafts_are_the_references(served: list[Batch], target: Path, drafter: Path) -> None:
-    """As near to the float32 reference's as the reference's own in bfloat16 are, to 1 %."""
+    """99 % are, outright, those of plain PyTorch that rounds alike; and they are as near to the float32 reference's as the reference's own in
+    bfloat16 are, to 1 %."""
     ours, reference = compare_bfloat16(served[BFLOAT16], target, drafter, 7)
     print(f"\nbfloat16, {ours.tokens} tokens that agree with float32: engine {ours.share:.4f}, reference {reference.share:.4f}")
     assert ours.drafts >= 200
     assert ours.share >= reference.share - 0.01
-    if torch.cpu._is_avx512_supported():  # elsewhere rounding alone takes more: 98.8 % were measured
-        assert compare_drafts(served[BFLOAT16], target, drafter, torch.bfloat16, 7).share_beyond(BFLOAT16_GAP) >= 0.99
+    agreement = compare_rounded(served[BFLOAT16], target, drafter, 7)
+    print(f"with plain PyTorch that rounds alike: {agreement.share:.4f} of {agreement.tokens} outright")
+    assert agreement.share >= AT_LEAST
 
 
 def test_tau_is_the_reference_loops(served: list[Batch], target: Path, drafter: Path) -> None:

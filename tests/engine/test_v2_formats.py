@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from engine import harness
+from engine.rounding import AT_LEAST
 from engine.v2_interpreter import Job, run_engines
 from engine.v2_runs import Runs
 from variants import VARIANTS
@@ -93,14 +94,10 @@ def test_dflare_after_a_chunk_of_the_prompt(runs: Runs) -> None:
 
 
 def test_bfloat16_dflare_drafts_are_the_references(runs: Runs) -> None:
-    """In bfloat16 two logits of size 4 are equal or 1/32 apart, and a random drafter's best two are often that close; such
-    tokens are left out."""
     pairs = [pair for draft in runs.compare(BFLOAT16) for pair in draft]
-    clear = [pair for pair in pairs if pair.gap >= 1 / 32]
-    assert len(clear) >= 0.75 * len(pairs)
-    agreeing = sum(pair.served == pair.reference for pair in clear) / len(clear)
-    print(f"\nV2, bfloat16, random dflare: {agreeing:.4f} of {len(clear)} clear tokens agree, {len(pairs)} in all")
-    assert agreeing >= 0.99, f"{agreeing:.2%} of {len(clear)}"
+    agreeing = sum(pair.served == pair.reference for pair in pairs) / len(pairs)
+    print(f"\nV2, bfloat16, random dflare: {agreeing:.4f} of {len(pairs)} tokens agree")
+    assert agreeing >= AT_LEAST
 
 
 @pytest.mark.parametrize("name", ON_BOTH_RUNNERS)

@@ -1,13 +1,15 @@
-"""What engines under ``v2_interpreter`` drafted, beside the plain PyTorch reference's drafts at the same anchors."""
+"""What engines under ``v2_interpreter`` drafted, beside plain PyTorch's drafts at the same anchors: the reference's in float32, those of
+``rounding`` in bfloat16."""
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine.oracle import BFLOAT16_GAP
+from engine.rounding import Kernels, RoundedDrafter, RoundedTarget, replay_rounded
 from engine.v2_interpreter import Draft, Job, Result
 from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.reference.decoding import replay_drafts
@@ -18,16 +20,12 @@ Select = Callable[[list[int], Draft], bool]
 
 @dataclass(frozen=True)
 class Pair:
-    """One drafted token beside the reference's."""
+    """One drafted token beside plain PyTorch's, with that one's logit and lead over the second."""
 
     served: int
     reference: int
     gap: float
     top: float
-
-    @property
-    def differs_beyond_rounding(self) -> bool:
-        return self.served != self.reference and self.gap > BFLOAT16_GAP * abs(self.top)
 
 
 @dataclass(frozen=True)
@@ -59,13 +57,20 @@ class Runs:
     def _compare(self, run: int) -> Iterator[tuple[int, Draft, list[Pair]]]:
         job = self.jobs[run]
         assert job.drafter is not None
-        dtype = getattr(torch, job.dtype)
-        target: Any = AutoModelForCausalLM.from_pretrained(job.target, dtype=dtype).eval()
-        drafter = load_drafter(job.drafter, dtype)
+        target: Any
+        drafter: Any
+        if job.dtype == "bfloat16":
+            target, drafter = RoundedTarget(Path(job.target), Kernels.here()), RoundedDrafter(Path(job.drafter), Kernels.here())
+        else:
+            target, drafter = (
+                AutoModelForCausalLM.from_pretrained(job.target, dtype=torch.float32).eval(),
+                load_drafter(job.drafter, torch.float32),
+            )
+        replay: Callable[..., Any] = replay_rounded if job.dtype == "bfloat16" else replay_drafts
         for i in range(len(job.prompts)):
             for _, tokens, drafts in self.drafts(run, [i]):
                 anchors = [draft.anchor for draft in drafts]
-                references = replay_drafts(target, drafter, tokens, anchors, job.num_speculative_tokens, job.max_model_len)
+                references = replay(target, drafter, tokens, anchors, job.num_speculative_tokens, job.max_model_len)
                 for served, reference in zip(drafts, references, strict=True):
                     assert served.anchor_token == tokens[served.anchor]
                     # The reference drafts no further than max_model_len; the engine's tokens past it are never scheduled.
