@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from engine.harness import Batch, Job, run_engines
+from engine.harness import Batch, Job, run_engine, run_engines
 from engine.oracle import compare_bfloat16, compare_drafts, compare_rounded
 from engine.rounding import AT_LEAST
-from pairs import make_random_target, random_drafter_config
+from pairs import make_random_drafter, make_random_target, random_drafter_config, random_prompts
 from trained import train_briefly
+from variants import VARIANTS
 from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.reference.decoding import generate
 
@@ -80,6 +81,15 @@ def test_bfloat16_drafts_are_the_references(served: list[Batch], target: Path, d
     assert ours.share >= reference.share - 0.01
     agreement = compare_rounded(served[BFLOAT16], target, drafter, 7)
     print(f"with plain PyTorch that rounds alike: {agreement.share:.4f} of {agreement.tokens} outright")
+    assert agreement.share >= AT_LEAST
+
+
+def test_random_bfloat16_drafts_are_the_references(random_target: Path, tmp_path: Path) -> None:
+    drafter = make_random_drafter(tmp_path / "drafter", config=random_drafter_config(**VARIANTS["dflare"].changes), seed=2)
+    batch = run_engine(random_target, drafter, random_prompts(16, 512), dtype="bfloat16", max_tokens=24, record=True)[0]
+    agreement = compare_rounded(batch, random_target, drafter, 7)
+    print(f"\nrandom weights, with plain PyTorch that rounds alike: {agreement.share:.4f} of {agreement.tokens} outright")
+    assert agreement.drafts >= 200
     assert agreement.share >= AT_LEAST
 
 

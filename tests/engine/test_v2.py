@@ -1,7 +1,7 @@
 """Our drafter in vLLM's V2 model runner, on a CPU, against the plain PyTorch reference.
 
-One process runs six engines: four on one set of prompts for a random pair, some of which are prefilled in chunks and end at ``max_model_len``;
-two on the embedded pair. The tests read its record.
+One process runs seven engines: four on one set of prompts for a random pair, some of which are prefilled in chunks and end at
+``max_model_len``; three on the embedded pair. The tests read its record.
 
     pytest tests/engine/test_v2.py
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from engine.harness import DRAFTER, TARGET, held_out_prompts
+from engine.harness import DFLARE, DRAFTER, TARGET, held_out_prompts
 from engine.rounding import AT_LEAST
 from engine.v2_interpreter import Job, run_engines
 from engine.v2_runs import Runs
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1000)]
 K = 7
 MAX_MODEL_LEN = 128
 """One page of the CPU's KV cache: a position past the end has its slot looked up in the page that holds the whole request."""
-PLAIN, FLOAT32, BFLOAT16, ADAPTIVE, TRAINED, TRAINED_BFLOAT16 = range(6)
+PLAIN, FLOAT32, BFLOAT16, ADAPTIVE, TRAINED, TRAINED_BFLOAT16, DFLARE_BFLOAT16 = range(7)
 FEWER_FROM, FEWER = 9, 3
 """In the adaptive job, steps of this many requests or more schedule this many drafts."""
 
@@ -50,7 +50,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         Job(**speculative | dict(max_tokens=20), script_from=PLAIN, speculative_config={"num_speculative_tokens_per_batch_size": schedule}),
     ]
     trained: dict[str, Any] = dict(target=str(TARGET), drafter=str(DRAFTER), prompts=held_out_prompts(16), max_tokens=60)
-    jobs += [Job(**speculative | trained), Job(**speculative | trained | dict(dtype="bfloat16"))]
+    jobs += [
+        Job(**speculative | trained),
+        *(Job(**speculative | trained | dict(drafter=str(d), dtype="bfloat16")) for d in (DRAFTER, DFLARE)),
+    ]
     return Runs(jobs, run_engines(jobs))
 
 
@@ -71,17 +74,21 @@ def test_drafts_are_the_references(runs: Runs) -> None:
 
 
 def test_trained_drafts_are_the_references(runs: Runs) -> None:
-    """The embedded pair: every token in float32; in bfloat16 99 %, outright."""
+    """The embedded pair."""
     drafts = runs.compare(TRAINED)
     assert len(drafts) >= 200
     assert [pair for draft in drafts for pair in draft if pair.served != pair.reference] == []
-    pairs = [pair for draft in runs.compare(TRAINED_BFLOAT16) for pair in draft]
+
+
+@pytest.mark.parametrize("run", [BFLOAT16, TRAINED_BFLOAT16, DFLARE_BFLOAT16], ids=["random", "trained", "trained dflare"])
+def test_bfloat16_drafts_are_the_references(runs: Runs, run: int) -> None:
+    """99 %, outright, though the best two logits are often no further apart than bfloat16 can tell."""
+    drafts = runs.compare(run)
+    assert len(drafts) >= 200
+    pairs = [pair for draft in drafts for pair in draft]
     agreeing = sum(pair.served == pair.reference for pair in pairs) / len(pairs)
     gaps = sorted(pair.gap for pair in pairs if pair.served != pair.reference)
-    print(
-        f"\nV2, bfloat16, trained weights: {agreeing:.4f} of {len(pairs)} tokens agree; "
-        f"logit gaps where they do not: {', '.join(f'{gap:.4f}' for gap in gaps)}"
-    )
+    print(f"\nV2, bfloat16: {agreeing:.4f} of {len(pairs)} tokens agree; gaps where they do not: {', '.join(f'{gap:.4f}' for gap in gaps)}")
     assert agreeing >= AT_LEAST
 
 
@@ -98,15 +105,6 @@ def test_drafts_near_max_model_len(runs: Runs) -> None:
     drafts = runs.compare(FLOAT32, lambda prompt, draft: draft.anchor + K >= MAX_MODEL_LEN)
     assert sum(map(len, drafts)) >= 100
     assert all(pair.served == pair.reference for draft in drafts for pair in draft)
-
-
-def test_bfloat16_drafts_are_the_references(runs: Runs) -> None:
-    """99 %, outright, though a random drafter's best two logits are often no further apart than bfloat16 can tell."""
-    assert len(runs.compare(BFLOAT16)) >= 200
-    pairs = [pair for draft in runs.compare(BFLOAT16) for pair in draft]
-    agreeing = sum(pair.served == pair.reference for pair in pairs) / len(pairs)
-    print(f"\nV2, bfloat16, random weights: {agreeing:.4f} of {len(pairs)} tokens agree")
-    assert agreeing >= AT_LEAST
 
 
 @pytest.mark.parametrize("run", [FLOAT32, ADAPTIVE])

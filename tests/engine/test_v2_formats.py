@@ -17,6 +17,7 @@ from engine import harness
 from engine.rounding import AT_LEAST
 from engine.v2_interpreter import Job, run_engines
 from engine.v2_runs import Runs
+from pairs import make_random_drafter, random_drafter_config, random_prompts
 from variants import VARIANTS
 
 # Longer than the engines' own limit, so that a hang is reported with what they wrote.
@@ -32,7 +33,7 @@ NAMES = (
 SLIDING = ("dflare mixed", "dflash mixed causal", "dflash sliding")
 ON_BOTH_RUNNERS = ("dflash", "dflare")
 BFLOAT16 = len(NAMES) + 1
-"""The jobs: plain decoding, one a name, and dflare in bfloat16."""
+"""The jobs: plain decoding, one a name, and a dflare drafter in bfloat16."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,9 @@ def both(random_target: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
         max_num_seqs=8, engine_args={"block_size": PAGE},
     )  # fmt: skip
     jobs = [Job(**shared), *(Job(**shared, drafter=str(drafter), script_from=0) for drafter in drafters.values())]
-    jobs.append(Job(**shared, drafter=str(drafters["dflare"]), dtype="bfloat16"))
+    # Another drafter and more prompts: of the first, whose sequences repeat, the two best logits tie in one token of forty.
+    another = make_random_drafter(folder / "another", config=random_drafter_config(**VARIANTS["dflare"].changes), seed=2)
+    jobs.append(Job(**shared | dict(drafter=str(another), dtype="bfloat16", prompts=random_prompts(16, 512), max_num_seqs=16)))
     v1_jobs = [
         harness.Job(
             random_target, drafters[name], prompts, max_tokens=20, max_model_len=MAX_MODEL_LEN, record=True, engine_args={"block_size": PAGE}
