@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -182,6 +182,50 @@ def report(args: argparse.Namespace, chosen: Sequence[Variant]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def contrasts(names: Collection[str]) -> list[tuple[str, str, str]]:
+    """Question, variant, and what it is held against, of these variants: what differs by one change."""
+    found = []
+    for layers in (2, 3, 5):
+        for seen in TARGET_LAYERS:
+            found.append(("DFlare over DFlash", f"dflare-{layers}x{seen}", f"dflash-{layers}x{seen}"))
+    for kind in ("dflash", "dflare"):
+        for layers in (2, 3, 5):
+            found += [("more target layers", f"{kind}-{layers}x{b}", f"{kind}-{layers}x{a}") for a, b in pairwise(TARGET_LAYERS)]
+        for seen in TARGET_LAYERS:
+            found += [("more draft layers", f"{kind}-{b}x{seen}", f"{kind}-{a}x{seen}") for a, b in pairwise((2, 3, 5))]
+    found.append(("own projections of the context", "dflare-3x5", "dflare-3x5-tied"))
+    for name, question in (("rise", "a rising gamma"), ("dpace", "D-PACE")):
+        found += [(question, f"{kind}-3x5-{name}", f"{kind}-3x5") for kind in ("dflash", "dflare")]
+    return [one for one in found if one[1] in names and one[2] in names]
+
+
+def differences(args: argparse.Namespace) -> str:
+    """A table of the contrasts: tau of one variant less the other's, seed by seed, as both saw the same batches; and each question's mean."""
+    tau = {(one["variant"], one["seed"]): one["tau"] for one in finished(args)}
+    lines = ["| question | | tau | 95 % interval | seeds | |", "|---|---|---|---|---|---|"]
+
+    def row(question: str, what: str, values: Sequence[float]) -> str:
+        mean, half = interval(values)
+        verdict = "not told apart" if abs(mean) <= half else "higher" if mean > 0 else "lower"
+        return f"| {question} | {what} | {mean:+.3f} | ± {half:.3f} | {len(values)} | {verdict} |"
+
+    asked = contrasts({name for name, _ in tau})
+    for question in dict.fromkeys(question for question, _, _ in asked):
+        by_seed: dict[int, list[float]] = {}
+        rows = []
+        for _, this, other in (one for one in asked if one[0] == question):
+            seeds = sorted(seed for name, seed in tau if name == this and (other, seed) in tau)
+            found = [tau[this, seed] - tau[other, seed] for seed in seeds]
+            if found:
+                rows.append(row(question, f"{this} less {other}", found))
+            for seed, value in zip(seeds, found, strict=True):
+                by_seed.setdefault(seed, []).append(value)
+        # Seeds that only some contrasts have would weigh these more.
+        whole = [statistics.mean(values) for values in by_seed.values() if len(values) == len(rows)]
+        lines += [*rows, row(question, "**all of these**", whole)] if len(rows) > 1 and whole else rows
+    return "\n".join(lines) + "\n"
+
+
 def _budget(args: argparse.Namespace) -> dict[str, Any]:
     """What results have to have in common to be compared."""
     return {name: getattr(args, name) for name in ("match", "steps", "batch_size", "anchors", "dtype", "precision")}
@@ -234,6 +278,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these variants")
     parser.add_argument("--minutes", type=float, help="begin no run after so many")
     parser.add_argument("--list", action="store_true", help="print the variants with their parameters, and stop")
+    parser.add_argument("--report", action="store_true", help="print the tables of what is trained so far, and stop")
     parser.add_argument("--bench", nargs="+", metavar="NAME", help="serve these, and stop")
     args = parser.parse_args()
     chosen = [v for v in variants() if not args.only or v.name in args.only]
@@ -243,6 +288,9 @@ def main() -> int:
         return 0
     if args.bench:
         return bench(args, args.bench)
+    if args.report:
+        print(report(args, chosen) + "\n" + differences(args))
+        return 0
     began = time.monotonic()
     done = {(one["variant"], one["seed"]) for one in finished(args)}
     todo = [(v, seed) for seed in args.seeds for v in chosen if (v.name, seed) not in done]
@@ -252,8 +300,8 @@ def main() -> int:
         run = settings_of(args, variant, seed)
         train(args, run)
         note(args, variant, seed, run)
-        (args.out / "report.md").write_text(report(args, chosen))
-    print(report(args, chosen))
+        (args.out / "report.md").write_text(report(args, chosen) + "\n" + differences(args))
+    print(report(args, chosen) + "\n" + differences(args))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -40,3 +41,18 @@ def test_intervals(study) -> None:
     mean, half = study.interval([3.0, 3.2, 3.4])
     assert (mean, half) == (pytest.approx(3.2), pytest.approx(4.303 * 0.2 / 3**0.5))
     assert study.interval([3.0])[1] == float("inf")
+
+
+def test_differences_are_paired_by_seed(study, tmp_path: Path) -> None:
+    """What all variants of a seed have in common cancels out; a question's mean weighs seeds alike."""
+    budget = dict(match="steps", steps=10, batch_size=16, anchors=32, dtype="float32", precision="float32")
+    args = argparse.Namespace(**budget, out=tmp_path, results=None)
+    taus = {("dflash-3x3", s): s for s in (0, 1, 2)} | {("dflare-3x3", s): s + 0.5 + s / 100 for s in (0, 1, 2)}
+    taus |= {("dflash-3x5", s): s for s in (0, 1)} | {("dflare-3x5", s): s + 0.3 for s in (0, 1)} | {("dflare-3x5-tied", 0): 0.1}
+    lines = [json.dumps(budget | {"variant": name, "seed": seed, "tau": tau}) for (name, seed), tau in taus.items()]
+    (tmp_path / "results.jsonl").write_text("\n".join(lines))
+    table = study.differences(args).splitlines()
+    assert "| DFlare over DFlash | dflare-3x3 less dflash-3x3 | +0.510 | ± 0.025 | 3 | higher |" in table
+    assert "| DFlare over DFlash | dflare-3x5 less dflash-3x5 | +0.300 | ± 0.000 | 2 | higher |" in table
+    assert "| DFlare over DFlash | **all of these** | +0.403 | ± 0.032 | 2 | higher |" in table
+    assert "| own projections of the context | dflare-3x5 less dflare-3x5-tied | +0.200 | ± inf | 1 | not told apart |" in table
