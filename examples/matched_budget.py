@@ -211,18 +211,17 @@ def differences(args: argparse.Namespace) -> str:
 
     asked = contrasts({name for name, _ in tau})
     for question in dict.fromkeys(question for question, _, _ in asked):
-        by_seed: dict[int, list[float]] = {}
-        rows = []
+        found: dict[str, dict[int, float]] = {}
         for _, this, other in (one for one in asked if one[0] == question):
             seeds = sorted(seed for name, seed in tau if name == this and (other, seed) in tau)
-            found = [tau[this, seed] - tau[other, seed] for seed in seeds]
-            if found:
-                rows.append(row(question, f"{this} less {other}", found))
-            for seed, value in zip(seeds, found, strict=True):
-                by_seed.setdefault(seed, []).append(value)
-        # Seeds that only some contrasts have would weigh these more.
-        whole = [statistics.mean(values) for values in by_seed.values() if len(values) == len(rows)]
-        lines += [*rows, row(question, "**all of these**", whole)] if len(rows) > 1 and whole else rows
+            if seeds:
+                found[f"{this} less {other}"] = {seed: tau[this, seed] - tau[other, seed] for seed in seeds}
+        lines += [row(question, what, list(values.values())) for what, values in found.items()]
+        most = max((len(values) for values in found.values()), default=0)
+        # Those with all seeds, so that a seed is a mean of the same contrasts as another.
+        whole = [values for values in found.values() if len(values) == most]
+        if len(whole) > 1:
+            lines.append(row(question, "**mean**", [statistics.mean(values[seed] for values in whole) for seed in whole[0]]))
     return "\n".join(lines) + "\n"
 
 

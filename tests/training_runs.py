@@ -24,7 +24,7 @@ from vllm_dflash.training.settings import Settings
 
 MASK = 511
 SMALL: dict[str, Any] = dict(
-    dtype="float32", mask_token_id=MASK, block_size=4, layers=2, max_prompt_tokens=69, response_tokens=24, prove_tokens=20, shard_size=8,
+    kind="dflash", dtype="float32", mask_token_id=MASK, block_size=4, layers=2, max_prompt_tokens=69, response_tokens=24, prove_tokens=20, shard_size=8,
     held_out=4, prove_prompts=4, eval_prompts=2, steps=12, batch_size=4, anchors=6, optimizer="muon", lr=2e-2, checkpoint_every=3, log_every=2,
     eval_every=6, precision="float32", cache=True, features_batch=4,
 )  # fmt: skip

@@ -77,7 +77,7 @@ class Generate:
 class Drafter:
     """What is trained."""
 
-    kind: str = _set("dflash", "how target features become context", choices=CONDITIONINGS)
+    kind: str = _set("dflare", "how target features become context (docs/study.md)", choices=CONDITIONINGS)
     layers: int | None = _set(None, "draft layers (default: 5, dflare 7, fewer for a shallow target)", least=1)
     block_size: int = _set(16, "anchor and drafted tokens", least=2, most=1024)
     target_layer_ids: tuple[int, ...] | None = _set(None, "target layers that it sees, counted from 0 (default: evenly spaced)")
