@@ -116,11 +116,11 @@ def test_dpace_weights_fall_and_follow_confidence() -> None:
     assert dpace_weights(torch.zeros(1, 3), torch.tensor([[True, True, False]]), 0.5).tolist() == [[2.0, 1.0, 0.0]]
 
 
-def test_gamma_rises_for_dflare() -> None:
+def test_gamma_rises() -> None:
     table = Train(gamma_warmup=0.5)
-    assert [gamma_at(table, "dflash", 8, s, 100) for s in (0, 50, 99)] == [4.0, 4.0, 4.0]
-    assert [gamma_at(table, "dflare", 8, s, 100) for s in (0, 25, 50, 99)] == [1.0, 2.5, 4.0, 4.0]
-    assert gamma_at(Train(gamma=6.0, gamma_start=2.0), "dflash", 8, 25, 100) == 4.0
+    assert [gamma_at(table, 8, s, 100) for s in (0, 25, 50, 99)] == [1.0, 2.5, 4.0, 4.0]
+    assert gamma_at(Train(gamma=6.0, gamma_start=2.0), 8, 25, 100) == 4.0
+    assert [gamma_at(Train(gamma_start=4.0), 8, s, 100) for s in (0, 50, 99)] == [4.0, 4.0, 4.0]
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")

@@ -142,7 +142,7 @@ class Trainer:
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step, counted from 0: this worker's forwards, the sum over all, the update."""
         batch = self.plan.batch(step)
-        gamma_weights = weights_at(self.table, self.config.conditioning, self.config.block_size, step, self.steps)
+        gamma_weights = weights_at(self.table, self.config.block_size, step, self.steps)
         lengths = self.data.lengths[batch.rows]
         whole = denominator(batch, lengths, self.config.block_size, None if self.table.weighting == "dpace" else gamma_weights)
         size = self.table.micro_batch or self.table.batch_size // self.workers.count

@@ -26,10 +26,10 @@ _LOGITS_AT_ONCE = 1 << 28
 """Logits (elements) above which a forward ranks its blocks in pieces, and ranks them again in the backward."""
 
 
-def gamma_at(table: Train, kind: str, block_size: int, step: int, steps: int) -> float:
-    """gamma of a step, counted from 0: it rises linearly where there is a start, which DFlare's default has and DFlash's has not."""
+def gamma_at(table: Train, block_size: int, step: int, steps: int) -> float:
+    """gamma of a step, counted from 0: it rises linearly from its start."""
     end = table.gamma or default_gamma(block_size)
-    start = table.gamma_start if table.gamma_start is not None else min(1.0, end) if kind == "dflare" else end
+    start = table.gamma_start if table.gamma_start is not None else min(1.0, end)
     progress = min(1.0, step / max(1.0, table.gamma_warmup * steps))
     return start + (end - start) * progress
 
@@ -110,6 +110,6 @@ class Objective(torch.nn.Module):
         return torch.stack([s[0] for s in sums]).sum(), torch.stack([s[1] for s in sums]).sum()
 
 
-def weights_at(table: Train, kind: str, block_size: int, step: int, steps: int) -> Tensor:
+def weights_at(table: Train, block_size: int, step: int, steps: int) -> Tensor:
     """The weights [b - 1] of ``decay`` at a step."""
-    return position_weights(block_size, gamma_at(table, kind, block_size, step, steps))
+    return position_weights(block_size, gamma_at(table, block_size, step, steps))

@@ -128,7 +128,7 @@ class Train:
     )
     gamma: float | None = _set(None, "of decay (default: the papers' for the block size)", least=0.01)
     gamma_start: float | None = _set(
-        None, "gamma at the first step, rising to gamma over --gamma-warmup (default: dflare 1, dflash no rise)", least=0.01
+        None, "gamma at the first step, rising to gamma over --gamma-warmup (default: 1; gamma itself for no rise)", least=0.01
     )
     gamma_warmup: float = _set(0.5, "share of the steps in which gamma rises", least=0, most=1)
     dpace_alpha: float = _set(0.5, "smoothing of dpace", least=0.001, most=1)
