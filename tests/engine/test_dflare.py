@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from engine.harness import Batch, Job, run_engine, run_engines
-from engine.oracle import compare_bfloat16, compare_drafts, compare_rounded
+from engine.oracle import BFLOAT16_GAP, compare_bfloat16, compare_drafts, compare_rounded
 from engine.rounding import AT_LEAST
 from pairs import make_random_drafter, make_random_target, random_drafter_config, random_prompts
 from trained import train_briefly
@@ -82,6 +82,7 @@ def test_bfloat16_drafts_are_the_references(served: list[Batch], target: Path, d
     agreement = compare_rounded(served[BFLOAT16], target, drafter, 7)
     print(f"with plain PyTorch that rounds alike: {agreement.share:.4f} of {agreement.tokens} outright")
     assert agreement.share >= AT_LEAST
+    assert agreement.share_beyond(BFLOAT16_GAP) >= 0.99
 
 
 def test_random_bfloat16_drafts_are_the_references(random_target: Path, tmp_path: Path) -> None:
@@ -91,6 +92,7 @@ def test_random_bfloat16_drafts_are_the_references(random_target: Path, tmp_path
     print(f"\nrandom weights, with plain PyTorch that rounds alike: {agreement.share:.4f} of {agreement.tokens} outright")
     assert agreement.drafts >= 200
     assert agreement.share >= AT_LEAST
+    assert agreement.share_beyond(BFLOAT16_GAP) >= 0.99
 
 
 def test_tau_is_the_reference_loops(served: list[Batch], target: Path, drafter: Path) -> None:

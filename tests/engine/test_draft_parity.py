@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.harness import DFLARE, DRAFTER, TARGET, Batch, held_out_prompts, run_engine
-from engine.oracle import compare_bfloat16, compare_drafts, compare_rounded
+from engine.oracle import BFLOAT16_GAP, compare_bfloat16, compare_drafts, compare_rounded
 from engine.rounding import AT_LEAST
 from pairs import random_prompts
 
@@ -45,6 +45,7 @@ def check_bfloat16(batch: Batch, target: Path, drafter: Path) -> None:
         f"with plain PyTorch that rounds alike: {agreement.share:.4f} outright; largest relative gap {max(agreement.differences, default=0):.4f}"
     )
     assert agreement.share >= AT_LEAST
+    assert agreement.share_beyond(BFLOAT16_GAP) >= 0.99
 
 
 def test_trained_bfloat16(dflash_bfloat16: Batch) -> None:

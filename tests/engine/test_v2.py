@@ -90,6 +90,7 @@ def test_bfloat16_drafts_are_the_references(runs: Runs, run: int) -> None:
     gaps = sorted(pair.gap for pair in pairs if pair.served != pair.reference)
     print(f"\nV2, bfloat16: {agreeing:.4f} of {len(pairs)} tokens agree; gaps where they do not: {', '.join(f'{gap:.4f}' for gap in gaps)}")
     assert agreeing >= AT_LEAST
+    assert sum(pair.differs_beyond_rounding for pair in pairs) <= 0.01 * len(pairs)
 
 
 def test_drafts_after_a_chunk_of_the_prompt(runs: Runs) -> None:

@@ -3,12 +3,14 @@
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
+from engine.oracle import BFLOAT16_GAP
 from engine.rounding import Kernels, RoundedDrafter, RoundedTarget, replay_rounded
 from engine.v2_interpreter import Draft, Job, Result
 from vllm_dflash.reference.checkpoint import load_drafter
@@ -26,6 +28,10 @@ class Pair:
     reference: int
     gap: float
     top: float
+
+    @property
+    def differs_beyond_rounding(self) -> bool:
+        return self.served != self.reference and self.gap > BFLOAT16_GAP * abs(self.top)
 
 
 @dataclass(frozen=True)
@@ -56,21 +62,11 @@ class Runs:
 
     def _compare(self, run: int) -> Iterator[tuple[int, Draft, list[Pair]]]:
         job = self.jobs[run]
-        assert job.drafter is not None
-        target: Any
-        drafter: Any
-        if job.dtype == "bfloat16":
-            target, drafter = RoundedTarget(Path(job.target), Kernels.here()), RoundedDrafter(Path(job.drafter), Kernels.here())
-        else:
-            target, drafter = (
-                AutoModelForCausalLM.from_pretrained(job.target, dtype=torch.float32).eval(),
-                load_drafter(job.drafter, torch.float32),
-            )
-        replay: Callable[..., Any] = replay_rounded if job.dtype == "bfloat16" else replay_drafts
+        replay = _oracle(job)
         for i in range(len(job.prompts)):
             for _, tokens, drafts in self.drafts(run, [i]):
                 anchors = [draft.anchor for draft in drafts]
-                references = replay(target, drafter, tokens, anchors, job.num_speculative_tokens, job.max_model_len)
+                references = replay(tokens, anchors, job.num_speculative_tokens, job.max_model_len)
                 for served, reference in zip(drafts, references, strict=True):
                     assert served.anchor_token == tokens[served.anchor]
                     # The reference drafts no further than max_model_len; the engine's tokens past it are never scheduled.
@@ -81,3 +77,14 @@ class Runs:
         pairs = [pair for draft in self.compare(run, select, only) for pair in draft]
         assert pairs, "no drafted token was selected: nothing would be tested"
         return [pair for pair in pairs if pair.served != pair.reference]
+
+
+def _oracle(job: Job) -> Callable[..., list[Any]]:
+    """What drafts in plain PyTorch at the anchors of a sequence, in the job's dtype."""
+    assert job.drafter is not None
+    target, drafter = Path(job.target), Path(job.drafter)
+    if job.dtype == "bfloat16":
+        return partial(replay_rounded, RoundedTarget(target, Kernels.here()), RoundedDrafter(drafter, Kernels.here()))
+    return partial(
+        replay_drafts, AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval(), load_drafter(drafter, torch.float32)
+    )
