@@ -11,10 +11,8 @@ from vllm_dflash.supported import SUPPORTED_VLLM
 def _replace(original: Callable[..., bool]) -> Callable[..., bool]:
     @wraps(original)
     def input_fits_in_drafter(self: Any, common_attn_metadata: Any) -> bool:
-        from vllm_dflash.drafting.proposer import DFlashProposer
-
-        if isinstance(getattr(self, "drafter", None), DFlashProposer):
-            return common_attn_metadata is not None  # the proposer bounds each request's block itself
+        if getattr(getattr(self, "drafter", None), "bounds_each_block", False):
+            return common_attn_metadata is not None
         return original(self, common_attn_metadata)
 
     return input_fits_in_drafter

@@ -144,6 +144,7 @@ def _add_bench(commands: Any) -> None:
         [
             "vllm-dflash bench --concurrency 1,8 --temperature 0      # the embedded pair, a few minutes",
             "vllm-dflash bench --methods plain,dflash:3,dflash:7,native:7 --concurrency 1,2,4,8,16,32 --temperature 0,1",
+            "vllm-dflash bench --methods plain,dflash:3,dflash:7,adaptive --concurrency 32 --swing 1,32,1,32,1 --temperature 1",
             "vllm-dflash bench --target T --draft D --dataset gsm8k=test.jsonl --methods plain,dflash,eagle3:3 --eagle3 HEAD",
             "vllm-dflash bench --target T --draft a=DFLASH --draft b=DFLARE --methods plain,dflash@a:7,dflash@b:7 --prompts mine.jsonl",
             "vllm-dflash bench --server http://127.0.0.1:8000 --dataset random --concurrency 1,8",
@@ -170,6 +171,10 @@ def _add_bench(commands: Any) -> None:
     load.add_argument(
         "--concurrency", metavar="LIST", type=_list_of(_at_least_one), default=[1, 8], help="requests in flight (default: 1,8)"
     )
+    load.add_argument(
+        "--swing", metavar="LIST", type=_list_of(_at_least_one), default=[],
+        help="one point more: requests in flight in phases, such as 1,32,1,32,1; adaptive drafting against the best fixed choice of each phase",
+    )  # fmt: skip
     load.add_argument("--prompt-tokens", metavar="LIST", type=_list_of(_at_least_one), help="lengths that prompts are cut or filled up to")
     load.add_argument("--temperature", metavar="LIST", type=_list_of(_not_negative), default=[0.0], help="default: 0")
     load.add_argument("--max-tokens", metavar="N", type=_at_least_one, default=128, help="generated tokens a prompt (default: 128)")

@@ -10,7 +10,8 @@ import pytest
 
 from vllm_dflash.evaluation.methods import Drafter, parse_methods
 from vllm_dflash.evaluation.report import as_markdown, short_lines, write
-from vllm_dflash.evaluation.summary import BEST_FIXED, rows
+from vllm_dflash.evaluation.html import page as write_page
+from vllm_dflash.evaluation.summary import BEST_FIXED, BEST_SCHEDULE, rows
 from vllm_dflash.evaluation.sweep import Record
 
 METHODS = "plain,dflash:3,dflash:7,adaptive,native:7,suffix"
@@ -26,7 +27,7 @@ def make_record(names, concurrency=(1, 8)):
             for name in names:
                 run = {
                     "repeat": repeat, "point": point, "method": name, "tokens_per_second": SPEED[name] / slowness, "step_ms": 5.0 * slowness,
-                    "requests": 16, "ttft_p50_ms": 9.0, "ttft_p95_ms": 12.0, "tpot_p50_ms": 2.0, "tpot_p95_ms": 3.0, "memory_mib": 900.0,
+                    "early_tokens_per_second": SPEED[name] / slowness, "requests": 16, "ttft_p50_ms": 9.0, "ttft_p95_ms": 12.0, "tpot_p50_ms": 2.0, "tpot_p95_ms": 3.0, "memory_mib": 900.0,
                     "committed_per_request_step": 1.0, "steps": 90, "verified": 0, "wasted": 0, "drafts": 0, "accepted": 0, "reached": [],
                     "accepted_at": [], "agrees_with_vllm": True, "preemptions": 0, "differing_from_own_first": 0,
                 }  # fmt: skip
@@ -56,6 +57,33 @@ def make_results(names=tuple(SPEED), methods=METHODS, dtype="float32"):
         ],
         "points": points, "rows": rows(record, len(points), parsed), "runs": record.runs,
     }  # fmt: skip
+
+
+def test_a_load_in_phases_against_the_best_schedule():
+    """The schedule takes of each phase the method with the least median seconds: 1 s of dflash:7 and 2 s of plain, for 30 tokens."""
+    seconds = {"plain": (4.0, 2.0), "dflash:7": (1.0, 6.0), "adaptive": (1.1, 2.2)}
+    record, parsed = Record(), parse_methods("plain,dflash:7,adaptive", {"one": Drafter("/one", 7)})
+    for run in make_record(list(seconds)).runs:
+        if run["point"] == 0:
+            slowness = run["repeat"]
+            phases = [
+                {"concurrency": c, "seconds": slowness * s, "tokens": t, "drafts": 10 * (run["method"] != "plain"), "accepted": 5 * i}
+                for i, (c, s, t) in enumerate(zip((1, 32), seconds[run["method"]], (10, 20), strict=True))
+            ]
+            record.runs.append(run | {"phases": phases, "tokens_per_second": 30 / slowness / sum(seconds[run["method"]])})
+    found = {row["method"]: row for row in rows(record, 1, parsed)}
+    against = found["adaptive"]["against"]
+    assert against[BEST_SCHEDULE]["tokens_per_second"]["median"] == pytest.approx(3 / 3.3)
+    assert against[BEST_FIXED]["method"] == "plain"
+    assert [(p["concurrency"], p["seconds"]["median"], p["tau"]) for p in found["adaptive"]["phases"]] == [
+        (1, 1.1 * 1.5, 1.0),
+        (32, 2.2 * 1.5, 1.5),
+    ]
+    results = make_results() | {"rows": list(found.values()), "points": [make_results()["points"][0] | {"swing": [1, 32]}]}
+    text = as_markdown(results)
+    assert "| adaptive | 1.65 (1.10–2.20), 1.00 | 3.30 (2.20–4.40), 1.50 |" in text
+    assert "x best schedule" in text and "in phases: 1, 32" in text
+    assert not EXTERNAL.search(write_page(results))
 
 
 def row(results, method, point=0):
@@ -89,7 +117,7 @@ def test_no_ratio_without_its_baseline():
 
 def test_markdown():
     text = as_markdown(make_results())
-    assert "| 1 | dflash:3 | 135.0 (90.0–180.0) | 1.80 | 1.50 | 1.00 |" in text
+    assert "| 1 | dflash:3 | 135.0 (90.0–180.0) | 1.80 | 1.80 | 1.50 | 1.00 |" in text
     assert "arctic-inference is not installed" in text
     assert "NO: 3 of 16 differ" in text
     assert "'a b'" in text

@@ -6,7 +6,7 @@ import pytest
 
 from vllm_dflash.evaluation.engine_process import EngineFailedError
 from vllm_dflash.evaluation.sweep import Sweep, turns
-from vllm_dflash.evaluation.workload import Point
+from vllm_dflash.evaluation.workload import Point, points
 
 POINTS = [Point("p", None, 0.0, 1, 8), Point("p", None, 0.0, 2, 8), Point("p", None, 1.0, 1, 8)]
 
@@ -54,6 +54,15 @@ def test_the_warm_up_is_not_recorded():
     assert len(record.runs) == 2 * len(POINTS)
     assert log[:3] == [("plain", 4, 1, 0.0), ("plain", 4, 2, 0.0), ("plain", 4, 1, 1.0)], "a wave of requests a point"
     assert log[3:6] == [("plain", 8, 1, 0.0), ("plain", 8, 2, 0.0), ("plain", 8, 1, 1.0)]
+
+
+def test_a_swing_runs_all_its_phases_in_one_job():
+    point = points(["p"], [None], [0.0], [2], None, swing=[1, 3, 1])[-1]
+    assert (point.concurrency, point.num_prompts) == (3, 4 + 6 + 4)
+    assert str(point) == "p, temperature 0, 1 then 3 then 1 at a time"
+    log = []
+    sweep({"plain": FakeEngine(log, "plain")}, points=[point])
+    assert log == [("plain", 14, 3, 0.0)] * 3, "the warm-up too"
 
 
 def test_a_method_that_dies_leaves_the_others():

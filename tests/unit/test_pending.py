@@ -7,7 +7,7 @@ from vllm_dflash.drafting.pending import PendingContext
 
 def add(pending: PendingContext, first: int, slots: list[int]) -> bool:
     count = len(slots)
-    return pending.add(torch.arange(first, first + count)[:, None], torch.arange(count), torch.tensor(slots))
+    return pending.add([torch.arange(first, first + count)[:, None]], torch.arange(count), torch.tensor(slots))
 
 
 def test_steps_come_back_in_order_and_once() -> None:

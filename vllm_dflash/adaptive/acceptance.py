@@ -77,6 +77,24 @@ def _middle(index: int) -> float:
     return 1 / (1 + math.exp(-(_FIRST_LOGIT + (index + 0.5) * _BIN_WIDTH)))
 
 
+def round_rows(count: int) -> int:
+    """The nearest of eight numbers of rows in each octave."""
+    step = 1 << max(count.bit_length() - 4, 0)
+    return (count + step // 2) // step * step
+
+
+def _round_rows(lengths: dict[str, int], survivals: Mapping[str, Sequence[float]]) -> None:
+    """Lets the likeliest tokens that were left out in, or the least likely out, until ``lengths`` and a row a request are a round number."""
+    missing = round_rows(len(lengths) + sum(lengths.values())) - len(lengths) - sum(lengths.values())
+    for _ in range(abs(missing)):
+        if missing > 0:
+            can = [(survivals[name][n], name) for name, n in lengths.items() if n < len(survivals[name])]
+        else:
+            can = [(-survivals[name][n - 1], name) for name, n in lengths.items() if n]
+        if can:
+            lengths[max(can)[1]] += 1 if missing > 0 else -1
+
+
 class Acceptance:
     """Conditional acceptance of draft tokens at up to ``max_draft`` positions."""
 
@@ -135,14 +153,20 @@ class Acceptance:
         return found
 
     def lengths(self, requests: Sequence[str], num_draft_tokens: int, threshold: float, confidences: Confidences | None) -> dict[str, int]:
-        """Of each request's draft tokens, how many are accepted with a probability above ``threshold``; remembers drafts for ``expected``."""
-        found = {}
+        """Of each request's draft tokens, how many are accepted with a probability above ``threshold``; remembers drafts for ``expected``.
+
+        A few more or fewer, so that the target's rows come in round numbers: a CPU's kernels are made anew for each number of rows.
+        """
+        found: dict[str, int] = {}
+        survivals: dict[str, list[float]] = {}
         for request in requests:
             own = None if confidences is None else confidences.get(request)
             survival = self.survival(request, self._max_draft if own else num_draft_tokens, own)
             if own:
                 self._recent.append(survival)
-            found[request] = sum(probability > threshold for probability in survival[:num_draft_tokens])
+            survivals[request] = survival[:num_draft_tokens]
+            found[request] = sum(probability > threshold for probability in survivals[request])
+        _round_rows(found, survivals)
         return found
 
     def expected(self, requests: Sequence[str]) -> np.ndarray:

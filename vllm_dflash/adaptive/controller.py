@@ -17,7 +17,7 @@ from vllm_dflash.adaptive.acceptance import Acceptance, Confidences
 from vllm_dflash.adaptive.cost import LocalCost, StepCost, Work
 
 EXPLORATION = 0.01
-"""Share of the time that may be lost to trying what does not look best."""
+"""Share of the observed time that may be lost to trying what does not look best."""
 _FIRST_TRIES = 3
 """Steps that each of a whole block and no draft gets at once, for a batch size that was not seen."""
 _EVERY = 16
@@ -90,14 +90,14 @@ class Controller:
         self.acceptance.forget(requests)
 
     def _plan(self, requests: Sequence[str], num_context: int) -> Plan:
+        last = self._choice
+        if last and self._steps - self._chosen_at < _EVERY and abs(len(requests) - last.num_reqs) * 8 <= last.num_reqs:
+            return last.plan
         if not self._tries and not self.cost.has_seen(len(requests)):
             self._tries = [self.max_draft] * _FIRST_TRIES + [0] * _FIRST_TRIES
         if self._tries:
             self._choice = None
             return Plan(self._tries.pop(0), why="first")
-        last = self._choice
-        if last and self._steps - self._chosen_at < _EVERY and abs(len(requests) - last.num_reqs) * 8 <= last.num_reqs:
-            return last.plan
         self._chosen_at = self._steps
         cost, survival = self.cost.near(len(requests)), self.acceptance.expected(requests)
         choices = {k: self._weigh(cost, survival, len(requests), num_context, k) for k in (0, self.max_draft)}

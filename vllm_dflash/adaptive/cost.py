@@ -86,7 +86,10 @@ class StepCost:
 
     def observe(self, work: Work, seconds: float) -> None:
         """Takes in a measured step."""
-        kind = self._kinds.setdefault(work.kind, _Kind())
+        key = work.kind
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds[key] = _Kind()
         kind.work.append(work)
         kind.seconds.append(seconds)
         self._steps += 1

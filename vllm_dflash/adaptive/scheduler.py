@@ -20,6 +20,10 @@ from vllm_dflash.adaptive.controller import Controller, Plan
 from vllm_dflash.adaptive.cost import Work
 
 
+_EVERY = 4
+"""Steps without drafts of which one is measured."""
+
+
 class _Adaptive(Scheduler):
     """What both schedulers add to vLLM's."""
 
@@ -31,6 +35,7 @@ class _Adaptive(Scheduler):
         """Of the step that was scheduled last."""
         self._confidences: dict[str, list[float]] = {}
         self._last_end: float | None = None
+        self._steps = 0
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         drafting, num_context = self._drafting(scheduler_output)
@@ -54,6 +59,11 @@ class _Adaptive(Scheduler):
         return drafting, num_context
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
+        self._steps += 1
+        if self._steps % _EVERY and self._is_plain(scheduler_output):
+            outputs = super().update_from_output(scheduler_output, model_runner_output)
+            self._last_end = time.perf_counter() if self.running or self.waiting else None
+            return outputs
         work, outcomes = self._outcomes(scheduler_output, model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         now = time.perf_counter()
@@ -62,6 +72,14 @@ class _Adaptive(Scheduler):
         self.controller.observe(work if measured else None, now - (self._last_end or now), outcomes, self._confidences or None)
         self._last_end = now if self.running or self.waiting else None
         return outputs
+
+    def _is_plain(self, scheduler_output: SchedulerOutput) -> bool:
+        """Whether a step neither drafts nor verifies, as it does not look best to: of such steps one in a few tells enough."""
+        return (
+            not scheduler_output.num_spec_tokens_to_schedule
+            and not scheduler_output.scheduled_spec_decode_tokens
+            and self.plan.why == "best"
+        )
 
     def _outcomes(self, scheduled: SchedulerOutput, ran: ModelRunnerOutput) -> tuple[Work | None, dict[str, tuple[int, int]]]:
         """What the step computed (None where it was not all decoding), and by request its verified and its accepted draft tokens."""
@@ -92,13 +110,12 @@ class AdaptiveScheduler(_Adaptive):
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         drafts, confidences = draft_token_ids.draft_token_ids, getattr(draft_token_ids.draft_token_ids, "confidences", None)
-        if drafts and drafts[0]:
-            request_ids = draft_token_ids.req_ids
-            self._confidences = {} if confidences is None else dict(zip(request_ids, confidences, strict=False))
-            lengths = self.controller.lengths(request_ids, self.plan, self._confidences or None)
-            draft_token_ids.draft_token_ids = [
-                draft[: lengths[request_id]] for request_id, draft in zip(request_ids, drafts, strict=False)
-            ]  # fmt: skip
+        if not drafts or not drafts[0]:
+            return  # a request that was scheduled has no draft from before
+        request_ids = draft_token_ids.req_ids
+        self._confidences = {} if confidences is None else dict(zip(request_ids, confidences, strict=False))
+        lengths = self.controller.lengths(request_ids, self.plan, self._confidences or None)
+        draft_token_ids.draft_token_ids = [draft[: lengths[request_id]] for request_id, draft in zip(request_ids, drafts, strict=False)]
         super().update_draft_token_ids(draft_token_ids)
 
 

@@ -7,9 +7,11 @@ lm_head, attention groups, CUDA-graph dispatch) and replaces the draft itself. I
     pytest tests/engine/test_draft_parity.py
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
@@ -25,14 +27,17 @@ from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.drafting.coverage import ContextCoverage, Hole, without_first_pages
 from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_layout, committed_rows, without_rejected
 from vllm_dflash.drafting.pending import PendingContext
-from vllm_dflash.drafting.verification import Verifier
+from vllm_dflash.drafting.verification import Verifier, metadata_without_drafts
 from vllm_dflash.metrics.drafter import attach as record_drafter
 from vllm_dflash.models.drafter import DrafterForCausalLM
+from vllm_dflash.models.eager_cpu import EagerLayers
 
 # A name below "vllm", so that vLLM's own handlers and format apply.
 _logger = init_logger("vllm.plugins.dflash")
 _PENDING_ROWS = 1024
-"""Rows of target features, [T * H] each, that may wait for the next draft."""
+"""Rows of target features, [T * H] each, that may wait for the next draft where all of them will be written."""
+_PENDING_BYTES = 64 << 20
+"""The same where pages of requests that have ended are never read again, so that most rows never have to be written."""
 
 
 class Drafts(list[list[int]]):
@@ -47,6 +52,8 @@ class DFlashProposer(NativeDFlashProposer):
     """Drafts up to ``block_size - 1`` tokens a request and keeps the drafter's context K/V up to date."""
 
     model: DrafterForCausalLM
+    bounds_each_block = True
+    """A block that would reach past ``max_model_len`` is cut, so that every step fits (``patches/v1_draft_fit.py``)."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
@@ -61,9 +68,12 @@ class DFlashProposer(NativeDFlashProposer):
         size = max(self.max_batch_size * self.num_queries, self.max_padded_query_tokens)
         self._query_ids = torch.zeros(size, dtype=torch.int32, device=device)
         self.positions, self._slot_mapping_buffer = (torch.zeros(size, dtype=torch.int64, device=device) for _ in range(2))
-        # Counts of steps without drafts.
-        self._ones, self._zeros = (make(self.max_batch_size, dtype=torch.int32, device=device) for make in (torch.ones, torch.zeros))
-        self._pending = PendingContext(_PENDING_ROWS)
+        self._ones = torch.ones(self.max_batch_size, dtype=torch.int32, device=device)
+        """Kept tokens where none was drafted."""
+        self._eager_layers: EagerLayers | None = None
+        row_bytes = settled(self.draft_model_config.hf_config).num_features * self.hidden_size * self.dtype.itemsize
+        self._reads_ended = vllm_config.cache_config.enable_prefix_caching
+        self._pending = PendingContext(_PENDING_ROWS if self._reads_ended else max(_PENDING_BYTES // row_bytes, _PENDING_ROWS))
         # A connector, and a copy for part of a page, read pages between steps: there they have to be whole after every step.
         self._may_wait = vllm_config.kv_transfer_config is None and vllm_config.cache_config.prefix_match_unit is None
         self._says_confidences = is_adaptive(vllm_config)
@@ -73,7 +83,11 @@ class DFlashProposer(NativeDFlashProposer):
         """Loads the drafter; on a CPU drafts are verified by our own class from then on."""
         super().load_model(target_model)
         if self.on_cpu:
-            self.runner.rejection_sampler = Verifier(self.runner)
+            self._eager_layers = EagerLayers(self.model.model) if EagerLayers.fit(self.model.model) else None
+            runner = self.runner
+            runner.rejection_sampler = Verifier(runner)
+            runner._calc_spec_decode_metadata = metadata_without_drafts(runner._calc_spec_decode_metadata, self.max_batch_size)
+            runner.propose_draft_token_ids = self._unless_off(runner.propose_draft_token_ids)
 
     def prepare_next_token_ids_padded(
         self, sampled_token_ids: torch.Tensor, requests: Any, gpu_input_batch: Any, discard_request_mask: torch.Tensor
@@ -82,7 +96,7 @@ class DFlashProposer(NativeDFlashProposer):
 
         On a CPU without its stand-ins for kernels, and without looking up tokens for requests that need none.
         """
-        if not self.on_cpu or bool(discard_request_mask[: len(sampled_token_ids)].any()):
+        if not self.on_cpu or self.runner.discard_request_mask.np[: len(sampled_token_ids)].any():
             return super().prepare_next_token_ids_padded(sampled_token_ids, requests, gpu_input_batch, discard_request_mask)
         if sampled_token_ids.shape[1] == 1:
             return sampled_token_ids[:, 0], self._ones[: len(sampled_token_ids)]
@@ -91,12 +105,12 @@ class DFlashProposer(NativeDFlashProposer):
 
     def prepare_inputs_padded(
         self, common_attn_metadata: CommonAttentionMetadata, spec_decode_metadata: Any, valid_sampled_tokens_count: torch.Tensor
-    ) -> tuple[CommonAttentionMetadata, torch.Tensor | None, torch.Tensor]:
-        """As vLLM's: the step's metadata, nothing that we need, and each request's rejected tokens [B] int32."""
+    ) -> tuple[CommonAttentionMetadata, torch.Tensor | None, torch.Tensor | None]:
+        """As vLLM's: the step's metadata, nothing that we need, and each request's rejected tokens [B] int32, None if nothing was drafted."""
         if not self.on_cpu:
             return super().prepare_inputs_padded(common_attn_metadata, spec_decode_metadata, valid_sampled_tokens_count)
         if spec_decode_metadata.max_spec_len == 0:
-            return common_attn_metadata, None, self._zeros[: common_attn_metadata.num_reqs]
+            return common_attn_metadata, None, None
         drafted = torch.tensor(spec_decode_metadata.num_draft_tokens, dtype=torch.int32)
         # A prompt that is not at its end keeps no token and has no drafts.
         return common_attn_metadata, None, (drafted + 1 - valid_sampled_tokens_count).mul_(drafted > 0)
@@ -161,6 +175,21 @@ class DFlashProposer(NativeDFlashProposer):
             return self._hand_out(tokens.view(-1, k), None)
         return self._hand_out(*self._rank(hidden_states, k))
 
+    def _unless_off(self, propose: Callable[..., Any]) -> Callable[..., Any]:
+        """Around the runner's ``propose_draft_token_ids``: a step that neither drafts nor verified drafts keeps its features, no more."""
+
+        def proposing(scheduled: Any, *args: Any) -> Any:
+            *_, features, spec_decode_metadata, cad, _ = args
+            if scheduled.num_spec_tokens_to_schedule or spec_decode_metadata.max_spec_len or not self._may_wait:
+                return propose(scheduled, *args)
+            num_tokens = cad.num_actual_tokens
+            starts, lengths = self._written(cad, None)
+            self._keep([feature[:num_tokens] for feature in features], self.runner.positions[:num_tokens], cad.slot_mapping[:num_tokens])
+            self._watch(cad, starts, lengths)
+            return Drafts([[]] * cad.num_reqs)
+
+        return proposing
+
     def _store_context(
         self, cad: CommonAttentionMetadata, features: torch.Tensor, positions: torch.Tensor, lengths: list[int],
         num_rejected: torch.Tensor | None, *, later: bool,
@@ -173,18 +202,34 @@ class DFlashProposer(NativeDFlashProposer):
                 features, positions, slots = features[rows], positions[rows], slots[rows]
             else:
                 slots = without_rejected(slots, cad.query_start_loc, num_rejected)
-        later = later and self._may_wait
-        if later:  # vLLM writes the next step's positions and slots into the same buffers
-            positions, slots = positions.clone(), slots.clone()
-        has_room = self._pending.add(features, positions, slots)
-        if not later or not has_room:
+        if later and self._may_wait:
+            self._keep([features], positions, slots)
+        else:
+            self._pending.add([features], positions, slots)
             self._write_pending()
+
+    def _keep(self, features: Sequence[torch.Tensor], positions: torch.Tensor, slots: torch.Tensor) -> None:
+        """Keeps rows until something is drafted; ``features`` side by side are [N, T * H]."""
+        # vLLM writes the next step's positions and slots into the same buffers.
+        if self._pending.add(features, positions.clone(), slots.clone()):
+            return
+        if not self._reads_ended:
+            self._drop_ended()
+        if 2 * self._pending.num_rows > self._pending.max_rows:
+            self._write_pending()
+
+    def _drop_ended(self) -> None:
+        """Drops kept rows of requests that have ended."""
+        pages = {page for request in self.runner.requests.values() for page in request.block_ids[self.kv_cache_gid]}
+        self._pending.keep_pages(pages, self.block_size)
 
     def _write_pending(self) -> None:
         """Writes what was kept."""
+        if self._pending.num_steps > 1 and not self._reads_ended:
+            self._drop_ended()
         pending = self._pending.take()
         if pending is not None:
-            features, positions, slots = pending
+            features, positions, slots = map(_padded, pending) if self.on_cpu else pending
             self.model.precompute_and_store_context_kv(self.model.combine_hidden_states(features), positions, slots)
 
     def _rank(self, hidden_states: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -203,16 +248,18 @@ class DFlashProposer(NativeDFlashProposer):
 
     def _run_block(self, layout: BlockLayout, cad: CommonAttentionMetadata, first_pages: torch.Tensor | None) -> torch.Tensor:
         """Runs the drafter over the block's queries; returns hidden states [B * b or more, H]."""
+        if first_pages is not None:
+            cad = cad.replace(block_table_tensor=without_first_pages(cad.block_table_tensor, first_pages))
+            layout = replace(layout, seq_lens=(layout.seq_lens - first_pages * self.block_size).to(layout.seq_lens.dtype))
+        metadata = self._layer_metadata(layout, cad)
+        if self._eager_layers is not None:
+            return self._eager_layers(layout.input_ids, layout.positions, layout.slot_mapping, metadata)
         num_tokens = layout.input_ids.shape[0]
         mode, num_input_tokens, num_tokens_across_dp = self._determine_batch_execution_and_padding(num_tokens)
         self._query_ids[:num_tokens] = layout.input_ids
         self.positions[:num_tokens] = layout.positions
         self._slot_mapping_buffer[:num_tokens] = layout.slot_mapping
         self._slot_mapping_buffer[num_tokens:num_input_tokens] = PAD_SLOT_ID
-        if first_pages is not None:
-            cad = cad.replace(block_table_tensor=without_first_pages(cad.block_table_tensor, first_pages))
-            layout = replace(layout, seq_lens=(layout.seq_lens - first_pages * self.block_size).to(layout.seq_lens.dtype))
-        metadata = self._layer_metadata(layout, cad)
         slots = self._slot_mapping_buffer[:num_input_tokens]
         with set_forward_context(
             metadata,
@@ -231,7 +278,9 @@ class DFlashProposer(NativeDFlashProposer):
         """
         count = cad.num_reqs
         starts = self.runner.input_batch.num_computed_tokens_cpu[:count].tolist()
-        lengths = (cad.query_start_loc_cpu[1 : count + 1] - cad.query_start_loc_cpu[:count]).tolist()
+        if cad.num_actual_tokens == count:
+            return starts, [1] * count
+        lengths = np.diff(cad.query_start_loc_cpu[: count + 1].numpy()).tolist()
         if num_rejected is not None and self.on_cpu:
             lengths = [length - rejected for length, rejected in zip(lengths, num_rejected.tolist(), strict=True)]
         return starts, lengths
@@ -289,6 +338,13 @@ class DFlashProposer(NativeDFlashProposer):
             slot_mapping=layout.slot_mapping,
             causal=causal,
         )
+
+
+def _padded(rows: torch.Tensor) -> torch.Tensor:
+    """``rows`` [N, ...] and the last one again up to a round number: a CPU's kernels are made anew for each number of rows."""
+    step = 1 << max(len(rows).bit_length() - 4, 0)
+    missing = -len(rows) % step
+    return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
 
 
 def context_counts(worker: Any) -> dict[str, int]:

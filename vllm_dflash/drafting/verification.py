@@ -8,7 +8,8 @@ drafted: a seed gives what it gives without a drafter. Limits: greedy drafts; sa
     pytest tests/unit/test_verification.py tests/engine/test_sampling.py tests/engine/test_features.py
 """
 
-from collections.abc import Container, Iterator, Sequence
+import functools
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,32 +82,41 @@ class Verifier(RejectionSampler):
         greedy = None if sampling.all_random else self.sampler.greedy_sample(logits)
         if sampling.all_greedy:
             return greedy, logits
-        counts = torch.tensor(metadata.num_draft_tokens) + 1
-
-        def by_row(setting: torch.Tensor) -> torch.Tensor:
-            return setting.repeat_interleave(counts, output_size=len(logits))
-
-        assert sampling.temperature is not None
-        temperature = by_row(sampling.temperature)
-        scaled = logits / temperature.masked_fill(temperature < _GREEDY_BELOW, 1.0)[:, None]
-        top_k, top_p = (None if setting is None else by_row(setting) for setting in (sampling.top_k, sampling.top_p))
+        temperature, top_k, top_p = self._by_row(metadata, sampling)
+        if greedy is not None:
+            temperature = temperature.masked_fill(is_greedy := temperature < _GREEDY_BELOW, 1.0)
+        # In place where nobody is shown them: they are as large as the batch's vocabularies.
+        scaled = (logits.div_ if sampling.max_num_logprobs is None else logits.div)(temperature[:, None])
         scaled = apply_top_k_top_p(scaled, top_k, top_p)
         sampled = torch.ops._C.fused_gumbel_argmax(scaled, self._seeds(metadata.num_draft_tokens, sampling))
-        return sampled if greedy is None else torch.where(temperature < _GREEDY_BELOW, greedy, sampled), scaled
+        return sampled if greedy is None else torch.where(is_greedy, greedy, sampled), scaled
+
+    @staticmethod
+    def _by_row(metadata: SpecDecodeMetadata, sampling: SamplingMetadata) -> list[Any]:
+        """Temperature, top-k and top-p of each row [R]; None for a setting that no request has."""
+        settings = [sampling.temperature, sampling.top_k, sampling.top_p]
+        if not metadata.max_spec_len:
+            return settings
+        counts = torch.tensor(metadata.num_draft_tokens) + 1
+        rows = len(counts) + sum(metadata.num_draft_tokens)
+        return [None if setting is None else setting.repeat_interleave(counts, output_size=rows) for setting in settings]
 
     def _seeds(self, num_draft_tokens: Sequence[int], sampling: SamplingMetadata) -> torch.Tensor:
         """[R] int64, what vLLM's sampler seeds a row's noise with: by chance, or by the request's seed and the token's place."""
         seeds = torch.randint(0, _BOUND, (len(num_draft_tokens) + sum(num_draft_tokens),), dtype=torch.long)
-        requests, request_ids, first = self._runner.requests, self._runner.input_batch.req_ids, 0
+        if not sampling.generators:
+            return seeds
+        found, requests, request_ids, first = seeds.tolist(), self._runner.requests, self._runner.input_batch.req_ids, 0
         for row, drafts in enumerate(num_draft_tokens):
             if row in sampling.generators:
                 request = requests[request_ids[row]]
                 place = len(request.output_token_ids)
-                own = self._draws.at(request_ids[row], request.sampling_params.seed, range(place, place + drafts + 1))
-                seeds[first : first + drafts + 1] = torch.tensor(own)
+                found[first : first + drafts + 1] = self._draws.at(
+                    request_ids[row], request.sampling_params.seed, range(place, place + drafts + 1)
+                )
             first += drafts + 1
         self._draws.forget_all_but(requests)
-        return seeds
+        return torch.tensor(found)
 
 
 def _has_processors(sampling: SamplingMetadata) -> bool:
@@ -162,6 +172,36 @@ def keep_accepted(sampled: Sequence[int], drafts: Sequence[int], counts: Sequenc
     return kept
 
 
+def metadata_without_drafts(calculate: Callable[..., SpecDecodeMetadata], max_num_reqs: int) -> Callable[..., SpecDecodeMetadata]:
+    """Around the runner's ``_calc_spec_decode_metadata``: where no request has a draft there is nothing to calculate."""
+    order, zeros = torch.arange(max_num_reqs + 1, dtype=torch.int32), torch.zeros(max_num_reqs, dtype=torch.int32)
+
+    @functools.cache
+    def all_decode(count: int) -> SpecDecodeMetadata:
+        return without_drafts(count, order[:count])
+
+    def without_drafts(count: int, last_rows: torch.Tensor) -> SpecDecodeMetadata:
+        return SpecDecodeMetadata(
+            draft_token_ids=zeros[:0],
+            num_draft_tokens=[0] * count,
+            cu_num_draft_tokens=zeros[:count],
+            cu_num_sampled_tokens=order[1 : count + 1],
+            target_logits_indices=order[:0],
+            bonus_logits_indices=order[:count],
+            logits_indices=last_rows,
+        )
+
+    def calculating(num_draft_tokens: Any, cu_num_scheduled_tokens: Any) -> SpecDecodeMetadata:
+        if num_draft_tokens.any():
+            return calculate(num_draft_tokens, cu_num_scheduled_tokens)
+        count = len(num_draft_tokens)
+        if cu_num_scheduled_tokens[-1] == count:
+            return all_decode(count)
+        return without_drafts(count, torch.from_numpy(cu_num_scheduled_tokens - 1))
+
+    return calculating
+
+
 _BOUND = 2**31
 """vLLM's CPU sampler seeds a row's noise with a number below it."""
 
@@ -171,6 +211,7 @@ class SeedDraws:
 
     def __init__(self) -> None:
         self._drawn: dict[str, tuple[int, torch.Generator, list[int]]] = {}
+        self._draw = torch.empty(1, dtype=torch.long)
 
     def at(self, request_id: str, seed: int, places: range) -> list[int]:
         """The draws for these output tokens of a request, counted from 0."""
@@ -180,7 +221,7 @@ class SeedDraws:
         _, generator, drawn = known
         while len(drawn) < places.stop:
             # One at a time, as vLLM draws them: a generator gives other numbers when it is asked for several.
-            drawn.append(int(torch.randint(0, _BOUND, (1,), generator=generator, dtype=torch.long)))
+            drawn.append(self._draw.random_(0, _BOUND, generator=generator).item())
         return drawn[places.start : places.stop]
 
     def forget_all_but(self, running: Container[str]) -> None:

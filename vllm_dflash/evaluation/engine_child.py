@@ -7,8 +7,10 @@ that nothing that vLLM prints gets among them: ``ready``, ``done`` for each requ
 input, or when nobody reads its answers any more. Limits: the engine has to be in this process (no data parallelism).
 """
 
+import copy
 import functools
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -17,7 +19,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_dflash.evaluation.statistics import DraftCounts, percentile
+from vllm_dflash.evaluation.statistics import EARLY_STEPS, DraftCounts, percentile
 
 _COUNTERS = {
     "drafts": "vllm:spec_decode_num_drafts",
@@ -34,6 +36,10 @@ class Watch:
 
     counts: DraftCounts = field(default_factory=DraftCounts)
     steps: int = 0
+    committed: int = 0
+    """Output tokens, prompts' first ones included."""
+    early: tuple[float, int] | None = None
+    """When the first ``EARLY_STEPS`` were over, and the output tokens until then."""
     decoding: bool = False
     """Whether the last step decoded only, with no prompt in it."""
 
@@ -53,7 +59,7 @@ class Watch:
 
     def reset(self) -> None:
         """Before a run."""
-        self.counts, self.steps = DraftCounts(), 0
+        self.counts, self.steps, self.committed, self.early = DraftCounts(), 0, 0, None
 
     @staticmethod
     def _rows(scheduler: Any, scheduled: Any, sampled: Any) -> list[tuple[str, int, int, bool]]:
@@ -73,6 +79,9 @@ class Watch:
 
     def _observe(self, rows: list[tuple[str, int, int, bool]], committed: dict[str, int]) -> None:
         self.steps += 1
+        self.committed += sum(committed.values())
+        if self.steps == EARLY_STEPS:
+            self.early = time.perf_counter(), self.committed
         self.decoding = bool(rows)
         for request_id, verified, accepted, decodes in rows:
             self.decoding &= decodes
@@ -139,10 +148,31 @@ class Engine:
         }
 
     def run(self, job: dict[str, Any], done: Any) -> dict[str, Any]:
-        """A closed loop; calls ``done`` as each request ends."""
-        engine, waiting = self.llm.llm_engine, iter(enumerate(job["prompts"]))
-        requests: dict[str, Request] = {}
+        """Closed loops, one after the other; calls ``done`` as each request ends."""
+        requests: list[Request] = []
         step_ms: list[float] = []
+        prompts, phases = iter(job["prompts"]), []
+        before = self._counters()
+        self.watch.reset()
+        began = time.perf_counter()
+        for phase in job["phases"]:
+            phase_began, first, counts = time.perf_counter(), len(requests), copy.copy(self.watch.counts)
+            requests += self._loop(job, phase["concurrency"], list(itertools.islice(prompts, phase["num_prompts"])), step_ms, done)
+            phases.append(
+                {
+                    "concurrency": phase["concurrency"], "seconds": time.perf_counter() - phase_began,
+                    "tokens": sum(len(r.tokens) for r in requests[first:]),
+                    "drafts": self.watch.counts.drafts - counts.drafts, "accepted": self.watch.counts.accepted - counts.accepted,
+                }
+            )  # fmt: skip
+        ended, tokens = self.watch.early or (time.perf_counter(), self.watch.committed)
+        early = {"early_tokens_per_second": tokens / (ended - began), "phases": phases}
+        return self._result(time.perf_counter() - began, requests, step_ms, before) | early
+
+    def _loop(self, job: dict[str, Any], concurrency: int, prompts: list[list[int]], step_ms: list[float], done: Any) -> list[Request]:
+        """So many requests in flight until all prompts are done."""
+        engine, waiting = self.llm.llm_engine, iter(enumerate(prompts))
+        requests: dict[str, Request] = {}
 
         def add() -> None:
             for index, prompt in waiting:
@@ -151,10 +181,7 @@ class Engine:
                 engine.add_request(str(index), {"prompt_token_ids": prompt}, params)
                 return
 
-        before = self._counters()
-        self.watch.reset()
-        began = time.perf_counter()
-        for _ in range(job["concurrency"]):
+        for _ in range(concurrency):
             add()
         while engine.has_unfinished_requests():
             steps, start = self.watch.steps, time.perf_counter()
@@ -171,8 +198,7 @@ class Engine:
                 if output.finished:
                     add()
                     done()
-        seconds = time.perf_counter() - began
-        return self._result(seconds, [requests[str(i)] for i in range(len(requests))], step_ms, before)
+        return [requests[str(i)] for i in range(len(requests))]
 
     def _result(self, seconds: float, requests: list[Request], step_ms: list[float], before: dict[str, Any]) -> dict[str, Any]:
         after, counts = self._counters(), self.watch.counts

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from vllm_dflash.evaluation.workload import Phase
+
 _LINES_SHOWN = 12
 _SECONDS_TO_END = 15.0
 _ERRORS = (re.compile(r"^\s*Value error, (?P<said>.*?)(\[type=|$)"), re.compile(r"(?P<said>.*Error\b.*)"))
@@ -31,14 +33,20 @@ class EngineFailedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Job:
-    """One closed loop."""
+    """Closed loops, one after the other."""
 
     prompts: Sequence[Sequence[int]]
-    concurrency: int
+    """Those of each phase in order."""
+    phases: Sequence[Phase]
     max_tokens: int
     temperature: float
     seed: int = 0
-    """Of the first request, where the temperature is not 0; the others' follow it."""
+    """Of a phase's first request, where the temperature is not 0; the others' follow it."""
+
+    @property
+    def concurrency(self) -> int:
+        """The most requests in flight."""
+        return max(phase.concurrency for phase in self.phases)
 
 
 class Engine(Protocol):

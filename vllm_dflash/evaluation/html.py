@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from vllm_dflash.evaluation.tables import Table, acceptance_table, facts, groups, method_table, speed_table
+from vllm_dflash.evaluation.tables import Table, acceptance_table, facts, groups, method_table, phase_table, speed_table
 
 NO_PLOTS = "no plots, for matplotlib is not installed: pip install 'vllm-dflash[bench]'"
 
@@ -39,8 +39,7 @@ def page(results: Mapping[str, Any]) -> str:
         if plots is not None:
             body.append(plots.group_plots(results, rows))
         body.append(_table(speed_table(results, "Figures", rows), "h3"))
-        acceptance = acceptance_table(results, title, rows)
-        body.append("" if acceptance is None else _table(acceptance, "h3"))
+        body += [_table(table, "h3") for make in (phase_table, acceptance_table) if (table := make(results, title, rows)) is not None]
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>vllm-dflash bench</title><style>{_STYLE}</style>'
     )

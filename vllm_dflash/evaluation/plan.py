@@ -4,6 +4,7 @@ pytest tests/unit/test_bench_plan.py
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,9 @@ class Plan:
     server_url: str = ""
 
     def prompts(self, point: Point) -> list[list[int]]:
-        return self.prompt_sets[point.prompt_set].take(point.num_prompts, point.prompt_tokens)
+        """The prompts of each phase, one after the other."""
+        each = [self.prompt_sets[point.prompt_set].take(phase.num_prompts, point.prompt_tokens) for phase in point.phases]
+        return list(itertools.chain.from_iterable(each))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -64,9 +67,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
     if args.num_prompts is not None and args.num_prompts < max(args.concurrency):
         raise UsageError(f"--num-prompts {args.num_prompts} never has {max(args.concurrency)} requests in flight: give at least as many")
     prompt_sets = _prompt_sets(args, target, tokenizer)
-    every = points(list(prompt_sets), args.prompt_tokens or [None], args.temperature, args.concurrency, args.num_prompts)
+    every = points(list(prompt_sets), args.prompt_tokens or [None], args.temperature, args.concurrency, args.num_prompts, args.swing)
     server = None
     if args.server:
+        if args.swing:
+            raise UsageError("--swing needs the bench's own engines: leave out --server, or sweep --concurrency")
         if tokenizer is None:
             raise UsageError(f"{target} has no tokenizer, which turns prompts into text: give --target, the model's folder or hub id")
         server = Server(args.server, target, tokenizer, model)

@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash.evaluation.html import page
-from vllm_dflash.evaluation.tables import NONE, Table, acceptance_table, facts, groups, median, method_table, speed_table, spread
+from vllm_dflash.evaluation.tables import (
+    NONE,
+    Table,
+    acceptance_table,
+    facts,
+    groups,
+    median,
+    method_table,
+    phase_table,
+    speed_table,
+    spread,
+)
 
 
 def write(results: Mapping[str, Any], folder: Path) -> None:
@@ -38,8 +49,7 @@ def all_tables(results: Mapping[str, Any]) -> list[Table]:
     tables = [method_table(results)]
     for title, rows in groups(results):
         tables.append(speed_table(results, title, rows))
-        acceptance = acceptance_table(results, title, rows)
-        tables += [acceptance] if acceptance else []
+        tables += [table for make in (phase_table, acceptance_table) if (table := make(results, title, rows)) is not None]
     return tables
 
 

@@ -9,6 +9,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
+EARLY_STEPS = 200
+"""Steps of a run that are also looked at by themselves: what learns has not learned yet."""
+
+
 @dataclass(frozen=True)
 class Spread:
     """Repeats of one figure."""

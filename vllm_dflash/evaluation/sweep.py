@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vllm_dflash.evaluation.engine_process import Engine, EngineFailedError, Job
-from vllm_dflash.evaluation.workload import Point
+from vllm_dflash.evaluation.workload import Phase, Point
 
 BASELINE = "plain"
 _LEAST_WARM_UP = 4
@@ -78,10 +78,12 @@ class Sweep:
                     after_repeat(repeat)
 
     def _job(self, turn: Turn) -> Job:
-        """The turn's job; a warm-up is one wave of requests."""
-        point = self._points[turn.point]
-        count = point.num_prompts if turn.repeat else min(point.num_prompts, max(point.concurrency, _LEAST_WARM_UP))
-        return Job(self._prompts[turn.point][:count], point.concurrency, self._max_tokens, point.temperature)
+        """The turn's job; a warm-up is one wave of requests, or the whole swing."""
+        point, prompts = self._points[turn.point], self._prompts[turn.point]
+        if turn.repeat or point.swing:
+            return Job(prompts, point.phases, self._max_tokens, point.temperature)
+        count = min(point.num_prompts, max(point.concurrency, _LEAST_WARM_UP))
+        return Job(prompts[:count], [Phase(point.concurrency, count)], self._max_tokens, point.temperature)
 
     def _take(self, turn: Turn, bar: Any) -> list[str] | None:
         """Runs one turn and files its result; returns digests of the outputs where they can be compared."""

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from vllm_dflash.evaluation.summary import BEST_FIXED
+from vllm_dflash.evaluation.statistics import EARLY_STEPS
+from vllm_dflash.evaluation.summary import BEST_FIXED, BEST_SCHEDULE
 from vllm_dflash.evaluation.sweep import BASELINE
 
 NONE = "–"
 _EXACT = "float32"
+_CHOICES = frozenset({BEST_FIXED, BEST_SCHEDULE})
+_EARLY = f"x {BASELINE}, first {EARLY_STEPS} steps"
 
 
 @dataclass
@@ -29,7 +32,9 @@ class Table:
 def group_title(point: Mapping[str, Any]) -> str:
     """What the rows of one table share."""
     length = "" if point["prompt_tokens"] is None else f", prompts of {point['prompt_tokens']} tokens"
-    return f"{point['prompt_set']}{length}, temperature {point['temperature']:g}"
+    swing = point.get("swing") or ()
+    load = ", requests at a time in phases: " + ", ".join(map(str, swing)) if swing else ""
+    return f"{point['prompt_set']}{length}, temperature {point['temperature']:g}{load}"
 
 
 def groups(results: Mapping[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -71,10 +76,12 @@ def method_table(results: Mapping[str, Any]) -> Table:
 def speed_table(results: Mapping[str, Any], title: str, rows: list[dict[str, Any]]) -> Table:
     """Throughput, step time, acceptance, latency, memory and outputs."""
     found = dict.fromkeys(label for row in rows for label in row["against"])
-    labels = sorted(found, key=lambda label: (label != BASELINE, label == BEST_FIXED))
+    labels = sorted(found, key=lambda label: (label != BASELINE, label in _CHOICES))
     header = ["requests at a time", "method", "tokens/s"]
     for label in labels:
-        header += [f"x {label}", f"step x {label}"] if label not in (BASELINE, BEST_FIXED) else [f"x {label}"]
+        header += (
+            [f"x {label}", _EARLY] if label == BASELINE else [f"x {label}"] if label in _CHOICES else [f"x {label}", f"step x {label}"]
+        )
     header += [
         "step, ms", "tau", "committed a request-step", "verified", "wasted", "ms a token, p50 / p95", "ms to first token, p50 / p95",
         "peak MiB", "output equals plain's",
@@ -82,6 +89,18 @@ def speed_table(results: Mapping[str, Any], title: str, rows: list[dict[str, Any
     table = Table(title, header, [_speed_row(results, row, labels) for row in rows])
     table.notes = _notes(results, rows)
     return table
+
+
+def phase_table(results: Mapping[str, Any], title: str, rows: list[dict[str, Any]]) -> Table | None:
+    """Of a load in phases, seconds and tau of each; None of another."""
+    longest = max((row["phases"] for row in rows), key=len, default=[])
+    if len(longest) < 2:
+        return None
+    cells = []
+    for row in rows:
+        found = [spread(p["seconds"], ".2f") + ("" if p["tau"] is None else f", {p['tau']:.2f}") for p in row["phases"]]
+        cells.append([row["method"], *found])
+    return Table(f"Seconds and tau, phase by phase: {title}", ["method", *(f"{p['concurrency']} at a time" for p in longest)], cells)
 
 
 def acceptance_table(results: Mapping[str, Any], title: str, rows: list[dict[str, Any]]) -> Table | None:
@@ -107,8 +126,9 @@ def _speed_row(results: Mapping[str, Any], row: Mapping[str, Any], labels: list[
         if label == BEST_FIXED and against is not None:
             ratio += f" {against['method']}"
         cells.append(ratio)
-        if label not in (BASELINE, BEST_FIXED):
-            cells.append(NONE if against is None else spread(against["step_ms"], ".2f"))
+        if label not in _CHOICES:
+            beside = "early_tokens_per_second" if label == BASELINE else "step_ms"
+            cells.append(NONE if against is None else spread(against[beside], ".2f"))
     verified, wasted = row["verified"], row["wasted"]
     share = f"{wasted['median'] / verified['median']:.0%}" if verified and wasted and verified["median"] else NONE
     return [

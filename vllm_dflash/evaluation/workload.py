@@ -45,6 +45,14 @@ class PromptSet:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A closed loop: so many requests in flight until ``num_prompts`` are done."""
+
+    concurrency: int
+    num_prompts: int
+
+
+@dataclass(frozen=True)
 class Point:
     """One setting of the load: ``concurrency`` requests in flight until ``num_prompts`` are done."""
 
@@ -54,10 +62,18 @@ class Point:
     temperature: float
     concurrency: int
     num_prompts: int
+    swing: tuple[int, ...] = ()
+    """Requests in flight in one phase after the other, each of which ends with its last request; ``concurrency`` is the most of them."""
 
     def __str__(self) -> str:
         length = "" if self.prompt_tokens is None else f" of {self.prompt_tokens} tokens"
-        return f"{self.prompt_set}{length}, temperature {self.temperature:g}, {self.concurrency} at a time"
+        load = " then ".join(map(str, self.swing)) or str(self.concurrency)
+        return f"{self.prompt_set}{length}, temperature {self.temperature:g}, {load} at a time"
+
+    @property
+    def phases(self) -> list[Phase]:
+        """Its closed loops, in order; phases of the same load have the same requests."""
+        return [Phase(c, swing_num_prompts(c)) for c in self.swing] or [Phase(self.concurrency, self.num_prompts)]
 
 
 def default_num_prompts(concurrency: int) -> int:
@@ -65,12 +81,22 @@ def default_num_prompts(concurrency: int) -> int:
     return max(16, 4 * concurrency)
 
 
+def swing_num_prompts(concurrency: int) -> int:
+    """Requests of one phase of a swing: two waves, at least four."""
+    return max(4, 2 * concurrency)
+
+
 def points(
-    prompt_sets: Sequence[str], prompt_tokens: Sequence[int | None], temperatures: Sequence[float], concurrency: Sequence[int], num_prompts: int | None
+    prompt_sets: Sequence[str], prompt_tokens: Sequence[int | None], temperatures: Sequence[float], concurrency: Sequence[int], num_prompts: int | None,
+    swing: Sequence[int] = (),
 ) -> list[Point]:  # fmt: skip
-    """All combinations, concurrency innermost."""
-    every = itertools.product(prompt_sets, prompt_tokens, temperatures, concurrency)
-    return [Point(name, length, t, c, num_prompts or default_num_prompts(c)) for name, length, t, c in every]
+    """All combinations, concurrency innermost and the swing after it."""
+    found = []
+    for name, length, t in itertools.product(prompt_sets, prompt_tokens, temperatures):
+        found += [Point(name, length, t, c, num_prompts or default_num_prompts(c)) for c in concurrency]
+        if swing:
+            found.append(Point(name, length, t, max(swing), sum(map(swing_num_prompts, swing)), tuple(swing)))
+    return found
 
 
 def random_prompts(vocab_size: int) -> PromptSet:
