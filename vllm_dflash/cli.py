@@ -172,7 +172,7 @@ def _add_bench(commands: Any) -> None:
         "--concurrency", metavar="LIST", type=_list_of(_at_least_one), default=[1, 8], help="requests in flight (default: 1,8)"
     )
     load.add_argument(
-        "--swing", metavar="LIST", type=_list_of(_at_least_one), default=[],
+        "--swing", metavar="LIST", type=_list_of(_at_least_one, once=False), default=[],
         help="one point more: requests in flight in phases, such as 1,32,1,32,1; adaptive drafting against the best fixed choice of each phase",
     )  # fmt: skip
     load.add_argument("--prompt-tokens", metavar="LIST", type=_list_of(_at_least_one), help="lengths that prompts are cut or filled up to")
@@ -184,6 +184,9 @@ def _add_bench(commands: Any) -> None:
     engine.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: the target's own")
     engine.add_argument("--max-model-len", metavar="N", type=_at_least_one, help="default: what the prompts need")
     engine.add_argument("--engine-args", metavar="JSON", default="{}", help="more arguments of vLLM's LLM, for all methods")
+    engine.add_argument(
+        "--spec-args", metavar="JSON", default="{}", help="more of vLLM's speculative_config, for all methods that have one"
+    )
     engine.add_argument("--out", metavar="DIR", type=Path, help="folder of the report (default: bench-DATE-TIME)")
     bench.set_defaults(run=lambda args: import_module("vllm_dflash.evaluation.bench").run(args))
 
@@ -220,12 +223,13 @@ def _add_cluster(commands: Any) -> None:
     up.set_defaults(run=lambda args: import_module("vllm_dflash.cluster.serve").run(args))
 
 
-def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """The type of a comma-separated list, of which each entry counts once."""
+def _list_of(kind: Callable[[str], Any], *, once: bool = True) -> Callable[[str], list[Any]]:
+    """The type of a comma-separated list, of which each entry counts ``once``."""
 
     def parse(text: str) -> list[Any]:
         try:
-            return list(dict.fromkeys(kind(entry) for entry in text.split(",")))
+            entries = [kind(entry) for entry in text.split(",")]
+            return list(dict.fromkeys(entries)) if once else entries
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, such as 1,8") from None
 

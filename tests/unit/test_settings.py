@@ -1,4 +1,4 @@
-"""Whether an engine drafts adaptively: where the user says so, and nothing stands in the way."""
+"""Whether an engine drafts adaptively: as the user says, else under synchronous scheduling; and nothing stands in the way."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -48,9 +48,17 @@ def test_the_scheduler_that_fits() -> None:
 
 
 def test_false_and_other_methods_are_left_alone() -> None:
-    for asked in (config(False), config(None), config(True, method="ngram")):
+    for asked in (config(False), config(True, method="ngram"), config(None, method="ngram")):
         settle_scheduler(asked)
         assert asked.scheduler_config.scheduler_cls is None
+
+
+def test_the_default() -> None:
+    """On where it was measured to pay."""
+    for is_async in (False, True):
+        silent = config(None, is_async=is_async)
+        settle_scheduler(silent)
+        assert is_adaptive(silent) is not is_async
 
 
 @pytest.mark.parametrize(

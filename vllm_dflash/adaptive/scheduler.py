@@ -19,7 +19,6 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm_dflash.adaptive.controller import Controller, Plan
 from vllm_dflash.adaptive.cost import Work
 
-
 _EVERY = 4
 """Steps without drafts of which one is measured."""
 

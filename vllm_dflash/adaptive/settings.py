@@ -1,4 +1,4 @@
-"""Whether an engine drafts adaptively: where the user says so, in ``additional_config={"dflash": {"adaptive": true}}``.
+"""Whether an engine drafts adaptively: as ``additional_config={"dflash": {"adaptive": true}}`` says; else where it was measured to pay.
 
 pytest tests/unit/test_settings.py
 """
@@ -49,12 +49,13 @@ def settle_scheduler(vllm_config: Any) -> None:
     if speculative is None or speculative.method != "dflash" or not is_ours(speculative.draft_model_config.architectures):
         return
     wanted = wants_adaptive(vllm_config.additional_config)
-    if not wanted or is_adaptive(vllm_config):
+    if wanted is False or is_adaptive(vllm_config):
         return
-    obstacle = _obstacle(vllm_config)
+    scheduler, obstacle = vllm_config.scheduler_config, _obstacle(vllm_config)
+    if wanted is None and (obstacle or scheduler.async_scheduling):
+        return  # under asynchronous scheduling, a GPU's, it is not measured yet (docs/adaptive.md)
     if obstacle:
         raise SettingsError(f"additional_config: {SECTION}.{_ADAPTIVE} is true, but {obstacle}")
-    scheduler = vllm_config.scheduler_config
     scheduler.scheduler_cls = _ASYNC_SCHEDULER if scheduler.async_scheduling else _SCHEDULER
 
 

@@ -7,7 +7,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from vllm_dflash.evaluation.workload import DATASETS, RANDOM, Point, PromptSet, 
 EMBEDDED = Path(__file__).resolve().parents[2] / "examples" / "embedded_pair"
 """The pair that a checkout has; a wheel has none."""
 _OWN_ARGS = frozenset({"model", "speculative_config", "max_num_seqs", "dtype", "max_model_len"})
+_OWN_SPEC_ARGS = frozenset({"method", "model", "num_speculative_tokens"})
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Plan:
     dtype: str
     max_model_len: int
     engine_args: Mapping[str, Any]
+    spec_args: Mapping[str, Any] = field(default_factory=dict)
     server: Server | None = None
     server_url: str = ""
 
@@ -49,7 +51,12 @@ class Plan:
         shared = {"target": self.target, "max_tokens": self.max_tokens, "repeats": self.repeats}
         if self.server is not None:
             return shared
-        return shared | {"dtype": self.dtype, "max_model_len": self.max_model_len, "engine_args": dict(self.engine_args) or None}
+        return shared | {
+            "dtype": self.dtype,
+            "max_model_len": self.max_model_len,
+            "engine_args": dict(self.engine_args) or None,
+            "spec_args": dict(self.spec_args) or None,
+        }
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
@@ -85,7 +92,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         )
     return Plan(
         target, methods, every, prompt_sets, args.max_tokens, args.repeats, args.dtype, args.max_model_len or needed,
-        _engine_args(args.engine_args), server, args.server or "",
+        _json_object("--engine-args", args.engine_args, '{"enforce_eager": false}', _OWN_ARGS),
+        _json_object("--spec-args", args.spec_args, '{"rejection_sample_method": "standard"}', _OWN_SPEC_ARGS), server, args.server or "",
     )  # fmt: skip
 
 
@@ -151,14 +159,14 @@ def _vocab_size(target: str) -> int:
         raise UsageError(f"--target {target} cannot be read ({str(error).splitlines()[0]}): give its folder or hub id") from None
 
 
-def _engine_args(text: str) -> dict[str, Any]:
+def _json_object(option: str, text: str, example: str, set_by_others: frozenset[str]) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise UsageError(f"--engine-args is no JSON ({error}): give an object such as '{{\"enforce_eager\": false}}'") from None
+        raise UsageError(f"{option} is no JSON ({error}): give an object such as '{example}'") from None
     if not isinstance(found, dict):
-        raise UsageError("--engine-args is no object: give one such as '{\"enforce_eager\": false}'")
-    taken = sorted(_OWN_ARGS & found.keys())
+        raise UsageError(f"{option} is no object: give one such as '{example}'")
+    taken = sorted(set_by_others & found.keys())
     if taken:
-        raise UsageError(f"--engine-args holds {', '.join(taken)}, which other options set: leave them out")
+        raise UsageError(f"{option} holds {', '.join(taken)}, which other options set: leave them out")
     return found

@@ -52,6 +52,8 @@ def engine_settings(plan: Plan, method: Method) -> dict[str, Any]:
     given = plan.engine_args.get("additional_config") or {}
     if "additional_config" in own and given:
         own = own | {"additional_config": given | own["additional_config"]}
+    if plan.spec_args and "speculative_config" in own:
+        own = own | {"speculative_config": own["speculative_config"] | plan.spec_args}
     args = {
         "model": plan.target, "dtype": plan.dtype, "max_model_len": plan.max_model_len, "max_num_seqs": max(p.concurrency for p in plan.points),
         "skip_tokenizer_init": True, "enable_prefix_caching": False, "generation_config": "vllm", "seed": 0, "disable_log_stats": False,

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-
 EARLY_STEPS = 200
 """Steps of a run that are also looked at by themselves: what learns has not learned yet."""
 

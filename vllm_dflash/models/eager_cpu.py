@@ -1,7 +1,7 @@
 """The draft layers on a CPU without compilation: vLLM's kernels called one after the other, with nothing between them.
 
 Run as modules, half of a draft forward of one request is Python between kernels (docs/performance.md). The kernels are those that the
-modules call, but for SwiGLU's, which vLLM's modules leave out on x86. Limits: one rank, projections that are not quantized, vLLM's CPU
+modules call. Limits: one rank, projections that are not quantized, vLLM's CPU
 attention; elsewhere the modules run.
 
     pytest tests/engine/test_draft_parity.py
