@@ -3,7 +3,7 @@
 import pytest
 
 from simulation import Server, large_gpu, two_cores
-from vllm_dflash.adaptive.acceptance import Acceptance
+from vllm_dflash.adaptive.acceptance import Acceptance, round_rows
 from vllm_dflash.adaptive.controller import Controller
 from vllm_dflash.adaptive.cost import StepCost, Work
 
@@ -77,3 +77,19 @@ def test_acceptance_is_conditional() -> None:
     assert third < 0.02
     assert fourth == pytest.approx(0.6), "the prior"
     assert acceptance.lengths(["a"], 4, 0.5, None) == {"a": 2}
+
+
+def test_rows_come_in_round_numbers() -> None:
+    """Eight numbers an octave, and the likeliest tokens are the ones that stay."""
+    assert [round_rows(n) for n in (1, 7, 8, 15, 17, 31, 33, 62, 130)] == [1, 7, 8, 15, 18, 32, 32, 64, 128]
+    acceptance, requests = Acceptance(7), [f"r{i}" for i in range(16)]
+    confidences = {name: [0.99 - 0.05 * i - 0.001 * n for i in range(7)] for n, name in enumerate(requests)}
+    for threshold in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7):
+        lengths = acceptance.lengths(requests, 7, threshold, confidences)
+        rows = len(requests) + sum(lengths.values())
+        assert rows == round_rows(rows)
+        survival = {name: acceptance.survival(name, 7, confidences[name]) for name in requests}
+        kept = [p for name in requests for p in survival[name][: lengths[name]]]
+        left = [p for name in requests for p in survival[name][lengths[name] :]]
+        assert not kept or not left or min(kept) >= max(left)
+    assert sum(acceptance.lengths(requests, 7, 0.0, confidences).values()) == 7 * 16, "all where all pay"

@@ -67,6 +67,15 @@ def test_without_a_checkout(capsys, tmp_path, monkeypatch):
     assert "no --target: give its folder or hub id" in capsys.readouterr().err
 
 
+def test_more_of_the_speculative_config():
+    """Of all methods that have one."""
+    drafted = Method("a", "native", speculative_config={"method": "dflash", "model": "D", "num_speculative_tokens": 7})
+    plan = plans.Plan("T", [Method("plain", "plain"), drafted], [Point("p", None, 0.0, 1, 8)], {}, 8, 1, "float32", 64, {}, {"x": 1})
+    plain, native = (engine_settings(plan, method)["engine_args"] for method in plan.methods)
+    assert "speculative_config" not in plain
+    assert native["speculative_config"] == {"method": "dflash", "model": "D", "num_speculative_tokens": 7, "x": 1}
+
+
 def test_engines_differ_in_the_method_alone():
     """The user's additional_config stays, beside what switches the controller."""
     both = {"additional_config": {"of": "the user", "dflash": {}}, "block_size": 32}

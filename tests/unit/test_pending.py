@@ -36,3 +36,18 @@ def test_it_says_when_it_is_full() -> None:
     pending = PendingContext(4)
     assert add(pending, 0, [1])
     assert not add(pending, 0, [2, 3])
+
+
+def test_pages_of_ended_requests_are_dropped() -> None:
+    """Pages of four slots; of two rows of a slot the last counts, as before."""
+    pending = PendingContext(100)
+    add(pending, 0, [4, 5, 12])
+    add(pending, 10, [5, 20])
+    pending.keep_pages({1, 5}, 4)
+    taken = pending.take()
+    assert taken is not None
+    assert [part.flatten().tolist() for part in taken] == [[0, 10, 11], [0, 0, 1], [4, 5, 20]]
+    add(pending, 0, [4])
+    pending.keep_pages(set(), 4)
+    assert pending.num_rows == 0
+    assert pending.take() is None

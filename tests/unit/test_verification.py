@@ -1,10 +1,13 @@
 """What is kept of drafts, and the noise of seeded requests, apart from an engine."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("vllm")
-from vllm_dflash.drafting.verification import SeedDraws, keep_accepted
+from vllm_dflash.drafting.verification import SeedDraws, keep_accepted, metadata_without_drafts
 
 
 def test_drafts_are_kept_up_to_the_first_that_differs() -> None:
@@ -28,3 +31,28 @@ def test_draws_are_vllms_whatever_is_asked_for_first() -> None:
     assert draws.at("a", 8, range(1)) != expected[:1]
     draws.forget_all_but({"b"})
     assert list(draws._drawn) == ["b"]
+
+
+@pytest.mark.parametrize("scheduled", [[1, 1, 1], [5, 1, 20], [1]])
+def test_metadata_without_drafts_is_vllms(scheduled: list[int]) -> None:
+    """Of decoding steps, and of those with prompts."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    runner = SimpleNamespace(device=torch.device("cpu"), _arange_scratch=np.zeros(64, dtype=np.int32))
+    runner.input_ids = SimpleNamespace(gpu=torch.arange(100, dtype=torch.int32))
+    runner._get_cumsum_and_arange = GPUModelRunner._get_cumsum_and_arange.__get__(runner)
+    runner._arange_np = runner.arange_np = np.arange(64)
+
+    def vllms(*args: np.ndarray) -> object:
+        return GPUModelRunner._calc_spec_decode_metadata(runner, *args)
+
+    drafts, ends = np.zeros(len(scheduled), dtype=np.int32), np.cumsum(scheduled, dtype=np.int32)
+    ours, theirs = metadata_without_drafts(vllms, 8)(drafts, ends), vllms(drafts, ends)
+    assert vars(ours).keys() == vars(theirs).keys()
+    for name, value in vars(theirs).items():
+        own = getattr(ours, name)
+        if isinstance(value, torch.Tensor):
+            assert own.dtype == value.dtype, name
+            own, value = own.tolist(), value.tolist()
+        assert own == value, name
+    assert metadata_without_drafts(lambda *args: "vLLM's", 8)(np.array([0, 2]), ends) == "vLLM's"

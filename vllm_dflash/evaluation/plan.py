@@ -101,7 +101,8 @@ def _embedded(name: str) -> Path:
     path = EMBEDDED / name
     if not path.exists():
         raise UsageError("no --target: give its folder or hub id (only a checkout has the embedded pair)")
-    return path
+    # As short as it can be, for the report.
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _drafters(args: argparse.Namespace) -> dict[str, Drafter]:

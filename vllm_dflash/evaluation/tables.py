@@ -93,7 +93,7 @@ def speed_table(results: Mapping[str, Any], title: str, rows: list[dict[str, Any
 
 def phase_table(results: Mapping[str, Any], title: str, rows: list[dict[str, Any]]) -> Table | None:
     """Of a load in phases, seconds and tau of each; None of another."""
-    longest = max((row["phases"] for row in rows), key=len, default=[])
+    longest: list[dict[str, Any]] = max((row["phases"] for row in rows), key=len, default=[])
     if len(longest) < 2:
         return None
     cells = []
