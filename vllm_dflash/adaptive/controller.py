@@ -55,6 +55,8 @@ class Controller:
         self.cost, self.acceptance = StepCost(), Acceptance(max_draft)
         self._budget, self._steps, self._chosen_at = 0.0, 0, 0
         self._tries: list[int] = []
+        self._rest: list[Plan] = []
+        """What is left of a trial."""
         self._num_trials = self._trial_at = 0
         self._choice: _Choice | None = None
 
@@ -90,6 +92,8 @@ class Controller:
         self.acceptance.forget(requests)
 
     def _plan(self, requests: Sequence[str], num_context: int) -> Plan:
+        if self._rest:
+            return self._rest.pop()
         last = self._choice
         if last and self._steps - self._chosen_at < _EVERY and abs(len(requests) - last.num_reqs) * 8 <= last.num_reqs:
             return last.plan
@@ -127,9 +131,12 @@ class Controller:
         share = num_reqs / len(survival)
         seconds = cost.seconds(self._work(num_reqs, round(len(kept) * share), plan.num_draft_tokens, num_context))
         loss = max(seconds - (num_reqs + float(kept.sum()) * share) / best.rate, 0.0)
-        if loss > self._budget:
+        # The first step without a draft still verifies what was drafted before; only the second is a plain one.
+        steps = 1 if plan.num_draft_tokens else 2
+        if steps * loss > self._budget:
             return None
-        self._budget, self._trial_at = self._budget - loss, self._steps
+        self._budget, self._trial_at = self._budget - steps * loss, self._steps
+        self._rest = [plan] * (steps - 1)
         return plan
 
     def _work(self, num_reqs: int, num_verified: int, num_draft_tokens: int, num_context: int) -> Work:

@@ -18,6 +18,8 @@ _LAST = 9
 """Steps of a kind that are kept."""
 _FADE = 0.999
 """Weight that a kind of step keeps with each step of another kind: a machine that slows down is followed."""
+_STALE = 1000
+"""Steps after which what was measured of a kind is forgotten once it is measured again."""
 _DOUBT = 2.0
 """Steps of a kind that weigh against what its own say: the luckiest of a few noisy measurements would be chosen for its luck."""
 _NEARNESS = 1.5
@@ -90,6 +92,9 @@ class StepCost:
         kind = self._kinds.get(key)
         if kind is None:
             kind = self._kinds[key] = _Kind()
+        if self._steps - kind.last_seen > _STALE:
+            kind.work.clear()
+            kind.seconds.clear()
         kind.work.append(work)
         kind.seconds.append(seconds)
         self._steps += 1
