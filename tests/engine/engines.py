@@ -33,7 +33,7 @@ def model_runner(llm: Any) -> Any:
 
 
 def record_drafts(runner: Any, drafts: list[dict[str, Any]]) -> None:
-    """Wraps the V1 proposer's ``propose``: per request its index, anchor position, anchor token and drafted tokens."""
+    """Wraps the V1 proposer's ``propose``: per request its index, anchor position, anchor token and drafted tokens; and ``skip``, which drafts none."""
     propose = runner.drafter.propose
 
     def recording(*args: Any, **kwargs: Any) -> Any:
@@ -45,6 +45,20 @@ def record_drafts(runner: Any, drafts: list[dict[str, Any]]) -> None:
         return tokens
 
     runner.drafter.propose = recording
+    if hasattr(runner.drafter, "skip"):
+        skip, propose_step, step = runner.drafter.skip, runner.propose_draft_token_ids, {}
+
+        def seeing_tokens(scheduled: Any, sampled_token_ids: Any, *args: Any) -> Any:
+            step["tokens"] = sampled_token_ids[:, 0].tolist()
+            return propose_step(scheduled, sampled_token_ids, *args)
+
+        def recording_none(features: Any, cad: Any) -> Any:
+            inside_prompt = runner.discard_request_mask.np[: cad.num_reqs].tolist()
+            rows = zip(runner.input_batch.req_ids, cad.seq_lens.tolist(), step["tokens"], inside_prompt, strict=True)
+            drafts.extend({"request": int(r.split("-")[0]), "anchor": n, "token": t, "draft": []} for r, n, t, inside in rows if not inside)
+            return skip(features, cad)
+
+        runner.drafter.skip, runner.propose_draft_token_ids = recording_none, seeing_tokens
 
 
 def as_list(drafts: Any) -> list[list[int]]:

@@ -83,7 +83,9 @@ class DFlashProposer(NativeDFlashProposer):
         """Loads the drafter; on a CPU drafts are verified by our own class from then on."""
         super().load_model(target_model)
         if self.on_cpu:
-            self._eager_layers = EagerLayers(self.model.model) if EagerLayers.fit(self.model.model) else None
+            # A connector takes and brings keys and values in vLLM's attention modules.
+            if self.vllm_config.kv_transfer_config is None and EagerLayers.fit(self.model.model):
+                self._eager_layers = EagerLayers(self.model.model)
             runner = self.runner
             runner.rejection_sampler = Verifier(runner)
             runner._calc_spec_decode_metadata = metadata_without_drafts(runner._calc_spec_decode_metadata, self.max_batch_size)
@@ -182,13 +184,17 @@ class DFlashProposer(NativeDFlashProposer):
             *_, features, spec_decode_metadata, cad, _ = args
             if scheduled.num_spec_tokens_to_schedule or spec_decode_metadata.max_spec_len or not self._may_wait:
                 return propose(scheduled, *args)
-            num_tokens = cad.num_actual_tokens
-            starts, lengths = self._written(cad, None)
-            self._keep([feature[:num_tokens] for feature in features], self.runner.positions[:num_tokens], cad.slot_mapping[:num_tokens])
-            self._watch(cad, starts, lengths)
-            return Drafts([[]] * cad.num_reqs)
+            return self.skip(features, cad)
 
         return proposing
+
+    def skip(self, features: Sequence[torch.Tensor], cad: CommonAttentionMetadata) -> Drafts:
+        """In place of ``propose``: keeps a step's ``features``, T of [N, H] or longer, and drafts nothing."""
+        num_tokens = cad.num_actual_tokens
+        starts, lengths = self._written(cad, None)
+        self._keep([feature[:num_tokens] for feature in features], self.runner.positions[:num_tokens], cad.slot_mapping[:num_tokens])
+        self._watch(cad, starts, lengths)
+        return Drafts([[]] * cad.num_reqs)
 
     def _store_context(
         self, cad: CommonAttentionMetadata, features: torch.Tensor, positions: torch.Tensor, lengths: list[int],

@@ -1,8 +1,8 @@
 """The draft layers on a CPU without compilation: vLLM's kernels called one after the other, with nothing between them.
 
 Run as modules, half of a draft forward of one request is Python between kernels (docs/performance.md). The kernels are those that the
-modules call. Limits: one rank, projections that are not quantized, vLLM's CPU
-attention; elsewhere the modules run.
+modules call. Limits: one rank, projections and a cache that are not quantized, vLLM's
+CPU attention, no KV connector; elsewhere the modules run.
 
     pytest tests/engine/test_draft_parity.py
 """
@@ -30,11 +30,12 @@ class EagerLayers:
             for layer in model.layers
             for p in (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
         ]
+        attention = [layer.self_attn.attn for layer in model.layers]
         return (
             getattr(model, "do_not_compile", False)
             and get_tensor_model_parallel_world_size() == 1
             and all(hasattr(projection, "cpu_linear") for projection in linear)
-            and all(type(layer.self_attn.attn.impl) is CPUAttentionBackendImpl for layer in model.layers)
+            and all(type(attn.impl) is CPUAttentionBackendImpl and attn.kv_cache_dtype == "auto" for attn in attention)
         )
 
     def __call__(self, input_ids: Tensor, positions: Tensor, slots: Tensor, metadata: Mapping[str, CPUAttentionMetadata]) -> Tensor:
