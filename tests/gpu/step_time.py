@@ -15,6 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from vllm_dflash.cli import main as vllm_dflash
 from vllm_dflash.config import DrafterConfig
 
@@ -63,7 +65,9 @@ def main() -> int:
     parser.add_argument("--repeats", default="3")
     parser.add_argument("--out", type=Path, default=Path("step-time"))
     args = parser.parse_args()
-    synthetic = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": args.tau}
+    # vLLM's CPU build has no synthetic acceptance: there nothing is accepted, and a step computes the same.
+    on_gpu = torch.cuda.is_available()
+    synthetic = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": args.tau} if on_gpu else {}
     with TemporaryDirectory() as folder:
         target, drafter = make_pair(args.shape, Path(folder))
         status = vllm_dflash(
