@@ -113,6 +113,15 @@ def shaken(random_target: Path, random_drafter: Path, tmp_path_factory: pytest.T
             **common | {"max_tokens": LIMIT},
             speculative_config={"num_speculative_tokens_per_batch_size": schedule},
         ),
+        "nothing drafted, no prefix cache": Job(
+            random_target,
+            random_drafter,
+            prompts,
+            max_model_len=LIMIT,
+            engine_args={"enable_prefix_caching": False},
+            **common | {"max_tokens": LIMIT},
+            speculative_config={"num_speculative_tokens_per_batch_size": schedule},
+        ),
         "plain up to the limit": Job(random_target, None, prompts, max_model_len=LIMIT, max_tokens=LIMIT),
         "stored": Job(random_target, random_drafter, long, engine_args={"kv_transfer_config": store}, **common | {"max_tokens": 20}),
         "loaded": Job(random_target, random_drafter, long, engine_args={"kv_transfer_config": store}, **common | {"max_tokens": 20}),
@@ -135,9 +144,13 @@ def test_preemption_and_resumption(shaken: dict[str, Batch], random_target: Path
     check_whole(batch, random_target, random_drafter, 600)
 
 
-def test_steps_that_draft_nothing(shaken: dict[str, Batch], random_target: Path, random_drafter: Path) -> None:
-    """They write the context all the same, so that the drafts of the last requests, when few are left, are whole."""
-    batch = shaken["nothing drafted"]
+@pytest.mark.parametrize("name", ["nothing drafted", "nothing drafted, no prefix cache"])
+def test_steps_that_draft_nothing(shaken: dict[str, Batch], random_target: Path, random_drafter: Path, name: str) -> None:
+    """Their context is written all the same, so that the drafts of the last requests, when few are left, are whole.
+
+    Without a prefix cache only those requests' own: what ended before is dropped.
+    """
+    batch = shaken[name]
     assert batch.tokens == shaken["plain up to the limit"].tokens
     assert sum(draft["draft"] == [] for _, draft in batch.drafts) > 200
     check_whole(batch, random_target, random_drafter, 20, LIMIT)

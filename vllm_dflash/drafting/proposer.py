@@ -226,6 +226,8 @@ class DFlashProposer(NativeDFlashProposer):
 
     def _drop_ended(self) -> None:
         """Drops kept rows of requests that have ended."""
+        if self.block_size != self.vllm_config.cache_config.block_size:
+            return  # vLLM's pages are several of the kernel's, by which slots are counted
         pages = {page for request in self.runner.requests.values() for page in request.block_ids[self.kv_cache_gid]}
         self._pending.keep_pages(pages, self.block_size)
 
