@@ -77,9 +77,14 @@ def _middle(index: int) -> float:
     return 1 / (1 + math.exp(-(_FIRST_LOGIT + (index + 0.5) * _BIN_WIDTH)))
 
 
+def row_step(count: int) -> int:
+    """What numbers of rows about as large as ``count`` are multiples of: there are eight in each octave."""
+    return 1 << max(count.bit_length() - 4, 0)
+
+
 def round_rows(count: int) -> int:
-    """The nearest of eight numbers of rows in each octave."""
-    step = 1 << max(count.bit_length() - 4, 0)
+    """The nearest such number."""
+    step = row_step(count)
     return (count + step // 2) // step * step
 
 

@@ -19,7 +19,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm_dflash.adaptive.controller import Controller, Plan
 from vllm_dflash.adaptive.cost import Work
 
-_EVERY = 4
+_MEASURED_EVERY = 4
 """Steps without drafts of which one is measured."""
 
 
@@ -59,7 +59,7 @@ class _Adaptive(Scheduler):
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         self._steps += 1
-        if self._steps % _EVERY and self._is_plain(scheduler_output):
+        if self._steps % _MEASURED_EVERY and self._is_plain(scheduler_output):
             outputs = super().update_from_output(scheduler_output, model_runner_output)
             self._last_end = time.perf_counter() if self.running or self.waiting else None
             return outputs

@@ -21,6 +21,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer as NativeDFlashProposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
+from vllm_dflash.adaptive.acceptance import row_step
 from vllm_dflash.adaptive.settings import is_adaptive
 from vllm_dflash.checks import settled
 from vllm_dflash.config import DrafterConfigError
@@ -350,8 +351,7 @@ class DFlashProposer(NativeDFlashProposer):
 
 def _padded(rows: torch.Tensor) -> torch.Tensor:
     """``rows`` [N, ...] and the last one again up to a round number: a CPU's kernels are made anew for each number of rows."""
-    step = 1 << max(len(rows).bit_length() - 4, 0)
-    missing = -len(rows) % step
+    missing = -len(rows) % row_step(len(rows))
     return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
 
 
