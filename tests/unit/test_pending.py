@@ -5,9 +5,9 @@ import torch
 from vllm_dflash.drafting.pending import PendingContext
 
 
-def add(pending: PendingContext, first: int, slots: list[int]) -> bool:
+def add(pending: PendingContext, first: int, slots: list[int]) -> None:
     count = len(slots)
-    return pending.add([torch.arange(first, first + count)[:, None]], torch.arange(count), torch.tensor(slots))
+    pending.add([torch.arange(first, first + count)[:, None]], torch.arange(count), torch.tensor(slots))
 
 
 def test_steps_come_back_in_order_and_once() -> None:
@@ -34,8 +34,23 @@ def test_the_last_row_of_a_slot_counts() -> None:
 
 def test_it_says_when_it_is_full() -> None:
     pending = PendingContext(4)
-    assert add(pending, 0, [1])
-    assert not add(pending, 0, [2, 3])
+    assert pending.fits(4)
+    assert not pending.fits(5)
+    add(pending, 0, [1])
+    assert pending.fits(3)
+    assert not pending.fits(4)
+
+
+def test_features_come_side_by_side_and_are_copies() -> None:
+    """What a step hands in is written over by the next."""
+    pending, features, slots = PendingContext(4), [torch.ones(2, 3), torch.zeros(2, 1)], torch.tensor([7, 8])
+    pending.add(features, torch.arange(2), slots)
+    for tensor in (*features, slots):
+        tensor.fill_(5)
+    taken = pending.take()
+    assert taken is not None
+    assert taken[0].tolist() == [[1, 1, 1, 0]] * 2
+    assert taken[2].tolist() == [7, 8]
 
 
 def test_pages_of_ended_requests_are_dropped() -> None:

@@ -7,17 +7,17 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
-from vllm_dflash.drafting.verification import SeedDraws, keep_accepted, metadata_without_drafts
+from vllm_dflash.drafting.verification import DraftMetadata, SeedDraws, keep_accepted
 
 
 def test_drafts_are_kept_up_to_the_first_that_differs() -> None:
     # Three requests with 3, 0 and 2 drafts; one more row each.
     sampled = [7, 8, 1, 9, 4, 5, 6, 2]
-    assert keep_accepted(sampled, [7, 8, 3, 5, 6], [3, 0, 2]) == [[7, 8, 1, -1], [4, -1, -1, -1], [5, 6, 2, -1]]
+    assert keep_accepted(sampled, [7, 8, 3, 5, 6], [3, 0, 2]) == ([[7, 8, 1, -1], [4, -1, -1, -1], [5, 6, 2, -1]], [3, 1, 3])
 
 
 def test_an_accepted_token_after_a_rejected_one_is_dropped() -> None:
-    assert keep_accepted([1, 2, 3], [9, 2], [2]) == [[1, -1, -1]]
+    assert keep_accepted([1, 2, 3], [9, 2], [2]) == ([[1, -1, -1]], [1])
 
 
 def test_draws_are_vllms_whatever_is_asked_for_first() -> None:
@@ -33,21 +33,27 @@ def test_draws_are_vllms_whatever_is_asked_for_first() -> None:
     assert list(draws._drawn) == ["b"]
 
 
-@pytest.mark.parametrize("scheduled", [[1, 1, 1], [5, 1, 20], [1]])
-def test_metadata_without_drafts_is_vllms(scheduled: list[int]) -> None:
-    """Of decoding steps, and of those with prompts."""
+@pytest.mark.parametrize(
+    ("scheduled", "drafted"),
+    [
+        ([1, 1, 1], [0, 0, 0]), ([5, 1, 20], [0, 0, 0]), ([1], [0]),
+        ([4, 100, 3, 2, 2], [3, 0, 2, 0, 1]), ([8], [7]), ([1, 8], [0, 7]), ([3, 3], [2, 2]),
+    ],
+)  # fmt: skip
+def test_metadata_of_drafts_is_vllms(scheduled: list[int], drafted: list[int]) -> None:
+    """Of decoding steps and of those with prompts, with drafts and without."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    runner = SimpleNamespace(device=torch.device("cpu"), _arange_scratch=np.zeros(64, dtype=np.int32))
-    runner.input_ids = SimpleNamespace(gpu=torch.arange(100, dtype=torch.int32))
+    runner = SimpleNamespace(device=torch.device("cpu"), _arange_scratch=np.zeros(128, dtype=np.int32))
+    runner.input_ids = SimpleNamespace(gpu=torch.arange(500, 700, dtype=torch.int32))
     runner._get_cumsum_and_arange = GPUModelRunner._get_cumsum_and_arange.__get__(runner)
-    runner._arange_np = runner.arange_np = np.arange(64)
+    runner._arange_np = runner.arange_np = np.arange(128)
 
     def vllms(*args: np.ndarray) -> object:
         return GPUModelRunner._calc_spec_decode_metadata(runner, *args)
 
-    drafts, ends = np.zeros(len(scheduled), dtype=np.int32), np.cumsum(scheduled, dtype=np.int32)
-    ours, theirs = metadata_without_drafts(vllms, 8)(drafts, ends), vllms(drafts, ends)
+    drafts, ends = np.array(drafted, dtype=np.int32), np.cumsum(scheduled, dtype=np.int32)
+    ours, theirs = DraftMetadata(runner.input_ids.gpu.numpy(), 8)(drafts, ends), vllms(drafts, ends)
     assert vars(ours).keys() == vars(theirs).keys()
     for name, value in vars(theirs).items():
         own = getattr(ours, name)
@@ -55,4 +61,3 @@ def test_metadata_without_drafts_is_vllms(scheduled: list[int]) -> None:
             assert own.dtype == value.dtype, name
             own, value = own.tolist(), value.tolist()
         assert own == value, name
-    assert metadata_without_drafts(lambda *args: "vLLM's", 8)(np.array([0, 2]), ends) == "vLLM's"

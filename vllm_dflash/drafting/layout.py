@@ -8,6 +8,7 @@ All tensors stay on their device and nothing waits for the host.
     pytest tests/unit/test_layout.py
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,17 +60,18 @@ def block_layout(
         may_overflow: False where the caller knows that every block ends before ``max_model_len``, which takes less work.
     """
     device, masks = anchors.device, block_size - 1
-    offsets = torch.arange(block_size, device=device)
-    first = torch.arange(len(anchors), device=device)[:, None] * block_size
-    predicting = offsets[1 : num_speculative_tokens + 1]
+    offsets, first, sample_indices = _whole_block(len(anchors), block_size, num_speculative_tokens, device)
     if not may_overflow:
-        positions = anchors.long()[:, None] + offsets
-        input_ids = torch.full(positions.shape, mask_token_id, dtype=torch.int32, device=device)
+        positions = anchors[:, None] + offsets
+        input_ids = torch.full_like(positions, mask_token_id, dtype=torch.int32)
         input_ids[:, 0] = next_token_ids
-        slots = _slots(block_table, positions, page_size)
-        return BlockLayout(
-            input_ids.flatten(), positions.flatten(), slots.flatten(), anchors + block_size, (first + predicting).flatten()
-        )  # fmt: skip
+        if device.type == "cpu" and hasattr(torch.ops._C, "compute_slot_mapping_kernel_impl"):
+            # vLLM's kernel, in place of six operators of which each costs more than the work itself.
+            slots, bounds = torch.empty_like(positions), block_bounds(len(anchors), block_size)
+            torch.ops._C.compute_slot_mapping_kernel_impl(bounds, positions.view(-1), block_table, slots.view(-1), page_size)
+        else:
+            slots = _slots(block_table, positions, page_size)
+        return BlockLayout(input_ids.flatten(), positions.flatten(), slots.flatten(), anchors + block_size, sample_indices)
 
     # Attention takes a request's b rows for the last b positions of its sequence, so the rows of a block that would reach
     # past the end are moved to where their positions are; those in front of them stand for nothing.
@@ -84,8 +86,27 @@ def block_layout(
         positions=positions.flatten(),
         slot_mapping=slots.flatten(),
         seq_lens=(anchors + block_size).clamp(max=max_model_len).to(torch.int32),
-        sample_indices=(first + (predicting + overflow).clamp(max=masks)).flatten(),
+        sample_indices=(first + (offsets[1 : num_speculative_tokens + 1] + overflow).clamp(max=masks)).flatten(),
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _whole_block(
+    num_reqs: int, block_size: int, num_speculative_tokens: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """What is the same at every step, int64: offsets in a block [b], each block's first row [B, 1], and the rows [B * K] of its first K masks."""
+    # Made outside of inference mode, as it may be used there and elsewhere.
+    with torch.inference_mode(False):
+        offsets = torch.arange(block_size, device=device)
+        first = torch.arange(num_reqs, device=device)[:, None] * block_size
+        return offsets, first, (first + offsets[1 : num_speculative_tokens + 1]).flatten()
+
+
+@functools.lru_cache(maxsize=1024)
+def block_bounds(num_reqs: int, block_size: int) -> torch.Tensor:
+    """[B + 1] int32 on the host: where each block's rows begin, and the end."""
+    with torch.inference_mode(False):
+        return torch.arange(num_reqs + 1, dtype=torch.int32) * block_size
 
 
 def _slots(block_table: torch.Tensor, positions: torch.Tensor, page_size: int) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Target features of steps that draft nothing, kept until the next draft needs them. Pure.
 
 While nothing is drafted nobody reads the drafter's context, so its keys and values can wait: projected together they cost less than
-step by step. What is kept is bounded, and of two rows for the same cache slot (a page that went from one request to another) the
-last counts.
+step by step. What is kept lies in one buffer that is made at the first step and stays, so that a step asks the system for no memory.
+Of two rows for the same cache slot (a page that went from one request to another) the last counts.
 
     pytest tests/unit/test_pending.py
 """
@@ -14,51 +14,58 @@ import torch
 
 
 class PendingContext:
-    """Rows whose context K/V are not written yet; at most ``max_rows``."""
+    """Rows [T * H] whose context K/V are not written yet; at most ``max_rows``."""
 
     def __init__(self, max_rows: int) -> None:
         self.max_rows, self.num_rows = max_rows, 0
-        self._parts: list[tuple[Sequence[torch.Tensor], torch.Tensor, torch.Tensor]] = []
+        self._num_steps = 0
+        self._buffers: tuple[torch.Tensor, ...] = ()
 
-    def add(self, features: Sequence[torch.Tensor], positions: torch.Tensor, slots: torch.Tensor) -> bool:
-        """Keeps a step's rows; whether there is room for as many again.
+    def fits(self, count: int) -> bool:
+        """Whether there is room for so many rows more."""
+        return self.num_rows + count <= self.max_rows
+
+    def add(self, features: Sequence[torch.Tensor], positions: torch.Tensor, slots: torch.Tensor) -> None:
+        """Copies a step's rows, for which there has to be room.
 
         Args:
             features: side by side they are [N, T * H].
             positions, slots: [N] int64.
         """
-        self._parts.append((features, positions, slots))
-        self.num_rows += len(positions)
-        return self.num_rows + len(positions) <= self.max_rows
-
-    @property
-    def num_steps(self) -> int:
-        """Steps whose rows are kept."""
-        return len(self._parts)
+        if not self._buffers:
+            width, like = sum(feature.shape[-1] for feature in features), features[0]
+            self._buffers = like.new_empty(self.max_rows, width), *(positions.new_empty(self.max_rows) for _ in range(2))
+        first, self.num_rows = self.num_rows, self.num_rows + len(positions)
+        kept_features, kept_positions, kept_slots = (buffer[first : self.num_rows] for buffer in self._buffers)
+        torch.cat(list(features), dim=-1, out=kept_features)
+        kept_positions.copy_(positions)
+        kept_slots.copy_(slots)
+        self._num_steps += 1
 
     def keep_pages(self, pages: Collection[int], page_size: int) -> None:
         """Drops the rows of all other pages."""
         taken = self.take()
         if taken is None:
             return
-        features, positions, slots = taken
-        rows = torch.from_numpy(np.isin((slots // page_size).numpy(force=True), list(pages)).nonzero()[0]).to(slots.device)
+        wanted = np.isin((taken[2] // page_size).numpy(force=True), list(pages))
+        rows = torch.from_numpy(wanted.nonzero()[0]).to(taken[2].device)
         if len(rows):
-            self.add([features[rows]], positions[rows], slots[rows])
+            features, positions, slots = (column[rows] for column in taken)
+            self.add([features], positions, slots)
 
     def take(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """All that is kept, each slot once; None where there is nothing. Nothing is kept afterwards."""
-        kept, self._parts, self.num_rows = self._parts, [], 0
-        parts = [(features[0] if len(features) == 1 else torch.cat(features, dim=-1), *rest) for features, *rest in kept]
-        if len(parts) < 2:
-            return parts[0] if parts else None
-        features, positions, slots = (torch.cat(column) for column in zip(*parts, strict=True))
-        rows = last_of_each(slots)
+        """All that is kept, each slot once, good until the next ``add``; None where there is nothing. Nothing is kept afterwards."""
+        count, num_steps, self.num_rows, self._num_steps = self.num_rows, self._num_steps, 0, 0
+        if not count:
+            return None
+        features, positions, slots = (buffer[:count] for buffer in self._buffers)
+        rows = last_of_each(slots) if num_steps > 1 else None
         return (features, positions, slots) if rows is None else (features[rows], positions[rows], slots[rows])
 
 
 def last_of_each(slots: torch.Tensor) -> torch.Tensor | None:
     """Of ``slots`` [N], the rows [M] int64 that no later row repeats, in order; None where all differ. Negative slots do not count."""
-    last = {slot: row for row, slot in enumerate(slots.tolist())}
-    rows = sorted(row for slot, row in last.items() if slot >= 0)
-    return None if len(rows) == len(slots) else torch.tensor(rows, device=slots.device)
+    backwards = slots.numpy(force=True)[::-1]
+    values, first = np.unique(backwards, return_index=True)
+    rows = np.sort(len(backwards) - 1 - first[values >= 0])
+    return None if len(rows) == len(backwards) else torch.from_numpy(rows).to(slots.device)

@@ -21,24 +21,23 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer as NativeDFlashProposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
-from vllm_dflash.adaptive.acceptance import row_step
 from vllm_dflash.adaptive.settings import is_adaptive
 from vllm_dflash.checks import settled
 from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.drafting.context_store import ContextStore
 from vllm_dflash.drafting.coverage import ContextCoverage, Hole, without_first_pages
-from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_layout, committed_rows, without_rejected
-from vllm_dflash.drafting.pending import PendingContext
-from vllm_dflash.drafting.verification import Verifier, metadata_without_drafts
+from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_bounds, block_layout, committed_rows, without_rejected
+from vllm_dflash.drafting.verification import DraftMetadata, Verifier
 from vllm_dflash.metrics.drafter import attach as record_drafter
 from vllm_dflash.models.drafter import DrafterForCausalLM
-from vllm_dflash.models.eager_cpu import EagerLayers
+from vllm_dflash.models.eager_cpu import EagerContext, EagerLayers, eager_logits
 
 # A name below "vllm", so that vLLM's own handlers and format apply.
 _logger = init_logger("vllm.plugins.dflash")
-_PENDING_ROWS = 1024
-"""Rows of target features, [T * H] each, that may wait for the next draft where all of them will be written."""
-_PENDING_BYTES = 64 << 20
-"""The same where pages of requests that have ended are never read again, so that most rows never have to be written."""
+
+
+_greedy_argmax: Any = torch.ops._C.greedy_argmax.default if hasattr(torch.ops._C, "greedy_argmax") else None
+"""vLLM's CPU build has it."""
 
 
 class Drafts(list[list[int]]):
@@ -53,6 +52,7 @@ class DFlashProposer(NativeDFlashProposer):
     """Drafts up to ``block_size - 1`` tokens a request and keeps the drafter's context K/V up to date."""
 
     model: DrafterForCausalLM
+    _logits: Callable[[torch.Tensor], Any]
     bounds_each_block = True
     """A block that would reach past ``max_model_len`` is cut, so that every step fits (``patches/v1_draft_fit.py``)."""
 
@@ -72,24 +72,26 @@ class DFlashProposer(NativeDFlashProposer):
         self._ones = torch.ones(self.max_batch_size, dtype=torch.int32, device=device)
         """Kept tokens where none was drafted."""
         self._eager_layers: EagerLayers | None = None
-        row_bytes = settled(self.draft_model_config.hf_config).num_features * self.hidden_size * self.dtype.itemsize
-        self._reads_ended = vllm_config.cache_config.enable_prefix_caching
-        self._pending = PendingContext(_PENDING_ROWS if self._reads_ended else max(_PENDING_BYTES // row_bytes, _PENDING_ROWS))
-        # A connector, and a copy for part of a page, read pages between steps: there they have to be whole after every step.
-        self._may_wait = vllm_config.kv_transfer_config is None and vllm_config.cache_config.prefix_match_unit is None
+        self._causal: dict[str, bool] = {}
+        """By draft layer, whether a query sees no later ones of its block."""
+        self.context = ContextStore(vllm_config, device, self._live_pages)
         self._says_confidences = is_adaptive(vllm_config)
         record_drafter(self, vllm_config, device)
 
     def load_model(self, target_model: Any) -> None:
         """Loads the drafter; on a CPU drafts are verified by our own class from then on."""
         super().load_model(target_model)
+        self.context.model, self._logits = self.model, self.model.compute_logits
+        self._causal = dict(zip(self.model.get_draft_kv_cache_layer_names(), self.model.get_draft_attn_causal(), strict=True))
         if self.on_cpu:
             # A connector takes and brings keys and values in vLLM's attention modules.
             if self.vllm_config.kv_transfer_config is None and EagerLayers.fit(self.model.model):
                 self._eager_layers = EagerLayers(self.model.model)
+                self.context.eager = EagerContext(self.model.model, self._eager_layers)
+                self._logits = eager_logits(self.model)
             runner = self.runner
             runner.rejection_sampler = Verifier(runner)
-            runner._calc_spec_decode_metadata = metadata_without_drafts(runner._calc_spec_decode_metadata, self.max_batch_size)
+            runner._calc_spec_decode_metadata = DraftMetadata(runner.input_ids.np, self.max_batch_size)
             runner.propose_draft_token_ids = self._unless_off(runner.propose_draft_token_ids)
 
     def prepare_next_token_ids_padded(
@@ -103,6 +105,9 @@ class DFlashProposer(NativeDFlashProposer):
             return super().prepare_next_token_ids_padded(sampled_token_ids, requests, gpu_input_batch, discard_request_mask)
         if sampled_token_ids.shape[1] == 1:
             return sampled_token_ids[:, 0], self._ones[: len(sampled_token_ids)]
+        output, anchors, counts = self.runner.rejection_sampler.last
+        if output is sampled_token_ids:
+            return torch.tensor(anchors, dtype=torch.int32), torch.tensor(counts, dtype=torch.int32)
         kept = (sampled_token_ids >= 0).sum(1, dtype=torch.int32)
         return sampled_token_ids.gather(1, (kept - 1).long()[:, None])[:, 0], kept
 
@@ -114,9 +119,10 @@ class DFlashProposer(NativeDFlashProposer):
             return super().prepare_inputs_padded(common_attn_metadata, spec_decode_metadata, valid_sampled_tokens_count)
         if spec_decode_metadata.max_spec_len == 0:
             return common_attn_metadata, None, None
-        drafted = torch.tensor(spec_decode_metadata.num_draft_tokens, dtype=torch.int32)
+        drafted = np.array(spec_decode_metadata.num_draft_tokens, dtype=np.int32)
         # A prompt that is not at its end keeps no token and has no drafts.
-        return common_attn_metadata, None, (drafted + 1 - valid_sampled_tokens_count).mul_(drafted > 0)
+        rejected = (drafted + 1 - valid_sampled_tokens_count.numpy()) * (drafted > 0)
+        return common_attn_metadata, None, torch.from_numpy(rejected)
 
     @property
     def coverage(self) -> ContextCoverage:
@@ -183,7 +189,7 @@ class DFlashProposer(NativeDFlashProposer):
 
         def proposing(scheduled: Any, *args: Any) -> Any:
             *_, features, spec_decode_metadata, cad, _ = args
-            if scheduled.num_spec_tokens_to_schedule or spec_decode_metadata.max_spec_len or not self._may_wait:
+            if scheduled.num_spec_tokens_to_schedule or spec_decode_metadata.max_spec_len or not self.context.may_wait:
                 return propose(scheduled, *args)
             return self.skip(features, cad)
 
@@ -193,7 +199,7 @@ class DFlashProposer(NativeDFlashProposer):
         """In place of ``propose``: keeps a step's ``features``, T of [N, H] or longer, and drafts nothing."""
         num_tokens = cad.num_actual_tokens
         starts, lengths = self._written(cad, None)
-        self._keep([feature[:num_tokens] for feature in features], self.runner.positions[:num_tokens], cad.slot_mapping[:num_tokens])
+        self.context.keep([feature[:num_tokens] for feature in features], self.runner.positions[:num_tokens], cad.slot_mapping[:num_tokens])
         self._watch(cad, starts, lengths)
         return Drafts([[]] * cad.num_reqs)
 
@@ -209,46 +215,23 @@ class DFlashProposer(NativeDFlashProposer):
                 features, positions, slots = features[rows], positions[rows], slots[rows]
             else:
                 slots = without_rejected(slots, cad.query_start_loc, num_rejected)
-        if later and self._may_wait:
-            self._keep([features], positions, slots)
+        if later and self.context.may_wait:
+            self.context.keep([features], positions, slots)
         else:
-            self._pending.add([features], positions, slots)
-            self._write_pending()
+            self.context.write(features, positions, slots)
 
-    def _keep(self, features: Sequence[torch.Tensor], positions: torch.Tensor, slots: torch.Tensor) -> None:
-        """Keeps rows until something is drafted; ``features`` side by side are [N, T * H]."""
-        # vLLM writes the next step's positions and slots into the same buffers.
-        if self._pending.add(features, positions.clone(), slots.clone()):
-            return
-        if not self._reads_ended:
-            self._drop_ended()
-        if 2 * self._pending.num_rows > self._pending.max_rows:
-            self._write_pending()
-
-    def _drop_ended(self) -> None:
-        """Drops kept rows of requests that have ended."""
+    def _live_pages(self) -> tuple[set[int], int] | None:
+        """See ``ContextStore``."""
         if self.block_size != self.vllm_config.cache_config.block_size:
-            return  # vLLM's pages are several of the kernel's, by which slots are counted
-        pages = {page for request in self.runner.requests.values() for page in request.block_ids[self.kv_cache_gid]}
-        self._pending.keep_pages(pages, self.block_size)
-
-    def _write_pending(self) -> None:
-        """Writes what was kept."""
-        if self._pending.num_steps > 1 and not self._reads_ended:
-            self._drop_ended()
-        pending = self._pending.take()
-        if pending is not None:
-            features, positions, slots = map(_padded, pending) if self.on_cpu else pending
-            self.model.precompute_and_store_context_kv(self.model.combine_hidden_states(features), positions, slots)
+            return None  # vLLM's pages are several of the kernel's, by which slots are counted
+        return {page for request in self.runner.requests.values() for page in request.block_ids[self.kv_cache_gid]}, self.block_size
 
     def _rank(self, hidden_states: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The best token of each mask [B, K] int64, and where somebody asks for it the probability that the drafter gives it [B, K]."""
         if not self.on_cpu:
             return self._greedy_sample(hidden_states).view(-1, k), None
-        logits = self.model.compute_logits(hidden_states)
-        assert logits is not None, "every rank of vLLM's CPU build gathers the whole logits"
-        logits = logits.to(torch.float32)
-        tokens = torch.ops._C.greedy_argmax(logits)
+        logits = self._logits(hidden_states).to(torch.float32)
+        tokens = _greedy_argmax(logits)
         confidences = logits.softmax(-1).gather(1, tokens[:, None]).view(-1, k) if self._says_confidences else None
         return tokens.view(-1, k), confidences
 
@@ -289,10 +272,9 @@ class DFlashProposer(NativeDFlashProposer):
         starts = self.runner.input_batch.num_computed_tokens_cpu[:count].tolist()
         if cad.num_actual_tokens == count:
             return starts, [1] * count
-        lengths = np.diff(cad.query_start_loc_cpu[: count + 1].numpy()).tolist()
-        if num_rejected is not None and self.on_cpu:
-            lengths = [length - rejected for length, rejected in zip(lengths, num_rejected.tolist(), strict=True)]
-        return starts, lengths
+        bounds = cad.query_start_loc_cpu[: count + 1].tolist()
+        rejected = num_rejected.tolist() if num_rejected is not None and self.on_cpu else [0] * count
+        return starts, [end - begin - lost for begin, end, lost in zip(bounds, bounds[1:], rejected, strict=False)]
 
     def _watch(self, cad: CommonAttentionMetadata, starts: list[int], lengths: list[int]) -> torch.Tensor | None:
         """Notes what this step has written; returns [B] int64 first sound pages where some request's context has a hole."""
@@ -305,7 +287,7 @@ class DFlashProposer(NativeDFlashProposer):
                 "It is left out of what the drafter attends to, and counted", hole.start, hole.end - 1,
             )  # fmt: skip
             self.coverage.add(hole, table.tolist())
-            self._write_pending()
+            self.context.flush()
             self._fill_with_zeros(hole, table)
         return self.coverage.first_pages(cad.block_table_tensor, starts, lengths)
 
@@ -316,9 +298,8 @@ class DFlashProposer(NativeDFlashProposer):
 
     def _layer_metadata(self, layout: BlockLayout, cad: CommonAttentionMetadata) -> dict[str, Any]:
         """Attention metadata by draft layer; layers differ only in whether a query sees later ones of its block."""
-        causal = dict(zip(self.model.get_draft_kv_cache_layer_names(), self.model.get_draft_attn_causal(), strict=True))
         built = {}
-        for flag in sorted(set(causal.values())):
+        for flag in sorted(set(self._causal.values())):
             # Past vLLM's DFlashProposer, which asserts that no layer is causal.
             _, by_layer = SpecDecodeBaseProposer.build_per_group_and_layer_attn_metadata(self, self._block_metadata(layout, cad, flag))
             built[flag] = by_layer
@@ -328,14 +309,14 @@ class DFlashProposer(NativeDFlashProposer):
                         f"the attention backend of {name} cannot attend {'causally' if flag else 'to both sides'}: "
                         "choose another with attention_backend in the speculative config, such as FLASH_ATTN"
                     )
-        return {name: built[flag][name] for name, flag in causal.items()}
+        return {name: built[flag][name] for name, flag in self._causal.items()}
 
     def _block_metadata(self, layout: BlockLayout, cad: CommonAttentionMetadata, causal: bool) -> CommonAttentionMetadata:
         """Attention metadata of the block: b queries a request."""
-        upper_bound, b = cad.seq_lens_cpu_upper_bound, self.num_queries
+        upper_bound, b, starts = cad.seq_lens_cpu_upper_bound, self.num_queries, block_bounds(cad.num_reqs, self.num_queries)
         return CommonAttentionMetadata(
-            query_start_loc=self.arange[: cad.num_reqs + 1] * b,
-            query_start_loc_cpu=torch.arange(cad.num_reqs + 1, dtype=torch.int32) * b,
+            query_start_loc=starts if self.on_cpu else self.arange[: cad.num_reqs + 1] * b,
+            query_start_loc_cpu=starts,
             seq_lens=layout.seq_lens,
             # An upper bound may count rejected tokens; it only sizes work.
             seq_lens_cpu_upper_bound=None if upper_bound is None else (upper_bound + b).clamp(max=self.max_model_len),
@@ -347,12 +328,6 @@ class DFlashProposer(NativeDFlashProposer):
             slot_mapping=layout.slot_mapping,
             causal=causal,
         )
-
-
-def _padded(rows: torch.Tensor) -> torch.Tensor:
-    """``rows`` [N, ...] and the last one again up to a round number: a CPU's kernels are made anew for each number of rows."""
-    missing = -len(rows) % row_step(len(rows))
-    return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
 
 
 def context_counts(worker: Any) -> dict[str, int]:

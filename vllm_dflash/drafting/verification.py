@@ -8,11 +8,11 @@ drafted: a seed gives what it gives without a drafter. Limits: greedy drafts; sa
     pytest tests/unit/test_verification.py tests/engine/test_sampling.py tests/engine/test_features.py
 """
 
-import functools
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
@@ -31,6 +31,8 @@ class Verifier(RejectionSampler):
     def __init__(self, runner: Any) -> None:
         super().__init__(runner.sampler, runner.speculative_config, runner.device)
         self._runner, self._draws = runner, SeedDraws()
+        self.last: tuple[torch.Tensor | None, list[int], list[int]] = None, [], []
+        """What ``forward`` returned last where drafts were verified, each request's last kept token, and how many were kept."""
 
     def forward(
         self, metadata: SpecDecodeMetadata, draft_probs: torch.Tensor | None, logits: torch.Tensor, sampling_metadata: SamplingMetadata
@@ -49,8 +51,9 @@ class Verifier(RejectionSampler):
         processed = self._process(metadata, logits, sampling_metadata)
         sampled, processed = self._sample(metadata, processed, sampling_metadata)
         if metadata.max_spec_len:
-            kept = keep_accepted(sampled.tolist(), metadata.draft_token_ids.tolist(), metadata.num_draft_tokens)
+            kept, counts = keep_accepted(sampled.tolist(), metadata.draft_token_ids.tolist(), metadata.num_draft_tokens)
             output = torch.tensor(kept, dtype=torch.int32)
+            self.last = output, [row[count - 1] for row, count in zip(kept, counts, strict=True)], counts
         else:
             output = sampled.to(torch.int32)[:, None]
         if sampling_metadata.max_num_logprobs is None:
@@ -154,52 +157,70 @@ def _min_tokens_after(num_draft_tokens: Sequence[int], sampling: SamplingMetadat
             processor.logits_slice, processor.restore_logits_slice = masked, restored
 
 
-def keep_accepted(sampled: Sequence[int], drafts: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
-    """Each request's accepted drafts and the target's token after them, filled up with -1 to the longest draft plus one.
+def keep_accepted(sampled: Sequence[int], drafts: Sequence[int], counts: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+    """Each request's accepted drafts and the target's token after them, filled up with -1 to the longest draft plus one; and how many.
 
     Args:
         sampled: [R] the target's token at each row, ``counts[i] + 1`` rows a request.
         drafts: [R - B] draft tokens, ``counts[i]`` a request.
         counts: [B] drafts of each request.
     """
-    width, row, at, kept = max(counts) + 1, 0, 0, []
+    width, row, at, kept, lengths = max(counts) + 1, 0, 0, [], []
     for count in counts:
         accepted = 0
         while accepted < count and sampled[row + accepted] == drafts[at + accepted]:
             accepted += 1
         kept.append([*sampled[row : row + accepted + 1], *[PLACEHOLDER_TOKEN_ID] * (width - accepted - 1)])
+        lengths.append(accepted + 1)
         row, at = row + count + 1, at + count
-    return kept
+    return kept, lengths
 
 
-def metadata_without_drafts(calculate: Callable[..., SpecDecodeMetadata], max_num_reqs: int) -> Callable[..., SpecDecodeMetadata]:
-    """Around the runner's ``_calc_spec_decode_metadata``: where no request has a draft there is nothing to calculate."""
-    order, zeros = torch.arange(max_num_reqs + 1, dtype=torch.int32), torch.zeros(max_num_reqs, dtype=torch.int32)
+class DraftMetadata:
+    """In place of a runner's ``_calc_spec_decode_metadata`` on a CPU: the same without a tensor operator."""
 
-    @functools.cache
-    def all_decode(count: int) -> SpecDecodeMetadata:
-        return without_drafts(count, order[:count])
+    def __init__(self, input_ids: np.ndarray, max_num_reqs: int) -> None:
+        """``input_ids``: the runner's buffer of the step's tokens."""
+        self._input_ids = input_ids
+        self._order, self._zeros = torch.arange(max_num_reqs + 1, dtype=torch.int32), torch.zeros(max_num_reqs, dtype=torch.int32)
+        self._decoding: dict[int, SpecDecodeMetadata] = {}
 
-    def without_drafts(count: int, last_rows: torch.Tensor) -> SpecDecodeMetadata:
+    def __call__(self, num_draft_tokens: np.ndarray, cu_num_scheduled_tokens: np.ndarray) -> SpecDecodeMetadata:
+        """By request [B] int32, its drafts, and the end of its rows in the step's."""
+        count = len(num_draft_tokens)
+        if not num_draft_tokens.any():
+            if cu_num_scheduled_tokens[-1] > count:
+                return self._without_drafts(count, torch.from_numpy(cu_num_scheduled_tokens - 1))
+            known = self._decoding.get(count)
+            if known is None:
+                known = self._decoding[count] = self._without_drafts(count, self._order[:count])
+            return known
+        num_sampled = num_draft_tokens + 1
+        ends = num_sampled.cumsum(dtype=np.int32)
+        rows = np.arange(ends[-1], dtype=np.int32) + np.repeat(cu_num_scheduled_tokens - ends, num_sampled)
+        is_draft = np.ones(len(rows), dtype=bool)
+        is_draft[ends - 1] = False
+        target = is_draft.nonzero()[0].astype(np.int32)
         return SpecDecodeMetadata(
-            draft_token_ids=zeros[:0],
-            num_draft_tokens=[0] * count,
-            cu_num_draft_tokens=zeros[:count],
-            cu_num_sampled_tokens=order[1 : count + 1],
-            target_logits_indices=order[:0],
-            bonus_logits_indices=order[:count],
-            logits_indices=last_rows,
+            draft_token_ids=torch.from_numpy(self._input_ids[rows[target] + 1]),
+            num_draft_tokens=num_draft_tokens.tolist(),
+            cu_num_draft_tokens=torch.from_numpy(num_draft_tokens.cumsum(dtype=np.int32)),
+            cu_num_sampled_tokens=torch.from_numpy(ends),
+            target_logits_indices=torch.from_numpy(target),
+            bonus_logits_indices=torch.from_numpy(ends - 1),
+            logits_indices=torch.from_numpy(rows),
         )
 
-    def calculating(num_draft_tokens: Any, cu_num_scheduled_tokens: Any) -> SpecDecodeMetadata:
-        if num_draft_tokens.any():
-            return calculate(num_draft_tokens, cu_num_scheduled_tokens)
-        count = len(num_draft_tokens)
-        if cu_num_scheduled_tokens[-1] == count:
-            return all_decode(count)
-        return without_drafts(count, torch.from_numpy(cu_num_scheduled_tokens - 1))
-
-    return calculating
+    def _without_drafts(self, count: int, last_rows: torch.Tensor) -> SpecDecodeMetadata:
+        return SpecDecodeMetadata(
+            draft_token_ids=self._zeros[:0],
+            num_draft_tokens=[0] * count,
+            cu_num_draft_tokens=self._zeros[:count],
+            cu_num_sampled_tokens=self._order[1 : count + 1],
+            target_logits_indices=self._order[:0],
+            bonus_logits_indices=self._order[:count],
+            logits_indices=last_rows,
+        )
 
 
 _BOUND = 2**31

@@ -232,13 +232,17 @@ class DrafterForCausalLM(nn.Module):
 
     def combine_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Captured features [N, T * H] -> context [N, C], by the drafter's kind of conditioning."""
+        self.check_features(hidden_states)
+        return self.model.context_kv.combine(hidden_states)
+
+    def check_features(self, hidden_states: torch.Tensor) -> None:
+        """Raises ``DrafterConfigError`` where the target captured other features [N, T * H] than the drafter takes."""
         expected = self.drafter_config.num_features * self.drafter_config.hidden_size
         if hidden_states.shape[-1] != expected:
             raise DrafterConfigError(
                 f"the target captured {hidden_states.shape[-1]} features a token, the drafter takes {expected}: "
                 "target_layer_ids do not fit this target; serve the drafter with the target that its model card names"
             )
-        return self.model.context_kv.combine(hidden_states)
 
     def precompute_and_store_context_kv(
         self,

@@ -7,20 +7,31 @@ CPU attention, no KV connector; elsewhere the modules run.
     pytest tests/engine/test_draft_parity.py
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
+
+from vllm_dflash.conditioning import dflash
+
+# By name each call would look its overload up.
+_rms_norm, _fused_add_rms_norm = torch.ops._C.rms_norm.default, torch.ops._C.fused_add_rms_norm.default
+_silu_and_mul, _reshape_and_cache = torch.ops._C.silu_and_mul.default, torch.ops._C.cpu_attn_reshape_and_cache.default
+_attention = torch.ops._C.cpu_attention_with_kv_cache.default
 
 
 class EagerLayers:
     """All layers of a loaded ``DrafterModel``."""
 
     def __init__(self, model: Any) -> None:
-        self._embed, self._norm, self._layers = model.embed_input_ids, model.norm, [_Layer(layer) for layer in model.layers]
+        self._embed = _embedding(model)
+        self._norm_weight, self._eps = model.norm.weight.data, model.norm.variance_epsilon
+        self.layers = [_Layer(layer) for layer in model.layers]
 
     @staticmethod
     def fit(model: Any) -> bool:
@@ -51,14 +62,75 @@ class EagerLayers:
         """
         residual = self._embed(input_ids)
         hidden = torch.empty_like(residual)
-        first, *others = self._layers
-        torch.ops._C.rms_norm(hidden, residual, first.input_weight, first.eps)
+        first, *others = self.layers
+        _rms_norm(hidden, residual, first.input_weight, first.eps)
         hidden = first(positions, hidden, residual, slots, metadata)
         for layer in others:
-            torch.ops._C.fused_add_rms_norm(hidden, residual, layer.input_weight, layer.eps)
+            _fused_add_rms_norm(hidden, residual, layer.input_weight, layer.eps)
             hidden = layer(positions, hidden, residual, slots, metadata)
-        torch.ops._C.fused_add_rms_norm(hidden, residual, self._norm.weight.data, self._norm.variance_epsilon)
+        _fused_add_rms_norm(hidden, residual, self._norm_weight, self._eps)
         return hidden
+
+
+class EagerContext:
+    """The context's keys and values of a loaded ``DrafterModel``, written into the KV cache of its layers."""
+
+    def __init__(self, model: Any, layers: EagerLayers) -> None:
+        context = model.context_kv
+        self._project, self._layers = _projection(context.conditioning), layers.layers
+        self._weight, self._eps = context.k_norm.data.to(context.dtype), context.eps
+
+    def __call__(self, features: Tensor, positions: Tensor, slots: Tensor) -> None:
+        """As ``combine_hidden_states`` and ``precompute_and_store_context_kv``.
+
+        Args:
+            features: [N, T * H].
+            positions, slots: [N] int64.
+        """
+        keys, values = self._project(features)
+        keys = keys.contiguous()
+        _rms_norm(keys, keys, None, self._eps)
+        keys.mul_(self._weight)
+        # All layers share the rotary table, so their heads are rotated as the heads of one wide key.
+        self._layers[0].rotate(positions, keys.view(len(keys), -1), None)
+        for layer, k, v in zip(self._layers, keys.unbind(1), values.unbind(1), strict=True):
+            layer.store(k, v, slots)
+
+
+def eager_logits(drafter: Any) -> Callable[[Tensor], Tensor]:
+    """``compute_logits`` of a loaded ``DrafterForCausalLM``: hidden states [N, H] -> logits [N, V]."""
+    head, processor = getattr(drafter.lm_head, "base_layer", drafter.lm_head), drafter.logits_processor
+    is_plain = type(getattr(head, "quant_method", None)) is UnquantizedEmbeddingMethod and hasattr(head, "cpu_linear")
+    if not is_plain or drafter.draft_ids is not None or processor.head_dtype not in (None, drafter.dtype):
+        return drafter.compute_logits
+    linear, vocab_size = _Linear(head, None), processor.org_vocab_size
+    return lambda hidden: linear(hidden)[:, :vocab_size]
+
+
+def _projection(conditioning: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Features [N, T * H] -> keys and values [N, D, kv heads, head_dim]."""
+    if not (isinstance(conditioning, dflash.Served) and not conditioning.quantized and hasattr(conditioning.fc, "cpu_linear")):
+        return lambda features: conditioning.project(conditioning.combine(features))
+    fc, norm = _Linear(conditioning.fc, None), conditioning.hidden_norm
+    proj = _Linear(conditioning.proj, conditioning.proj.bias)
+    weight, eps = norm.weight.data, norm.variance_epsilon
+    shape = -1, 2, conditioning.num_layers, conditioning.num_kv_heads, conditioning.head_dim
+
+    def project(features: Tensor) -> tuple[Tensor, Tensor]:
+        context = fc(features)
+        _rms_norm(context, context, weight, eps)
+        keys, values = proj(context).view(shape).unbind(1)
+        return keys, values
+
+    return project
+
+
+def _embedding(model: Any) -> Callable[[Tensor], Tensor]:
+    """Token ids [N] -> embeddings [N, H]."""
+    table = getattr(model.embed_tokens, "base_layer", model.embed_tokens)
+    if model.has_mask_embedding or type(getattr(table, "quant_method", None)) is not UnquantizedEmbeddingMethod:
+        return model.embed_input_ids
+    return functools.partial(torch.nn.functional.embedding, weight=table.weight.data)
 
 
 class _Layer:
@@ -68,10 +140,12 @@ class _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         self.input_weight, self.eps = layer.input_layernorm.weight.data, layer.input_layernorm.variance_epsilon
         self._post_weight = layer.post_attention_layernorm.weight.data
-        self._qkv, self._o, self._gate_up, self._down = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
+        projections = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
+        self._qkv, self._o, self._gate_up, self._down = (_Linear(p, p.bias) for p in projections)
         self._q_weight, self._k_weight = attention.q_norm.weight.data, attention.k_norm.weight.data
         self._sizes, self._head_dim = (attention.q_size, attention.kv_size, attention.kv_size), attention.head_dim
-        self._rotate, self._attn, self._name = attention.rotary_emb.forward_cpu, attention.attn, attention.attn.layer_name
+        self.rotate, self._attn, self._name = attention.rotary_emb.forward_cpu, attention.attn, attention.attn.layer_name
+        self._impl = self._attn.impl
         self._kv_cache: Tensor | None = None
 
     def __call__(
@@ -79,41 +153,48 @@ class _Layer:
     ) -> Tensor:  # fmt: skip
         """``hidden`` and ``residual`` [N, H], the latter added to in place; returns [N, H]."""
         count, head_dim = len(hidden), self._head_dim
-        q, k, v = _linear(self._qkv, hidden).split(self._sizes, dim=-1)
-        # The norm's kernel takes rows for adjacent.
+        q, k, v = self._qkv(hidden).split(self._sizes, dim=-1)
         q, k = q.contiguous(), k.contiguous()
-        for x, weight in ((q, self._q_weight), (k, self._k_weight)):
-            rows = x.view(-1, head_dim)
-            torch.ops._C.rms_norm(rows, rows, weight, self.eps)
-        q, k = self._rotate(positions, q, k)
+        heads = q.view(count, -1, head_dim)
+        _rms_norm(heads, heads, self._q_weight, self.eps)
+        keys = k.view(count, -1, head_dim)
+        _rms_norm(keys, keys, self._k_weight, self.eps)
+        self.rotate(positions, q, k)
         out = torch.empty_like(q)
-        self._attend(
-            q.view(count, -1, head_dim), k.view(count, -1, head_dim), v.view(count, -1, head_dim), out.view(count, -1, head_dim), slots,
-            metadata[self._name],
-        )  # fmt: skip
-        hidden = _linear(self._o, out)
-        torch.ops._C.fused_add_rms_norm(hidden, residual, self._post_weight, self.eps)
-        both = _linear(self._gate_up, hidden)
+        self.store(keys, v.view(count, -1, head_dim), slots)
+        self._attend(heads, out.view(count, -1, head_dim), metadata[self._name])
+        hidden = self._o(out)
+        _fused_add_rms_norm(hidden, residual, self._post_weight, self.eps)
+        both = self._gate_up(hidden)
         gated = both.new_empty(count, both.shape[1] // 2)
-        torch.ops._C.silu_and_mul(gated, both)
-        return _linear(self._down, gated)
+        _silu_and_mul(gated, both)
+        return self._down(gated)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, slots: Tensor, metadata: CPUAttentionMetadata) -> None:
-        """As ``CPUAttentionBackendImpl``'s update of the cache and its forward: ``q`` and ``out`` [N, heads, head_dim]."""
-        attn, impl = self._attn, self._attn.impl
+    def store(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        """As ``CPUAttentionBackendImpl.do_kv_cache_update``: both [N, kv heads, head_dim]."""
+        attn = self._attn
         if self._kv_cache is not attn.kv_cache:
             self._kv_cache = attn.kv_cache
             pages, kv_heads, page_size, _ = attn.kv_cache.shape
             self._keys, self._values = attn.kv_cache.view(pages, kv_heads, 2 * page_size, -1).chunk(2, dim=2)
-        scales = attn._k_scale_float, attn._v_scale_float, impl.kv_cache_dtype
-        torch.ops._C.cpu_attn_reshape_and_cache(k, v, self._keys, self._values, slots, attn.isa, *scales)
-        torch.ops._C.cpu_attention_with_kv_cache(
+        scales = attn._k_scale_float, attn._v_scale_float, self._impl.kv_cache_dtype
+        _reshape_and_cache(keys, values, self._keys, self._values, slots, attn.isa, *scales)
+
+    def _attend(self, q: Tensor, out: Tensor, metadata: CPUAttentionMetadata) -> None:
+        """As ``CPUAttentionBackendImpl.forward``: ``q`` and ``out`` [N, heads, head_dim]."""
+        attn, impl = self._attn, self._impl
+        _attention(
             q, self._keys, self._values, out, metadata.query_start_loc, metadata.seq_lens, impl.scale, metadata.causal, impl.alibi_slopes,
             impl.sliding_window, metadata.block_table, impl.logits_soft_cap, metadata.scheduler_metadata, impl.sinks,
-            metadata.dynamic_causal, *scales,
+            metadata.dynamic_causal, attn._k_scale_float, attn._v_scale_float, impl.kv_cache_dtype,
         )  # fmt: skip
 
 
-def _linear(projection: Any, x: Tensor) -> Tensor:
+class _Linear:
     """``x`` [N, in] -> [N, out], past the module around vLLM's choice of kernel."""
-    return projection.cpu_linear(x, projection.weight, projection.bias)
+
+    def __init__(self, projection: Any, bias: Tensor | None) -> None:
+        self._kernel, self._weight, self._bias = projection.cpu_linear, projection.weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._kernel(x, self._weight, self._bias)
