@@ -16,7 +16,7 @@ from typing import Any
 import vllm_dflash
 from vllm_dflash.cluster import command as cluster
 from vllm_dflash.evaluation.methods import DEFAULT_METHODS, KINDS
-from vllm_dflash.evaluation.workload import DATASETS, RANDOM
+from vllm_dflash.evaluation.workload import DATASETS, RANDOM, Lengths
 from vllm_dflash.formats import FORMATS
 from vllm_dflash.plugin import SWITCH, is_off, patch_set
 from vllm_dflash.supported import SUPPORTED_VLLM, installed_vllm
@@ -177,9 +177,17 @@ def _add_bench(commands: Any) -> None:
     )  # fmt: skip
     load.add_argument("--prompt-tokens", metavar="LIST", type=_list_of(_at_least_one), help="lengths that prompts are cut or filled up to")
     load.add_argument("--temperature", metavar="LIST", type=_list_of(_not_negative), default=[0.0], help="default: 0")
-    load.add_argument("--max-tokens", metavar="N", type=_at_least_one, default=128, help="generated tokens a prompt (default: 128)")
+    load.add_argument(
+        "--max-tokens", metavar="N|LOW-HIGH", type=_token_range, default="64-192",
+        help="generated tokens a request; of a range each its own number, so that requests that begin together do not end together "
+        "(default: 64-192)",
+    )  # fmt: skip
     load.add_argument("--num-prompts", metavar="N", type=_at_least_one, help="requests a point (default: 4 x concurrency, at least 16)")
     load.add_argument("--repeats", metavar="N", type=_at_least_one, default=3, help="default: 3")
+    load.add_argument(
+        "--fresh-engines", action="store_true",
+        help="start the engines anew for each repeat: where a process has its memory makes some 3 %% on a CPU",
+    )  # fmt: skip
     engine = bench.add_argument_group("engines, and the report")
     engine.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: the target's own")
     engine.add_argument("--max-model-len", metavar="N", type=_at_least_one, help="default: what the prompts need")
@@ -255,6 +263,17 @@ def _at_least_one(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")
     return value
+
+
+def _token_range(text: str) -> Lengths:
+    least, _, most = text.partition("-")
+    try:
+        lengths = Lengths(int(least), int(most or least))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens: give one such as 128, or a range such as 64-192") from None
+    if not 1 <= lengths.least <= lengths.most:
+        raise argparse.ArgumentTypeError(f"{text!r} is no range of tokens: give at least 1, and the lower number first")
+    return lengths
 
 
 def _status() -> int:

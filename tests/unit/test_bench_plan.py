@@ -41,7 +41,18 @@ def test_refusals_name_the_remedy(capsys, tmp_path, arguments, remedy):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--concurrency", "1,x"], ["--concurrency", "0"], ["--temperature", "-1"], ["--temperature", "nan"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--concurrency", "1,x"],
+        ["--concurrency", "0"],
+        ["--temperature", "-1"],
+        ["--temperature", "nan"],
+        ["--max-tokens", "0"],
+        ["--max-tokens", "9-8"],
+        ["--max-tokens", "x"],
+    ],
+)
 def test_numbers_that_are_none(capsys, arguments):
     with pytest.raises(SystemExit):
         main(["bench", *arguments])

@@ -12,7 +12,7 @@ import pytest
 
 from vllm_dflash.evaluation.engine_process import EngineFailedError, EngineProcess, Job, _what_was_said
 
-JOB = Job([[1, 2]], 1, 4, 0.0)
+JOB = Job([[1, 2]], 1, [4], 0.0)
 CHILD = textwrap.dedent(
     """
     import json, os, sys

@@ -29,14 +29,14 @@ class FakeEngine:
 
 def sweep(engines, points=POINTS, repeats=2):
     repeats_seen = []
-    made = Sweep(engines, points, [[[1]] * p.num_prompts for p in points], 4, repeats)
-    made.run(repeats_seen.append)
+    made = Sweep(points, [[([1], 4)] * p.num_prompts for p in points])
+    made.run(engines, range(1, repeats + 1), repeats_seen.append)
     return made.record, repeats_seen
 
 
 def test_methods_take_turns():
     """Within a repeat and point each has one turn, and over repeats and points each begins equally often."""
-    order = list(turns(3, ["a", "b", "c"], 5))
+    order = list(turns(3, ["a", "b", "c"], range(1, 6)))
     assert len(set(order)) == len(order) == 3 * 3 * 6
     starts = Counter(turn.method for turn in order[::3])
     assert starts == {"a": 6, "b": 6, "c": 6}
@@ -54,6 +54,15 @@ def test_the_warm_up_is_not_recorded():
     assert len(record.runs) == 2 * len(POINTS)
     assert log[:3] == [("plain", 4, 1, 0.0), ("plain", 4, 2, 0.0), ("plain", 4, 1, 1.0)], "a wave of requests a point"
     assert log[3:6] == [("plain", 8, 1, 0.0), ("plain", 8, 2, 0.0), ("plain", 8, 1, 1.0)]
+
+
+def test_engines_may_be_others_in_each_repeat():
+    """Each warms up; what they measured stands together."""
+    log, made = [], Sweep(POINTS, [[([1], 4)] * p.num_prompts for p in POINTS])
+    for repeat in (1, 2):
+        made.run({"plain": FakeEngine(log, repeat)}, [repeat], lambda repeat: None)
+    assert [name for name, *_ in log] == [1] * 6 + [2] * 6
+    assert [run["repeat"] for run in made.record.runs] == [1] * 3 + [2] * 3
 
 
 def test_a_swing_runs_all_its_phases_in_one_job():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vllm_dflash.evaluation.workload import PromptSet, dataset_prompts, default_num_prompts, file_prompts, points, random_prompts
+from vllm_dflash.evaluation.workload import Lengths, PromptSet, dataset_prompts, default_num_prompts, file_prompts, points, random_prompts
 from vllm_dflash.tools.prompts import PromptError
 
 LINES = {
@@ -32,6 +32,15 @@ class Tokenizer:
 def write(path, *lines):
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
     return str(path)
+
+
+def test_requests_generate_different_numbers_of_tokens():
+    """The same whoever asks, and of the first few the same as of more."""
+    found = Lengths(32, 96).take(200)
+    assert (min(found), max(found)) == (32, 96)
+    assert Lengths(32, 96).take(10) == found[:10]
+    assert Lengths(8, 8).take(3) == [8, 8, 8]
+    assert (str(Lengths(32, 96)), str(Lengths(8, 8))) == ("32-96", "8")
 
 
 @pytest.mark.parametrize("name", LINES)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
@@ -119,10 +118,10 @@ class DFlashProposer(NativeDFlashProposer):
             return super().prepare_inputs_padded(common_attn_metadata, spec_decode_metadata, valid_sampled_tokens_count)
         if spec_decode_metadata.max_spec_len == 0:
             return common_attn_metadata, None, None
-        drafted = np.array(spec_decode_metadata.num_draft_tokens, dtype=np.int32)
+        drafted, kept = spec_decode_metadata.num_draft_tokens, valid_sampled_tokens_count.tolist()
         # A prompt that is not at its end keeps no token and has no drafts.
-        rejected = (drafted + 1 - valid_sampled_tokens_count.numpy()) * (drafted > 0)
-        return common_attn_metadata, None, torch.from_numpy(rejected)
+        rejected = [n + 1 - count if n else 0 for n, count in zip(drafted, kept, strict=True)]
+        return common_attn_metadata, None, torch.tensor(rejected, dtype=torch.int32)
 
     @property
     def coverage(self) -> ContextCoverage:

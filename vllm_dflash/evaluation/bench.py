@@ -39,8 +39,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     bench = Bench(plan, [Path(sys.argv[0]).name, *sys.argv[1:]], out)
     try:
-        with ExitStack() as stack:
-            bench.run(stack)
+        bench.run()
     except KeyboardInterrupt:
         bench.write()
         print(f"\ninterrupted; what was measured is in {out}", file=sys.stderr)
@@ -71,14 +70,16 @@ class Bench:
         self._failures: dict[str, EngineFailedError] = {}
         self._repeats_done = 0
 
-    def run(self, stack: ExitStack) -> None:
-        """Starts the engines, which ``stack`` ends, and runs the sweep."""
+    def run(self) -> None:
+        """Runs the sweep, on engines that are started once or anew for each repeat."""
         plan = self._plan
-        engines: Mapping[str, Engine] = start_engines(plan, self._out / "logs", stack, self._engines, self._failures)
-        if engines:
-            sweep = Sweep(engines, plan.points, [plan.prompts(point) for point in plan.points], plan.max_tokens, plan.repeats)
-            self.record = sweep.record
-            sweep.run(self._after_repeat)
+        sweep = Sweep(plan.points, [plan.requests(point) for point in plan.points])
+        self.record, repeats = sweep.record, range(1, plan.repeats + 1)
+        for each in [[repeat] for repeat in repeats] if plan.fresh_engines else [list(repeats)]:
+            with ExitStack() as stack:
+                engines: Mapping[str, Engine] = start_engines(plan, self._out / "logs", stack, self._engines, self._failures)
+                if engines:
+                    sweep.run(engines, each, self._after_repeat)
         self.write()
 
     def write(self) -> None:

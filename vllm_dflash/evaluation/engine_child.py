@@ -151,13 +151,13 @@ class Engine:
         """Closed loops, one after the other; calls ``done`` as each request ends."""
         requests: list[Request] = []
         step_ms: list[float] = []
-        prompts, phases = iter(job["prompts"]), []
+        asked, phases = iter(zip(job["prompts"], job["max_tokens"], strict=True)), []
         before = self._counters()
         self.watch.reset()
         began = time.perf_counter()
         for phase in job["phases"]:
             phase_began, first, counts = time.perf_counter(), len(requests), copy.copy(self.watch.counts)
-            requests += self._loop(job, phase["concurrency"], list(itertools.islice(prompts, phase["num_prompts"])), step_ms, done)
+            requests += self._loop(job, phase["concurrency"], list(itertools.islice(asked, phase["num_prompts"])), step_ms, done)
             phases.append(
                 {
                     "concurrency": phase["concurrency"], "seconds": time.perf_counter() - phase_began,
@@ -169,14 +169,16 @@ class Engine:
         early = {"early_tokens_per_second": tokens / (ended - began), "phases": phases}
         return self._result(time.perf_counter() - began, requests, step_ms, before) | early
 
-    def _loop(self, job: dict[str, Any], concurrency: int, prompts: list[list[int]], step_ms: list[float], done: Any) -> list[Request]:
-        """So many requests in flight until all prompts are done."""
-        engine, waiting = self.llm.llm_engine, iter(enumerate(prompts))
+    def _loop(
+        self, job: dict[str, Any], concurrency: int, asked: list[tuple[list[int], int]], step_ms: list[float], done: Any
+    ) -> list[Request]:  # fmt: skip
+        """So many requests in flight until all are done."""
+        engine, waiting = self.llm.llm_engine, iter(enumerate(asked))
         requests: dict[str, Request] = {}
 
         def add() -> None:
-            for index, prompt in waiting:
-                params = _sampling(job, index)
+            for index, (prompt, max_tokens) in waiting:
+                params = _sampling(job, index, max_tokens)
                 requests[str(index)] = Request(time.perf_counter())
                 engine.add_request(str(index), {"prompt_token_ids": prompt}, params)
                 return
@@ -227,12 +229,12 @@ class Engine:
         return found | {_PER_POSITION: [int(value) for value in values]}
 
 
-def _sampling(job: dict[str, Any], index: int) -> Any:
+def _sampling(job: dict[str, Any], index: int, max_tokens: int) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        temperature=job["temperature"], seed=job["seed"] + index if job["temperature"] else None, max_tokens=job["max_tokens"],
+        temperature=job["temperature"], seed=job["seed"] + index if job["temperature"] else None, max_tokens=max_tokens,
         ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA,
     )  # fmt: skip
 

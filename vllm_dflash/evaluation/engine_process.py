@@ -38,7 +38,8 @@ class Job:
     prompts: Sequence[Sequence[int]]
     """Those of each phase in order."""
     phases: Sequence[Phase]
-    max_tokens: int
+    max_tokens: Sequence[int]
+    """Of each prompt."""
     temperature: float
     seed: int = 0
     """Of a phase's first request, where the temperature is not 0; the others' follow it."""

@@ -15,7 +15,17 @@ from vllm_dflash.checks import drafter_folder
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.evaluation.methods import Drafter, Method, UsageError, parse_methods
 from vllm_dflash.evaluation.server import NAME, Server, connect
-from vllm_dflash.evaluation.workload import DATASETS, RANDOM, Point, PromptSet, dataset_prompts, file_prompts, points, random_prompts
+from vllm_dflash.evaluation.workload import (
+    DATASETS,
+    RANDOM,
+    Lengths,
+    Point,
+    PromptSet,
+    dataset_prompts,
+    file_prompts,
+    points,
+    random_prompts,
+)
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "examples" / "embedded_pair"
 """The pair that a checkout has; a wheel has none."""
@@ -31,7 +41,7 @@ class Plan:
     methods: Sequence[Method]
     points: Sequence[Point]
     prompt_sets: Mapping[str, PromptSet]
-    max_tokens: int
+    max_tokens: Lengths
     repeats: int
     dtype: str
     max_model_len: int
@@ -39,16 +49,23 @@ class Plan:
     spec_args: Mapping[str, Any] = field(default_factory=dict)
     server: Server | None = None
     server_url: str = ""
+    fresh_engines: bool = False
 
-    def prompts(self, point: Point) -> list[list[int]]:
-        """The prompts of each phase, one after the other."""
-        each = [self.prompt_sets[point.prompt_set].take(phase.num_prompts, point.prompt_tokens) for phase in point.phases]
+    def requests(self, point: Point) -> list[tuple[list[int], int]]:
+        """Prompt and number of tokens to generate of each phase's requests, one phase after the other."""
+        prompts, counts = self.prompt_sets[point.prompt_set], [phase.num_prompts for phase in point.phases]
+        each = [zip(prompts.take(count, point.prompt_tokens), self.max_tokens.take(count), strict=True) for count in counts]
         return list(itertools.chain.from_iterable(each))
 
     @property
     def settings(self) -> dict[str, Any]:
         """For the report: what all methods share."""
-        shared = {"target": self.target, "max_tokens": self.max_tokens, "repeats": self.repeats}
+        shared = {
+            "target": self.target,
+            "max_tokens": str(self.max_tokens),
+            "repeats": self.repeats,
+            "fresh_engines": self.fresh_engines or None,
+        }
         if self.server is not None:
             return shared
         return shared | {
@@ -84,16 +101,17 @@ def make_plan(args: argparse.Namespace) -> Plan:
         server = Server(args.server, target, tokenizer, model)
     longest = max(len(prompt) for p in every for prompt in prompt_sets[p.prompt_set].take(p.num_prompts, p.prompt_tokens))
     # vLLM's own dflash drafts for nobody in a step in which the longest request, its draft tokens counted, leaves no room for a block.
-    needed = longest + args.max_tokens + 2 * (1 + max(method.num_speculative_tokens for method in methods))
-    if args.max_model_len is not None and args.max_model_len < longest + args.max_tokens:
+    needed = longest + args.max_tokens.most + 2 * (1 + max(method.num_speculative_tokens for method in methods))
+    if args.max_model_len is not None and args.max_model_len < longest + args.max_tokens.most:
         raise UsageError(
-            f"--max-model-len {args.max_model_len} has no room for a prompt of {longest} tokens and {args.max_tokens} more: give {needed}, "
+            f"--max-model-len {args.max_model_len} has no room for a prompt of {longest} tokens and {args.max_tokens.most} more: give {needed}, "
             "or a smaller --prompt-tokens or --max-tokens"
         )
     return Plan(
         target, methods, every, prompt_sets, args.max_tokens, args.repeats, args.dtype, args.max_model_len or needed,
         _json_object("--engine-args", args.engine_args, '{"enforce_eager": false}', _OWN_ARGS),
         _json_object("--spec-args", args.spec_args, '{"rejection_sample_method": "standard"}', _OWN_SPEC_ARGS), server, args.server or "",
+        args.fresh_engines,
     )  # fmt: skip
 
 

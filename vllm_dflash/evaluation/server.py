@@ -48,11 +48,12 @@ class Server:
 
     def _bench(self, job: Job, folder: Path) -> dict[str, Any]:
         prompts, out = folder / "prompts.jsonl", folder / "result.json"
-        prompts.write_text("".join(json.dumps({"prompt": self._tokenizer.decode(list(ids))}) + "\n" for ids in job.prompts))
+        rows = zip(job.prompts, job.max_tokens, strict=True)
+        prompts.write_text("".join(json.dumps({"prompt": self._tokenizer.decode(list(ids)), "output_tokens": n}) + "\n" for ids, n in rows))
         command = [
             str(Path(sys.executable).with_name("vllm")), "bench", "serve", "--base-url", self._url, "--endpoint", "/v1/completions",
             "--model", self._model, "--tokenizer", self._tokenizer_path, "--dataset-name", "custom", "--dataset-path", str(prompts),
-            "--custom-output-len", str(job.max_tokens), "--skip-chat-template", "--disable-shuffle", "--num-prompts", str(len(job.prompts)),
+            "--custom-output-len", "-1", "--skip-chat-template", "--disable-shuffle", "--num-prompts", str(len(job.prompts)),
             "--max-concurrency", str(job.concurrency), "--temperature", f"{job.temperature:g}", "--ignore-eos", "--disable-tqdm",
             "--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,95",
             "--save-result", "--result-dir", str(folder), "--result-filename", out.name,

@@ -6,7 +6,7 @@ and no method always comes first. Repeat 0 warms up and is not measured.
     pytest tests/unit/test_bench_sweep.py
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -30,9 +30,9 @@ class Turn:
     method: str
 
 
-def turns(num_points: int, methods: Sequence[str], repeats: int) -> Iterator[Turn]:
-    """Every turn, in order."""
-    for repeat in range(repeats + 1):
+def turns(num_points: int, methods: Sequence[str], repeats: Iterable[int]) -> Iterator[Turn]:
+    """Every turn, in order, the warm-up's first."""
+    for repeat in [0, *repeats]:
         for point in range(num_points):
             first = (repeat + point) % len(methods)
             for method in [*methods[first:], *methods[:first]]:
@@ -53,22 +53,21 @@ class Record:
 
 
 class Sweep:
-    """Runs the turns on engines that are ready.
+    """Runs the turns on engines that are ready; ``requests`` holds each point's, prompts and how many tokens they generate."""
 
-    ``prompts`` holds each point's. Tokens a request and repeats are the same for all points.
-    """
-
-    def __init__(
-        self, engines: Mapping[str, Engine], points: Sequence[Point], prompts: Sequence[list[list[int]]], max_tokens: int, repeats: int
-    ) -> None:  # fmt: skip
+    def __init__(self, points: Sequence[Point], requests: Sequence[Sequence[tuple[list[int], int]]]) -> None:
         self.record = Record()
-        self._engines, self._points, self._prompts = dict(engines), points, prompts
-        self._max_tokens, self._repeats = max_tokens, repeats
+        self._points, self._requests = points, requests
+        self._engines: dict[str, Engine] = {}
         self._first_outputs: dict[tuple[int, str], list[str]] = {}
 
-    def run(self, after_repeat: Callable[[int], None]) -> None:
-        """All turns; a method that fails is left out from then on. Calls ``after_repeat`` with each measured repeat that is complete."""
-        order = list(turns(len(self._points), list(self._engines), self._repeats))
+    def run(self, engines: Mapping[str, Engine], repeats: Sequence[int], after_repeat: Callable[[int], None]) -> None:
+        """Warms up and measures these repeats, counted from 1; a method that fails is left out from then on.
+
+        Calls ``after_repeat`` with each measured repeat that is complete.
+        """
+        self._engines = dict(engines)
+        order = list(turns(len(self._points), list(engines), repeats))
         total = sum(len(self._job(turn).prompts) for turn in order)
         with tqdm(total=total, unit=" requests", smoothing=0.05, dynamic_ncols=True) as bar:
             for repeat, in_repeat in groupby(order, key=lambda turn: turn.repeat):
@@ -79,11 +78,12 @@ class Sweep:
 
     def _job(self, turn: Turn) -> Job:
         """The turn's job; a warm-up is one wave of requests, or the whole swing."""
-        point, prompts = self._points[turn.point], self._prompts[turn.point]
-        if turn.repeat or point.swing:
-            return Job(prompts, point.phases, self._max_tokens, point.temperature)
-        count = min(point.num_prompts, max(point.concurrency, _LEAST_WARM_UP))
-        return Job(prompts[:count], [Phase(point.concurrency, count)], self._max_tokens, point.temperature)
+        point, requests, phases = self._points[turn.point], self._requests[turn.point], self._points[turn.point].phases
+        if not (turn.repeat or point.swing):
+            count = min(point.num_prompts, max(point.concurrency, _LEAST_WARM_UP))
+            requests, phases = requests[:count], [Phase(point.concurrency, count)]
+        prompts, max_tokens = zip(*requests, strict=True)
+        return Job(prompts, phases, max_tokens, point.temperature)
 
     def _take(self, turn: Turn, bar: Any) -> list[str] | None:
         """Runs one turn and files its result; returns digests of the outputs where they can be compared."""
@@ -91,7 +91,7 @@ class Sweep:
         if turn.method in self.record.failures:
             bar.update(len(job.prompts))
             return None
-        what = f"repeat {turn.repeat} of {self._repeats}" if turn.repeat else "warming up"
+        what = f"repeat {turn.repeat}" if turn.repeat else "warming up"
         bar.set_description(f"{what}: {turn.method}, {self._points[turn.point]}")
         try:
             result = self._engines[turn.method].run(job, bar.update)

@@ -45,6 +45,22 @@ class PromptSet:
 
 
 @dataclass(frozen=True)
+class Lengths:
+    """How many tokens requests generate: each its own number, from ``least`` to ``most``, the same for every method."""
+
+    least: int
+    most: int
+
+    def __str__(self) -> str:
+        return str(self.most) if self.least == self.most else f"{self.least}-{self.most}"
+
+    def take(self, count: int) -> list[int]:
+        """Those of the first ``count`` requests."""
+        generator = random.Random(0)
+        return [generator.randint(self.least, self.most) for _ in range(count)]
+
+
+@dataclass(frozen=True)
 class Phase:
     """A closed loop: so many requests in flight until ``num_prompts`` are done."""
 

@@ -27,7 +27,7 @@ class ContextKV(nn.Module):
     def __init__(self, config: DrafterConfig, num_kv_heads: int, dtype: torch.dtype, quant_config: Any, prefix: str) -> None:
         super().__init__()
         self.num_layers, self.head_dim, self.eps = config.num_hidden_layers, config.head_dim, config.rms_norm_eps
-        self.num_kv_heads, self.dtype = num_kv_heads, dtype
+        self.num_kv_heads = num_kv_heads
         self.conditioning = kind_of(config).Served(config, num_kv_heads, dtype, quant_config, f"{prefix}.conditioning")
         self.k_norm = nn.Parameter(torch.ones(self.num_layers, 1, self.head_dim, dtype=torch.float32), requires_grad=False)
 

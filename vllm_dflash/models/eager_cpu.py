@@ -76,9 +76,7 @@ class EagerContext:
     """The context's keys and values of a loaded ``DrafterModel``, written into the KV cache of its layers."""
 
     def __init__(self, model: Any, layers: EagerLayers) -> None:
-        context = model.context_kv
-        self._project, self._layers = _projection(context.conditioning), layers.layers
-        self._weight, self._eps = context.k_norm.data.to(context.dtype), context.eps
+        self._project, self._layers = _projection(model.context_kv.conditioning), layers.layers
 
     def __call__(self, features: Tensor, positions: Tensor, slots: Tensor) -> None:
         """As ``combine_hidden_states`` and ``precompute_and_store_context_kv``.
@@ -88,12 +86,10 @@ class EagerContext:
             positions, slots: [N] int64.
         """
         keys, values = self._project(features)
-        keys = keys.contiguous()
-        _rms_norm(keys, keys, None, self._eps)
-        keys.mul_(self._weight)
-        # All layers share the rotary table, so their heads are rotated as the heads of one wide key.
-        self._layers[0].rotate(positions, keys.view(len(keys), -1), None)
-        for layer, k, v in zip(self._layers, keys.unbind(1), values.unbind(1), strict=True):
+        # A layer's rows side by side: the norm's kernel takes rows for adjacent.
+        each = keys.transpose(0, 1).contiguous().unbind()
+        for layer, k, v in zip(self._layers, each, values.unbind(1), strict=True):
+            layer.norm_and_rotate(k, positions)
             layer.store(k, v, slots)
 
 
@@ -144,7 +140,7 @@ class _Layer:
         self._qkv, self._o, self._gate_up, self._down = (_Linear(p, p.bias) for p in projections)
         self._q_weight, self._k_weight = attention.q_norm.weight.data, attention.k_norm.weight.data
         self._sizes, self._head_dim = (attention.q_size, attention.kv_size, attention.kv_size), attention.head_dim
-        self.rotate, self._attn, self._name = attention.rotary_emb.forward_cpu, attention.attn, attention.attn.layer_name
+        self._rotate, self._attn, self._name = attention.rotary_emb.forward_cpu, attention.attn, attention.attn.layer_name
         self._impl = self._attn.impl
         self._kv_cache: Tensor | None = None
 
@@ -159,7 +155,7 @@ class _Layer:
         _rms_norm(heads, heads, self._q_weight, self.eps)
         keys = k.view(count, -1, head_dim)
         _rms_norm(keys, keys, self._k_weight, self.eps)
-        self.rotate(positions, q, k)
+        self._rotate(positions, q, k)
         out = torch.empty_like(q)
         self.store(keys, v.view(count, -1, head_dim), slots)
         self._attend(heads, out.view(count, -1, head_dim), metadata[self._name])
@@ -169,6 +165,11 @@ class _Layer:
         gated = both.new_empty(count, both.shape[1] // 2)
         _silu_and_mul(gated, both)
         return self._down(gated)
+
+    def norm_and_rotate(self, keys: Tensor, positions: Tensor) -> None:
+        """In place: adjacent rows [N, kv heads, head_dim]."""
+        _rms_norm(keys, keys, self._k_weight, self.eps)
+        self._rotate(positions, keys.view(len(keys), -1), None)
 
     def store(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         """As ``CPUAttentionBackendImpl.do_kv_cache_update``: both [N, kv heads, head_dim]."""
