@@ -185,6 +185,11 @@ def _add_bench(commands: Any) -> None:
     load.add_argument("--num-prompts", metavar="N", type=_at_least_one, help="requests a point (default: 4 x concurrency, at least 16)")
     load.add_argument("--repeats", metavar="N", type=_at_least_one, default=3, help="default: 3")
     load.add_argument(
+        "--slice", metavar="S", type=_slice, default=0.5,
+        help="seconds after which an engine waits for the others' turns, so that a machine that slows down meanwhile slows down all; "
+        "0: each method runs a point in one go (default: 0.5)",
+    )  # fmt: skip
+    load.add_argument(
         "--fresh-engines", action="store_true",
         help="start the engines anew for each repeat: where a process has its memory makes some 3 %% on a CPU",
     )  # fmt: skip
@@ -256,6 +261,10 @@ def _positive(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is no time: give seconds above 0")
     return value
+
+
+def _slice(text: str) -> float:
+    return 0.0 if float(text) == 0 else _positive(text)
 
 
 def _at_least_one(text: str) -> int:

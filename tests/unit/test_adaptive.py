@@ -56,6 +56,23 @@ def test_off_under_load_and_back() -> None:
             assert (min(planned) > 2) if drafts else (max(planned) == 0)
 
 
+def test_a_pause_buys_no_trials() -> None:
+    """The time of a step in which the process was stopped for three seconds is not time that trials may cost a share of."""
+
+    def trials(pause: float) -> int:
+        controller, requests, found = Controller(7, 8), [f"r{i}" for i in range(8)], 0
+        drafted = 0
+        for step in range(800):
+            plan = controller.plan(requests)
+            found += plan.why == "trial"
+            work = Work(8, 8 + 8 * drafted, 64 if plan.num_draft_tokens else 0)
+            controller.observe(work, two_cores(work) + (pause if step % 40 == 39 else 0.0), {r: (drafted, 0) for r in requests})
+            drafted = plan.num_draft_tokens
+        return found
+
+    assert trials(3.0) <= trials(0.0) + 1
+
+
 def test_cost_recovers_the_line() -> None:
     cost = StepCost()
     for _ in range(9):

@@ -29,6 +29,8 @@ CHILD = textwrap.dedent(
         if settings.get("dies"):
             os.kill(os.getpid(), 9)
         answer(done=1)
+        answer(paused=1)
+        sys.stdin.readline()
         print("Error: chatter again", file=sys.stderr, flush=True)
         answer(result={"prompts": job["prompts"]})
     """
@@ -39,13 +41,25 @@ def start(log, settings=None, environment=None):
     return EngineProcess(settings or {}, environment or {}, log, ("-c", CHILD))
 
 
+def run_all(engine, on_request=lambda: None):
+    """All slices of a job."""
+    slices, count = engine.run(JOB, on_request), 0
+    while True:
+        try:
+            next(slices)
+        except StopIteration as end:
+            assert count == 1, "it paused once"
+            return end.value
+        count += 1
+
+
 def test_chatter_does_not_reach_the_protocol(tmp_path):
     done = []
     with start(tmp_path / "log", environment={"OF_THE_METHOD": "yes"}) as engine:
         ready = engine.wait_until_ready()
         assert ready["set"] == "yes"
         for _ in range(2):
-            assert engine.run(JOB, lambda: done.append(1)) == {"prompts": [[1, 2]]}
+            assert run_all(engine, lambda: done.append(1)) == {"prompts": [[1, 2]]}
     assert len(done) == 2
     assert "chatter on standard output" in (tmp_path / "log").read_text()
     with pytest.raises(ProcessLookupError):
@@ -78,9 +92,9 @@ def test_one_that_dies_says_how(tmp_path):
     with start(tmp_path / "log", {"dies": True}) as engine:
         engine.wait_until_ready()
         with pytest.raises(EngineFailedError, match="signal SIGKILL"):
-            engine.run(JOB, lambda: None)
+            run_all(engine)
         with pytest.raises(EngineFailedError, match="signal SIGKILL"):
-            engine.run(JOB, lambda: None)
+            run_all(engine)
 
 
 def test_an_interrupted_parent_ends_its_children(tmp_path):

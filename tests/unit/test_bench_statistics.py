@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_dflash.evaluation.engine_child import Watch
+from vllm_dflash.evaluation.engine_child import Clock, Watch
 from vllm_dflash.evaluation.statistics import DraftCounts, Spread, paired_ratio, percentile, pooled_acceptance, pooled_tau
 
 
@@ -86,7 +86,7 @@ def test_the_watch_over_a_scheduler():
     # Of the three sampled tokens the request had room for two.
     outputs = [SimpleNamespace(request_id=name, new_token_ids=tokens[:2]) for name, tokens in sampled.items()]
     scheduler = SimpleNamespace(requests=requests, update_from_output=lambda *_: {0: SimpleNamespace(outputs=outputs)})
-    watch = Watch()
+    watch = Watch(Clock())
     watch.attach(scheduler)
     scheduler.update_from_output(scheduler_output, runner_output)
     assert watch.counts == DraftCounts(2, 3, 1, 3, 2, [1, 1, 1], [1, 1, 0])

@@ -14,7 +14,8 @@ POINTS = [Point("p", None, 0.0, 1, 8), Point("p", None, 0.0, 2, 8), Point("p", N
 class FakeEngine:
     """Answers each job with its prompts' number; ends at the run of that number."""
 
-    def __init__(self, log, name, fails_at=None, outputs="same"):
+    def __init__(self, log, name, fails_at=None, outputs="same", slices=1):
+        self.slices = slices
         self.log, self.name, self.fails_at, self.outputs, self.runs = log, name, fails_at, outputs, 0
 
     def run(self, job, on_request):
@@ -24,12 +25,15 @@ class FakeEngine:
             raise EngineFailedError("ended with signal SIGSEGV", "its last words")
         for _ in job.prompts:
             on_request()
+        for _ in range(self.slices - 1):
+            yield
+            self.log.append((self.name, "next slice"))
         return {"tokens_per_second": 100.0, "outputs": [self.outputs] * len(job.prompts)}
 
 
 def sweep(engines, points=POINTS, repeats=2):
     repeats_seen = []
-    made = Sweep(points, [[([1], 4)] * p.num_prompts for p in points])
+    made = Sweep(points, [[([1], 4)] * p.num_prompts for p in points], 0.5)
     made.run(engines, range(1, repeats + 1), repeats_seen.append)
     return made.record, repeats_seen
 
@@ -46,6 +50,15 @@ def test_methods_take_turns():
     assert [turn.repeat for turn in order] == sorted(turn.repeat for turn in order)
 
 
+def test_methods_run_slice_by_slice():
+    log, again = [], "next slice"
+    sweep({"plain": FakeEngine(log, "plain", slices=2), "dflash": FakeEngine(log, "dflash", slices=3)}, points=POINTS[:1], repeats=1)
+    names = [(name, what if what == again else "first") for name, what, *_ in log]
+    warm_up = [("plain", "first"), ("dflash", "first"), ("plain", again), ("dflash", again), ("dflash", again)]
+    other_first = [("dflash", "first"), ("plain", "first"), ("dflash", again), ("plain", again), ("dflash", again)]
+    assert names == warm_up + other_first
+
+
 def test_the_warm_up_is_not_recorded():
     log = []
     record, repeats = sweep({"plain": FakeEngine(log, "plain")})
@@ -58,7 +71,7 @@ def test_the_warm_up_is_not_recorded():
 
 def test_engines_may_be_others_in_each_repeat():
     """Each warms up; what they measured stands together."""
-    log, made = [], Sweep(POINTS, [[([1], 4)] * p.num_prompts for p in POINTS])
+    log, made = [], Sweep(POINTS, [[([1], 4)] * p.num_prompts for p in POINTS], 0.5)
     for repeat in (1, 2):
         made.run({"plain": FakeEngine(log, repeat)}, [repeat], lambda repeat: None)
     assert [name for name, *_ in log] == [1] * 6 + [2] * 6

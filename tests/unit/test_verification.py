@@ -13,11 +13,11 @@ from vllm_dflash.drafting.verification import DraftMetadata, SeedDraws, keep_acc
 def test_drafts_are_kept_up_to_the_first_that_differs() -> None:
     # Three requests with 3, 0 and 2 drafts; one more row each.
     sampled = [7, 8, 1, 9, 4, 5, 6, 2]
-    assert keep_accepted(sampled, [7, 8, 3, 5, 6], [3, 0, 2]) == ([[7, 8, 1, -1], [4, -1, -1, -1], [5, 6, 2, -1]], [3, 1, 3])
+    assert keep_accepted(sampled, [7, 8, 3, 5, 6], [3, 0, 2]) == [[7, 8, 1, -1], [4, -1, -1, -1], [5, 6, 2, -1]]
 
 
 def test_an_accepted_token_after_a_rejected_one_is_dropped() -> None:
-    assert keep_accepted([1, 2, 3], [9, 2], [2]) == ([[1, -1, -1]], [1])
+    assert keep_accepted([1, 2, 3], [9, 2], [2]) == [[1, -1, -1]]
 
 
 def test_draws_are_vllms_whatever_is_asked_for_first() -> None:

@@ -72,8 +72,9 @@ class Controller:
             confidences: of those draft tokens, where known.
         """
         if work is not None:
-            self.cost.observe(work, seconds)
-            self._budget = min(self._budget + EXPLORATION * seconds, 10 * seconds)
+            # A step that was held up, by another process for instance, buys no trials.
+            usual = self.cost.observe(work, seconds)
+            self._budget = min(self._budget + EXPLORATION * usual, 10 * usual)
         for request, (verified, accepted) in outcomes.items():
             if verified:
                 self.acceptance.observe(request, verified, accepted, None if confidences is None else confidences.get(request))

@@ -86,8 +86,8 @@ class StepCost:
         self._kinds: dict[tuple[int, int, int], _Kind] = {}
         self._steps = 0
 
-    def observe(self, work: Work, seconds: float) -> None:
-        """Takes in a measured step."""
+    def observe(self, work: Work, seconds: float) -> float:
+        """Takes in a measured step; returns the seconds that such a step usually takes."""
         key = work.kind
         kind = self._kinds.get(key)
         if kind is None:
@@ -99,6 +99,7 @@ class StepCost:
         kind.seconds.append(seconds)
         self._steps += 1
         kind.last_seen = self._steps
+        return kind.typical[1]
 
     def has_seen(self, num_reqs: int) -> bool:
         """Whether steps with and without drafts were seen at half to twice as many requests."""

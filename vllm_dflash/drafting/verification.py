@@ -51,8 +51,9 @@ class Verifier(RejectionSampler):
         processed = self._process(metadata, logits, sampling_metadata)
         sampled, processed = self._sample(metadata, processed, sampling_metadata)
         if metadata.max_spec_len:
-            kept, counts = keep_accepted(sampled.tolist(), metadata.draft_token_ids.tolist(), metadata.num_draft_tokens)
+            kept = keep_accepted(sampled.tolist(), metadata.draft_token_ids.tolist(), metadata.num_draft_tokens)
             output = torch.tensor(kept, dtype=torch.int32)
+            counts = [len(row) - row.count(PLACEHOLDER_TOKEN_ID) for row in kept]
             self.last = output, [row[count - 1] for row, count in zip(kept, counts, strict=True)], counts
         else:
             output = sampled.to(torch.int32)[:, None]
@@ -157,23 +158,22 @@ def _min_tokens_after(num_draft_tokens: Sequence[int], sampling: SamplingMetadat
             processor.logits_slice, processor.restore_logits_slice = masked, restored
 
 
-def keep_accepted(sampled: Sequence[int], drafts: Sequence[int], counts: Sequence[int]) -> tuple[list[list[int]], list[int]]:
-    """Each request's accepted drafts and the target's token after them, filled up with -1 to the longest draft plus one; and how many.
+def keep_accepted(sampled: Sequence[int], drafts: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
+    """Each request's accepted drafts and the target's token after them, filled up with -1 to the longest draft plus one.
 
     Args:
         sampled: [R] the target's token at each row, ``counts[i] + 1`` rows a request.
         drafts: [R - B] draft tokens, ``counts[i]`` a request.
         counts: [B] drafts of each request.
     """
-    width, row, at, kept, lengths = max(counts) + 1, 0, 0, [], []
+    width, row, at, kept = max(counts) + 1, 0, 0, []
     for count in counts:
         accepted = 0
         while accepted < count and sampled[row + accepted] == drafts[at + accepted]:
             accepted += 1
         kept.append([*sampled[row : row + accepted + 1], *[PLACEHOLDER_TOKEN_ID] * (width - accepted - 1)])
-        lengths.append(accepted + 1)
         row, at = row + count + 1, at + count
-    return kept, lengths
+    return kept
 
 
 class DraftMetadata:

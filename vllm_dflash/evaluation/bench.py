@@ -73,7 +73,7 @@ class Bench:
     def run(self) -> None:
         """Runs the sweep, on engines that are started once or anew for each repeat."""
         plan = self._plan
-        sweep = Sweep(plan.points, [plan.requests(point) for point in plan.points])
+        sweep = Sweep(plan.points, [plan.requests(point) for point in plan.points], plan.slice_seconds)
         self.record, repeats = sweep.record, range(1, plan.repeats + 1)
         for each in [[repeat] for repeat in repeats] if plan.fresh_engines else [list(repeats)]:
             with ExitStack() as stack:

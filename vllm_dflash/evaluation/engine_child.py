@@ -3,8 +3,9 @@
     python -m vllm_dflash.evaluation.engine_child FD
 
 Commands are JSON lines on standard input: first the settings, then a job each. Answers are JSON lines on the file descriptor FD, so
-that nothing that vLLM prints gets among them: ``ready``, ``done`` for each request that ends, ``result``. It ends with the end of its
-input, or when nobody reads its answers any more. Limits: the engine has to be in this process (no data parallelism).
+that nothing that vLLM prints gets among them: ``ready``, ``done`` for each request that ends, ``paused`` when a slice of a job is over,
+until any line comes, and ``result``. It ends with the end of its input, or when nobody reads its answers any more. Limits: the engine
+has to be in this process (no data parallelism).
 """
 
 import copy
@@ -16,6 +17,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,10 +32,30 @@ _COUNTERS = {
 _PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos"
 
 
+class Clock:
+    """Seconds that an engine works: pauses do not count."""
+
+    def __init__(self) -> None:
+        self._paused = 0.0
+        self._began = time.perf_counter()
+
+    def now(self) -> float:
+        return time.perf_counter() - self._paused
+
+    def pause_after(self, seconds: float, pause: Callable[[], object]) -> None:
+        """Calls ``pause`` where a slice of so many seconds is over; none ever is where they are 0."""
+        began = time.perf_counter()
+        if seconds and began - self._began >= seconds:
+            pause()
+            self._began = time.perf_counter()
+            self._paused += self._began - began
+
+
 @dataclass
 class Watch:
     """What the scheduler sees of each step, for one run."""
 
+    clock: Clock
     counts: DraftCounts = field(default_factory=DraftCounts)
     steps: int = 0
     committed: int = 0
@@ -81,7 +103,7 @@ class Watch:
         self.steps += 1
         self.committed += sum(committed.values())
         if self.steps == EARLY_STEPS:
-            self.early = time.perf_counter(), self.committed
+            self.early = self.clock.now(), self.committed
         self.decoding = bool(rows)
         for request_id, verified, accepted, decodes in rows:
             self.decoding &= decodes
@@ -91,7 +113,7 @@ class Watch:
 
 @dataclass
 class Request:
-    """One request's times, in seconds of ``time.perf_counter``, and its output."""
+    """One request's times, in seconds of the engine's clock, and its output."""
 
     began: float
     first: float | None = None
@@ -124,7 +146,8 @@ class Engine:
         elif "gpu_memory_share" in settings:
             defaults = {"gpu_memory_utilization": settings["gpu_memory_share"]}
         self.llm = LLM(**defaults | settings["engine_args"])
-        self.watch = Watch()
+        self.clock = Clock()
+        self.watch = Watch(self.clock)
         self.watch.attach(self.llm.llm_engine.engine_core.engine_core.scheduler)
 
     def describe(self) -> dict[str, Any]:
@@ -147,48 +170,51 @@ class Engine:
             "proposer": None if drafter is None else f"{type(drafter).__module__}.{type(drafter).__qualname__}",
         }
 
-    def run(self, job: dict[str, Any], done: Any) -> dict[str, Any]:
-        """Closed loops, one after the other; calls ``done`` as each request ends."""
+    def run(self, job: dict[str, Any], done: Callable[[], object], pause: Callable[[], object]) -> dict[str, Any]:
+        """Closed loops, one after the other; calls ``done`` as each request ends, and ``pause`` after each slice."""
         requests: list[Request] = []
         step_ms: list[float] = []
         asked, phases = iter(zip(job["prompts"], job["max_tokens"], strict=True)), []
         before = self._counters()
         self.watch.reset()
-        began = time.perf_counter()
+        now = self.clock.now
+        began = now()
         for phase in job["phases"]:
-            phase_began, first, counts = time.perf_counter(), len(requests), copy.copy(self.watch.counts)
-            requests += self._loop(job, phase["concurrency"], list(itertools.islice(asked, phase["num_prompts"])), step_ms, done)
+            phase_began, first, counts = now(), len(requests), copy.copy(self.watch.counts)
+            requests += self._loop(job, phase["concurrency"], list(itertools.islice(asked, phase["num_prompts"])), step_ms, done, pause)
             phases.append(
                 {
-                    "concurrency": phase["concurrency"], "seconds": time.perf_counter() - phase_began,
+                    "concurrency": phase["concurrency"], "seconds": now() - phase_began,
                     "tokens": sum(len(r.tokens) for r in requests[first:]),
                     "drafts": self.watch.counts.drafts - counts.drafts, "accepted": self.watch.counts.accepted - counts.accepted,
                 }
             )  # fmt: skip
-        ended, tokens = self.watch.early or (time.perf_counter(), self.watch.committed)
+        ended, tokens = self.watch.early or (now(), self.watch.committed)
         early = {"early_tokens_per_second": tokens / (ended - began), "phases": phases}
-        return self._result(time.perf_counter() - began, requests, step_ms, before) | early
+        return self._result(now() - began, requests, step_ms, before) | early
 
     def _loop(
-        self, job: dict[str, Any], concurrency: int, asked: list[tuple[list[int], int]], step_ms: list[float], done: Any
+        self, job: dict[str, Any], concurrency: int, asked: list[tuple[list[int], int]], step_ms: list[float],
+        done: Callable[[], object], pause: Callable[[], object],
     ) -> list[Request]:  # fmt: skip
         """So many requests in flight until all are done."""
-        engine, waiting = self.llm.llm_engine, iter(enumerate(asked))
+        engine, clock, waiting = self.llm.llm_engine, self.clock, iter(enumerate(asked))
         requests: dict[str, Request] = {}
 
         def add() -> None:
             for index, (prompt, max_tokens) in waiting:
                 params = _sampling(job, index, max_tokens)
-                requests[str(index)] = Request(time.perf_counter())
+                requests[str(index)] = Request(clock.now())
                 engine.add_request(str(index), {"prompt_token_ids": prompt}, params)
                 return
 
         for _ in range(concurrency):
             add()
         while engine.has_unfinished_requests():
-            steps, start = self.watch.steps, time.perf_counter()
+            clock.pause_after(job["slice_seconds"], pause)
+            steps, start = self.watch.steps, clock.now()
             outputs = engine.step()
-            now = time.perf_counter()
+            now = clock.now()
             if self.watch.steps > steps and self.watch.decoding:
                 step_ms.append(1000 * (now - start))
             for output in outputs:
@@ -258,10 +284,14 @@ def main() -> None:
             answers.write(json.dumps(message) + "\n")
             answers.flush()
 
+        def pause() -> None:
+            answer(paused=1)
+            sys.stdin.readline()
+
         engine = Engine(json.loads(sys.stdin.readline()))
         answer(ready=engine.describe())
         for line in sys.stdin:
-            answer(result=engine.run(json.loads(line), lambda: answer(done=1)))
+            answer(result=engine.run(json.loads(line), lambda: answer(done=1), pause))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +43,8 @@ class Job:
     temperature: float
     seed: int = 0
     """Of a phase's first request, where the temperature is not 0; the others' follow it."""
+    slice_seconds: float = 0.0
+    """After which the engine pauses, for the others' slices; 0 for never."""
 
     @property
     def concurrency(self) -> int:
@@ -53,8 +55,8 @@ class Job:
 class Engine(Protocol):
     """What a sweep runs its jobs on."""
 
-    def run(self, job: Job, on_request: Callable[[], object]) -> dict[str, Any]:
-        """Runs the job, calls ``on_request`` as requests end, and returns what was measured.
+    def run(self, job: Job, on_request: Callable[[], object]) -> Generator[None, None, dict[str, Any]]:
+        """Runs the job a slice at a time, calls ``on_request`` as requests end, and returns what was measured.
 
         Raises:
             EngineFailedError: it will not run any more.
@@ -90,14 +92,18 @@ class EngineProcess:
         """
         return self._receive()["ready"]
 
-    def run(self, job: Job, on_request: Callable[[], object]) -> dict[str, Any]:
+    def run(self, job: Job, on_request: Callable[[], object]) -> Generator[None, None, dict[str, Any]]:
         """See ``Engine``."""
         self._send(asdict(job))
         while True:
             message = self._receive()
             if "result" in message:
                 return message["result"]
-            on_request()
+            if "paused" in message:
+                yield
+                self._send({})
+            else:
+                on_request()
 
     def __enter__(self) -> "EngineProcess":
         return self

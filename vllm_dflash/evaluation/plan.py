@@ -50,6 +50,7 @@ class Plan:
     server: Server | None = None
     server_url: str = ""
     fresh_engines: bool = False
+    slice_seconds: float = 0.0
 
     def requests(self, point: Point) -> list[tuple[list[int], int]]:
         """Prompt and number of tokens to generate of each phase's requests, one phase after the other."""
@@ -65,6 +66,7 @@ class Plan:
             "max_tokens": str(self.max_tokens),
             "repeats": self.repeats,
             "fresh_engines": self.fresh_engines or None,
+            "slice_seconds": self.slice_seconds,
         }
         if self.server is not None:
             return shared
@@ -111,7 +113,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         target, methods, every, prompt_sets, args.max_tokens, args.repeats, args.dtype, args.max_model_len or needed,
         _json_object("--engine-args", args.engine_args, '{"enforce_eager": false}', _OWN_ARGS),
         _json_object("--spec-args", args.spec_args, '{"rejection_sample_method": "standard"}', _OWN_SPEC_ARGS), server, args.server or "",
-        args.fresh_engines,
+        args.fresh_engines, args.slice,
     )  # fmt: skip
 
 

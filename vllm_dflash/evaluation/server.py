@@ -15,7 +15,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ class Server:
     def __init__(self, url: str, tokenizer_path: str, tokenizer: Any, model: str) -> None:
         self._url, self._tokenizer_path, self._tokenizer, self._model = url.rstrip("/"), tokenizer_path, tokenizer, model
 
-    def run(self, job: Job, on_request: Callable[[], object]) -> dict[str, Any]:
-        """See ``engine_process.Engine``; requests are reported when all have ended."""
+    def run(self, job: Job, on_request: Callable[[], object]) -> Generator[None, None, dict[str, Any]]:
+        """See ``engine_process.Engine``; all in one slice, and requests are reported when all have ended."""
+        yield
         before = counters(_get(self._url, "/metrics"))
         with tempfile.TemporaryDirectory() as folder:
             result = self._bench(job, Path(folder))

@@ -1,7 +1,7 @@
 """The order of a benchmark, and the record of its runs. No vLLM import.
 
-For each repeat, for each point, every method takes its turn, each time beginning with another: a machine that slows down slows down all,
-and no method always comes first. Repeat 0 warms up and is not measured.
+For each repeat, for each point, the methods take turns, a slice of a second or less each until all are done: a machine that slows down for
+some seconds slows down all. No method always comes first. Repeat 0 warms up and is not measured.
 
     pytest tests/unit/test_bench_sweep.py
 """
@@ -55,9 +55,9 @@ class Record:
 class Sweep:
     """Runs the turns on engines that are ready; ``requests`` holds each point's, prompts and how many tokens they generate."""
 
-    def __init__(self, points: Sequence[Point], requests: Sequence[Sequence[tuple[list[int], int]]]) -> None:
+    def __init__(self, points: Sequence[Point], requests: Sequence[Sequence[tuple[list[int], int]]], slice_seconds: float) -> None:
         self.record = Record()
-        self._points, self._requests = points, requests
+        self._points, self._requests, self._slice_seconds = points, requests, slice_seconds
         self._engines: dict[str, Engine] = {}
         self._first_outputs: dict[tuple[int, str], list[str]] = {}
 
@@ -72,7 +72,7 @@ class Sweep:
         with tqdm(total=total, unit=" requests", smoothing=0.05, dynamic_ncols=True) as bar:
             for repeat, in_repeat in groupby(order, key=lambda turn: turn.repeat):
                 for _, at_point in groupby(in_repeat, key=lambda turn: turn.point):
-                    self._compare({turn: outputs for turn in at_point if (outputs := self._take(turn, bar)) is not None})
+                    self._take(list(at_point), bar)
                 if repeat:
                     after_repeat(repeat)
 
@@ -83,27 +83,39 @@ class Sweep:
             count = min(point.num_prompts, max(point.concurrency, _LEAST_WARM_UP))
             requests, phases = requests[:count], [Phase(point.concurrency, count)]
         prompts, max_tokens = zip(*requests, strict=True)
-        return Job(prompts, phases, max_tokens, point.temperature)
+        return Job(prompts, phases, max_tokens, point.temperature, slice_seconds=self._slice_seconds)
 
-    def _take(self, turn: Turn, bar: Any) -> list[str] | None:
-        """Runs one turn and files its result; returns digests of the outputs where they can be compared."""
-        job = self._job(turn)
-        if turn.method in self.record.failures:
-            bar.update(len(job.prompts))
-            return None
-        what = f"repeat {turn.repeat}" if turn.repeat else "warming up"
-        bar.set_description(f"{what}: {turn.method}, {self._points[turn.point]}")
-        try:
-            result = self._engines[turn.method].run(job, bar.update)
-        except EngineFailedError as error:
-            self.record.failures[turn.method] = error
-            bar.write(f"{turn.method} {error}")
-            return None
+    def _take(self, at_point: Sequence[Turn], bar: Any) -> None:
+        """Runs the methods' turns at a point, slice by slice, and files their results."""
+        what = f"repeat {at_point[0].repeat}" if at_point[0].repeat else "warming up"
+        bar.set_description(f"{what}: {self._points[at_point[0].point]}")
+        running, outputs = {}, {}
+        for turn in at_point:
+            job = self._job(turn)
+            if turn.method in self.record.failures:
+                bar.update(len(job.prompts))
+            else:
+                running[turn] = self._engines[turn.method].run(job, bar.update)
+        while running:
+            for turn, slices in list(running.items()):
+                try:
+                    next(slices)
+                except StopIteration as end:
+                    del running[turn]
+                    outputs[turn] = self._file(turn, end.value)
+                except EngineFailedError as error:
+                    del running[turn]
+                    self.record.failures[turn.method] = error
+                    bar.write(f"{turn.method} {error}")
+        self._compare({turn: found for turn, found in outputs.items() if found is not None})
+
+    def _file(self, turn: Turn, result: dict[str, Any]) -> list[str] | None:
+        """Records a turn; returns digests of the outputs where they can be compared."""
         outputs = result.pop("outputs", None)
         if not turn.repeat:
             return None
         self.record.runs.append({"repeat": turn.repeat, "point": turn.point, "method": turn.method, **result})
-        return None if job.temperature else outputs
+        return None if self._points[turn.point].temperature else outputs
 
     def _compare(self, outputs: Mapping[Turn, list[str]]) -> None:
         """Counts, for the greedy outputs of one point in one repeat, those that differ from plain decoding's, and from the method's own first."""
