@@ -108,11 +108,7 @@ class _Model:
         attended = self.attention(x, f"{name}.self_attn", positions, context)
         x, residual = self.norm_of_sum(attended, residual, f"{name}.post_attention_layernorm")
         gate, up = self.linear(x, f"{name}.mlp.gate_proj"), self.linear(x, f"{name}.mlp.up_proj")
-        return self.linear(self.swiglu(gate, up), f"{name}.mlp.down_proj"), residual
-
-    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
-        """Two operators, each of which rounds."""
-        return F.silu(gate) * up
+        return self.linear(F.silu(gate) * up, f"{name}.mlp.down_proj"), residual
 
 
 class RoundedTarget(_Model):
@@ -149,10 +145,6 @@ class RoundedDrafter(_Model):
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         return self.kernels.round(self.wide_norm(x, name))
-
-    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
-        """One kernel, rounded once."""
-        return self.kernels.round(F.silu(gate.float()) * up.float())
 
     def norm_of_sum(self, branch: Tensor, residual: Tensor, name: str) -> tuple[Tensor, Tensor]:
         total = branch.float() + residual.float()

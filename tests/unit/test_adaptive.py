@@ -66,7 +66,7 @@ def test_a_pause_buys_no_trials() -> None:
             plan = controller.plan(requests)
             found += plan.why == "trial"
             work = Work(8, 8 + 8 * drafted, 64 if plan.num_draft_tokens else 0)
-            controller.observe(work, two_cores(work) + (pause if step % 40 == 39 else 0.0), {r: (drafted, 0) for r in requests})
+            controller.observe(work, two_cores(work) + (pause if step % 40 == 39 else 0.0), dict.fromkeys(requests, (drafted, 0)))
             drafted = plan.num_draft_tokens
         return found
 

@@ -29,7 +29,6 @@ from vllm_dflash.checks import settled
 from vllm_dflash.conditioning import own_tensors
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import IGNORED_TENSORS, tensor_name
-from vllm_dflash.models.activation import SiluAndMul
 from vllm_dflash.models.context import ContextKV
 from vllm_dflash.models.kernels import check_kernels
 from vllm_dflash.models.norm import RMSNorm
@@ -127,7 +126,6 @@ class DrafterLayer(nn.Module):
         self.mlp = Qwen2MLP(
             config.hidden_size, config.intermediate_size, hidden_act="silu", quant_config=quant_config, prefix=f"{prefix}.mlp"
         )  # fmt: skip
-        self.mlp.act_fn = SiluAndMul()
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
@@ -21,8 +22,7 @@ from vllm_dflash.conditioning import dflash
 
 # By name each call would look its overload up.
 _rms_norm, _fused_add_rms_norm = torch.ops._C.rms_norm.default, torch.ops._C.fused_add_rms_norm.default
-_silu_and_mul, _reshape_and_cache = torch.ops._C.silu_and_mul.default, torch.ops._C.cpu_attn_reshape_and_cache.default
-_attention = torch.ops._C.cpu_attention_with_kv_cache.default
+_reshape_and_cache, _attention = torch.ops._C.cpu_attn_reshape_and_cache.default, torch.ops._C.cpu_attention_with_kv_cache.default
 
 
 class EagerLayers:
@@ -161,10 +161,9 @@ class _Layer:
         self._attend(heads, out.view(count, -1, head_dim), metadata[self._name])
         hidden = self._o(out)
         _fused_add_rms_norm(hidden, residual, self._post_weight, self.eps)
-        both = self._gate_up(hidden)
-        gated = both.new_empty(count, both.shape[1] // 2)
-        _silu_and_mul(gated, both)
-        return self._down(gated)
+        gate, up = self._gate_up(hidden).chunk(2, dim=-1)
+        # vLLM's one kernel for both is not vectorised: 98 us for 64 rows of 768, where these two take 22.
+        return self._down(silu(gate).mul_(up))
 
     def norm_and_rotate(self, keys: Tensor, positions: Tensor) -> None:
         """In place: adjacent rows [N, kv heads, head_dim]."""
