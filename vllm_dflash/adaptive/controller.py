@@ -61,7 +61,8 @@ class Controller:
         self._choice: _Choice | None = None
 
     def observe(
-        self, work: Work | None, seconds: float, outcomes: Mapping[str, tuple[int, int]], confidences: Confidences | None = None
+        self, work: Work | None, seconds: float, outcomes: Mapping[str, tuple[int, int]], confidences: Confidences | None = None,
+        stands_for: int = 1,
     ) -> None:  # fmt: skip
         """Takes in a step.
 
@@ -70,11 +71,12 @@ class Controller:
             seconds: how long it took.
             outcomes: by request, draft tokens verified in it and how many of them were accepted.
             confidences: of those draft tokens, where known.
+            stands_for: how many such steps there were for each that is taken in.
         """
         if work is not None:
             # A step that was held up, by another process for instance, buys no trials.
             usual = self.cost.observe(work, seconds)
-            self._budget = min(self._budget + EXPLORATION * usual, 10 * usual)
+            self._budget = min(self._budget + stands_for * EXPLORATION * usual, 10 * usual)
         for request, (verified, accepted) in outcomes.items():
             if verified:
                 self.acceptance.observe(request, verified, accepted, None if confidences is None else confidences.get(request))

@@ -102,8 +102,8 @@ class StepCost:
         return kind.typical[1]
 
     def has_seen(self, num_reqs: int) -> bool:
-        """Whether steps with and without drafts were seen at half to twice as many requests."""
-        near = [kind for kind in self._kinds if abs(kind[0] - math.log2(num_reqs)) <= 1]
+        """Whether steps with and without drafts were seen at about as many requests."""
+        near = [kind for kind in self._kinds if kind[0] == round(math.log2(num_reqs))]
         return any(rows for _, rows, _ in near) and any(not rows for _, rows, _ in near)
 
     def near(self, num_reqs: int) -> LocalCost:

@@ -23,6 +23,10 @@ _MEASURED_EVERY = 4
 """Steps without drafts of which one is measured."""
 
 
+_LONGEST_GAP = 0.25
+"""Of a step's time, what may lie between the last step's end and its beginning."""
+
+
 class _Adaptive(Scheduler):
     """What both schedulers add to vLLM's."""
 
@@ -64,13 +68,18 @@ class _Adaptive(Scheduler):
             self._last_end = time.perf_counter() if self.running or self.waiting else None
             return outputs
         work, outcomes = self._outcomes(scheduler_output, model_runner_output)
+        stands_for = _MEASURED_EVERY if self._is_plain(scheduler_output) else 1
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         now = time.perf_counter()
-        # With nothing left to do the engine waits, and the time to the next step's end is not that step's.
-        measured = work is not None and self._last_end is not None
-        self.controller.observe(work if measured else None, now - (self._last_end or now), outcomes, self._confidences or None)
+        began = self._began(now)
+        self.controller.observe(None if began is None else work, now - (began or now), outcomes, self._confidences or None, stands_for)
         self._last_end = now if self.running or self.waiting else None
         return outputs
+
+    def _began(self, now: float) -> float | None:
+        """When the step began that ends ``now``; None where that is not known."""
+        # With nothing left to do the engine waits, and the time to the next step's end is not that step's.
+        return self._last_end
 
     def _is_plain(self, scheduler_output: SchedulerOutput) -> bool:
         """Whether a step neither drafts nor verifies, as it does not look best to: of such steps one in a few tells enough."""
@@ -106,6 +115,17 @@ class _Adaptive(Scheduler):
 
 class AdaptiveScheduler(_Adaptive):
     """For synchronous scheduling."""
+
+    _scheduled_at = 0.0
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        self._scheduled_at = time.perf_counter()
+        return super().schedule(*args, **kwargs)
+
+    def _began(self, now: float) -> float | None:
+        # What comes between two steps, such as the handling of outputs, is part of a step's cost; a longer wait was somebody else's.
+        last, own = self._last_end, now - self._scheduled_at
+        return self._scheduled_at if last is None or self._scheduled_at - last > _LONGEST_GAP * own else last
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         drafts, confidences = draft_token_ids.draft_token_ids, getattr(draft_token_ids.draft_token_ids, "confidences", None)
