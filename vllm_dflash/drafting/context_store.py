@@ -57,7 +57,7 @@ class ContextStore:
         if not self._pending.fits(count):
             self._drop_ended()
             if 2 * (self._pending.num_rows + count) > self._pending.max_rows:
-                self.flush()
+                self._write_kept()
         if self._pending.fits(count):
             self._pending.add(features, positions, slots)
         else:
@@ -65,9 +65,11 @@ class ContextStore:
 
     def flush(self) -> None:
         """Writes what was kept."""
-        if not self._pending.num_rows:
-            return
-        self._drop_ended()
+        if self._pending.num_rows:
+            self._drop_ended()
+            self._write_kept()
+
+    def _write_kept(self) -> None:
         taken = self._pending.take()
         if taken is not None:
             self._project(*taken)
