@@ -7,12 +7,19 @@ from vllm_dflash.formats import is_ours
 from vllm_dflash.patching import Patch
 from vllm_dflash.supported import SUPPORTED_VLLM
 
+_KNOWN = "_vllm_dflash_slots"
+"""Where a config keeps the answer: the scheduler asks in each step."""
+
 
 def _replace(original: Any) -> property:
     @wraps(original.fget)
     def max_num_new_slots_for_drafting(self: Any) -> int:
+        known: int | None = self.__dict__.get(_KNOWN)
+        if known is not None:
+            return known
         if self.method == "dflash" and is_ours(self.draft_model_config.architectures):
-            return self.draft_model_config.hf_config.block_size - 1  # the anchor has its slot already
+            self.__dict__[_KNOWN] = self.draft_model_config.hf_config.block_size - 1  # the anchor has its slot already
+            return self.__dict__[_KNOWN]
         return original.fget(self)
 
     return property(max_num_new_slots_for_drafting)

@@ -89,7 +89,7 @@ def test_acceptance_is_conditional() -> None:
     acceptance = Acceptance(4)
     for _ in range(400):
         acceptance.observe("a", verified=3, accepted=2)
-    first, second, third, fourth = acceptance.rates
+    first, second, third, fourth = acceptance.rates("a")
     assert min(first, second) > 0.98
     assert third < 0.02
     assert fourth == pytest.approx(0.6), "the prior"

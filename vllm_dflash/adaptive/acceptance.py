@@ -2,14 +2,15 @@
 
 The drafter's confidence in a token is the probability that it gives it. What such a confidence is worth is learned as decoding goes on:
 how often tokens of about that confidence were accepted, then corrected for the position in the block and for the request.
-Where no confidences are known, a position's rate stands in for them.
+Where no confidences are known, a position's rate stands in for them. All of it by group of requests: of a sampled one drafts are
+accepted less than of a greedy one, and what was learned of the one must not decide for the other.
 
     pytest tests/unit/test_adaptive.py
 """
 
 import math
-from collections import deque
-from collections.abc import Container, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,43 +101,68 @@ def _round_rows(lengths: dict[str, int], survivals: Mapping[str, Sequence[float]
             lengths[max(can)[1]] += 1 if missing > 0 else -1
 
 
-class Acceptance:
-    """Conditional acceptance of draft tokens at up to ``max_draft`` positions."""
+class _Learned:
+    """What was learned of one group of requests."""
 
     def __init__(self, max_draft: int) -> None:
         rate, weight = _PRIOR
-        self._max_draft = max_draft
-        self._by_position = [_Rate(rate * weight, weight) for _ in range(max_draft)]
-        self._by_confidence = [_Rate(_middle(i) * _BIN_WEIGHT, _BIN_WEIGHT) for i in range(_BINS)]
-        self._positions = [_Correction(_POSITION_WEIGHT, _MEMORY) for _ in range(max_draft)]
-        self._requests: dict[str, _Correction] = {}
-        self._recent: deque[list[float]] = deque(maxlen=_RECENT)
+        self.by_position = [_Rate(rate * weight, weight) for _ in range(max_draft)]
+        self.by_confidence = [_Rate(_middle(i) * _BIN_WEIGHT, _BIN_WEIGHT) for i in range(_BINS)]
+        self.positions = [_Correction(_POSITION_WEIGHT, _MEMORY) for _ in range(max_draft)]
+        self.recent: deque[list[float]] = deque(maxlen=_RECENT)
+        self.num_drafts = 0
 
-    @property
-    def rates(self) -> list[float]:
-        """[K]: probability that position i is accepted once all before it are, over all requests."""
-        return [rate.value for rate in self._by_position]
-
-    @property
-    def calibration(self) -> list[tuple[float, float]]:
-        """For each class of confidence its middle, and the probability of acceptance that was found for it."""
-        return [(_middle(i), rate.value) for i, rate in enumerate(self._by_confidence)]
-
-    def observe(self, request: str, verified: int, accepted: int, confidences: Sequence[float] | None = None) -> None:
-        """Takes in that of ``verified`` draft tokens of a request, drafted with these confidences, the first ``accepted`` were accepted."""
+    def observe(self, verified: int, accepted: int, confidences: Sequence[float] | None) -> float:
+        """As ``Acceptance.observe``; returns how many tokens were to be expected."""
         expected = 0.0
         # Only what is reached fades, so that what is seldom reached keeps its evidence for as long.
         for i in range(min(accepted + 1, verified)):
-            by_position = self._by_position[i]
+            by_position = self.by_position[i]
             if confidences is None:
                 expected += by_position.value
             else:
-                by_confidence = self._by_confidence[_bin(confidences[i])]
+                by_confidence = self.by_confidence[_bin(confidences[i])]
                 before = by_confidence.value
-                expected += min(before * self._positions[i].factor, _MOST)
+                expected += min(before * self.positions[i].factor, _MOST)
                 by_confidence.add(i < accepted)
-                self._positions[i].add(i < accepted, before)
+                self.positions[i].add(i < accepted, before)
             by_position.add(i < accepted)
+        self.num_drafts += 1
+        return expected
+
+    def survival(self, num_draft_tokens: int, factor: float, confidences: Sequence[float] | None) -> list[float]:
+        """As ``Acceptance.survival``, of a request whose tokens are accepted ``factor`` times as often as the group's."""
+        probability, found, known = 1.0, [], 0 if confidences is None else len(confidences)
+        for i in range(num_draft_tokens):
+            if confidences is not None and i < known:
+                rate = self.by_confidence[_bin(confidences[i])].value * self.positions[i].factor
+            else:
+                rate = self.by_position[i].value
+            probability *= min(rate * factor, _MOST)
+            found.append(probability)
+        return found
+
+
+class Acceptance:
+    """Conditional acceptance of draft tokens at up to ``max_draft`` positions."""
+
+    def __init__(self, max_draft: int, group: Callable[[str], Hashable] = lambda _: None) -> None:
+        """``group``: which of a request's kind are accepted alike."""
+        self._max_draft, self._group = max_draft, group
+        self._learned: dict[Hashable, _Learned] = {}
+        self._requests: dict[str, _Correction] = {}
+        self.has_news = False
+        """Whether as many drafts of a group were seen as were known of it before, since somebody set it back."""
+
+    def rates(self, request: str) -> list[float]:
+        """[K]: probability that position i is accepted once all before it are, over all requests of the group."""
+        return [rate.value for rate in self._of(request).by_position]
+
+    def observe(self, request: str, verified: int, accepted: int, confidences: Sequence[float] | None = None) -> None:
+        """Takes in that of ``verified`` draft tokens of a request, drafted with these confidences, the first ``accepted`` were accepted."""
+        learned = self._of(request)
+        expected = learned.observe(verified, accepted, confidences)
+        self.has_news |= learned.num_drafts.bit_count() == 1
         if expected:
             own = self._requests.get(request)
             if own is None:
@@ -145,17 +171,8 @@ class Acceptance:
 
     def survival(self, request: str, num_draft_tokens: int, confidences: Sequence[float] | None = None) -> list[float]:
         """[K]: probability that a request's draft is accepted up to and with each position; past its confidences by the positions' rates."""
-        own, probability, found = self._requests.get(request), 1.0, []
-        factor = 1.0 if own is None else own.factor
-        known = 0 if confidences is None else len(confidences)
-        for i in range(num_draft_tokens):
-            if confidences is not None and i < known:
-                rate = self._by_confidence[_bin(confidences[i])].value * self._positions[i].factor
-            else:
-                rate = self._by_position[i].value
-            probability *= min(rate * factor, _MOST)
-            found.append(probability)
-        return found
+        own = self._requests.get(request)
+        return self._of(request).survival(num_draft_tokens, 1.0 if own is None else own.factor, confidences)
 
     def lengths(self, requests: Sequence[str], num_draft_tokens: int, threshold: float, confidences: Confidences | None) -> dict[str, int]:
         """Of each request's draft tokens, how many are accepted with a probability above ``threshold``; remembers drafts for ``expected``.
@@ -168,7 +185,7 @@ class Acceptance:
             own = None if confidences is None else confidences.get(request)
             survival = self.survival(request, self._max_draft if own else num_draft_tokens, own)
             if own:
-                self._recent.append(survival)
+                self._of(request).recent.append(survival)
             survivals[request] = survival[:num_draft_tokens]
             found[request] = sum(probability > threshold for probability in survivals[request])
         _round_rows(found, survivals)
@@ -177,13 +194,30 @@ class Acceptance:
     def expected(self, requests: Sequence[str]) -> np.ndarray:
         """float64 [n, K]: survival of whole drafts as they are to be expected of these requests.
 
-        The last drafts, where confidences are known: how far drafts differ decides what it brings to verify only part of some.
+        Each group's last drafts, in proportion to its requests, where confidences are known: how far drafts differ decides what it
+        brings to verify only part of some.
         """
-        if self._recent:
-            return np.array(self._recent)
-        return np.array([self.survival(request, self._max_draft) for request in requests])
+        counts, rows = Counter(map(self._group, requests)), []
+        for group, count in counts.items():
+            learned = self._learned.get(group)
+            drafts = (
+                learned.recent if learned and learned.recent else self._survivals(name for name in requests if self._group(name) == group)
+            )
+            wanted = len(drafts) if len(counts) == 1 else max(round(_RECENT * count / len(requests)), 1)
+            rows += [drafts[-1 - i % len(drafts)] for i in range(wanted)]
+        return np.array(rows)
 
     def forget(self, requests: Container[str]) -> None:
         """These requests have ended."""
         for request in [name for name in self._requests if name in requests]:
             del self._requests[request]
+
+    def _survivals(self, requests: Iterable[str]) -> list[list[float]]:
+        return [self.survival(request, self._max_draft) for request in requests]
+
+    def _of(self, request: str) -> _Learned:
+        group = self._group(request)
+        learned = self._learned.get(group)
+        if learned is None:
+            learned = self._learned[group] = _Learned(self._max_draft)
+        return learned

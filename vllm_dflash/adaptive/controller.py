@@ -8,7 +8,7 @@ expected to lose is paid from a budget, a share of the time that has passed.
     pytest tests/unit/test_adaptive.py
 """
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ EXPLORATION = 0.01
 _FIRST_TRIES = 3
 """Steps that each of a whole block and no draft gets at once, for a batch size that was not seen."""
 _EVERY = 16
-"""Steps between two choices, unless the number of requests changes by more than an eighth."""
+"""Steps between two choices, unless the number of requests changes by more than an eighth, or drafts tell much that is new."""
 _SWITCH = 1.01
 """The other choice has to be better by this factor, so that noise does not make it jump."""
 
@@ -50,9 +50,10 @@ class _Choice:
 class Controller:
     """Learns from steps and plans the next. A draft has ``max_draft`` tokens, the drafter's block ``block_size`` rows."""
 
-    def __init__(self, max_draft: int, block_size: int) -> None:
+    def __init__(self, max_draft: int, block_size: int, group: Callable[[str], Hashable] = lambda _: None) -> None:
+        """``group``: see ``Acceptance``."""
         self.max_draft, self.block_size = max_draft, block_size
-        self.cost, self.acceptance = StepCost(), Acceptance(max_draft)
+        self.cost, self.acceptance = StepCost(), Acceptance(max_draft, group)
         self._budget, self._steps, self._chosen_at = 0.0, 0, 0
         self._tries: list[int] = []
         self._rest: list[Plan] = []
@@ -83,8 +84,20 @@ class Controller:
 
     def plan(self, requests: Sequence[str], num_context: int = 0) -> Plan:
         """What to draft for these requests, which all decode; ``num_context``: positions of their contexts, in all."""
+        standing = self.standing(len(requests))
+        if standing is not None:
+            return standing
         self._steps += 1
         return self._plan(requests, num_context)
+
+    def standing(self, num_reqs: int) -> Plan | None:
+        """In place of ``plan``: the plan for so many requests, if there is nothing to be chosen yet; else None, and ``plan`` is to be asked."""
+        last = self._choice
+        is_due = self._steps + 1 - self._chosen_at >= _EVERY or self.acceptance.has_news
+        if last is None or is_due or self._rest or abs(num_reqs - last.num_reqs) * 8 > last.num_reqs:
+            return None
+        self._steps += 1
+        return last.plan
 
     def lengths(self, requests: Sequence[str], plan: Plan, confidences: Confidences | None = None) -> dict[str, int]:
         """By request, how many of its draft tokens to verify; with their confidences once they are drafted."""
@@ -98,14 +111,12 @@ class Controller:
         if self._rest:
             return self._rest.pop()
         last = self._choice
-        if last and self._steps - self._chosen_at < _EVERY and abs(len(requests) - last.num_reqs) * 8 <= last.num_reqs:
-            return last.plan
         if not self._tries and not self.cost.has_seen(len(requests)):
             self._tries = [self.max_draft] * _FIRST_TRIES + [0] * _FIRST_TRIES
         if self._tries:
             self._choice = None
             return Plan(self._tries.pop(0), why="first")
-        self._chosen_at = self._steps
+        self._chosen_at, self.acceptance.has_news = self._steps, False
         cost, survival = self.cost.near(len(requests)), self.acceptance.expected(requests)
         choices = {k: self._weigh(cost, survival, len(requests), num_context, k) for k in (0, self.max_draft)}
         best = max(choices.values(), key=lambda choice: choice.rate)

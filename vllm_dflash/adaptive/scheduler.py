@@ -8,9 +8,11 @@ position have been accepted before. Limits: not with data parallelism.
     pytest tests/engine/test_adaptive.py
 """
 
+import math
 import time
 from typing import Any
 
+from vllm.sampling_params import SamplingType
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -33,7 +35,7 @@ class _Adaptive(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         draft_config = self.vllm_config.speculative_config.draft_model_config.hf_config
-        self.controller = Controller(self.num_spec_tokens, draft_config.block_size)
+        self.controller = Controller(self.num_spec_tokens, draft_config.block_size, self._temperature_class)
         self.plan = Plan(self.num_spec_tokens)
         """Of the step that was scheduled last."""
         self._confidences: dict[str, list[float]] = {}
@@ -41,14 +43,25 @@ class _Adaptive(Scheduler):
         self._steps = 0
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        drafting, num_context = self._drafting(scheduler_output)
-        self.plan = self.controller.plan(drafting, num_context) if drafting else Plan(0)
+        num_reqs = len(scheduler_output.num_scheduled_tokens)
+        all_decode = scheduler_output.total_num_scheduled_tokens == num_reqs and not scheduler_output.scheduled_new_reqs
+        standing = self.controller.standing(num_reqs) if all_decode and num_reqs else None
+        if standing is None:
+            drafting, num_context = self._drafting(scheduler_output)
+            standing = self.controller.plan(drafting, num_context) if drafting else Plan(0)
+        self.plan = standing
         scheduler_output.num_spec_tokens_to_schedule = self.plan.num_draft_tokens
         if scheduler_output.finished_req_ids:
             self.controller.forget(scheduler_output.finished_req_ids)
             for request_id in scheduler_output.finished_req_ids:
                 self._confidences.pop(request_id, None)
         super()._update_after_schedule(scheduler_output)
+
+    def _temperature_class(self, request_id: str) -> int:
+        """Requests whose drafts are accepted alike: greedy ones, and sampled ones by steps of a half."""
+        request = self.requests.get(request_id)
+        params = None if request is None else request.sampling_params
+        return 0 if params is None or params.sampling_type == SamplingType.GREEDY else min(math.ceil(2 * params.temperature), 4)
 
     def _drafting(self, scheduler_output: SchedulerOutput) -> tuple[list[str], int]:
         """The requests of a step that sample a token, and so can draft, and the positions of their contexts in all."""

@@ -39,9 +39,10 @@ class ContextStore:
         assert speculative is not None
         drafter, dtype = settled(speculative.draft_model_config.hf_config), vllm_config.model_config.dtype
         assert isinstance(dtype, torch.dtype)
-        row_bytes = drafter.num_features * drafter.hidden_size * dtype.itemsize
+        width = drafter.num_features * drafter.hidden_size
         self._reads_ended = vllm_config.cache_config.enable_prefix_caching
-        self._pending = PendingContext(_PENDING_ROWS if self._reads_ended else max(_PENDING_BYTES // row_bytes, _PENDING_ROWS))
+        max_rows = _PENDING_ROWS if self._reads_ended else max(_PENDING_BYTES // (width * dtype.itemsize), _PENDING_ROWS)
+        self._pending = PendingContext(max_rows, width, dtype, device)
         # A connector, and a copy for part of a page, read pages between steps: there they have to be whole after every step.
         self.may_wait = vllm_config.kv_transfer_config is None and vllm_config.cache_config.prefix_match_unit is None
         self._live_pages, self._on_cpu = live_pages, device.type == "cpu"

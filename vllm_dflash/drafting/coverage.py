@@ -12,6 +12,7 @@ page: both carry the draft layers' pages together with the target's.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -43,6 +44,26 @@ class ContextCoverage:
         self.page_size, self.counts = page_size, Counts()
         self.bad_pages: set[int] = set()
         self._end: dict[str, int] = {}
+        self._batch: list[str] = []
+        """Requests of the last step, where each wrote one position."""
+        self._next = np.empty(0, dtype=np.int32)
+        """Their positions after it; those in ``_end`` lie ``_steps`` behind."""
+        self._steps = 0
+
+    def goes_on(self, request_ids: list[str], starts: np.ndarray) -> bool:
+        """Takes in a step that writes one position of each request, if it is the same batch as in the last step, one position on.
+
+        As most steps are that under load, it costs next to nothing. Where it returns False nothing was taken in: ``step`` does that.
+
+        Args:
+            starts: int32 [B].
+        """
+        if self.bad_pages or request_ids != self._batch or not np.array_equal(starts, self._next):
+            return False
+        self._next += 1
+        self._steps += 1
+        self.counts.computed += len(request_ids)
+        return True
 
     def step(self, request_ids: Sequence[str], starts: Sequence[int], lengths: Sequence[int], running: Collection[str]) -> list[Hole]:
         """Takes in a step that writes ``lengths[i]`` positions from ``starts[i]`` on for each request of the batch.
@@ -53,7 +74,9 @@ class ContextCoverage:
         Returns:
             The holes that were found just now, to be passed to ``add``.
         """
-        holes, ends = [], self._end
+        for request in self._batch if self._steps else ():
+            self._end[request] += self._steps
+        self._steps, holes, ends = 0, [], self._end
         for row, (request, start, length) in enumerate(zip(request_ids, starts, lengths, strict=True)):
             end = ends.get(request)
             if end is None:
@@ -63,6 +86,8 @@ class ContextCoverage:
                 self.counts.missing += start - end
             ends[request] = start + length
         self.counts.computed += sum(lengths)
+        is_decode = all(length == 1 for length in lengths)
+        self._batch, self._next = (list(request_ids), np.array(starts, dtype=np.int32) + 1) if is_decode else ([], self._next[:0])
         if len(ends) > 2 * len(running) + 64:
             self._end = {request: end for request, end in ends.items() if request in running}
         return holes

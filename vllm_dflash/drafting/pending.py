@@ -1,7 +1,8 @@
 """Target features of steps that draft nothing, kept until the next draft needs them. Pure.
 
 While nothing is drafted nobody reads the drafter's context, so its keys and values can wait: projected together they cost less than
-step by step. What is kept lies in one buffer that is made at the first step and stays, so that a step asks the system for no memory.
+step by step. What is kept lies in buffers that are made, and written once, before the first step: no step asks the system for memory,
+or waits for a page of it.
 Of two rows for the same cache slot (a page that went from one request to another) the last counts.
 
     pytest tests/unit/test_pending.py
@@ -16,10 +17,15 @@ import torch
 class PendingContext:
     """Rows [T * H] whose context K/V are not written yet; at most ``max_rows``."""
 
-    def __init__(self, max_rows: int) -> None:
+    def __init__(self, max_rows: int, width: int, dtype: torch.dtype, device: "torch.device | str" = "cpu") -> None:
+        """``width``: T * H."""
         self.max_rows, self.num_rows = max_rows, 0
         self._num_steps = 0
-        self._buffers: tuple[torch.Tensor, ...] = ()
+        # Ones: a system gives a process its zeros only once they are read or written.
+        self._buffers = tuple(
+            torch.ones(max_rows, *shape, dtype=each, device=device)
+            for shape, each in (((width,), dtype), ((), torch.int64), ((), torch.int64))
+        )
 
     def fits(self, count: int) -> bool:
         """Whether there is room for so many rows more."""
@@ -32,9 +38,6 @@ class PendingContext:
             features: side by side they are [N, T * H].
             positions, slots: [N] int64.
         """
-        if not self._buffers:
-            width, like = sum(feature.shape[-1] for feature in features), features[0]
-            self._buffers = like.new_empty(self.max_rows, width), *(positions.new_empty(self.max_rows) for _ in range(2))
         first, self.num_rows = self.num_rows, self.num_rows + len(positions)
         kept_features, kept_positions, kept_slots = (buffer[first : self.num_rows] for buffer in self._buffers)
         torch.cat(list(features), dim=-1, out=kept_features)

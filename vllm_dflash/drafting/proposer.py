@@ -196,10 +196,12 @@ class DFlashProposer(NativeDFlashProposer):
 
     def skip(self, features: Sequence[torch.Tensor], cad: CommonAttentionMetadata) -> Drafts:
         """In place of ``propose``: keeps a step's ``features``, T of [N, H] or longer, and drafts nothing."""
-        num_tokens = cad.num_actual_tokens
-        starts, lengths = self._written(cad, None)
-        self.context.keep([feature[:num_tokens] for feature in features], self.runner.positions[:num_tokens], cad.slot_mapping[:num_tokens])
-        self._watch(cad, starts, lengths)
+        num_tokens, count, batch = cad.num_actual_tokens, cad.num_reqs, self.runner.input_batch
+        if features[0].shape[0] != num_tokens:
+            features = [feature[:num_tokens] for feature in features]
+        self.context.keep(features, self.runner.positions[:num_tokens], cad.slot_mapping[:num_tokens])
+        if num_tokens != count or not self.coverage.goes_on(batch.req_ids, batch.num_computed_tokens_cpu[:count]):
+            self._watch(cad, *self._written(cad, None))
         return Drafts([[]] * cad.num_reqs)
 
     def _store_context(

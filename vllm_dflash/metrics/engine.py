@@ -10,7 +10,7 @@ one before to its own. Limits: confidences are known under synchronous schedulin
 import functools
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from typing import Any
 
 from vllm_dflash import __version__
@@ -106,18 +106,18 @@ class EngineRecord:
             if self.failed:
                 return update(scheduled, ran)
             try:
-                plain = self._all_plain(scheduled)
-                rows = self._rows(scheduled, ran) if plain is None else []
+                plain = self._is_plain(scheduled)
+                rows = [] if plain else self._rows(scheduled, ran)
             except Exception:
                 self._fail()
                 return update(scheduled, ran)
             outputs = update(scheduled, ran)
             try:
                 with self.recorder.lock:
-                    if plain is None:
-                        self._observe(scheduled, rows, outputs)
+                    if plain:
+                        self._observe_plain(scheduled)
                     else:
-                        self._observe_plain(scheduled, plain)
+                        self._observe(scheduled, rows, outputs)
                     self.recorder.dirty = True
             except Exception:
                 self._fail()
@@ -141,28 +141,29 @@ class EngineRecord:
         self.recorder.close()
         _logger.exception("the metrics of this engine's speculation end here, as they failed; serving goes on")
 
-    def _all_plain(self, scheduled: Any) -> list[Any] | None:
-        """The requests of a step that all decode and have no drafts, which ``_observe_plain`` counts in little time; else None."""
-        if scheduled.scheduled_spec_decode_tokens or scheduled.total_num_scheduled_tokens != len(scheduled.num_scheduled_tokens):
-            return None
-        requests = [self.scheduler.requests.get(request_id) for request_id in scheduled.num_scheduled_tokens]
-        return requests if all(r is not None and r.num_output_tokens and not r.is_finished() for r in requests) else None
+    def _is_plain(self, scheduled: Any) -> bool:
+        """Whether all requests of a step decode and were to have no drafts, which ``_observe_plain`` counts in little time."""
+        return (
+            self._last_k == 0
+            and not scheduled.scheduled_spec_decode_tokens
+            and not scheduled.scheduled_new_reqs
+            and scheduled.total_num_scheduled_tokens == len(scheduled.num_scheduled_tokens) > 0
+            and all(scheduled.scheduled_cached_reqs.num_output_tokens)
+            # Else some ended while the step ran. A connector may keep those for a while.
+            and self.scheduler.connector is None
+            and scheduled.num_scheduled_tokens.keys() <= self.scheduler.requests.keys()
+        )
 
-    def _observe_plain(self, scheduled: Any, requests: list[Any]) -> None:
+    def _observe_plain(self, scheduled: Any) -> None:
         """As ``_observe`` of rows that all decode without drafts."""
-        count = len(requests)  # and of the output tokens
+        count = len(scheduled.num_scheduled_tokens)  # and of the output tokens
         self.output["plain"] += count
         self.draft_length.observe(0, count)
-        for reason, times in Counter(map(self._why_none, requests)).items() if self._last_k else [(self._why_none(None), count)]:
-            self.refused[reason] = self.refused.get(reason, 0) + times
-        if self.scheduler.finished_req_ids:
-            for request in requests:
-                if request.is_finished():
-                    self._finish(request.request_id)
-        for request_id in scheduled.finished_req_ids:
+        reason = self._why_none(None)
+        self.refused[reason] = self.refused.get(reason, 0) + count
+        for request_id in (*self.scheduler.finished_req_ids, *scheduled.finished_req_ids):
             self._finish(request_id)
-        if requests:
-            self._step(scheduled, count, True, False, count)
+        self._step(scheduled, count, True, False, count)
 
     def _rows(self, scheduled: Any, ran: Any) -> list[tuple[str, Any, int, int, int]]:
         """By request: verified draft tokens, sampled tokens and its context so far; read before the scheduler moves on."""
