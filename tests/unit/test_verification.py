@@ -7,7 +7,8 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
-from vllm_dflash.drafting.verification import DraftMetadata, SeedDraws, keep_accepted
+from vllm_dflash.drafting.sampling import SeedDraws
+from vllm_dflash.drafting.verification import DraftMetadata, keep_accepted
 
 
 def test_drafts_are_kept_up_to_the_first_that_differs() -> None:

@@ -8,7 +8,7 @@ drafted: a seed gives what it gives without a drafter. Limits: greedy drafts; sa
     pytest tests/unit/test_verification.py tests/engine/test_sampling.py tests/engine/test_features.py
 """
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,8 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID, RejectionSampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+from vllm_dflash.drafting.sampling import SeedDraws, draw_tokens
 
 _GREEDY_BELOW = 1e-5
 """Temperatures below are greedy, as vLLM's sampler has it."""
@@ -92,7 +94,13 @@ class Verifier(RejectionSampler):
         # In place where nobody is shown them: they are as large as the batch's vocabularies.
         scaled = (logits.div_ if sampling.max_num_logprobs is None else logits.div)(temperature[:, None])
         scaled = apply_top_k_top_p(scaled, top_k, top_p)
-        sampled = torch.ops._C.fused_gumbel_argmax(scaled, self._seeds(metadata.num_draft_tokens, sampling))
+        seeded, seeds = self._seeded(metadata.num_draft_tokens, sampling)
+        if len(seeded) == len(scaled):
+            sampled = torch.ops._C.fused_gumbel_argmax(scaled, torch.tensor(seeds))
+        else:
+            sampled = draw_tokens(scaled)
+            if seeded:
+                sampled[seeded] = torch.ops._C.fused_gumbel_argmax(scaled[seeded], torch.tensor(seeds))
         return sampled if greedy is None else torch.where(is_greedy, greedy, sampled), scaled
 
     @staticmethod
@@ -105,22 +113,22 @@ class Verifier(RejectionSampler):
         rows = len(counts) + sum(metadata.num_draft_tokens)
         return [None if setting is None else setting.repeat_interleave(counts, output_size=rows) for setting in settings]
 
-    def _seeds(self, num_draft_tokens: Sequence[int], sampling: SamplingMetadata) -> torch.Tensor:
-        """[R] int64, what vLLM's sampler seeds a row's noise with: by chance, or by the request's seed and the token's place."""
-        seeds = torch.randint(0, _BOUND, (len(num_draft_tokens) + sum(num_draft_tokens),), dtype=torch.long)
+    def _seeded(self, num_draft_tokens: Sequence[int], sampling: SamplingMetadata) -> tuple[list[int], list[int]]:
+        """The rows of requests with a seed, and what vLLM's sampler seeds each one's noise with, by the seed and the token's place."""
+        rows: list[int] = []
+        seeds: list[int] = []
         if not sampling.generators:
-            return seeds
-        found, requests, request_ids, first = seeds.tolist(), self._runner.requests, self._runner.input_batch.req_ids, 0
+            return rows, seeds
+        requests, request_ids, first = self._runner.requests, self._runner.input_batch.req_ids, 0
         for row, drafts in enumerate(num_draft_tokens):
             if row in sampling.generators:
                 request = requests[request_ids[row]]
                 place = len(request.output_token_ids)
-                found[first : first + drafts + 1] = self._draws.at(
-                    request_ids[row], request.sampling_params.seed, range(place, place + drafts + 1)
-                )
+                rows += range(first, first + drafts + 1)
+                seeds += self._draws.at(request_ids[row], request.sampling_params.seed, range(place, place + drafts + 1))
             first += drafts + 1
         self._draws.forget_all_but(requests)
-        return torch.tensor(found)
+        return rows, seeds
 
 
 def _has_processors(sampling: SamplingMetadata) -> bool:
@@ -221,31 +229,3 @@ class DraftMetadata:
             bonus_logits_indices=self._order[:count],
             logits_indices=last_rows,
         )
-
-
-_BOUND = 2**31
-"""vLLM's CPU sampler seeds a row's noise with a number below it."""
-
-
-class SeedDraws:
-    """The numbers that vLLM draws one after the other for a request with a seed, by the place of the output token that each is for."""
-
-    def __init__(self) -> None:
-        self._drawn: dict[str, tuple[int, torch.Generator, list[int]]] = {}
-        self._draw = torch.empty(1, dtype=torch.long)
-
-    def at(self, request_id: str, seed: int, places: range) -> list[int]:
-        """The draws for these output tokens of a request, counted from 0."""
-        known = self._drawn.get(request_id)
-        if known is None or known[0] != seed:
-            known = self._drawn[request_id] = (seed, torch.Generator().manual_seed(seed), [])
-        _, generator, drawn = known
-        while len(drawn) < places.stop:
-            # One at a time, as vLLM draws them: a generator gives other numbers when it is asked for several.
-            drawn.append(self._draw.random_(0, _BOUND, generator=generator).item())
-        return drawn[places.start : places.stop]
-
-    def forget_all_but(self, running: Container[str]) -> None:
-        """Drops requests that have ended."""
-        for request_id in [name for name in self._drawn if name not in running]:
-            del self._drawn[request_id]

@@ -203,7 +203,7 @@ class Engine:
 
         def add() -> None:
             for index, (prompt, max_tokens) in waiting:
-                params = _sampling(job, index, max_tokens)
+                params = _sampling(job, max_tokens)
                 requests[str(index)] = Request(clock.now())
                 engine.add_request(str(index), {"prompt_token_ids": prompt}, params)
                 return
@@ -255,13 +255,12 @@ class Engine:
         return found | {_PER_POSITION: [int(value) for value in values]}
 
 
-def _sampling(job: dict[str, Any], index: int, max_tokens: int) -> Any:
+def _sampling(job: dict[str, Any], max_tokens: int) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        temperature=job["temperature"], seed=job["seed"] + index if job["temperature"] else None, max_tokens=max_tokens,
-        ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA,
+        temperature=job["temperature"], max_tokens=max_tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
     )  # fmt: skip
 
 

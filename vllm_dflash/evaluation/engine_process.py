@@ -41,8 +41,6 @@ class Job:
     max_tokens: Sequence[int]
     """Of each prompt."""
     temperature: float
-    seed: int = 0
-    """Of a phase's first request, where the temperature is not 0; the others' follow it."""
     slice_seconds: float = 0.0
     """After which the engine pauses, for the others' slices; 0 for never."""
 
