@@ -25,6 +25,7 @@ from vllm_dflash.checks import settled
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.drafting.context_store import ContextStore
 from vllm_dflash.drafting.coverage import ContextCoverage, Hole, without_first_pages
+from vllm_dflash.drafting.huge_pages import use_huge_pages
 from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_bounds, block_layout, committed_rows, without_rejected
 from vllm_dflash.drafting.verification import DraftMetadata, Verifier
 from vllm_dflash.metrics.drafter import attach as record_drafter
@@ -92,6 +93,7 @@ class DFlashProposer(NativeDFlashProposer):
             runner.rejection_sampler = Verifier(runner)
             runner._calc_spec_decode_metadata = DraftMetadata(runner.input_ids.np, self.max_batch_size)
             runner.propose_draft_token_ids = self._unless_off(runner.propose_draft_token_ids)
+            _logger.info("%d MiB of this process are in huge pages now", use_huge_pages() >> 20)
 
     def prepare_next_token_ids_padded(
         self, sampled_token_ids: torch.Tensor, requests: Any, gpu_input_batch: Any, discard_request_mask: torch.Tensor
