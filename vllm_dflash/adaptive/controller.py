@@ -16,14 +16,18 @@ import numpy as np
 from vllm_dflash.adaptive.acceptance import Acceptance, Confidences
 from vllm_dflash.adaptive.cost import LocalCost, StepCost, Work
 
-EXPLORATION = 0.01
+EXPLORATION = 0.0075
 """Share of the observed time that may be lost to trying what does not look best."""
 _FIRST_TRIES = 3
 """Steps that each of a whole block and no draft gets at once, for a batch size that was not seen."""
 _EVERY = 16
 """Steps between two choices, unless the number of requests changes by more than an eighth, or drafts tell much that is new."""
+_LONGEST_EVERY = 32
+"""The same where it was chosen again and again to draft nothing: the interval doubles up to here."""
 _SWITCH = 1.01
 """The other choice has to be better by this factor, so that noise does not make it jump."""
+_SAFE = 1.02
+"""Drafting has to promise so much more than no drafting, which is sure of what it brings: never slower than no speculation."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Controller:
         """``group``: see ``Acceptance``."""
         self.max_draft, self.block_size = max_draft, block_size
         self.cost, self.acceptance = StepCost(), Acceptance(max_draft, group)
-        self._budget, self._steps, self._chosen_at = 0.0, 0, 0
+        self._budget, self._steps, self._chosen_at, self._every = 0.0, 0, 0, _EVERY
         self._tries: list[int] = []
         self._rest: list[Plan] = []
         """What is left of a trial."""
@@ -93,7 +97,7 @@ class Controller:
     def standing(self, num_reqs: int) -> Plan | None:
         """In place of ``plan``: the plan for so many requests, if there is nothing to be chosen yet; else None, and ``plan`` is to be asked."""
         last = self._choice
-        is_due = self._steps + 1 - self._chosen_at >= _EVERY or self.acceptance.has_news
+        is_due = self._steps + 1 - self._chosen_at >= self._every or self.acceptance.has_news
         if last is None or is_due or self._rest or abs(num_reqs - last.num_reqs) * 8 > last.num_reqs:
             return None
         self._steps += 1
@@ -119,10 +123,11 @@ class Controller:
         self._chosen_at, self.acceptance.has_news = self._steps, False
         cost, survival = self.cost.near(len(requests)), self.acceptance.expected(requests)
         choices = {k: self._weigh(cost, survival, len(requests), num_context, k) for k in (0, self.max_draft)}
-        best = max(choices.values(), key=lambda choice: choice.rate)
-        if last and choices[last.plan.num_draft_tokens].rate * _SWITCH > best.rate:
-            best = choices[last.plan.num_draft_tokens]
-        self._choice = best
+        none, draft = choices[0], choices[self.max_draft]
+        factor = _SAFE * (1.0 if last is None else _SWITCH if last.plan.num_draft_tokens == 0 else 1 / _SWITCH)
+        best = draft if draft.rate > factor * none.rate else none
+        is_off_again = last is not None and last.plan.num_draft_tokens == best.plan.num_draft_tokens == 0
+        self._choice, self._every = best, min(2 * self._every, _LONGEST_EVERY) if is_off_again else _EVERY
         return self._trial(cost, survival, num_context, best) or best.plan
 
     def _trial(self, cost: LocalCost, survival: np.ndarray, num_context: int, best: _Choice) -> Plan | None:
