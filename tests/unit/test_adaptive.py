@@ -96,6 +96,39 @@ def test_acceptance_is_conditional() -> None:
     assert acceptance.lengths(["a"], 4, 0.5, None) == {"a": 2}
 
 
+def test_groups_are_learned_apart() -> None:
+    """What sampled requests reject says nothing of greedy ones; a batch of both is expected to do as its parts, by their numbers."""
+    acceptance = Acceptance(2, group=lambda name: name[0])
+    for _ in range(100):
+        for name, accepted in (("s1", 0), ("g1", 2)):
+            acceptance.lengths([name], 2, 0.0, {name: [0.7, 0.7]})
+            acceptance.observe(name, 2, accepted, [0.7, 0.7])
+        acceptance.forget({"s1", "g1"})
+    assert acceptance.survival("s2", 1, [0.7])[0] < 0.1
+    assert acceptance.survival("g2", 1, [0.7])[0] > 0.9
+    for name in ("s2", "g2"):
+        acceptance.lengths([name] * 64, 2, 0.0, {name: [0.7, 0.7]})
+    first = acceptance.expected(["s2", "s3", "s4", "g2"])[:, 0]
+    assert (first > 0.9).mean() == pytest.approx(0.25)
+    assert (first < 0.1).mean() == pytest.approx(0.75)
+    assert acceptance.expected(["new"]).tolist() == [pytest.approx([0.6, 0.36])], "the prior"
+
+
+def test_a_kind_of_request_that_is_new_is_weighed_at_once() -> None:
+    """The plan stands while nothing is learned; the first, second, fourth ... draft of a group has it made anew."""
+    controller = Controller(2, 3, group=lambda name: name[0])
+    for step in range(200):
+        plan = controller.plan(["a"])
+        work = Work(1, 1 + plan.num_draft_tokens, 3 if plan.num_draft_tokens else 0)
+        controller.observe(work, two_cores(work), {"a": (plan.num_draft_tokens, plan.num_draft_tokens)})
+        if step > 100 and controller.standing(1) is not None:
+            break
+    assert controller.standing(1) is not None
+    assert controller.standing(2) is None, "another number of requests"
+    controller.observe(None, 0.0, {"b": (2, 0)})
+    assert controller.standing(1) is None
+
+
 def test_rows_come_in_round_numbers() -> None:
     """Eight numbers an octave, and the likeliest tokens are the ones that stay."""
     assert [round_rows(n) for n in (1, 7, 8, 15, 17, 31, 33, 62, 130)] == [1, 7, 8, 15, 18, 32, 32, 64, 128]

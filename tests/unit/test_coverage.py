@@ -3,6 +3,8 @@
 Tests: ``pytest tests/unit/test_coverage.py``.
 """
 
+import numpy as np
+import pytest
 import torch
 
 from vllm_dflash.drafting.coverage import ContextCoverage, Hole, without_first_pages
@@ -62,3 +64,40 @@ def test_what_ended_is_forgotten() -> None:
 def test_rows_from_their_first_pages_on() -> None:
     table = torch.tensor([[1, 2, 3], [4, 5, 6]])
     assert without_first_pages(table, torch.tensor([0, 2])).tolist() == [[1, 2, 3], [6, 6, 6]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_batch_that_goes_on_is_counted_as_step_by_step(seed: int) -> None:
+    """Steps of one position each beside prompts, holes, requests that come, go and change places: with and without the short way."""
+    random = np.random.default_rng(seed)
+    short, long = ContextCoverage(4), ContextCoverage(4)
+    ends: dict[str, int] = {}
+    for step in range(400):
+        if not ends or random.random() < 0.1:
+            ends[f"r{step}"] = 0
+        if len(ends) > 1 and random.random() < 0.08:
+            del ends[next(iter(ends))]
+        if random.random() < 0.03:
+            ends[next(iter(ends))] += 2  # a hole
+        names = list(ends)
+        if random.random() < 0.05:
+            names.reverse()
+        lengths = [5 if ends[name] == 0 else 1 for name in names]
+        starts = [ends[name] for name in names]
+        expected = long.step(names, starts, lengths, ends)
+        goes_on = max(lengths) == 1 and short.goes_on(names, np.array(starts, dtype=np.int32))
+        assert (expected if goes_on else short.step(names, starts, lengths, ends)) == expected
+        assert not (goes_on and expected)
+        assert short.counts == long.counts
+        for name, start, length in zip(names, starts, lengths, strict=True):
+            ends[name] = start + length
+
+
+def test_a_batch_does_not_go_on_while_a_page_is_bad() -> None:
+    """For such pages are sound again once a step fills them, which the short way would not see."""
+    coverage = ContextCoverage(4)
+    coverage.step(["a"], [0], [3], {"a"})
+    coverage.step(["a"], [3], [1], {"a"})
+    assert coverage.goes_on(["a"], np.array([4], dtype=np.int32))
+    coverage.add(Hole(0, 1, 2), [7, 8])
+    assert not coverage.goes_on(["a"], np.array([5], dtype=np.int32))

@@ -22,6 +22,8 @@ _STALE = 1000
 """Steps after which what was measured of a kind is forgotten once it is measured again."""
 _DOUBT = 2.0
 """Steps of a kind that weigh against what its own say: the luckiest of a few noisy measurements would be chosen for its luck."""
+_FEWEST_PLAIN = 2
+"""Steps without drafts of about as many requests, before their cost counts as known."""
 _NEARNESS = 1.5
 """How fast the weight of a kind falls with the distance of its batch size, in powers of two."""
 
@@ -103,8 +105,11 @@ class StepCost:
 
     def has_seen(self, num_reqs: int) -> bool:
         """Whether steps with and without drafts were seen at about as many requests."""
-        near = [kind for kind in self._kinds if kind[0] == round(math.log2(num_reqs))]
-        return any(rows for _, rows, _ in near) and any(not rows for _, rows, _ in near)
+        power = round(math.log2(num_reqs))
+        drafting = any(rows for each, rows, _ in self._kinds if each == power)
+        # None that verifies what was drafted before it: what drafting is held against has to be known for sure.
+        plain = self._kinds.get((power, 0, 0))
+        return drafting and plain is not None and len(plain.seconds) >= _FEWEST_PLAIN
 
     def near(self, num_reqs: int) -> LocalCost:
         """The cost of steps of about ``num_reqs`` requests: least squares of relative errors, weighted by nearness and age."""

@@ -75,7 +75,8 @@ class ContextCoverage:
             The holes that were found just now, to be passed to ``add``.
         """
         for request in self._batch if self._steps else ():
-            self._end[request] += self._steps
+            if request in self._end:
+                self._end[request] += self._steps
         self._steps, holes, ends = 0, [], self._end
         for row, (request, start, length) in enumerate(zip(request_ids, starts, lengths, strict=True)):
             end = ends.get(request)

@@ -93,7 +93,7 @@ class DFlashProposer(NativeDFlashProposer):
             runner.rejection_sampler = Verifier(runner)
             runner._calc_spec_decode_metadata = DraftMetadata(runner.input_ids.np, self.max_batch_size)
             runner.propose_draft_token_ids = self._unless_off(runner.propose_draft_token_ids)
-            _logger.info("%d MiB of this process are in huge pages now", use_huge_pages() >> 20)
+            _logger.info("moved %d MiB of this process's memory into huge pages", use_huge_pages() >> 20)
 
     def prepare_next_token_ids_padded(
         self, sampled_token_ids: torch.Tensor, requests: Any, gpu_input_batch: Any, discard_request_mask: torch.Tensor
