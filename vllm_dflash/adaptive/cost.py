@@ -18,7 +18,7 @@ _LAST = 9
 """Steps of a kind that are kept."""
 _FADE = 0.999
 """Weight that a kind of step keeps with each step of another kind: a machine that slows down is followed."""
-_STALE = 1000
+_STALE = 128
 """Steps after which what was measured of a kind is forgotten once it is measured again."""
 _DOUBT = 2.0
 """Steps of a kind that weigh against what its own say: the luckiest of a few noisy measurements would be chosen for its luck."""
