@@ -42,14 +42,27 @@ print("REPORT" + json.dumps(reports))
 """
 
 
+def complete(port: int, prompt: list[int], max_tokens: int = MAX_TOKENS) -> dict[str, Any]:
+    """A greedy completion."""
+    body = {"model": "embedded", "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "return_token_ids": True, "prompt": prompt}
+    return json.loads(request(port, "/v1/completions", body))
+
+
 def send(port: int) -> list[dict[str, Any]]:
-    """Greedy completions, all at once; their prompts begin alike and are longer than a page of the cache."""
+    """Completions, all at once; their prompts begin alike and are longer than a page of the cache."""
     prompts = held_out_prompts(COUNT)
     begin = [token for prompt in prompts for token in prompt][:280]
-    common = {"model": "embedded", "max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-    bodies = [common | {"prompt": begin + prompt} for prompt in prompts]
     with ThreadPoolExecutor(COUNT) as pool:
-        return list(pool.map(lambda body: json.loads(request(port, "/v1/completions", body)), bodies))
+        return list(pool.map(lambda prompt: complete(port, begin + prompt), prompts))
+
+
+def go_on(port: int) -> list[dict[str, Any]]:
+    """A completion longer than a page of the cache, and its continuations: all of it is text that the drafter knows."""
+    [prompt], answers = held_out_prompts(1), []
+    for max_tokens in (280, *[MAX_TOKENS] * (COUNT - 1)):
+        answers.append(complete(port, prompt, max_tokens))
+        prompt = prompt + answers[-1]["choices"][0]["token_ids"]
+    return answers
 
 
 def ours(text: str) -> list[str]:
@@ -116,7 +129,7 @@ def test_one_api_server_with_adaptive_drafting(tmp_path: Path, capsys: pytest.Ca
     flags = ("--speculative-config", json.dumps(SPECULATIVE), "--per-request-spec-decode-metrics", "summary")
     env = {USERS: str(tmp_path)}
     with server(*flags, "--additional-config", json.dumps({"dflash": {"adaptive": True}}), env=env) as port:
-        answers = send(port) + send(port)
+        answers = go_on(port) + send(port)
         text = settled(port)
         check(text, answers)
         assert main(["top", f"127.0.0.1:{port}", "--json"]) == 0
@@ -127,14 +140,11 @@ def test_one_api_server_with_adaptive_drafting(tmp_path: Path, capsys: pytest.Ca
     assert total(text, "vllm_dflash_controller_steps_total") > 0
     assert total(text, "vllm_dflash_confidence_tokens_total") == total(text, "vllm_dflash_reached_tokens_total")
     assert total(text, "vllm_dflash_confidence_accepted_tokens_total") == total(text, "vllm_dflash_accepted_tokens_total")
-    # A second round of the same prompts finds their beginnings in the prefix cache.
+    # A continuation finds its beginning in the prefix cache.
     assert total(text, "vllm_dflash_draft_context_positions_total", 'state="reused"') > 0
     assert total(text, "vllm_dflash_context_verifications_total", 'prefix_cached="true"') > 0
     [found] = figures(Scrape.parse(text, 0.0))
-    # The controller drafts little of this text, so few drafts may be verified, and none of them accepted.
-    verifications, accepted = total(text, "vllm_dflash_accepted_length_count"), total(text, "vllm_dflash_accepted_tokens_total")
-    assert verifications > 0
-    assert shown["tau"] == found["tau"] == pytest.approx(1 + accepted / verifications)
+    assert shown["tau"] == found["tau"] > 1
     assert found["baseline"] == "cost_model"
     assert 0.1 < total(text, "vllm_dflash_estimated_speedup") < 10
     with server(*flags, env=env) as port:

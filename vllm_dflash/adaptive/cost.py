@@ -104,7 +104,7 @@ class StepCost:
         return kind.typical[1]
 
     def has_seen(self, num_reqs: int) -> bool:
-        """Whether steps with and without drafts were seen at about as many requests."""
+        """Whether steps with drafts were seen at about as many requests, and enough without."""
         power = round(math.log2(num_reqs))
         drafting = any(rows for each, rows, _ in self._kinds if each == power)
         # None that verifies what was drafted before it: what drafting is held against has to be known for sure.

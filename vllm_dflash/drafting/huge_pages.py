@@ -17,7 +17,7 @@ _SIZE = 2 << 20
 _MADV_COLLAPSE = 25
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _LONGEST = 20.0
-"""Seconds; a page takes one to three milliseconds."""
+"""Seconds; a gigabyte takes some 0.3."""
 
 
 def use_huge_pages(longest: float = _LONGEST) -> int:

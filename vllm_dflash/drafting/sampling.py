@@ -1,6 +1,6 @@
 """Tokens drawn from logits on a CPU: by inverting the distribution function, and the noise of requests with a seed. Pure.
 
-vLLM's CPU sampler makes a Gumbel variable for each token of the vocabulary, 25 us a row of 4,096; one uniform number a row says as much. Its
+vLLM's CPU sampler makes a Gumbel variable for each token of the vocabulary, 25 us a row of 4,096; two uniform numbers a row say as much. Its
 own numbers remain where a request has a seed, for whose output it is answerable.
 
     pytest tests/unit/test_sampling.py tests/engine/test_sampling.py
