@@ -76,8 +76,9 @@ def compare_bfloat16(batch: Batch, target: Path, drafter: Path, num_speculative_
 
 
 def compare_rounded(batch: Batch, target: Path, drafter: Path, num_speculative_tokens: int) -> Agreement:
-    """The same for an engine in bfloat16, beside a computation in plain PyTorch that rounds where the engine does."""
-    models = RoundedTarget(target, Kernels.here()), RoundedDrafter(drafter, Kernels.here())
+    """The same for the V1 engine in bfloat16, beside a computation in plain PyTorch that rounds where the engine does."""
+    kernels = Kernels.here(norm_context_keys=True)
+    models = RoundedTarget(target, kernels), RoundedDrafter(drafter, kernels)
     result = Agreement()
     for sequence, drafts in _by_sequence(batch).items():
         expected = replay_rounded(*models, sequence, [d["anchor"] for d in drafts], num_speculative_tokens)

@@ -33,10 +33,12 @@ class Kernels:
     """Towards zero, where there are no instructions for bfloat16."""
     round_weights: bool
     """Whether attention rounds its weights before it multiplies the values by them: with AMX."""
+    norm_context_keys: bool
+    """Whether a kernel norms the context's keys: the V1 runner's on a CPU; the modules that V2 calls do it in operators, rounded to nearest."""
 
     @classmethod
-    def here(cls) -> "Kernels":
-        return cls(not torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported())
+    def here(cls, *, norm_context_keys: bool) -> "Kernels":
+        return cls(not torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported(), norm_context_keys)
 
     def round(self, x: Tensor) -> Tensor:
         """``x`` float32 to bfloat16."""
@@ -167,7 +169,9 @@ class RoundedDrafter(_Model):
         found = []
         for i, c in enumerate(each):
             key, value = (self.heads(self.linear(c, f"layers.{i}.self_attn.{part}_proj{suffix}")) for part in "kv")
-            found.append((self.rotated(self.wide_norm(key, f"layers.{i}.self_attn.k_norm").bfloat16(), positions), value))
+            key = self.wide_norm(key, f"layers.{i}.self_attn.k_norm")
+            key = self.kernels.round(key) if self.kernels.norm_context_keys else key.bfloat16()
+            found.append((self.rotated(key, positions), value))
         return found
 
     def draft(

@@ -84,7 +84,8 @@ def _oracle(job: Job) -> Callable[..., list[Any]]:
     assert job.drafter is not None
     target, drafter = Path(job.target), Path(job.drafter)
     if job.dtype == "bfloat16":
-        return partial(replay_rounded, RoundedTarget(target, Kernels.here()), RoundedDrafter(drafter, Kernels.here()))
+        kernels = Kernels.here(norm_context_keys=False)
+        return partial(replay_rounded, RoundedTarget(target, kernels), RoundedDrafter(drafter, kernels))
     return partial(
         replay_drafts, AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval(), load_drafter(drafter, torch.float32)
     )
