@@ -32,6 +32,9 @@ class Server:
     """Standard deviation of the logarithm of a measured time."""
     held_up: float = 0.0
     """Probability that another process holds a step up, by a factor of four."""
+    drift: float = 0.0
+    """How much slower than at its best the machine may get: every some 60 steps it takes up another pace between. Not the drafts' doing, so
+    throughput is of steps at its best pace."""
     spread: float = 0.0
     """Standard deviation of a draft token's log-odds around its rate's."""
     confident: bool = False
@@ -57,7 +60,10 @@ class Server:
         drafted: dict[str, np.ndarray] = {}
         verified: dict[str, int] = {}
         said: dict[str, list[float]] = {}
+        pace = 1.0
         for batch in batches:
+            if self.drift and self.random.random() < 1 / 60:
+                pace = 1 + self.drift * self.random.random()
             outcomes = {}
             for request in batch:
                 count, accepted = verified.get(request, 0), 0
@@ -70,7 +76,7 @@ class Server:
             work = Work(len(batch), len(batch) + num_verified, len(batch) * (self.max_draft + 1) if k else 0)
             true = self.cost(work)
             seconds += true
-            measured = true * np.exp(self.noise * self.random.standard_normal()) * (4 if self.random.random() < self.held_up else 1)
+            measured = true * pace * np.exp(self.noise * self.random.standard_normal()) * (4 if self.random.random() < self.held_up else 1)
             controller.observe(work, measured, outcomes, said if self.confident else None)
             drafted = {request: self._draft(rates)[:k] for request, rates in batch.items()} if k else {}
             said = {request: _odds(_log_odds(p) * 1.4 + 0.6).tolist() for request, p in drafted.items()} if self.confident else {}

@@ -69,7 +69,9 @@ def main() -> int:
     args = parser.parse_args()
     # vLLM's CPU build has no synthetic acceptance: there nothing is accepted, and a step computes the same.
     on_gpu = torch.cuda.is_available()
-    engine = {"load_format": "dummy"} | ({"compilation_config": {"cudagraph_capture_sizes": CAPTURED}} if on_gpu else {})
+    engine: dict[str, Any] = {"load_format": "dummy", "kv_cache_memory_bytes": (12 if on_gpu else 1) << 30}  # so engines start side by side
+    if on_gpu:
+        engine["compilation_config"] = {"cudagraph_capture_sizes": CAPTURED}
     synthetic = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": args.tau} if on_gpu else {}
     with TemporaryDirectory() as folder:
         target, drafter = make_pair(args.shape, Path(folder))

@@ -21,6 +21,16 @@ def test_close_to_the_best_fixed_choice(cost, rates: str, num_reqs: int) -> None
     assert server.adaptive(batches) > 0.95 * best
 
 
+@pytest.mark.parametrize("num_reqs", [1, 2, 4, 8])
+@pytest.mark.parametrize("rates", ["good", "fair"])
+def test_a_machine_that_others_share(rates: str, num_reqs: int) -> None:
+    """Its pace changes by up to two thirds every some 60 steps: what is measured at one pace is not held against what was at another."""
+    batches = [{f"r{i}": RATES[rates] for i in range(num_reqs)}] * 1500
+    server = Server(two_cores, noise=0.08, held_up=0.01, drift=0.6)
+    best = max(server.fixed(k, batches) for k in (0, 7))
+    assert server.adaptive(batches) > 0.95 * best
+
+
 def test_each_request_has_its_own_length() -> None:
     """Requests that accept much beside others that accept little: better than any one K for all."""
     batches = [{f"r{i}": RATES["good" if i % 2 else "bad"] for i in range(32)}] * 2000
@@ -82,6 +92,18 @@ def test_cost_recovers_the_line() -> None:
                 cost.observe(work, two_cores(work))
     unseen = Work(6, 6 * 6, 6 * 6)
     assert cost.near(6).seconds(unseen) == pytest.approx(two_cores(unseen), rel=0.05)
+
+
+def test_a_slower_machine_is_slower_at_all_it_does() -> None:
+    """Steps without drafts, the only ones of late, take half as long again: so will one that drafts, and when both recover both are cheap again."""
+    cost, plain, draft = StepCost(), Work(2, 2), Work(2, 16, 16)
+    for work, pace, times in ((plain, 1.0, 9), (draft, 1.0, 9), (plain, 1.5, 40)):
+        for _ in range(times):
+            cost.observe(work, pace * two_cores(work))
+    assert cost.near(2).seconds(draft) == pytest.approx(1.5 * two_cores(draft), rel=0.03)
+    for _ in range(9):
+        cost.observe(draft, two_cores(draft))
+    assert cost.near(2).seconds(plain) == pytest.approx(two_cores(plain), rel=0.03)
 
 
 def test_acceptance_is_conditional() -> None:

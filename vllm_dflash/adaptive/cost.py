@@ -3,7 +3,8 @@
 A step runs the target over ``num_tokens`` rows and, where it drafts, the drafter over ``draft_rows``, all over ``num_context``
 positions. Its time is close to linear in these on a CPU and on a GPU that is short of compute, and flat on a GPU that is short of bandwidth, so the line is drawn through steps
 of about as many requests. Nothing here knows a machine, and a step that another process holds up does not count: of each kind of
-step the lower median of the last few is taken.
+step the lower median of a few is taken. A machine that others share slows down and recovers by half within seconds, and all kinds of
+steps with it; the kinds are measured at different times, so each is kept as what it takes at one pace of the machine.
 
     pytest tests/unit/test_adaptive.py
 """
@@ -16,6 +17,10 @@ import numpy as np
 
 _LAST = 9
 """Steps of a kind that are kept."""
+_PACE = 7
+"""Steps whose median is the pace."""
+_FEWEST_FOR_PACE = 3
+"""Steps of a kind, before a further one tells of the pace."""
 _FADE = 0.999
 """Weight that a kind of step keeps with each step of another kind: a machine that slows down is followed."""
 _STALE = 128
@@ -60,8 +65,10 @@ class _Kind:
 
     @property
     def typical(self) -> tuple[Work, float]:
-        """Of the last steps the one of the lower median, and its seconds."""
-        order = sorted(range(len(self.seconds)), key=self.seconds.__getitem__)
+        """Of the kept steps the one of the lower median, and its seconds at a pace of 1."""
+        count = len(self.seconds)
+        # Of an even number the first is left out, for the lower one of two in the middle would be too low.
+        order = sorted(range(count > 2 and 1 - count % 2, count), key=self.seconds.__getitem__)
         middle = order[(len(order) - 1) // 2]
         return self.work[middle], self.seconds[middle]
 
@@ -87,6 +94,12 @@ class StepCost:
     def __init__(self) -> None:
         self._kinds: dict[tuple[int, int, int], _Kind] = {}
         self._steps = 0
+        self._paces: deque[float] = deque(maxlen=_PACE)
+
+    @property
+    def pace(self) -> float:
+        """What the last steps took, over what steps of their kinds take."""
+        return sorted(self._paces)[len(self._paces) // 2] if self._paces else 1.0
 
     def observe(self, work: Work, seconds: float) -> float:
         """Takes in a measured step; returns the seconds that such a step usually takes."""
@@ -97,11 +110,15 @@ class StepCost:
         if self._steps - kind.last_seen > _STALE:
             kind.work.clear()
             kind.seconds.clear()
-        kind.work.append(work)
-        kind.seconds.append(seconds)
+        if len(kind.seconds) >= _FEWEST_FOR_PACE:
+            self._paces.append(seconds / kind.typical[1])
+        # A kind that sets the pace is not held against itself: it would wander, and the others stay behind.
+        if len(kind.seconds) < _LAST or self._steps - kind.last_seen >= _PACE:
+            kind.work.append(work)
+            kind.seconds.append(seconds / self.pace)
         self._steps += 1
         kind.last_seen = self._steps
-        return kind.typical[1]
+        return kind.typical[1] * self.pace
 
     def has_seen(self, num_reqs: int) -> bool:
         """Whether steps with drafts were seen at about as many requests, and enough without."""
@@ -125,7 +142,7 @@ class StepCost:
         for (key, kind), row, line in zip(self._kinds.items(), rows, linear.tolist(), strict=True):
             count = len(kind.seconds)
             factors[key] = (row[-1] / max(line, 1e-9)) ** (count / (count + _DOUBT))
-        return LocalCost(found, factors)
+        return LocalCost(found * self.pace, factors)
 
 
 def _fit(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:

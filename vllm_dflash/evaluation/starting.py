@@ -1,8 +1,11 @@
-"""Starts the engines of a benchmark one after the other, or reaches the server that takes their place.
+"""Starts the engines of a benchmark, or reaches the server that takes their place.
 
 pytest tests/engine/test_bench.py
 """
 
+import os
+from collections import deque
+from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,29 +24,49 @@ _GPU_MEMORY = 0.9
 def start_engines(
     plan: Plan, logs: Path, stack: ExitStack, described: dict[str, dict[str, Any]], failures: dict[str, EngineFailedError]
 ) -> dict[str, Engine]:  # fmt: skip
-    """The engines that started, by method; fills in what they say of themselves, and why others did not start.
-
-    One after the other: vLLM measures free memory while it starts.
-    """
+    """The engines that started, by method; fills in what they say of themselves, and why others did not start."""
     if plan.server is not None:
         described[plan.methods[0].name] = {"device": plan.server_url}
         return {plan.methods[0].name: plan.server}
     logs.mkdir(exist_ok=True)
     engines: dict[str, Engine] = {}
-    with tqdm(plan.methods, unit=" engines") as bar:
-        for method in bar:
+    with tqdm(_launched(plan, logs, stack), total=len(plan.methods), unit=" engines") as bar:
+        for method, engine in bar:
             bar.set_description(f"starting {method.name}")
-            log = logs / (method.name.replace(":", "-").replace("@", "-") + ".log")
             try:
-                _refuse_early(method)
-                engine = EngineProcess(engine_settings(plan, method), method.environment, log)
-                stack.enter_context(engine)
+                if isinstance(engine, EngineFailedError):
+                    raise engine
                 described[method.name] = engine.wait_until_ready()
                 engines[method.name] = engine
             except EngineFailedError as error:
                 failures[method.name] = error
-                bar.write(f"{method.name} did not start: {error}" + (f"\n{error.tail}\n(its log: {log})" if error.tail else ""))
+                where = f"\n{error.tail}\n(its log: {_log(logs, method)})" if error.tail else ""
+                bar.write(f"{method.name} did not start: {error}{where}")
     return engines
+
+
+def _launched(plan: Plan, logs: Path, stack: ExitStack) -> Iterator[tuple[Method, EngineProcess | EngineFailedError]]:
+    """Each method's engine, begun but not ready, or why there is none.
+
+    The next one begins when the caller is done with the last: vLLM measures free memory while it starts. Where ``kv_cache_memory_bytes``
+    says what there is to have, one more for each further core begins ahead.
+    """
+    at_once = len(os.sched_getaffinity(0)) if plan.engine_args.get("kv_cache_memory_bytes") else 1
+    begun: deque[tuple[Method, EngineProcess | EngineFailedError]] = deque()
+    for method in plan.methods:
+        refusal = _refusal(method)
+        if refusal is None:
+            engine = EngineProcess(engine_settings(plan, method), method.environment, _log(logs, method))
+            begun.append((method, stack.enter_context(engine)))
+        else:
+            begun.append((method, refusal))
+        if len(begun) == at_once:
+            yield begun.popleft()
+    yield from begun
+
+
+def _log(logs: Path, method: Method) -> Path:
+    return logs / (method.name.replace(":", "-").replace("@", "-") + ".log")
 
 
 def engine_settings(plan: Plan, method: Method) -> dict[str, Any]:
@@ -62,7 +85,8 @@ def engine_settings(plan: Plan, method: Method) -> dict[str, Any]:
     return {"engine_args": {**args, **plan.engine_args, **own}, "gpu_memory_share": round(_GPU_MEMORY / len(plan.methods), 3)}
 
 
-def _refuse_early(method: Method) -> None:
+def _refusal(method: Method) -> EngineFailedError | None:
     """What is known before vLLM is imported."""
     if method.kind == "suffix" and find_spec("arctic_inference") is None:
-        raise EngineFailedError("arctic-inference is not installed: pip install arctic-inference==0.1.1")
+        return EngineFailedError("arctic-inference is not installed: pip install arctic-inference==0.1.1")
+    return None
