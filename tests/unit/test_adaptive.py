@@ -96,7 +96,7 @@ def test_cost_recovers_the_line() -> None:
 
 def test_a_slower_machine_is_slower_at_all_it_does() -> None:
     """Steps without drafts, the only ones of late, take half as long again: so will one that drafts, and when both recover both are cheap again."""
-    cost, plain, draft = StepCost(), Work(2, 2), Work(2, 16, 16)
+    cost, plain, draft = StepCost(), Work(2, 2, 0), Work(2, 16, 16)
     for work, pace, times in ((plain, 1.0, 9), (draft, 1.0, 9), (plain, 1.5, 40)):
         for _ in range(times):
             cost.observe(work, pace * two_cores(work))
