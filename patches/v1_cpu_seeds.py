@@ -13,9 +13,9 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     def sample_tokens(self: Any, *arguments: Any, **keywords: Any) -> Any:
         from vllm_dflash.drafting.proposer import DFlashProposer
 
-        if self.device.type != "cpu" or not isinstance(getattr(self, "drafter", None), DFlashProposer):
-            return original(self, *arguments, **keywords)
         generators, discarded = self.input_batch.generators, self.discard_request_mask.np
+        if not generators or self.device.type != "cpu" or not isinstance(getattr(self, "drafter", None), DFlashProposer):
+            return original(self, *arguments, **keywords)
         # The runner samples a token for these too, and throws it away: without their generators nothing has to be taken back.
         withheld = {row: generators.pop(row) for row in list(generators) if discarded[row]}
         try:

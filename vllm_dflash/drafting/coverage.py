@@ -58,7 +58,7 @@ class ContextCoverage:
         Args:
             starts: int32 [B].
         """
-        if self.bad_pages or request_ids != self._batch or not np.array_equal(starts, self._next):
+        if self.bad_pages or request_ids != self._batch or starts.tobytes() != self._next.tobytes():
             return False
         self._next += 1
         self._steps += 1

@@ -9,6 +9,7 @@ own numbers remain where a request has a seed, for whose output it is answerable
 from collections.abc import Container
 from functools import cache
 
+import numpy as np
 import torch
 
 _MOST_PARTS = 512
@@ -30,17 +31,18 @@ def draw_tokens(logits: torch.Tensor) -> torch.Tensor:
     """
     rows, vocab = logits.shape
     parts = logits.softmax(-1).view(rows, _num_parts(vocab), -1)
-    uniform = torch.rand(rows, 2, dtype=torch.float64).mul_(_BELOW_ONE)
-    part = _invert(parts.sum(-1), uniform[:, :1])
-    token = _invert(parts[torch.arange(rows), part], uniform[:, 1:])
-    return part * parts.shape[2] + token
+    uniform = torch.rand(rows, 2, dtype=torch.float64).numpy() * _BELOW_ONE
+    # Few numbers from here on: an operator of numpy's begins sooner than one of torch's.
+    part = _invert(parts.sum(-1).numpy(), uniform[:, :1])
+    token = _invert(parts.numpy()[np.arange(rows), part], uniform[:, 1:])
+    return torch.from_numpy(part * parts.shape[2] + token)
 
 
-def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+def _invert(weights: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     """[R] int64: for each row of ``weights`` [R, n] the first entry up to which they sum to more than ``uniform`` [R, 1] of the total."""
-    sums = weights.cumsum(-1, dtype=torch.float64)
-    found = torch.searchsorted(sums, uniform * sums[:, -1:], right=True)[:, 0]
-    return found.clamp_(max=weights.shape[1] - 1)  # where logits are no numbers
+    sums = weights.cumsum(-1, dtype=np.float64)
+    found = (sums <= uniform * sums[:, -1:]).sum(-1)
+    return np.minimum(found, weights.shape[1] - 1)  # where logits are no numbers
 
 
 @cache
