@@ -8,6 +8,7 @@ expected to lose is paid from a budget, a share of the time that has passed.
     pytest tests/unit/test_adaptive.py
 """
 
+import math
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -59,7 +60,8 @@ class Controller:
         self.max_draft, self.block_size = max_draft, block_size
         self.cost, self.acceptance = StepCost(), Acceptance(max_draft, group)
         self._budget, self._steps, self._chosen_at, self._every = 0.0, 0, 0, _EVERY
-        self._tries: list[int] = []
+        self._tries: dict[int, list[int]] = {}
+        """What is left of the first steps, by power of two of the requests: a number of requests may pass before all are done."""
         self._rest: list[Plan] = []
         """What is left of a trial."""
         self._num_trials = self._trial_at = 0
@@ -115,11 +117,13 @@ class Controller:
         if self._rest:
             return self._rest.pop()
         last = self._choice
-        if not self._tries and not self.cost.has_seen(len(requests)):
-            self._tries = [self.max_draft] * _FIRST_TRIES + [0] * _FIRST_TRIES
-        if self._tries:
+        tries = self._tries.get(power := round(math.log2(len(requests))))
+        if tries is None:
+            seen = self.cost.has_seen(len(requests))
+            tries = self._tries[power] = [] if seen else [self.max_draft] * _FIRST_TRIES + [0] * _FIRST_TRIES
+        if tries:
             self._choice = None
-            return Plan(self._tries.pop(0), why="first")
+            return Plan(tries.pop(0), why="first")
         self._chosen_at, self.acceptance.has_news = self._steps, False
         cost, survival = self.cost.near(len(requests)), self.acceptance.expected(requests)
         choices = {k: self._weigh(cost, survival, len(requests), num_context, k) for k in (0, self.max_draft)}

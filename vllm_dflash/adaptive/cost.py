@@ -95,6 +95,8 @@ class StepCost:
         self._kinds: dict[tuple[int, int, int], _Kind] = {}
         self._steps = 0
         self._paces: deque[float] = deque(maxlen=_PACE)
+        self._line = np.zeros(len(Work(1, 1, 0).features))
+        """The last one that was drawn."""
 
     @property
     def pace(self) -> float:
@@ -107,11 +109,14 @@ class StepCost:
         kind = self._kinds.get(key)
         if kind is None:
             kind = self._kinds[key] = _Kind()
-        if self._steps - kind.last_seen > _STALE:
+        if kind.seconds and self._steps - kind.last_seen > _STALE:
+            kept = kind.typical
             kind.work.clear()
             kind.seconds.clear()
+            kind.work.append(kept[0])
+            kind.seconds.append(kept[1])
         if len(kind.seconds) >= _FEWEST_FOR_PACE:
-            self._paces.append(seconds / kind.typical[1])
+            self._paces.append(seconds / self._expected(kind, work))
         # A kind that sets the pace is not held against itself: it would wander, and the others stay behind.
         if len(kind.seconds) < _LAST or self._steps - kind.last_seen >= _PACE:
             kind.work.append(work)
@@ -119,6 +124,12 @@ class StepCost:
         self._steps += 1
         kind.last_seen = self._steps
         return kind.typical[1] * self.pace
+
+    def _expected(self, kind: _Kind, work: Work) -> float:
+        """Seconds of a step of a kind at a pace of 1: those of its typical one, and what the line gives to the difference between the two."""
+        typical, seconds = kind.typical
+        theirs = float(self._line @ typical.features)
+        return seconds * float(self._line @ work.features) / theirs if theirs > 0 else seconds
 
     def has_seen(self, num_reqs: int) -> bool:
         """Whether steps with drafts were seen at about as many requests, and enough without."""
@@ -136,7 +147,7 @@ class StepCost:
             age, distance = self._steps - kind.last_seen, power - size
             rows.append((*work.features, seconds))
             weights.append(len(kind.seconds) * _FADE**age * math.exp(-_NEARNESS * distance * distance) + 1e-6)
-        found = _fit(np.array(rows), np.array(weights))
+        found = self._line = _fit(np.array(rows), np.array(weights))
         linear = np.array(rows)[:, :-1] @ found
         factors = {}
         for (key, kind), row, line in zip(self._kinds.items(), rows, linear.tolist(), strict=True):
