@@ -35,12 +35,15 @@ class Server:
     drift: float = 0.0
     """How much slower than at its best the machine may get: every some 60 steps it takes up another pace between. Not the drafts' doing, so
     throughput is of steps at its best pace."""
+    making: float = 0.0
+    """Seconds more of a step with a number of the target's rows that is new: its kernels are made."""
     spread: float = 0.0
     """Standard deviation of a draft token's log-odds around its rate's."""
     confident: bool = False
     """Whether the drafter says how sure it is of a token; it thinks too well of itself."""
     seed: int = 0
     random: np.random.Generator = field(init=False)
+    met: set[int] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
         self.random = np.random.default_rng(self.seed)
@@ -74,7 +77,8 @@ class Server:
             requests, now = list(batch), plan(list(batch))
             k, num_verified = now.num_draft_tokens, sum(count for count, _ in outcomes.values())
             work = Work(len(batch), len(batch) + num_verified, len(batch) * (self.max_draft + 1) if k else 0)
-            true = self.cost(work)
+            true = self.cost(work) + (self.making if self.making and work.num_tokens not in self.met else 0.0)
+            self.met.add(work.num_tokens)
             seconds += true
             measured = true * pace * np.exp(self.noise * self.random.standard_normal()) * (4 if self.random.random() < self.held_up else 1)
             controller.observe(work, measured, outcomes, said if self.confident else None)

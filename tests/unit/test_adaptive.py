@@ -106,6 +106,14 @@ def test_a_slower_machine_is_slower_at_all_it_does() -> None:
     assert cost.near(2).seconds(plain) == pytest.approx(two_cores(plain), rel=0.03)
 
 
+def test_a_step_whose_kernels_are_made_tells_nothing_of_its_kind() -> None:
+    """The first step with so many rows takes three times as long as those after it."""
+    cost, work = StepCost(), Work(4, 4, 0)
+    for factor in (3.0, 1.0, 1.0):
+        cost.observe(work, factor * two_cores(work))
+    assert cost.near(4).seconds(work) == pytest.approx(two_cores(work), rel=0.01)
+
+
 def test_acceptance_is_conditional() -> None:
     """A position counts only where it was reached: two of three accepted say nothing about a fourth."""
     acceptance = Acceptance(4)

@@ -19,7 +19,7 @@ from vllm_dflash.adaptive.cost import LocalCost, StepCost, Work
 
 EXPLORATION = 0.0075
 """Share of the observed time that may be lost to trying what does not look best."""
-_FIRST_TRIES = 3
+_FIRST_TRIES = 4
 """Steps that each of a whole block and no draft gets at once, for a batch size that was not seen."""
 _EVERY = 16
 """Steps between two choices, unless the number of requests changes by more than an eighth, or drafts tell much that is new."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-_LAST = 9
+_LAST = 25
 """Steps of a kind that are kept."""
 _PACE = 7
 """Steps whose median is the pace."""
@@ -97,6 +97,8 @@ class StepCost:
         self._paces: deque[float] = deque(maxlen=_PACE)
         self._line = np.zeros(len(Work(1, 1, 0).features))
         """The last one that was drawn."""
+        self._met: set[int] = set()
+        """Numbers of rows that there were before, the drafter's below 0: kernels are made for a number when it first comes."""
 
     @property
     def pace(self) -> float:
@@ -105,9 +107,13 @@ class StepCost:
 
     def observe(self, work: Work, seconds: float) -> float:
         """Takes in a measured step; returns the seconds that such a step usually takes."""
-        key = work.kind
+        key, rows = work.kind, {work.num_tokens, -work.draft_rows}
         kind = self._kinds.get(key)
+        is_new = not rows <= self._met
+        self._met |= rows
         if kind is None:
+            if is_new:
+                return seconds
             kind = self._kinds[key] = _Kind()
         if kind.seconds and self._steps - kind.last_seen > _STALE:
             kept = kind.typical
