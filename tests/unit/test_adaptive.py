@@ -106,6 +106,14 @@ def test_a_slower_machine_is_slower_at_all_it_does() -> None:
     assert cost.near(2).seconds(plain) == pytest.approx(two_cores(plain), rel=0.03)
 
 
+def test_steps_that_cannot_be_measured() -> None:
+    """Prompts in every step, for as long as one likes: there is a plan, of first steps again and again."""
+    controller = Controller(7, 8)
+    for _ in range(50):
+        assert controller.plan(["a", "b"]).why == "first"
+        controller.observe(None, 0.0, {})
+
+
 def test_a_step_whose_kernels_are_made_tells_nothing_of_its_kind() -> None:
     """The first step with so many rows takes three times as long as those after it."""
     cost, work = StepCost(), Work(4, 4, 0)

@@ -117,10 +117,9 @@ class Controller:
         if self._rest:
             return self._rest.pop()
         last = self._choice
-        tries = self._tries.get(power := round(math.log2(len(requests))))
-        if tries is None:
-            seen = self.cost.has_seen(len(requests))
-            tries = self._tries[power] = [] if seen else [self.max_draft] * _FIRST_TRIES + [0] * _FIRST_TRIES
+        tries = self._tries.setdefault(round(math.log2(len(requests))), [])
+        if not tries and not self.cost.has_seen(len(requests)):
+            tries += [self.max_draft] * _FIRST_TRIES + [0] * _FIRST_TRIES
         if tries:
             self._choice = None
             return Plan(tries.pop(0), why="first")
