@@ -77,7 +77,7 @@ class Server:
             requests, now = list(batch), plan(list(batch))
             k, num_verified = now.num_draft_tokens, sum(count for count, _ in outcomes.values())
             work = Work(len(batch), len(batch) + num_verified, len(batch) * (self.max_draft + 1) if k else 0)
-            true = self.cost(work) + (self.making if self.making and work.num_tokens not in self.met else 0.0)
+            true = self.cost(work) + self.making * (work.num_tokens not in self.met)
             self.met.add(work.num_tokens)
             seconds += true
             measured = true * pace * np.exp(self.noise * self.random.standard_normal()) * (4 if self.random.random() < self.held_up else 1)

@@ -68,7 +68,7 @@ class _Kind:
         """Of the kept steps the one of the lower median, and its seconds at a pace of 1."""
         count = len(self.seconds)
         # Of an even number the first is left out, for the lower one of two in the middle would be too low.
-        order = sorted(range(count > 2 and 1 - count % 2, count), key=self.seconds.__getitem__)
+        order = sorted(range(int(count > 2 and count % 2 == 0), count), key=self.seconds.__getitem__)
         middle = order[(len(order) - 1) // 2]
         return self.work[middle], self.seconds[middle]
 
