@@ -30,7 +30,8 @@ from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_bounds, 
 from vllm_dflash.drafting.verification import DraftMetadata, Verifier
 from vllm_dflash.metrics.drafter import attach as record_drafter
 from vllm_dflash.models.drafter import DrafterForCausalLM
-from vllm_dflash.models.eager_cpu import EagerContext, EagerLayers, eager_logits
+from vllm_dflash.models.eager_cpu import EagerContext, EagerLayers, can_run, eager_logits
+from vllm_dflash.models.eager_target import use_eager_layers
 
 # A name below "vllm", so that vLLM's own handlers and format apply.
 _logger = init_logger("vllm.plugins.dflash")
@@ -85,10 +86,12 @@ class DFlashProposer(NativeDFlashProposer):
         self._causal = dict(zip(self.model.get_draft_kv_cache_layer_names(), self.model.get_draft_attn_causal(), strict=True))
         if self.on_cpu:
             # A connector takes and brings keys and values in vLLM's attention modules.
-            if self.vllm_config.kv_transfer_config is None and EagerLayers.fit(self.model.model):
-                self._eager_layers = EagerLayers(self.model.model)
-                self.context.eager = EagerContext(self.model.model, self._eager_layers)
-                self._logits = eager_logits(self.model)
+            if self.vllm_config.kv_transfer_config is None:
+                use_eager_layers(target_model)
+                if can_run(self.model.model):
+                    self._eager_layers = EagerLayers(self.model.model)
+                    self.context.eager = EagerContext(self.model.model, self._eager_layers)
+                    self._logits = eager_logits(self.model)
             runner = self.runner
             runner.rejection_sampler = Verifier(runner)
             runner._calc_spec_decode_metadata = DraftMetadata(runner.input_ids.np, self.max_batch_size)

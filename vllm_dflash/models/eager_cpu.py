@@ -1,8 +1,8 @@
-"""The draft layers on a CPU without compilation: vLLM's kernels called one after the other, with nothing between them.
+"""Decoder layers on a CPU without compilation: vLLM's kernels called one after the other, with nothing between them.
 
 Run as modules, half of a draft forward of one request is Python between kernels (docs/performance.md). The kernels are those that the
-modules call. Limits: one rank, projections and a cache that are not quantized, vLLM's
-CPU attention, no KV connector; elsewhere the modules run.
+modules call. Here the draft layers, in ``eager_target.py`` the target's. Limits: one rank, projections and a cache that are not
+quantized, vLLM's CPU attention, no KV connector; elsewhere the modules run.
 
     pytest tests/engine/test_draft_parity.py
 """
@@ -25,29 +25,27 @@ _rms_norm, _fused_add_rms_norm = torch.ops._C.rms_norm.default, torch.ops._C.fus
 _reshape_and_cache, _attention = torch.ops._C.cpu_attn_reshape_and_cache.default, torch.ops._C.cpu_attention_with_kv_cache.default
 
 
+def can_run(model: Any) -> bool:
+    """Whether ``Layer`` computes what the modules of a loaded model's ``layers`` compute."""
+    linear = [
+        p for layer in model.layers for p in (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
+    ]
+    attention = [layer.self_attn.attn for layer in model.layers]
+    return (
+        getattr(model, "do_not_compile", False)
+        and get_tensor_model_parallel_world_size() == 1
+        and all(hasattr(projection, "cpu_linear") for projection in linear)
+        and all(type(attn.impl) is CPUAttentionBackendImpl and attn.kv_cache_dtype == "auto" for attn in attention)
+    )
+
+
 class EagerLayers:
     """All layers of a loaded ``DrafterModel``."""
 
     def __init__(self, model: Any) -> None:
-        self._embed = _embedding(model)
+        self._embed = embedding(model)
         self._norm_weight, self._eps = model.norm.weight.data, model.norm.variance_epsilon
-        self.layers = [_Layer(layer) for layer in model.layers]
-
-    @staticmethod
-    def fit(model: Any) -> bool:
-        """Whether they compute what the modules of a loaded model compute."""
-        linear = [
-            p
-            for layer in model.layers
-            for p in (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
-        ]
-        attention = [layer.self_attn.attn for layer in model.layers]
-        return (
-            getattr(model, "do_not_compile", False)
-            and get_tensor_model_parallel_world_size() == 1
-            and all(hasattr(projection, "cpu_linear") for projection in linear)
-            and all(type(attn.impl) is CPUAttentionBackendImpl and attn.kv_cache_dtype == "auto" for attn in attention)
-        )
+        self.layers = [_DraftLayer(layer) for layer in model.layers]
 
     def __call__(self, input_ids: Tensor, positions: Tensor, slots: Tensor, metadata: Mapping[str, CPUAttentionMetadata]) -> Tensor:
         """As ``DrafterModel.forward`` in a forward context.
@@ -64,10 +62,10 @@ class EagerLayers:
         hidden = torch.empty_like(residual)
         first, *others = self.layers
         _rms_norm(hidden, residual, first.input_weight, first.eps)
-        hidden = first(positions, hidden, residual, slots, metadata)
+        hidden, _ = first(positions, hidden, residual, slots, metadata)
         for layer in others:
             _fused_add_rms_norm(hidden, residual, layer.input_weight, layer.eps)
-            hidden = layer(positions, hidden, residual, slots, metadata)
+            hidden, _ = layer(positions, hidden, residual, slots, metadata)
         _fused_add_rms_norm(hidden, residual, self._norm_weight, self._eps)
         return hidden
 
@@ -121,16 +119,16 @@ def _projection(conditioning: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     return project
 
 
-def _embedding(model: Any) -> Callable[[Tensor], Tensor]:
+def embedding(model: Any) -> Callable[[Tensor], Tensor]:
     """Token ids [N] -> embeddings [N, H]."""
     table = getattr(model.embed_tokens, "base_layer", model.embed_tokens)
-    if model.has_mask_embedding or type(getattr(table, "quant_method", None)) is not UnquantizedEmbeddingMethod:
+    if getattr(model, "has_mask_embedding", False) or type(getattr(table, "quant_method", None)) is not UnquantizedEmbeddingMethod:
         return model.embed_input_ids
     return functools.partial(torch.nn.functional.embedding, weight=table.weight.data)
 
 
-class _Layer:
-    """One layer, from the normed hidden states to what is added to the residual."""
+class Layer:
+    """One layer, from the normed hidden states to what is added to the residual. How it norms, subclasses say."""
 
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -144,31 +142,30 @@ class _Layer:
         self._impl = self._attn.impl
         self._kv_cache: Tensor | None = None
 
+    def norm_heads(self, heads: Tensor, weight: Tensor) -> Tensor:
+        """``heads`` [N, heads, head_dim], a part of wider rows; returns adjacent rows."""
+        raise NotImplementedError
+
+    def norm_sum(self, hidden: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of both, [N, H], normed; and the sum itself."""
+        raise NotImplementedError
+
     def __call__(
         self, positions: Tensor, hidden: Tensor, residual: Tensor, slots: Tensor, metadata: Mapping[str, CPUAttentionMetadata]
-    ) -> Tensor:  # fmt: skip
-        """``hidden`` and ``residual`` [N, H], the latter added to in place; returns [N, H]."""
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """``hidden`` and ``residual`` [N, H]; returns both of the next layer, [N, H]."""
         count, head_dim = len(hidden), self._head_dim
         q, k, v = self._qkv(hidden).split(self._sizes, dim=-1)
-        q, k = q.contiguous(), k.contiguous()
-        heads = q.view(count, -1, head_dim)
-        _rms_norm(heads, heads, self._q_weight, self.eps)
-        keys = k.view(count, -1, head_dim)
-        _rms_norm(keys, keys, self._k_weight, self.eps)
-        self._rotate(positions, q, k)
-        out = torch.empty_like(q)
+        heads = self.norm_heads(q.view(count, -1, head_dim), self._q_weight)
+        keys = self.norm_heads(k.view(count, -1, head_dim), self._k_weight)
+        self._rotate(positions, heads.view(count, -1), keys.view(count, -1))
+        out = torch.empty_like(heads)
         self.store(keys, v.view(count, -1, head_dim), slots)
-        self._attend(heads, out.view(count, -1, head_dim), metadata[self._name])
-        hidden = self._o(out)
-        _fused_add_rms_norm(hidden, residual, self._post_weight, self.eps)
+        self._attend(heads, out, metadata[self._name])
+        hidden, residual = self.norm_sum(self._o(out.view(count, -1)), residual, self._post_weight)
         gate, up = self._gate_up(hidden).chunk(2, dim=-1)
         # vLLM's one kernel for both is not vectorised: 98 us for 64 rows of 768, where these two take 22.
-        return self._down(silu(gate).mul_(up))
-
-    def norm_and_rotate(self, keys: Tensor, positions: Tensor) -> None:
-        """In place: adjacent rows [N, kv heads, head_dim]."""
-        _rms_norm(keys, keys, self._k_weight, self.eps)
-        self._rotate(positions, keys.view(len(keys), -1), None)
+        return self._down(silu(gate).mul_(up)), residual
 
     def store(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         """As ``CPUAttentionBackendImpl.do_kv_cache_update``: both [N, kv heads, head_dim]."""
@@ -188,6 +185,24 @@ class _Layer:
             impl.sliding_window, metadata.block_table, impl.logits_soft_cap, metadata.scheduler_metadata, impl.sinks,
             metadata.dynamic_causal, attn._k_scale_float, attn._v_scale_float, impl.kv_cache_dtype,
         )  # fmt: skip
+
+
+class _DraftLayer(Layer):
+    """Norms are vLLM's kernels, in place."""
+
+    def norm_heads(self, heads: Tensor, weight: Tensor) -> Tensor:
+        heads = heads.contiguous()
+        _rms_norm(heads, heads, weight, self.eps)
+        return heads
+
+    def norm_sum(self, hidden: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        _fused_add_rms_norm(hidden, residual, weight, self.eps)
+        return hidden, residual
+
+    def norm_and_rotate(self, keys: Tensor, positions: Tensor) -> None:
+        """In place: adjacent rows [N, kv heads, head_dim]."""
+        _rms_norm(keys, keys, self._k_weight, self.eps)
+        self._rotate(positions, keys.view(len(keys), -1), None)
 
 
 class _Linear:

@@ -1,0 +1,109 @@
+"""The target's layers on a CPU without compilation: the same operations as vLLM's modules, to the last bit, with less between them.
+
+With one request, half of the target's forward is Python between small operators, seven for each norm and a dozen calls for each
+attention (docs/performance.md). A norm is two operators here, which do the same arithmetic in the same order, so that
+the target writes what it writes without a drafter. Limits: Qwen3, not its mixtures of experts, and those of ``eager_cpu.py``; elsewhere, and in steps with embeddings for input, the modules run.
+
+    pytest tests/engine/test_eager_target.py
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer, Qwen3Model
+
+from vllm_dflash.models.eager_cpu import Layer, can_run, embedding
+
+
+def use_eager_layers(target: Any) -> bool:
+    """Lets a loaded target model run its layers by this module's class; returns whether they fit it."""
+    model = getattr(target, "model", None)
+    if type(model) is not Qwen3Model or not _is_known(model) or not can_run(model):
+        return False
+    model.forward = EagerTarget(model)
+    return True
+
+
+def _is_known(model: Any) -> bool:
+    """Whether each part of the model is vLLM's own, as its class says, and nothing listens to it."""
+    norms = [model.norm]
+    for layer in model.layers:
+        attention = layer.self_attn
+        norms += [layer.input_layernorm, layer.post_attention_layernorm, attention.q_norm, attention.k_norm]
+        rotates_by = getattr(attention.rotary_emb, "_forward_method", None)
+        if (
+            type(layer) is not Qwen3DecoderLayer
+            or type(layer.mlp.act_fn) is not SiluAndMul
+            or getattr(rotates_by, "__func__", None) is not RotaryEmbedding.forward_cpu
+            or attention.attn.kv_sharing_target_layer_name is not None
+            or attention.attn.query_quant is not None
+        ):
+            return False
+    has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return not has_hooks and all(type(norm) is RMSNorm and norm.pass_weight and norm.variance_size_override is None for norm in norms)
+
+
+class EagerTarget:
+    """In place of a loaded ``Qwen3Model``'s ``forward``."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._modules = model, model.forward
+        self._embed = embedding(model)
+        self._layers = [_TargetLayer(layer) for layer in model.layers]
+        self._names = [layer.self_attn.attn.layer_name for layer in model.layers]
+        self._norm_weight = model.norm.weight.data
+
+    def __call__(
+        self, input_ids: Tensor | None, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Tensor | None = None
+    ) -> Any:
+        """As the model's ``forward``: ``input_ids`` [N] int32, ``positions`` [N] int64 -> [N, H], with T features [N, H] where they are asked for."""
+        context = get_forward_context() if is_forward_context_available() else None
+        metadata, slots = (None, None) if context is None else (context.attn_metadata, context.slot_mapping)
+        if input_ids is None or inputs_embeds is not None or not (isinstance(metadata, dict) and isinstance(slots, dict)):
+            return self._modules(input_ids, positions, intermediate_tensors, inputs_embeds)
+        if any(slots.get(name) is None or metadata[name].num_actual_tokens != len(input_ids) for name in self._names):
+            return self._modules(input_ids, positions, intermediate_tensors, inputs_embeds)
+        taps, features = self._model.aux_hidden_state_layers, []
+        residual = self._embed(input_ids)
+        first = self._layers[0]
+        hidden = first.norm(residual, first.input_weight)
+        for index, (layer, name) in enumerate(zip(self._layers, self._names, strict=True)):
+            if index:
+                hidden, residual = layer.norm_sum(hidden, residual, layer.input_weight)
+            if index in taps:
+                features.append(residual)
+            hidden, residual = layer(positions, hidden, residual, slots[name], metadata)
+        hidden, residual = self._layers[-1].norm_sum(hidden, residual, self._norm_weight)
+        if len(self._layers) in taps:
+            features.append(residual)
+        return (hidden, features) if features else hidden
+
+
+class _TargetLayer(Layer):
+    """Norms are what vLLM's modules compute: in float32, the sum rounded to the weight's dtype once it is normed."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer)
+        self.norm: Callable[[Tensor, Tensor], Tensor] = self._norm_float if self.input_weight.dtype == torch.float32 else self._norm_half
+
+    def norm_heads(self, heads: Tensor, weight: Tensor) -> Tensor:
+        return self.norm(heads, weight)
+
+    def norm_sum(self, hidden: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if weight.dtype == torch.float32:
+            residual = hidden + residual
+            return torch.rms_norm(residual, weight.shape, weight, self.eps), residual
+        total = hidden.float() + residual.float()
+        return torch.rms_norm(total, weight.shape, None, self.eps).to(weight.dtype) * weight, total.to(weight.dtype)
+
+    def _norm_float(self, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.rms_norm(x, weight.shape, weight, self.eps)
+
+    def _norm_half(self, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.rms_norm(x.float(), weight.shape, None, self.eps).to(weight.dtype) * weight
