@@ -15,7 +15,7 @@ from vllm_dflash.adaptive.acceptance import row_step
 from vllm_dflash.checks import settled
 from vllm_dflash.drafting.pending import PendingContext
 from vllm_dflash.models.drafter import DrafterForCausalLM
-from vllm_dflash.models.eager_cpu import EagerContext
+from vllm_dflash.models.eager_draft import EagerContext
 
 _PENDING_ROWS = 1024
 """Rows of target features, [T * H] each, that may wait for the next draft where all of them will be written."""

@@ -30,7 +30,8 @@ from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_bounds, 
 from vllm_dflash.drafting.verification import DraftMetadata, Verifier
 from vllm_dflash.metrics.drafter import attach as record_drafter
 from vllm_dflash.models.drafter import DrafterForCausalLM
-from vllm_dflash.models.eager_cpu import EagerContext, EagerLayers, can_run, eager_logits
+from vllm_dflash.models.eager_draft import EagerContext, EagerLayers, eager_logits
+from vllm_dflash.models.eager_layer import can_run
 from vllm_dflash.models.eager_target import use_eager_layers
 
 # A name below "vllm", so that vLLM's own handlers and format apply.

@@ -2,12 +2,11 @@
 
 With one request, half of the target's forward is Python between small operators, seven for each norm and a dozen calls for each
 attention (docs/performance.md). A norm is two operators here, which do the same arithmetic in the same order, so that
-the target writes what it writes without a drafter. Limits: Qwen3, not its mixtures of experts, and those of ``eager_cpu.py``; elsewhere, and in steps with embeddings for input, the modules run.
+the target writes what it writes without a drafter. Limits: Qwen3, not its mixtures of experts, and those of ``eager_layer.py``; elsewhere, and in steps with embeddings for input, the modules run.
 
     pytest tests/engine/test_eager_target.py
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,12 +17,12 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer, Qwen3Model
 
-from vllm_dflash.models.eager_cpu import Layer, can_run, embedding
+from vllm_dflash.models.eager_layer import Layer, Room, can_run, embedding
 
 
 def use_eager_layers(target: Any) -> bool:
     """Lets a loaded target model run its layers by this module's class; returns whether they fit it."""
-    model = getattr(target, "model", None)
+    model: Any = getattr(target, "model", None)
     if type(model) is not Qwen3Model or not _is_known(model) or not can_run(model):
         return False
     model.forward = EagerTarget(model)
@@ -72,13 +71,13 @@ class EagerTarget:
         taps, features = self._model.aux_hidden_state_layers, []
         residual = self._embed(input_ids)
         first = self._layers[0]
-        hidden = first.norm(residual, first.input_weight)
+        room, hidden = Room(first, residual), first.norm(residual, first.input_weight)
         for index, (layer, name) in enumerate(zip(self._layers, self._names, strict=True)):
             if index:
                 hidden, residual = layer.norm_sum(hidden, residual, layer.input_weight)
             if index in taps:
                 features.append(residual)
-            hidden, residual = layer(positions, hidden, residual, slots[name], metadata)
+            hidden, residual = layer(positions, hidden, residual, slots[name], metadata, room)
         hidden, residual = self._layers[-1].norm_sum(hidden, residual, self._norm_weight)
         if len(self._layers) in taps:
             features.append(residual)
@@ -86,24 +85,30 @@ class EagerTarget:
 
 
 class _TargetLayer(Layer):
-    """Norms are what vLLM's modules compute: in float32, the sum rounded to the weight's dtype once it is normed."""
+    """Norms are what vLLM's modules compute: in float32, rounded to the weight's dtype before the weight is applied."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__(layer)
-        self.norm: Callable[[Tensor, Tensor], Tensor] = self._norm_float if self.input_weight.dtype == torch.float32 else self._norm_half
+        self._is_float, self._num_heads = self.input_weight.dtype == torch.float32, self.q_size // self.head_dim
+        num_keys = layer.self_attn.kv_size // self.head_dim
+        self._qk_weight = torch.cat([self.q_weight.expand(self._num_heads, -1), self.k_weight.expand(num_keys, -1)])
+        """[heads, head_dim]"""
 
-    def norm_heads(self, heads: Tensor, weight: Tensor) -> Tensor:
-        return self.norm(heads, weight)
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``x`` [N, H], normed."""
+        if self._is_float:
+            return torch.rms_norm(x, weight.shape, weight, self.eps)
+        return torch.rms_norm(x.float(), weight.shape, None, self.eps).to(weight.dtype) * weight
+
+    def heads(self, qk: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        normed = torch.rms_norm(qk if self._is_float else qk.float(), self.q_weight.shape, None, self.eps)
+        both = (normed if self._is_float else normed.to(qk.dtype)).mul_(self._qk_weight)
+        self.rotate(positions, both.view(len(both), -1), None)
+        return both[:, : self._num_heads], both[:, self._num_heads :]
 
     def norm_sum(self, hidden: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        if weight.dtype == torch.float32:
+        if self._is_float:
             residual = hidden + residual
             return torch.rms_norm(residual, weight.shape, weight, self.eps), residual
         total = hidden.float() + residual.float()
         return torch.rms_norm(total, weight.shape, None, self.eps).to(weight.dtype) * weight, total.to(weight.dtype)
-
-    def _norm_float(self, x: Tensor, weight: Tensor) -> Tensor:
-        return torch.rms_norm(x, weight.shape, weight, self.eps)
-
-    def _norm_half(self, x: Tensor, weight: Tensor) -> Tensor:
-        return torch.rms_norm(x.float(), weight.shape, None, self.eps).to(weight.dtype) * weight

@@ -1,0 +1,120 @@
+"""The draft layers on a CPU without compilation, kernel by kernel (``eager_layer.py``), and what is around them.
+
+pytest tests/engine/test_draft_parity.py
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
+
+from vllm_dflash.conditioning import dflash
+from vllm_dflash.models.eager_layer import Layer, Linear, Room, embedding
+
+# By name each call would look its overload up.
+_rms_norm, _fused_add_rms_norm = torch.ops._C.rms_norm.default, torch.ops._C.fused_add_rms_norm.default
+
+
+class EagerLayers:
+    """All layers of a loaded ``DrafterModel``."""
+
+    def __init__(self, model: Any) -> None:
+        self._embed = embedding(model)
+        self._norm_weight, self._eps = model.norm.weight.data, model.norm.variance_epsilon
+        self.layers = [_DraftLayer(layer) for layer in model.layers]
+
+    def __call__(self, input_ids: Tensor, positions: Tensor, slots: Tensor, metadata: Mapping[str, CPUAttentionMetadata]) -> Tensor:
+        """As ``DrafterModel.forward`` in a forward context.
+
+        Args:
+            input_ids: [N] int32, anchors and masks.
+            positions, slots: [N] int64.
+            metadata: by layer name.
+
+        Returns:
+            Normed hidden states [N, H].
+        """
+        residual = self._embed(input_ids)
+        hidden = torch.empty_like(residual)
+        first, *others = self.layers
+        room = Room(first, residual)
+        _rms_norm(hidden, residual, first.input_weight, first.eps)
+        hidden, _ = first(positions, hidden, residual, slots, metadata, room)
+        for layer in others:
+            _fused_add_rms_norm(hidden, residual, layer.input_weight, layer.eps)
+            hidden, _ = layer(positions, hidden, residual, slots, metadata, room)
+        _fused_add_rms_norm(hidden, residual, self._norm_weight, self._eps)
+        return hidden
+
+
+class EagerContext:
+    """The context's keys and values of a loaded ``DrafterModel``, written into the KV cache of its layers."""
+
+    def __init__(self, model: Any, layers: EagerLayers) -> None:
+        self._project, self._layers = _projection(model.context_kv.conditioning), layers.layers
+
+    def __call__(self, features: Tensor, positions: Tensor, slots: Tensor) -> None:
+        """As ``combine_hidden_states`` and ``precompute_and_store_context_kv``.
+
+        Args:
+            features: [N, T * H].
+            positions, slots: [N] int64.
+        """
+        keys, values = self._project(features)
+        # A layer's rows side by side: the norm's kernel takes rows for adjacent.
+        each = keys.transpose(0, 1).contiguous().unbind()
+        for layer, k, v in zip(self._layers, each, values.unbind(1), strict=True):
+            layer.norm_and_rotate(k, positions)
+            layer.store(k, v, slots)
+
+
+def eager_logits(drafter: Any) -> Callable[[Tensor], Tensor]:
+    """``compute_logits`` of a loaded ``DrafterForCausalLM``: hidden states [N, H] -> logits [N, V]."""
+    head, processor = getattr(drafter.lm_head, "base_layer", drafter.lm_head), drafter.logits_processor
+    is_plain = type(getattr(head, "quant_method", None)) is UnquantizedEmbeddingMethod and hasattr(head, "cpu_linear")
+    if not is_plain or drafter.draft_ids is not None or processor.head_dtype not in (None, drafter.dtype):
+        return drafter.compute_logits
+    linear, vocab_size = Linear(head), processor.org_vocab_size
+    return lambda hidden: linear(hidden)[:, :vocab_size]
+
+
+def _projection(conditioning: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Features [N, T * H] -> keys and values [N, D, kv heads, head_dim]."""
+    if not (isinstance(conditioning, dflash.Served) and not conditioning.quantized and hasattr(conditioning.fc, "cpu_linear")):
+        return lambda features: conditioning.project(conditioning.combine(features))
+    fc, norm = Linear(conditioning.fc), conditioning.hidden_norm
+    proj = Linear(conditioning.proj, conditioning.proj.bias)
+    weight, eps = norm.weight.data, norm.variance_epsilon
+    shape = -1, 2, conditioning.num_layers, conditioning.num_kv_heads, conditioning.head_dim
+
+    def project(features: Tensor) -> tuple[Tensor, Tensor]:
+        context = fc(features)
+        _rms_norm(context, context, weight, eps)
+        keys, values = proj(context).view(shape).unbind(1)
+        return keys, values
+
+    return project
+
+
+class _DraftLayer(Layer):
+    """Norms are vLLM's kernels, in place."""
+
+    def heads(self, qk: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        count, num_heads = len(qk), self.q_size // self.head_dim
+        queries, keys = qk[:, :num_heads].contiguous(), qk[:, num_heads:].contiguous()
+        _rms_norm(queries, queries, self.q_weight, self.eps)
+        _rms_norm(keys, keys, self.k_weight, self.eps)
+        self.rotate(positions, queries.view(count, -1), keys.view(count, -1))
+        return queries, keys
+
+    def norm_sum(self, hidden: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        _fused_add_rms_norm(hidden, residual, weight, self.eps)
+        return hidden, residual
+
+    def norm_and_rotate(self, keys: Tensor, positions: Tensor) -> None:
+        """In place: adjacent rows [N, kv heads, head_dim]."""
+        _rms_norm(keys, keys, self.k_weight, self.eps)
+        self.rotate(positions, keys.view(len(keys), -1), None)
