@@ -6,11 +6,16 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from vllm_dflash.evaluation import starting
 from vllm_dflash.evaluation.engine_process import EngineFailedError, EngineProcess, Job, _what_was_said
+from vllm_dflash.evaluation.methods import Method
+from vllm_dflash.evaluation.plan import Plan
+from vllm_dflash.evaluation.workload import Point
 
 JOB = Job([[1, 2]], 1, [4], 0.0)
 CHILD = textwrap.dedent(
@@ -95,6 +100,27 @@ def test_one_that_dies_says_how(tmp_path):
             run_all(engine)
         with pytest.raises(EngineFailedError, match="signal SIGKILL"):
             run_all(engine)
+
+
+@pytest.mark.parametrize(("engine_args", "begun_for_each"), [({}, [1, 2, 3]), ({"kv_cache_memory_bytes": 1 << 30}, [2, 3, 3])])
+def test_as_many_begin_at_once_as_there_are_cores(tmp_path, monkeypatch, engine_args, begun_for_each):
+    """Where the cache's size is given; elsewhere vLLM measures free memory, which another one's start would change."""
+    begun, found = [], []
+
+    def beginning(settings, environment, log):
+        begun.append(log.stem)
+        return EngineProcess(settings, environment, log, ("-c", CHILD))
+
+    monkeypatch.setattr(starting, "EngineProcess", beginning)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    methods = [Method(name, "plain") for name in ("a", "b", "c")]
+    plan = Plan("T", methods, [Point("p", None, 0.0, 1, 8)], {}, 8, 1, "float32", 64, engine_args)
+    with ExitStack() as stack:
+        for method, engine in starting._launched(plan, tmp_path, stack):
+            engine.wait_until_ready()
+            found.append((method.name, len(begun)))
+    assert found == list(zip(["a", "b", "c"], begun_for_each, strict=True))
+    assert begun == ["a", "b", "c"]
 
 
 def test_an_interrupted_parent_ends_its_children(tmp_path):

@@ -9,6 +9,7 @@ accepted less than of a greedy one, and what was learned of the one must not dec
 """
 
 import math
+from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,13 +70,16 @@ class _Correction:
         self.accepted, self.expected = self.accepted * keep + accepted, self.expected * keep + expected
 
 
+def _at(bins: float) -> float:
+    """The confidence so many bins above the first one's beginning."""
+    return 1 / (1 + math.exp(-(_FIRST_LOGIT + bins * _BIN_WIDTH)))
+
+
+_EDGES = [_at(index) for index in range(1, _BINS)]
+
+
 def _bin(confidence: float) -> int:
-    p = min(max(confidence, 1e-6), 1 - 1e-6)
-    return min(max(int((math.log(p / (1 - p)) - _FIRST_LOGIT) / _BIN_WIDTH), 0), _BINS - 1)
-
-
-def _middle(index: int) -> float:
-    return 1 / (1 + math.exp(-(_FIRST_LOGIT + (index + 0.5) * _BIN_WIDTH)))
+    return bisect_right(_EDGES, confidence)
 
 
 def row_step(count: int) -> int:
@@ -107,7 +111,7 @@ class _Learned:
     def __init__(self, max_draft: int) -> None:
         rate, weight = _PRIOR
         self.by_position = [_Rate(rate * weight, weight) for _ in range(max_draft)]
-        self.by_confidence = [_Rate(_middle(i) * _BIN_WEIGHT, _BIN_WEIGHT) for i in range(_BINS)]
+        self.by_confidence = [_Rate(_at(i + 0.5) * _BIN_WEIGHT, _BIN_WEIGHT) for i in range(_BINS)]
         self.positions = [_Correction(_POSITION_WEIGHT, _MEMORY) for _ in range(max_draft)]
         self.recent: deque[list[float]] = deque(maxlen=_RECENT)
         self.num_drafts = 0

@@ -10,7 +10,9 @@ steps with it; the kinds are measured at different times, so each is kept as wha
 """
 
 import math
+import operator
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -62,15 +64,23 @@ class _Kind:
     work: deque[Work] = field(default_factory=lambda: deque(maxlen=_LAST))
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_LAST))
     last_seen: int = 0
+    typical: tuple[Work, float] = (Work(1, 1, 0), 0.0)
+    """Of the kept steps the one of the lower median, and its seconds at a pace of 1."""
 
-    @property
-    def typical(self) -> tuple[Work, float]:
-        """Of the kept steps the one of the lower median, and its seconds at a pace of 1."""
+    def add(self, work: Work, seconds: float) -> None:
+        self.work.append(work)
+        self.seconds.append(seconds)
         count = len(self.seconds)
         # Of an even number the first is left out, for the lower one of two in the middle would be too low.
         order = sorted(range(int(count > 2 and count % 2 == 0), count), key=self.seconds.__getitem__)
         middle = order[(len(order) - 1) // 2]
-        return self.work[middle], self.seconds[middle]
+        self.typical = self.work[middle], self.seconds[middle]
+
+    def keep_typical(self) -> None:
+        """Forgets all other steps."""
+        self.work.clear()
+        self.seconds.clear()
+        self.add(*self.typical)
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,7 @@ class LocalCost:
 
     def seconds(self, work: Work) -> float:
         """Expected seconds of a step."""
-        linear = sum(w * x for w, x in zip(self.weights.tolist(), work.features, strict=True))
+        linear = _dot(self.weights.tolist(), work.features)
         return max(linear * self.factors.get(work.kind, 1.0), 1e-9)
 
 
@@ -95,7 +105,7 @@ class StepCost:
         self._kinds: dict[tuple[int, int, int], _Kind] = {}
         self._steps = 0
         self._paces: deque[float] = deque(maxlen=_PACE)
-        self._line = np.zeros(len(Work(1, 1, 0).features))
+        self._line = [0.0] * len(Work(1, 1, 0).features)
         """The last one that was drawn."""
         self._met: set[int] = set()
         """Numbers of rows that there were before, the drafter's below 0: kernels are made for a number when it first comes."""
@@ -116,17 +126,12 @@ class StepCost:
                 return seconds
             kind = self._kinds[key] = _Kind()
         if kind.seconds and self._steps - kind.last_seen > _STALE:
-            kept = kind.typical
-            kind.work.clear()
-            kind.seconds.clear()
-            kind.work.append(kept[0])
-            kind.seconds.append(kept[1])
+            kind.keep_typical()
         if len(kind.seconds) >= _FEWEST_FOR_PACE:
             self._paces.append(seconds / self._expected(kind, work))
         # A kind that sets the pace is not held against itself: it would wander, and the others stay behind.
         if len(kind.seconds) < _LAST or self._steps - kind.last_seen >= _PACE:
-            kind.work.append(work)
-            kind.seconds.append(seconds / self.pace)
+            kind.add(work, seconds / self.pace)
         self._steps += 1
         kind.last_seen = self._steps
         return kind.typical[1] * self.pace
@@ -134,8 +139,8 @@ class StepCost:
     def _expected(self, kind: _Kind, work: Work) -> float:
         """Seconds of a step of a kind at a pace of 1: those of its typical one, and what the line gives to the difference between the two."""
         typical, seconds = kind.typical
-        theirs = float(self._line @ typical.features)
-        return seconds * float(self._line @ work.features) / theirs if theirs > 0 else seconds
+        theirs = _dot(self._line, typical.features)
+        return seconds * _dot(self._line, work.features) / theirs if theirs > 0 else seconds
 
     def has_seen(self, num_reqs: int) -> bool:
         """Whether steps with drafts were seen at about as many requests, and enough without."""
@@ -153,13 +158,19 @@ class StepCost:
             age, distance = self._steps - kind.last_seen, power - size
             rows.append((*work.features, seconds))
             weights.append(len(kind.seconds) * _FADE**age * math.exp(-_NEARNESS * distance * distance) + 1e-6)
-        found = self._line = _fit(np.array(rows), np.array(weights))
+        found = _fit(np.array(rows), np.array(weights))
+        self._line = found.tolist()
         linear = np.array(rows)[:, :-1] @ found
         factors = {}
         for (key, kind), row, line in zip(self._kinds.items(), rows, linear.tolist(), strict=True):
             count = len(kind.seconds)
             factors[key] = (row[-1] / max(line, 1e-9)) ** (count / (count + _DOUBT))
         return LocalCost(found * self.pace, factors)
+
+
+def _dot(weights: Sequence[float], features: Sequence[float]) -> float:
+    # A handful of numbers: an array of them would cost more than the product.
+    return sum(map(operator.mul, weights, features))
 
 
 def _fit(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
