@@ -2,7 +2,7 @@
 
 Run as modules, half of a forward of one request is Python between kernels (docs/performance.md). The kernels are those that the
 modules call, into memory that the next layer takes again. ``eager_draft.py`` has the draft layers, ``eager_target.py`` the target's.
-Limits: one rank, projections and a cache that are not quantized, vLLM's CPU attention, no KV connector; elsewhere the modules run.
+Limits: one rank, projections and a cache that are not quantized, no LoRA, vLLM's CPU attention, no KV connector; elsewhere the modules run.
 
     pytest tests/engine/test_draft_parity.py tests/engine/test_eager_target.py
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 from vllm import _custom_ops
 from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
@@ -36,7 +37,8 @@ def can_run(model: Any) -> bool:
     return (
         getattr(model, "do_not_compile", False)
         and get_tensor_model_parallel_world_size() == 1
-        and all(hasattr(projection, "cpu_linear") for projection in linear)
+        # By class: a wrapper, as for LoRA, has all that what it wraps has.
+        and all(type(p) in (QKVParallelLinear, MergedColumnParallelLinear, RowParallelLinear) and hasattr(p, "cpu_linear") for p in linear)
         and all(type(attn.impl) is CPUAttentionBackendImpl and attn.kv_cache_dtype == "auto" for attn in attention)
     )
 
