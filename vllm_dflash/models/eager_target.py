@@ -1,8 +1,9 @@
 """The target's layers on a CPU without compilation: the same operations as vLLM's modules, to the last bit, with less between them.
 
 With one request, half of the target's forward is Python between small operators, seven for each norm and a dozen calls for each
-attention (docs/performance.md). A norm is two operators here, which do the same arithmetic in the same order, so that
-the target writes what it writes without a drafter. Limits: Qwen3, not its mixtures of experts, and those of ``eager_layer.py``; elsewhere, and in steps with embeddings for input, the modules run.
+attention (docs/performance.md). A norm is one call here, which does the same arithmetic in the same order, so that the target writes
+what it writes without a drafter. Limits: Qwen3, not its mixtures of experts, and those of ``eager_layer.py``; elsewhere, and in
+steps with embeddings for input, the modules run.
 
     pytest tests/engine/test_eager_target.py
 """
@@ -95,7 +96,7 @@ class _TargetLayer(Layer):
         """[heads, head_dim]"""
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """``x`` [N, H], normed."""
+        """``x`` [N, H], normed; in 16 bits it may still be in float32, as a sum is."""
         if self._is_float:
             return torch.rms_norm(x, weight.shape, weight, self.eps)
         return torch.rms_norm(x.float(), weight.shape, None, self.eps).to(weight.dtype) * weight
@@ -111,4 +112,4 @@ class _TargetLayer(Layer):
             residual = hidden + residual
             return torch.rms_norm(residual, weight.shape, weight, self.eps), residual
         total = hidden.float() + residual.float()
-        return torch.rms_norm(total, weight.shape, None, self.eps).to(weight.dtype) * weight, total.to(weight.dtype)
+        return self.norm(total, weight), total.to(weight.dtype)
