@@ -144,3 +144,22 @@ except ValueError as error:
     assert "PLAIN SERVING IS CONFIGURED" in done.stdout
     assert "REFUSED" in done.stdout
     assert re.search(r"RuntimeError: vllm-dflash supports vLLM >=0\.32,<0\.33, and found 0\.32.*VLLM_DFLASH=0", output)
+
+
+def test_what_other_devices_import_looks_up_no_kernel_that_only_a_cpu_has():
+    run("""
+import importlib, pkgutil, torch, vllm._custom_ops
+import vllm_dflash.drafting, vllm_dflash.models
+built = torch.ops._C
+class OtherBuild:
+    def __getattr__(self, name):
+        if name.startswith(("cpu_", "onednn_", "greedy_argmax")):
+            raise AttributeError(name)
+        return getattr(built, name)
+torch.ops._C = OtherBuild()
+for package in (vllm_dflash.drafting, vllm_dflash.models):
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        if not module.name.startswith("vllm_dflash.models.eager_"):
+            importlib.import_module(module.name)
+assert not [name for name in sys.modules if name.startswith("vllm_dflash.models.eager_")]
+""")

@@ -6,6 +6,7 @@ Limits: under vLLM's V1 runner; what is kept is never read by a KV connector, so
 """
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from vllm_dflash.adaptive.acceptance import row_step
 from vllm_dflash.checks import settled
 from vllm_dflash.drafting.pending import PendingContext
 from vllm_dflash.models.drafter import DrafterForCausalLM
-from vllm_dflash.models.eager_draft import EagerContext
+
+if TYPE_CHECKING:
+    from vllm_dflash.models.eager_draft import EagerContext
 
 _PENDING_ROWS = 1024
 """Rows of target features, [T * H] each, that may wait for the next draft where all of them will be written."""
@@ -30,7 +33,7 @@ class ContextStore:
 
     model: DrafterForCausalLM
     """Set once it is loaded."""
-    eager: EagerContext | None = None
+    eager: "EagerContext | None" = None
     """What projects and writes in its place, on a CPU."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, live_pages: Callable[[], tuple[set[int], int] | None]) -> None:

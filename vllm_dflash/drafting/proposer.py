@@ -9,7 +9,7 @@ lm_head, attention groups, CUDA-graph dispatch) and replaces the draft itself. I
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import VllmConfig
@@ -30,9 +30,9 @@ from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_bounds, 
 from vllm_dflash.drafting.verification import DraftMetadata, Verifier
 from vllm_dflash.metrics.drafter import attach as record_drafter
 from vllm_dflash.models.drafter import DrafterForCausalLM
-from vllm_dflash.models.eager_draft import EagerContext, EagerLayers, eager_logits
-from vllm_dflash.models.eager_layer import can_run
-from vllm_dflash.models.eager_target import use_eager_layers
+
+if TYPE_CHECKING:
+    from vllm_dflash.models.eager_draft import EagerLayers
 
 # A name below "vllm", so that vLLM's own handlers and format apply.
 _logger = init_logger("vllm.plugins.dflash")
@@ -73,7 +73,7 @@ class DFlashProposer(NativeDFlashProposer):
         self.positions, self._slot_mapping_buffer = (torch.zeros(size, dtype=torch.int64, device=device) for _ in range(2))
         self._ones = torch.ones(self.max_batch_size, dtype=torch.int32, device=device)
         """Kept tokens where none was drafted."""
-        self._eager_layers: EagerLayers | None = None
+        self._eager_layers: "EagerLayers | None" = None
         self._causal: dict[str, bool] = {}
         """By draft layer, whether a query sees no later ones of its block."""
         self.context = ContextStore(vllm_config, device, self._live_pages)
@@ -88,16 +88,25 @@ class DFlashProposer(NativeDFlashProposer):
         if self.on_cpu:
             # A connector takes and brings keys and values in vLLM's attention modules.
             if self.vllm_config.kv_transfer_config is None:
-                use_eager_layers(target_model)
-                if can_run(self.model.model):
-                    self._eager_layers = EagerLayers(self.model.model)
-                    self.context.eager = EagerContext(self.model.model, self._eager_layers)
-                    self._logits = eager_logits(self.model)
+                self._use_eager_layers(target_model)
             runner = self.runner
             runner.rejection_sampler = Verifier(runner)
             runner._calc_spec_decode_metadata = DraftMetadata(runner.input_ids.np, self.max_batch_size)
             runner.propose_draft_token_ids = self._unless_off(runner.propose_draft_token_ids)
             _logger.info("moved %d MiB of this process's memory into huge pages", use_huge_pages() >> 20)
+
+    def _use_eager_layers(self, target_model: Any) -> None:
+        """Lets the target's and the drafter's layers run kernel by kernel, where they can."""
+        # They look kernels up that vLLM's builds for other devices do not have.
+        from vllm_dflash.models.eager_draft import EagerContext, EagerLayers, eager_logits
+        from vllm_dflash.models.eager_layer import can_run
+        from vllm_dflash.models.eager_target import use_eager_layers
+
+        use_eager_layers(target_model)
+        if can_run(self.model.model):
+            self._eager_layers = EagerLayers(self.model.model)
+            self.context.eager = EagerContext(self.model.model, self._eager_layers)
+            self._logits = eager_logits(self.model)
 
     def prepare_next_token_ids_padded(
         self, sampled_token_ids: torch.Tensor, requests: Any, gpu_input_batch: Any, discard_request_mask: torch.Tensor
