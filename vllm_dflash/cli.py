@@ -185,9 +185,9 @@ def _add_bench(commands: Any) -> None:
     load.add_argument("--num-prompts", metavar="N", type=_at_least_one, help="requests a point (default: 4 x concurrency, at least 16)")
     load.add_argument("--repeats", metavar="N", type=_at_least_one, default=3, help="default: 3")
     load.add_argument(
-        "--slice", metavar="S", type=_slice, default=0.5,
+        "--slice", metavar="S", type=_slice, default=0.1,
         help="seconds after which an engine waits for the others' turns, so that a machine that slows down meanwhile slows down all; "
-        "0: each method runs a point in one go (default: 0.5)",
+        "0: each method runs a point in one go (default: 0.1)",
     )  # fmt: skip
     load.add_argument(
         "--fresh-engines", action="store_true",
