@@ -9,7 +9,8 @@ accepted less than of a greedy one, and what was learned of the one must not dec
 """
 
 import math
-from bisect import bisect_right
+import operator
+from bisect import bisect_left, bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ _PRIOR = 0.6, 4.0
 """Before anything was seen: this rate at each position, with the weight of so many tokens."""
 _MEMORY = 500.0
 """Tokens that count; older ones fade."""
+_FADE = 1 - 1 / _MEMORY
 _REQUEST_MEMORY, _REQUEST_WEIGHT = 64.0, 6.0
 """Of one request: the expected accepted tokens that count, and how many stand for what all requests do."""
 _POSITION_WEIGHT = 20.0
@@ -36,23 +38,24 @@ Confidences = Mapping[str, Sequence[float]]
 """By request, the probability that the drafter gives each token of its draft."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _Rate:
     """Accepted over reached, older ones fading."""
 
     accepted: float
     reached: float
+    value: float = 0.0
 
-    @property
-    def value(self) -> float:
-        return self.accepted / self.reached
+    def __post_init__(self) -> None:
+        self.value = self.accepted / self.reached
 
     def add(self, accepted: bool) -> None:
-        fade = 1 - 1 / _MEMORY
-        self.accepted, self.reached = self.accepted * fade + accepted, self.reached * fade + 1
+        self.accepted = self.accepted * _FADE + accepted
+        self.reached = self.reached * _FADE + 1
+        self.value = self.accepted / self.reached
 
 
-@dataclass
+@dataclass(slots=True)
 class _Correction:
     """What was accepted over what was expected to be, held to one by ``weight`` expected tokens."""
 
@@ -60,14 +63,13 @@ class _Correction:
     memory: float
     accepted: float = 0.0
     expected: float = 0.0
-
-    @property
-    def factor(self) -> float:
-        return (self.accepted + self.weight) / (self.expected + self.weight)
+    factor: float = 1.0
 
     def add(self, accepted: float, expected: float) -> None:
-        keep = min(1.0, self.memory / max(self.expected, 1e-9))
-        self.accepted, self.expected = self.accepted * keep + accepted, self.expected * keep + expected
+        keep = self.memory / self.expected if self.expected > self.memory else 1.0
+        self.accepted = self.accepted * keep + accepted
+        self.expected = self.expected * keep + expected
+        self.factor = (self.accepted + self.weight) / (self.expected + self.weight)
 
 
 def _at(bins: float) -> float:
@@ -76,10 +78,6 @@ def _at(bins: float) -> float:
 
 
 _EDGES = [_at(index) for index in range(1, _BINS)]
-
-
-def _bin(confidence: float) -> int:
-    return bisect_right(_EDGES, confidence)
 
 
 def row_step(count: int) -> int:
@@ -125,24 +123,26 @@ class _Learned:
             if confidences is None:
                 expected += by_position.value
             else:
-                by_confidence = self.by_confidence[_bin(confidences[i])]
+                by_confidence, position = self.by_confidence[bisect_right(_EDGES, confidences[i])], self.positions[i]
                 before = by_confidence.value
-                expected += min(before * self.positions[i].factor, _MOST)
+                rate = before * position.factor
+                expected += rate if rate < _MOST else _MOST
                 by_confidence.add(i < accepted)
-                self.positions[i].add(i < accepted, before)
+                position.add(i < accepted, before)
             by_position.add(i < accepted)
         self.num_drafts += 1
         return expected
 
     def survival(self, num_draft_tokens: int, factor: float, confidences: Sequence[float] | None) -> list[float]:
         """As ``Acceptance.survival``, of a request whose tokens are accepted ``factor`` times as often as the group's."""
-        probability, found, known = 1.0, [], 0 if confidences is None else len(confidences)
-        for i in range(num_draft_tokens):
-            if confidences is not None and i < known:
-                rate = self.by_confidence[_bin(confidences[i])].value * self.positions[i].factor
-            else:
-                rate = self.by_position[i].value
-            probability *= min(rate * factor, _MOST)
+        probability, found = 1.0, []
+        for i, confidence in enumerate(() if confidences is None else confidences[:num_draft_tokens]):
+            rate = self.by_confidence[bisect_right(_EDGES, confidence)].value * self.positions[i].factor * factor
+            probability *= rate if rate < _MOST else _MOST
+            found.append(probability)
+        for by_position in self.by_position[len(found) : num_draft_tokens]:
+            rate = by_position.value * factor
+            probability *= rate if rate < _MOST else _MOST
             found.append(probability)
         return found
 
@@ -154,29 +154,25 @@ class Acceptance:
         """``group``: which of a request's kind are accepted alike."""
         self._max_draft, self._group = max_draft, group
         self._learned: dict[Hashable, _Learned] = {}
-        self._requests: dict[str, _Correction] = {}
+        self._requests: dict[str, tuple[_Learned, _Correction]] = {}
+        """What was learned of a request's group, and of itself."""
         self.has_news = False
         """Whether as many drafts of a group were seen as were known of it before, since somebody set it back."""
 
     def rates(self, request: str) -> list[float]:
         """[K]: probability that position i is accepted once all before it are, over all requests of the group."""
-        return [rate.value for rate in self._of(request).by_position]
+        return [rate.value for rate in self._of(request)[0].by_position]
 
     def observe(self, request: str, verified: int, accepted: int, confidences: Sequence[float] | None = None) -> None:
         """Takes in that of ``verified`` draft tokens of a request, drafted with these confidences, the first ``accepted`` were accepted."""
-        learned = self._of(request)
-        expected = learned.observe(verified, accepted, confidences)
+        learned, own = self._of(request)
+        own.add(accepted, learned.observe(verified, accepted, confidences))
         self.has_news |= learned.num_drafts.bit_count() == 1
-        if expected:
-            own = self._requests.get(request)
-            if own is None:
-                own = self._requests[request] = _Correction(_REQUEST_WEIGHT, _REQUEST_MEMORY)
-            own.add(accepted, expected)
 
     def survival(self, request: str, num_draft_tokens: int, confidences: Sequence[float] | None = None) -> list[float]:
         """[K]: probability that a request's draft is accepted up to and with each position; past its confidences by the positions' rates."""
-        own = self._requests.get(request)
-        return self._of(request).survival(num_draft_tokens, 1.0 if own is None else own.factor, confidences)
+        learned, own = self._of(request)
+        return learned.survival(num_draft_tokens, own.factor, confidences)
 
     def lengths(self, requests: Sequence[str], num_draft_tokens: int, threshold: float, confidences: Confidences | None) -> dict[str, int]:
         """Of each request's draft tokens, how many are accepted with a probability above ``threshold``; remembers drafts for ``expected``.
@@ -189,9 +185,9 @@ class Acceptance:
             own = None if confidences is None else confidences.get(request)
             survival = self.survival(request, self._max_draft if own else num_draft_tokens, own)
             if own:
-                self._of(request).recent.append(survival)
+                self._of(request)[0].recent.append(survival)
             survivals[request] = survival[:num_draft_tokens]
-            found[request] = sum(probability > threshold for probability in survivals[request])
+            found[request] = bisect_left(survivals[request], -threshold, key=operator.neg)
         _round_rows(found, survivals)
         return found
 
@@ -219,9 +215,9 @@ class Acceptance:
     def _survivals(self, requests: Iterable[str]) -> list[list[float]]:
         return [self.survival(request, self._max_draft) for request in requests]
 
-    def _of(self, request: str) -> _Learned:
-        group = self._group(request)
-        learned = self._learned.get(group)
-        if learned is None:
-            learned = self._learned[group] = _Learned(self._max_draft)
-        return learned
+    def _of(self, request: str) -> tuple[_Learned, _Correction]:
+        known = self._requests.get(request)
+        if known is None:
+            learned = self._learned.setdefault(self._group(request), _Learned(self._max_draft))
+            known = self._requests[request] = learned, _Correction(_REQUEST_WEIGHT, _REQUEST_MEMORY)
+        return known
