@@ -73,7 +73,7 @@ class DFlashProposer(NativeDFlashProposer):
         self.positions, self._slot_mapping_buffer = (torch.zeros(size, dtype=torch.int64, device=device) for _ in range(2))
         self._ones = torch.ones(self.max_batch_size, dtype=torch.int32, device=device)
         """Kept tokens where none was drafted."""
-        self._eager_layers: "EagerLayers | None" = None
+        self._eager_layers: EagerLayers | None = None
         self._causal: dict[str, bool] = {}
         """By draft layer, whether a query sees no later ones of its block."""
         self.context = ContextStore(vllm_config, device, self._live_pages)
