@@ -22,6 +22,7 @@ _PRIOR = 0.6, 4.0
 _MEMORY = 500.0
 """Tokens that count; older ones fade."""
 _FADE = 1 - 1 / _MEMORY
+"""What each new token leaves of the older ones' weight."""
 _REQUEST_MEMORY, _REQUEST_WEIGHT = 64.0, 6.0
 """Of one request: the expected accepted tokens that count, and how many stand for what all requests do."""
 _POSITION_WEIGHT = 20.0
@@ -218,6 +219,8 @@ class Acceptance:
     def _of(self, request: str) -> tuple[_Learned, _Correction]:
         known = self._requests.get(request)
         if known is None:
-            learned = self._learned.setdefault(self._group(request), _Learned(self._max_draft))
-            known = self._requests[request] = learned, _Correction(_REQUEST_WEIGHT, _REQUEST_MEMORY)
+            group = self._group(request)
+            if group not in self._learned:
+                self._learned[group] = _Learned(self._max_draft)
+            known = self._requests[request] = self._learned[group], _Correction(_REQUEST_WEIGHT, _REQUEST_MEMORY)
         return known
