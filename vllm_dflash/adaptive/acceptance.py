@@ -23,7 +23,7 @@ _MEMORY = 500.0
 """Tokens that count; older ones fade."""
 _FADE = 1 - 1 / _MEMORY
 """What each new token leaves of the older ones' weight."""
-_REQUEST_MEMORY, _REQUEST_WEIGHT = 64.0, 6.0
+_REQUEST_MEMORY, _REQUEST_WEIGHT = 64.0, 12.0
 """Of one request: the expected accepted tokens that count, and how many stand for what all requests do."""
 _POSITION_WEIGHT = 20.0
 """Of one position: expected accepted tokens that stand for no correction."""
@@ -82,8 +82,8 @@ _EDGES = [_at(index) for index in range(1, _BINS)]
 
 
 def row_step(count: int) -> int:
-    """What numbers of rows about as large as ``count`` are multiples of: there are eight in each octave."""
-    return 1 << max(count.bit_length() - 4, 0)
+    """What numbers of rows about as large as ``count`` are multiples of: there are four in each octave."""
+    return 1 << max(count.bit_length() - 3, 0)
 
 
 def round_rows(count: int) -> int:
@@ -118,19 +118,19 @@ class _Learned:
     def observe(self, verified: int, accepted: int, confidences: Sequence[float] | None) -> float:
         """As ``Acceptance.observe``; returns how many tokens were to be expected."""
         expected = 0.0
+        # What is expected is told after the group has learned of it: what a request alone tells would count twice, for it and for the group.
         # Only what is reached fades, so that what is seldom reached keeps its evidence for as long.
         for i in range(min(accepted + 1, verified)):
             by_position = self.by_position[i]
+            by_position.add(i < accepted)
             if confidences is None:
                 expected += by_position.value
             else:
                 by_confidence, position = self.by_confidence[bisect_right(_EDGES, confidences[i])], self.positions[i]
-                before = by_confidence.value
-                rate = before * position.factor
-                expected += rate if rate < _MOST else _MOST
                 by_confidence.add(i < accepted)
-                position.add(i < accepted, before)
-            by_position.add(i < accepted)
+                position.add(i < accepted, by_confidence.value)
+                rate = by_confidence.value * position.factor
+                expected += rate if rate < _MOST else _MOST
         self.num_drafts += 1
         return expected
 

@@ -25,6 +25,8 @@ _EVERY = 16
 """Steps between two choices, unless the number of requests changes by more than an eighth, or drafts tell much that is new."""
 _LONGEST_EVERY = 32
 """The same where it was chosen again and again to draft nothing: the interval doubles up to here."""
+_TRIAL_DRAFTS = 8
+"""Most steps of a trial of drafting: where that is about as good as none, more is learned at no cost."""
 _SWITCH = 1.01
 """The other choice has to be better by this factor, so that noise does not make it jump."""
 _SAFE = 1.02
@@ -131,18 +133,22 @@ class Controller:
         best = draft if draft.rate > factor * none.rate else none
         is_off_again = last is not None and last.plan.num_draft_tokens == best.plan.num_draft_tokens == 0
         self._choice, self._every = best, min(2 * self._every, _LONGEST_EVERY) if is_off_again else _EVERY
-        return self._trial(cost, survival, num_context, best) or best.plan
+        return self._trial(cost, survival, num_context, best, draft.plan) or best.plan
 
-    def _trial(self, cost: LocalCost, survival: np.ndarray, num_context: int, best: _Choice) -> Plan | None:
+    def _trial(self, cost: LocalCost, survival: np.ndarray, num_context: int, best: _Choice, draft: Plan) -> Plan | None:
         """What does not look best, if it was not tried for long and the budget pays for it.
 
-        In turn drafting or not, as the choice is not, verified whole, so that positions that did not pay are seen to pay again; and a
-        token a request less than the choice verifies, as the cost need not be a line.
+        Where nothing is drafted, in turn drafts that are verified whole, so that positions that did not pay are seen to pay again, and
+        ``draft``, what would be best of those that draft: the nearer it is to paying, the more of it. Where drafts are, in turn none,
+        and a token a request less than the choice verifies, as the cost need not be a line.
         """
         num_reqs, k = best.num_reqs, best.plan.num_draft_tokens
         self._num_trials += 1
-        plan = Plan(0 if k else self.max_draft, why="trial")
-        if k and self._num_trials % 2:
+        plan = Plan(0, why="trial")
+        if not k:
+            is_part = self._num_trials % 2 and bool((survival > draft.threshold).any())
+            plan = Plan(self.max_draft, draft.threshold if is_part else 0.0, why="trial")
+        elif self._num_trials % 2:
             kept = np.sort(survival[survival > best.plan.threshold])
             if len(kept) > len(survival):
                 plan = Plan(k, float(kept[len(survival) - 1]), why="trial")
@@ -157,6 +163,8 @@ class Controller:
         steps = 1 if plan.num_draft_tokens else 2
         if steps * loss > self._budget:
             return None
+        if not k:
+            steps = min(_TRIAL_DRAFTS, int(self._budget / max(loss, 1e-9)))
         self._budget, self._trial_at = self._budget - steps * loss, self._steps
         self._rest = [plan] * (steps - 1)
         return plan

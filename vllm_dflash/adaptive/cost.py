@@ -27,8 +27,11 @@ _FADE = 0.999
 """Weight that a kind of step keeps with each step of another kind: a machine that slows down is followed."""
 _STALE = 128
 """Steps after which what was measured of a kind is forgotten once it is measured again."""
-_DOUBT = 2.0
-"""Steps of a kind that weigh against what its own say: the luckiest of a few noisy measurements would be chosen for its luck."""
+_CURVE = 0.05
+"""How far from the line, as a share of it, a kind's cost is expected to be: a kind's own steps count for as much as they tell it more
+exactly, for the luckiest of a few noisy measurements would be chosen for its luck."""
+_NOISE = 0.08, 1 / 32
+"""How far a step is from what its kind takes, as a share of that, before any was seen; and the weight of each that is."""
 _FEWEST_PLAIN = 2
 """Steps without drafts of about as many requests, before their cost counts as known."""
 _NEARNESS = 1.5
@@ -107,6 +110,8 @@ class StepCost:
         self._paces: deque[float] = deque(maxlen=_PACE)
         self._line = [0.0] * len(Work(1, 1, 0).features)
         """The last one that was drawn."""
+        self._noise = _NOISE[0]
+        """Mean distance of a step from what its kind takes, as a share of that."""
         self._met: set[int] = set()
         """Numbers of rows that there were before, the drafter's below 0: kernels are made for a number when it first comes."""
 
@@ -128,7 +133,10 @@ class StepCost:
         if kind.seconds and self._steps - kind.last_seen > _STALE:
             kind.keep_typical()
         if len(kind.seconds) >= _FEWEST_FOR_PACE:
-            self._paces.append(seconds / self._expected(kind, work))
+            pace, usual = self.pace, self._expected(kind, work)
+            self._paces.append(seconds / usual)
+            # A step that was held up tells nothing of the others' noise.
+            self._noise += _NOISE[1] * (min(abs(math.log(seconds / (usual * pace))), 1.0) - self._noise)
         # A kind that sets the pace is not held against itself: it would wander, and the others stay behind.
         if len(kind.seconds) < _LAST or self._steps - kind.last_seen >= _PACE:
             kind.add(work, seconds / self.pace)
@@ -161,10 +169,10 @@ class StepCost:
         found = _fit(np.array(rows), np.array(weights))
         self._line = found.tolist()
         linear = np.array(rows)[:, :-1] @ found
-        factors = {}
+        factors, doubt = {}, (self._noise / _CURVE) ** 2
         for (key, kind), row, line in zip(self._kinds.items(), rows, linear.tolist(), strict=True):
             count = len(kind.seconds)
-            factors[key] = (row[-1] / max(line, 1e-9)) ** (count / (count + _DOUBT))
+            factors[key] = (row[-1] / max(line, 1e-9)) ** (count / (count + doubt))
         return LocalCost(found * self.pace, factors)
 
 
