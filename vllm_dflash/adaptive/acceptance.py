@@ -164,6 +164,11 @@ class Acceptance:
         """[K]: probability that position i is accepted once all before it are, over all requests of the group."""
         return [rate.value for rate in self._of(request)[0].by_position]
 
+    def is_new(self, request: str) -> bool:
+        """Whether nothing was observed of a request."""
+        known = self._requests.get(request)
+        return known is None or not known[1].expected
+
     def observe(self, request: str, verified: int, accepted: int, confidences: Sequence[float] | None = None) -> None:
         """Takes in that of ``verified`` draft tokens of a request, drafted with these confidences, the first ``accepted`` were accepted."""
         learned, own = self._of(request)

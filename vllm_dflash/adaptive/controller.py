@@ -25,8 +25,12 @@ _EVERY = 16
 """Steps between two choices, unless the number of requests changes by more than an eighth, or drafts tell much that is new."""
 _LONGEST_EVERY = 32
 """The same where it was chosen again and again to draft nothing: the interval doubles up to here."""
+_LEARN_EVERY = 8
+"""Steps that are learned from together: Python is several times as slow where between two of its turns a model ran, which took its caches."""
 _TRIAL_DRAFTS = 8
 """Most steps of a trial of drafting: where that is about as good as none, more is learned at no cost."""
+_YOUNG = 64
+"""Steps after which two are learned from together, and so on."""
 _SWITCH = 1.01
 """The other choice has to be better by this factor, so that noise does not make it jump."""
 _SAFE = 1.02
@@ -68,12 +72,14 @@ class Controller:
         """What is left of a trial."""
         self._num_trials = self._trial_at = 0
         self._choice: _Choice | None = None
+        self._seen: list[tuple[Work | None, float, Mapping[str, tuple[int, int]], Confidences | None, int]] = []
+        """Steps that are to be learned from."""
 
     def observe(
         self, work: Work | None, seconds: float, outcomes: Mapping[str, tuple[int, int]], confidences: Confidences | None = None,
         stands_for: int = 1,
     ) -> None:  # fmt: skip
-        """Takes in a step.
+        """Takes in a step, and learns from it by the next choice, or a few steps later. Nobody may change what is handed in until then.
 
         Args:
             work: what the step computed; None where its time tells nothing, as with a prompt in it.
@@ -82,13 +88,10 @@ class Controller:
             confidences: of those draft tokens, where known.
             stands_for: how many such steps there were for each that is taken in.
         """
-        if work is not None:
-            # A step that was held up, by another process for instance, buys no trials.
-            usual = self.cost.observe(work, seconds)
-            self._budget = min(self._budget + stands_for * EXPLORATION * usual, 10 * usual)
-        for request, (verified, accepted) in outcomes.items():
-            if verified:
-                self.acceptance.observe(request, verified, accepted, None if confidences is None else confidences.get(request))
+        self._seen.append((work, seconds, outcomes, confidences, stands_for))
+        # The first ones say the most.
+        if len(self._seen) >= min(1 + self._steps // _YOUNG, _LEARN_EVERY) or any(map(self.acceptance.is_new, outcomes)):
+            self._learn()
 
     def plan(self, requests: Sequence[str], num_context: int = 0) -> Plan:
         """What to draft for these requests, which all decode; ``num_context``: positions of their contexts, in all."""
@@ -113,11 +116,24 @@ class Controller:
 
     def forget(self, requests: Container[str]) -> None:
         """These requests have ended."""
+        self._learn()
         self.acceptance.forget(requests)
+
+    def _learn(self) -> None:
+        for work, seconds, outcomes, confidences, stands_for in self._seen:
+            if work is not None:
+                # A step that was held up, by another process for instance, buys no trials.
+                usual = self.cost.observe(work, seconds)
+                self._budget = min(self._budget + stands_for * EXPLORATION * usual, 10 * usual)
+            for request, (verified, accepted) in outcomes.items():
+                if verified:
+                    self.acceptance.observe(request, verified, accepted, None if confidences is None else confidences.get(request))
+        self._seen.clear()
 
     def _plan(self, requests: Sequence[str], num_context: int) -> Plan:
         if self._rest:
             return self._rest.pop()
+        self._learn()
         last = self._choice
         tries = self._tries.setdefault(round(math.log2(len(requests))), [])
         if not tries and not self.cost.has_seen(len(requests)):
@@ -180,13 +196,12 @@ class Controller:
         at a time, for the cost need not be a line: a GPU has a number of rows from which on each costs.
         """
         likeliest, share = np.sort(survival[:, :k], axis=None)[::-1], num_reqs / len(survival)
-        gained, best = np.concatenate([[0.0], likeliest.cumsum()]), None
-        for half in range(2 * k + 1):
-            at = round(half / 2 * len(survival))
-            threshold = float(likeliest[at]) if at < len(likeliest) else 0.0
-            count = int(np.searchsorted(-likeliest, -threshold))  # of equal ones all stay out
+        gained, best = [0.0, *likeliest.cumsum().tolist()], None
+        thresholds = np.append(likeliest, 0.0)[[min(round(half / 2 * len(survival)), len(likeliest)) for half in range(2 * k + 1)]].tolist()
+        counts = np.searchsorted(-likeliest, [-threshold for threshold in thresholds]).tolist()  # of equal ones all stay out
+        for threshold, count in zip(thresholds, counts, strict=True):
             seconds = cost.seconds(self._work(num_reqs, round(count * share), k, num_context))
-            rate = (num_reqs + float(gained[count]) * share) / seconds
+            rate = (num_reqs + gained[count] * share) / seconds
             if best is None or rate > best.rate:
                 best = _Choice(Plan(k, threshold), num_reqs, rate)
         assert best is not None

@@ -90,14 +90,14 @@ class _Kind:
 class LocalCost:
     """Cost of steps about as large as one of so many requests."""
 
-    weights: np.ndarray
-    """float64 [6]: seconds for each of ``Work.features``; none below zero."""
+    weights: Sequence[float]
+    """[6]: seconds for each of ``Work.features``; none below zero."""
     factors: dict[tuple[int, int, int], float]
     """By kind of step, measured over linear, closer to one the less it was measured."""
 
     def seconds(self, work: Work) -> float:
         """Expected seconds of a step."""
-        linear = _dot(self.weights.tolist(), work.features)
+        linear = _dot(self.weights, work.features)
         return max(linear * self.factors.get(work.kind, 1.0), 1e-9)
 
 
@@ -160,20 +160,19 @@ class StepCost:
 
     def near(self, num_reqs: int) -> LocalCost:
         """The cost of steps of about ``num_reqs`` requests: least squares of relative errors, weighted by nearness and age."""
-        size, rows, weights = math.log2(num_reqs), [], []
+        size, weights = math.log2(num_reqs), []
         for (power, _, _), kind in self._kinds.items():
-            work, seconds = kind.typical
             age, distance = self._steps - kind.last_seen, power - size
-            rows.append((*work.features, seconds))
             weights.append(len(kind.seconds) * _FADE**age * math.exp(-_NEARNESS * distance * distance) + 1e-6)
-        found = _fit(np.array(rows), np.array(weights))
+        rows = np.array([(*kind.typical[0].features, kind.typical[1]) for kind in self._kinds.values()])
+        found = _fit(rows, np.array(weights))
         self._line = found.tolist()
-        linear = np.array(rows)[:, :-1] @ found
-        factors, doubt = {}, (self._noise / _CURVE) ** 2
-        for (key, kind), row, line in zip(self._kinds.items(), rows, linear.tolist(), strict=True):
+        over = (rows[:, -1] / np.maximum(rows[:, :-1] @ found, 1e-9)).tolist()
+        doubt, factors = (self._noise / _CURVE) ** 2, {}
+        for (key, kind), factor in zip(self._kinds.items(), over, strict=True):
             count = len(kind.seconds)
-            factors[key] = (row[-1] / max(line, 1e-9)) ** (count / (count + doubt))
-        return LocalCost(found * self.pace, factors)
+            factors[key] = factor ** (count / (count + doubt))
+        return LocalCost((found * self.pace).tolist(), factors)
 
 
 def _dot(weights: Sequence[float], features: Sequence[float]) -> float:
