@@ -182,7 +182,7 @@ def _add_bench(commands: Any) -> None:
         help="generated tokens a request; of a range each its own number, so that requests that begin together do not end together "
         "(default: 64-192)",
     )  # fmt: skip
-    load.add_argument("--num-prompts", metavar="N", type=_at_least_one, help="requests a point (default: 4 x concurrency, at least 16)")
+    load.add_argument("--num-prompts", metavar="N", type=_at_least_one, help="requests a point (default: 4 x concurrency, at least 32)")
     load.add_argument("--repeats", metavar="N", type=_at_least_one, default=3, help="default: 3")
     load.add_argument(
         "--slice", metavar="S", type=_slice, default=0.1,

@@ -100,9 +100,9 @@ def test_random_prompts_are_the_same_each_time():
 
 
 def test_points():
-    found = points(["a"], [None, 64], [0.0, 1.0], [1, 8], None)
+    found = points(["a"], [None, 64], [0.0, 1.0], [1, 16], None)
     assert len(found) == 8
-    assert [(p.concurrency, p.num_prompts) for p in found[:2]] == [(1, 16), (8, 32)]
-    assert str(found[-1]) == "a of 64 tokens, temperature 1, 8 at a time"
+    assert [(p.concurrency, p.num_prompts) for p in found[:2]] == [(1, 32), (16, 64)]
+    assert str(found[-1]) == "a of 64 tokens, temperature 1, 16 at a time"
     assert points(["a"], [None], [0.0], [4], 5)[0].num_prompts == 5
     assert default_num_prompts(32) == 128

@@ -93,8 +93,8 @@ class Point:
 
 
 def default_num_prompts(concurrency: int) -> int:
-    """Four waves of requests, so that the ends of a run, where fewer are in flight, weigh little; at least 16."""
-    return max(16, 4 * concurrency)
+    """Four waves of requests, so that the ends of a run, where fewer are in flight, weigh little; at least 32, for a second or two is too short to compare."""
+    return max(32, 4 * concurrency)
 
 
 def swing_num_prompts(concurrency: int) -> int:
