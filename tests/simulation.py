@@ -16,7 +16,7 @@ Batch = dict[str, Sequence[float]]
 class _Unasked:
     """In the controller's place where K is fixed: every draft is verified whole, and nothing is learned."""
 
-    def observe(self, work: Work, seconds: float, outcomes: Any, confidences: Any = None) -> None: ...
+    def observe(self, work: Work, seconds: float, outcomes: Any, confidences: Any = None, catches_up: bool = False) -> None: ...
 
     def lengths(self, requests: Sequence[str], plan: Plan, confidences: Any = None) -> dict[str, int]:
         return dict.fromkeys(requests, plan.num_draft_tokens)
@@ -37,6 +37,8 @@ class Server:
     throughput is of steps at its best pace."""
     making: float = 0.0
     """Seconds more of a step with a number of the target's rows that is new: its kernels are made."""
+    catching_up: float = 0.0
+    """Seconds more of a step that drafts after steps that did not, for each of their tokens: its context is written."""
     spread: float = 0.0
     """Standard deviation of a draft token's log-odds around its rate's."""
     confident: bool = False
@@ -63,7 +65,7 @@ class Server:
         drafted: dict[str, np.ndarray] = {}
         verified: dict[str, int] = {}
         said: dict[str, list[float]] = {}
-        pace = 1.0
+        pace, waiting = 1.0, 0
         for batch in batches:
             if self.drift and self.random.random() < 1 / 60:
                 pace = 1 + self.drift * self.random.random()
@@ -74,14 +76,17 @@ class Server:
                     accepted += 1
                 outcomes[request] = (count, accepted)
                 committed += accepted + 1
+            before = waiting
+            waiting += sum(accepted + 1 for _, accepted in outcomes.values())
             requests, now = list(batch), plan(list(batch))
             k, num_verified = now.num_draft_tokens, sum(count for count, _ in outcomes.values())
             work = Work(len(batch), len(batch) + num_verified, len(batch) * (self.max_draft + 1) if k else 0)
-            true = self.cost(work) + self.making * (work.num_tokens not in self.met)
+            true = self.cost(work) + self.making * (work.num_tokens not in self.met) + (self.catching_up * before if k else 0.0)
             self.met.add(work.num_tokens)
             seconds += true
             measured = true * pace * np.exp(self.noise * self.random.standard_normal()) * (4 if self.random.random() < self.held_up else 1)
-            controller.observe(work, measured, outcomes, said if self.confident else None)
+            controller.observe(work, measured, outcomes, said if self.confident else None, catches_up=bool(k and before))
+            waiting = 0 if k else waiting
             drafted = {request: self._draft(rates)[:k] for request, rates in batch.items()} if k else {}
             said = {request: _odds(_log_odds(p) * 1.4 + 0.6).tolist() for request, p in drafted.items()} if self.confident else {}
             verified = controller.lengths(requests, now, said if self.confident else None)

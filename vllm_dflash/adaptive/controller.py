@@ -72,12 +72,14 @@ class Controller:
         """What is left of a trial."""
         self._num_trials = self._trial_at = 0
         self._choice: _Choice | None = None
-        self._seen: list[tuple[Work | None, float, Mapping[str, tuple[int, int]], Confidences | None, int]] = []
+        self._cost: LocalCost | None = None
+        """By which the last choice was made."""
+        self._seen: list[tuple[Work | None, float, Mapping[str, tuple[int, int]], Confidences | None, int, bool]] = []
         """Steps that are to be learned from."""
 
     def observe(
         self, work: Work | None, seconds: float, outcomes: Mapping[str, tuple[int, int]], confidences: Confidences | None = None,
-        stands_for: int = 1,
+        stands_for: int = 1, catches_up: bool = False,
     ) -> None:  # fmt: skip
         """Takes in a step, and learns from it by the next choice, or a few steps later. Nobody may change what is handed in until then.
 
@@ -87,8 +89,9 @@ class Controller:
             outcomes: by request, draft tokens verified in it and how many of them were accepted.
             confidences: of those draft tokens, where known.
             stands_for: how many such steps there were for each that is taken in.
+            catches_up: whether it is the first that drafts after some that did not, and writes the context of them all.
         """
-        self._seen.append((work, seconds, outcomes, confidences, stands_for))
+        self._seen.append((work, seconds, outcomes, confidences, stands_for, catches_up))
         # The first ones say the most.
         if len(self._seen) >= min(1 + self._steps // _YOUNG, _LEARN_EVERY) or any(map(self.acceptance.is_new, outcomes)):
             self._learn()
@@ -120,8 +123,13 @@ class Controller:
         self.acceptance.forget(requests)
 
     def _learn(self) -> None:
-        for work, seconds, outcomes, confidences, stands_for in self._seen:
-            if work is not None:
+        for work, seconds, outcomes, confidences, stands_for, catches_up in self._seen:
+            if work is not None and catches_up:
+                # It tells nothing of steps that draft after others that did, and was not in what its trial was expected to lose.
+                if self._cost is not None:
+                    usual = self._cost.seconds(work)
+                    self._budget -= min(max(seconds - usual, 0.0), 10 * usual)
+            elif work is not None:
                 # A step that was held up, by another process for instance, buys no trials.
                 usual = self.cost.observe(work, seconds)
                 self._budget = min(self._budget + stands_for * EXPLORATION * usual, 10 * usual)
@@ -143,6 +151,7 @@ class Controller:
             return Plan(tries.pop(0), why="first")
         self._chosen_at, self.acceptance.has_news = self._steps, False
         cost, survival = self.cost.near(len(requests)), self.acceptance.expected(requests)
+        self._cost = cost
         choices = {k: self._weigh(cost, survival, len(requests), num_context, k) for k in (0, self.max_draft)}
         none, draft = choices[0], choices[self.max_draft]
         factor = _SAFE * (1.0 if last is None else _SWITCH if last.plan.num_draft_tokens == 0 else 1 / _SWITCH)
@@ -175,12 +184,13 @@ class Controller:
         share = num_reqs / len(survival)
         seconds = cost.seconds(self._work(num_reqs, round(len(kept) * share), plan.num_draft_tokens, num_context))
         loss = max(seconds - (num_reqs + float(kept.sum()) * share) / best.rate, 0.0)
-        # The first step without a draft still verifies what was drafted before; only the second is a plain one.
-        steps = 1 if plan.num_draft_tokens else 2
+        # The first step without a draft still verifies what was drafted before, and the first with one brings the context up to date:
+        # only the second is like those that would follow.
+        steps = 1 if k and plan.num_draft_tokens else 2
         if steps * loss > self._budget:
             return None
         if not k:
-            steps = min(_TRIAL_DRAFTS, int(self._budget / max(loss, 1e-9)))
+            steps = max(steps, min(_TRIAL_DRAFTS, int(self._budget / max(loss, 1e-9))))
         self._budget, self._trial_at = self._budget - steps * loss, self._steps
         self._rest = [plan] * (steps - 1)
         return plan

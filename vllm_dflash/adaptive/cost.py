@@ -27,7 +27,7 @@ _FADE = 0.999
 """Weight that a kind of step keeps with each step of another kind: a machine that slows down is followed."""
 _STALE = 128
 """Steps after which what was measured of a kind is forgotten once it is measured again."""
-_CURVE = 0.05
+_CURVE = 0.1
 """How far from the line, as a share of it, a kind's cost is expected to be: a kind's own steps count for as much as they tell it more
 exactly, for the luckiest of a few noisy measurements would be chosen for its luck."""
 _NOISE = 0.08, 1 / 32

@@ -41,6 +41,8 @@ class _Adaptive(Scheduler):
         self._confidences: dict[str, list[float]] = {}
         self._last_end: float | None = None
         self._steps = 0
+        self._drafted = False
+        """Whether the last step did."""
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         num_reqs = len(scheduler_output.num_scheduled_tokens)
@@ -76,6 +78,8 @@ class _Adaptive(Scheduler):
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         self._steps += 1
+        catches_up = not self._drafted and scheduler_output.num_spec_tokens_to_schedule > 0
+        self._drafted = scheduler_output.num_spec_tokens_to_schedule > 0
         if self._steps % _MEASURED_EVERY and self._is_plain(scheduler_output):
             outputs = super().update_from_output(scheduler_output, model_runner_output)
             self._last_end = time.perf_counter() if self.running or self.waiting else None
@@ -85,7 +89,9 @@ class _Adaptive(Scheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         now = time.perf_counter()
         began = self._began(now)
-        self.controller.observe(None if began is None else work, now - (began or now), outcomes, self._confidences or None, stands_for)
+        self.controller.observe(
+            None if began is None else work, now - (began or now), outcomes, self._confidences or None, stands_for, catches_up
+        )
         self._last_end = now if self.running or self.waiting else None
         return outputs
 
