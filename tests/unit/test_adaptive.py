@@ -29,6 +29,22 @@ def test_bad_luck_does_not_last(seed: int) -> None:
     assert Server(two_cores, noise=0.08, held_up=0.01, seed=seed).adaptive(batches) > 0.95 * best
 
 
+def test_catching_up_is_paid_for_and_is_not_what_drafting_costs() -> None:
+    """The first draft after steps without writes the context of them all and takes five times as long; the next ones do not."""
+    controller, requests, drafted = Controller(7, 8), [f"r{i}" for i in range(8)], 0
+    lost: list[float] = []
+    for _ in range(1200):
+        now = controller.plan(requests).num_draft_tokens
+        work, catches_up = Work(8, 8 + 8 * drafted, 64 if now else 0), bool(now and not drafted)
+        seconds = two_cores(work) * (5 if catches_up else 1)
+        controller.observe(work, seconds, dict.fromkeys(requests, (drafted, 0)) if drafted else {}, catches_up=catches_up)
+        lost.append(seconds - two_cores(Work(8, 8, 0)))
+        drafted = now
+    draft = Work(8, 8, 64)
+    assert controller.cost.near(8).seconds(draft) == pytest.approx(two_cores(draft), rel=0.05)
+    assert 0 < sum(lost[200:]) < 0.02 * 1000 * two_cores(Work(8, 8, 0))
+
+
 @pytest.mark.parametrize("num_reqs", [1, 2, 4, 8])
 @pytest.mark.parametrize("rates", ["good", "fair"])
 def test_a_machine_that_others_share(rates: str, num_reqs: int) -> None:

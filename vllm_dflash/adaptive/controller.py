@@ -128,7 +128,7 @@ class Controller:
                 # It tells nothing of steps that draft after others that did, and was not in what its trial was expected to lose.
                 if self._cost is not None:
                     usual = self._cost.seconds(work)
-                    self._budget -= min(max(seconds - usual, 0.0), 10 * usual)
+                    self._budget -= min(seconds - usual, 10 * usual)
             elif work is not None:
                 # A step that was held up, by another process for instance, buys no trials.
                 usual = self.cost.observe(work, seconds)
@@ -163,15 +163,15 @@ class Controller:
     def _trial(self, cost: LocalCost, survival: np.ndarray, num_context: int, best: _Choice, draft: Plan) -> Plan | None:
         """What does not look best, if it was not tried for long and the budget pays for it.
 
-        Where nothing is drafted, in turn drafts that are verified whole, so that positions that did not pay are seen to pay again, and
-        ``draft``, what would be best of those that draft: the nearer it is to paying, the more of it. Where drafts are, in turn none,
-        and a token a request less than the choice verifies, as the cost need not be a line.
+        Where nothing is drafted, ``draft``, what would be best of those that draft: the nearer it is to paying, the more of it; and one
+        time in four drafts that are verified whole, so that positions that did not pay are seen to pay again. Where drafts are, in turn
+        none, and a token a request less than the choice verifies, as the cost need not be a line.
         """
         num_reqs, k = best.num_reqs, best.plan.num_draft_tokens
         self._num_trials += 1
         plan = Plan(0, why="trial")
         if not k:
-            is_part = self._num_trials % 2 and bool((survival > draft.threshold).any())
+            is_part = self._num_trials % 4 and bool((survival > draft.threshold).any())
             plan = Plan(self.max_draft, draft.threshold if is_part else 0.0, why="trial")
         elif self._num_trials % 2:
             kept = np.sort(survival[survival > best.plan.threshold])
