@@ -16,13 +16,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from vllm_dflash.cluster import parts
 from vllm_dflash.cluster.command import settings_of
 from vllm_dflash.cluster.completer import COUNTED, Completer, count
 from vllm_dflash.cluster.connection import connect
 from vllm_dflash.cluster.settings import ClusterError, EngineSettings, engine_args, uses_ray
+from vllm_dflash.progress import Progress
 from vllm_dflash.training.files import TrainingError, claim, write_json
 
 STATE = "_batch"
@@ -77,7 +76,7 @@ def complete(job: Job, completer: Any = Completer) -> dict[str, Any]:
         else:
             todo.append(part)
     began, before = time.monotonic(), sums["completion_tokens"]
-    with tqdm(total=found.rows, initial=sums["rows"], unit=" rows", smoothing=0.1) as bar:
+    with Progress(total=found.rows, initial=sums["rows"], unit=" rows", smoothing=0.1) as bar:
         for done in _answer(job, todo, args, completer) if todo else ():
             _add(sums, done)
             bar.update(done["rows"])

@@ -11,11 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from vllm_dflash.evaluation.engine_process import Engine, EngineFailedError, EngineProcess
 from vllm_dflash.evaluation.methods import Method
 from vllm_dflash.evaluation.plan import Plan
+from vllm_dflash.progress import Progress
 
 _GPU_MEMORY = 0.9
 """Of the device, for all engines together."""
@@ -30,7 +29,7 @@ def start_engines(
         return {plan.methods[0].name: plan.server}
     logs.mkdir(exist_ok=True)
     engines: dict[str, Engine] = {}
-    with tqdm(_launched(plan, logs, stack), total=len(plan.methods), unit=" engines") as bar:
+    with Progress(_launched(plan, logs, stack), total=len(plan.methods), unit=" engines") as bar:
         for method, engine in bar:
             bar.set_description(f"starting {method.name}")
             try:

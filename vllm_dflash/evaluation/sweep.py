@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from tqdm import tqdm
-
 from vllm_dflash.evaluation.engine_process import Engine, EngineFailedError, Job
 from vllm_dflash.evaluation.workload import Phase, Point
+from vllm_dflash.progress import Progress
 
 BASELINE = "plain"
 _LEAST_WARM_UP = 4
@@ -69,7 +68,7 @@ class Sweep:
         self._engines = dict(engines)
         order = list(turns(len(self._points), list(engines), repeats))
         total = sum(len(self._job(turn).prompts) for turn in order)
-        with tqdm(total=total, unit=" requests", smoothing=0.05, dynamic_ncols=True) as bar:
+        with Progress(total=total, unit=" requests", smoothing=0.05, dynamic_ncols=True) as bar:
             for repeat, in_repeat in groupby(order, key=lambda turn: turn.repeat):
                 for _, at_point in groupby(in_repeat, key=lambda turn: turn.point):
                     self._take(list(at_point), bar)

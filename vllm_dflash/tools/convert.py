@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from vllm_dflash.checks import drafter_folder
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import CONFIG_FILE, IGNORED_TENSORS, parse, tensor_name, write
+from vllm_dflash.progress import Progress
 from vllm_dflash.weights import INDEX_FILE, SINGLE_FILE, check_tensors, read_headers, target_ids, weight_files
 
 
@@ -58,7 +58,7 @@ def convert(source: str | Path, target: str | Path, format: str, *, verifier: st
         (new / CONFIG_FILE).write_text(json.dumps(raw, indent=2) + "\n")
         paths = weight_files(folder)
         total = 2 * sum(path.stat().st_size for path in paths)
-        with tqdm(total=total, desc="converting", unit="B", unit_scale=True, disable=None if progress else True) as bar:
+        with Progress(total=total, desc="converting", unit="B", unit_scale=True, disable=not progress) as bar:
             left_behind = _write_weights(config, format, paths, new, bar)
             _compare(paths, new, bar)
         _copy_others(folder, new)

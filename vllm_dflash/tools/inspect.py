@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from tqdm import tqdm
 
 from vllm_dflash.checks import drafter_folder
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import CONFIG_FILE, IGNORED_TENSORS, tensor_name
+from vllm_dflash.progress import Progress
 from vllm_dflash.tools.repair import config_problems
 from vllm_dflash.weights import (
     MASK_EMBEDDING_FILE,
@@ -140,7 +140,7 @@ def _read_headers(found: Inspection) -> list[Path]:
 
 def _read_tensors(found: Inspection, paths: list[Path], progress: bool) -> None:
     """Looks at the values: NaN and infinity, the draft vocabulary's table, DFlare's fusion."""
-    bar = tqdm(total=sum(p.stat().st_size for p in paths), desc="reading", unit="B", unit_scale=True, disable=None if progress else True)
+    bar = Progress(total=sum(p.stat().st_size for p in paths), desc="reading", unit="B", unit_scale=True, disable=not progress)
     bad: dict[str, torch.Tensor] = {}
     with bar:
         for path in paths:

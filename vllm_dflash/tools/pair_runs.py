@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.progress import Progress
 from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.reference.decoding import generate, replay_drafts, target_features
 from vllm_dflash.reference.drafter import Drafter
@@ -117,7 +117,7 @@ def run_reference(pair: Pair, progress: bool) -> ReferenceRun:
         )
     k = pair.num_speculative_tokens
     tokens, leads, steps = [], [], []
-    with tqdm(total=2 * len(pair.prompts), desc="plain PyTorch", unit=" prompts", disable=None if progress else True) as bar:
+    with Progress(total=2 * len(pair.prompts), desc="plain PyTorch", unit=" prompts", disable=not progress) as bar:
         for prompt in pair.prompts:
             done = generate(target, drafter, prompt, pair.max_tokens, k, pair.eos_token_id, pair.max_model_len)
             tokens.append(done.tokens)
@@ -192,7 +192,7 @@ def run_engine(pair: Pair, progress: bool) -> EngineRun:
         report, log = Path(folder, "report.json"), Path(folder, "log")
         with (
             log.open("w") as errors,
-            tqdm(total=len(pair.prompts), desc="vLLM", unit=" prompts", disable=None if progress else True) as bar,
+            Progress(total=len(pair.prompts), desc="vLLM", unit=" prompts", disable=not progress) as bar,
         ):
             process = subprocess.Popen(
                 [sys.executable, "-m", "vllm_dflash.tools.engine_run", json.dumps(job), str(report)],

@@ -17,8 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from vllm_dflash.progress import Progress
 from vllm_dflash.training.files import TrainingError
 
 DEFAULT_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -42,7 +41,7 @@ def run_engines(what: str, engine_args: Mapping[str, Any], jobs: Sequence[dict[s
     parts = [part for i in range(engines) if (part := list(jobs[i::engines]))]
     places = device_sets(len(parts), int(engine_args.get("tensor_parallel_size", 1)), os.environ.get(_DEVICES), _count())
     total = sum(job["count"] for job in jobs)
-    with tqdm(total=total, desc=what, unit=" answers", disable=None) as bar, ThreadPoolExecutor(len(parts)) as pool:
+    with Progress(total=total, desc=what, unit=" answers") as bar, ThreadPoolExecutor(len(parts)) as pool:
         runs = [pool.submit(_run, what, engine_args, part, place, bar) for part, place in zip(parts, places, strict=True)]
     for run in runs:
         run.result()

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.progress import Progress
 from vllm_dflash.reference.decoding import target_features
 from vllm_dflash.training.files import claim, whole_file, write_json
 from vllm_dflash.training.generate import sequences
@@ -72,7 +72,7 @@ def cache(settings: Settings, config: DrafterConfig, target: Target, model: Any)
         extract(settings, config, target.dtype, [(shard_path(folder, i), data.shards[i]) for i in todo])
     else:
         total = sum(len(data.shards[i]) for i in todo)
-        with tqdm(total=total, desc="features", unit=" answers", disable=None) as bar:
+        with Progress(total=total, desc="features", unit=" answers") as bar:
             for index in todo:
                 rows = _by_transformers(data.shards[index], config, model, settings.features.features_batch, bar)
                 write_shard(
@@ -135,7 +135,7 @@ class Features:
         self.data, self.config, self.dtype, self.model = data, config, getattr(torch, target.dtype), model
         count = cached_shards(settings, data, config, target.dtype) if settings.features.cache else 0
         self.paths = [shard_path(folder_of(settings), i) for i in range(count)]
-        for path in tqdm(self.paths, desc="checking features", disable=None if count > 1 else True):
+        for path in Progress(self.paths, desc="checking features", disable=count <= 1):
             check(path)
 
     @torch.no_grad()

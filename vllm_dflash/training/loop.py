@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.formats import FORMAT_OF, write
+from vllm_dflash.progress import Progress
 from vllm_dflash.reference.checkpoint import save_drafter
 from vllm_dflash.reference.drafter import Drafter
 from vllm_dflash.reference.masks import context_mask
@@ -178,7 +178,7 @@ class Trainer:
         """tau on the first held-out prompts, by walking through the target's own answers."""
         answers = held_out(self.settings)
         chosen = [(answers[i].tokens.tolist(), answers[i].prompt_length) for i in range(min(prompts, len(answers)))]
-        with tqdm(total=len(chosen), desc="held-out tau", unit=" prompts", leave=False, disable=None) as bar:
+        with Progress(total=len(chosen), desc="held-out tau", unit=" prompts", leave=False) as bar:
             return estimate(self.model, drafter, chosen, self.settings.prove.prove_tokens, self.target.eos_token_id, bar.update)
 
 
@@ -196,7 +196,7 @@ def train(settings: Settings, config: DrafterConfig, target: Target, model: Any)
     log = Log(folder, start, trainer.steps) if trainer.workers.first else None
     table = settings.train
     every = table.eval_every or max(1, trainer.steps // 10)
-    with tqdm(total=trainer.steps, initial=start, desc="train", unit=" steps", disable=None if trainer.workers.first else True) as bar:
+    with Progress(total=trainer.steps, initial=start, desc="train", unit=" steps", disable=not trainer.workers.first) as bar:
         for step in range(start, trainer.steps):
             found = trainer.step(step)
             done = step + 1

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from vllm_dflash.progress import Progress
 from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.reference.decoding import generate
 from vllm_dflash.tools.pair_runs import Acceptance, EngineError, Pair, run_engine
@@ -107,7 +107,7 @@ def _run(settings: Settings, target: Target, device: str, count: int) -> list[Pr
 def _reference(
     model: Any, drafter: Any, prompts: Sequence[list[int]], tokens: int, k: int, eos: int | None
 ) -> tuple[Acceptance, list[list[int]]]:
-    runs = [generate(model, drafter, p, tokens, k, eos) for p in tqdm(prompts, desc="reference loop", unit=" prompts", disable=None)]
+    runs = [generate(model, drafter, p, tokens, k, eos) for p in Progress(prompts, desc="reference loop", unit=" prompts")]
     steps = [step for run in runs for step in run.steps]
     return Acceptance(len(steps), [sum(step.accepted > i for step in steps) for i in range(k)]), [run.tokens for run in runs]
 

@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from vllm_dflash.progress import Progress
 from vllm_dflash.training.engines import DEFAULT_ENV, ENV
 from vllm_dflash.training.files import TrainingError
 
@@ -55,7 +54,7 @@ def answer_on_ray(engine_args: Mapping[str, Any], jobs: Sequence[dict[str, Any]]
             _Engine, fn_constructor_args=(dict(engine_args), os.getcwd()), batch_size=1, concurrency=pool, num_gpus=gpus,
             runtime_env={"env_vars": DEFAULT_ENV | ENV},
         )  # fmt: skip
-        with tqdm(total=sum(job["count"] for job in jobs), desc="generate", unit=" answers", disable=None) as bar:
+        with Progress(total=sum(job["count"] for job in jobs), desc="generate", unit=" answers") as bar:
             for batch in done.iter_batches(batch_size=1, prefetch_batches=0):
                 bar.update(int(sum(batch["count"])))
     except ray.exceptions.RayError as error:
