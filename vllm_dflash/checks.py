@@ -103,6 +103,13 @@ def drafter_folder(model: str, revision: str | None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
+def no_drafter_at(model: str) -> str:
+    """What to say where ``drafter_folder`` finds none: a path is no hub id, and cannot be fetched."""
+    if model.count("/") > 1 or model.startswith((".", "/", "~")):
+        return f"{model} is no folder: give a drafter's folder, or the hub id of one that is downloaded"
+    return f"{model} is no folder, nor a hub id that is downloaded: give a drafter's folder, or fetch it with `hf download {model}`"
+
+
 def _settle(hf_config: Any, drafter: DrafterConfig) -> None:
     """Writes what vLLM's own code reads of a draft config: it knows one spelling of each, and not all formats have it."""
     raw = write(drafter, FORMAT_OF[drafter.conditioning])

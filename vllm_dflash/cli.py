@@ -6,6 +6,7 @@ vllm-dflash --help
 import argparse
 import importlib.metadata
 import os
+import signal
 import sys
 import textwrap
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from vllm_dflash.training import command as training
 
 _PLUGIN_NAME = "dflash"
 _PAIR = "examples/embedded_pair"
+_NOBODY_READS = 128 + signal.SIGPIPE
+"""The exit status of a program that the signal ends."""
 _HELP = """\
 Block-diffusion speculative decoding (DFlash, DFlare) for stock vLLM.
 
@@ -47,6 +50,7 @@ More than one device or machine, on Ray:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="vllm-dflash", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {vllm_dflash.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     status = _command(
         commands, "status", "versions, whether the plug-in is on, and its patches",
@@ -63,7 +67,14 @@ def main(arguments: list[str] | None = None) -> int:
     _add_top(commands)
     _add_cluster(commands)
     args = parser.parse_args(arguments)
-    return int(args.run(args))
+    try:
+        ended = int(args.run(args))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # As with `| head`: nobody reads on. Python flushes once more at its end, into what cannot break.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _NOBODY_READS
+    return ended
 
 
 def _command(commands: Any, name: str, help: str, description: str, examples: list[str]) -> argparse.ArgumentParser:

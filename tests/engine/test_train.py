@@ -75,6 +75,8 @@ def test_the_example_killed_while_the_target_answers(tmp_path: Path) -> None:
     card = (run / "drafter" / "README.md").read_text()
     for words in ("| vLLM |", "72 prompts (prompts.jsonl)", "50 steps of 8 sequences x 16 blocks", "the tokenizer's mask token"):
         assert words in card
+    gains_nothing = found["rows"][-1]["tau"] < 1.1
+    assert ("warning: tau is" in said, "It gains nothing yet" in card) == (gains_nothing, gains_nothing)
     assert "they agree within 2%" in said
     assert (run / "train" / "curves.svg").read_text().count("<svg") == 1
 

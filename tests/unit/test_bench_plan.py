@@ -18,7 +18,7 @@ SMALL = ["--concurrency", "1", "--num-prompts", "4", "--max-tokens", "8", "--rep
     [
         (["--methods", "medusa"], "KIND of plain"),
         (["--methods", "eagle3"], "give --eagle3 PATH"),
-        (["--draft", "/not/there"], "no folder, nor a hub id"),
+        (["--draft", "/not/there"], "/not/there is no folder: give"),
         (["--draft", "a=/x", "--draft", "a=/y"], "no folder"),
         (["--target", "/not/there", "--methods", "plain"], "give its folder or hub id"),
         (["--dataset", "imagenet=x.jsonl"], "NAME of gsm8k"),

@@ -4,6 +4,7 @@ pytest tests/unit/test_tools.py
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import vllm_dflash
 from broken import edit, shard
 from pairs import make_random_drafter, random_drafter_config
 from variants import VARIANTS
@@ -185,6 +187,10 @@ def test_every_bad_field_of_a_config_at_once() -> None:
 
 def test_a_path_that_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tmp_path / "nowhere")]) == 1
+    said = capsys.readouterr().out
+    assert said.startswith(f"{tmp_path / 'nowhere'} is no folder: give a drafter's folder")
+    assert said.count("\n") == 1
+    assert main(["inspect", "nobody/nothing"]) == 1
     assert "no folder, nor a hub id that is downloaded" in capsys.readouterr().out
     assert main(["doctor", "--target", "t", "--draft", "d", "--prompts", str(tmp_path / "nowhere")]) == 2
 
@@ -195,6 +201,23 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
         main([command, "--help"])
     assert ended.value.code == 0
     assert f"  vllm-dflash {command}" in capsys.readouterr().out
+
+
+def test_a_reader_that_stops_is_no_fault() -> None:
+    """``vllm-dflash status | head -1`` ended in a traceback."""
+    code = "import sys; from vllm_dflash.cli import main; sys.exit(main(['status']))"
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writes, stderr=subprocess.PIPE, text=True)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"vllm-dflash {vllm_dflash.__version__}\n"
 
 
 def test_status_stays_light() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from vllm_dflash.cli import main
+from vllm_dflash.training.pipeline import fit_lengths
 from vllm_dflash.training.settings import STAGES, SettingsError, every_field, load
 
 NEEDED = {"target": "t", "out": "o", "prompts": ("p",)}
@@ -82,3 +83,19 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_usage_is_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--target", "t"]) == 2
     assert "vllm-dflash train: out is not set" in capsys.readouterr().err
+
+
+def test_lengths_fit_the_target_where_nobody_sets_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """Training for the embedded target, which has 512 positions, was refused unless one knew two flags."""
+    settings = load(None, NEEDED)
+    assert fit_lengths(settings, 40960) == settings
+    assert capsys.readouterr().err == ""
+    found = fit_lengths(settings, 512)
+    assert (found.data.max_prompt_tokens, found.generate.response_tokens) == (512 - 256 - 16, 256)
+    assert "reach to 512 tokens: max_prompt_tokens is 240, response_tokens 256" in capsys.readouterr().err
+    found = fit_lengths(load(None, NEEDED | {"response_tokens": 400}), 512)
+    assert (found.data.max_prompt_tokens, found.generate.response_tokens) == (112, 400)
+    with pytest.raises(SettingsError, match=r"max_prompt_tokens 300 and response_tokens 256 .* do not fit into the 512 tokens"):
+        fit_lengths(load(None, NEEDED | {"max_prompt_tokens": 300}), 512)
+    with pytest.raises(SettingsError, match="prove_tokens 256 and a block"):
+        fit_lengths(settings, 256)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.checks import drafter_folder
+from vllm_dflash.checks import drafter_folder, no_drafter_at
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.evaluation.methods import Drafter, Method, UsageError, parse_methods
 from vllm_dflash.evaluation.server import NAME, Server, connect
@@ -141,9 +141,7 @@ def _drafters(args: argparse.Namespace) -> dict[str, Drafter]:
 def _drafter(path: str) -> Drafter:
     folder = drafter_folder(path, None)
     if folder is None:
-        raise UsageError(
-            f"--draft {path} is no folder, nor a hub id that is downloaded: give a folder, or fetch it with `hf download {path}`"
-        )
+        raise UsageError(f"--draft {no_drafter_at(path)}")
     try:
         return Drafter(str(folder), DrafterConfig.from_pretrained(folder).max_speculative_tokens)
     except DrafterConfigError as error:

@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vllm_dflash.checks import drafter_folder
+from vllm_dflash.checks import drafter_folder, no_drafter_at
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import CONFIG_FILE, IGNORED_TENSORS, parse, tensor_name, write
 from vllm_dflash.progress import Progress
@@ -41,7 +41,7 @@ def convert(source: str | Path, target: str | Path, format: str, *, verifier: st
     """
     folder, target = drafter_folder(str(source), None), Path(target)
     if folder is None:
-        raise DrafterConfigError(f"{source} is no folder, nor a hub id that is downloaded: fetch it with `hf download {source}`")
+        raise DrafterConfigError(no_drafter_at(str(source)))
     config = DrafterConfig.from_pretrained(folder)
     raw = write(config, format, verifier=verifier or _verifier(folder))
     if parse(raw) != config:

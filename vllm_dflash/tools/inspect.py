@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from vllm_dflash.checks import drafter_folder
+from vllm_dflash.checks import drafter_folder, no_drafter_at
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import CONFIG_FILE, IGNORED_TENSORS, tensor_name
 from vllm_dflash.progress import Progress
@@ -78,8 +78,7 @@ def inspect_checkpoint(path: str | Path, *, progress: bool = False) -> Inspectio
     """Describes the checkpoint in a folder (or of a hub id that is downloaded) and looks for everything that is wrong with it."""
     folder = drafter_folder(str(path), None)
     if folder is None:
-        problem = f"{path} is no folder, nor a hub id that is downloaded: give a drafter's folder, or fetch it with `hf download {path}`"
-        return Inspection(Path(path), problems=[problem])
+        return Inspection(Path(path), problems=[no_drafter_at(str(path))])
     found = Inspection(folder)
     found.config = _read_config(found)
     paths = _read_headers(found)
@@ -192,5 +191,8 @@ def run(args: argparse.Namespace) -> int:
     from vllm_dflash.tools.describe import as_text
 
     found = inspect_checkpoint(args.path, progress=True)
-    print(json.dumps(as_dict(found), indent=2) if args.json else as_text(found))
+    if not found.folder.is_dir() and not args.json:
+        print("\n".join(found.problems))
+    else:
+        print(json.dumps(as_dict(found), indent=2) if args.json else as_text(found))
     return 0 if found.sound else 1

@@ -21,6 +21,9 @@ from vllm_dflash.training.generate import sequences
 from vllm_dflash.training.settings import Settings
 from vllm_dflash.training.target import Target
 
+_PAYS = 1.1
+"""tau below which drafting cannot pay: a step with a draft costs at least a tenth more than one without."""
+
 
 def folder_of(settings: Settings) -> Path:
     """The drafter to serve."""
@@ -50,7 +53,17 @@ def export(settings: Settings, target: Target, mask_why: str) -> Path:
     (part / "training.json").write_text(json.dumps({"settings": settings.to_dict(), "result": trained, "proof": proof}, indent=1) + "\n")
     shutil.rmtree(out, ignore_errors=True)
     part.rename(out)
+    if (served := served_tau(proof)) < _PAYS:
+        print(
+            f"warning: tau is {served:.2f}: next to nothing of its drafts is accepted, and serving with it gains nothing. Train it on "
+            "more answers, or for longer (--epochs), on prompts of the kind that is served; docs/train.md says what to expect"
+        )
     return out
+
+
+def served_tau(proof: dict[str, Any]) -> float:
+    """tau in vLLM, or in the reference loop where vLLM was skipped."""
+    return float(proof["rows"][-1]["tau"])
 
 
 def card(settings: Settings, target: Target, config: DrafterConfig, trained: dict[str, Any], proof: dict[str, Any], mask_why: str) -> str:
@@ -66,6 +79,8 @@ def card(settings: Settings, target: Target, config: DrafterConfig, trained: dic
     weighting = (
         f"decay, gamma {table.gamma or 'of the block size'}" if table.weighting == "decay" else f"D-PACE, alpha {table.dpace_alpha:g}"
     )
+    pays = served_tau(proof) >= _PAYS
+    verdict = "" if pays else "**It gains nothing yet: next to none of its drafts is accepted.**\n\n"
     return f"""---
 base_model: {target.name}
 library_name: vllm
@@ -83,7 +98,7 @@ The mask token is {config.mask_token_id}: {mask_why}.
 ## Acceptance
 Greedy, {proof["prompts"]} held-out prompts x {settings.prove.prove_tokens} tokens, {target.dtype}. The trainer's own estimate: tau {proof["trainer_tau"]:.2f}.
 
-| by | tau | share of drafts accepted at position 1 to {config.max_speculative_tokens} |
+{verdict}| by | tau | share of drafts accepted at position 1 to {config.max_speculative_tokens} |
 |---|---|---|
 {rates}
 ## Training

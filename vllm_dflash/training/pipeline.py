@@ -6,12 +6,13 @@ vllm-dflash train --target T --prompts mine.jsonl --out RUN         pytest tests
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.training.files import TrainingError, write_json
-from vllm_dflash.training.settings import STAGES, Settings, SettingsError, load
+from vllm_dflash.training.settings import STAGES, Data, Generate, Settings, SettingsError, load
 
 
 def run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
@@ -24,7 +25,7 @@ def run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
 
     found = target.find_target(settings)
     config, why = drafter.plan(settings, found)
-    _check_lengths(settings, found, config)
+    settings = fit_lengths(settings, reach(found, config))
     print(_summary(settings, config, why))
     write_json(Path(settings.run.out) / "settings.json", settings.to_dict())
     if "generate" in stages:
@@ -56,17 +57,37 @@ def _train(settings: Settings, config: DrafterConfig, found: Any, model: Any) ->
     loop.train(settings, config, found, model if model is not None else target.load_target(found, settings, target.device()))
 
 
-def _check_lengths(settings: Settings, found: Any, config: DrafterConfig) -> None:
-    """The longest sequence there can be, before anything is run for it."""
+def reach(found: Any, config: DrafterConfig) -> int:
+    """Positions of the longest sequence that target and drafter can take."""
+    return min(getattr(found.config, "max_position_embeddings", None) or sys.maxsize, config.max_position_embeddings)
+
+
+def fit_lengths(settings: Settings, most: int) -> Settings:
+    """The settings for sequences of at most ``most`` positions: a length that is left at its default is lowered, and said.
+
+    Raises:
+        SettingsError: the lengths that are set do not fit.
+    """
     from vllm_dflash.training.generate import held_out_tokens
 
-    most = min(getattr(found.config, "max_position_embeddings", None) or sys.maxsize, config.max_position_embeddings)
-    longest = settings.data.max_prompt_tokens + max(settings.generate.response_tokens, held_out_tokens(settings))
-    if longest > most:
+    data, answers = settings.data, settings.generate
+    if answers.response_tokens == Generate.response_tokens:
+        answers = replace(answers, response_tokens=min(answers.response_tokens, most // 2))
+    room = most - max(answers.response_tokens, held_out_tokens(settings))
+    if data.max_prompt_tokens == Data.max_prompt_tokens:
+        data = replace(data, max_prompt_tokens=min(data.max_prompt_tokens, room))
+    if not 0 < data.max_prompt_tokens <= room or answers.response_tokens < 2:
         raise SettingsError(
-            f"max_prompt_tokens {settings.data.max_prompt_tokens} and response_tokens {settings.generate.response_tokens} (or prove_tokens "
-            f"{settings.prove.prove_tokens} and a block) come to {longest} tokens, and target and drafter reach to {most}: lower them"
+            f"max_prompt_tokens {settings.data.max_prompt_tokens} and response_tokens {answers.response_tokens} (or prove_tokens "
+            f"{settings.prove.prove_tokens} and a block) do not fit into the {most} tokens that target and drafter reach to: lower them"
         )
+    if (data, answers) != (settings.data, settings.generate):
+        print(
+            f"target and drafter reach to {most} tokens: max_prompt_tokens is {data.max_prompt_tokens}, "
+            f"response_tokens {answers.response_tokens}",
+            file=sys.stderr,
+        )
+    return replace(settings, data=data, generate=answers)
 
 
 def _summary(settings: Settings, config: DrafterConfig, why: str) -> str:
@@ -101,7 +122,7 @@ def _dry_run(settings: Settings) -> int:
 
     found = target.find_target(settings)
     config, why = drafter.plan(settings, found)
-    _check_lengths(settings, found, config)
+    settings = fit_lengths(settings, reach(found, config))
     parts = split(Reader(found.tokenizer, found.shape.vocab_size, settings.data.chat_template_kwargs), settings.data, settings.run.seed)
     expected = budget.budget(settings, config, target.parameters(found, settings), len(parts.train))
     lines = [

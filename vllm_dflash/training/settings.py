@@ -51,7 +51,9 @@ class Data:
     held_out: int = _set(64, "prompts that no training sees, for tau", least=1)
     held_out_prompts: str | None = _set(None, "a file of its own for them, in place of a split")
     max_prompts: int | None = _set(None, "use at most so many of the rest", least=1)
-    max_prompt_tokens: int = _set(2048, "longer prompts are left out, and counted", least=1)
+    max_prompt_tokens: int = _set(
+        2048, "longer prompts are left out, and counted; by default less where the target reaches not as far", least=1
+    )
     chat_template_kwargs: str = _set("{}", 'JSON for the target\'s chat template, such as {"enable_thinking": false}')
 
 
@@ -59,7 +61,9 @@ class Data:
 class Generate:
     """The target's answers."""
 
-    response_tokens: int = _set(1024, "at most so many tokens an answer", least=2)
+    response_tokens: int = _set(
+        1024, "at most so many tokens an answer; by default half of what the target reaches to, if that is less", least=2
+    )
     temperature: float = _set(0.0, "of the answers to train on; held-out ones are greedy", least=0)
     top_p: float = _set(1.0, "nucleus of the answers to train on", least=0.01, most=1)
     top_k: int = _set(0, "of the answers to train on; 0 for all tokens", least=0)
