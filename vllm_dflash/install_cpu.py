@@ -104,8 +104,8 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--extras",
         nargs="*",
-        default=["bench", "monitoring", "test", "dev"],
-        help="extras of pyproject.toml to install too (default: bench monitoring test dev)",
+        default=["bench", "monitoring", "smollm2", "test", "dev"],
+        help="extras of pyproject.toml to install too (default: bench monitoring smollm2 test dev)",
     )
     parser.add_argument(
         "--torch-index", default="", help="index address or folder with PyTorch's CPU wheels, beside what pip is configured with"

