@@ -16,7 +16,8 @@ gguf = pytest.importorskip("gguf")
 
 CONFIG = LlamaConfig(
     hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, vocab_size=40,
-    max_position_embeddings=128, rms_norm_eps=1e-5, rope_theta=5e4, tie_word_embeddings=True,
+    max_position_embeddings=128, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 5e4},
+    tie_word_embeddings=True,
 )  # fmt: skip
 
 
