@@ -4,8 +4,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from vllm_dflash.patching import Patch
-from vllm_dflash.supported import SUPPORTED_VLLM
+from vllm_dflash.patch import Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -22,10 +21,9 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 
 PATCH = Patch(
     target="vllm.config.vllm:VllmConfig.__post_init__",
-    versions=SUPPORTED_VLLM,
-    fingerprints={
-        "vllm.config.vllm:VllmConfig.__post_init__": "01f9a1819b757397",
-        "vllm.config.scheduler:SchedulerConfig.get_scheduler_cls": "ff5b69804ee85b71",
+    signatures={
+        "vllm.config.vllm:VllmConfig.__post_init__": "self",
+        "vllm.config.scheduler:SchedulerConfig.get_scheduler_cls": "self",
     },
     why=(
         "the scheduler has an official place, scheduler_cls, but nothing asks a plug-in what belongs there: without this every user "

@@ -20,6 +20,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
 from vllm_dflash.adaptive.controller import Controller, Plan
 from vllm_dflash.adaptive.cost import Work
+from vllm_dflash.compat import num_drafted
 
 _MEASURED_EVERY = 4
 """Steps without drafts of which one is measured."""
@@ -48,7 +49,9 @@ class _Adaptive(Scheduler):
         num_reqs = len(scheduler_output.num_scheduled_tokens)
         all_decode = scheduler_output.total_num_scheduled_tokens == num_reqs and not scheduler_output.scheduled_new_reqs
         standing = self.controller.standing(num_reqs) if all_decode and num_reqs else None
-        if standing is None:
+        if num_drafted(scheduler_output) == 0:
+            standing = Plan(0)  # no request of the step can use drafts
+        elif standing is None:
             drafting, num_context = self._drafting(scheduler_output)
             standing = self.controller.plan(drafting, num_context) if drafting else Plan(0)
         self.plan = standing
@@ -78,8 +81,8 @@ class _Adaptive(Scheduler):
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         self._steps += 1
-        catches_up = not self._drafted and scheduler_output.num_spec_tokens_to_schedule > 0
-        self._drafted = scheduler_output.num_spec_tokens_to_schedule > 0
+        drafts = num_drafted(scheduler_output) > 0
+        catches_up, self._drafted = drafts and not self._drafted, drafts
         if self._steps % _MEASURED_EVERY and self._is_plain(scheduler_output):
             outputs = super().update_from_output(scheduler_output, model_runner_output)
             self._last_end = time.perf_counter() if self.running or self.waiting else None
@@ -102,11 +105,7 @@ class _Adaptive(Scheduler):
 
     def _is_plain(self, scheduler_output: SchedulerOutput) -> bool:
         """Whether a step neither drafts nor verifies, as it does not look best to: of such steps one in a few tells enough."""
-        return (
-            not scheduler_output.num_spec_tokens_to_schedule
-            and not scheduler_output.scheduled_spec_decode_tokens
-            and self.plan.why == "best"
-        )
+        return not num_drafted(scheduler_output) and not scheduler_output.scheduled_spec_decode_tokens and self.plan.why == "best"
 
     def _outcomes(self, scheduled: SchedulerOutput, ran: ModelRunnerOutput) -> tuple[Work | None, dict[str, tuple[int, int]]]:
         """What the step computed (None where it was not all decoding), and by request its verified and its accepted draft tokens."""
@@ -126,7 +125,7 @@ class _Adaptive(Scheduler):
                 outcomes[request_id] = (verified - invalid.get(request_id, 0), max(len(sampled) - 1, 0))
         if not all_decode:
             return None, outcomes
-        num_reqs, k = len(scheduled.num_scheduled_tokens), scheduled.num_spec_tokens_to_schedule
+        num_reqs, k = len(scheduled.num_scheduled_tokens), num_drafted(scheduled)
         return Work(
             num_reqs, scheduled.total_num_scheduled_tokens, num_reqs * self.controller.block_size if k else 0, num_context
         ), outcomes

@@ -46,7 +46,7 @@ def settle_scheduler(vllm_config: Any) -> None:
         SettingsError: the user asks for it where it cannot be, or for a setting that does not exist.
     """
     speculative = vllm_config.speculative_config
-    if speculative is None or speculative.method != "dflash" or not is_ours(speculative.draft_model_config.architectures):
+    if not is_ours(speculative):
         return
     wanted = wants_adaptive(vllm_config.additional_config)
     if wanted is False or is_adaptive(vllm_config):
