@@ -21,7 +21,11 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
         if is_ours(self):
             from vllm_dflash.checks import check_speculative_config
 
-            check_speculative_config(self)
+            for name, value in check_speculative_config(self).items():
+                setattr(self.draft_model_config.hf_config, name, value)
+            # EAGLE's K/V of a position depend on the token after it, so vLLM takes back the last page of every prefix-cache hit.
+            # Ours depend on the target's hidden state at that position alone: hits are as long as without speculation.
+            self.disable_eagle_block_drop = True
         return result
 
     return post_init

@@ -4,19 +4,35 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from vllm_dflash.patches import adaptive_scheduler
+
 from vllm_dflash.patch import Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def post_init(self: Any) -> None:
-        from vllm_dflash.adaptive.settings import settle_scheduler
+        from vllm_dflash.plugin import patch_set
 
         original(self)
         # After vLLM's own, which decides on asynchronous scheduling.
-        settle_scheduler(self)
+        if patch_set().fits(adaptive_scheduler.PATCH):
+            settle_scheduler(self)
 
     return post_init
+
+
+def settle_scheduler(vllm_config: Any) -> None:
+    """Puts our scheduler into vLLM's ``VllmConfig`` where drafting is to be adaptive; does nothing where that was done before.
+
+    Raises:
+        SettingsError: as ``scheduler_for``.
+    """
+    from vllm_dflash.adaptive.settings import scheduler_for
+
+    ours = scheduler_for(vllm_config)
+    if ours is not None:
+        vllm_config.scheduler_config.scheduler_cls = ours
 
 
 PATCH = Patch(

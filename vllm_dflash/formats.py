@@ -54,7 +54,7 @@ def is_ours(speculative: Any) -> bool:
     """Whether a vLLM ``SpeculativeConfig``, or None, is for a drafter that this package serves."""
     if speculative is None or speculative.method != "dflash":
         return False
-    architectures = speculative.draft_model_config.architectures or ()
+    architectures: list[str] = speculative.draft_model_config.architectures or []
     return len(architectures) == 1 and architectures[0] in VLLM_ARCHITECTURES
 
 

@@ -21,6 +21,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm_dflash.adaptive.controller import Controller, Plan
 from vllm_dflash.adaptive.cost import Work
 from vllm_dflash.compat import num_drafted
+from vllm_dflash.patches.adaptive_scheduler import cut_drafts, cut_placeholders, plan_drafts
 
 _MEASURED_EVERY = 4
 """Steps without drafts of which one is measured."""
@@ -55,7 +56,7 @@ class _Adaptive(Scheduler):
             drafting, num_context = self._drafting(scheduler_output)
             standing = self.controller.plan(drafting, num_context) if drafting else Plan(0)
         self.plan = standing
-        scheduler_output.num_spec_tokens_to_schedule = self.plan.num_draft_tokens
+        plan_drafts(scheduler_output, self.plan.num_draft_tokens)
         if scheduler_output.finished_req_ids:
             self.controller.forget(scheduler_output.finished_req_ids)
             for request_id in scheduler_output.finished_req_ids:
@@ -152,7 +153,7 @@ class AdaptiveScheduler(_Adaptive):
         request_ids = draft_token_ids.req_ids
         self._confidences = {} if confidences is None else dict(zip(request_ids, confidences, strict=False))
         lengths = self.controller.lengths(request_ids, self.plan, self._confidences or None)
-        draft_token_ids.draft_token_ids = [draft[: lengths[request_id]] for request_id, draft in zip(request_ids, drafts, strict=False)]
+        cut_drafts(draft_token_ids, [draft[: lengths[request_id]] for request_id, draft in zip(request_ids, drafts, strict=False)])
         super().update_draft_token_ids(draft_token_ids)
 
 
@@ -165,4 +166,4 @@ class AdaptiveAsyncScheduler(_Adaptive, AsyncScheduler):
         for request_id, length in lengths.items():
             request = self.requests[request_id]
             if len(request.spec_token_ids) > length:
-                request.spec_token_ids = request.spec_token_ids[:length]
+                cut_placeholders(request, request.spec_token_ids[:length])

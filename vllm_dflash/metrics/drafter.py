@@ -11,19 +11,24 @@ import functools
 import time
 import weakref
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_dflash.compat import v2_skips_drafts
 from vllm_dflash.metrics.catalog import BY_NAME
 from vllm_dflash.metrics.counts import Histogram, Positions
 from vllm_dflash.metrics.recorder import Recorder
 
+if TYPE_CHECKING:
+    from vllm_dflash.drafting.proposer import DFlashProposer
+    from vllm_dflash.drafting.speculator import DFlashSpeculator
 
-def attach(drafter: Any, vllm_config: Any, device: Any) -> None:
+
+def attach(drafter: "DFlashProposer | DFlashSpeculator", vllm_config: Any, device: Any) -> None:
     """Records what ``drafter.propose`` does."""
     parallel = vllm_config.parallel_config
     if parallel.rank % parallel.tensor_parallel_size == 0:
-        drafter.propose = DrafterRecord(drafter, vllm_config, on_gpu=device.type == "cuda").watch(drafter.propose)
+        record = DrafterRecord(drafter, vllm_config, on_gpu=device.type == "cuda")
+        drafter.propose = record.watch(drafter.propose)  # type: ignore[method-assign]
 
 
 class DrafterRecord:

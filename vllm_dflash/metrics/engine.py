@@ -22,6 +22,8 @@ from vllm_dflash.formats import is_ours
 from vllm_dflash.metrics.catalog import BY_NAME, CONFIDENCE_BUCKETS, CONTEXT_STARTS, confidence_bucket, context_bucket
 from vllm_dflash.metrics.counts import Histogram, Positions, Speedup
 from vllm_dflash.metrics.recorder import Recorder
+from vllm_dflash.patches import scheduler_watch
+from vllm_dflash.plugin import patch_set
 
 # A name below "vllm", so that vLLM's own handlers and format apply.
 _logger = logging.getLogger("vllm.plugins.dflash")
@@ -42,9 +44,8 @@ def attach(scheduler: Any) -> None:
     if not is_ours(speculative):
         return
     record = EngineRecord(scheduler.vllm_config, scheduler)
-    scheduler.schedule = record.watch_schedule(scheduler.schedule)
-    scheduler.update_from_output = record.watch_update(scheduler.update_from_output)
-    scheduler.shutdown = record.watch_shutdown(scheduler.shutdown)
+    if not patch_set().attach(scheduler, scheduler_watch.PATCHES, record):
+        record.recorder.close()
 
 
 class _Request:
