@@ -121,15 +121,12 @@ class PatchSet:
                 return False
             ready = []
             for patch in patches:
-                problem = self._foreign(owner, patch)
-                if problem is not None and not self._leave_out(patch, problem):
-                    self._raise([problem])
-                if problem is not None:
+                try:
+                    ready.append(self._built(owner, patch, context))
+                except Exception as error:
+                    if not self._leave_out(patch, str(error)):
+                        raise
                     return False
-                assert patch.replace is not None
-                original = getattr(owner, patch.name)
-                replacement = patch.replace(original, *context)
-                ready.append(Replaced(owner, patch.name, patch.name in vars(owner), original, replacement))
             for applied in ready:
                 applied.put()
             kept_with(owner).extend(zip(patches, ready, strict=True))
@@ -242,19 +239,22 @@ class PatchSet:
         return owner
 
     @staticmethod
-    def _foreign(owner: Any, patch: Patch) -> str | None:
-        """A problem where an object's attribute is neither upstream's nor ours.
+    def _built(owner: Any, patch: Patch, context: tuple[Any, ...]) -> Replaced:
+        """The replacement of an object's attribute, not put in place yet.
 
-        A class of a third package may have its own method where a record only runs something around it.
+        Raises:
+            PatchError: it is neither upstream's nor ours. A class of a third package may have its own method where a record only runs
+                something around it.
         """
         value = getattr(owner, patch.name)
         found = _name_of(value if callable(value) and hasattr(value, "__qualname__") else type(value))
         roots = {patch.module.partition(".")[0], _OWN}
         if patch.name not in vars(owner) and patch.target not in patch.fingerprints:
             roots.add(type(owner).__module__.partition(".")[0])
-        if found[0].partition(".")[0] in roots:
-            return None
-        return f"{patch.target}: it is {':'.join(found)}: another plug-in replaced it; load one of the two"
+        if found[0].partition(".")[0] not in roots:
+            raise PatchError(f"{patch.target}: it is {':'.join(found)}: another plug-in replaced it; load one of the two")
+        assert patch.replace is not None
+        return Replaced(owner, patch.name, patch.name in vars(owner), value, patch.replace(value, *context))
 
     def _leave_out(self, patch: Patch, problem: str) -> bool:
         """Notes that an optional record is not applied, and says so; returns whether it may be."""

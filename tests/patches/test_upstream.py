@@ -98,7 +98,7 @@ assert set(states().values()) == {"off"}, states()
 def test_every_record_is_applied_and_taken_back():
     """Classes by the objects that stand in their places, single objects by stand-ins of vLLM's own classes."""
     run("""
-import importlib
+import functools, importlib
 from types import SimpleNamespace
 import numpy, torch
 from vllm_dflash.patches import ALL, bench_watch, cpu_target, scheduler_watch, v1_draft_metadata, v1_steps_without_drafts, v1_verifier
@@ -132,7 +132,8 @@ torch.nn.Module.__init__(model)
 runner.sampler, runner.speculative_config, runner.device = Sampler(), None, torch.device("cpu")
 runner.rejection_sampler = sampler = RejectionSampler(runner.sampler)
 runner.input_ids = SimpleNamespace(np=numpy.zeros(8, dtype=numpy.int32))
-around = lambda original, *others: lambda *args: "around"
+def around(original, *others):
+    return functools.wraps(original)(lambda *args: "around")
 watch = SimpleNamespace(watch_schedule=around, watch_update=around, watch_shutdown=around, around=around)
 jobs = [
     (runner, [v1_verifier.PATCH], (runner,)), (runner, [v1_draft_metadata.PATCH], (runner, 4)),
@@ -186,6 +187,7 @@ else:
         after(module)
     patch_set()._hook._then = both
     import vllm.v1.worker.gpu_model_runner
+import vllm.v1.worker.gpu_model_runner
 assert vllm.v1.worker.gpu_model_runner.GPUModelRunner._input_fits_in_drafter is Other.fits
 assert set(states().values()) <= {{"off", "not needed", "left out"}}, states()
 assert model() == "vllm_dflash.models.unsupported:UnsupportedVLLM", model()
