@@ -15,10 +15,11 @@ SETTLED = "vllm_dflash"
 """Attribute of vLLM's draft config that holds the drafter's settings in its published format, for all processes."""
 
 
-def check_speculative_config(speculative: Any) -> None:
+def check_speculative_config(speculative: Any) -> dict[str, Any]:
     """Refuses a drafter that does not fit: ``speculative`` is vLLM's ``SpeculativeConfig`` for one of our drafters.
 
-    What fits is written into vLLM's draft config, so that every format reads the same from there on.
+    Returns:
+        The attributes that vLLM's draft config gets, so that every format reads the same from there on.
 
     Raises:
         DrafterConfigError: the first thing that is wrong, with its remedy.
@@ -35,10 +36,7 @@ def check_speculative_config(speculative: Any) -> None:
         from vllm_dflash.weights import check_tensors
 
         check_tensors(drafter, folder)
-    _settle(hf_config, drafter)
-    # EAGLE's K/V of a position depend on the token after it, so vLLM takes back the last page of every prefix-cache hit. Ours
-    # depend on the target's hidden state at that position alone: hits are as long as without speculation.
-    speculative.disable_eagle_block_drop = True
+    return _attributes(drafter)
 
 
 def check_target(target: Any, pipeline_parallel_size: int) -> None:
@@ -110,13 +108,11 @@ def no_drafter_at(model: str) -> str:
     return f"{model} is no folder, nor a hub id that is downloaded: give a drafter's folder, or fetch it with `hf download {model}`"
 
 
-def _settle(hf_config: Any, drafter: DrafterConfig) -> None:
-    """Writes what vLLM's own code reads of a draft config: it knows one spelling of each, and not all formats have it."""
+def _attributes(drafter: DrafterConfig) -> dict[str, Any]:
+    """What vLLM's own code reads of a draft config: it knows one spelling of each, and not all formats have it."""
     raw = write(drafter, FORMAT_OF[drafter.conditioning])
-    setattr(hf_config, SETTLED, raw)
-    for name in ("dflash_config", "block_size", "layer_types", "sliding_window"):
-        setattr(hf_config, name, raw[name])
+    attributes = {SETTLED: raw} | {name: raw[name] for name in ("dflash_config", "block_size", "layer_types", "sliding_window")}
     if len(set(drafter.windows)) > 1:
         # vLLM's own V1 proposer cannot serve mixed layers, and its config refuses them for any drafter; ours can.
-        hf_config.layer_types = None
-    hf_config.eagle_aux_hidden_state_layer_ids = [i + 1 for i in drafter.target_layer_ids]
+        attributes["layer_types"] = None
+    return attributes | {"eagle_aux_hidden_state_layer_ids": [i + 1 for i in drafter.target_layer_ids]}

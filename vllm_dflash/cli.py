@@ -19,6 +19,7 @@ from vllm_dflash.cluster import command as cluster
 from vllm_dflash.evaluation.methods import DEFAULT_METHODS, KINDS
 from vllm_dflash.evaluation.workload import DATASETS, RANDOM, Lengths
 from vllm_dflash.formats import FORMATS
+from vllm_dflash.patch import SCOPES
 from vllm_dflash.plugin import SWITCH, is_off, patch_set
 from vllm_dflash.supported import SUPPORTED_VLLM, installed_vllm
 from vllm_dflash.training import command as training
@@ -306,9 +307,14 @@ def _status() -> int:
     print(f"plug-in      {state}")
     for problem in problems:
         print(f"  {problem}")
-    print("\npatches (applied in vLLM's processes, each when its module is imported)")
-    for row in patch_set().report():
+    rows = patch_set().report()
+    for row in rows:
+        if row.note:
+            print(f"  {row.state}: {row.target}\n{_paragraph('', row.note)}")
+    print("\npatches (applied in vLLM's processes, each when its module is imported or its object made)")
+    for row in rows:
         print(f"\n  {row.target}")
+        print(f"    {SCOPES[row.scope]}, {row.needs}{f'; {row.state}' if row.note else ''}")
         print(_paragraph("why", row.why))
         print(_paragraph("until", row.until))
     return 0 if state == "on" else 1
@@ -334,7 +340,8 @@ def _version(distribution: str) -> str:
 
 
 def _paragraph(title: str, text: str) -> str:
-    return textwrap.fill(text, width=110, initial_indent=f"    {title + ':':<7}", subsequent_indent=" " * 11)
+    start = f"    {title + ':' if title else '':<7}"
+    return textwrap.fill(text, width=110, initial_indent=start, subsequent_indent=" " * 11)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ show as low acceptance. Tests: ``pytest tests/unit/test_formats.py``.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,12 @@ def tensor_name(name: str) -> str:
     return _TENSOR_ALIASES.get(name, name)
 
 
-def is_ours(architectures: Sequence[str] | None) -> bool:
-    """Whether vLLM's architecture names are those of a drafter that this package serves."""
-    return len(architectures or ()) == 1 and set(architectures or ()) <= set(VLLM_ARCHITECTURES)
+def is_ours(speculative: Any) -> bool:
+    """Whether a vLLM ``SpeculativeConfig``, or None, is for a drafter that this package serves."""
+    if speculative is None or speculative.method != "dflash":
+        return False
+    architectures: list[str] = speculative.draft_model_config.architectures or []
+    return len(architectures) == 1 and architectures[0] in VLLM_ARCHITECTURES
 
 
 def claims(raw: Any) -> bool:

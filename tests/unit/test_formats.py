@@ -5,6 +5,7 @@ pytest tests/unit/test_formats.py
 
 import copy
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,9 +120,15 @@ def test_vllms_own_name_for_dflare_is_read() -> None:
     """vLLM puts DFlash before an architecture that lacks it, and hands that name on."""
     raw = ANGELSLIM_QWEN3_4B | {"architectures": ["DFlashQwenDFlareDraftModel"]}
     assert parse(raw) == parse(ANGELSLIM_QWEN3_4B)
-    assert is_ours(["DFlashQwenDFlareDraftModel"])
-    assert not is_ours(["DFlash2DraftModel"])
+    assert is_ours(_speculative("dflash", ["DFlashQwenDFlareDraftModel"]))
+    assert not is_ours(_speculative("dflash", ["DFlash2DraftModel"]))
+    assert not is_ours(_speculative("dflash", None))
+    assert not is_ours(_speculative("eagle3", ["DFlashQwenDFlareDraftModel"]))
     assert not is_ours(None)
+
+
+def _speculative(method: str, architectures: list[str] | None) -> SimpleNamespace:
+    return SimpleNamespace(method=method, draft_model_config=SimpleNamespace(architectures=architectures))
 
 
 def test_tensor_names() -> None:

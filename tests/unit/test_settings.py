@@ -4,8 +4,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm_dflash.patches.vllm_config import settle_scheduler
 
-from vllm_dflash.adaptive.settings import SettingsError, is_adaptive, settle_scheduler, wants_adaptive
+from vllm_dflash.adaptive.settings import SettingsError, is_adaptive, wants_adaptive
 from vllm_dflash.formats import VLLM_ARCHITECTURES
 
 

@@ -9,6 +9,7 @@ the finish reason nor what was accepted, and it has no place for a row that ends
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -88,13 +89,13 @@ def complete(job: Job, completer: Any = Completer) -> dict[str, Any]:
 def _answer(job: Job, todo: list[parts.Part], args: dict[str, Any], completer: Any) -> Iterator[dict[str, int]]:
     """The sums over each part as it is written, in any order."""
     with connect(job.engine, job.replicas) as runtime_env:
+        # Ours is the only one; read when ray.data is imported.
+        os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
         import ray
-        from ray.data import ActorPoolStrategy, DataContext
+        from ray.data import ActorPoolStrategy
         from ray.util.placement_group import remove_placement_group
 
         groups: list[Any] = []
-        context = DataContext.get_current()
-        context.enable_progress_bars = False
         items = ray.data.from_items([asdict(part) for part in todo], override_num_blocks=len(todo))
         done = items.map_batches(
             completer,

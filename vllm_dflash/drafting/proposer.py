@@ -27,9 +27,10 @@ from vllm_dflash.drafting.context_store import ContextStore
 from vllm_dflash.drafting.coverage import ContextCoverage, Hole, without_first_pages
 from vllm_dflash.drafting.huge_pages import use_huge_pages
 from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_bounds, block_layout, committed_rows, without_rejected
-from vllm_dflash.drafting.verification import DraftMetadata, Verifier
 from vllm_dflash.metrics.drafter import attach as record_drafter
 from vllm_dflash.models.drafter import DrafterForCausalLM
+from vllm_dflash.patches import cpu_layers, v1_draft_metadata, v1_steps_without_drafts, v1_verifier
+from vllm_dflash.plugin import patch_set
 
 if TYPE_CHECKING:
     from vllm_dflash.models.eager_draft import EagerLayers
@@ -89,10 +90,11 @@ class DFlashProposer(NativeDFlashProposer):
             # A connector takes and brings keys and values in vLLM's attention modules.
             if self.vllm_config.kv_transfer_config is None:
                 self._use_eager_layers(target_model)
-            runner = self.runner
-            runner.rejection_sampler = Verifier(runner)
-            runner._calc_spec_decode_metadata = DraftMetadata(runner.input_ids.np, self.max_batch_size)
-            runner.propose_draft_token_ids = self._unless_off(runner.propose_draft_token_ids)
+            attach, runner = patch_set().attach, self.runner
+            attach(runner, [v1_verifier.PATCH], runner)
+            self._verifier = runner.rejection_sampler
+            attach(runner, [v1_draft_metadata.PATCH], runner, self.max_batch_size)
+            attach(runner, [v1_steps_without_drafts.PATCH], self)
             _logger.info("moved %d MiB of this process's memory into huge pages", use_huge_pages() >> 20)
 
     def _use_eager_layers(self, target_model: Any) -> None:
@@ -103,7 +105,7 @@ class DFlashProposer(NativeDFlashProposer):
         from vllm_dflash.models.eager_target import use_eager_layers
 
         use_eager_layers(target_model)
-        if can_run(self.model.model):
+        if patch_set().fits(cpu_layers.PATCH) and can_run(self.model.model):
             self._eager_layers = EagerLayers(self.model.model)
             self.context.eager = EagerContext(self.model.model, self._eager_layers)
             self._logits = eager_logits(self.model)
@@ -119,7 +121,7 @@ class DFlashProposer(NativeDFlashProposer):
             return super().prepare_next_token_ids_padded(sampled_token_ids, requests, gpu_input_batch, discard_request_mask)
         if sampled_token_ids.shape[1] == 1:
             return sampled_token_ids[:, 0], self._ones[: len(sampled_token_ids)]
-        output, anchors, counts = self.runner.rejection_sampler.last
+        output, anchors, counts = self._verifier.last
         if output is sampled_token_ids:
             return torch.tensor(anchors, dtype=torch.int32), torch.tensor(counts, dtype=torch.int32)
         kept = (sampled_token_ids >= 0).sum(1, dtype=torch.int32)
@@ -198,7 +200,7 @@ class DFlashProposer(NativeDFlashProposer):
             return self._hand_out(tokens.view(-1, k), None)
         return self._hand_out(*self._rank(hidden_states, k))
 
-    def _unless_off(self, propose: Callable[..., Any]) -> Callable[..., Any]:
+    def unless_off(self, propose: Callable[..., Any]) -> Callable[..., Any]:
         """Around the runner's ``propose_draft_token_ids``: a step that neither drafts nor verified drafts keeps its features, no more."""
 
         def proposing(scheduled: Any, *args: Any) -> Any:

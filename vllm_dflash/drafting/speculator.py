@@ -35,9 +35,9 @@ class DFlashSpeculator(NativeDFlashSpeculator):
         drafter = settled(speculative.draft_model_config.hf_config)
         self.num_draft_tokens = speculative.num_speculative_tokens
         # The block is drafted whole, whatever K is: vLLM's own class takes its length from the config.
-        whole = copy.copy(vllm_config)
-        whole.speculative_config = copy.copy(speculative)
-        whole.speculative_config.num_speculative_tokens = drafter.max_speculative_tokens
+        whole, block = copy.copy(vllm_config), copy.copy(speculative)
+        block.num_speculative_tokens = drafter.max_speculative_tokens
+        whole.speculative_config = block
         super().__init__(whole, device)
         width = kind_of(drafter).context_width(drafter)
         # vLLM's buffer holds one hidden state a token; DFlare's context has one a draft layer.

@@ -8,8 +8,9 @@ drafted: a seed gives what it gives without a drafter. Limits: greedy drafts; sa
     pytest tests/unit/test_verification.py tests/engine/test_sampling.py tests/engine/test_features.py
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -72,8 +73,8 @@ class Verifier(RejectionSampler):
         """Logits [R, V] float32 after penalties, bad words, allowed tokens and ``min_tokens``; the argument stays as it is."""
         if not _has_processors(sampling):
             return logits.to(torch.float32)
-        with _min_tokens_after(metadata.num_draft_tokens, sampling):
-            bonus = self.sampler.apply_logits_processors(logits[metadata.bonus_logits_indices].to(torch.float32), sampling, True)
+        after_drafts = _min_tokens_after(metadata.num_draft_tokens, sampling)
+        bonus = self.sampler.apply_logits_processors(logits[metadata.bonus_logits_indices].to(torch.float32), after_drafts, True)
         if not metadata.max_spec_len:
             return bonus
         target = self.apply_logits_processors(logits[metadata.target_logits_indices].to(torch.float32), sampling, metadata)
@@ -143,27 +144,35 @@ def _has_processors(sampling: SamplingMetadata) -> bool:
     )
 
 
-@contextmanager
-def _min_tokens_after(num_draft_tokens: Sequence[int], sampling: SamplingMetadata) -> Iterator[None]:
-    """Leaves stop tokens alone in the row after the drafts, where ``min_tokens`` are reached once all of those are accepted.
+def _min_tokens_after(num_draft_tokens: Sequence[int], sampling: SamplingMetadata) -> SamplingMetadata:
+    """A copy that leaves stop tokens alone in the row after the drafts, where ``min_tokens`` are reached once all of those are accepted.
 
     vLLM counts committed tokens only, and would forbid a stop token there that the target may choose.
     """
-    kept = []
-    for processor in sampling.logitsprocs.non_argmax_invariant:
-        if isinstance(processor, MinTokensLogitsProcessor) and processor.min_toks:
-            kept.append((processor, processor.logits_slice, processor.restore_logits_slice))
-            reached = [row for row, (least, out, *_) in processor.min_toks.items() if len(out) + num_draft_tokens[row] >= least]
-            done = torch.tensor(reached, dtype=torch.int32)
-            for name in ("logits_slice", "restore_logits_slice"):
-                rows, tokens = getattr(processor, name)
-                short = ~torch.isin(rows, done)
-                setattr(processor, name, (rows[short], tokens[short]))
-    try:
-        yield
-    finally:
-        for processor, masked, restored in kept:
-            processor.logits_slice, processor.restore_logits_slice = masked, restored
+    processors = sampling.logitsprocs.non_argmax_invariant
+    if not any(isinstance(p, MinTokensLogitsProcessor) and p.min_toks for p in processors):
+        return sampling
+    logitsprocs = copy.copy(sampling.logitsprocs)
+    logitsprocs.non_argmax_invariant = [
+        _reaching(p, num_draft_tokens) if isinstance(p, MinTokensLogitsProcessor) else p for p in processors
+    ]
+    return replace(sampling, logitsprocs=logitsprocs)
+
+
+def _reaching(processor: MinTokensLogitsProcessor, num_draft_tokens: Sequence[int]) -> MinTokensLogitsProcessor:
+    """A copy without the rows whose ``min_tokens`` their drafts reach."""
+    reached = [row for row, (least, out, *_) in processor.min_toks.items() if len(out) + num_draft_tokens[row] >= least]
+    done = torch.tensor(reached, dtype=torch.int32)
+    short = copy.copy(processor)
+    short.logits_slice = _without(done, processor.logits_slice)
+    short.restore_logits_slice = _without(done, processor.restore_logits_slice)
+    return short
+
+
+def _without(done: torch.Tensor, part: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, tokens = part
+    kept = ~torch.isin(rows, done)
+    return rows[kept], tokens[kept]
 
 
 def keep_accepted(sampled: Sequence[int], drafts: Sequence[int], counts: Sequence[int]) -> list[list[int]]:

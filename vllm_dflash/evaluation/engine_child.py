@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_dflash.evaluation.statistics import EARLY_STEPS, DraftCounts, percentile
+from vllm_dflash.patches import bench_watch
+from vllm_dflash.plugin import patch_set
 
 _COUNTERS = {
     "drafts": "vllm:spec_decode_num_drafts",
@@ -65,9 +67,8 @@ class Watch:
     decoding: bool = False
     """Whether the last step decoded only, with no prompt in it."""
 
-    def attach(self, scheduler: Any) -> None:
-        """Wraps ``update_from_output`` of this engine's scheduler: there verified and sampled tokens of a request stand side by side."""
-        update = scheduler.update_from_output
+    def around(self, update: Any, scheduler: Any) -> Any:
+        """Around ``update_from_output`` of this engine's scheduler: there verified and sampled tokens of a request stand side by side."""
 
         @functools.wraps(update)
         def watching(scheduler_output: Any, runner_output: Any) -> Any:
@@ -77,7 +78,7 @@ class Watch:
                 self._observe(rows, {o.request_id: len(o.new_token_ids) for each in outputs.values() for o in each.outputs})
             return outputs
 
-        scheduler.update_from_output = watching
+        return watching
 
     def reset(self) -> None:
         """Before a run."""
@@ -148,7 +149,9 @@ class Engine:
         self.llm = LLM(**defaults | settings["engine_args"])
         self.clock = Clock()
         self.watch = Watch(self.clock)
-        self.watch.attach(self.llm.llm_engine.engine_core.engine_core.scheduler)
+        scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        if not patch_set().attach(scheduler, [bench_watch.PATCH], self.watch, scheduler):
+            raise RuntimeError("this vLLM's steps cannot be watched: `vllm-dflash status` says why")
 
     def describe(self) -> dict[str, Any]:
         """What only the engine knows of itself."""

@@ -19,6 +19,8 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer, Qwen3Model
 
 from vllm_dflash.models.eager_layer import Layer, Room, can_run, embedding
+from vllm_dflash.patches import cpu_target
+from vllm_dflash.plugin import patch_set
 
 
 def use_eager_layers(target: Any) -> bool:
@@ -26,8 +28,7 @@ def use_eager_layers(target: Any) -> bool:
     model: Any = getattr(target, "model", None)
     if type(model) is not Qwen3Model or not _is_known(model) or not can_run(model):
         return False
-    model.forward = EagerTarget(model)
-    return True
+    return patch_set().attach(model, [cpu_target.PATCH], model)
 
 
 def _is_known(model: Any) -> bool:

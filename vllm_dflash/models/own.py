@@ -3,7 +3,7 @@
 pytest tests/engine/test_formats.py
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -11,12 +11,15 @@ from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
 from vllm_dflash.weights import MASK_EMBEDDING_FILE, load_mask_embedding, target_ids
 
+if TYPE_CHECKING:
+    from vllm_dflash.models.drafter import DrafterForCausalLM
+
 
 class OwnTables:
     """Gives a drafter the tables of its checkpoint; what it has none of, vLLM shares with it from the target."""
 
     @staticmethod
-    def take(drafter: Any, tensors: dict[str, torch.Tensor]) -> None:
+    def take(drafter: "DrafterForCausalLM", tensors: dict[str, torch.Tensor]) -> None:
         """Moves the tables out of ``tensors`` (name to tensor) into modules of ``drafter``.
 
         Raises:

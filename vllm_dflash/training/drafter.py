@@ -82,7 +82,7 @@ def first_weights(config: DrafterConfig, settings: Settings, model: Any) -> Draf
         TrainingError: those layers have another shape than the drafter's, or ``init`` or ``init_layers`` is unusable.
     """
     torch.manual_seed(settings.run.seed)
-    drafter = new_drafter(config).float()
+    drafter: Drafter = new_drafter(config).float()
     if settings.drafter.init is not None:
         try:
             loaded = load_drafter(settings.drafter.init, torch.float32)

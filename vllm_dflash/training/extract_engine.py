@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from vllm_dflash.patches import hidden_states
+from vllm_dflash.plugin import patch_set
 from vllm_dflash.training.features import write_shard
 from vllm_dflash.training.files import TrainingError
 from vllm_dflash.training.generate_engine import run_as_child, start
@@ -24,6 +26,8 @@ def main(order: dict[str, Any]) -> None:
     transfer = order["engine_args"]["kv_transfer_config"]["kv_connector_extra_config"]
     with tempfile.TemporaryDirectory(prefix="extracted-", suffix=".part", dir=transfer["shared_storage_path"]) as scratch:
         transfer["shared_storage_path"] = scratch
+        if not patch_set().fits(hidden_states.PATCH):
+            raise TrainingError("this vLLM's connector is not the one that ours extends: use --extract-with transformers")
         llm = start(order["engine_args"])
         for job in order["jobs"]:
             shard = Shard(Path(job["sequences"]))
