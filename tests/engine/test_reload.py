@@ -180,13 +180,13 @@ def drafters(tmp_path_factory: pytest.TempPathFactory, targets: dict[str, Path])
 def drafter_steps(name: str, folders: dict[str, Path]) -> dict[tuple[str, str], dict[str, Any]]:
     """By way and kind."""
     steps = {("draft update", kind): {"how": "draft update", "path": path, "mask": True} for kind, path in folders.items()}
-    bad = {"how": "draft update", "path": folders["all"]}
     if name == "dflash":
         steps |= {
             ("draft load", "all"): {"how": "draft load", "path": folders["all"], "mask": True},
             ("draft load", "base"): {"how": "draft load", "path": folders["base"], "mask": True},
         }
     if name in ("dflash", "dflare"):
+        bad = {"how": "draft update", "path": folders["all"]}
         steps |= {
             ("refused", "NaN"): bad | {"spoil": {"layers.1.mlp.up_proj.weight": "nan"}},
             ("refused", "shape"): bad | {"spoil": {"norm.weight": "shape"}},
