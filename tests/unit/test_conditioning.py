@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
@@ -52,12 +52,12 @@ def compare(kind: str, **changes: object) -> None:
     reference = new_drafter(config)
     for parameter in reference.parameters():
         torch.nn.init.normal_(parameter, 0, 0.3)
-    own = {name: reference.state_dict()[name] for name in kind_of(config).own_tensors(config)}
-    attentions = [loaded(layer.self_attn) for layer in reference.layers]
     features = torch.randn(6, config.num_features * config.hidden_size)
     with torch.inference_mode():
         served = kind_of(config).Served(config, config.num_key_value_heads, torch.float32, None, "conditioning")
-        served.load_weights(own, attentions)
+        # In no order, as they may come.
+        for name, tensor in sorted(reference.state_dict().items(), key=lambda item: item[0][::-1]):
+            served.load(name, tensor)
         for module in served.modules():  # as vLLM's loader does; on a CPU it packs the weights
             if hasattr(module, "quant_method"):
                 module.quant_method.process_weights_after_loading(module)
@@ -71,14 +71,6 @@ def compare(kind: str, **changes: object) -> None:
         key, value = reference.layer_key_value(i, c, cos, sin)
         torch.testing.assert_close(layer.self_attn.k_norm(keys[:, i]), key, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(values[:, i], value, rtol=1e-4, atol=1e-4)
-
-
-def loaded(attention: torch.nn.Module) -> SimpleNamespace:
-    """What of vLLM's attention module a kind reads when it is loaded."""
-    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-    biases = None if projections[0].bias is None else torch.cat([p.bias for p in projections])
-    qkv = SimpleNamespace(weight=torch.cat([p.weight for p in projections]), bias=biases)
-    return SimpleNamespace(qkv_proj=qkv, q_size=projections[0].out_features, kv_size=projections[1].out_features)
 
 
 @pytest.mark.parametrize("bias", [False, True])
