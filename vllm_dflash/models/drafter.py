@@ -291,7 +291,7 @@ class DrafterForCausalLM(nn.Module):
         """
         found = dict(weights)
         check_shapes(self.drafter_config, {name: tuple(t.shape) for name, t in found.items()})
-        check_finite(found)
+        check_finite(found, self.dtype)
         tensors = {tensor_name(name): tensor for name, tensor in found.items()}
         own = {name: tensors.pop(name) for name in own_tensors(self.drafter_config)}
         OwnTables.take(self, tensors)

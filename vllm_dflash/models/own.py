@@ -37,5 +37,5 @@ class OwnTables:
                 drafter.draft_ids = target_ids(tensors.pop("d2t"), vocab).to(device)
         data = get_hf_file_bytes(MASK_EMBEDDING_FILE, drafter.model_path, drafter.revision)
         if data is not None:
-            drafter.model.mask_embedding.data.copy_(load_mask_embedding(data, config, MASK_EMBEDDING_FILE))
+            drafter.model.mask_embedding.data.copy_(load_mask_embedding(data, config, MASK_EMBEDDING_FILE, drafter.dtype))
             drafter.model.has_mask_embedding = True
