@@ -37,12 +37,36 @@ def check_speculative_config(speculative: Any) -> None:
         from vllm_dflash.weights import check_tensors
 
         check_tensors(drafter, folder, target.dtype)
+        if drafter.vocab_size < TargetShape.from_hf(target.hf_config).vocab_size:
+            check_padding(folder, speculative.draft_sample_method)
     if drafter.unknown_keys:
         _logger.warning("%s", said_of_unknown_keys(drafter))
     _settle(hf_config, drafter)
     # EAGLE's K/V of a position depend on the token after it, so vLLM takes back the last page of every prefix-cache hit. Ours
     # depend on the target's hidden state at that position alone: hits are as long as without speculation.
     speculative.disable_eagle_block_drop = True
+
+
+def check_padding(folder: Path, draft_sample_method: str) -> None:
+    """Refuses what does not go with a target whose embedding has rows that the drafter has not.
+
+    Raises:
+        DrafterConfigError: the drafter embeds by a table of its own, or its probabilities are asked for.
+    """
+    from vllm_dflash.weights import read_shapes
+
+    if any(name.removeprefix("model.") == "embed_tokens.weight" for name in read_shapes(folder)):
+        raise DrafterConfigError(
+            "the drafter has an embedding of its own, shorter than the target's, and a prompt may hold ids beyond it",
+            "serve it with the target that its model card names",
+            field="vocab_size",
+        )
+    if draft_sample_method == "probabilistic":
+        raise DrafterConfigError(
+            "draft_sample_method is probabilistic, and the drafter's probabilities are of fewer tokens than the target's",
+            "leave draft_sample_method out of the speculative config",
+            field="vocab_size",
+        )
 
 
 def said_of_unknown_keys(drafter: DrafterConfig) -> str:

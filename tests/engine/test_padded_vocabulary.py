@@ -13,8 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from broken import edit
 from engine.harness import DRAFTER, TARGET, Batch, Job, held_out_prompts, run_engines
 from unit.test_checks import configure
+from vllm_dflash.checks import check_padding
+from vllm_dflash.config import DrafterConfigError
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -57,6 +60,17 @@ def test_as_much_is_accepted_as_without_padding(batches: dict[str, Batch]) -> No
     assert batches["unpadded"].tokens == batches["drafts"].tokens, "the noise was never the best token"
     assert batches["drafts"].tau == pytest.approx(batches["unpadded"].tau, abs=0.01)
     assert batches["drafts"].tau > 2
+
+
+def test_what_does_not_go_with_padding(padded: Path, tmp_path: Path) -> None:
+    """Ids of the padding would end an engine whose drafter embeds by a shorter table of its own."""
+    own = Path(shutil.copytree(DRAFTER, tmp_path / "own"))
+    edit(own, lambda tensors: tensors.update({"embed_tokens.weight": torch.zeros(ROWS, 256)}))
+    configure(TARGET, own)
+    with pytest.raises(ValueError, match="an embedding of its own, shorter than the target's"):
+        configure(padded, own)
+    with pytest.raises(DrafterConfigError, match="leave draft_sample_method out"):
+        check_padding(DRAFTER, "probabilistic")
 
 
 def test_without_a_tokenizer_it_is_not_known_to_fit(padded: Path, tmp_path: Path) -> None:

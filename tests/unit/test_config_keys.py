@@ -148,7 +148,7 @@ def test_what_passes_is_read_by_transformers(name: str) -> None:
         raw = copy.deepcopy(write(config, "z-lab")) | {name: value}
         error = refused_or_read(raw)
         if error is not None:
-            assert error.field and error.problem and error.remedy, error
+            assert all((error.field, error.problem, error.remedy)), error
             assert name in error.field or name in error.problem, error
             assert REMEDY.search(str(error)), error
             continue
