@@ -101,7 +101,7 @@ class Loading:
         named = {tensor_name(name): tensor for name, tensor in found.items()}
         others = {name: shape for name, shape in expected_tensors(config).items() if name not in named}
         check_shapes(config, others | {name: tuple(tensor.shape) for name, tensor in found.items()})
-        check_finite(found)
+        check_finite(found, self._drafter.dtype)
         named = {name: tensor for name, tensor in named.items() if name not in IGNORED_TENSORS}
         self._kinds |= {name: _Kind(tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in named.items()}
         return named
@@ -124,7 +124,7 @@ class Loading:
                 f"the update brings other tensors than the running drafter's: {_some(wrong)}. Send tensors of a drafter with the same "
                 "config.json, or restart vLLM with that one. The weights from before the update stay in force"
             )
-        check_finite(named)
+        check_finite(named, self._drafter.dtype)
         self._tables.check_update(named)
         return named
 

@@ -65,7 +65,7 @@ class OwnTables:
         drafter = self._drafter
         data = get_hf_file_bytes(MASK_EMBEDDING_FILE, drafter.model_path, drafter.revision)
         if data is not None:
-            self.load(MASK_EMBEDDING, load_mask_embedding(data, drafter.drafter_config, MASK_EMBEDDING_FILE))
+            self.load(MASK_EMBEDDING, load_mask_embedding(data, drafter.drafter_config, MASK_EMBEDDING_FILE, drafter.dtype))
             drafter.model.has_mask_embedding = True
 
     def optional(self) -> dict[str, tuple[int, ...]]:

@@ -32,7 +32,9 @@ def save_drafter(folder: str | Path, model: Drafter) -> None:
         DrafterConfigError: it has tables of its own, which those formats do not hold.
     """
     if model.own != OwnTables():
-        raise DrafterConfigError("this drafter has tables of its own (embedding, lm_head): convert its checkpoint with vllm-dflash convert")
+        raise DrafterConfigError(
+            "this drafter has tables of its own (embedding, lm_head)", "convert its checkpoint with vllm-dflash convert"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
@@ -51,15 +53,15 @@ def load_drafter(folder: str | Path, dtype: torch.dtype) -> Drafter:
     """
     config = DrafterConfig.from_pretrained(folder)
     if config.quantization_config is not None:
-        raise DrafterConfigError(f"{folder}: the weights are quantized, which plain PyTorch does not run: serve it with vLLM")
-    check_tensors(config, folder)
+        raise DrafterConfigError("the weights are quantized, which plain PyTorch does not run", "serve it with vLLM", where=str(folder))
+    check_tensors(config, folder, dtype)
     tensors = read_tensors(folder)
-    check_finite(tensors)
+    check_finite(tensors, dtype)
     tables = {own: tensors.pop(name) for name, own in _OWN.items() if name in tensors}
     model = new_drafter(config)
     model.load_state_dict(tensors)
     model.own = OwnTables(**{name: table if name == "d2t" else table.to(dtype) for name, table in tables.items()})
-    embedding = read_mask_embedding(folder, config)
+    embedding = read_mask_embedding(folder, config, dtype)
     model.own.mask_embedding = None if embedding is None else embedding.to(dtype)
     return model.to(dtype).eval()
 

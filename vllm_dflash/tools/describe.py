@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from vllm_dflash.config import DrafterConfig
+from vllm_dflash.config import DrafterConfig, printable
 from vllm_dflash.tools.inspect import Inspection
 
 _CONTEXT = {
@@ -20,10 +20,11 @@ def as_text(found: Inspection) -> str:
         rows.append(("sound", f"yes: all {len(found.drafter_tensors)} tensors are there and finite"))
     else:
         rows.append(("sound", f"no, {len(found.problems)} problem{'s' if len(found.problems) > 1 else ''}:"))
+    rows += [("note", warning) for warning in found.warnings]
     lines = [str(found.folder), *(f"{name:<17} {value}" for name, value in rows), *(f"  {problem}" for problem in found.problems)]
     if found.fusion is not None and found.config is not None:
         lines += ["", *_fusion_lines(found.config, found.fusion)]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from vllm_dflash.checks import count_tokens
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.tools.inspect import inspect_checkpoint
 from vllm_dflash.tools.pair_checks import (
@@ -59,17 +60,21 @@ def diagnose(args: argparse.Namespace, *, progress: bool) -> Diagnosis:
     """
     from transformers import AutoConfig
 
-    found = inspect_checkpoint(args.draft, progress=progress)
-    checks = [plugin_check(), *checkpoint_checks(found)]
+    checks = [plugin_check()]
     try:
         target = AutoConfig.from_pretrained(args.target)
     except (OSError, ValueError, KeyError) as error:
+        checks += checkpoint_checks(inspect_checkpoint(args.draft, progress=progress))
         checks.append(Check("target", "error", f"{args.target} cannot be read ({str(error).splitlines()[0]})", "give its folder or hub id"))
         return Diagnosis(checks)
+    served = resolved_dtype(target.get_text_config(), args.dtype)
+    found = inspect_checkpoint(args.draft, dtype=served, progress=progress)
+    checks += checkpoint_checks(found)
     if found.config is None:
         return Diagnosis(checks)
     tokenizer = load_tokenizer(args.target)
-    checks += shape_checks(found.config, target, Settings(args.num_speculative_tokens, args.max_model_len, args.dtype))
+    settings = Settings(args.num_speculative_tokens, args.max_model_len, args.dtype)
+    checks += shape_checks(found.config, target, settings, count_tokens(args.target) if tokenizer is not None else None)
     checks += tokenizer_checks(found.config, found.folder, tokenizer)
     diagnosis = Diagnosis(checks)
     if diagnosis.exit_status:
