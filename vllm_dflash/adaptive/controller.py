@@ -191,45 +191,49 @@ class Controller:
 
     def _trial(self, cost: LocalCost, survival: np.ndarray, num_context: int, best: _Choice, draft: Plan) -> Plan | None:
         """What does not look best, if it was not tried for long and the budget pays for it, or gives credit."""
-        num_reqs, k = best.num_reqs, best.plan.num_draft_tokens
         self._num_trials += 1
-        plan, kind = self._candidate(survival, best.plan, draft)
-        at = _power(num_reqs), kind
-        tried = self._tried.setdefault(at, self._steps)
-        if self._steps - self._trial_at >= 2 * _EVERY:
+        is_early = self._steps - self._trial_at < 2 * _EVERY
+        if not is_early:
             self._settle(cost, survival, num_context, best)
-        loss = self._loss(cost, survival, num_context, best, plan)
-        # The first step without a draft still verifies what was drafted before, and the first with one brings the context up to date:
-        # only the second is like those that would follow.
-        steps = 1 if k and plan.num_draft_tokens else 2
-        self._needs = steps * loss, tried
-        is_credited = self._budget >= 0 and self._steps - tried >= STALE
-        if self._steps - self._trial_at < 2 * _EVERY or not (steps * loss <= self._budget or is_credited):
-            return None
-        if not k:
-            steps = max(steps, min(_TRIAL_DRAFTS, int(self._budget / max(loss, 1e-9))))
-        self._budget, self._trial_at, self._tried[at] = self._budget - steps * loss, self._steps, self._steps
-        self._unsettled = plan, num_reqs, steps, steps * loss
-        self._rest = [plan] * (steps - 1)
-        return plan
+        candidates = {(_power(best.num_reqs), kind): plan for kind, plan in self._candidates(survival, best.plan, draft).items()}
+        # What waited longest comes first.
+        for at in sorted(candidates, key=lambda at: self._tried.setdefault(at, self._steps)):
+            plan, tried = candidates[at], self._tried[at]
+            loss = self._loss(cost, survival, num_context, best, plan)
+            # The first step without a draft still verifies what was drafted before, and the first with one brings the context up to
+            # date: only the second is like those that would follow.
+            steps = 1 if best.plan.num_draft_tokens and plan.num_draft_tokens else 2
+            self._needs = steps * loss, tried
+            is_credited = self._budget >= 0 and self._steps - tried >= STALE
+            # Whole drafts are tried beside shorter ones only so that no figure stands for good: they bring little else.
+            is_rare = best.plan.num_draft_tokens and at[1] == "whole" and self._steps - tried < STALE
+            if is_early or is_rare or not (steps * loss <= self._budget or is_credited):
+                continue
+            if not best.plan.num_draft_tokens:
+                steps = max(steps, min(_TRIAL_DRAFTS, int(self._budget / max(loss, 1e-9))))
+            self._budget, self._trial_at, self._tried[at] = self._budget - steps * loss, self._steps, self._steps
+            self._unsettled = plan, best.num_reqs, steps, steps * loss
+            self._rest = [plan] * (steps - 1)
+            return plan
+        return None
 
-    def _candidate(self, survival: np.ndarray, best: Plan, draft: Plan) -> tuple[Plan, str]:
-        """What is to be tried next, with the name of its kind.
+    def _candidates(self, survival: np.ndarray, best: Plan, draft: Plan) -> dict[str, Plan]:
+        """What may be tried next, by the name of its kind.
 
         Where nothing is drafted, ``draft``, what would be best of those that draft, and one time in four drafts that are verified
-        whole, so that positions that did not pay are seen to pay again. Where drafts are, in turn none; a token a request less than
-        the choice verifies, as the cost need not be a line; and whole ones where the choice verifies only part.
+        whole, so that positions that did not pay are seen to pay again. Where drafts are, none; a token a request less than the choice
+        verifies, as the cost need not be a line; and whole ones where the choice verifies only part.
         """
-        k = best.num_draft_tokens
-        if not k:
+        if not best.num_draft_tokens:
             is_part = self._num_trials % 4 and bool((survival > draft.threshold).any())
-            return Plan(self.max_draft, draft.threshold if is_part else 0.0, why="trial"), "part" if is_part else "whole"
+            return {"part" if is_part else "whole": Plan(self.max_draft, draft.threshold if is_part else 0.0, why="trial")}
+        found = {"none": Plan(0, why="trial")}
         kept = np.sort(survival[survival > best.threshold])
-        if self._num_trials % 2 and len(kept) < survival.size and self._num_trials % 4 == 3:
-            return Plan(k, why="trial"), "whole"
-        if self._num_trials % 2 and len(kept) > len(survival):
-            return Plan(k, float(kept[len(survival) - 1]), why="trial"), "less"
-        return Plan(0, why="trial"), "none"
+        if len(kept) > len(survival):
+            found["less"] = Plan(best.num_draft_tokens, float(kept[len(survival) - 1]), why="trial")
+        if len(kept) < survival.size:
+            found["whole"] = Plan(best.num_draft_tokens, why="trial")
+        return found
 
     def _loss(self, cost: LocalCost, survival: np.ndarray, num_context: int, best: _Choice, plan: Plan) -> float:
         """Seconds that a step of ``plan`` is expected to lose against ``best``."""
