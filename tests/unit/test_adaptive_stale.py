@@ -8,14 +8,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from simulation import Server, two_cores
-from vllm_dflash.adaptive.controller import EXPLORATION, Controller, Plan
+from simulation import two_cores
+from vllm_dflash.adaptive.controller import _SAVED, EXPLORATION, Controller, Plan
 from vllm_dflash.adaptive.cost import STALE, Work
 
 GOOD, BAD = [0.8, 0.78, 0.76, 0.74, 0.72, 0.7, 0.68], [0.01] * 7
 PLAIN = two_cores(Work(1, 1, 0))
-RETURN = 5 * STALE
-"""Steps within which a wrong figure has to be seen through: a trial on credit, and as many more for what else it was held against."""
+RETURN = round(_SAVED / EXPLORATION) + 3 * STALE
+"""Steps within which a wrong figure has to be seen through: the longest patience, and what the trials after it take."""
 
 
 class Run:

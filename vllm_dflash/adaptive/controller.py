@@ -5,10 +5,11 @@ token a request, and each draft token with the probability that it and all befor
 ``Acceptance`` the probabilities. Now and then what does not look best is tried, to learn what it costs and brings; what that is
 expected to lose is paid from a budget, a share of the time that has passed.
 
-What was measured wrong once must not stand for good. A trial that was not made for ``STALE`` steps is made on credit, unless
-the budget is overdrawn. What it loses is settled afterwards, by what it is then known to cost, and is never more than its rows
-would cost as plain steps of their own. So it comes within ``STALE`` + ``_LONGEST_EVERY`` steps where nothing is owed, else within
-as many and what is owed over ``EXPLORATION``: for a trial of two steps at most 4 ``block_size`` / ``EXPLORATION`` plain steps.
+What was measured wrong once must not stand for good. A trial that no budget would ever pay for is made on credit after ``STALE``
+steps, any other after ``_SAVED`` / ``EXPLORATION``, unless the budget is overdrawn. What it loses is settled afterwards, by what it
+is then known to cost, and is never more than its rows would cost as plain steps of their own. So a trial comes within ``_SAVED`` /
+``EXPLORATION`` + ``_LONGEST_EVERY`` steps where nothing is owed, else within as many and what is owed over ``EXPLORATION``: for a
+trial of two steps at most 4 ``block_size`` / ``EXPLORATION`` plain steps.
 
     pytest tests/unit/test_adaptive.py
 """
@@ -196,7 +197,9 @@ class Controller:
         if not is_early:
             self._settle(cost, survival, num_context, best)
         candidates = {(_power(best.num_reqs), kind): plan for kind, plan in self._candidates(survival, best.plan, draft).items()}
-        # What waited longest comes first.
+        turn = "less" if self._num_trials % 2 and any(kind == "less" for _, kind in candidates) else "none"
+        most = _SAVED * self._expected(survival, best.num_reqs, num_context, best.plan)[1] / best.rate
+        # What waited longest comes first; out of its turn only on credit.
         for at in sorted(candidates, key=lambda at: self._tried.setdefault(at, self._steps)):
             plan, tried = candidates[at], self._tried[at]
             loss = self._loss(cost, survival, num_context, best, plan)
@@ -204,15 +207,16 @@ class Controller:
             # date: only the second is like those that would follow.
             steps = 1 if best.plan.num_draft_tokens and plan.num_draft_tokens else 2
             self._needs = steps * loss, tried
-            is_credited = self._budget >= 0 and self._steps - tried >= STALE
-            # Whole drafts are tried beside shorter ones only so that no figure stands for good: they bring little else.
-            is_rare = best.plan.num_draft_tokens and at[1] == "whole" and self._steps - tried < STALE
-            if is_early or is_rare or not (steps * loss <= self._budget or is_credited):
+            # What can be saved up for is left to that, for as long as it may take.
+            patience = STALE if steps * loss > most else _SAVED / EXPLORATION
+            is_credited = self._budget >= 0 and self._steps - tried >= patience
+            is_paid = at[1] in (turn, "part") + ("whole",) * (not best.plan.num_draft_tokens) and steps * loss <= self._budget
+            if is_early or not (is_paid or is_credited):
                 continue
             if not best.plan.num_draft_tokens:
                 steps = max(steps, min(_TRIAL_DRAFTS, int(self._budget / max(loss, 1e-9))))
             self._budget, self._trial_at, self._tried[at] = self._budget - steps * loss, self._steps, self._steps
-            self._unsettled = plan, best.num_reqs, steps, steps * loss
+            self._unsettled = None if is_paid else (plan, best.num_reqs, steps, steps * loss)
             self._rest = [plan] * (steps - 1)
             return plan
         return None
@@ -281,7 +285,8 @@ class Controller:
         """Seconds until drafting is tried, of steps that take ``step`` seconds."""
         loss, tried = self._needs
         saved = (loss - self._budget) / EXPLORATION if loss <= _SAVED * step else math.inf
-        credited = max((tried + STALE - self._steps) * step, -self._budget / EXPLORATION)
+        patience = STALE if loss > _SAVED * step else _SAVED / EXPLORATION
+        credited = max((tried + patience - self._steps) * step, -self._budget / EXPLORATION)
         soonest = max(self._trial_at + 2 * _EVERY, self._chosen_at + self._every) - self._steps
         return max(soonest * step, min(saved, credited), 0.0)
 
