@@ -131,6 +131,21 @@ DRAFT_LENGTHS = (
         no_value="adaptive drafting is off", may_be_empty="adaptive drafting is off",
     ),
     Panel(
+        "series", "Is drafting on, and why", "1 where the controller drafts, 0 where it does not: slow would not pay if every draft token was accepted, "
+        "rejected would if more were. Only with adaptive drafting.",
+        ((f'max by ({BY_ENGINE}, why) ({selector("vllm_dflash_drafting")})', EACH + ": {{why}}"),), "none", "draft-length", 12,
+        maximum=1, may_be_empty="adaptive drafting is off", no_value="adaptive drafting is off",
+    ),
+    Panel(
+        "series", "Age of what is known, next trial", "How long ago a step that drafts was measured, and the decoding time until drafting is tried again where "
+        "it is off.",
+        (
+            (selector("vllm_dflash_draft_measured_age_seconds"), EACH + ": measured"),
+            (selector("vllm_dflash_next_trial_seconds"), EACH + ": next trial"),
+        ),
+        "s", "draft-length", 12, may_be_empty="adaptive drafting is off, or drafts all the time", no_value="adaptive drafting is off",
+    ),
+    Panel(
         "series", "Steps without a draft", "Decoding steps of a request a second that had no draft although speculation is configured, by reason.",
         ((rate("vllm_dflash_speculation_refused_total", "reason"), "{{reason}}"),), "short", "draft-length", 12, stacked=True,
         may_be_empty="every step drafted",

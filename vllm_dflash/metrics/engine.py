@@ -14,6 +14,7 @@ from collections import deque
 from typing import Any
 
 from vllm_dflash import __version__
+from vllm_dflash.adaptive.controller import Status
 from vllm_dflash.adaptive.cost import Work
 from vllm_dflash.adaptive.settings import is_adaptive
 from vllm_dflash.checks import settled
@@ -301,10 +302,21 @@ class EngineRecord:
             names = [[confidence_bucket(i)] for i in range(CONFIDENCE_BUCKETS)]
             found["confidence_tokens"] = list(zip(names, self.confident, strict=True))
             found["confidence_accepted_tokens"] = list(zip(names, self.confident_accepted, strict=True))
+            found |= drafting_samples(self.scheduler.controller.status(), time.monotonic())
         if self.speedup.recent is not None:
             found["baseline_seconds"], found["measured_seconds"] = [([], self.speedup.baseline)], [([], self.speedup.measured)]
             found["estimated_speedup"] = [(["cost_model" if self.adaptive else "plain_steps"], self.speedup.recent)]
         return found
+
+
+def drafting_samples(status: Status, now: float) -> dict[str, list[Any]]:
+    """What the controller makes of drafting, ``now`` on ``time.monotonic``'s clock."""
+    found: dict[str, list[Any]] = {"drafting": [([status.why], int(status.drafting))]}
+    if status.measured is not None:
+        found["draft_measured_age_seconds"] = [([], now - status.measured)]
+    if status.next_trial is not None:
+        found["next_trial_seconds"] = [([], status.next_trial)]
+    return found
 
 
 def _info(vllm_config: Any, block_size: int, adaptive: bool) -> list[str]:
