@@ -19,7 +19,7 @@ COMPAT_TESTS := tests/patches tests/engine/test_lossless.py tests/engine/test_dr
 COMPAT_NAMES := test_v2 or not (bfloat16 or compiled)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test compat compat-test soak lint wheel clean
+.PHONY: help install demo unit test compat compat-test soak lint wheel sdist clean
 
 help: ## this text
 	@echo "vllm-dflash: make TARGET [TORCH_INDEX=index of CPU wheels]"
@@ -34,6 +34,9 @@ $(INSTALLED): pyproject.toml vllm_dflash/install_cpu.py
 
 demo: $(INSTALLED) ## plain decoding against DFlash on the embedded pair, then the same through `vllm serve`
 	@$(BIN)/python examples/demo.py
+
+unit: $(INSTALLED) ## the tests that need no vLLM: under a minute
+	@$(BIN)/pytest -q -n $(TEST_PROCESSES) --dist load --pure tests/unit
 
 test: $(INSTALLED) ## the tests that need no GPU
 	@$(BIN)/pytest -q -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder tests
@@ -56,6 +59,9 @@ lint: $(INSTALLED) ## ruff and mypy
 
 wheel: $(INSTALLED) ## the wheel, in dist/
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+sdist: $(INSTALLED) ## the source distribution, in dist/
+	@mkdir -p dist && $(BIN)/python -c "from setuptools import build_meta; print('dist/' + build_meta.build_sdist('dist'))" | tail -1
 
 clean: ## removes the virtual environment and everything built
 	rm -rf $(VENV) .compat build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -313,6 +313,8 @@ def _status() -> int:
     version = installed_vllm()
     print(f"vllm-dflash  {vllm_dflash.__version__}")
     print(f"vLLM         {version or 'not installed'} (supported: {SUPPORTED_VLLM})")
+    if version is None:
+        print("             for a GPU: pip install 'vllm-dflash[cuda]'; for a CPU: python -m vllm_dflash.install_cpu")
     print(f"torch        {_version('torch')}")
     problems = patch_set().check(version)
     state = why_off() or ("off: the patches do not fit this vLLM" if problems else "on")
