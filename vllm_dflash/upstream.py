@@ -41,6 +41,23 @@ class Definition:
         """A sha256 prefix of the code: moved lines, comments and docstrings do not change it."""
         return hashlib.sha256(_canonical(self.node).encode()).hexdigest()[:_DIGITS]
 
+    @property
+    def signature(self) -> str:
+        """A function's parameters, such as ``self, scheduled, *, registry=``: their names and order, and which have a default."""
+        assert isinstance(self.node, ast.FunctionDef | ast.AsyncFunctionDef)
+        arguments = self.node.args
+        positional = [*arguments.posonlyargs, *arguments.args]
+        first_default = len(positional) - len(arguments.defaults)
+        names = [a.arg + "=" * (i >= first_default) for i, a in enumerate(positional)]
+        if arguments.posonlyargs:
+            names.insert(len(arguments.posonlyargs), "/")
+        if arguments.vararg:
+            names.append(f"*{arguments.vararg.arg}")
+        elif arguments.kwonlyargs:
+            names.append("*")
+        names += [a.arg + "=" * (default is not None) for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults)]
+        return ", ".join([*names, *([f"**{arguments.kwarg.arg}"] if arguments.kwarg else [])])
+
 
 @dataclass(frozen=True)
 class _Source:
@@ -93,6 +110,20 @@ class Sources:
                 raise SourceNotFoundError(f"{dotted} is not in {module}'s source")
             body = node.body if isinstance(node, ast.ClassDef) else []
         return Definition(module, qualname, cast(_Definition | _Assigned, node))
+
+    def has_attribute(self, dotted: str) -> bool:
+        """Whether objects of a class have an attribute ``module:Class.name``: the class defines it, or a method assigns it.
+
+        Raises:
+            SourceNotFoundError: no such class.
+        """
+        owner, _, name = dotted.rpartition(".")
+        try:
+            self.find(dotted)
+        except SourceNotFoundError:
+            nodes = ast.walk(self.locate(owner).node)
+            return any(isinstance(n, ast.Attribute) and n.attr == name and isinstance(n.ctx, ast.Store) for n in nodes)
+        return True
 
     def text(self, definition: Definition) -> str:
         """The definition as it stands in its file, decorators included."""

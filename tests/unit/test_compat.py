@@ -183,3 +183,11 @@ def test_the_installed_vllm_has_what_we_rely_on() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "nothing to do" in done.stdout
+
+
+def test_parameters_and_attributes_are_read_from_source(old: Path) -> None:
+    code = "class Engine:\n    limit: int\n    def start(self, a, /, b=1, *more, c, d=2, **rest):\n        self.on = True\n"
+    sources = Sources(write(old, {"engine.py": code}))
+    assert sources.locate("vllm.engine:Engine.start").signature == "self, a, /, b=, *more, c, d=, **rest"
+    has = [sources.has_attribute(f"vllm.engine:Engine.{name}") for name in ("start", "limit", "on", "off")]
+    assert has == [True, True, True, False]
