@@ -16,7 +16,9 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
+from vllm_dflash import patches
 from vllm_dflash.patches import ALL
 from vllm_dflash.patching import Patch
 from vllm_dflash.supported import SUPPORTED_VLLM, installed_vllm, is_supported
@@ -80,7 +82,10 @@ class PatchFinding:
 
     @property
     def file(self) -> str:
-        return f"{self.patch.replace.__module__.rpartition('.')[2]}.py"
+        """Where the patch stands, from the checkout's root."""
+        modules = {name: vars(module) for name, module in vars(patches).items() if isinstance(module, ModuleType)}
+        homes = [name for name, members in modules.items() if any(member is self.patch for member in members.values())]
+        return f"patches/{homes[0]}.py" if homes else "patches/"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -91,10 +96,10 @@ def run(args: argparse.Namespace) -> int:
     except FileNotFoundError as error:
         print(f"vllm-dflash compat: {error}", file=sys.stderr)
         return 2
-    patches = check_patches(ALL, release, before)
+    patched = check_patches(ALL, release, before)
     names = check_names(imported_names("vllm"), release, before)
-    todo = list(to_do(release, patches, names))
-    print("\n".join(_report(release, before, patches, names, todo, args.diffs)))
+    todo = list(to_do(release, patched, names))
+    print("\n".join(_report(release, before, patched, names, todo, args.diffs)))
     return 1 if todo else 0
 
 
@@ -130,9 +135,9 @@ def is_for(patch: Patch, version: str | None) -> bool:
     return not is_supported(version) or is_supported(version, patch.versions)
 
 
-def check_patches(patches: Iterable[Patch], release: Release, before: Release | None) -> list[PatchFinding]:
+def check_patches(all_patches: Iterable[Patch], release: Release, before: Release | None) -> list[PatchFinding]:
     """Each patch with its target and what it relies on."""
-    return [PatchFinding(patch, tuple(_check_patch(patch, release, before))) for patch in patches]
+    return [PatchFinding(patch, tuple(_check_patch(patch, release, before))) for patch in all_patches]
 
 
 def _check_patch(patch: Patch, release: Release, before: Release | None) -> Iterator[Finding]:
@@ -188,29 +193,29 @@ def _place(definition: Definition) -> str:
     return f"{definition.module}:{definition.qualname}"
 
 
-def to_do(release: Release, patches: Iterable[PatchFinding], names: Iterable[Finding]) -> Iterator[str]:
+def to_do(release: Release, patched: Iterable[PatchFinding], names: Iterable[Finding]) -> Iterator[str]:
     """What has to be done before this release can be supported, a line each."""
     if release.version is not None and not is_supported(release.version):
         yield f"vLLM {release.version} is not in {SUPPORTED_VLLM}: once the rest is done and tested, widen vllm_dflash/supported.py"
-    for found in patches:
+    for found in patched:
         for finding in found.names:
             if finding.state == GONE:
-                yield f"patches/{found.file}: {finding.name} is gone: find what took its place"
+                yield f"{found.file}: {finding.name} is gone: find what took its place"
             elif finding.state == CHANGED:
-                yield f"patches/{found.file}: read the difference in {finding.name}; if it still fits, accept {finding.fingerprint}"
+                yield f"{found.file}: read the difference in {finding.name}; if it still fits, accept {finding.fingerprint}"
     for finding in names:
         if finding.state == GONE:
             yield f"{', '.join(finding.users)}: {finding.name} is gone: find what took its place"
 
 
 def _report(
-    release: Release, before: Release | None, patches: Sequence[PatchFinding], names: Sequence[Finding], todo: Sequence[str], diffs: bool
+    release: Release, before: Release | None, patched: Sequence[PatchFinding], names: Sequence[Finding], todo: Sequence[str], diffs: bool
 ) -> Iterator[str]:
     yield str(release)
     yield f"compared with {before}" if before else "compared with nothing, for no vLLM is installed: --against FOLDER shows differences"
     yield f"this package supports {SUPPORTED_VLLM}"
-    yield f"\npatches: {_counts(found.state for found in patches)}"
-    for found in patches:
+    yield f"\npatches: {_counts(found.state for found in patched)}"
+    for found in patched:
         yield f"  {found.state:<10} {found.patch.target}  ({found.file})"
         for finding in found.names[1:]:
             if finding.state != SAME:
@@ -220,7 +225,7 @@ def _report(
         if finding.state != SAME:
             yield f"  {finding.state:<10} {finding.name}  ({', '.join(finding.users)})"
     if diffs:
-        every = [finding for found in patches for finding in found.names] + list(names)
+        every = [finding for found in patched for finding in found.names] + list(names)
         for diff in dict.fromkeys(finding.diff for finding in every if finding.diff):
             yield f"\n{diff.rstrip()}"
     yield "\nto do:" if todo else "\nnothing to do"
