@@ -4,7 +4,8 @@
 # TORCH_INDEX  where pip finds torch 2.13.0+cpu, when it does not by itself: an index address or a folder of wheels.
 #              PyTorch's installation page gives the address of its own index of CPU wheels
 # TEST_PROCESSES  how many processes run the tests, one thread each
-# VLLM         which vLLM `make compat` and `make compat-test` look at: a range such as '<0.34', or: supported
+# COMPAT_TESTS    what `make compat-test` runs
+# VLLM            which vLLM `make compat` and `make compat-test` look at: a range such as '<0.34', or: supported
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
@@ -13,10 +14,8 @@ VLLM ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# What has to hold on another vLLM: the patches, lossless output, drafts equal to the reference's on both runners, tau.
-COMPAT_TESTS := tests/patches tests/engine/test_lossless.py tests/engine/test_draft_parity.py tests/engine/test_v2.py
-# Left out for the time they take: bfloat16 and torch.compile on the V1 runner.
-COMPAT_NAMES := test_v2 or not (bfloat16 or compiled)
+# What has to hold on another vLLM, in minutes. `make compat-test COMPAT_TESTS=tests` runs all there is.
+COMPAT_TESTS ?= tests/patches tests/compat/suite.py
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo unit test compat compat-test soak lint wheel sdist clean
@@ -47,7 +46,7 @@ compat: $(INSTALLED) ## what the newest vLLM's source means for this package: no
 compat-test: $(INSTALLED) ## the newest supported vLLM's Python over the installed kernels, and the tests that matter most on it
 	@folder=$$($(BIN)/python tests/compat/wheel.py '$(or $(VLLM),supported)') && \
 	python=$$($(BIN)/python tests/compat/overlay.py "$$folder") && \
-	"$$python" -m pytest -q -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder $(COMPAT_TESTS) -k '$(COMPAT_NAMES)'
+	"$$python" -m pytest -q -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder $(COMPAT_TESTS)
 
 soak: $(INSTALLED) ## half an hour of mixed random requests against their twins without a drafter
 	@$(BIN)/python tests/soak.py --minutes 30
