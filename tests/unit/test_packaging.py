@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_dflash.cli import main
 from vllm_dflash.install_cpu import installed_requirements, own_requirements, write_name_wheel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,3 +100,13 @@ def test_the_cpu_build_is_installed_from_a_wheel_too() -> None:
     lines = ["tqdm", 'rich>=13; python_version > "3"', 'ruff==1; extra == "dev"', "ray; sys_platform == 'linux' and extra == 'ray'"]
     assert installed_requirements(lines, []) == lines[:2]
     assert installed_requirements(lines, ["dev", "ray"]) == [*lines[:2], "ruff==1", "ray; sys_platform == 'linux'"]
+
+
+def test_status_says_how_to_get_a_vllm_where_there_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The extra `cpu` was empty: it installed nothing, and said nothing."""
+    monkeypatch.setattr("vllm_dflash.cli.installed_vllm", lambda: None)
+    assert main(["status"]) == 1
+    out = capsys.readouterr().out
+    assert "pip install 'vllm-dflash[cuda]'" in out
+    assert "python -m vllm_dflash.install_cpu" in out
+    assert "cpu" not in PROJECT["project"]["optional-dependencies"]
