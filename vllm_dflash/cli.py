@@ -60,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         ["vllm-dflash status"],
     )  # fmt: skip
     status.set_defaults(run=lambda _: _status())
+    _add_compat(commands)
     _add_inspect(commands)
     _add_convert(commands)
     _add_doctor(commands)
@@ -89,6 +90,29 @@ def _command(commands: Any, name: str, help: str, description: str, examples: li
 def _run_tool(name: str) -> Any:
     """A tool's ``run``, imported when it is called: torch takes seconds."""
     return lambda args: import_module(f"vllm_dflash.tools.{name}").run(args)
+
+
+def _add_compat(commands: Any) -> None:
+    compat = _command(
+        commands, "compat", "what another vLLM's source means for this package",
+        "Reads the Python of a vLLM that is not installed, as text, and says of each patch and each name that this package imports "
+        "from vLLM whether its definition is the same, changed or gone, with the difference. A patched definition that changed has to "
+        "be read; a changed name that is only imported is shown and asks for nothing. Ends with 0 where nothing is to do, with 1 where "
+        "something is, with 2 on wrong usage. In a checkout `make compat` fetches the newest release and runs this on it.",
+        [
+            "pip download --no-deps vllm && unzip -q vllm-*.whl '*.py' '*/METADATA' -d new",
+            "vllm-dflash compat --source new                       # against the installed vLLM",
+            "vllm-dflash compat --source new --against old         # both as text",
+        ],
+    )  # fmt: skip
+    compat.add_argument(
+        "--source", metavar="FOLDER", type=Path, required=True, help="holds vllm/: an unpacked wheel, or a checkout of vLLM"
+    )
+    compat.add_argument(
+        "--against", metavar="FOLDER", type=Path, help="holds the vllm/ that it is compared with (default: the installed one)"
+    )
+    compat.add_argument("--no-diffs", dest="diffs", action="store_false", help="the lists alone")
+    compat.set_defaults(run=_run_tool("compat"))
 
 
 def _add_inspect(commands: Any) -> None:
@@ -301,6 +325,8 @@ def _status() -> int:
     version = installed_vllm()
     print(f"vllm-dflash  {vllm_dflash.__version__}")
     print(f"vLLM         {version or 'not installed'} (supported: {SUPPORTED_VLLM})")
+    if version is None:
+        print("             for a GPU: pip install 'vllm-dflash[cuda]'; for a CPU: python -m vllm_dflash.install_cpu")
     print(f"torch        {_version('torch')}")
     problems = patch_set().check(version)
     state = why_off() or ("off: the patches do not fit this vLLM" if problems else "on")

@@ -78,12 +78,17 @@ class Patch:
             problems.append(f"{self.target}: {error}")
         for name in dict.fromkeys([*self.fingerprints, *self.signatures]):
             try:
-                problems += self._compare(name, sources)
+                problems += self.compare(name, sources)
             except SourceNotFoundError as error:
                 problems.append(f"{self.target}: relies on {name}, but {error}")
         return None, problems
 
-    def _compare(self, name: str, sources: Sources) -> list[str]:
+    def compare(self, name: str, sources: Sources) -> list[str]:
+        """Why one of the names that it relies on does not fit, if it does not.
+
+        Raises:
+            SourceNotFoundError: it is not there.
+        """
         definition, relies = sources.locate(name), f"{self.target}: relies on {name}, whose"
         if name in self.fingerprints and definition.fingerprint not in self.accepted(name):
             known = ", ".join(sorted(self.accepted(name)))
