@@ -7,9 +7,11 @@ pytest tests/patches        each against the installed vLLM
 from vllm_dflash.patches import (
     draft_lookahead,
     draft_slots,
+    request_params,
     scheduler_metrics,
     server_metrics,
     speculative_config,
+    streaming_sessions,
     v1_cpu_expand,
     v1_cpu_seeds,
     v1_draft_fit,
@@ -30,6 +32,8 @@ ALL = (
     v1_cpu_seeds.PATCH,
     v1_cpu_expand.PATCH,
     v2_speculator.PATCH,
+    request_params.PATCH,
+    streaming_sessions.PATCH,
     scheduler_metrics.PATCH,
     server_metrics.PATCH,
 )

@@ -30,6 +30,12 @@ PATCH = Patch(
         "vllm.v1.spec_decode.dflash:DFlashProposer": "28ca0e03db17ccf3",
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner.propose_draft_token_ids": "7ba460b9ef2e677b",
         "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer.load_model": "18b8457cc25ad560",
+        # What verification (vllm_dflash/drafting/verification.py, rows.py) is built on.
+        "vllm.v1.sample.sampler:Sampler.apply_logits_processors": "d807d7d0cf6f6d5c",
+        "vllm.v1.sample.sampler:Sampler.gather_specific_token_logprobs": "da1f2be0d8510e1e",
+        "vllm.v1.sample.rejection_sampler:RejectionSampler": "0bb8ee778a234b05",
+        "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder": "27f616101821bc71",
+        "vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor": "90e79f6a2eeb8c69",
     },
     why="the runner builds the proposer from this module-level name; the hook there is (method custom_class) gets no hidden states",
     until="vLLM lets a plug-in register a proposer for a method",
