@@ -20,6 +20,8 @@ PATCH = Patch(
         "vllm.v1.sample.rejection_sampler:RejectionSampler": {"0.32": "0bb8ee778a234b05", "0.33": "dc9fae9a01bc96eb"},
         f"{_SAMPLER}.apply_logits_processors": "d807d7d0cf6f6d5c",
         "vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor": "90e79f6a2eeb8c69",
+        f"{_SAMPLER}.gather_specific_token_logprobs": "da1f2be0d8510e1e",
+        "vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder": "27f616101821bc71",
         "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": "2a9fd2c519c76bcc",
     },
     signatures={

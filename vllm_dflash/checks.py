@@ -5,6 +5,7 @@ pytest tests/unit/test_checks.py
 
 import logging
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,21 @@ def check_target(target: Any, pipeline_parallel_size: int) -> None:
             f"{architecture} has recurrent layers, whose state vLLM's CPU build does not keep right under speculation, with any drafter: "
             "it would write another text than without one",
             "serve this target on a GPU, or without a drafter",
+        )
+
+
+def check_logits_processors() -> None:
+    """Refuses logits processors that are installed as plug-ins, for vLLM's V1 runner: beside drafts it leaves them out without a word.
+
+    Raises:
+        DrafterConfigError: there are some; those that the user names are refused by vLLM itself.
+    """
+    names = sorted({f"{found.name} ({found.value})" for found in entry_points(group="vllm.logits_processors")})
+    if names:
+        raise DrafterConfigError(
+            f"logits processors are installed as plug-ins, {', '.join(names)}: vLLM's V1 model runner applies them without a drafter only, "
+            "so the output would be another than without one. Uninstall them, serve without a drafter, or on a GPU start with "
+            "VLLM_USE_V2_MODEL_RUNNER=1"
         )
 
 

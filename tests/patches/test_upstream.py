@@ -75,7 +75,8 @@ import torch; assert not torch.cuda.is_initialized()
 assert model() == "vllm_dflash.models.drafter:DrafterForCausalLM", model()
 pending = {
     "DFlashProposer", "GPUModelRunner._input_fits_in_drafter", "GPUModelRunner.sample_tokens", "apply_sampling_constraints",
-    "expand_batch_to_tokens", "init_speculator", "Scheduler.__init__", "attach_router",
+    "expand_batch_to_tokens", "init_speculator", "Scheduler.__init__", "Scheduler._handle_stopped_request",
+    "InputProcessor._validate_params", "attach_router",
     # of objects that are not there yet
     "GPUModelRunner.rejection_sampler", "GPUModelRunner._calc_spec_decode_metadata", "GPUModelRunner.propose_draft_token_ids",
     "Qwen2Model.forward", "Scheduler.schedule", "Scheduler.update_from_output", "Scheduler.shutdown",

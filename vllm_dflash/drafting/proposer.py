@@ -21,7 +21,7 @@ from vllm.v1.spec_decode.dflash import DFlashProposer as NativeDFlashProposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
 from vllm_dflash.adaptive.settings import is_adaptive
-from vllm_dflash.checks import settled
+from vllm_dflash.checks import check_logits_processors, settled
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.drafting.context_store import ContextStore
 from vllm_dflash.drafting.coverage import ContextCoverage, Hole, without_first_pages
@@ -64,6 +64,7 @@ class DFlashProposer(NativeDFlashProposer):
             raise DrafterConfigError(
                 "the drafter shares the target's embedding, which another pipeline stage holds: set pipeline_parallel_size to 1"
             )
+        check_logits_processors()
         super().__init__(vllm_config, device, runner)
         self.runner, self.on_cpu = runner, device.type == "cpu"
         self._coverage: ContextCoverage | None = None
