@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.config import DrafterConfig
-from vllm_dflash.training.files import TrainingError, write_json
+from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.training.files import TrainingError, write_record
+from vllm_dflash.training.lock import hold
 from vllm_dflash.training.settings import STAGES, Settings, SettingsError, load
 
 
@@ -18,17 +19,25 @@ def run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
     """Runs the stages, each from where it stopped; whether the drafter's tau is proven (true where that is not asked).
 
     Raises:
-        TrainingError: a stage cannot go on.
+        TrainingError: a stage cannot go on, or another command is at work in the folder.
     """
+    with hold(Path(settings.run.out), "vllm-dflash train"):
+        try:
+            return _run_stages(settings, stages)
+        except DrafterConfigError as error:
+            raise TrainingError(str(error)) from None
+
+
+def _run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
     from vllm_dflash.training import drafter, export, features, generate, loop, prove, target
 
     found = target.find_target(settings)
     config, why = drafter.plan(settings, found)
     _check_lengths(settings, found, config)
     print(_summary(settings, config, why))
-    write_json(Path(settings.run.out) / "settings.json", settings.to_dict())
+    write_record(Path(settings.run.out) / "settings.json", settings.to_dict())
     if "generate" in stages:
-        generate.generate(settings, found.tokenizer, found.shape.vocab_size, found.dtype)
+        generate.generate(settings, found.tokenizer, found.shape.vocab_size, found.dtype, _positions(found, config))
     model = None
     if "features" in stages and settings.features.cache:
         if settings.features.extract_with == "transformers":
@@ -60,13 +69,18 @@ def _check_lengths(settings: Settings, found: Any, config: DrafterConfig) -> Non
     """The longest sequence there can be, before anything is run for it."""
     from vllm_dflash.training.generate import held_out_tokens
 
-    most = min(getattr(found.config, "max_position_embeddings", None) or sys.maxsize, config.max_position_embeddings)
+    most = _positions(found, config)
     longest = settings.data.max_prompt_tokens + max(settings.generate.response_tokens, held_out_tokens(settings))
     if longest > most:
         raise SettingsError(
             f"max_prompt_tokens {settings.data.max_prompt_tokens} and response_tokens {settings.generate.response_tokens} (or prove_tokens "
             f"{settings.prove.prove_tokens} and a block) come to {longest} tokens, and target and drafter reach to {most}: lower them"
         )
+
+
+def _positions(found: Any, config: DrafterConfig) -> int:
+    """What target and drafter reach to."""
+    return min(getattr(found.config, "max_position_embeddings", None) or sys.maxsize, config.max_position_embeddings)
 
 
 def _summary(settings: Settings, config: DrafterConfig, why: str) -> str:
@@ -102,7 +116,11 @@ def _dry_run(settings: Settings) -> int:
     found = target.find_target(settings)
     config, why = drafter.plan(settings, found)
     _check_lengths(settings, found, config)
-    parts = split(Reader(found.tokenizer, found.shape.vocab_size, settings.data.chat_template_kwargs), settings.data, settings.run.seed)
+    parts = split(
+        Reader(found.tokenizer, found.shape.vocab_size, settings.data.chat_template_kwargs, _positions(found, config)),
+        settings.data,
+        settings.run.seed,
+    )
     expected = budget.budget(settings, config, target.parameters(found, settings), len(parts.train))
     lines = [
         _summary(settings, config, why),
