@@ -159,8 +159,9 @@ def test_damaged_parts(tmp_path: Path, suffix: str, damage: str) -> None:
     parts.write(part, tmp_path, [row | failed("no") for row, _ in parts.read(part)])
     if not DAMAGES[damage](tmp_path / part.name):
         return
+    said = ""
     try:
         assert len(parts.read_output(part, tmp_path)) == 2
     except ClusterError as error:
-        assert str(tmp_path / part.name) in str(error)
-        assert "remove it, and its rows are answered again" in str(error)
+        said = str(error)
+    assert not said or (str(tmp_path / part.name) in said and "remove it, and its rows are answered again" in said)
