@@ -41,6 +41,11 @@ def add_batch_flags(command: argparse.ArgumentParser) -> None:
     rows.add_argument(
         "--rows-per-part", metavar="N", type=int, default=64, help="rows that are written, and on a kill done again, together (default: 64)"
     )
+    rows.add_argument(
+        "--max-errors", metavar="N", type=int,
+        help="stop once more than N rows have failed, those of earlier runs included (default: never; a row that fails is written with its "
+        "error, and the others are answered)",
+    )  # fmt: skip
 
 
 def add_up_flags(command: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ they stop. Limits: one model a deployment.
 """
 
 import argparse
+import ipaddress
 import math
 import os
 import signal
@@ -50,6 +51,9 @@ def run(args: argparse.Namespace) -> int:
         if args.print_config:
             print(as_yaml(serving), end="")
             return 0
+        warning = exposure(serving.host)
+        if warning is not None:
+            print(f"vllm-dflash up: {warning}", file=sys.stderr)
         if args.detach and not os.environ.get("RAY_ADDRESS"):
             raise ClusterError("--detach leaves the deployment on a running cluster: set RAY_ADDRESS, or leave --detach out")
         up(serving, args.detach)
@@ -75,6 +79,20 @@ def serving_of(args: argparse.Namespace) -> Serving:
         raise ClusterError(f"--requests-per-replica is {args.requests_per_replica}: give 1 or more")
     name = args.name or args.target
     return Serving(settings_of(args), name, (counts[0], counts[-1]), args.requests_per_replica, args.host, args.port)
+
+
+def exposure(host: str) -> str | None:
+    """What to say of an address that others than this machine reach; None for the loopback."""
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        local = host == "localhost"
+    if local:
+        return None
+    return (
+        f"--host {host} is an address that other machines reach, and the endpoint asks nobody for a key: keep it behind a firewall or a proxy "
+        "that does, or leave --host at 127.0.0.1 (docs/cluster.md, Who can reach it)"
+    )
 
 
 def app_args(serving: Serving, env_vars: dict[str, str]) -> dict[str, Any]:

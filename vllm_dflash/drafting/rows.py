@@ -6,8 +6,8 @@ through the settings for drafts, which counts committed tokens only for ``min_to
     pytest tests/unit/test_rows.py tests/engine/test_thinking_budget.py tests/engine/test_features.py
 """
 
+import copy
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -90,7 +90,7 @@ def min_tokens_by_row(processor: MinTokensLogitsProcessor, rows: Rows) -> MinTok
         for count, row in enumerate(rows.of(request))
         if len(output) + count < least
     }
-    by_row = copy(processor)
+    by_row = copy.copy(processor)
     by_row.min_toks = short
     by_row.logits_slice = _pairs([(row, token) for row, (_, _, stop, _) in short.items() for token in stop])
     by_row.restore_logits_slice = _pairs([(row, t) for row, (_, _, stop, restored) in short.items() if restored for t in stop])
@@ -103,6 +103,12 @@ def _pairs(pairs: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
     return rows, tokens
 
 
+class _States(ThinkingBudgetStateHolder):
+    def set(self, states: dict[int, dict[str, Any]]) -> None:
+        """In place of those that vLLM keeps from step to step."""
+        self._state = states
+
+
 class ThinkingBudgets:
     """Forces the end of thinking in the rows where plain decoding would.
 
@@ -112,7 +118,7 @@ class ThinkingBudgets:
 
     def __init__(self, reasoning_config: Any, max_num_rows: int) -> None:
         """``reasoning_config``: vLLM's; ``max_num_rows``: the most rows that a step's logits can have."""
-        self._plain = ThinkingBudgetStateHolder(reasoning_config, max_num_rows, 0, torch.device("cpu"), False)
+        self._plain = _States(reasoning_config, max_num_rows, 0, torch.device("cpu"), False)
         self._known: dict[str, tuple[Any, dict[int, dict[str, Any]]]] = {}
         """By request its sampling parameters, and vLLM's state by the number of output tokens that it waits for."""
 
@@ -127,7 +133,7 @@ class ThinkingBudgets:
             length = len(request.output_token_ids)
             for count, (row, output) in enumerate(zip(rows.of(i), rows.outputs(i, request.output_token_ids), strict=True)):
                 by_row[row] = states[length + count + 1] = self._after(states[length + count], output)
-        self._plain._state = by_row
+        self._plain.set(by_row)
         self._plain.apply_to_logits(logits, False, None)
         for request_id in [known for known in self._known if known not in requests]:
             del self._known[request_id]
@@ -146,6 +152,6 @@ class ThinkingBudgets:
 
     def _after(self, state: dict[str, Any], output: list[int]) -> dict[str, Any]:
         """The state once vLLM has been told of ``output``; the given one stays as it is."""
-        self._plain._state = {0: dict(state)}
+        self._plain.set({0: dict(state)})
         self._plain.update_state([output], None)
         return self._plain._state[0]

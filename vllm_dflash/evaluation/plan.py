@@ -173,7 +173,7 @@ def _vocab_size(target: str) -> int:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(target).get_text_config().vocab_size
+        return AutoConfig.from_pretrained(target, trust_remote_code=False).get_text_config().vocab_size
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"--target {target} cannot be read ({str(error).splitlines()[0]}): give its folder or hub id") from None
 

@@ -5,6 +5,7 @@ pytest tests/unit/test_metrics.py tests/engine/test_metrics.py
 """
 
 import argparse
+import http.client
 import json
 import sys
 import time
@@ -53,8 +54,11 @@ def address(url: str) -> str:
 
 def fetch(url: str) -> Scrape:
     """Raises OSError where nothing answers, ValueError where what answers is not Prometheus's text."""
-    with urllib.request.urlopen(url, timeout=10) as response:
-        return Scrape.parse(response.read().decode(), time.monotonic())
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return Scrape.parse(response.read().decode(), time.monotonic())
+    except (http.client.HTTPException, LookupError) as error:  # cut short, within a line too, or no HTTP
+        raise ValueError(f"its answer is cut short or no metrics ({error!r})") from None
 
 
 def _live(url: str, scrape: Scrape, interval: float) -> None:

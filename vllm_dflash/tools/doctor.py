@@ -62,7 +62,7 @@ def diagnose(args: argparse.Namespace, *, progress: bool) -> Diagnosis:
 
     checks = [plugin_check()]
     try:
-        target = AutoConfig.from_pretrained(args.target)
+        target = AutoConfig.from_pretrained(args.target, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         checks += checkpoint_checks(inspect_checkpoint(args.draft, progress=progress))
         checks.append(Check("target", "error", f"{args.target} cannot be read ({str(error).splitlines()[0]})", "give its folder or hub id"))

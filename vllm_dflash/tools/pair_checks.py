@@ -141,15 +141,23 @@ def tokenizer_checks(drafter: DrafterConfig, folder: Path, tokenizer: Any) -> li
     return [_same_tokenizer(folder, tokenizer), _mask_token(drafter.mask_token_id, tokenizer)]
 
 
-def load_tokenizer(folder: str | Path) -> Any:
-    """transformers' tokenizer, or None where there is none."""
+def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
+    """transformers' tokenizer, or None where there is none that can be loaded.
+
+    Said outright, for what is left open transformers asks at the terminal: run the code that the folder brings? [y/N].
+    """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         # transformers makes an empty one where a folder has a model's config and no tokenizer.
         return tokenizer if tokenizer(_SAMPLE)["input_ids"] else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # what a folder without one, or with half of one, ends in
+    except Exception:  # a folder without one, or with half of one, ends in many; tokenizers raises Exception itself
+        return None
+    except BaseException as error:
+        # A panic of its Rust code, of which its own class is all that says so.
+        if type(error).__name__ != "PanicException":
+            raise
         return None
 
 

@@ -110,7 +110,7 @@ def run_reference(pair: Pair, progress: bool) -> ReferenceRun:
 
     dtype, device = getattr(torch, pair.dtype), "cuda" if torch.cuda.is_available() else "cpu"
     drafter = load_drafter(pair.draft, dtype).to(device)
-    target = AutoModelForCausalLM.from_pretrained(pair.target, dtype=dtype).to(device).eval()
+    target = AutoModelForCausalLM.from_pretrained(pair.target, dtype=dtype, trust_remote_code=False).to(device).eval()
     if not hasattr(getattr(target, "model", None), "layers"):
         raise DrafterConfigError(
             f"{type(target).__name__} has no model.layers, where the reference looks for the target's layers; vLLM alone is asked"

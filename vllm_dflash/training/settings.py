@@ -21,6 +21,10 @@ STAGES = ("generate", "features", "train", "prove", "export")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+_LARGEST = 2**62
+"""Of a number that has no other limit: what is computed of it has room in 64 bits, and it is not infinite."""
+
+
 class SettingsError(TrainingError):
     """A setting is unusable; the message names it and the remedy."""
 
@@ -277,6 +281,8 @@ def _value(item: dataclasses.Field[Any], given: Any) -> Any:
         )
         raise SettingsError(f"{item.name} is {given!r}: give {wanted} ({item.metadata['help']})") from None
     choices, least, most = (item.metadata[name] for name in ("choices", "least", "most"))
+    if isinstance(value, int | float) and most is None:
+        most = _LARGEST
     if choices and value not in choices:
         raise SettingsError(f"{item.name} is {value!r}: one of {', '.join(choices)}")
     if (least is not None and not value >= least) or (most is not None and not value <= most):
