@@ -1,11 +1,12 @@
 """Engine arguments and what Ray reserves for them; flags; the differences between nodes. No Ray is needed."""
 
 import argparse
+import os
 from pathlib import Path
 
 import pytest
 
-from vllm_dflash.cluster import command
+from vllm_dflash.cluster import command, connection
 from vllm_dflash.cluster.connection import differences
 from vllm_dflash.cluster.serve import exposure
 from vllm_dflash.cluster.settings import ClusterError, EngineSettings, engine_args, environment, uses_ray
@@ -100,3 +101,17 @@ def test_an_address_that_others_reach_is_warned_of(host: str) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.5", "::1", "localhost"])
 def test_the_loopback_is_not(host: str) -> None:
     assert exposure(host) is None
+
+
+@pytest.mark.parametrize(("address", "backend", "local"), [(None, "mp", True), ("auto", "mp", False), (None, "ray", False)])
+def test_ray_on_one_machine_listens_there_alone(monkeypatch: pytest.MonkeyPatch, address: str | None, backend: str, local: bool) -> None:
+    """Ray's variable is set before it is imported."""
+    monkeypatch.setattr(os, "environ", {} if address is None else {"RAY_ADDRESS": address})
+
+    def seen() -> None:
+        raise ClusterError(str(os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")))
+
+    monkeypatch.setattr(connection, "_import_ray", seen)
+    engine = EngineSettings("t", device="cpu", engine_args={"distributed_executor_backend": backend})
+    with pytest.raises(ClusterError, match="0" if local else "None"), connection.connect(engine, 1):
+        pass

@@ -25,6 +25,9 @@ from vllm_dflash.supported import installed_vllm
 INSTALL = "pip install 'vllm-dflash[ray]'"
 SECONDS = 30.0
 """How long nodes may take to answer, and an autoscaler or another job to make room."""
+_OVER_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's own switch, read when it is imported: with 0 a cluster on this machine listens on 127.0.0.1 alone, on Linux too. vLLM's executor on Ray
+looks for nodes by another address, so it is not set where an engine has one."""
 _OF_ONE_NODE = ("VLLM_HOST_IP", "VLLM_PORT", "VLLM_DP_", "VLLM_LOCAL_RANK")
 
 
@@ -37,6 +40,8 @@ def connect(
     Raises:
         ClusterError: no Ray, no such cluster, nodes that differ or lack a checkpoint, or no room within ``seconds``.
     """
+    if "RAY_ADDRESS" not in os.environ and not uses_ray(engine):
+        os.environ.setdefault(_OVER_MACHINES, "0")
     ray = _import_ray()
     ours, folder = not ray.is_initialized(), None
     if ours:
