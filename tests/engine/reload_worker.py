@@ -116,7 +116,10 @@ def put(model: torch.nn.Module, name: str, tensor: Tensor, how: str) -> None:
     elif how == "in place":
         parameter.data.copy_(tensor)
     else:
-        setattr(holder, kind, torch.nn.Parameter(tensor.clone(), requires_grad=False))
+        new = torch.nn.Parameter(tensor.clone(), requires_grad=False)
+        # Its loader: vLLM keeps those of biases nowhere else.
+        new.__dict__.update(parameter.__dict__)
+        setattr(holder, kind, new)
 
 
 def record_v2(speculator: Any, drafts: list[dict[str, Any]]) -> None:
@@ -154,6 +157,8 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
         try:
             change(llm, step)
         except Exception as problem:
+            if not step["how"].startswith("draft"):
+                raise
             error = f"{type(problem).__name__}: {problem}"
         outputs = llm.generate([{"prompt_token_ids": p} for p in job["prompts"]], params, use_tqdm=False)
         reports.append({"error": error, "tokens": [list(o.outputs[0].token_ids) for o in outputs], "drafts": drafts[first:]})

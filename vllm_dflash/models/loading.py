@@ -18,7 +18,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm_dflash.conditioning import load_into, own_tensors
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.formats import IGNORED_TENSORS, tensor_name
-from vllm_dflash.models.own import OwnTables
+from vllm_dflash.models.own import MASK_EMBEDDING, OwnTables
 from vllm_dflash.weights import check_finite, check_shapes, expected_tensors
 
 # A checkpoint's name of a projection -> (vLLM's fused parameter, its shard).
@@ -84,7 +84,8 @@ class Loading:
         if not self._serves:
             if self._kinds:
                 check_shapes(self._drafter.drafter_config, {name: kind.shape for name, kind in self._kinds.items()})
-                self._tables.read_mask_embedding()
+                mask = self._tables.read_mask_embedding()
+                self._kinds |= {} if mask is None else {MASK_EMBEDDING: _Kind(tuple(mask.shape), True)}
             else:  # vLLM's load format "dummy": updates bring the first weights
                 self._kinds = {name: _Kind(shape, name != "d2t") for name, shape in expected_tensors(self._drafter.drafter_config).items()}
             self._serves = True
@@ -110,15 +111,14 @@ class Loading:
         """Tensors by our names that may take the places of those in force."""
         named = {tensor_name(name): tensor for name, tensor in found.items()}
         named = {name: tensor for name, tensor in named.items() if name not in IGNORED_TENSORS}
-        known = self._kinds | {name: _Kind(shape, True) for name, shape in self._tables.optional().items()}
-        unknown = sorted(name for name in named if name not in known)
+        unknown = sorted(named.keys() - self._kinds.keys())
         if unknown:
             raise DrafterConfigError(
                 f"the update brings {_some(unknown)}, and the running drafter was started without: send the tensors that its checkpoint "
                 "has, or restart vLLM with a checkpoint that has these. The weights from before the update stay in force"
             )
         kinds = {name: _Kind(tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in named.items()}
-        wrong = [f"{name} is {kind} and should be {known[name]}" for name, kind in kinds.items() if kind != known[name]]
+        wrong = [f"{name} is {kind} and should be {self._kinds[name]}" for name, kind in kinds.items() if kind != self._kinds[name]]
         if wrong:
             raise DrafterConfigError(
                 f"the update brings other tensors than the running drafter's: {_some(wrong)}. Send tensors of a drafter with the same "

@@ -56,21 +56,20 @@ class OwnTables:
             return False
         return True
 
-    def read_mask_embedding(self) -> None:
-        """Takes the mask embedding over from the checkpoint's file, where it has that.
+    def read_mask_embedding(self) -> Tensor | None:
+        """Takes the mask embedding [H] over from the checkpoint's file, where it has that, and returns it.
 
         Raises:
             DrafterConfigError: the file is unusable.
         """
         drafter = self._drafter
         data = get_hf_file_bytes(MASK_EMBEDDING_FILE, drafter.model_path, drafter.revision)
-        if data is not None:
-            self.load(MASK_EMBEDDING, load_mask_embedding(data, drafter.drafter_config, MASK_EMBEDDING_FILE, drafter.dtype))
-            drafter.model.has_mask_embedding = True
-
-    def optional(self) -> dict[str, tuple[int, ...]]:
-        """Tensors, with their shapes, that an update may bring and need not."""
-        return {MASK_EMBEDDING: (self._drafter.drafter_config.hidden_size,)} if self._drafter.model.has_mask_embedding else {}
+        if data is None:
+            return None
+        mask = load_mask_embedding(data, drafter.drafter_config, MASK_EMBEDDING_FILE, drafter.dtype)
+        self.load(MASK_EMBEDDING, mask)
+        drafter.model.has_mask_embedding = True
+        return mask
 
     def check_update(self, tensors: dict[str, Tensor]) -> None:
         """Refuses tables, by name and each of the shape of the one before, that an engine that runs cannot take.
