@@ -35,7 +35,10 @@ PATCH = Patch(
     # Not _verify_args: pydantic takes that one into its schema when the class is made, and __post_init__ is looked up at each call.
     target="vllm.config.speculative:SpeculativeConfig.__post_init__",
     signatures={"vllm.config.speculative:SpeculativeConfig.__post_init__": "self"},
-    why="vLLM checks no drafter against its target: most mismatches would only show as low acceptance; no hook sees the config in the front end",
+    why=(
+        "vLLM checks no drafter against its target: most mismatches would only show as low acceptance; no hook sees the config in the "
+        "front end. What vLLM's own code reads of the draft config is written into it, as formats spell it in different ways"
+    ),
     until="vLLM calls the draft model class's own check of its config",
     replace=_replace,
 )

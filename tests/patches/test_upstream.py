@@ -148,7 +148,7 @@ for owner, records, context in jobs:
     assert patches.attach(owner, records, *context)
 for owner, records, _ in jobs:
     assert all(getattr(owner, record.name) != own[record] for record in records)
-assert model() == "fast"
+assert model.forward() == "fast"
 assert {row.state for row in patches.report() if row.scope == "instance"} == {"applied"}
 
 assert patches.revert() == []
