@@ -84,8 +84,12 @@ class PatchFinding:
     def file(self) -> str:
         """Where the patch stands, from the checkout's root."""
         modules = {name: vars(module) for name, module in vars(patches).items() if isinstance(module, ModuleType)}
-        homes = [name for name, members in modules.items() if any(member is self.patch for member in members.values())]
+        homes = [name for name, members in modules.items() if any(_holds(member, self.patch) for member in members.values())]
         return f"patches/{homes[0]}.py" if homes else "patches/"
+
+
+def _holds(member: object, patch: Patch) -> bool:
+    return member is patch or (isinstance(member, tuple) and any(item is patch for item in member))
 
 
 def run(args: argparse.Namespace) -> int:
