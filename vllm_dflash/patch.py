@@ -78,17 +78,13 @@ class Patch:
             problems.append(f"{self.target}: {error}")
         for name in dict.fromkeys([*self.fingerprints, *self.signatures]):
             try:
-                problems += self.compare(name, sources)
+                problems += self.differences(name, sources)
             except SourceNotFoundError as error:
                 problems.append(f"{self.target}: relies on {name}, but {error}")
         return None, problems
 
-    def compare(self, name: str, sources: Sources) -> list[str]:
-        """Why one of the names that it relies on does not fit, if it does not.
-
-        Raises:
-            SourceNotFoundError: it is not there.
-        """
+    def differences(self, name: str, sources: Sources) -> list[str]:
+        """Why an upstream name is not what it was written against, a line each. Raises SourceNotFoundError."""
         definition, relies = sources.locate(name), f"{self.target}: relies on {name}, whose"
         if name in self.fingerprints and definition.fingerprint not in self.accepted(name):
             known = ", ".join(sorted(self.accepted(name)))

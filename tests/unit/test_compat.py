@@ -9,7 +9,7 @@ import pytest
 
 import vllm_dflash.tools.compat as compat
 from vllm_dflash.cli import main
-from vllm_dflash.patching import Patch
+from vllm_dflash.patch import Patch
 from vllm_dflash.tools.imported import imported_names
 from vllm_dflash.upstream import SourceNotFoundError, Sources
 
@@ -57,7 +57,7 @@ def newer(tmp_path: Path, version: str = "0.32.9", **changes: str) -> Path:
 def patch(old: Path, *names: str, target: str = "vllm.runner:build", **changes: Any) -> Patch:
     """A patch that relies on ``names`` as they are in the old source."""
     prints = {name: Sources(old).locate(name).fingerprint for name in names}
-    fields: dict[str, Any] = dict(target=target, versions=">=0.32,<0.33", fingerprints=prints, why="", until="", replace=patch)
+    fields: dict[str, Any] = dict(target=target, fingerprints=prints, why="", until="", replace=patch)
     return Patch(**fields | changes)
 
 
@@ -84,22 +84,28 @@ def test_only_the_definitions_that_changed_are_shown(tmp_path: Path, old: Path) 
     ]  # fmt: skip
 
 
-def test_a_release_outside_of_the_supported_range_is_asked_about_with_every_patch(tmp_path: Path, old: Path) -> None:
-    patches = [patch(old, versions=">=0.32,<0.32.5"), patch(old)]
-    assert states(patches, newer(tmp_path), old) == ["not needed", "same"]
-    new = newer(tmp_path, version="9.0.0")
-    assert states(patches, new, old) == ["same", "same"]
-    release = compat.release_in(new)
+def test_a_patch_that_a_release_does_not_need_asks_for_nothing(tmp_path: Path, old: Path) -> None:
+    patches = [patch(old, unneeded=lambda sources: "mended" if "7" in sources.text(sources.find("vllm.runner:Runner")) else None)]
+    new = newer(tmp_path, runner=OLD["runner.py"].replace("return 1", "return 7"))
+    assert states(patches, new, old) == ["not needed"]
+    assert states(patches, newer(tmp_path), old) == ["same"]
+
+
+def test_a_release_outside_of_the_supported_range_asks_for_work(tmp_path: Path) -> None:
+    release = compat.release_in(newer(tmp_path, version="9.0.0"))
     assert "vLLM 9.0.0 is not in" in "".join(compat.to_do(release, [], []))
 
 
-def test_a_difference_that_the_patch_knows_asks_for_nothing(tmp_path: Path, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    new = newer(tmp_path, runner=OLD["runner.py"].replace("return 1", "return 7"))
-    both = frozenset(Sources(root).locate("vllm.runner:Runner.size").fingerprint for root in (old, new))
-    monkeypatch.setattr(compat, "accepted", lambda patch, name: both)
-    patches = compat.check_patches([patch(old, "vllm.runner:Runner.size")], compat.release_in(new), compat.release_in(old))
-    assert patches[0].state == "known"
-    assert list(compat.to_do(compat.release_in(new), patches, [])) == []
+def test_a_difference_that_the_patch_knows_asks_for_nothing(tmp_path: Path, old: Path) -> None:
+    """A body of which another fingerprint is on record, and one that something is only run before or after."""
+    new = newer(tmp_path, runner=OLD["runner.py"].replace("return 1", "return 7").replace("return 2", "return 8"))
+    prints = {str(root): Sources(root).locate("vllm.runner:Runner.size").fingerprint for root in (old, new)}
+    both = {"vllm.runner:Runner.size": prints}
+    patches = [patch(old, fingerprints=both), patch(old, signatures={"vllm.runner:Runner.other": "self, ..."})]
+    patches.append(patch(old, signatures={"vllm.runner:Runner.other": "self, kind"}))
+    assert states(patches, new, old) == ["known", "known", "changed"]
+    found = compat.check_patches(patches[:2], compat.release_in(new), compat.release_in(old))
+    assert list(compat.to_do(compat.release_in(new), found, [])) == []
 
 
 def test_imported_names_of_every_sort_are_found(old: Path) -> None:

@@ -14,7 +14,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -29,8 +29,8 @@ SAME, KNOWN, CHANGED, GONE, NOT_NEEDED = "same", "known", "changed", "gone", "no
 STATES = {
     GONE: "there is no such definition any more",
     CHANGED: "its code is not what it was",
-    KNOWN: "its code is not what it was, and the patch fits it too",
-    NOT_NEEDED: "this release does not need the patch",
+    KNOWN: "its code is not what it was, and the patch was written against this one too, or runs something before or after it",
+    NOT_NEEDED: "the patch is not for this release",
     SAME: "the same code",
 }
 """Worst first."""
@@ -74,7 +74,7 @@ class PatchFinding:
 
     patch: Patch
     names: tuple[Finding, ...]
-    """The target first, then what the replacement relies on. Empty where this release does not need the patch."""
+    """The target first, then what the replacement relies on. Empty where the patch is not for this release."""
 
     @property
     def state(self) -> str:
@@ -84,12 +84,12 @@ class PatchFinding:
     def file(self) -> str:
         """Where the patch stands, from the checkout's root."""
         modules = {name: vars(module) for name, module in vars(patches).items() if isinstance(module, ModuleType)}
-        homes = [name for name, members in modules.items() if any(self.patch is m or self.patch in _each(m) for m in members.values())]
+        homes = [name for name, members in modules.items() if any(_holds(member, self.patch) for member in members.values())]
         return f"patches/{homes[0]}.py" if homes else "patches/"
 
 
-def _each(member: object) -> tuple[object, ...]:
-    return member if isinstance(member, tuple) else ()
+def _holds(member: object, patch: Patch) -> bool:
+    return member is patch or (isinstance(member, tuple) and any(item is patch for item in member))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -129,28 +129,40 @@ def installed_release() -> Release | None:
     return Release(installed_vllm(), "installed", Sources())
 
 
+def is_for(patch: Patch, release: Release) -> bool:
+    """Whether a patch is for a release."""
+    try:
+        return patch.unneeded is None or patch.unneeded(release.sources) is None
+    except SourceNotFoundError:
+        return True
+
+
 def check_patches(all_patches: Iterable[Patch], release: Release, before: Release | None) -> list[PatchFinding]:
     """Each patch with its target and what it relies on."""
     return [PatchFinding(patch, tuple(_check_patch(patch, release, before))) for patch in all_patches]
 
 
 def _check_patch(patch: Patch, release: Release, before: Release | None) -> Iterator[Finding]:
-    reason, _ = patch.examine(release.sources)
-    if reason is not None:
+    if not is_for(patch, release):
         return
-    relied_on = [*patch.fingerprints, *patch.signatures]
-    if patch.scope == "instance":
-        yield Finding(patch.target, SAME if release.sources.has_attribute(patch.target) else GONE)
-    for name in dict.fromkeys([*([] if patch.scope == "instance" else [patch.target]), *relied_on]):
+    relied_on = dict.fromkeys([*patch.fingerprints, *patch.signatures])
+    if patch.target not in relied_on:  # only that it is there
+        yield Finding(patch.target, SAME if _is_there(patch, release) else GONE)
+    for name in sorted(relied_on, key=lambda name: name != patch.target):
         finding = _compare(name, release, before)
-        if finding.state == GONE:
-            yield finding
-        elif name not in relied_on:  # only that it is there
-            yield Finding(name, SAME, finding.fingerprint)
-        elif patch.compare(name, release.sources):
-            yield Finding(name, CHANGED, finding.fingerprint, finding.diff)
+        if finding.state == GONE or not patch.differences(name, release.sources):
+            yield replace(finding, state=KNOWN) if finding.state == CHANGED else finding
         else:
-            yield Finding(name, KNOWN if finding.diff else SAME, finding.fingerprint, finding.diff)
+            yield replace(finding, state=CHANGED)
+
+
+def _is_there(patch: Patch, release: Release) -> bool:
+    if patch.scope == "instance":
+        try:
+            return release.sources.has_attribute(patch.target)
+        except SourceNotFoundError:
+            return False
+    return release.find(patch.target) is not None
 
 
 def check_names(names: Mapping[str, Iterable[str]], release: Release, before: Release | None) -> list[Finding]:
