@@ -30,6 +30,7 @@ from fuzzing.compare import difference, first_difference
 from fuzzing.draw import KNOWN, MAX_MODEL_LEN, REFUSED, draw_common, draw_round, draw_settings, is_compared
 from fuzzing.pairs import PAIRS, Pair
 from fuzzing.shrink import shrink
+from lora import RANK, make_adapter
 
 NOISE = (1e-6, 1e-5, 1e-4)
 """What plain decoding's logits are shaken by to see whether a difference is a tie; the last is the largest that counts."""
@@ -59,10 +60,11 @@ class Child:
         if self._process is None:
             self._results.write_text("")
             script = Path(__file__).parent / "fuzzing" / "serving.py"
-            paths = [str(Path(__file__).parent / "quick_start"), str(Path(__file__).parents[1])]
+            tests = Path(__file__).parent
+            paths = [str(tests / "quick_start"), str(tests), str(tests.parent)]
             self._process = subprocess.Popen(
                 [sys.executable, str(script), str(self._results)], stdin=subprocess.PIPE, text=True, stdout=self._log.open("a"),
-                stderr=subprocess.STDOUT, env=engine_env({"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(paths)} | self._env),
+                stderr=subprocess.STDOUT, env=engine_env({"OMP_NUM_THREADS": "1", "VLLM_WORKER_MULTIPROCESSING_METHOD": "fork", "PYTHONPATH": ":".join(paths)} | self._env),
             )  # fmt: skip
             self._reader = self._results.open()
         self.send(do="start", **engine)
@@ -139,7 +141,7 @@ class Fuzzer:
     """One pair; ``method`` is one of ``METHODS``, and ``include`` names fields of ``draw.KNOWN`` to draw all the same."""
 
     def __init__(self, name: str, pair: Pair, folder: Path, seed: int = 0, method: str = "ours", include: Sequence[str] = ()) -> None:
-        self.name, self.pair, self.method, self.include = name, pair, method, include
+        self.name, self.pair, self.folder, self.method, self.include = name, pair, folder, method, include
         self.rng, self.tally = random.Random(seed), Tally()
         self.plain, self.ours = Child("plain", folder), Child("drafts", folder, METHODS[method])
         self.common: dict[str, Any] = {}
@@ -151,17 +153,29 @@ class Fuzzer:
         base = {"model": str(self.pair.target), "max_model_len": MAX_MODEL_LEN}
         if "thinking_token_budget" in self.include:
             base["reasoning_config"] = {"reasoning_start_str": "def", "reasoning_end_str": "return"}
+        adapter = self._adapter() if common["enable_lora"] else None
+        if adapter:
+            base["max_lora_rank"] = RANK
         if common != self.common:
             args = {"max_num_seqs": 32, "enable_chunked_prefill": False, "max_num_batched_tokens": 2048, "enable_prefix_caching": False}
-            self.plain.start(args=base | common | args)
+            self.plain.start(args=base | common | args, adapter=adapter)
         self.common, self.settings = common, settings
         args = base | common | settings["args"] | {"speculative_config": self._speculative(settings)}
         if self.method == "ours":
             args["additional_config"] = {"dflash": {"adaptive": settings["plan"] != "whole"}}
         plan_seed = settings["plan_seed"] if settings["plan"] == "random" and self.method == "ours" else None
-        self.ours.start(args=args, asynchronous=settings["asynchronous"], plan_seed=plan_seed)
-        for name in (f"plan {settings['plan']}", "AsyncLLM" if settings["asynchronous"] else "LLM", settings["draft_sample_method"]):
+        self.ours.start(args=args, asynchronous=settings["asynchronous"], plan_seed=plan_seed, adapter=adapter, fault=settings.get("fault"))
+        for name in (
+            f"plan {settings['plan']}",
+            "LoRA" if adapter else "no LoRA",
+            "AsyncLLM" if settings["asynchronous"] else "LLM",
+            settings["draft_sample_method"],
+        ):
             self.tally.engines[name] += 1
+
+    def _adapter(self) -> str:
+        folder = self.folder / "adapter"
+        return str(folder if folder.exists() else make_adapter(folder, self.pair.target))
 
     def _speculative(self, settings: dict[str, Any]) -> dict[str, Any]:
         k = settings["num_speculative_tokens"]

@@ -36,6 +36,7 @@ def draw_common(rng: random.Random) -> dict[str, Any]:
     return {
         "logprobs_mode": rng.choice(["raw_logprobs"] * 5 + ["processed_logprobs", "raw_logits", "processed_logits"]),
         "structured_outputs_config": {"backend": rng.choice(["auto", "auto", "guidance"])},
+        "enable_lora": rng.random() < 0.15,
     }
 
 
@@ -95,6 +96,8 @@ def _draw_request(
         request |= {"aborted_after": rng.randint(0, 25), "stream": "cumulative"}
     if rng.random() < 0.3:
         request["priority"] = rng.randint(-2, 2)
+    if rng.random() < 0.5:
+        request["lora"] = True  # where the engine has it
     if rng.random() < 0.05 and len(prompt) < MAX_MODEL_LEN // 2:
         request["text"] = rng.choice(corpus.texts)
         request["truncate_prompt_tokens"] = rng.randint(1, 40)

@@ -10,7 +10,7 @@ import random
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 SETTINGS: dict[str, Any] = {
@@ -35,11 +35,14 @@ def sampling_params(request: dict[str, Any]) -> Any:
     return SamplingParams(**fields, output_kind=kinds[request.get("stream", "final")])
 
 
-def prompt(request: dict[str, Any]) -> dict[str, Any]:
+def prompt(request: dict[str, Any], adapter: str | None) -> dict[str, Any]:
     """What ``add_request`` and ``generate`` take of a request beside its sampling parameters."""
     from vllm import TextPrompt, TokensPrompt
+    from vllm.lora.request import LoRARequest
 
     found: dict[str, Any] = {"prompt": TokensPrompt(prompt_token_ids=request["prompt"]), "priority": request.get("priority", 0)}
+    if adapter and request.get("lora"):
+        found["lora_request"] = LoRARequest("adapter", 1, adapter)
     if "text" in request:
         found["prompt"] = TextPrompt(prompt=request["text"])
         found["tokenization_kwargs"] = {"truncate_prompt_tokens": request["truncate_prompt_tokens"]}
@@ -81,7 +84,7 @@ def _step(step: Any) -> dict[int, tuple[float, int | None, str | None]] | None:
     return step and {t: (v.logprob, v.rank, v.decoded_token) for t, v in step.items() if v.logprob > -1e30}
 
 
-def run_round(llm: Any, requests: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+def run_round(llm: Any, requests: list[dict[str, Any]], adapter: str | None) -> dict[int, dict[str, Any]]:
     """All of the requests, each arriving and maybe aborted at its engine step."""
     from vllm.exceptions import VLLMValidationError
 
@@ -91,7 +94,7 @@ def run_round(llm: Any, requests: list[dict[str, Any]]) -> dict[int, dict[str, A
         while waiting and waiting[0]["arrives"] <= step:
             request = waiting.pop(0)
             try:
-                engine.add_request(str(request["id"]), params=sampling_params(request), **prompt(request))
+                engine.add_request(str(request["id"]), params=sampling_params(request), **prompt(request, adapter))
             except (ValueError, VLLMValidationError) as refusal:
                 answers.refuse(request["id"], refusal)
                 continue
@@ -107,7 +110,7 @@ def run_round(llm: Any, requests: list[dict[str, Any]]) -> dict[int, dict[str, A
     return answers.found
 
 
-async def run_round_async(llm: Any, requests: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+async def run_round_async(llm: Any, requests: list[dict[str, Any]], adapter: str | None) -> dict[int, dict[str, Any]]:
     """The same on ``AsyncLLM``: arrivals by the clock, and an aborted request's client hangs up after so many outputs."""
     from vllm.exceptions import VLLMValidationError
 
@@ -117,7 +120,7 @@ async def run_round_async(llm: Any, requests: list[dict[str, Any]]) -> dict[int,
         await asyncio.sleep(request["arrives"] * 0.003)
         seen = 0
         try:
-            given = prompt(request)
+            given = prompt(request, adapter)
             stream = llm.generate(given.pop("prompt"), sampling_params(request), f"{request['id']}-{random.random()}", **given)
             async for output in stream:
                 answers.take(request["id"], output)
@@ -174,15 +177,22 @@ class Server:
         self.llm: Any = None
         self.loop: asyncio.AbstractEventLoop | None = None
         self._counters: dict[str, float] = {}
+        self.adapter: str | None = None
+        self._fault = ExitStack()
         self._controller = {name: vars(Controller)[name] for name in ("standing", "plan", "lengths")}
 
-    def start(self, args: dict[str, Any], asynchronous: bool = False, plan_seed: int | None = None) -> dict[str, Any]:
+    def start(
+        self, args: dict[str, Any], asynchronous: bool = False, plan_seed: int | None = None, adapter: str | None = None,
+        fault: str | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """``adapter``: the LoRA of the requests that want one. ``fault``: a key of ``broken_rules.RULES``, to see whether it is found."""
         from vllm import LLM, AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from vllm_dflash.adaptive.controller import Controller
 
         self.stop()
+        self.adapter = adapter
         for name, method in self._controller.items():
             setattr(Controller, name, method)
         if plan_seed is not None:
@@ -196,13 +206,17 @@ class Server:
             self.llm = self.loop.run_until_complete(start())
         else:
             self.llm = LLM(**SETTINGS | args)
+            if fault:
+                from engine.broken_rules import RULES
+
+                self._fault.enter_context(RULES[fault](self.llm))
         return {}
 
     def run(self, requests: list[dict[str, Any]], noise: float = 0.0) -> dict[str, Any]:
         if self.loop is not None:
-            return {"answers": self.loop.run_until_complete(run_round_async(self.llm, requests)), "counters": {}}
+            return {"answers": self.loop.run_until_complete(run_round_async(self.llm, requests, self.adapter)), "counters": {}}
         with noise_on_logits(self.llm, noise):
-            answers = run_round(self.llm, requests)
+            answers = run_round(self.llm, requests, self.adapter)
         metrics = {m.name: getattr(m, "value", 0) for m in self.llm.get_metrics()}
         counters = {name: metrics.get(f"vllm:{name}", 0) for name in COUNTERS}
         before, self._counters = self._counters, counters
@@ -211,6 +225,7 @@ class Server:
     def stop(self) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory
 
+        self._fault.close()
         if self.loop is not None:
             if self.llm is not None:
                 self.llm.shutdown()
