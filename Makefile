@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak lint wheel clean
+.PHONY: help install demo test soak fuzz lint wheel clean
 
 help: ## this text
 	@echo "vllm-dflash: make TARGET [TORCH_INDEX=index of CPU wheels]"
@@ -34,6 +34,9 @@ test: $(INSTALLED) ## the tests that need no GPU
 
 soak: $(INSTALLED) ## half an hour of mixed random requests against their twins without a drafter
 	@$(BIN)/python tests/soak.py --minutes 30
+
+fuzz: $(INSTALLED) ## half an hour of random requests of every parameter, all of every answer against plain decoding's
+	@$(BIN)/python tests/fuzz_differential.py --minutes 30
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .

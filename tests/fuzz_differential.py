@@ -187,11 +187,18 @@ class Fuzzer:
 
     def run(self, rounds: Iterable[int]) -> Tally:
         """As many rounds as there are in ``rounds``."""
+        runs = False
         for number in rounds:
-            if number % ROUNDS == 0:
+            if number % ROUNDS == 0 or not runs:
                 common = self.common if self.common and self.rng.random() < 0.6 else draw_common(self.rng)
-                self.start(common, draw_settings(self.rng))
-            self.round(draw_round(self.rng, self.pair.corpus, self.settings, self.include))
+                try:
+                    self.start(common, draw_settings(self.rng))
+                except Crash as crash:
+                    self._print(f"an engine did not start: {crash}", [])
+                    runs = False
+                    continue
+                runs = True
+            self.round(draw_round(self.rng, self.pair.corpus, self.common | self.settings, self.include))
         self.end()
         return self.tally
 
@@ -216,16 +223,15 @@ class Fuzzer:
         wanted = [self._as_plain(r) for r in requests if is_compared(r, self.settings)]
         self.plain.send(do="run", requests=wanted)
         self.ours.send(do="run", requests=requests)
-        crash: Crash | None = None
-        answers = []
+        crashes, answers = [], []
         for child in (self.plain, self.ours):
             try:
                 answers.append(child.read())
             except Crash as found:
-                crash = Crash(f"{'plain' if child is self.plain else 'drafts'}: {found}")
+                crashes.append(f"{'plain' if child is self.plain else 'drafts'}: {found}")
                 child.restart()
-        if crash is not None:
-            raise crash
+        if crashes:
+            raise Crash("\n".join(crashes))
         self.tally.counters.update(answers[1]["counters"])
         return [answer["answers"] for answer in answers]
 
