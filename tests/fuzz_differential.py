@@ -13,7 +13,6 @@ import argparse
 import json
 import random
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from engine.harness import engine_env
+from fuzzing.child import Child, Crash
 from fuzzing.compare import difference, first_difference
 from fuzzing.draw import KNOWN, MAX_MODEL_LEN, REFUSED, draw_common, draw_round, draw_settings, is_compared
 from fuzzing.pairs import PAIRS, Pair
@@ -40,74 +39,6 @@ SHRUNK = 3
 """Differences of a kind that are shrunk: a fault comes again and again."""
 METHODS = {"ours": {}, "native": {"VLLM_DFLASH": "0"}, "ngram": {"VLLM_DFLASH": "0"}}
 """Who drafts, with its environment: this package, vLLM's own dflash, vLLM's own ngram. The others tell whose fault a difference is."""
-
-
-class Crash(Exception):  # noqa: N818
-    """An engine ended, with the end of its log."""
-
-
-class Child:
-    """One ``serving.py`` process, started again after it ended."""
-
-    def __init__(self, name: str, folder: Path, env: dict[str, str] | None = None) -> None:
-        self._results, self._log, self._env = folder / f"{name}.jsonl", folder / f"{name}.log", env or {}
-        self._process: subprocess.Popen[str] | None = None
-        self._started: dict[str, Any] = {}
-
-    def start(self, **engine: Any) -> None:
-        """Another engine in place of the one before."""
-        self._started = engine
-        if self._process is None:
-            self._results.write_text("")
-            script = Path(__file__).parent / "fuzzing" / "serving.py"
-            tests = Path(__file__).parent
-            paths = [str(tests / "quick_start"), str(tests), str(tests.parent)]
-            self._process = subprocess.Popen(
-                [sys.executable, str(script), str(self._results)], stdin=subprocess.PIPE, text=True, stdout=self._log.open("a"),
-                stderr=subprocess.STDOUT, env=engine_env({"OMP_NUM_THREADS": "1", "VLLM_WORKER_MULTIPROCESSING_METHOD": "fork", "PYTHONPATH": ":".join(paths)} | self._env),
-            )  # fmt: skip
-            self._reader = self._results.open()
-        self.send(do="start", **engine)
-        self.read()
-
-    def send(self, **asked: Any) -> None:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-
-    def read(self, seconds: float = 400) -> dict[str, Any]:
-        """The answer to what was sent last. Raises Crash; the engine is then started again at the next ``start`` or ``restart``."""
-        assert self._process is not None
-        text, deadline = "", time.monotonic() + seconds
-        while not text.endswith("\n"):
-            text += self._reader.readline()
-            if not text and (self._process.poll() is not None or time.monotonic() > deadline):
-                how = "hung" if self._process.poll() is None else f"ended with {self._process.returncode}"
-                self.end()
-                raise Crash(f"the process {how}:\n{self._log.read_text()[-3000:]}")
-            time.sleep(0 if text else 0.01)
-        answer: dict[str, Any] = json.loads(text)
-        if "crash" in answer:
-            self.end()
-            raise Crash(answer["crash"])
-        return answer
-
-    def restart(self) -> None:
-        self.end()
-        self.start(**self._started)
-
-    def end(self) -> None:
-        if self._process is not None:
-            assert self._process.stdin is not None
-            self._process.stdin.close()
-            try:
-                self._process.wait(20)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-            self._reader.close()
-        self._process = None
 
 
 @dataclass
@@ -212,11 +143,10 @@ class Fuzzer:
             self.tally.fields.update({*request, *request["params"], *request["params"].get("structured_outputs", ())})
         try:
             plain, ours = self.ask(requests)
+            for request in requests:
+                self._judge(request, requests, plain, ours)
         except Crash as crash:
             self._crashed(requests, crash)
-            return
-        for request in requests:
-            self._judge(request, requests, plain, ours)
 
     def ask(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Both engines' answers by request."""
@@ -260,21 +190,25 @@ class Fuzzer:
                 self._report(found, request, requests)
 
     def _tie(self, request: dict[str, Any], plain: dict[str, Any], ours: dict[str, Any]) -> float | None:
-        """The noise on the target's logits with which plain decoding parts from itself just so; None where it does not."""
+        """The noise on the target's logits with which plain decoding parts from itself just so; None where it does not, in any completion."""
         if "error" in plain or "error" in ours:
             return None
+        found = []
         for index, completion in ours["completions"].items():
             tokens, other = plain["completions"][index]["token_ids"], completion["token_ids"]
             at = first_difference(tokens, other)
-            if at is None or at >= min(len(tokens), len(other)):
-                continue
-            for noise in NOISE:
-                copies = [self._as_plain(request) | {"id": i} for i in range(12)]
-                self.plain.send(do="run", requests=copies, noise=noise)
-                shaken = [a["completions"][index]["token_ids"] for a in self.plain.read()["answers"].values()]
-                if other[: at + 1] in [tokens[: at + 1] for tokens in shaken]:
-                    return noise
-            return None
+            if at is not None and at < len(other):
+                found.append(self._noise(request, index, other[: at + 1]))
+        return None if not found or None in found else max(noise for noise in found if noise is not None)
+
+    def _noise(self, request: dict[str, Any], index: str, beginning: list[int]) -> float | None:
+        """The least noise with which plain decoding of the request alone begins so."""
+        for noise in NOISE:
+            copies = [self._as_plain(request) | {"id": i} for i in range(12)]
+            self.plain.send(do="run", requests=copies, noise=noise)
+            shaken = [answer["completions"][index]["token_ids"] for answer in self.plain.read()["answers"].values()]
+            if beginning in [tokens[: len(beginning)] for tokens in shaken]:
+                return noise
         return None
 
     def _crashed(self, requests: list[dict[str, Any]], crash: Crash) -> None:
