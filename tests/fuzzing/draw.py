@@ -185,7 +185,7 @@ _FIELDS: dict[str, tuple[float, Draw]] = {
 def _settle(params: dict[str, Any], has_lora: bool) -> None:
     """Takes out what vLLM refuses in any engine, for it would be the same refusal again and again, and what ends any of its engines."""
     if has_lora:
-        # On a CPU the logits of several prompt positions end in an error there, with a drafter as without.
+        # On a CPU vLLM's adapter of the logits counts a step's requests, and prompt positions are more or fewer: an error.
         params.pop("prompt_logprobs", None)
     if params.get("stop") and params.get("detokenize") is False:
         del params["detokenize"]
