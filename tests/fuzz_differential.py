@@ -73,6 +73,7 @@ class Fuzzer:
 
     def __init__(self, name: str, pair: Pair, folder: Path, seed: int = 0, method: str = "ours", include: Sequence[str] = ()) -> None:
         self.name, self.pair, self.folder, self.method, self.include = name, pair, folder, method, include
+        self.most_shrunk = SHRUNK
         self.rng, self.tally = random.Random(seed), Tally()
         self.plain, self.ours = Child("plain", folder), Child("drafts", folder, METHODS[method])
         self.common: dict[str, Any] = {}
@@ -227,8 +228,9 @@ class Fuzzer:
         def differs(tried: list[dict[str, Any]], wanted: int) -> bool:
             return self.replay(tried).get(wanted) is not None
 
-        self._kinds[found.partition(":")[0]] += 1
-        if self._kinds[found.partition(":")[0]] > SHRUNK:
+        kind = found.split()[0]
+        self._kinds[kind] += 1
+        if self._kinds[kind] > self.most_shrunk:
             self._print(found, requests)
             return
         small = shrink(requests, request["id"], differs)

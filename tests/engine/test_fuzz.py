@@ -67,6 +67,7 @@ def test_a_fault_is_found(tmp_path_factory: pytest.TempPathFactory) -> None:
     """With every draft verified at the temperature of the batch's first request the fuzzer finds differences, and shrinks one."""
     folder = tmp_path_factory.mktemp("fault")
     fuzzer = Fuzzer("embedded", PAIRS["embedded"](folder), folder)
+    fuzzer.most_shrunk = 1
     engine = settings(fault="one temperature for all")
     try:
         fuzzer.start(COMMON, engine)
