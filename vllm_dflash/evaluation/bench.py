@@ -16,7 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.evaluation.engine_process import Engine, EngineFailedError
+from vllm_dflash.engines.process import EngineFailedError
+from vllm_dflash.evaluation.job import Engine
 from vllm_dflash.evaluation.machine import machine, versions
 from vllm_dflash.evaluation.methods import KINDS, Method, UsageError
 from vllm_dflash.evaluation.plan import Plan, make_plan
