@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 COMPAT_TESTS ?= tests/patches tests/compat/suite.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo unit test compat compat-test soak fuzz lint wheel sdist clean
+.PHONY: help install demo unit test compat compat-test soak fuzz docs lint wheel sdist clean
 
 help: ## this text
 	@echo "vllm-dflash: make TARGET [TORCH_INDEX=index of CPU wheels]"
@@ -58,6 +58,10 @@ lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy vllm_dflash patches
+
+docs: $(INSTALLED) ## the documents as a site, in site/
+	@$(BIN)/python -c "import mkdocs" 2>/dev/null || $(BIN)/pip install --quiet "$$(sed -n 's/^docs = \["\(.*\)"\]/\1/p' pyproject.toml)"
+	$(BIN)/mkdocs build --quiet
 
 wheel: $(INSTALLED) ## the wheel, in dist/
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

@@ -54,3 +54,8 @@ def test_every_folder_has_a_room() -> None:
     files = [path.name for path in (ROOT / "vllm_dflash").glob("*.py")]
     small = {"__init__.py", "cli.py", "install_cpu.py", "progress.py", "records.py"}
     assert [name for name in files if f"`{name}`" not in rooms and name not in small] == []
+
+
+def test_the_site_has_every_document() -> None:
+    nav = re.findall(r": ([a-z]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(nav) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
