@@ -64,10 +64,10 @@ def test_no_difference(tally: Tally) -> None:
 
 
 def test_a_fault_is_found(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """With every draft verified at the temperature of the batch's first request the fuzzer finds differences, and shrinks one."""
+    """With every draft verified at the temperature of the batch's first request the fuzzer finds differences."""
     folder = tmp_path_factory.mktemp("fault")
     fuzzer = Fuzzer("embedded", PAIRS["embedded"](folder), folder)
-    fuzzer.most_shrunk = 1
+    fuzzer.most_shrunk = 0  # ``test_fuzzing.py`` sees to that
     engine = settings(fault="one temperature for all")
     try:
         fuzzer.start(COMMON, engine)
