@@ -80,7 +80,7 @@ def test_completion_over_http(tmp_path: Path) -> None:
     speculative = json.dumps({"method": "dflash", "model": str(DRAFTER), "num_speculative_tokens": 7})
     recorder = ("--middleware", "vllm_dflash.training.recorder.TrafficRecorder")
     with server("--speculative-config", speculative, *recorder, env={"VLLM_DFLASH_RECORD": str(tmp_path)}) as port:
-        body = {"model": "embedded", "prompt": prompt, "max_tokens": 96, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        body = {"model": "embedded", "prompt": prompt, "max_tokens": 96, "temperature": 0, "return_token_ids": True}
         answer = json.loads(request(port, "/v1/completions", body))
         assert answer["choices"][0]["token_ids"] == expected
         drafts, accepted = metric(port, "vllm:spec_decode_num_drafts_total"), metric(port, "vllm:spec_decode_num_accepted_tokens_total")

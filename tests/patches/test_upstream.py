@@ -92,7 +92,7 @@ assert states()["GPUModelRunner._input_fits_in_drafter"] == "applied", states()
 register()
 assert patch_set().revert() == []
 assert runner.DFlashProposer is native
-assert set(states().values()) == {"off"}, states()
+assert set(states().values()) - {"not needed"} == {"off"}, states()
 """)
 
 
@@ -268,7 +268,7 @@ except ValueError as error:
     assert "vllm.v1.spec_decode.dflash:DFlashProposer, whose source has changed" in output
     assert "PLAIN SERVING IS CONFIGURED" in done.stdout
     assert "REFUSED" in done.stdout
-    assert re.search(r"RuntimeError: vllm-dflash supports vLLM >=0\.32,<0\.34, and found 0\.32.*VLLM_DFLASH=0", output)
+    assert re.search(r"RuntimeError: vllm-dflash supports vLLM >=0\.32,<0\.34, and found 0\.3[23].*VLLM_DFLASH=0", output)
 
 
 def test_what_other_devices_import_looks_up_no_kernel_that_only_a_cpu_has():

@@ -1,6 +1,5 @@
 """What is kept of drafts, and the noise of seeded requests, apart from an engine."""
 
-from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,12 +7,9 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
-from vllm.v1.sample.logits_processor import LogitsProcessors
-from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
-from vllm.v1.sample.metadata import SamplingMetadata
 
 from vllm_dflash.drafting.sampling import SeedDraws
-from vllm_dflash.drafting.verification import DraftMetadata, _min_tokens_after, keep_accepted
+from vllm_dflash.drafting.verification import DraftMetadata, keep_accepted
 
 
 def test_drafts_are_kept_up_to_the_first_that_differs() -> None:
@@ -67,20 +63,3 @@ def test_metadata_of_drafts_is_vllms(scheduled: list[int], drafted: list[int]) -
             assert own.dtype == value.dtype, name
             own, value = own.tolist(), value.tolist()
         assert own == value, name
-
-
-def test_min_tokens_that_drafts_reach_are_dropped_from_a_copy() -> None:
-    """vLLM's own processor was changed for the time of a call and put back; what raised in between would have left it changed."""
-    processor = MinTokensLogitsProcessor(None, torch.device("cpu"), False)
-    processor.min_toks = {row: (5, [1, 2], {9}, False) for row in (0, 1)}
-    rows, tokens = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([9, 9], dtype=torch.int32)
-    processor.logits_slice = rows, tokens
-    values = {f.name: None for f in fields(SamplingMetadata)} | {"logitsprocs": LogitsProcessors([processor])}
-    sampling = SamplingMetadata(**values)
-    after = _min_tokens_after([3, 2], sampling)
-    (short,) = after.logitsprocs.non_argmax_invariant
-    assert short.logits_slice[0].tolist() == [1]
-    assert sampling.logitsprocs.non_argmax_invariant == [processor]
-    assert processor.logits_slice[0] is rows
-    processor.min_toks = {}
-    assert _min_tokens_after([3, 2], sampling) is sampling
