@@ -4,14 +4,14 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from vllm_dflash.formats import is_ours
+from vllm_dflash.formats import METHOD, is_ours
 from vllm_dflash.patch import Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def post_init(self: Any, *arguments: Any) -> Any:
-        if self.method == "dflash" and self.model is not None:
+        if self.method == METHOD and self.model is not None:
             from vllm_dflash.checks import read_early
 
             drafter = read_early(self.model, self.revision)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash.config import DrafterConfig, DrafterConfigError, TargetShape, check_pair, printable
-from vllm_dflash.formats import FORMAT_OF, is_foreign, read_raw, write
+from vllm_dflash.formats import is_foreign, published_format, read_raw, write
 
 _logger = logging.getLogger("vllm.vllm_dflash")
 
@@ -183,7 +183,7 @@ def no_drafter_at(model: str) -> DrafterConfigError:
 
 def _attributes(drafter: DrafterConfig) -> dict[str, Any]:
     """What vLLM's own code reads of a draft config: it knows one spelling of each, and not all formats have it."""
-    raw = write(drafter, FORMAT_OF[drafter.conditioning])
+    raw = write(drafter, published_format(drafter))
     attributes = {SETTLED: raw} | {name: raw[name] for name in ("dflash_config", "block_size", "layer_types", "sliding_window")}
     if len(set(drafter.windows)) > 1:
         # vLLM's own V1 proposer cannot serve mixed layers, and its config refuses them for any drafter; ours can.

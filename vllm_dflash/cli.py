@@ -18,7 +18,7 @@ import vllm_dflash
 from vllm_dflash.cluster import command as cluster
 from vllm_dflash.evaluation.methods import DEFAULT_METHODS, KINDS
 from vllm_dflash.evaluation.workload import DATASETS, RANDOM, Lengths
-from vllm_dflash.formats import FORMATS
+from vllm_dflash.formats import format_names
 from vllm_dflash.patch import SCOPES
 from vllm_dflash.plugin import SWITCH, is_off, patch_set
 from vllm_dflash.supported import SUPPORTED_VLLM, installed_vllm
@@ -136,7 +136,7 @@ def _add_convert(commands: Any) -> None:
     )  # fmt: skip
     convert.add_argument("source", metavar="SRC", help="the drafter's folder, or a hub id that is downloaded")
     convert.add_argument("destination", metavar="DST", help="a folder that is not there yet, or empty")
-    convert.add_argument("--to", choices=FORMATS, required=True, help="the format to write")
+    convert.add_argument("--to", choices=format_names(), required=True, help="the format to write")
     convert.add_argument("--verifier", metavar="NAME", help="for speculators: the target's hub id or folder, which that format names")
     convert.set_defaults(run=_run_tool("convert"))
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-CONDITIONINGS = ("dflash", "dflare")
-"""How target features become the drafter's context; one file each in ``vllm_dflash.conditioning``."""
+from vllm_dflash import kinds
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 """The rotary variants that the reference and vLLM compute alike."""
@@ -115,6 +114,8 @@ class DrafterConfig:
     num_target_layers: int | None
     """Layers of the target that it was trained with; None where the checkpoint does not say."""
     max_position_embeddings: int
+    kind: str
+    """One of ``kinds.names()``."""
     rms_norm_eps: float = DEFAULT_RMS_NORM_EPS
     rope_theta: float = DEFAULT_ROPE_THETA
     rope_scaling: Mapping[str, Any] | None = None
@@ -130,17 +131,20 @@ class DrafterConfig:
     quantization_config: Mapping[str, Any] | None = None
     """As in config.json, for vLLM's quantized layers."""
     dtype: str = "bfloat16"
-    conditioning: str = "dflash"
-    """One of ``CONDITIONINGS``."""
     unknown_keys: tuple[str, ...] = field(default=(), compare=False)
     """Keys of its config.json that this package does not know: if one of them changes what is computed, tau is low."""
     format: str = field(default="z-lab", compare=False)
-    """The checkpoint format that it was read from, one of ``vllm_dflash.formats.FORMATS``."""
+    """The checkpoint format that it was read from, one of ``vllm_dflash.formats.format_names()``."""
 
     @property
     def max_speculative_tokens(self) -> int:
-        """The most tokens one draft can hold: the block less its anchor, ``block_size - 1``."""
-        return self.block_size - 1
+        """The most tokens one draft can hold: the block's rows from the first that predicts on, mostly ``block_size - 1``."""
+        return self.block_size - self.first_row
+
+    @property
+    def first_row(self) -> int:
+        """The kind's ``first_row``."""
+        return kinds.kind_of(self).first_row
 
     @property
     def num_features(self) -> int:
@@ -182,8 +186,8 @@ class DrafterConfig:
         Raises:
             DrafterConfigError: names the field and the remedy.
         """
-        if self.conditioning not in CONDITIONINGS:
-            raise DrafterConfigError(f"conditioning is {self.conditioning!r}", f"one of {', '.join(CONDITIONINGS)}", field="conditioning")
+        if self.kind not in kinds.names():
+            raise DrafterConfigError(f"kind is {self.kind!r}", f"one of {', '.join(kinds.names())}", field="kind")
         if self.num_attention_heads % self.num_key_value_heads:
             raise DrafterConfigError(
                 f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads {self.num_key_value_heads}",

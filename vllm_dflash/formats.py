@@ -1,22 +1,19 @@
 """Checkpoint formats: every known ``config.json`` to one ``DrafterConfig`` and back; the one map of tensor names.
 
-| format | told by | context conditioning |
-| z-lab | architectures DFlashDraftModel | DFlash |
-| AngelSlim | architectures QwenDFlareDraftModel | DFlare |
-| speculators | speculators_model_type dflash or dflare | DFlash, DFlare |
+A kind's published format is told by ``architectures``, that of the speculators library, which holds all kinds, by
+``speculators_model_type``; ``vllm_dflash.kinds`` has the names.
 
 Pure Python. A field that would change what the drafter computes and is not known here is refused: ignored, it would only
 show as low acceptance. Tests: ``pytest tests/unit/test_formats.py``.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash import fields, keys
+from vllm_dflash import fields, keys, kinds
 from vllm_dflash.config import (
-    CONDITIONINGS,
     DEFAULT_RMS_NORM_EPS,
     DEFAULT_ROPE_THETA,
     DrafterConfig,
@@ -26,15 +23,10 @@ from vllm_dflash.config import (
 from vllm_dflash.regular import read_regular
 
 CONFIG_FILE = "config.json"
-ARCHITECTURES = {"DFlashDraftModel": "dflash", "QwenDFlareDraftModel": "dflare"}
-"""Architecture names in checkpoints, to the kind of conditioning."""
-ARCHITECTURE_OF = {kind: name for name, kind in ARCHITECTURES.items()}
-VLLM_ARCHITECTURES = ("DFlashDraftModel", "QwenDFlareDraftModel", "DFlashQwenDFlareDraftModel")
-"""The names that vLLM looks up for them: for its method ``dflash`` it puts DFlash before a name that lacks it."""
 _LARGEST_CONFIG = 1 << 24
-FORMATS = ("z-lab", "AngelSlim", "speculators")
-FORMAT_OF = {"dflash": "z-lab", "dflare": "AngelSlim"}
-"""The format that each kind of conditioning was published in."""
+METHOD = "dflash"
+"""vLLM's name of the method of speculation that its drafters and ours come under."""
+SPECULATORS = "speculators"
 
 IGNORED_TENSORS = frozenset({"t2d", "verifier_norm.weight", "verifier_lm_head.weight", "rotary_emb.inv_freq"})
 """Tensors that only training needs."""
@@ -46,6 +38,16 @@ _SIZES = (
 )  # fmt: skip
 
 
+def format_names() -> tuple[str, ...]:
+    """All formats: those that kinds were published in, and speculators'."""
+    return (*dict.fromkeys(kind.format for kind in kinds.every().values()), SPECULATORS)
+
+
+def published_format(config: DrafterConfig) -> str:
+    """The format that the drafter's kind was published in."""
+    return kinds.kind_of(config).format
+
+
 def tensor_name(name: str) -> str:
     """Our name of a checkpoint's tensor: z-lab's, which all formats share but for a prefix and a few aliases."""
     name = name.removeprefix("model.")
@@ -54,10 +56,10 @@ def tensor_name(name: str) -> str:
 
 def is_ours(speculative: Any) -> bool:
     """Whether a vLLM ``SpeculativeConfig``, or None, is for a drafter that this package serves."""
-    if speculative is None or speculative.method != "dflash":
+    if speculative is None or speculative.method != METHOD:
         return False
     architectures: list[str] = speculative.draft_model_config.architectures or []
-    return len(architectures) == 1 and architectures[0] in VLLM_ARCHITECTURES
+    return len(architectures) == 1 and architectures[0] in kinds.architectures()
 
 
 def is_foreign(raw: Any) -> bool:
@@ -66,10 +68,10 @@ def is_foreign(raw: Any) -> bool:
         return False
     kind, architectures = raw.get("speculators_model_type"), raw.get("architectures")
     if isinstance(kind, str) and kind:
-        return kind not in CONDITIONINGS
+        return kind not in kinds.names()
     if not isinstance(architectures, list) or not architectures or not all(isinstance(name, str) for name in architectures):
         return False
-    return not set(architectures) & set(VLLM_ARCHITECTURES)
+    return not set(architectures) & kinds.architectures().keys()
 
 
 def read(folder: str | Path) -> DrafterConfig:
@@ -116,7 +118,7 @@ def parse(raw: Mapping[str, Any]) -> DrafterConfig:
     try:
         config.check()
     except DrafterConfigError as error:
-        if config.format == "speculators" and error.field == "target_layer_ids":
+        if config.format == SPECULATORS and error.field == "target_layer_ids":
             raise error.with_remedy("This format calls them aux_hidden_state_layer_ids and counts from one") from None
         raise
     return config
@@ -131,19 +133,14 @@ def write(config: DrafterConfig, format: str, *, verifier: str = "") -> dict[str
     Raises:
         DrafterConfigError: the format cannot hold this drafter.
     """
-    writers: dict[str, Callable[[], dict[str, Any]]] = {
-        "z-lab": lambda: _write_plain(config, format),
-        "AngelSlim": lambda: _write_plain(config, format),
-        "speculators": lambda: _write_speculators(config, verifier),
-    }
-    if format not in writers:
-        raise DrafterConfigError(f"format {format!r} is not known", f"one of {', '.join(FORMATS)}")
-    return writers[format]()
+    if format not in format_names():
+        raise DrafterConfigError(f"format {format!r} is not known", f"one of {', '.join(format_names())}")
+    return _write_speculators(config, verifier) if format == SPECULATORS else _write_plain(config, format)
 
 
 def _parse_plain(raw: Mapping[str, Any]) -> DrafterConfig:
-    """z-lab's DFlash and AngelSlim's DFlare, which share their keys."""
-    kind = ARCHITECTURES[_architecture(raw)]
+    """The formats that kinds were published in, which share their keys."""
+    kind = kinds.architectures()[_architecture(raw)]
     nested = raw.get("dflash_config")
     if not isinstance(nested, Mapping):
         raise fields.bad(
@@ -164,23 +161,23 @@ def _parse_plain(raw: Mapping[str, Any]) -> DrafterConfig:
         **transformer, block_size=block_size, mask_token_id=fields.token_id(nested, "dflash_config.mask_token_id"),
         target_layer_ids=fields.layer_ids(nested["target_layer_ids"], "dflash_config.target_layer_ids"), num_target_layers=depth,
         draft_vocab_size=_draft_vocab(raw, raw), sliding_windows=windows, sliding_causal=causal,
-        quantization_config=fields.quantization(raw), dtype=fields.dtype(raw), conditioning=kind,
-        unknown_keys=tuple(sorted(keys.check_keys(raw, by_transformers=True))), format=FORMAT_OF[kind],
+        quantization_config=fields.quantization(raw), dtype=fields.dtype(raw), kind=kind.name,
+        unknown_keys=tuple(sorted(keys.check_keys(raw, by_transformers=True))), format=kind.format,
     )  # fmt: skip
 
 
 def _architecture(raw: Mapping[str, Any]) -> str:
-    """The published name of the one architecture that the file gives."""
+    """The one architecture that the file gives, by its published name or vLLM's."""
     given = raw.get("architectures")
-    known = [name for name in given if name in VLLM_ARCHITECTURES] if fields.is_list(given) else []
+    known = [name for name in given if name in kinds.architectures()] if fields.is_list(given) else []
     if not known:
         raise fields.bad(
-            "architectures", f"is {fields.shown(given)}, none of {', '.join(ARCHITECTURES)}",
-            "this is no DFlash or DFlare drafter. Point 'model' in the speculative config at the drafter's folder",
+            "architectures", f"is {fields.shown(given)}, none of {', '.join(kind.architecture for kind in kinds.every().values())}",
+            f"this is no {kinds.labels()} drafter. Point 'model' in the speculative config at the drafter's folder",
         )  # fmt: skip
     if given is None or len(given) > 1:
         raise fields.bad("architectures", f"is {fields.shown(given)}", f"give a list of one. {fields.CAME_WITH}")
-    return known[0] if known[0] in ARCHITECTURES else known[0].removeprefix("DFlash")
+    return known[0]
 
 
 def _no_layers(depth: int | None, num_hidden_layers: int) -> DrafterConfigError:
@@ -202,9 +199,9 @@ def _no_layers(depth: int | None, num_hidden_layers: int) -> DrafterConfigError:
 def _parse_speculators(raw: Mapping[str, Any]) -> DrafterConfig:
     """The speculators library's format: the drafter's layers in ``transformer_layer_config``, layer ids counted from one."""
     kind = raw["speculators_model_type"]
-    if kind not in CONDITIONINGS:
+    if kind not in kinds.names():
         raise fields.bad(
-            "speculators_model_type", f"is {fields.shown(kind)}, not one of {', '.join(CONDITIONINGS)}", "serve it with vLLM itself"
+            "speculators_model_type", f"is {fields.shown(kind)}, not one of {', '.join(kinds.names())}", "serve it with vLLM itself"
         )  # fmt: skip
     layers = raw.get("transformer_layer_config")
     if not isinstance(layers, Mapping):
@@ -213,7 +210,7 @@ def _parse_speculators(raw: Mapping[str, Any]) -> DrafterConfig:
             f"it describes the drafter's layers. {fields.CAME_WITH}",
         )  # fmt: skip
     ids = fields.layer_ids(raw.get("aux_hidden_state_layer_ids"), "aux_hidden_state_layer_ids", one_based=True)
-    fields.refuse(raw, "sample_from_anchor", False, 0)
+    fields.refuse(raw, "sample_from_anchor", *((False, 0) if kinds.every()[kind].first_row else (True, 1)))
     unknown = keys.check_keys(raw, by_transformers=False)
     unknown += [f"transformer_layer_config.{name}" for name in keys.check_keys(layers, by_transformers=False)]
     # Not a field of the library's; ours, so that converting there and back loses nothing.
@@ -224,7 +221,7 @@ def _parse_speculators(raw: Mapping[str, Any]) -> DrafterConfig:
         **_transformer(layers), block_size=fields.positive_int(raw, "block_size"), mask_token_id=fields.token_id(raw, "mask_token_id"),
         target_layer_ids=ids, num_target_layers=depth, draft_vocab_size=_draft_vocab(raw, layers),
         sliding_windows=windows, sliding_causal=sliding_causal, quantization_config=fields.quantization(raw),
-        dtype=fields.dtype(raw, layers), conditioning=kind, unknown_keys=tuple(sorted(unknown)), format="speculators",
+        dtype=fields.dtype(raw, layers), kind=kind, unknown_keys=tuple(sorted(unknown)), format=SPECULATORS,
     )  # fmt: skip
 
 
@@ -311,16 +308,15 @@ def _layer_kinds(raw: Mapping[str, Any], count: int) -> Sequence[str]:
 
 
 def _write_plain(config: DrafterConfig, format: str) -> dict[str, Any]:
-    if FORMAT_OF[config.conditioning] != format:
-        raise DrafterConfigError(
-            f"{format} holds no {config.conditioning} drafter", f"write it as {FORMAT_OF[config.conditioning]} or speculators"
-        )
+    kind = kinds.kind_of(config)
+    if kind.format != format:
+        raise DrafterConfigError(f"{format} holds no {kind.name} drafter", f"write it as {kind.format} or {SPECULATORS}")
     nested: dict[str, Any] = {"mask_token_id": config.mask_token_id, "target_layer_ids": list(config.target_layer_ids)}
     if config.sliding_windows:
         nested["causal"] = config.sliding_causal
         if config.sliding_causal and None in config.sliding_windows:
             nested.pop("causal")  # vLLM's reading of a mixed drafter without it: causal in the sliding layers
-    out = {"architectures": [ARCHITECTURE_OF[config.conditioning]], "block_size": config.block_size, "dflash_config": nested}
+    out = {"architectures": [kind.architecture], "block_size": config.block_size, "dflash_config": nested}
     out |= _write_transformer(config)
     if config.num_target_layers is not None:
         out["num_target_layers"] = config.num_target_layers
@@ -332,11 +328,12 @@ def _write_plain(config: DrafterConfig, format: str) -> dict[str, Any]:
 
 
 def _write_speculators(config: DrafterConfig, verifier: str) -> dict[str, Any]:
+    kind = kinds.kind_of(config)
     out = {
-        "architectures": ["DFlashSpeculator" if config.conditioning == "dflash" else "DFlareSpeculator"],
-        "speculators_model_type": config.conditioning,
+        "architectures": [kind.speculators_architecture],
+        "speculators_model_type": kind.name,
         "speculators_config": {
-            "algorithm": config.conditioning,
+            "algorithm": kind.name,
             "default_proposal_method": "greedy",
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": config.max_speculative_tokens}],
             "verifier": {"name_or_path": verifier, "architectures": []},
@@ -346,7 +343,7 @@ def _write_speculators(config: DrafterConfig, verifier: str) -> dict[str, Any]:
         "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
         "dtype": config.dtype,
         "mask_token_id": config.mask_token_id,
-        "sample_from_anchor": False,
+        "sample_from_anchor": kind.first_row == 0,
         "sliding_window_non_causal": bool(config.sliding_windows) and not config.sliding_causal,
         "transformer_layer_config": _write_transformer(config),
     }

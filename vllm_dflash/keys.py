@@ -10,7 +10,7 @@ unknown, which is told to the user. Pure Python.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vllm_dflash import fields
+from vllm_dflash import fields, kinds
 
 READ = frozenset({
     "architectures", "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -40,11 +40,15 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "norm_output": (False,), "sandwich_norm": (False,), "layernorm_type": ("rmsnorm",), "num_experts": (0,), "num_local_experts": (0,),
     "n_routed_experts": (0,), "num_kv_shared_layers": (0,), "hidden_size_per_layer_input": (0,), "first_k_dense_replace": (0,),
     # Another method's drafter under one of our names
-    "projector_type": ("dflash",), "shift_label": (False,), "model_arch": ("dflash", "dflare"), "use_aux_hidden_state": (True,),
+    "shift_label": (False,), "use_aux_hidden_state": (True,),
     "conv_kernel_size": (0,), "conv_group_size": (), "selector_rank": (0,), "selector_top_k": (), "markov_rank": (0,),
     "thresh_head_direct_len": (), "confidence_head": (False,), "enable_confidence_head": (False,), "target_num_hidden_layers": (),
 }  # fmt: skip
 """Keys that change what is computed, in ways that are not implemented; with the values that say what is so without them."""
+
+
+_OF_THE_KIND = frozenset({"projector_type", "model_arch"})
+"""Keys that name the drafter's kind."""
 
 
 def _anything(value: Any) -> bool:
@@ -132,7 +136,9 @@ def check_keys(raw: Mapping[str, Any], *, by_transformers: bool) -> list[str]:
     """
     unknown = []
     for name, value in raw.items():
-        if name in _REFUSED:
+        if name in _OF_THE_KIND:
+            fields.refuse(raw, name, *kinds.names())
+        elif name in _REFUSED:
             fields.refuse(raw, name, *_REFUSED[name])
         elif name in _NO_EFFECT:
             fits, kind, nullable = _NO_EFFECT[name]

@@ -11,7 +11,7 @@ import logging
 import os
 from typing import Any
 
-from vllm_dflash.formats import VLLM_ARCHITECTURES
+from vllm_dflash import kinds
 from vllm_dflash.metrics.snapshots import choose_folder
 from vllm_dflash.patch import is_switched_off
 from vllm_dflash.patching import PatchError, PatchSet
@@ -42,9 +42,9 @@ def register() -> None:
         except Exception as error:  # plain serving goes on whatever is wrong with us
             problem = f"the patches could not be applied: {type(error).__name__}: {error}"
     if problem is None:
-        for name in VLLM_ARCHITECTURES:
+        for name in kinds.architectures():
             ModelRegistry.register_model(name, "vllm_dflash.models.drafter:DrafterForCausalLM")
-        _register_speculators_dflare()
+        _register_speculators()
         choose_folder()
         return
     _refuse(problem)
@@ -58,18 +58,23 @@ def _refuse(problem: str) -> None:
     if PROBLEM not in os.environ:
         os.environ[PROBLEM] = problem
         _logger.warning("%s. Serving without a DFlash drafter is not affected", problem)
-    for name in VLLM_ARCHITECTURES:
+    for name in kinds.architectures():
         ModelRegistry.register_model(name, "vllm_dflash.models.unsupported:UnsupportedVLLM")
 
 
-def _register_speculators_dflare() -> None:
-    """Teaches vLLM to read a speculators-format DFlare config, through its own registry of such types."""
+def _register_speculators() -> None:
+    """Teaches vLLM to read the speculators format of kinds that it does not know, through its own registry of such types."""
     from vllm.transformers_utils.configs.speculators.algos import register_speculator, update_dflash
 
-    @register_speculator("dflare")
-    def update_dflare(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:
-        update_dflash(config_dict, pre_trained_config)
-        pre_trained_config["architectures"] = ["DFlashQwenDFlareDraftModel"]
+    def register(kind: kinds.Kind) -> None:
+        @register_speculator(kind.name)
+        def update(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:
+            update_dflash(config_dict, pre_trained_config)
+            pre_trained_config["architectures"] = [kind.served_architecture]
+
+    for kind in kinds.every().values():
+        if not kind.is_known_to_vllm:
+            register(kind)
 
 
 def is_off() -> bool:

@@ -14,9 +14,9 @@ from typing import TypeGuard
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vllm_dflash.conditioning import own_tensors
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import IGNORED_TENSORS, tensor_name
+from vllm_dflash.kinds import own_tensors
 from vllm_dflash.regular import read_regular, size_of_regular
 
 SINGLE_FILE = "model.safetensors"

@@ -57,7 +57,7 @@ DRAFTERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str]]] = {
         {"draft_vocab_size": 200}, {"format": "speculators"}, {"d2t": r"d2t", "lm_head": r"lm_head", "all": r"."},
     ),
     "dflare": (
-        {"conditioning": "dflare", "attention_bias": True, "target_layer_ids": (0, 1, 2, 3, 4)}, {},
+        {"kind": "dflare", "attention_bias": True, "target_layer_ids": (0, 1, 2, 3, 4)}, {},
         {
             "context fusion": r"layer_fusion|hidden_norm", "context keys and values": r"_proj_target\.weight",
             "context biases": r"_proj_target\.bias", "key norms": r"k_norm", "all": r".",

@@ -30,7 +30,7 @@ def _template(format: str) -> dict[str, Any]:
         rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
     )  # fmt: skip
     if format == "AngelSlim":
-        config = config.with_(conditioning="dflare")
+        config = config.with_(kind="dflare")
     return write(config, format, verifier="target")
 
 

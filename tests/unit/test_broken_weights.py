@@ -29,9 +29,9 @@ from vllm_dflash.weights import check_finite
 # A checkpoint is a kind and a format; each breakage is applied to all four.
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "z-lab": {},
-    "AngelSlim": {"config": {"conditioning": "dflare"}},
+    "AngelSlim": {"config": {"kind": "dflare"}},
     "speculators dflash": {"config": {"draft_vocab_size": 200}, "format": "speculators", "mask_embedding": True},
-    "speculators dflare": {"config": {"conditioning": "dflare", "draft_vocab_size": 200}, "format": "speculators", "mask_embedding": True},
+    "speculators dflare": {"config": {"kind": "dflare", "draft_vocab_size": 200}, "format": "speculators", "mask_embedding": True},
 }
 
 

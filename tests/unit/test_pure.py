@@ -13,20 +13,21 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "vllm_dflash"
 NEEDS_VLLM = {
-    "adaptive.scheduler", "cluster.replica", "drafting.context_store", "drafting.proposer", "drafting.speculator",
+    "adaptive.scheduler", "cluster.replica", "drafting.context_store", "drafting.proposer", "drafting.rows", "drafting.speculator",
     "drafting.verification", "models.context", "models.drafter", "models.eager_draft", "models.eager_layer", "models.eager_target",
-    "models.kernels", "models.norm", "models.own", "training.hidden_states",
+    "models.kernels", "models.loading", "models.norm", "models.own", "training.hidden_states",
 }  # fmt: skip
 """Cannot be imported without vLLM."""
 ASKS_VLLM = {
-    "checks", "cluster.completer", "cluster.connection", "cluster.serve", "conditioning.dflare", "conditioning.dflash",
-    "evaluation.engine_child", "patches.server_metrics", "plugin", "tools.engine_run", "training.extract_engine",
-    "training.generate_engine",
+    "checks", "cluster.completer", "cluster.connection", "cluster.serve", "engines.child", "evaluation.engine_child",
+    "kinds.dflash.context", "models.parameters", "patches.request_params", "patches.server_metrics", "plugin",
+    "tools.engine_run", "training.extract_engine", "training.generate_engine",
 }  # fmt: skip
 """Import vLLM when they are called: inside of functions."""
 NEEDS_TORCH = {
-    "conditioning.dflare", "conditioning.dflash", "drafting.coverage", "drafting.layout", "drafting.pending", "drafting.sampling",
-    "reference.checkpoint", "reference.decoding", "reference.drafter", "reference.loss", "reference.masks", "reference.rotary",
+    "drafting.coverage", "drafting.layout", "drafting.pending", "drafting.sampling", "heads.argmax", "kinds.dflare.context",
+    "kinds.dflash.context", "models.parameters", "reference.checkpoint", "reference.decoding", "reference.drafter",
+    "reference.loss", "reference.masks", "reference.rotary",
     "tools.convert", "tools.describe", "tools.doctor", "tools.inspect", "tools.pair_checks", "tools.pair_runs", "training.budget",
     "training.checkpoints", "training.drafter", "training.export", "training.extract", "training.extract_engine",
     "training.features", "training.flex", "training.loop", "training.objective", "training.optimizer", "training.prove",

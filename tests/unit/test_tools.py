@@ -20,7 +20,7 @@ from pairs import make_random_drafter, random_drafter_config
 from variants import VARIANTS
 from vllm_dflash.cli import main
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
-from vllm_dflash.formats import FORMAT_OF
+from vllm_dflash.formats import published_format
 from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.tools.convert import convert
 from vllm_dflash.tools.inspect import inspect_checkpoint
@@ -49,7 +49,7 @@ def test_there_and_back(tmp_path: Path, name: str) -> None:
     source = VARIANTS[name].make(tmp_path / "source")
     config = DrafterConfig.from_pretrained(source)
     kept = {n: t for n, t in tensors_of(source).items() if n != "t2d"}
-    for format in (FORMAT_OF[config.conditioning], "speculators"):
+    for format in (published_format(config), "speculators"):
         there, back = tmp_path / format, tmp_path / f"{format} and back"
         assert convert(source, there, format, verifier="target") == []
         assert convert(there, back, config.format) == []
@@ -62,7 +62,7 @@ def test_there_and_back(tmp_path: Path, name: str) -> None:
             if "d2t" in kept and expected == "speculators":
                 ids = torch.arange(len(kept["d2t"])) + kept["d2t"]
                 assert tensors_of(folder)["t2d"].nonzero()[:, 0].tolist() == sorted(ids.tolist())
-    ours, theirs = load_drafter(source, torch.float32), load_drafter(tmp_path / FORMAT_OF[config.conditioning], torch.float32)
+    ours, theirs = load_drafter(source, torch.float32), load_drafter(tmp_path / published_format(config), torch.float32)
     assert_same_bits(ours.state_dict(), theirs.state_dict())
     for one, other in zip(vars(ours.own).values(), vars(theirs.own).values(), strict=True):
         assert (one is None) == (other is None)

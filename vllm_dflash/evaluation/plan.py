@@ -125,9 +125,13 @@ def _embedded(name: str) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
+_DRAFTER = "dflash"
+"""The folder of the embedded pair's first drafter."""
+
+
 def _drafters(args: argparse.Namespace) -> dict[str, Drafter]:
     """By name, as ``--draft`` has them; the embedded one beside the embedded target."""
-    given = args.draft or ([] if args.target else [str(_embedded("dflash"))])
+    given = args.draft or ([] if args.target else [str(_embedded(_DRAFTER))])
     found: dict[str, Drafter] = {}
     for text in given:
         name, equals, path = text.partition("=")

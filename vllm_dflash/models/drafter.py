@@ -27,6 +27,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWi
 
 from vllm_dflash.checks import settled
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.kinds import kind_of
 from vllm_dflash.models.context import ContextKV
 from vllm_dflash.models.kernels import check_kernels
 from vllm_dflash.models.loading import Loading
@@ -158,6 +159,7 @@ class DrafterModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         attentions = [layer.self_attn for layer in self.layers]
         self.context_kv = ContextKV(config, attentions, dtype, quant_config, maybe_prefix(prefix, "context_kv"))
+        self.head = kind_of(config).head_part("Served")(config, dtype)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """``input_ids`` [N] -> embeddings [N, H]."""
@@ -178,7 +180,7 @@ class DrafterModel(nn.Module):
 
 
 class DrafterForCausalLM(nn.Module):
-    """What vLLM loads for every architecture of ``vllm_dflash.formats``."""
+    """What vLLM loads for every kind of ``vllm_dflash.kinds``."""
 
     # vLLM's loader shares the target's modules with a drafter that says it has none.
     has_own_embed_tokens = False
@@ -228,7 +230,7 @@ class DrafterForCausalLM(nn.Module):
         return full
 
     def combine_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Captured features [N, T * H] -> context [N, C], by the drafter's kind of conditioning."""
+        """Captured features [N, T * H] -> context [N, C], by the drafter's kind."""
         self.check_features(hidden_states)
         return self.model.context_kv.combine(hidden_states)
 

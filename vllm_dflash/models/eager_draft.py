@@ -11,7 +11,6 @@ from torch import Tensor
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 
-from vllm_dflash.conditioning import dflash
 from vllm_dflash.models.eager_layer import Layer, Linear, Room, embedding, live
 
 # By name each call would look its overload up.
@@ -54,7 +53,7 @@ class EagerContext:
     """The context's keys and values of a loaded ``DrafterModel``, written into the KV cache of its layers."""
 
     def __init__(self, model: Any, layers: EagerLayers) -> None:
-        self._project, self._layers = _projection(model.context_kv.conditioning), layers.layers
+        self._project, self._layers = _projection(model.context_kv.context), layers.layers
 
     def __call__(self, features: Tensor, positions: Tensor, slots: Tensor) -> None:
         """As ``combine_hidden_states`` and ``precompute_and_store_context_kv``.
@@ -81,21 +80,10 @@ def eager_logits(drafter: Any) -> Callable[[Tensor], Tensor]:
     return lambda hidden: linear(hidden)[:, :vocab_size]
 
 
-def _projection(conditioning: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Features [N, T * H] -> keys and values [N, D, kv heads, head_dim]."""
-    if not (isinstance(conditioning, dflash.Served) and not conditioning.quantized and hasattr(conditioning.fc, "cpu_linear")):
-        return lambda features: conditioning.project(conditioning.combine(features))
-    fc, proj = Linear(conditioning.fc), Linear(conditioning.proj)
-    norm, eps = live(conditioning.hidden_norm), conditioning.hidden_norm.variance_epsilon
-    shape = -1, 2, conditioning.num_layers, conditioning.num_kv_heads, conditioning.head_dim
-
-    def project(features: Tensor) -> tuple[Tensor, Tensor]:
-        context = fc(features)
-        _rms_norm(context, context, norm["weight"], eps)
-        keys, values = proj(context).view(shape).unbind(1)
-        return keys, values
-
-    return project
+def _projection(context: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Features [N, T * H] -> keys and values [N, D, kv heads, head_dim], by the context's fast part where it has one."""
+    fast = context.fast() if hasattr(context, "fast") else None
+    return fast or (lambda features: context.project(context.combine(features)))
 
 
 class _DraftLayer(Layer):

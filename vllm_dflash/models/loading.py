@@ -15,10 +15,11 @@ from torch import Tensor
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from vllm_dflash.conditioning import load_into, own_tensors
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.formats import IGNORED_TENSORS, tensor_name
+from vllm_dflash.kinds import own_tensors
 from vllm_dflash.models.own import MASK_EMBEDDING, OwnTables
+from vllm_dflash.models.parameters import load_into
 from vllm_dflash.weights import check_finite, check_shapes, expected_tensors
 
 # A checkpoint's name of a projection -> (vLLM's fused parameter, its shard).
@@ -157,6 +158,7 @@ class Loading:
             if self._tables.load(name, tensor):
                 continue
             model.context_kv.load(name, tensor)
+            model.head.load(name, tensor)
             if name not in own:
                 _load_layer(parameters, name, tensor)
 

@@ -12,8 +12,8 @@ from vllm.model_executor.model_loader.reload import record_metadata_for_reloadin
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
-from vllm_dflash.conditioning import load_into
 from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.models.parameters import load_into
 from vllm_dflash.weights import MASK_EMBEDDING_FILE, load_mask_embedding, target_ids
 
 if TYPE_CHECKING:

@@ -5,20 +5,22 @@ pytest tests/engine/test_doctor.py
 
 from typing import Any
 
+from vllm_dflash.adaptive.settings import SECTION
 from vllm_dflash.engines.child import Parent, Work, generate, serve, start_llm
+from vllm_dflash.formats import METHOD
 
 _BATCH = 8
 
 
 def begin(pair: dict[str, Any]) -> tuple[Work, None]:
     """Starts the engine for a ``Pair``, as its fields; its one job is all prompts."""
-    speculative = {"method": "dflash", "model": pair["draft"], "num_speculative_tokens": pair["num_speculative_tokens"]}
+    speculative = {"method": METHOD, "model": pair["draft"], "num_speculative_tokens": pair["num_speculative_tokens"]}
     llm = start_llm({
         "model": pair["target"], "skip_tokenizer_init": True, "dtype": pair["dtype"], "max_model_len": pair["max_model_len"],
         "max_num_seqs": _BATCH, "enforce_eager": True, "disable_log_stats": False, "generation_config": "vllm", "seed": 0,
         "speculative_config": speculative,
         # Whole drafts, as the reference loop has them: tau of drafts that are verified in part is another figure.
-        "additional_config": {"dflash": {"adaptive": False}},
+        "additional_config": {SECTION: {"adaptive": False}},
     })  # fmt: skip
 
     def run(job: dict[str, Any], parent: Parent) -> dict[str, Any]:

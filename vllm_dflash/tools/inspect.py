@@ -20,6 +20,7 @@ from safetensors import safe_open
 from vllm_dflash.checks import drafter_folder, no_drafter_at, said_of_unknown_keys
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import CONFIG_FILE, IGNORED_TENSORS, read_raw, tensor_name
+from vllm_dflash.kinds import kind_of
 from vllm_dflash.progress import Progress
 from vllm_dflash.tools.repair import config_problems
 from vllm_dflash.weights import (
@@ -137,7 +138,8 @@ def _read_headers(found: Inspection) -> list[Path]:
 
 
 def _read_tensors(found: Inspection, paths: list[Path], dtype: torch.dtype, progress: bool) -> None:
-    """Looks at the values: numbers that do not serve, DFlare's fusion."""
+    """Looks at the values: numbers that do not serve, the shares of target layers."""
+    shares = None if found.config is None else kind_of(found.config).context.shares
     bar = Progress(total=sum(p.stat().st_size for p in paths), desc="reading", unit="B", unit_scale=True, disable=not progress)
     bad: dict[str, torch.Tensor] = {}
     with bar:
@@ -158,7 +160,7 @@ def _read_tensors(found: Inspection, paths: list[Path], dtype: torch.dtype, prog
                         check_finite(pair, dtype)
                     except DrafterConfigError:
                         bad |= pair
-                    if ours == "layer_fusion_weights" and tensor.is_floating_point() and tensor.ndim == 2:
+                    if ours == shares and tensor.is_floating_point() and tensor.ndim == 2:
                         found.fusion = tensor.float().softmax(dim=1).tolist()
     with _noting(found):
         check_finite(bad, dtype)
@@ -172,7 +174,7 @@ def as_dict(found: Inspection) -> dict[str, Any]:
     """The same for scripts: plain values under stable names."""
     config = found.config
     described: dict[str, Any] = {} if config is None else {
-        "format": config.format, "conditioning": config.conditioning, "block_size": config.block_size,
+        "format": config.format, "conditioning": config.kind, "block_size": config.block_size,
         "max_speculative_tokens": config.max_speculative_tokens, "num_hidden_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size, "sliding_windows": list(config.windows),
         "sliding_causal": config.sliding_causal, "num_attention_heads": config.num_attention_heads,

@@ -12,7 +12,8 @@ from typing import Any
 
 import vllm_dflash
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
-from vllm_dflash.formats import FORMAT_OF
+from vllm_dflash.formats import METHOD, published_format
+from vllm_dflash.kinds import kind_of
 from vllm_dflash.tools.convert import convert
 from vllm_dflash.training import loop, prove
 from vllm_dflash.training.files import TrainingError, whole_folder
@@ -44,7 +45,7 @@ def export(settings: Settings, target: Target, mask_why: str) -> Path:
     config = DrafterConfig.from_pretrained(source)
     with whole_folder(out) as part:
         try:
-            convert(source, part, settings.export.format or FORMAT_OF[config.conditioning], verifier=target.name)
+            convert(source, part, settings.export.format or published_format(config), verifier=target.name)
         except DrafterConfigError as error:
             raise TrainingError(f"export: {error}") from None
         (part / "README.md").write_text(card(settings, target, config, trained, proof, mask_why))
@@ -68,8 +69,8 @@ def card(settings: Settings, target: Target, config: DrafterConfig, trained: dic
     """The model card, in Markdown."""
     data = sequences(settings)
     answered = int((data.lengths - data.prompt_lengths).sum())
-    kind = {"dflash": "DFlash", "dflare": "DFlare"}[config.conditioning]
-    served = {"method": "dflash", "model": "DRAFTER", "num_speculative_tokens": config.max_speculative_tokens}
+    kind = kind_of(config)
+    served = {"method": METHOD, "model": "DRAFTER", "num_speculative_tokens": config.max_speculative_tokens}
     rates = "".join(f"| {row['by']} | {row['tau']:.2f} | {' '.join(f'{r:.2f}' for r in row['rates'])} |\n" for row in proof["rows"])
     versions = ", ".join(f"{name} {_version(name)}" for name in ("vllm", "torch", "transformers"))
     table = settings.train
@@ -82,9 +83,9 @@ def card(settings: Settings, target: Target, config: DrafterConfig, trained: dic
     return f"""---
 base_model: {target.name}
 library_name: vllm
-tags: [speculative-decoding, {config.conditioning}]
+tags: [speculative-decoding, {kind.name}]
 ---
-# {kind} drafter for {target.name}
+# {kind.label} drafter for {target.name}
 
 ```
 vllm serve {target.name} --speculative-config '{json.dumps(served)}'

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vllm_dflash.config import DrafterConfig
-from vllm_dflash.formats import FORMAT_OF, write
+from vllm_dflash.formats import published_format, write
 from vllm_dflash.progress import Progress
 from vllm_dflash.records import AtLeast, Optional
 from vllm_dflash.reference.checkpoint import save_drafter
@@ -112,7 +112,7 @@ def inputs(settings: Settings, config: DrafterConfig, dtype: str) -> dict[str, A
     return (
         table
         | start
-        | {"drafter": write(config, FORMAT_OF[config.conditioning]), "prompts": prompts_digest(settings)}
+        | {"drafter": write(config, published_format(config)), "prompts": prompts_digest(settings)}
         | generate_inputs(settings, dtype)
     )
 
@@ -179,7 +179,7 @@ class Trainer:
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step, counted from 0: this worker's forwards, the sum over all, the update."""
         batch = self.plan.batch(step)
-        gamma_weights = weights_at(self.table, self.config.block_size, step, self.steps)
+        gamma_weights = weights_at(self.table, self.config, step, self.steps)
         lengths = self.data.lengths[batch.rows]
         whole = denominator(batch, lengths, self.config.block_size, None if self.table.weighting == "dpace" else gamma_weights)
         size = self.table.micro_batch or self.table.batch_size // self.workers.count

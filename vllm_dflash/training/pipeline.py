@@ -102,7 +102,7 @@ def fit_lengths(settings: Settings, most: int) -> Settings:
 def _summary(settings: Settings, config: DrafterConfig, why: str) -> str:
     layers = ", ".join(map(str, config.target_layer_ids))
     return (
-        f"{config.conditioning} for {settings.run.target}: {config.num_hidden_layers} layers, blocks of {config.block_size}, target layers {layers}, "
+        f"{config.kind} for {settings.run.target}: {config.num_hidden_layers} layers, blocks of {config.block_size}, target layers {layers}, "
         f"mask token {config.mask_token_id} ({why})\nrun folder {settings.run.out}"
     )
 

@@ -1,8 +1,6 @@
-"""DFlare (arXiv 2606.02091): a context vector of its own for each draft layer, and projections of its own for the context.
+"""DFlare's context: each draft layer's own mixture of target layers, and projections for it.
 
-Layer d's context is ``hidden_norm(sum_t softmax(F)[d, t] h_t)``, with a learned F (``layer_fusion_weights``, D x T); its keys
-and values come from ``k_proj_target`` and ``v_proj_target``, while k_norm is shared with the block's own keys. Served, all
-layers' projections are one batched GEMM.
+k_norm is shared with the block's own keys. Served, all layers' projections are one batched GEMM.
 
     pytest tests/unit/test_reference.py tests/engine/test_dflare.py
 """
@@ -12,31 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vllm_dflash.conditioning import capture_order, in_parts, load_into, of_layer, own_heads
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.models.parameters import capture_order, in_parts, load_into, of_layer, own_heads
 from vllm_dflash.reference.drafter import Drafter, RMSNorm, apply_rotary
 
 _FIRST_LOGIT = 2.0
 """The fusion logit that each layer starts with at its own depth; the others start at 0 (arXiv 2606.02091's released code)."""
-
-
-def own_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
-    hidden, kv_size = config.hidden_size, config.num_key_value_heads * config.head_dim
-    tensors: dict[str, tuple[int, ...]] = {
-        "layer_fusion_weights": (config.num_hidden_layers, config.num_features),
-        "hidden_norm.weight": (hidden,),
-    }
-    for i in range(config.num_hidden_layers):
-        for name in ("k_proj_target", "v_proj_target"):
-            tensors[f"layers.{i}.self_attn.{name}.weight"] = (kv_size, hidden)
-            if config.attention_bias:
-                tensors[f"layers.{i}.self_attn.{name}.bias"] = (kv_size,)
-    return tensors
-
-
-def context_width(config: DrafterConfig) -> int:
-    """Elements of a token's context, in the proposers' buffers."""
-    return config.num_hidden_layers * config.hidden_size
 
 
 class Reference(Drafter):

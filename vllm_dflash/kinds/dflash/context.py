@@ -1,29 +1,17 @@
-"""DFlash (arXiv 2602.06036): one context vector a token for all draft layers, ``hidden_norm(fc(features))``.
+"""DFlash's context: one vector a token, which all layers project; served in one GEMM.
 
-Each layer projects it with the weights of its own keys and values, so the projections of all layers are one GEMM.
-
-    pytest tests/unit/test_reference.py tests/engine/test_draft_parity.py
+pytest tests/unit/test_reference.py tests/engine/test_draft_parity.py
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vllm_dflash.conditioning import capture_order, in_parts, load_into, of_layer, own_heads
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.models.parameters import capture_order, in_parts, load_into, of_layer, own_heads
 from vllm_dflash.reference.drafter import Drafter, RMSNorm
-
-
-def own_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
-    hidden = config.hidden_size
-    return {"fc.weight": (hidden, config.num_features * hidden), "hidden_norm.weight": (hidden,)}
-
-
-def context_width(config: DrafterConfig) -> int:
-    """Elements of a token's context, in the proposers' buffers."""
-    return config.hidden_size
 
 
 class Reference(Drafter):
@@ -98,3 +86,22 @@ class Served(nn.Module):
         else:
             kv = self.proj(context).view(shape)
         return kv[:, 0], kv[:, 1]
+
+    def fast(self) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+        """``combine`` and ``project`` in one, kernel by kernel; None for weights packed otherwise."""
+        from vllm_dflash.models.eager_layer import Linear, live
+
+        if self.quantized or not hasattr(self.fc, "cpu_linear"):
+            return None
+        rms_norm = torch.ops._C.rms_norm.default
+        fc, proj = Linear(self.fc), Linear(self.proj)
+        norm, eps = live(self.hidden_norm), self.hidden_norm.variance_epsilon
+        shape = -1, 2, self.num_layers, self.num_kv_heads, self.head_dim
+
+        def project(features: Tensor) -> tuple[Tensor, Tensor]:
+            context = fc(features)
+            rms_norm(context, context, norm["weight"], eps)
+            keys, values = proj(context).view(shape).unbind(1)
+            return keys, values
+
+        return project

@@ -1,19 +1,18 @@
-"""How the target's features become the context that a drafter attends to: one file a kind.
+"""What served contexts and heads share: an interface, and how parameters take a tensor.
 
-A kind's file says which tensors it owns (``own_tensors``), what it computes in plain PyTorch (``Reference``, which is trained
-and is the oracle) and what it computes in vLLM (``Served``). Everything else of a drafter is shared. docs/conditioning.md
-shows how to add one.
+Weights are loaded by ``load_into``, a parameter that is made of several tensors by ``in_parts``:
+vLLM follows both when new weights come into an engine that runs.
+
+    pytest tests/unit/test_kinds.py tests/engine/test_reload.py
 """
 
 import re
-from collections.abc import Sequence
-from importlib import import_module
-from types import ModuleType
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from vllm_dflash.config import CONDITIONINGS, DrafterConfig
+from vllm_dflash.config import DrafterConfig
 
 _OF_LAYER = re.compile(r"layers\.(\d+)\.self_attn\.(\w+)\.(\w+)")
 
@@ -34,15 +33,11 @@ class ServedContext(Protocol):
         """``context`` [N, C] -> keys and values [N, D, kv heads, head_dim], before k_norm and rotary."""
 
 
-def kind_of(config: DrafterConfig) -> ModuleType:
-    """The file of the drafter's kind."""
-    assert config.conditioning in CONDITIONINGS
-    return import_module(f"{__name__}.{config.conditioning}")
+class FastContext(Protocol):
+    """What a ``ServedContext`` may have besides, for a CPU that does not compile."""
 
-
-def own_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors that only this kind has, by name, with their shapes."""
-    return kind_of(config).own_tensors(config)
+    def fast(self) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+        """``combine`` and ``project`` in one, kernel by kernel; None where these weights cannot."""
 
 
 def capture_order(config: DrafterConfig) -> list[int]:
