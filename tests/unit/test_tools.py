@@ -198,7 +198,9 @@ def test_a_path_that_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["doctor", "--target", "t", "--draft", "d", "--prompts", str(tmp_path / "nowhere")]) == 2
 
 
-def test_doctor_prints_each_check_as_it_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_prints_each_check_as_it_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It printed nothing until both runs had ended; what is said before plain PyTorch runs, and before vLLM does, is read here."""
     target, drafter = make_random_target(tmp_path / "target"), make_random_drafter(tmp_path / "drafter")
     (tmp_path / "prompts").write_text(json.dumps({"prompt_token_ids": [5, 6, 7]}))

@@ -13,6 +13,7 @@ from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.ingress import OpenAiIngress
 from vllm.plugins import load_general_plugins
 
+from vllm_dflash.cluster.access import admits, refuse
 from vllm_dflash.cluster.orphans import tie_children
 from vllm_dflash.metrics.on_ray import RayExporter
 
@@ -28,8 +29,16 @@ class Replica(LLMServer):
 
 
 class Ingress(OpenAiIngress):
-    """The HTTP side."""
+    """The HTTP side, which answers those who bring the API key, where there is one."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, api_key_digest: str | None = None, **kwargs: Any) -> None:
         load_general_plugins()
         super().__init__(*args, **kwargs)
+        self._api_key_digest = api_key_digest
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """One HTTP request: Ray Serve calls its replica with it, whatever its path, and its own class, next in line, routes it."""
+        if self._api_key_digest is not None and not admits(self._api_key_digest, scope):
+            await refuse(scope, send)
+        else:
+            await super().__call__(scope, receive, send)
