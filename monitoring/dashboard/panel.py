@@ -10,6 +10,14 @@ Kind = Literal["series", "number", "bars", "heat"]
 Threshold = tuple[float | None, str]
 """From this value up, this colour; ``None`` is the lowest."""
 
+# Grafana's units of one's own.
+TIMES, TOKENS, TOKENS_A_SECOND = "suffix: x", "suffix: tokens", "suffix: tokens/s"
+
+
+def per_second(what: str) -> str:
+    """The unit of so many things a second."""
+    return f"suffix: {what}/s"
+
 
 @dataclass(frozen=True)
 class Panel:
