@@ -46,3 +46,10 @@ class Panel:
     no_value: str = ""
     may_be_empty: str = ""
     """Why a sound server may have no sample for it."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence of Markdown across the dashboard, under the panels before it."""
+
+    text: str

@@ -3,7 +3,7 @@
 pytest tests/engine/test_monitoring.py        (runs every query against a real server)
 """
 
-from monitoring.dashboard.panel import TIMES, TOKENS, TOKENS_A_SECOND, Panel, per_second
+from monitoring.dashboard.panel import TIMES, TOKENS, TOKENS_A_SECOND, Note, Panel, per_second
 from monitoring.dashboard.promql import BY_ENGINE, EACH, mean, rate, ratio, selector, share
 
 OUTPUT = "vllm_dflash_output_tokens_total"
@@ -111,7 +111,12 @@ ACCEPTANCE = (
           "{{confidence}}"),),
         "percentunit", "acceptance", 6, maximum=1, no_value="adaptive drafting is off", may_be_empty="adaptive drafting is off",
     ),
+    Note(
+        "**Drafter's context** is all that the drafter sees of a request: computed in a step, or reused with the prefix cache's pages. "
+        "*missing* should be nothing; where it is not, acceptance falls and no output changes."
+    ),
 )  # fmt: skip
+
 
 DRAFT_LENGTHS = (
     Panel(

@@ -91,6 +91,13 @@ def test_the_drafters_name_is_shown() -> None:
     assert any("{{drafter}}" in target.get("legendFormat", "") for _, panel in PANELS for target in panel["targets"])
 
 
+def test_the_context_panel_has_a_sentence_under_it() -> None:
+    (note,) = [panel for panel in DASHBOARD["panels"] if panel["type"] == "text"]
+    (context,) = [panel for _, panel in PANELS if panel["title"] == "Drafter's context"]
+    assert "**Drafter's context**" in note["options"]["content"]
+    assert note["gridPos"]["y"] == context["gridPos"]["y"] + context["gridPos"]["h"]
+
+
 def test_every_division_is_guarded() -> None:
     """An idle server's rates are zero; 0 / 0 is NaN."""
     for expression in EXPRESSIONS:
