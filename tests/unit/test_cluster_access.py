@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from vllm_dflash.cluster import command
-from vllm_dflash.cluster.access import VARIABLE, admits, digest_of, refuse
+from vllm_dflash.cluster.access import VARIABLE, Guard, admits, digest_of
+from vllm_dflash.cluster.connection import variables
 from vllm_dflash.cluster.serve import as_yaml, exposure, serving_of
-from vllm_dflash.cluster.settings import ClusterError
+from vllm_dflash.cluster.settings import ClusterError, EngineSettings
 
 KEY = "sk-a-long-one"
 
@@ -54,19 +55,28 @@ def test_who_is_let_in() -> None:
     assert not admits(digest, asked(type="websocket"))
 
 
-def test_the_answer_to_others() -> None:
+def test_the_guard() -> None:
+    """With the key the app is asked, without it never."""
     sent: list[Any] = []
 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(refuse(asked(), send))
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send("the app's")
+
+    guard = Guard(app, digest_of(KEY, {}) or "")
+    asyncio.run(guard(asked(), None, send))
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
     assert sent[0]["status"] == 401
     assert "Authorization: Bearer" in json.loads(sent[1]["body"])["error"]["message"]
     sent.clear()
-    asyncio.run(refuse(asked(type="websocket"), send))
+    asyncio.run(guard(asked(type="websocket"), None, send))
     assert sent == [{"type": "websocket.close", "code": 1008}]
+    sent.clear()
+    for scope in (asked((b"authorization", f"Bearer {KEY}".encode())), {"type": "lifespan"}):
+        asyncio.run(guard(scope, None, send))
+    assert sent == ["the app's"] * 2
 
 
 def test_the_configuration_holds_the_digest_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,3 +92,12 @@ def test_the_configuration_holds_the_digest_alone(monkeypatch: pytest.MonkeyPatc
     assert "api_key_digest" not in as_yaml(serving)
     assert "asks nobody for a key" in (exposure(serving) or "")
     assert "--api-key" in (exposure(serving) or "")
+
+
+def test_ray_is_not_given_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's variables go to all nodes by Ray's runtime environment, which Serve's log and dashboard show: the key stood there."""
+    monkeypatch.setenv(VARIABLE, KEY)
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
+    found = variables(EngineSettings("t"))
+    assert found["VLLM_LOGGING_LEVEL"] == "WARNING"
+    assert KEY not in found.values()

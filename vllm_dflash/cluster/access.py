@@ -14,7 +14,7 @@ from vllm_dflash.cluster.settings import ClusterError
 
 VARIABLE = "VLLM_API_KEY"
 """As for ``vllm serve``."""
-_Send = Callable[[Any], Awaitable[None]]
+_Call = Callable[..., Awaitable[None]]
 _REFUSAL = {
     "error": {
         "message": "this endpoint asks for its API key: send the header Authorization: Bearer KEY",
@@ -48,12 +48,24 @@ def admits(digest: str, scope: Any) -> bool:
     return scheme.lower() == b"bearer" and secrets.compare_digest(hashlib.sha256(key.strip()).hexdigest(), digest)
 
 
-async def refuse(scope: Any, send: _Send) -> None:
-    """Answers an ASGI request with status 401; a WebSocket is closed."""
-    if scope["type"] == "websocket":
-        await send({"type": "websocket.close", "code": 1008})
-        return
-    body = json.dumps(_REFUSAL).encode()
-    headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 401, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+class Guard:
+    """ASGI middleware that lets those with the key through; others get status 401, and a WebSocket is closed."""
+
+    def __init__(self, app: _Call, digest: str) -> None:
+        self._app, self._digest = app, digest
+
+    async def __call__(self, scope: Any, receive: _Call, send: _Call) -> None:
+        """One request, of whatever path."""
+        if admits(self._digest, scope):
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            body = json.dumps(_REFUSAL).encode()
+            headers = [
+                (b"content-type", b"application/json"),
+                (b"www-authenticate", b"Bearer"),
+                (b"content-length", str(len(body)).encode()),
+            ]
+            await send({"type": "http.response.start", "status": 401, "headers": headers})
+            await send({"type": "http.response.body", "body": body})

@@ -13,7 +13,7 @@ from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.ingress import OpenAiIngress
 from vllm.plugins import load_general_plugins
 
-from vllm_dflash.cluster.access import admits, refuse
+from vllm_dflash.cluster.access import Guard
 from vllm_dflash.cluster.orphans import tie_children
 from vllm_dflash.metrics.on_ray import RayExporter
 
@@ -34,11 +34,17 @@ class Ingress(OpenAiIngress):
     def __init__(self, *args: Any, api_key_digest: str | None = None, **kwargs: Any) -> None:
         load_general_plugins()
         super().__init__(*args, **kwargs)
-        self._api_key_digest = api_key_digest
+        self._api_key_digest, self._guarded = api_key_digest, False
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """One HTTP request: Ray Serve calls its replica with it, whatever its path, and its own class, next in line, routes it."""
-        if self._api_key_digest is not None and not admits(self._api_key_digest, scope):
-            await refuse(scope, send)
-        else:
-            await super().__call__(scope, receive, send)
+    def _set_asgi_app(self, app: Any) -> None:
+        """Ray Serve's own, next in line, takes the app that routes requests; it refuses classes with a ``__call__``."""
+        if self._api_key_digest is not None:
+            app.add_middleware(Guard, digest=self._api_key_digest)
+            self._guarded = True
+        super()._set_asgi_app(app)
+
+    async def check_health(self) -> None:
+        """Ray serves nothing before it has passed: a Ray that no longer calls the method above must not serve without the key."""
+        if self._api_key_digest is not None and not self._guarded:
+            raise RuntimeError("this Ray gives the ingress no place to ask for the API key: leave --api-key out, or use Ray 2.60")
+        await super().check_health()
