@@ -1,4 +1,4 @@
-"""Engine configuration: our scheduler, which chooses how much to draft, where drafting is adaptive."""
+"""Engine configuration: our scheduler, which chooses how much to draft, where drafting is adaptive; and advice for a CPU."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -12,9 +12,11 @@ from vllm_dflash.patch import Patch
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def post_init(self: Any) -> None:
+        from vllm_dflash.checks import advise_eager
         from vllm_dflash.plugin import patch_set
 
         original(self)
+        advise_eager(self)
         # After vLLM's own, which decides on asynchronous scheduling.
         if patch_set().fits(adaptive_scheduler.PATCH):
             settle_scheduler(self)
@@ -43,7 +45,7 @@ PATCH = Patch(
     },
     why=(
         "the scheduler has an official place, scheduler_cls, but nothing asks a plug-in what belongs there: without this every user "
-        "would have to name our class, and the right one of two"
+        "would have to name our class, and the right one of two. Whether vLLM compiles, of which it is advised against on a CPU, is known there"
     ),
     until="vLLM lets a speculative method, or a plug-in, name its scheduler",
     replace=_replace,

@@ -4,16 +4,19 @@ pytest tests/unit/test_checks.py
 """
 
 import logging
+import os
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from vllm_dflash.config import DrafterConfig, DrafterConfigError, TargetShape, check_pair, printable
-from vllm_dflash.formats import is_foreign, published_format, read_raw, write
+from vllm_dflash.formats import is_foreign, is_ours, published_format, read_raw, write
 
 _logger = logging.getLogger("vllm.vllm_dflash")
 
+_ADVISED = "VLLM_DFLASH_EAGER_ADVISED"
+"""Inherited by the processes that vLLM starts, each of which makes the configuration again."""
 SETTLED = "vllm_dflash"
 """Attribute of vLLM's draft config that holds the drafter's settings in its published format, for all processes."""
 
@@ -44,6 +47,22 @@ def check_speculative_config(speculative: Any) -> dict[str, Any]:
     if drafter.unknown_keys:
         _logger.warning("%s", said_of_unknown_keys(drafter))
     return _attributes(drafter)
+
+
+def advise_eager(vllm_config: Any) -> None:
+    """Logs, once for all processes, that our drafter serves better without compilation on a CPU; ``vllm_config`` is vLLM's ``VllmConfig``."""
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
+    if not is_ours(vllm_config.speculative_config) or not current_platform.is_cpu():
+        return
+    if vllm_config.compilation_config.mode == CompilationMode.NONE or os.environ.get(_ADVISED):
+        return
+    os.environ[_ADVISED] = "1"
+    _logger.warning(
+        "On a CPU a drafter serves better with --enforce-eager (enforce_eager=True): compilation takes a minute at the start, and keeps the "
+        "layers of target and drafter from running kernel by kernel"
+    )
 
 
 def check_padding(folder: Path, draft_sample_method: str) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from pairs import make_random_drafter, make_random_target, random_drafter_config
-from vllm_dflash.checks import check_logits_processors
+from vllm_dflash import checks
+from vllm_dflash.checks import _ADVISED, check_logits_processors
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.patching import PatchSet
 
@@ -68,6 +69,28 @@ def test_a_number_of_tokens_that_no_block_holds_is_refused(target, tmp_path, k, 
     with pytest.raises(ValueError, match=message) as raised:
         configure(target, make_random_drafter(tmp_path / "dflash"), k=k)
     assert "num_speculative_tokens" in str(raised.value)
+
+
+def test_eager_is_advised_once_on_a_cpu(target, tmp_path, monkeypatch):
+    """Compiled, an engine on a CPU is slower to start and to decode, and nothing said so."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setenv(_ADVISED, "")
+    said: list[str] = []
+    monkeypatch.setattr(checks._logger, "warning", lambda message, *_: said.append(message))
+    speculative = {"method": "dflash", "model": str(make_random_drafter(tmp_path / "dflash"))}
+
+    def advice(speculative_config: Any, **more: Any) -> int:
+        said.clear()
+        args = EngineArgs(model=str(target), skip_tokenizer_init=True, max_model_len=MAX_MODEL_LEN, speculative_config=speculative_config)
+        for name, value in more.items():
+            setattr(args, name, value)
+        args.create_engine_config()
+        return sum("--enforce-eager" in line for line in said)
+
+    assert advice(None) == 0
+    assert advice(speculative, enforce_eager=True) == 0
+    assert [advice(speculative), advice(speculative)] == [1, 0]
 
 
 def test_weights_are_looked_at_before_any_process_starts(target, tmp_path):

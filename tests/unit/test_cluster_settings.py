@@ -8,7 +8,7 @@ import pytest
 
 from vllm_dflash.cluster import command, connection
 from vllm_dflash.cluster.connection import differences
-from vllm_dflash.cluster.serve import exposure
+from vllm_dflash.cluster.serve import Serving, exposure
 from vllm_dflash.cluster.settings import ClusterError, EngineSettings, engine_args, environment, uses_ray
 
 
@@ -95,12 +95,12 @@ def test_differences_between_nodes_name_the_remedy() -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", ""])
 def test_an_address_that_others_reach_is_warned_of(host: str) -> None:
-    assert "asks nobody for a key" in (exposure(host) or "")
+    assert "asks nobody for a key" in (exposure(Serving(EngineSettings("t"), "t", host=host)) or "")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.5", "::1", "localhost"])
 def test_the_loopback_is_not(host: str) -> None:
-    assert exposure(host) is None
+    assert exposure(Serving(EngineSettings("t"), "t", host=host)) is None
 
 
 @pytest.mark.parametrize(("address", "backend", "local"), [(None, "mp", True), ("auto", "mp", False), (None, "ray", False)])

@@ -16,14 +16,16 @@ from safetensors.torch import load_file, save_file
 
 import vllm_dflash
 from broken import edit, shard
-from pairs import make_random_drafter, random_drafter_config
+from pairs import make_random_drafter, make_random_target, random_drafter_config
 from variants import VARIANTS
 from vllm_dflash.cli import main
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import published_format
 from vllm_dflash.reference.checkpoint import load_drafter
+from vllm_dflash.tools import doctor
 from vllm_dflash.tools.convert import convert
 from vllm_dflash.tools.inspect import inspect_checkpoint
+from vllm_dflash.tools.pair_runs import Acceptance, EngineError, EngineRun, ReferenceRun
 from vllm_dflash.tools.repair import config_problems
 
 
@@ -194,6 +196,36 @@ def test_a_path_that_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["inspect", "nobody/nothing"]) == 1
     assert "no folder, nor a hub id that is downloaded" in capsys.readouterr().out
     assert main(["doctor", "--target", "t", "--draft", "d", "--prompts", str(tmp_path / "nowhere")]) == 2
+
+
+def test_doctor_prints_each_check_as_it_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It printed nothing until both runs had ended; what is said before plain PyTorch runs, and before vLLM does, is read here."""
+    target, drafter = make_random_target(tmp_path / "target"), make_random_drafter(tmp_path / "drafter")
+    (tmp_path / "prompts").write_text(json.dumps({"prompt_token_ids": [5, 6, 7]}))
+    said: list[str] = []
+
+    def reference(*_: Any) -> ReferenceRun:
+        said.append(capsys.readouterr().out)
+        return ReferenceRun([[1]], [[1.0]], Acceptance(10, [5]), {})
+
+    def engine(*_: Any) -> EngineRun:
+        said.append(capsys.readouterr().out)
+        raise EngineError("no engine")
+
+    monkeypatch.setattr(doctor, "run_reference", reference)
+    monkeypatch.setattr(doctor, "run_engine", engine)
+    command = ["doctor", "--target", str(target), "--draft", str(drafter), "--prompts", str(tmp_path / "prompts"), "--max-tokens", "8"]
+    assert main(command) == 1
+    said.append(capsys.readouterr().out)
+    names = [[line[9:26].strip() for line in text.splitlines() if line[:8].strip() in ("ok", "warning", "error")] for text in said]
+    assert names[0][:3] == ["plug-in", "checkpoint", "hidden size"]
+    assert names[1:] == [["tau", "layer ids"], ["vLLM"]]
+    assert said[2].endswith("Verdict: 1 error, 2 warnings.\n")
+    assert main([*command, "--json"]) == 1
+    assert len(json.loads(capsys.readouterr().out)["checks"]) == sum(map(len, names))
+    assert said[3:] == ["", ""]
 
 
 @pytest.mark.parametrize("command", ["status", "inspect", "convert", "doctor"])

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import vllm_dflash
+from vllm_dflash.cluster.access import VARIABLE
 from vllm_dflash.cluster.settings import ClusterError, EngineSettings, engine_args, environment, uses_ray
 from vllm_dflash.supported import installed_vllm
 
@@ -58,11 +59,12 @@ def connect(
 
 
 def variables(engine: EngineSettings) -> dict[str, str]:
-    """vLLM's own variables, as they are set here, for the processes on all nodes."""
-    import ray
-
+    """vLLM's own variables, as they are set here, for the processes on all nodes; not the API key, as Ray logs and shows what it is given."""
     given = {name: value for name, value in os.environ.items() if name.startswith("VLLM_") and not name.startswith(_OF_ONE_NODE)}
+    given.pop(VARIABLE, None)
     if uses_ray(engine):
+        import ray
+
         # vLLM's engine process is no Ray worker: without it, it would start a cluster of its own.
         given["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     return environment(engine) | given
