@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm_dflash.config import DrafterConfig, DrafterConfigError, TargetShape, check_pair, printable
 from vllm_dflash.formats import is_foreign, is_ours, published_format, read_raw, write
+from vllm_dflash.kinds import AFTER_ANCHOR, kind_of
 
 _logger = logging.getLogger("vllm.vllm_dflash")
 
@@ -38,6 +39,7 @@ def check_speculative_config(speculative: Any) -> dict[str, Any]:
         drafter = DrafterConfig.from_dict(getattr(hf_config, "model", hf_config).to_dict())
     check_target(target, speculative.target_parallel_config.pipeline_parallel_size)
     check_pair(drafter, target_shape(target, drafter), speculative.num_speculative_tokens, target.max_model_len)
+    check_sampling(drafter, speculative.draft_sample_method)
     if folder is not None and (Path(speculative.model).is_dir() or any(folder.glob("*.safetensors"))):
         from vllm_dflash.weights import check_tensors
 
@@ -63,6 +65,31 @@ def advise_eager(vllm_config: Any) -> None:
         "On a CPU a drafter serves better with --enforce-eager (enforce_eager=True): compilation takes a minute at the start, and keeps the "
         "layers of target and drafter from running kernel by kernel"
     )
+
+
+def check_sampling(drafter: DrafterConfig, draft_sample_method: str) -> None:
+    """Refuses to draw drafts where the kind's head is not the best token of each row.
+
+    Raises:
+        DrafterConfigError: names the setting.
+    """
+    kind = kind_of(drafter)
+    if draft_sample_method == "probabilistic" and not kind.head.is_argmax:
+        raise DrafterConfigError(
+            f"draft_sample_method is probabilistic, and a {kind.label} drafter's tokens depend on each other",
+            "leave draft_sample_method out of the speculative config",
+        )
+
+
+def check_v2_runner(drafter: DrafterConfig) -> None:
+    """Refuses a kind that vLLM's V2 model runner, whose way of drafting is its own, does not draft as.
+
+    Raises:
+        DrafterConfigError: names the remedy.
+    """
+    kind = kind_of(drafter)
+    if not kind.head.is_argmax or kind.first_row != AFTER_ANCHOR:
+        raise DrafterConfigError(f"vLLM's V2 model runner does not draft as a {kind.label} drafter does", "set VLLM_USE_V2_MODEL_RUNNER=0")
 
 
 def check_padding(folder: Path, draft_sample_method: str) -> None:

@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from kinds_of_users import NAMES, install, on_path
 from pairs import make_random_drafter, random_drafter_config
 from training_runs import answer_held_out, answered_prompts, held_out_file, make_target, settings
 from vllm_dflash import kinds
+from vllm_dflash.checks import check_sampling, check_v2_runner
 from vllm_dflash.cli import main
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.drafting.layout import block_layout
@@ -200,6 +202,17 @@ def test_the_anchors_row_may_predict() -> None:
         max_model_len=16, first_row=config.first_row,
     )  # fmt: skip
     assert layout.sample_indices.tolist() == list(range(8))
+
+
+def test_what_vllm_would_draft_in_its_own_way_is_refused() -> None:
+    """vLLM's own ways of drafting know one head and one first row; with another only tau would be low."""
+    for name, on_v2, drawn in (("dflash", True, True), ("norepeat", False, False), ("fromanchor", False, True)):
+        config = random_drafter_config(kind=name)
+        with nullcontext() if on_v2 else pytest.raises(DrafterConfigError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+            check_v2_runner(config)
+        with nullcontext() if drawn else pytest.raises(DrafterConfigError, match="leave draft_sample_method out"):
+            check_sampling(config, "probabilistic")
+        check_sampling(config, "greedy")
 
 
 def test_what_is_no_kind_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -28,7 +28,6 @@ from vllm_dflash.drafting.coverage import ContextCoverage, Hole, without_first_p
 from vllm_dflash.drafting.huge_pages import use_huge_pages
 from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_bounds, block_layout, committed_rows, without_rejected
 from vllm_dflash.heads import Ranked, Ranking
-from vllm_dflash.kinds import kind_of
 from vllm_dflash.metrics.drafter import attach as record_drafter
 from vllm_dflash.models.drafter import DrafterForCausalLM
 from vllm_dflash.patches import cpu_layers, v1_draft_metadata, v1_steps_without_drafts, v1_verifier
@@ -74,10 +73,6 @@ class DFlashProposer(NativeDFlashProposer):
         # The whole block, whatever K is; vLLM's buffers hold K + 1 queries a request.
         drafter = settled(self.draft_model_config.hf_config)
         self.num_queries, self._first_row = drafter.block_size, drafter.first_row
-        if self._enable_probabilistic_draft_probs and not kind_of(drafter).head.is_argmax:
-            raise DrafterConfigError(
-                f"draft_sample_method is probabilistic, which {kind_of(drafter).label} drafters cannot: leave it out of the speculative config"
-            )
         size = max(self.max_batch_size * self.num_queries, self.max_padded_query_tokens)
         self._query_ids = torch.zeros(size, dtype=torch.int32, device=device)
         self.positions, self._slot_mapping_buffer = (torch.zeros(size, dtype=torch.int64, device=device) for _ in range(2))

@@ -123,15 +123,13 @@ class Kind:
 
 @functools.cache
 def every() -> Mapping[str, Kind]:
-    """All kinds by name: the package's, then other packages'.
+    """All kinds by name: the package's, of these first what vLLM knows, then other packages'.
 
     One that cannot be imported, or that takes a name of another, is left out with a warning: plain
     serving goes on.
     """
-    found: dict[str, Kind] = {}
-    for module in sorted(item.name for item in pkgutil.iter_modules(__path__)):
-        kind = import_module(f"{__name__}.{module}").KIND
-        found[kind.name] = kind
+    ours = [import_module(f"{__name__}.{item.name}").KIND for item in pkgutil.iter_modules(__path__)]
+    found = {kind.name: kind for kind in sorted(ours, key=lambda k: (not k.is_known_to_vllm, k.name))}
     for where, kind in _others():
         taken = [k.name for k in found.values() if kind.name == k.name or kind.architecture == k.architecture]
         if taken:
