@@ -256,4 +256,4 @@ def test_a_loss_that_is_not_finite(make, parts, tmp_path: Path) -> None:
 
 def test_a_loss_that_stays_not_finite(make) -> None:
     with pytest.raises(TrainingError, match=r"not finite for 3 steps in a row.*lower --lr"):
-        run_stages(make(lr=1e38, max_bad_steps=3), HERE)
+        run_stages(make(lr=1e18, max_bad_steps=3), HERE)
