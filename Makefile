@@ -4,20 +4,25 @@
 # TORCH_INDEX  where pip finds torch 2.13.0+cpu, when it does not by itself: an index address or a folder of wheels.
 #              PyTorch's installation page gives the address of its own index of CPU wheels
 # TEST_PROCESSES  how many processes run the tests, one thread each
+# COMPAT_TESTS    what `make compat-test` runs
+# VLLM            which vLLM `make compat` and `make compat-test` look at: a range such as '<0.34', or: supported
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
 TEST_PROCESSES ?= 2
+VLLM ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# What has to hold on another vLLM, in minutes. `make compat-test COMPAT_TESTS=tests` runs all there is.
+COMPAT_TESTS ?= tests/patches tests/compat/suite.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak lint wheel clean
+.PHONY: help install demo unit test compat compat-test soak fuzz docs lint wheel sdist clean
 
 help: ## this text
 	@echo "vllm-dflash: make TARGET [TORCH_INDEX=index of CPU wheels]"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## vLLM for the CPU and this package in .venv (once; the other targets do it for you)
 
@@ -29,19 +34,40 @@ $(INSTALLED): pyproject.toml vllm_dflash/install_cpu.py
 demo: $(INSTALLED) ## plain decoding against DFlash on the embedded pair, then the same through `vllm serve`
 	@$(BIN)/python examples/demo.py
 
+unit: $(INSTALLED) ## the tests that need no vLLM: under a minute
+	@$(BIN)/pytest -q -n $(TEST_PROCESSES) --dist load --pure tests/unit
+
 test: $(INSTALLED) ## the tests that need no GPU
 	@$(BIN)/pytest -q -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder tests
 
+compat: $(INSTALLED) ## what the newest vLLM's source means for this package: no GPU, one download
+	@folder=$$($(BIN)/python tests/compat/wheel.py $(if $(VLLM),'$(VLLM)')) && $(BIN)/vllm-dflash compat --source "$$folder"
+
+compat-test: $(INSTALLED) ## the newest supported vLLM's Python over the installed kernels, and the tests that matter most on it
+	@folder=$$($(BIN)/python tests/compat/wheel.py '$(or $(VLLM),supported)') && \
+	python=$$($(BIN)/python tests/compat/overlay.py "$$folder") && \
+	"$$python" -m pytest -q -n $(TEST_PROCESSES) --dist loadscope --no-loadscope-reorder $(COMPAT_TESTS)
+
 soak: $(INSTALLED) ## half an hour of mixed random requests against their twins without a drafter
 	@$(BIN)/python tests/soak.py --minutes 30
+
+fuzz: $(INSTALLED) ## half an hour of random requests of every parameter, all of every answer against plain decoding's
+	@$(BIN)/python tests/fuzz_differential.py --minutes 30
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy vllm_dflash patches
 
+docs: $(INSTALLED) ## the documents as a site, in site/
+	@$(BIN)/python -c "import mkdocs" 2>/dev/null || $(BIN)/pip install --quiet "$$(sed -n 's/^docs = \["\(.*\)"\]/\1/p' pyproject.toml)"
+	$(BIN)/mkdocs build --quiet
+
 wheel: $(INSTALLED) ## the wheel, in dist/
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
+sdist: $(INSTALLED) ## the source distribution, in dist/
+	@mkdir -p dist && $(BIN)/python -c "from setuptools import build_meta; print('dist/' + build_meta.build_sdist('dist'))" | tail -1
+
 clean: ## removes the virtual environment and everything built
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .compat build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

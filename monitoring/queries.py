@@ -41,7 +41,8 @@ def panels(dashboard: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]
         if panel["type"] == "row":
             row = panel["title"]
         for shown in panel.get("panels", []) if panel["type"] == "row" else [panel]:
-            yield row, shown
+            if shown["type"] != "text":
+                yield row, shown
 
 
 def panel_queries(dashboard: Mapping[str, Any], values: Mapping[str, str]) -> list[Query]:

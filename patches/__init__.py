@@ -1,20 +1,34 @@
-"""What is replaced in vLLM, one file per seam, each with its ``PATCH``; README.md has the table.
+"""What is replaced in vLLM, one file per seam, each with its record or records; README.md has the table.
 
 vllm-dflash status          what is applied
 pytest tests/patches        each against the installed vLLM
+
+``place.py`` and ``on_import.py`` set and put back attributes, for ``vllm_dflash/patching.py``.
 """
 
 from vllm_dflash.patches import (
+    adaptive_scheduler,
+    bench_watch,
+    cpu_layers,
+    cpu_target,
     draft_lookahead,
+    draft_model,
     draft_slots,
+    hidden_states,
+    request_params,
     scheduler_metrics,
+    scheduler_watch,
     server_metrics,
     speculative_config,
+    streaming_sessions,
     v1_cpu_expand,
     v1_cpu_seeds,
     v1_draft_fit,
+    v1_draft_metadata,
     v1_no_drafts,
     v1_proposer,
+    v1_steps_without_drafts,
+    v1_verifier,
     v2_speculator,
     vllm_config,
 )
@@ -22,14 +36,26 @@ from vllm_dflash.patches import (
 ALL = (
     speculative_config.PATCH,
     vllm_config.PATCH,
+    adaptive_scheduler.PATCH,
     draft_lookahead.PATCH,
     draft_slots.PATCH,
+    draft_model.PATCH,
     v1_proposer.PATCH,
     v1_draft_fit.PATCH,
     v1_no_drafts.PATCH,
     v1_cpu_seeds.PATCH,
     v1_cpu_expand.PATCH,
+    v1_verifier.PATCH,
+    v1_draft_metadata.PATCH,
+    v1_steps_without_drafts.PATCH,
+    cpu_layers.PATCH,
+    cpu_target.PATCH,
     v2_speculator.PATCH,
+    request_params.PATCH,
+    streaming_sessions.PATCH,
     scheduler_metrics.PATCH,
+    *scheduler_watch.PATCHES,
     server_metrics.PATCH,
+    bench_watch.PATCH,
+    hidden_states.PATCH,
 )

@@ -4,15 +4,14 @@ from functools import wraps
 from typing import Any
 
 from vllm_dflash.formats import is_ours
-from vllm_dflash.patching import Patch
-from vllm_dflash.supported import SUPPORTED_VLLM
+from vllm_dflash.patch import Patch
 
 
 def _replace(original: Any) -> property:
     @wraps(original.fget)
     def num_lookahead_tokens(self: Any) -> int:
         speculative = self.speculative_config
-        if speculative is not None and speculative.method == "dflash" and is_ours(speculative.draft_model_config.architectures):
+        if is_ours(speculative):
             return speculative.draft_model_config.hf_config.block_size
         return original.fget(self)
 
@@ -21,7 +20,6 @@ def _replace(original: Any) -> property:
 
 PATCH = Patch(
     target="vllm.config.vllm:VllmConfig.num_lookahead_tokens",
-    versions=SUPPORTED_VLLM,
     fingerprints={"vllm.config.vllm:VllmConfig.num_lookahead_tokens": "dadea65e5151a144"},
     why=(
         "vLLM drafts num_speculative_tokens + 1 positions; a drafter that has only seen whole blocks accepts next to nothing in a shorter "

@@ -3,9 +3,10 @@
 from functools import wraps
 from typing import Any
 
+from vllm_dflash.compat import draft_slots_needed
 from vllm_dflash.formats import is_ours
-from vllm_dflash.patching import Patch
-from vllm_dflash.supported import SUPPORTED_VLLM
+from vllm_dflash.patch import Patch
+from vllm_dflash.upstream import Sources
 
 _KNOWN = "_vllm_dflash_slots"
 """Where a config keeps the answer: the scheduler asks in each step."""
@@ -17,7 +18,7 @@ def _replace(original: Any) -> property:
         known: int | None = self.__dict__.get(_KNOWN)
         if known is not None:
             return known
-        if self.method == "dflash" and is_ours(self.draft_model_config.architectures):
+        if is_ours(self):
             self.__dict__[_KNOWN] = self.draft_model_config.hf_config.block_size - 1  # the anchor has its slot already
             return self.__dict__[_KNOWN]
         return original.fget(self)
@@ -25,14 +26,18 @@ def _replace(original: Any) -> property:
     return property(max_num_new_slots_for_drafting)
 
 
+def _unneeded(sources: Sources) -> str | None:
+    return None if draft_slots_needed(sources) else "this vLLM drafts in a pass of its own, and counts no drafted position in a step"
+
+
 PATCH = Patch(
     target="vllm.config.speculative:SpeculativeConfig.max_num_new_slots_for_drafting",
-    versions=SUPPORTED_VLLM,
-    fingerprints={"vllm.config.speculative:SpeculativeConfig.max_num_new_slots_for_drafting": "35c89495f277993d"},
+    fingerprints={"vllm.config.speculative:SpeculativeConfig.max_num_new_slots_for_drafting": {"0.32": "35c89495f277993d"}},
     why=(
         "vLLM's buffers hold num_speculative_tokens + 1 drafted positions a request; ours drafts whole blocks (draft_lookahead.py), "
         "and no hook is asked"
     ),
-    until="vLLM asks the drafter how many positions it drafts",
+    until="vLLM 0.32 is dropped",
     replace=_replace,
+    unneeded=_unneeded,
 )

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from vllm_dflash.patching import Patch
-from vllm_dflash.supported import SUPPORTED_VLLM
+from vllm_dflash.patch import Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -21,12 +20,8 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 
 PATCH = Patch(
     target="vllm.v1.core.sched.scheduler:Scheduler.__init__",
-    versions=SUPPORTED_VLLM,
-    fingerprints={
-        "vllm.v1.core.sched.scheduler:Scheduler.__init__": "efafe217357c6b19",
-        "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": "d285784b0bfeee09",
-        "vllm.v1.engine.core:EngineCore.step": "f877e9d6a4de1ca4",
-    },
+    needs="optional",
+    signatures={"vllm.v1.core.sched.scheduler:Scheduler.__init__": "self, vllm_config, ..."},
     why=(
         "lengths, steps without drafts and their times are seen in the engine's process only; the hook for metrics, a stat logger, runs in "
         "the API server, gets none of them, and is not asked by an offline LLM. Plug-ins are loaded in EngineCore.__init__, so that is too "

@@ -5,8 +5,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from vllm_dflash.patching import Patch
-from vllm_dflash.supported import SUPPORTED_VLLM
+from vllm_dflash.patch import Patch
 
 
 def _replace(original: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -33,11 +32,9 @@ def _replace(original: Callable[[Any], None]) -> Callable[[Any], None]:
 
 PATCH = Patch(
     target="vllm.entrypoints.serve.instrumentator.metrics:attach_router",
-    versions=SUPPORTED_VLLM,
-    fingerprints={
-        "vllm.v1.metrics.prometheus:get_prometheus_registry": "1dd5aec854c0a47f",
-        "vllm.entrypoints.serve.instrumentator.metrics:attach_router": "a93bb4984b37fcf4",
-    },
+    needs="optional",
+    fingerprints={"vllm.v1.metrics.prometheus:get_prometheus_registry": "1dd5aec854c0a47f"},
+    signatures={"vllm.entrypoints.serve.instrumentator.metrics:attach_router": "app"},
     why=(
         "a stat-logger plug-in can register collectors in the process's registry, but with several API servers, or a PROMETHEUS_MULTIPROC_DIR "
         "of the user's, /metrics is answered from a registry that is made anew for each scrape and reads prometheus-client's files and nothing "

@@ -4,25 +4,28 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from vllm_dflash.formats import is_ours
-from vllm_dflash.patching import Patch
-from vllm_dflash.supported import SUPPORTED_VLLM
+from vllm_dflash.formats import METHOD, is_ours
+from vllm_dflash.patch import Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def post_init(self: Any, *arguments: Any) -> Any:
-        if self.method == "dflash" and self.model is not None:
+        if self.method == METHOD and self.model is not None:
             from vllm_dflash.checks import read_early
 
             drafter = read_early(self.model, self.revision)
             if drafter is not None and self.num_speculative_tokens is None:
                 self.num_speculative_tokens = drafter.max_speculative_tokens
         result = original(self, *arguments)
-        if self.method == "dflash" and is_ours(self.draft_model_config.architectures):
+        if is_ours(self):
             from vllm_dflash.checks import check_speculative_config
 
-            check_speculative_config(self)
+            for name, value in check_speculative_config(self).items():
+                setattr(self.draft_model_config.hf_config, name, value)
+            # EAGLE's K/V of a position depend on the token after it, so vLLM takes back the last page of every prefix-cache hit.
+            # Ours depend on the target's hidden state at that position alone: hits are as long as without speculation.
+            self.disable_eagle_block_drop = True
         return result
 
     return post_init
@@ -31,9 +34,11 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 PATCH = Patch(
     # Not _verify_args: pydantic takes that one into its schema when the class is made, and __post_init__ is looked up at each call.
     target="vllm.config.speculative:SpeculativeConfig.__post_init__",
-    versions=SUPPORTED_VLLM,
-    fingerprints={"vllm.config.speculative:SpeculativeConfig.__post_init__": "c90bde9823169854"},
-    why="vLLM checks no drafter against its target: most mismatches would only show as low acceptance; no hook sees the config in the front end",
+    signatures={"vllm.config.speculative:SpeculativeConfig.__post_init__": "self"},
+    why=(
+        "vLLM checks no drafter against its target: most mismatches would only show as low acceptance; no hook sees the config in the "
+        "front end. What vLLM's own code reads of the draft config is written into it, as formats spell it in different ways"
+    ),
     until="vLLM calls the draft model class's own check of its config",
     replace=_replace,
 )

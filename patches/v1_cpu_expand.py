@@ -4,8 +4,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from vllm_dflash.patching import Patch
-from vllm_dflash.supported import SUPPORTED_VLLM
+from vllm_dflash.patch import CPU_FIXES, Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -22,11 +21,8 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 PATCH = Patch(
     # Not the kernel's stand-in itself: vLLM copies that into a registry, and this name is looked up at each call.
     target="vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
-    versions=SUPPORTED_VLLM,
     fingerprints={
         "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens": "c1ed72c65a78f3ed",
-        "vllm.v1.sample.rejection_sampler:apply_sampling_constraints": "0e5bdd62ad31a250",
-        "vllm.utils.cpu_triton_utils:_expand_kernel_impl": "a02205f89ee9667c",
     },
     why=(
         "the CPU's stand-in for the kernel writes an int64 copy and drops it, so temperature, top-k and top-p of every draft token are "
@@ -34,4 +30,5 @@ PATCH = Patch(
     ),
     until="vLLM's issue 55005 is closed",
     replace=_replace,
+    switch=CPU_FIXES,
 )

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from vllm_dflash.patching import Patch
-from vllm_dflash.supported import SUPPORTED_VLLM
+from vllm_dflash.patch import Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,12 +27,7 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 
 PATCH = Patch(
     target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens",
-    versions=SUPPORTED_VLLM,
-    fingerprints={
-        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens": "5009bc8636a415fe",
-        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample": "a85a1f65f7d25254",
-        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync": "e1369eeed7e9567d",
-    },
+    signatures={"vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens": "self, grammar_output"},
     why=(
         "the runner takes back a discarded token's random numbers by moving its generator's offset, which a CPU generator does not have: "
         "a seed and a prompt in chunks end the engine; no hook is asked between the draw and that"

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from vllm_dflash.patching import Patch
-from vllm_dflash.supported import SUPPORTED_VLLM
+from vllm_dflash.patch import Patch
 
 
 def _replace(original: Callable[..., bool]) -> Callable[..., bool]:
@@ -20,11 +19,7 @@ def _replace(original: Callable[..., bool]) -> Callable[..., bool]:
 
 PATCH = Patch(
     target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._input_fits_in_drafter",
-    versions=SUPPORTED_VLLM,
-    fingerprints={
-        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._input_fits_in_drafter": "b1c3fee24b775362",
-        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens": "5009bc8636a415fe",
-    },
+    fingerprints={"vllm.v1.worker.gpu_model_runner:GPUModelRunner._input_fits_in_drafter": "b1c3fee24b775362"},
     why=(
         "the original compares the batch's longest sequence plus a block with the drafter's limit; where it does not fit, no request of the "
         "batch gets its context K/V written in that step, and K zeros are scheduled as drafts; no hook is asked"

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from vllm_dflash.patching import Patch
-from vllm_dflash.supported import SUPPORTED_VLLM
+from vllm_dflash.patch import CPU_FIXES, Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -19,10 +18,8 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 
 PATCH = Patch(
     target="vllm.v1.sample.rejection_sampler:apply_sampling_constraints",
-    versions=SUPPORTED_VLLM,
-    fingerprints={
-        "vllm.v1.sample.rejection_sampler:apply_sampling_constraints": "0e5bdd62ad31a250",
-        "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_only": "dc22fe8c821d6a59",
+    signatures={
+        "vllm.v1.sample.rejection_sampler:apply_sampling_constraints": "logits, cu_num_draft_tokens, sampling_metadata",
     },
     why=(
         "the runner sends every step through the rejection sampler, also one without drafts, such as a prompt's; there a batch of requests "
@@ -30,4 +27,5 @@ PATCH = Patch(
     ),
     until="vLLM's apply_top_k_only returns empty logits as they are",
     replace=_replace,
+    switch=CPU_FIXES,
 )

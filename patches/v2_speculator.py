@@ -5,15 +5,13 @@ from functools import wraps
 from typing import Any
 
 from vllm_dflash.formats import is_ours
-from vllm_dflash.patching import Patch
-from vllm_dflash.supported import SUPPORTED_VLLM
+from vllm_dflash.patch import Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
-        config = vllm_config.speculative_config
-        if config.method == "dflash" and is_ours(config.draft_model_config.architectures):
+        if is_ours(vllm_config.speculative_config):
             from vllm_dflash.drafting.speculator import DFlashSpeculator
 
             return DFlashSpeculator(vllm_config, device)
@@ -24,11 +22,13 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 
 PATCH = Patch(
     target="vllm.v1.worker.gpu.model_runner:init_speculator",
-    versions=SUPPORTED_VLLM,
     fingerprints={
-        "vllm.v1.worker.gpu.spec_decode:init_speculator": "2390fc92bb4d7f17",
-        "vllm.v1.worker.gpu.spec_decode.dflash.speculator:DFlashSpeculator": "40630a878a01d16d",
+        "vllm.v1.worker.gpu.spec_decode.dflash.speculator:DFlashSpeculator": {
+            "0.32": "40630a878a01d16d",
+            "0.33": "1872c20ac42a9162",
+        },
     },
+    signatures={"vllm.v1.worker.gpu.spec_decode:init_speculator": "vllm_config, device, req_states"},
     why="the speculator is picked from a list in the function's body; there is no registry to add to",
     until="vLLM lets a plug-in register a speculator for a method",
     replace=_replace,

@@ -1,35 +1,51 @@
-"""Engine configuration: our scheduler, which chooses how much to draft, where drafting is adaptive."""
+"""Engine configuration: our scheduler, which chooses how much to draft, where drafting is adaptive; and advice for a CPU."""
 
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from vllm_dflash.patching import Patch
-from vllm_dflash.supported import SUPPORTED_VLLM
+from vllm_dflash.patches import adaptive_scheduler
+
+from vllm_dflash.patch import Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def post_init(self: Any) -> None:
-        from vllm_dflash.adaptive.settings import settle_scheduler
+        from vllm_dflash.checks import advise_eager
+        from vllm_dflash.plugin import patch_set
 
         original(self)
+        advise_eager(self)
         # After vLLM's own, which decides on asynchronous scheduling.
-        settle_scheduler(self)
+        if patch_set().fits(adaptive_scheduler.PATCH):
+            settle_scheduler(self)
 
     return post_init
 
 
+def settle_scheduler(vllm_config: Any) -> None:
+    """Puts our scheduler into vLLM's ``VllmConfig`` where drafting is to be adaptive; does nothing where that was done before.
+
+    Raises:
+        SettingsError: as ``scheduler_for``.
+    """
+    from vllm_dflash.adaptive.settings import scheduler_for
+
+    ours = scheduler_for(vllm_config)
+    if ours is not None:
+        vllm_config.scheduler_config.scheduler_cls = ours
+
+
 PATCH = Patch(
     target="vllm.config.vllm:VllmConfig.__post_init__",
-    versions=SUPPORTED_VLLM,
-    fingerprints={
-        "vllm.config.vllm:VllmConfig.__post_init__": "01f9a1819b757397",
-        "vllm.config.scheduler:SchedulerConfig.get_scheduler_cls": "ff5b69804ee85b71",
+    signatures={
+        "vllm.config.vllm:VllmConfig.__post_init__": "self",
+        "vllm.config.scheduler:SchedulerConfig.get_scheduler_cls": "self",
     },
     why=(
         "the scheduler has an official place, scheduler_cls, but nothing asks a plug-in what belongs there: without this every user "
-        "would have to name our class, and the right one of two"
+        "would have to name our class, and the right one of two. Whether vLLM compiles, of which it is advised against on a CPU, is known there"
     ),
     until="vLLM lets a speculative method, or a plug-in, name its scheduler",
     replace=_replace,

@@ -34,6 +34,8 @@ class StandIn:
         rows = []
         for row, problem in read(part):
             good = {"completion": row.get("prompt"), "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 1, "error": None}
+            if row.get("prompt") == "wrong":
+                problem = "this row cannot be answered"
             rows.append(row | failed(problem or "") | (good if problem is None else {}))
         await asyncio.sleep(0)
         write(part, self._folder, rows)

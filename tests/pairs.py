@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from vllm_dflash.config import DrafterConfig
-from vllm_dflash.formats import FORMAT_OF, write
+from vllm_dflash.formats import published_format, write
 from vllm_dflash.weights import expected_tensors, optional_tensors
 
 VOCAB, HIDDEN, TARGET_LAYERS = 512, 64, 5
@@ -34,7 +34,7 @@ def random_drafter_config(**changes: object) -> DrafterConfig:
     fields: dict = dict(
         hidden_size=HIDDEN, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
         vocab_size=VOCAB, block_size=8, mask_token_id=1, target_layer_ids=(1, 2, 4),
-        num_target_layers=TARGET_LAYERS, max_position_embeddings=512, rope_theta=20000.0, dtype="float32",
+        num_target_layers=TARGET_LAYERS, max_position_embeddings=512, rope_theta=20000.0, dtype="float32", kind="dflash",
     )  # fmt: skip
     return DrafterConfig(**{**fields, **changes})
 
@@ -59,7 +59,7 @@ def make_random_drafter(
     if "layer_fusion_weights" in tensors:
         tensors["layer_fusion_weights"] *= 10
     folder.mkdir(parents=True, exist_ok=True)
-    raw = write(config, format or FORMAT_OF[config.conditioning], verifier="target")
+    raw = write(config, format or published_format(config), verifier="target")
     (folder / "config.json").write_text(json.dumps(raw, indent=2))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     if mask_embedding:

@@ -63,8 +63,9 @@ def deployment(folder: Path, replicas: str, *more: str) -> Iterator[str]:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def ask(url: str, body: dict[str, Any], seconds: float = 120) -> dict[str, Any]:
-    call = urllib.request.Request(url + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+def ask(url: str, body: dict[str, Any], seconds: float = 120, key: str | None = None) -> dict[str, Any]:
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    call = urllib.request.Request(url + "/v1/completions", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(call, timeout=seconds) as response:
         return json.loads(response.read())
 

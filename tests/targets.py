@@ -66,15 +66,17 @@ class Family:
     config: Callable[[], Any]
     target_layer_ids: tuple[int, ...] = (0, 2, 4)
 
-    def make(self, folder: Path, seed: int = 0, scale: float = 0.08) -> Path:
-        """A random model in ``folder``: float32 on disk, its weights numbers that bfloat16 has too.
+    def make(self, folder: Path, seed: int = 0, scale: float = 0.08, spoken: int = SPOKEN, **changes: Any) -> Path:
+        """A random model in ``folder``: float32 on disk, its weights numbers that bfloat16 has too; ``changes`` go to its config.
 
-        It writes one of ``SPOKEN`` tokens, as a drafter with the same lm_head then does: some drafts are accepted.
+        It writes one of ``spoken`` tokens, as a drafter with the same lm_head then does: some drafts are accepted.
         """
         from transformers import AutoModelForCausalLM
 
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(self.config()).float()
+        config = self.config()
+        config.update(changes)
+        model = AutoModelForCausalLM.from_config(config).float()
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if "norm" in name:
@@ -82,7 +84,7 @@ class Family:
                 elif p.dim() > 1:
                     p.normal_(0, scale)
                 p.copy_(p.bfloat16())
-            model.lm_head.weight[SPOKEN:] = 0
+            model.lm_head.weight[spoken:] = 0
         model.save_pretrained(folder)
         return folder
 

@@ -43,10 +43,8 @@ VARIANTS = {
     "dflash sliding causal": Variant({"sliding_windows": (24, 24, 24), "sliding_causal": True}),
     "dflash mixed": Variant({"sliding_windows": (24, None, 24)}),
     "dflash mixed causal": Variant({"sliding_windows": (24, None, 24), "sliding_causal": True}),
-    "dflare": Variant(_ALL_LAYERS | {"conditioning": "dflare", "num_hidden_layers": 4}),
-    "dflare biases": Variant(_ALL_LAYERS | {"conditioning": "dflare", "attention_bias": True}),
-    "dflare mixed": Variant(_ALL_LAYERS | {"conditioning": "dflare", "sliding_windows": (None, 24, 24)}),
-    "dflare speculators": Variant(
-        _ALL_LAYERS | {"conditioning": "dflare", "draft_vocab_size": 300}, format="speculators", mask_embedding=True
-    ),
+    "dflare": Variant(_ALL_LAYERS | {"kind": "dflare", "num_hidden_layers": 4}),
+    "dflare biases": Variant(_ALL_LAYERS | {"kind": "dflare", "attention_bias": True}),
+    "dflare mixed": Variant(_ALL_LAYERS | {"kind": "dflare", "sliding_windows": (None, 24, 24)}),
+    "dflare speculators": Variant(_ALL_LAYERS | {"kind": "dflare", "draft_vocab_size": 300}, format="speculators", mask_embedding=True),
 }

@@ -3,22 +3,30 @@
 pytest tests/unit/test_checks.py
 """
 
-import json
+import logging
+import os
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.config import DrafterConfig, DrafterConfigError, TargetShape, check_pair
-from vllm_dflash.formats import CONFIG_FILE, FORMAT_OF, claims, write
+from vllm_dflash.config import DrafterConfig, DrafterConfigError, TargetShape, check_pair, printable
+from vllm_dflash.formats import is_foreign, is_ours, published_format, read_raw, write
+from vllm_dflash.kinds import AFTER_ANCHOR, kind_of
 
+_logger = logging.getLogger("vllm.vllm_dflash")
+
+_ADVISED = "VLLM_DFLASH_EAGER_ADVISED"
+"""Inherited by the processes that vLLM starts, each of which makes the configuration again."""
 SETTLED = "vllm_dflash"
 """Attribute of vLLM's draft config that holds the drafter's settings in its published format, for all processes."""
 
 
-def check_speculative_config(speculative: Any) -> None:
+def check_speculative_config(speculative: Any) -> dict[str, Any]:
     """Refuses a drafter that does not fit: ``speculative`` is vLLM's ``SpeculativeConfig`` for one of our drafters.
 
-    What fits is written into vLLM's draft config, so that every format reads the same from there on.
+    Returns:
+        The attributes that vLLM's draft config gets, so that every format reads the same from there on.
 
     Raises:
         DrafterConfigError: the first thing that is wrong, with its remedy.
@@ -30,15 +38,106 @@ def check_speculative_config(speculative: Any) -> None:
     else:
         drafter = DrafterConfig.from_dict(getattr(hf_config, "model", hf_config).to_dict())
     check_target(target, speculative.target_parallel_config.pipeline_parallel_size)
-    check_pair(drafter, TargetShape.from_hf(target.hf_config), speculative.num_speculative_tokens, target.max_model_len)
+    check_pair(drafter, target_shape(target, drafter), speculative.num_speculative_tokens, target.max_model_len)
+    check_sampling(drafter, speculative.draft_sample_method)
     if folder is not None and (Path(speculative.model).is_dir() or any(folder.glob("*.safetensors"))):
         from vllm_dflash.weights import check_tensors
 
-        check_tensors(drafter, folder)
-    _settle(hf_config, drafter)
-    # EAGLE's K/V of a position depend on the token after it, so vLLM takes back the last page of every prefix-cache hit. Ours
-    # depend on the target's hidden state at that position alone: hits are as long as without speculation.
-    speculative.disable_eagle_block_drop = True
+        check_tensors(drafter, folder, target.dtype)
+        if drafter.vocab_size < TargetShape.from_hf(target.hf_config).vocab_size:
+            check_padding(folder, speculative.draft_sample_method)
+    if drafter.unknown_keys:
+        _logger.warning("%s", said_of_unknown_keys(drafter))
+    return _attributes(drafter)
+
+
+def advise_eager(vllm_config: Any) -> None:
+    """Logs, once for all processes, that our drafter serves better without compilation on a CPU; ``vllm_config`` is vLLM's ``VllmConfig``."""
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
+    if not is_ours(vllm_config.speculative_config) or not current_platform.is_cpu():
+        return
+    if vllm_config.compilation_config.mode == CompilationMode.NONE or os.environ.get(_ADVISED):
+        return
+    os.environ[_ADVISED] = "1"
+    _logger.warning(
+        "On a CPU a drafter serves better with --enforce-eager (enforce_eager=True): compilation takes a minute at the start, and keeps the "
+        "layers of target and drafter from running kernel by kernel"
+    )
+
+
+def check_sampling(drafter: DrafterConfig, draft_sample_method: str) -> None:
+    """Refuses to draw drafts where the kind's head is not the best token of each row.
+
+    Raises:
+        DrafterConfigError: names the setting.
+    """
+    kind = kind_of(drafter)
+    if draft_sample_method == "probabilistic" and not kind.head.is_argmax:
+        raise DrafterConfigError(
+            f"draft_sample_method is probabilistic, and a {kind.label} drafter's tokens depend on each other",
+            "leave draft_sample_method out of the speculative config",
+        )
+
+
+def check_v2_runner(drafter: DrafterConfig) -> None:
+    """Refuses a kind that vLLM's V2 model runner, whose way of drafting is its own, does not draft as.
+
+    Raises:
+        DrafterConfigError: names the remedy.
+    """
+    kind = kind_of(drafter)
+    if not kind.head.is_argmax or kind.first_row != AFTER_ANCHOR:
+        raise DrafterConfigError(f"vLLM's V2 model runner does not draft as a {kind.label} drafter does", "set VLLM_USE_V2_MODEL_RUNNER=0")
+
+
+def check_padding(folder: Path, draft_sample_method: str) -> None:
+    """Refuses what does not go with a target whose embedding has rows that the drafter has not.
+
+    Raises:
+        DrafterConfigError: the drafter embeds by a table of its own, or its probabilities are asked for.
+    """
+    from vllm_dflash.weights import read_shapes
+
+    if any(name.removeprefix("model.") == "embed_tokens.weight" for name in read_shapes(folder)):
+        raise DrafterConfigError(
+            "the drafter has an embedding of its own, shorter than the target's, and a prompt may hold ids beyond it",
+            "serve it with the target that its model card names",
+            field="vocab_size",
+        )
+    if draft_sample_method == "probabilistic":
+        raise DrafterConfigError(
+            "draft_sample_method is probabilistic, and the drafter's probabilities are of fewer tokens than the target's",
+            "leave draft_sample_method out of the speculative config",
+            field="vocab_size",
+        )
+
+
+def said_of_unknown_keys(drafter: DrafterConfig) -> str:
+    """What inspect, doctor and the server's log say of keys that nothing here reads."""
+    names = printable(", ".join(drafter.unknown_keys[:20]))
+    return f"config.json has keys that are not known here: {names}. Should one change what the drafter computes, tau will be low"
+
+
+def target_shape(target: Any, drafter: DrafterConfig) -> TargetShape:
+    """The shape of ``target``, vLLM's ``ModelConfig``; its tokenizer is read only where the two vocabularies differ in length."""
+    shape = TargetShape.from_hf(target.hf_config)
+    if shape.vocab_size <= drafter.vocab_size:
+        return shape
+    return TargetShape.from_hf(target.hf_config, count_tokens(str(target.tokenizer or target.model), target.tokenizer_revision))
+
+
+def count_tokens(folder: str, revision: str | None = None) -> int | None:
+    """One more than the largest id that the tokenizer in a folder (or of a downloaded hub id) yields; None where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=False)
+        # transformers makes an empty one where a folder has a model's config and no tokenizer.
+        return max(tokenizer.get_vocab().values()) + 1 if tokenizer("def f():\n    return 1")["input_ids"] else None
+    except Exception:  # whatever an absent or unusable tokenizer ends in: how many tokens there are is not known then
+        return None
 
 
 def check_target(target: Any, pipeline_parallel_size: int) -> None:
@@ -53,19 +152,37 @@ def check_target(target: Any, pipeline_parallel_size: int) -> None:
     if pipeline_parallel_size > 1:
         raise DrafterConfigError(
             f"pipeline_parallel_size is {pipeline_parallel_size}, but the drafter shares the target's embedding, which another stage "
-            "would hold: set pipeline_parallel_size to 1, and tensor_parallel_size to the number of devices"
+            "would hold",
+            "set pipeline_parallel_size to 1, and tensor_parallel_size to the number of devices",
         )
     model_class, architecture = target.registry.resolve_model_cls(target.architectures, target)
     if not supports_eagle3(model_class):
         raise DrafterConfigError(
             f"vLLM's model of {architecture} cannot hand out the hidden states of its layers (it lacks SupportsEagle3), and a drafter "
-            "needs them: serve this target without a DFlash drafter, or on a vLLM whose model has that interface"
+            "needs them",
+            "serve this target without a DFlash drafter, or on a vLLM whose model has that interface",
         )
     if target.is_hybrid and current_platform.is_cpu():
         # Not the drafter's doing: n-gram speculation changes the output too (tests/engine/test_targets.py).
         raise DrafterConfigError(
             f"{architecture} has recurrent layers, whose state vLLM's CPU build does not keep right under speculation, with any drafter: "
-            "it would write another text than without one. Serve this target on a GPU, or without a drafter"
+            "it would write another text than without one",
+            "serve this target on a GPU, or without a drafter",
+        )
+
+
+def check_logits_processors() -> None:
+    """Refuses logits processors that are installed as plug-ins, for vLLM's V1 runner: beside drafts it leaves them out without a word.
+
+    Raises:
+        DrafterConfigError: there are some; those that the user names are refused by vLLM itself.
+    """
+    names = sorted({f"{found.name} ({found.value})" for found in entry_points(group="vllm.logits_processors")})
+    if names:
+        raise DrafterConfigError(
+            f"logits processors are installed as plug-ins, {', '.join(names)}: vLLM's V1 model runner applies them without a drafter only, "
+            "so the output would be another than without one. Uninstall them, serve without a drafter, or on a GPU start with "
+            "VLLM_USE_V2_MODEL_RUNNER=1"
         )
 
 
@@ -82,11 +199,9 @@ def read_early(model: str, revision: str | None) -> DrafterConfig | None:
         DrafterConfigError: its config.json is unusable. Later, transformers would refuse some of that without a remedy.
     """
     folder = drafter_folder(model, revision)
-    try:
-        ours = folder is not None and claims(json.loads((folder / CONFIG_FILE).read_text()))
-    except (OSError, ValueError, RecursionError):
-        return None  # vLLM says what is wrong with the file
-    return DrafterConfig.from_pretrained(folder) if ours and folder is not None else None
+    if folder is None or is_foreign(read_raw(folder)):
+        return None
+    return DrafterConfig.from_pretrained(folder)
 
 
 def drafter_folder(model: str, revision: str | None) -> Path | None:
@@ -103,20 +218,20 @@ def drafter_folder(model: str, revision: str | None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def no_drafter_at(model: str) -> str:
+def no_drafter_at(model: str) -> DrafterConfigError:
     """What to say where ``drafter_folder`` finds none: a path is no hub id, and cannot be fetched."""
     if model.count("/") > 1 or model.startswith((".", "/", "~")):
-        return f"{model} is no folder: give a drafter's folder, or the hub id of one that is downloaded"
-    return f"{model} is no folder, nor a hub id that is downloaded: give a drafter's folder, or fetch it with `hf download {model}`"
+        return DrafterConfigError(f"{model} is no folder", "give a drafter's folder, or the hub id of one that is downloaded")
+    return DrafterConfigError(
+        f"{model} is no folder, nor a hub id that is downloaded", f"give a drafter's folder, or fetch it with `hf download {model}`"
+    )
 
 
-def _settle(hf_config: Any, drafter: DrafterConfig) -> None:
-    """Writes what vLLM's own code reads of a draft config: it knows one spelling of each, and not all formats have it."""
-    raw = write(drafter, FORMAT_OF[drafter.conditioning])
-    setattr(hf_config, SETTLED, raw)
-    for name in ("dflash_config", "block_size", "layer_types", "sliding_window"):
-        setattr(hf_config, name, raw[name])
+def _attributes(drafter: DrafterConfig) -> dict[str, Any]:
+    """What vLLM's own code reads of a draft config: it knows one spelling of each, and not all formats have it."""
+    raw = write(drafter, published_format(drafter))
+    attributes = {SETTLED: raw} | {name: raw[name] for name in ("dflash_config", "block_size", "layer_types", "sliding_window")}
     if len(set(drafter.windows)) > 1:
         # vLLM's own V1 proposer cannot serve mixed layers, and its config refuses them for any drafter; ours can.
-        hf_config.layer_types = None
-    hf_config.eagle_aux_hidden_state_layer_ids = [i + 1 for i in drafter.target_layer_ids]
+        attributes["layer_types"] = None
+    return attributes | {"eagle_aux_hidden_state_layer_ids": [i + 1 for i in drafter.target_layer_ids]}

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import vllm_dflash
+from vllm_dflash import smollm2
 from vllm_dflash.cluster import command as cluster
 from vllm_dflash.evaluation.methods import DEFAULT_METHODS, KINDS
 from vllm_dflash.evaluation.workload import DATASETS, RANDOM, Lengths
-from vllm_dflash.formats import FORMATS
+from vllm_dflash.formats import format_names
+from vllm_dflash.patch import SCOPES
 from vllm_dflash.plugin import SWITCH, is_off, patch_set
 from vllm_dflash.supported import SUPPORTED_VLLM, installed_vllm
 from vllm_dflash.training import command as training
@@ -59,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         ["vllm-dflash status"],
     )  # fmt: skip
     status.set_defaults(run=lambda _: _status())
+    _add_compat(commands)
     _add_inspect(commands)
     _add_convert(commands)
     _add_doctor(commands)
@@ -68,8 +71,13 @@ def main(arguments: list[str] | None = None) -> int:
     _add_cluster(commands)
     args = parser.parse_args(arguments)
     try:
+        if getattr(args, "target", None) == smollm2.NAME:
+            args.target = smollm2.resolve(args.target)
         ended = int(args.run(args))
         sys.stdout.flush()
+    except smollm2.SmolLM2Error as error:
+        print(f"vllm-dflash: {error}", file=sys.stderr)
+        return 2
     except BrokenPipeError:
         # As with `| head`: nobody reads on. Python flushes once more at its end, into what cannot break.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -88,6 +96,29 @@ def _command(commands: Any, name: str, help: str, description: str, examples: li
 def _run_tool(name: str) -> Any:
     """A tool's ``run``, imported when it is called: torch takes seconds."""
     return lambda args: import_module(f"vllm_dflash.tools.{name}").run(args)
+
+
+def _add_compat(commands: Any) -> None:
+    compat = _command(
+        commands, "compat", "what another vLLM's source means for this package",
+        "Reads the Python of a vLLM that is not installed, as text, and says of each patch and each name that this package imports "
+        "from vLLM whether its definition is the same, changed or gone, with the difference. A patched definition that changed has to "
+        "be read; a changed name that is only imported is shown and asks for nothing. Ends with 0 where nothing is to do, with 1 where "
+        "something is, with 2 on wrong usage. In a checkout `make compat` fetches the newest release and runs this on it.",
+        [
+            "pip download --no-deps vllm && unzip -q vllm-*.whl '*.py' '*/METADATA' -d new",
+            "vllm-dflash compat --source new                       # against the installed vLLM",
+            "vllm-dflash compat --source new --against old         # both as text",
+        ],
+    )  # fmt: skip
+    compat.add_argument(
+        "--source", metavar="FOLDER", type=Path, required=True, help="holds vllm/: an unpacked wheel, or a checkout of vLLM"
+    )
+    compat.add_argument(
+        "--against", metavar="FOLDER", type=Path, help="holds the vllm/ that it is compared with (default: the installed one)"
+    )
+    compat.add_argument("--no-diffs", dest="diffs", action="store_false", help="the lists alone")
+    compat.set_defaults(run=_run_tool("compat"))
 
 
 def _add_inspect(commands: Any) -> None:
@@ -111,7 +142,7 @@ def _add_convert(commands: Any) -> None:
     )  # fmt: skip
     convert.add_argument("source", metavar="SRC", help="the drafter's folder, or a hub id that is downloaded")
     convert.add_argument("destination", metavar="DST", help="a folder that is not there yet, or empty")
-    convert.add_argument("--to", choices=FORMATS, required=True, help="the format to write")
+    convert.add_argument("--to", choices=format_names(), required=True, help="the format to write")
     convert.add_argument("--verifier", metavar="NAME", help="for speculators: the target's hub id or folder, which that format names")
     convert.set_defaults(run=_run_tool("convert"))
 
@@ -300,15 +331,22 @@ def _status() -> int:
     version = installed_vllm()
     print(f"vllm-dflash  {vllm_dflash.__version__}")
     print(f"vLLM         {version or 'not installed'} (supported: {SUPPORTED_VLLM})")
+    if version is None:
+        print("             for a GPU: pip install 'vllm-dflash[cuda]'; for a CPU: python -m vllm_dflash.install_cpu")
     print(f"torch        {_version('torch')}")
     problems = patch_set().check(version)
     state = why_off() or ("off: the patches do not fit this vLLM" if problems else "on")
     print(f"plug-in      {state}")
     for problem in problems:
         print(f"  {problem}")
-    print("\npatches (applied in vLLM's processes, each when its module is imported)")
-    for row in patch_set().report():
+    rows = patch_set().report()
+    for row in rows:
+        if row.note:
+            print(f"  {row.state}: {row.target}\n{_paragraph('', row.note)}")
+    print("\npatches (applied in vLLM's processes, each when its module is imported or its object made)")
+    for row in rows:
         print(f"\n  {row.target}")
+        print(f"    {SCOPES[row.scope]}, {row.needs}{f'; {row.state}' if row.note else ''}")
         print(_paragraph("why", row.why))
         print(_paragraph("until", row.until))
     return 0 if state == "on" else 1
@@ -334,7 +372,8 @@ def _version(distribution: str) -> str:
 
 
 def _paragraph(title: str, text: str) -> str:
-    return textwrap.fill(text, width=110, initial_indent=f"    {title + ':':<7}", subsequent_indent=" " * 11)
+    start = f"    {title + ':' if title else '':<7}"
+    return textwrap.fill(text, width=110, initial_indent=start, subsequent_indent=" " * 11)
 
 
 if __name__ == "__main__":

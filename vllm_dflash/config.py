@@ -11,8 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-CONDITIONINGS = ("dflash", "dflare")
-"""How target features become the drafter's context; one file each in ``vllm_dflash.conditioning``."""
+from vllm_dflash import kinds
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 """The rotary variants that the reference and vLLM compute alike."""
@@ -21,8 +20,45 @@ DEFAULT_RMS_NORM_EPS = 1e-6
 DEFAULT_ROPE_THETA = 1_000_000.0
 
 
+_LONGEST_PART = 2000
+
+
+def printable(text: object) -> str:
+    """``text`` with every character that a terminal would act on, or not show, written as its escape.
+
+    Names in a checkpoint are whatever its maker chose, colours and line breaks included.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+
+
 class DrafterConfigError(ValueError):
-    """A drafter's configuration is unusable; the message names the field and the remedy."""
+    """A drafter that cannot be used: what is wrong, what to do, and where.
+
+    Attributes:
+        problem: what is wrong; ``remedy``: what to do about it, empty where the problem says it.
+        field: the key of ``config.json``, dotted where it is nested; empty where it is about something else.
+        where: the file or folder.
+
+    The message is these in one line, printable whatever a checkpoint holds.
+    """
+
+    def __init__(self, problem: str, remedy: str = "", *, field: str = "", where: str = "") -> None:
+        self.problem, self.remedy, self.where = (_line(part) for part in (problem, remedy, where))
+        self.field = field
+        super().__init__(": ".join(part for part in (self.where, self.problem, self.remedy) if part))
+
+    def at(self, where: object) -> "DrafterConfigError":
+        """The same, found in a file or folder."""
+        return DrafterConfigError(self.problem, self.remedy, field=self.field, where=str(where))
+
+    def with_remedy(self, more: str) -> "DrafterConfigError":
+        """The same, with a sentence more on what to do."""
+        return DrafterConfigError(self.problem, f"{self.remedy}. {more}" if self.remedy else more, field=self.field, where=self.where)
+
+
+def _line(text: str) -> str:
+    cut = text if len(text) <= _LONGEST_PART else f"{text[:_LONGEST_PART]}..."
+    return printable(cut)
 
 
 def default_target_layer_ids(num_draft_layers: int, num_target_layers: int) -> tuple[int, ...]:
@@ -32,7 +68,11 @@ def default_target_layer_ids(num_draft_layers: int, num_target_layers: int) -> t
     checkpoints (D = 5, L = 36 gives 1, 9, 17, 25, 33).
     """
     if num_target_layers < 4:
-        raise DrafterConfigError(f"the target has {num_target_layers} layers, the default needs at least 4: give target_layer_ids")
+        raise DrafterConfigError(
+            f"the target has {num_target_layers} layers, the rule needs at least 4",
+            "give target_layer_ids",
+            field="target_layer_ids",
+        )
     if num_draft_layers == 1:
         return (num_target_layers // 2,)
     step = (num_target_layers - 4) / (num_draft_layers - 1)
@@ -46,12 +86,15 @@ class TargetShape:
     hidden_size: int
     num_hidden_layers: int
     vocab_size: int
+    """Rows of its embedding and lm_head."""
+    num_tokens: int | None = None
+    """How many of them its tokenizer can yield, those at the end being padding; None: not known."""
 
     @classmethod
-    def from_hf(cls, config: Any) -> "TargetShape":
+    def from_hf(cls, config: Any, num_tokens: int | None = None) -> "TargetShape":
         """Reads a Hugging Face config object (its text part, where it has several)."""
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        return cls(text.hidden_size, text.num_hidden_layers, text.vocab_size)
+        return cls(text.hidden_size, text.num_hidden_layers, text.vocab_size, num_tokens)
 
 
 @dataclass(frozen=True)
@@ -71,6 +114,8 @@ class DrafterConfig:
     num_target_layers: int | None
     """Layers of the target that it was trained with; None where the checkpoint does not say."""
     max_position_embeddings: int
+    kind: str
+    """One of ``kinds.names()``."""
     rms_norm_eps: float = DEFAULT_RMS_NORM_EPS
     rope_theta: float = DEFAULT_ROPE_THETA
     rope_scaling: Mapping[str, Any] | None = None
@@ -86,15 +131,20 @@ class DrafterConfig:
     quantization_config: Mapping[str, Any] | None = None
     """As in config.json, for vLLM's quantized layers."""
     dtype: str = "bfloat16"
-    conditioning: str = "dflash"
-    """One of ``CONDITIONINGS``."""
+    unknown_keys: tuple[str, ...] = field(default=(), compare=False)
+    """Keys of its config.json that this package does not know: if one of them changes what is computed, tau is low."""
     format: str = field(default="z-lab", compare=False)
-    """The checkpoint format that it was read from, one of ``vllm_dflash.formats.FORMATS``."""
+    """The checkpoint format that it was read from, one of ``vllm_dflash.formats.format_names()``."""
 
     @property
     def max_speculative_tokens(self) -> int:
-        """The most tokens one draft can hold: the block less its anchor, ``block_size - 1``."""
-        return self.block_size - 1
+        """The most tokens one draft can hold: the block's rows from the first that predicts on, mostly ``block_size - 1``."""
+        return self.block_size - self.first_row
+
+    @property
+    def first_row(self) -> int:
+        """The kind's ``first_row``."""
+        return kinds.kind_of(self).first_row
 
     @property
     def num_features(self) -> int:
@@ -136,54 +186,71 @@ class DrafterConfig:
         Raises:
             DrafterConfigError: names the field and the remedy.
         """
-        if self.conditioning not in CONDITIONINGS:
-            raise DrafterConfigError(f"conditioning is {self.conditioning!r}: one of {', '.join(CONDITIONINGS)}")
+        if self.kind not in kinds.names():
+            raise DrafterConfigError(f"kind is {self.kind!r}", f"one of {', '.join(kinds.names())}", field="kind")
         if self.num_attention_heads % self.num_key_value_heads:
             raise DrafterConfigError(
-                f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads {self.num_key_value_heads}: fix config.json"
+                f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads {self.num_key_value_heads}",
+                "fix config.json",
+                field="num_attention_heads",
             )
         if self.head_dim % 2 or self.head_dim < 2:
-            raise DrafterConfigError(f"head_dim is {self.head_dim}: rotary positions need an even one; fix config.json")
+            raise DrafterConfigError(f"head_dim is {self.head_dim}", "rotary positions need an even one; fix config.json", field="head_dim")
         if self.block_size < 2:
             raise DrafterConfigError(
-                f"block_size is {self.block_size}: a block holds an anchor and at least one drafted token, so at least 2"
+                f"block_size is {self.block_size}",
+                "a block holds an anchor and at least one drafted token, so at least 2",
+                field="block_size",
             )
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise DrafterConfigError(
-                f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size} tokens: "
-                "use the id that the drafter was trained with"
+                f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size} tokens",
+                "use the id that the drafter was trained with",
+                field="mask_token_id",
             )
         self._check_layers()
         if self.draft_vocab_size is not None and not 0 < self.draft_vocab_size < self.vocab_size:
             raise DrafterConfigError(
-                f"draft_vocab_size {self.draft_vocab_size} is not between 1 and vocab_size {self.vocab_size}: "
-                "use the file that the checkpoint came with"
+                f"draft_vocab_size {self.draft_vocab_size} is not between 1 and vocab_size {self.vocab_size}",
+                "use the file that the checkpoint came with",
+                field="draft_vocab_size",
             )
         kind = (self.rope_scaling or {}).get("rope_type", "default")
         if kind not in ROPE_TYPES:
-            raise DrafterConfigError(f"rope_scaling's rope_type is {kind!r}: known are {', '.join(ROPE_TYPES)}; use another checkpoint")
+            raise DrafterConfigError(
+                f"rope_scaling's rope_type is {kind!r}",
+                f"known are {', '.join(ROPE_TYPES)}; use another checkpoint",
+                field="rope_scaling.rope_type",
+            )
 
     def _check_layers(self) -> None:
         if not self.target_layer_ids:
-            raise DrafterConfigError("target_layer_ids is empty: give a list of zero-based target layers")
+            raise DrafterConfigError("target_layer_ids is empty", "give a list of zero-based target layers", field="target_layer_ids")
         if len(set(self.target_layer_ids)) != len(self.target_layer_ids):
-            raise DrafterConfigError(f"target_layer_ids {list(self.target_layer_ids)} names a layer twice: each layer once")
+            raise DrafterConfigError(
+                f"target_layer_ids {list(self.target_layer_ids)} names a layer twice", "each layer once", field="target_layer_ids"
+            )
         depth = self.num_target_layers
         bad = [i for i in self.target_layer_ids if i < 0 or (depth is not None and i >= depth)]
         if bad:
             known = "layers" if depth is None else f"{depth} layers (0 to {depth - 1})"
             raise DrafterConfigError(
-                f"target_layer_ids {bad} are outside the target's {known}: "
-                "the drafter was trained for a deeper target, or the ids are one-based"
+                f"target_layer_ids {bad} are outside the target's {known}",
+                "the drafter was trained for a deeper target, or the ids are one-based",
+                field="target_layer_ids",
             )
         if self.sliding_windows and len(self.sliding_windows) != self.num_hidden_layers:
             raise DrafterConfigError(
-                f"layer_types has {len(self.sliding_windows)} entries for {self.num_hidden_layers} layers: one a layer"
+                f"layer_types has {len(self.sliding_windows)} entries for {self.num_hidden_layers} layers",
+                "one a layer",
+                field="layer_types",
             )
         short = [w for w in self.sliding_windows if w is not None and w < self.block_size]
         if short:
             raise DrafterConfigError(
-                f"sliding_window is {short[0]}, less than a block of {self.block_size}: use the file that the checkpoint came with"
+                f"sliding_window is {short[0]}, less than a block of {self.block_size}",
+                "use the file that the checkpoint came with",
+                field="sliding_window",
             )
 
 
@@ -194,23 +261,42 @@ def check_pair(drafter: DrafterConfig, target: TargetShape, num_speculative_toke
         DrafterConfigError: the first mismatch, with its remedy.
     """
     wrong = "this drafter was trained for another target; serve it with the target that its model card names"
-    for what, theirs, ours in (
-        ("hidden_size", target.hidden_size, drafter.hidden_size),
-        ("vocab_size", target.vocab_size, drafter.vocab_size),
-        ("number of layers (num_target_layers)", target.num_hidden_layers, drafter.num_target_layers),
-    ):
-        if ours is not None and theirs != ours:
-            raise DrafterConfigError(f"the target's {what} is {theirs}, the drafter's is {ours}: {wrong}")
+    depth = drafter.num_target_layers
+    for name, what, theirs, ours, fits in (
+        ("hidden_size", "hidden_size", target.hidden_size, drafter.hidden_size, target.hidden_size == drafter.hidden_size),
+        ("vocab_size", "vocab_size", target.vocab_size, drafter.vocab_size, vocabularies_fit(drafter, target)),
+        ("num_target_layers", "number of layers (num_target_layers)", target.num_hidden_layers, depth,
+         depth in (None, target.num_hidden_layers)),
+    ):  # fmt: skip
+        if not fits:
+            raise DrafterConfigError(f"the target's {what} is {theirs}, the drafter's is {ours}", wrong, field=name)
     bad = [i for i in drafter.target_layer_ids if i >= target.num_hidden_layers]
     if bad:
-        raise DrafterConfigError(f"target_layer_ids {bad} are outside the target's {target.num_hidden_layers} layers: {wrong}")
+        raise DrafterConfigError(
+            f"target_layer_ids {bad} are outside the target's {target.num_hidden_layers} layers", wrong, field="target_layer_ids"
+        )
     if not 1 <= num_speculative_tokens <= drafter.max_speculative_tokens:
         raise DrafterConfigError(
-            f"num_speculative_tokens is {num_speculative_tokens}: this drafter's blocks of {drafter.block_size} hold 1 to "
-            f"{drafter.max_speculative_tokens} drafted tokens. Set num_speculative_tokens to {drafter.max_speculative_tokens} or less"
+            f"num_speculative_tokens is {num_speculative_tokens}",
+            f"this drafter's blocks of {drafter.block_size} hold 1 to {drafter.max_speculative_tokens} drafted tokens. "
+            f"Set num_speculative_tokens to {drafter.max_speculative_tokens} or less",
         )
     if max_model_len > drafter.max_position_embeddings:
         raise DrafterConfigError(
             f"max_model_len is {max_model_len}, but the drafter's rotary positions end at max_position_embeddings = "
-            f"{drafter.max_position_embeddings}: start vLLM with --max-model-len {drafter.max_position_embeddings} or less"
+            f"{drafter.max_position_embeddings}",
+            f"start vLLM with --max-model-len {drafter.max_position_embeddings} or less",
+            field="max_position_embeddings",
         )
+
+
+def vocabularies_fit(drafter: DrafterConfig, target: TargetShape) -> bool:
+    """Whether the drafter's vocabulary is the target's, or the target's without the rows that pad its embedding.
+
+    A target's embedding is often longer than its tokenizer, rounded up for tensor parallelism; its drafter may have been
+    trained without those rows (MiMo: 152,064 of 152,576). ``target.num_tokens`` says how many rows text can reach; a
+    drafter that covers them all fits. Where it is not known, nothing but equality is sure.
+    """
+    if drafter.vocab_size == target.vocab_size:
+        return True
+    return target.num_tokens is not None and target.num_tokens <= drafter.vocab_size < target.vocab_size

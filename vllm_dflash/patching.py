@@ -1,25 +1,34 @@
 """Replaces named parts of another package: checked against its source first, then all or none.
 
-A patch says what it replaces, which source it was written against and why no official hook serves. A target whose
-module is not imported yet is replaced right after that module's first import, so applying imports nothing.
-Limits: a target is a class or a function; code that copied the name before (``from x import y``) keeps the original,
-so name the place where the name is looked up.
+A record says what it replaces, which source it was written against and why no official hook serves. A target whose
+module is not imported yet is replaced right after that module's first import, so applying imports nothing. Attributes
+of single objects are replaced by ``attach``, once the object is there. What is optional drops out singly where it does
+not fit, and leaves upstream's own in place.
+Limits: a target is a class, a function or an attribute of a class's objects; code that copied a name before (``from x
+import y``) keeps the original, so name the place where the name is looked up.
 
     pytest tests/unit/test_patching.py tests/patches
 """
 
-import importlib.util
+import logging
+import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any
 
-from vllm_dflash.supported import is_supported
-from vllm_dflash.upstream import SourceNotFoundError, Sources
+from vllm_dflash.patch import Patch, is_switched_off
+from vllm_dflash.patches.on_import import AfterImport
+from vllm_dflash.patches.place import Replaced, kept_with
+from vllm_dflash.supported import SUPPORTED_VLLM, is_supported
+from vllm_dflash.upstream import Sources
+
+_TOLD = "VLLM_DFLASH_LEFT_OUT"
+"""Inherited by the processes that vLLM starts, so that a user reads once what was left out."""
+_OWN = __name__.partition(".")[0]
+_logger = logging.getLogger("vllm.plugins.dflash")
 
 
 class PatchError(RuntimeError):
@@ -27,51 +36,18 @@ class PatchError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Patch:
-    """One replacement. Dotted names are ``module:Qual.name``."""
-
-    target: str
-    """The name that is replaced, in the module where it is looked up."""
-    versions: str
-    """The range of vLLM releases it was written for, such as ``>=0.32,<0.33``."""
-    fingerprints: Mapping[str, str]
-    """Dotted upstream name to the fingerprint of the source that the replacement relies on."""
-    why: str
-    """Why it is needed, and why no official hook serves."""
-    until: str
-    """When it can be dropped."""
-    replace: Callable[[Any], Any]
-    """Receives the original, returns the replacement; heavy imports belong inside."""
-
-    @property
-    def module(self) -> str:
-        return self.target.partition(":")[0]
-
-    @property
-    def qualname(self) -> str:
-        return self.target.partition(":")[2]
-
-
-@dataclass(frozen=True)
 class Row:
-    """One line of a report; ``state`` is ``applied``, ``pending`` (its module is not imported yet) or ``off``."""
+    """One line of a report."""
 
     target: str
     state: str
+    """``applied``, ``pending`` (its module or object is not there yet), ``off``; ``not needed``, ``switched off`` or ``left out``."""
+    note: str
+    """Of the last three, the reason."""
+    scope: str
+    needs: str
     why: str
     until: str
-
-
-@dataclass
-class _Applied:
-    owner: Any
-    name: str
-    original: Any
-    replacement: Any
-
-    @property
-    def is_in_place(self) -> bool:
-        return vars(self.owner).get(self.name) is self.replacement
 
 
 @dataclass
@@ -79,45 +55,91 @@ class PatchSet:
     """Patches that stand or fall together. All methods may be called from any thread, any number of times."""
 
     patches: Sequence[Patch]
-    _applied: dict[str, _Applied] = field(default_factory=dict)
-    _pending: dict[str, Patch] = field(default_factory=dict)
+    on_failure: Callable[[str], None] = lambda problem: None
+    """Called where a module's late import showed that the set does not fit; by then all is as it was."""
+    versions: str = SUPPORTED_VLLM
+    _checked: dict[Patch, list[str]] = field(default_factory=dict)
+    """Problems of each that was looked at."""
+    _out: dict[Patch, tuple[str, str]] = field(default_factory=dict)
+    """Which are not applied, their state and the reason."""
+    _applied: dict[Patch, Replaced] = field(default_factory=dict)
+    _pending: list[Patch] = field(default_factory=list)
+    _owners: "weakref.WeakSet[Any]" = field(default_factory=weakref.WeakSet)
     _defined_as: dict[str, tuple[str, str]] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
-    _hook: "_AfterImport | None" = None
+    _hook: AfterImport | None = None
+    _on: bool = False
 
     def check(self, version: str | None) -> list[str]:
         """Phase one: what keeps the patches from being applied to this version, a line each; imports nothing."""
-        sources, problems = Sources(), []
-        targets = [patch.target for patch in self.patches]
-        problems += [f"{target}: two patches have this target" for target in sorted(set(targets)) if targets.count(target) > 1]
-        for patch in self.patches:
-            if not is_supported(version, patch.versions):
-                problems.append(f"{patch.target}: the patch is for vLLM {patch.versions}, found {version}")
-                continue
-            problems += self._check_source(sources, patch)
-        return problems
+        with self._lock:
+            if not is_supported(version, self.versions):
+                return [f"the patches are for vLLM {self.versions}, found {version}"]
+            targets = [patch.target for patch in self.patches if patch.scope == "class"]
+            problems = [f"{target}: two patches have this target" for target in sorted(set(targets)) if targets.count(target) > 1]
+            sources = Sources()
+            for patch in self.patches:
+                problems += self._examine(sources, patch)
+            return problems
 
     def apply(self, version: str | None) -> None:
-        """Phase two, after a check: replaces every target, or none.
+        """Phase two, after a check: replaces every target, or none but for the optional.
 
         Raises:
             PatchError: the check failed, or something else has replaced a target; the message lists all of it.
         """
         with self._lock:
-            todo = [patch for patch in self.patches if patch.target not in self._pending]
-            new = [patch for patch in todo if patch.target not in self._applied]
-            problems = self.check(version) if new else []
-            problems += [
-                f"{patch.target}: {_describe(self._applied[patch.target])}"
-                for patch in todo
-                if patch.target in self._applied and not self._applied[patch.target].is_in_place
-            ]
+            replaced = [p for p in self.patches if p in self._applied and not self._applied[p].is_in_place]
+            problems = [f"{patch.target}: {_describe(self._applied[patch])}" for patch in replaced]
+            if not self._on:
+                problems += self.check(version)
             self._raise(problems)
+            if self._on:
+                return
+            new = [patch for patch in self.patches if patch.scope == "class" and patch not in self._out]
             self._apply_loaded([patch for patch in new if patch.module in sys.modules])
-            self._pending.update({patch.target: patch for patch in new if patch.module not in sys.modules})
-            if self._pending and self._hook is None:
-                self._hook = _AfterImport(self)
-                sys.meta_path.insert(0, self._hook)
+            self._pending = [patch for patch in new if patch.module not in sys.modules]
+            self._on = True
+            if self._pending:
+                self._hook = AfterImport(self._is_awaited, self._after_import)
+            self._tell()
+
+    def attach(self, owner: Any, patches: Sequence[Patch], *context: Any) -> bool:
+        """Replaces attributes of one object by records of scope ``instance``, all of them or none.
+
+        Args:
+            context: what the records' ``replace`` gets after the original.
+
+        Returns:
+            Whether it was done; not where an optional one does not fit, which is logged and in the report.
+
+        Raises:
+            PatchError: a required one does not fit, or something else has replaced its target.
+        """
+        with self._lock:
+            if not all(self.fits(patch) for patch in patches):
+                return False
+            ready = []
+            for patch in patches:
+                try:
+                    ready.append(self._built(owner, patch, context))
+                except Exception as error:
+                    if not self._leave_out(patch, str(error)):
+                        raise
+                    return False
+            for applied in ready:
+                applied.put()
+            kept_with(owner).extend(zip(patches, ready, strict=True))
+            self._owners.add(owner)
+            return True
+
+    def fits(self, patch: Patch) -> bool:
+        """Whether a record is in force. One that is needed raises ``PatchError`` where it does not fit."""
+        with self._lock:
+            if patch not in self._checked:
+                self._examine(Sources(), patch)
+            self._raise(self._checked[patch])
+            return patch not in self._out
 
     def revert(self) -> list[str]:
         """Puts the originals back where our replacements still stand, and drops what is pending.
@@ -126,127 +148,146 @@ class PatchSet:
         """
         with self._lock:
             self._pending.clear()
+            self._on = False
             if self._hook is not None:
-                sys.meta_path.remove(self._hook)
+                self._hook.remove()
                 self._hook = None
-            left = [target for target, applied in self._applied.items() if not applied.is_in_place]
-            for applied in self._applied.values():
+            todo = list(self._applied.items())
+            for owner in self._owners:
+                todo += kept_with(owner)
+                kept_with(owner).clear()
+            left = []
+            for patch, applied in reversed(todo):
                 if applied.is_in_place:
-                    setattr(applied.owner, applied.name, applied.original)
+                    applied.take_back()
+                else:
+                    left.append(patch.target)
             self._applied.clear()
-            return left
+            self._owners.clear()
+            return left[::-1]
 
     def report(self) -> list[Row]:
         """Every patch with its state, in the order of the list."""
         with self._lock:
-            return [Row(patch.target, self._state(patch.target), patch.why, patch.until) for patch in self.patches]
+            return [Row(p.target, *self._state(p), p.scope, p.needs, p.why, p.until) for p in self.patches]
 
-    def _state(self, target: str) -> str:
-        if target in self._pending:
-            return "pending"
-        applied = self._applied.get(target)
-        return "applied" if applied is not None and applied.is_in_place else "off"
+    def _state(self, patch: Patch) -> tuple[str, str]:
+        if patch in self._out:
+            return self._out[patch]
+        if not self._on:
+            return "off", ""
+        if patch in self._applied:
+            return ("applied" if self._applied[patch].is_in_place else "off"), ""
+        attached = any(known is patch for owner in self._owners for known, _ in kept_with(owner))
+        return ("applied" if patch.scope == "ours" or attached else "pending"), ""
 
-    def _check_source(self, sources: Sources, patch: Patch) -> list[str]:
-        problems = []
-        try:
+    def _examine(self, sources: Sources, patch: Patch) -> list[str]:
+        """A record's problems by the source; none where it may be left out, which is noted."""
+        self._out.pop(patch, None)
+        reason, problems = patch.examine(sources)
+        if patch.scope != "instance" and not problems:
             definition = sources.locate(patch.target)
-            self._defined_as[patch.target] = (definition.module, definition.qualname)
-        except SourceNotFoundError as error:
-            problems.append(f"{patch.target}: {error}")
-        for name, expected in patch.fingerprints.items():
-            try:
-                found = sources.locate(name).fingerprint
-            except SourceNotFoundError as error:
-                problems.append(f"{patch.target}: relies on {name}, but {error}")
-                continue
-            if found != expected:
-                problems.append(
-                    f"{patch.target}: relies on {name}, whose source has changed (fingerprint {found}, written against {expected})"
-                )
-        return problems
+            self._defined_as[patch.target] = definition.module, definition.qualname
+        if patch.switch is not None and is_switched_off(patch.switch):
+            self._out[patch] = "switched off", f"{patch.switch}={os.environ[patch.switch]}"
+        elif reason is not None:
+            self._out[patch] = "not needed", reason
+        elif problems and patch.needs == "optional":
+            self._out[patch] = "left out", "; ".join(problems)
+        self._checked[patch] = [] if patch in self._out else problems
+        return self._checked[patch]
 
     def _apply_loaded(self, patches: Sequence[Patch]) -> None:
         """Resolves and builds everything before the first replacement, so that a failure leaves nothing behind."""
-        resolved, problems = [], []
+        ready: dict[Patch, Replaced] = {}
+        problems: list[str] = []
         for patch in patches:
-            owner, problem = self._resolve(patch)
-            problems += [problem] if problem else []
-            resolved.append((patch, owner))
+            try:
+                owner = self._resolve(patch)
+                assert patch.replace is not None
+                original = vars(owner)[patch.name]
+                ready[patch] = Replaced(owner, patch.name, True, original, patch.replace(original))
+            except PatchError as error:
+                problems += [] if self._leave_out(patch, str(error)) else [str(error)]
+            except Exception as error:
+                if not self._leave_out(patch, f"{type(error).__name__}: {error}"):
+                    raise
         self._raise(problems)
-        ready = {}
-        for patch, owner in resolved:
-            name = patch.qualname.rpartition(".")[2]
-            original = vars(owner)[name]
-            ready[patch.target] = _Applied(owner, name, original, patch.replace(original))
-        for target, applied in ready.items():
-            setattr(applied.owner, applied.name, applied.replacement)
-            self._applied[target] = applied
+        for patch, applied in ready.items():
+            applied.put()
+            self._applied[patch] = applied
 
-    def _resolve(self, patch: Patch) -> tuple[Any, str | None]:
-        """The object that holds the target, or a problem: the name is gone, or it is not what the source defines."""
+    def _resolve(self, patch: Patch) -> Any:
+        """The object that holds the target.
+
+        Raises:
+            PatchError: the name is gone, or it is not what the source defines.
+        """
         owner: Any = sys.modules[patch.module]
-        *path, name = patch.qualname.split(".")
-        for part in path:
+        for part in patch.qualname.split(".")[:-1]:
             owner = vars(owner).get(part)
             if owner is None:
-                return None, f"{patch.target}: no {part} in the imported module"
-        if name not in vars(owner):
-            return None, f"{patch.target}: no {name} in the imported module"
-        value, expected = vars(owner)[name], self._defined_as[patch.target]
-        found = _name_of(value)
+                raise PatchError(f"{patch.target}: no {part} in the imported module")
+        if patch.name not in vars(owner):
+            raise PatchError(f"{patch.target}: no {patch.name} in the imported module")
+        found, expected = _name_of(vars(owner)[patch.name]), self._defined_as[patch.target]
         if found != expected:
-            return (
-                None,
-                f"{patch.target}: expected {':'.join(expected)}, but it is {':'.join(found)}: another plug-in replaced it; load one of the two",
+            raise PatchError(
+                f"{patch.target}: expected {':'.join(expected)}, but it is {':'.join(found)}: "
+                "another plug-in replaced it; load one of the two"
             )
-        return owner, None
+        return owner
+
+    @staticmethod
+    def _built(owner: Any, patch: Patch, context: tuple[Any, ...]) -> Replaced:
+        """The replacement of an object's attribute, not put in place yet.
+
+        Raises:
+            PatchError: it is neither upstream's nor ours. A class of a third package may have its own method where a record only runs
+                something around it.
+        """
+        value = getattr(owner, patch.name)
+        found = _name_of(value if callable(value) and hasattr(value, "__qualname__") else type(value))
+        roots = {patch.module.partition(".")[0], _OWN}
+        if patch.name not in vars(owner) and patch.target not in patch.fingerprints:
+            roots.add(type(owner).__module__.partition(".")[0])
+        if found[0].partition(".")[0] not in roots:
+            raise PatchError(f"{patch.target}: it is {':'.join(found)}: another plug-in replaced it; load one of the two")
+        assert patch.replace is not None
+        return Replaced(owner, patch.name, patch.name in vars(owner), value, patch.replace(value, *context))
+
+    def _leave_out(self, patch: Patch, problem: str) -> bool:
+        """Notes that an optional record is not applied, and says so; returns whether it may be."""
+        if patch.needs != "optional":
+            return False
+        self._out[patch] = "left out", problem
+        _logger.warning("vllm-dflash leaves a part out, and vLLM's own stays: %s", problem)
+        return True
+
+    def _tell(self) -> None:
+        left_out = [note for state, note in self._out.values() if state == "left out"]
+        if left_out and _TOLD not in os.environ:
+            os.environ[_TOLD] = "1"
+            for note in left_out:
+                _logger.warning("vllm-dflash leaves a part out, and vLLM's own stays: %s", note)
 
     def _raise(self, problems: Sequence[str]) -> None:
         if problems:
             raise PatchError("vllm-dflash cannot patch vLLM, and has changed nothing:\n  " + "\n  ".join(problems))
 
     def _is_awaited(self, module: str) -> bool:
-        return any(patch.module == module for patch in self._pending.values())
+        return any(patch.module == module for patch in self._pending)
 
     def _after_import(self, module: str) -> None:
         with self._lock:
-            patches = [patch for patch in self._pending.values() if patch.module == module]
-            for patch in patches:
-                del self._pending[patch.target]
+            patches = [patch for patch in self._pending if patch.module == module]
+            self._pending = [patch for patch in self._pending if patch.module != module]
             try:
                 self._apply_loaded(patches)
-            except Exception:
-                self.revert()  # all or none, also when the last of them comes late
-                raise
-
-
-class _AfterImport(MetaPathFinder):
-    """Finds nothing itself: adds a step after the execution of the modules that a patch set waits for."""
-
-    def __init__(self, patch_set: PatchSet) -> None:
-        self._patch_set = patch_set
-        self._busy = threading.local()
-
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if getattr(self._busy, "on", False) or not self._patch_set._is_awaited(fullname):
-            return None
-        self._busy.on = True
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._busy.on = False
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            self._patch_set._after_import(fullname)
-
-        # On the instance, so that the loader keeps its type: inspect and importlib.resources look at it.
-        setattr(spec.loader, "exec_module", exec_module)  # noqa: B010
-        return spec
+            except Exception as error:
+                # All or none, also when the last of them comes late; and whoever imports the module goes on.
+                self.revert()
+                self.on_failure(f"{type(error).__name__}: {error}" if not isinstance(error, PatchError) else str(error))
 
 
 def _name_of(value: Any) -> tuple[str, str]:
@@ -254,6 +295,6 @@ def _name_of(value: Any) -> tuple[str, str]:
     return getattr(value, "__module__", "?"), getattr(value, "__qualname__", repr(value))
 
 
-def _describe(applied: _Applied) -> str:
+def _describe(applied: Replaced) -> str:
     ours, current = ":".join(_name_of(applied.replacement)), vars(applied.owner).get(applied.name)
     return f"our {ours} was replaced by {':'.join(_name_of(current))}: load one of the two plug-ins"

@@ -11,15 +11,13 @@ import logging
 import os
 from typing import Any
 
-from vllm_dflash.formats import VLLM_ARCHITECTURES
+from vllm_dflash import kinds
 from vllm_dflash.metrics.snapshots import choose_folder
+from vllm_dflash.patch import is_switched_off
 from vllm_dflash.patching import PatchError, PatchSet
-from vllm_dflash.supported import installed_vllm, is_supported, refusal
+from vllm_dflash.supported import PROBLEM, installed_vllm, is_supported, refusal
 
 SWITCH = "VLLM_DFLASH"
-_OFF = frozenset({"0", "off", "false"})
-# Inherited by the processes that vLLM starts, so that a user reads the warning once and not once a process.
-_WARNED = "VLLM_DFLASH_WARNED"
 # A name below "vllm", so that vLLM's own handlers and format apply.
 _logger = logging.getLogger("vllm.plugins.dflash")
 
@@ -41,32 +39,47 @@ def register() -> None:
             patch_set().apply(version)
         except PatchError as error:
             problem = str(error)
+        except Exception as error:  # plain serving goes on whatever is wrong with us
+            problem = f"the patches could not be applied: {type(error).__name__}: {error}"
     if problem is None:
-        for name in VLLM_ARCHITECTURES:
+        for name in kinds.architectures():
             ModelRegistry.register_model(name, "vllm_dflash.models.drafter:DrafterForCausalLM")
-        _register_speculators_dflare()
+        _register_speculators()
         choose_folder()
         return
-    if _WARNED not in os.environ:
-        os.environ[_WARNED] = "1"
+    _refuse(problem)
+
+
+def _refuse(problem: str) -> None:
+    """Lets vLLM refuse our architectures, and says once why; also where a module that came late showed it."""
+    from vllm import ModelRegistry
+
+    # Inherited by the processes that vLLM starts: a user reads the warning once, and the refusal names its cause.
+    if PROBLEM not in os.environ:
+        os.environ[PROBLEM] = problem
         _logger.warning("%s. Serving without a DFlash drafter is not affected", problem)
-    for name in VLLM_ARCHITECTURES:
+    for name in kinds.architectures():
         ModelRegistry.register_model(name, "vllm_dflash.models.unsupported:UnsupportedVLLM")
 
 
-def _register_speculators_dflare() -> None:
-    """Teaches vLLM to read a speculators-format DFlare config, through its own registry of such types."""
+def _register_speculators() -> None:
+    """Teaches vLLM to read the speculators format of kinds that it does not know, through its own registry of such types."""
     from vllm.transformers_utils.configs.speculators.algos import register_speculator, update_dflash
 
-    @register_speculator("dflare")
-    def update_dflare(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:
-        update_dflash(config_dict, pre_trained_config)
-        pre_trained_config["architectures"] = ["DFlashQwenDFlareDraftModel"]
+    def register(kind: kinds.Kind) -> None:
+        @register_speculator(kind.name)
+        def update(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:
+            update_dflash(config_dict, pre_trained_config)
+            pre_trained_config["architectures"] = [kind.served_architecture]
+
+    for kind in kinds.every().values():
+        if not kind.is_known_to_vllm:
+            register(kind)
 
 
 def is_off() -> bool:
     """Whether the user has switched the plug-in off: ``VLLM_DFLASH=0``."""
-    return os.environ.get(SWITCH, "").strip().lower() in _OFF
+    return is_switched_off(SWITCH)
 
 
 @functools.cache
@@ -74,4 +87,4 @@ def patch_set() -> PatchSet:
     """This process's one set of patches."""
     from vllm_dflash.patches import ALL
 
-    return PatchSet(ALL)
+    return PatchSet(ALL, _refuse)

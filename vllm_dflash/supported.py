@@ -4,11 +4,14 @@ Imports nothing of vLLM, so it also answers where vLLM is broken or absent.
 """
 
 import importlib.metadata
+import os
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-SUPPORTED_VLLM = ">=0.32,<0.33"
+SUPPORTED_VLLM = ">=0.32,<0.34"
+PROBLEM = "VLLM_DFLASH_PROBLEM"
+"""Environment variable in which the first process that found one leaves, for those that it starts, why the plug-in is not on."""
 
 
 def installed_vllm() -> str | None:
@@ -33,7 +36,7 @@ def refusal(version: str | None) -> str:
     """What a user is told who runs a vLLM that this package was not written for."""
     found = f"found {version or 'none'}"
     if is_supported(version):
-        found += ", whose source is not the one it was written against (`vllm-dflash status` says where)"
+        found += f", where it does not fit: {os.environ.get(PROBLEM, '`vllm-dflash status` says why')}"
     return (
         f"vllm-dflash supports vLLM {SUPPORTED_VLLM}, and {found}: install a supported vLLM, "
         "or set VLLM_DFLASH=0 to serve with vLLM's own dflash"

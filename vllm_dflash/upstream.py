@@ -1,9 +1,9 @@
 """Finds and fingerprints the source of another package's classes and functions without importing them.
 
-vLLM's modules are heavy and touch the device when imported; their text is not. Limits: a name must be a class or a
-function, defined, or bound by ``from x import y``, in a module's body (inside ``if`` and ``try`` too) or a class's.
+vLLM's modules are heavy and touch the device when imported; their text is not. Limits: a name must be defined, or bound by
+``from x import y``, in a module's body (inside ``if`` and ``try`` too) or a class's.
 
-    pytest tests/unit/test_patching.py
+    pytest tests/unit/test_patching.py tests/unit/test_compat.py
 """
 
 import ast
@@ -12,15 +12,19 @@ import importlib.util
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from typing import cast
 
 _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+_Assigned = ast.Assign | ast.AnnAssign | ast.Import
+_Bound = _Definition | _Assigned | ast.ImportFrom
 # Fields that some Python versions have and others lack, or that say nothing about what the code does.
 _IGNORED_FIELDS = frozenset({"type_params", "type_comment", "type_ignores", "kind"})
 _DIGITS = 16
 
 
 class SourceNotFoundError(LookupError):
-    """The module or the name in it does not exist in the installed source."""
+    """The module or the name in it does not exist in the source that was searched."""
 
 
 @dataclass(frozen=True)
@@ -29,58 +33,145 @@ class Definition:
 
     module: str
     qualname: str
-    node: _Definition
+    """Empty for a module."""
+    node: _Definition | _Assigned | ast.Module
 
     @property
     def fingerprint(self) -> str:
         """A sha256 prefix of the code: moved lines, comments and docstrings do not change it."""
         return hashlib.sha256(_canonical(self.node).encode()).hexdigest()[:_DIGITS]
 
+    @property
+    def signature(self) -> str:
+        """A function's parameters, such as ``self, scheduled, *, registry=``: their names and order, and which have a default."""
+        assert isinstance(self.node, ast.FunctionDef | ast.AsyncFunctionDef)
+        arguments = self.node.args
+        positional = [*arguments.posonlyargs, *arguments.args]
+        first_default = len(positional) - len(arguments.defaults)
+        names = [a.arg + "=" * (i >= first_default) for i, a in enumerate(positional)]
+        if arguments.posonlyargs:
+            names.insert(len(arguments.posonlyargs), "/")
+        if arguments.vararg:
+            names.append(f"*{arguments.vararg.arg}")
+        elif arguments.kwonlyargs:
+            names.append("*")
+        names += [a.arg + "=" * (default is not None) for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults)]
+        return ", ".join([*names, *([f"**{arguments.kwarg.arg}"] if arguments.kwarg else [])])
+
+
+@dataclass(frozen=True)
+class _Source:
+    text: str
+    tree: ast.Module
+    is_package: bool
+
 
 @dataclass
 class Sources:
     """Reads module sources, each once. Make one for a check and drop it: syntax trees are large."""
 
-    _trees: dict[str, tuple[ast.Module, bool]] = field(default_factory=dict)
+    root: Path | None = None
+    """A folder that packages are searched in before Python's own search path, such as an unpacked wheel."""
+    _read: dict[str, _Source] = field(default_factory=dict)
 
     def locate(self, dotted: str) -> Definition:
-        """Finds the definition of ``module:Qual.name``.
+        """Finds the definition of ``module:Qual.name``, a class or a function.
+
+        Raises:
+            SourceNotFoundError: no such module, or no such class or function in it.
+        """
+        definition = self.find(dotted)
+        if not isinstance(definition.node, _Definition):
+            raise SourceNotFoundError(f"{dotted} is neither a class nor a function")
+        return definition
+
+    def find(self, dotted: str) -> Definition:
+        """Finds what ``from module import name`` gives: also an assigned name or a submodule.
 
         Raises:
             SourceNotFoundError: no such module, or no such name in it.
         """
         module, _, qualname = dotted.partition(":")
-        tree, is_package = self._parse(module)
-        body: Iterable[ast.stmt] = tree.body
-        node: ast.stmt | None = None
+        source = self._source(module)
+        body: Iterable[ast.stmt] = source.tree.body
+        node: _Bound | None = None
         for depth, name in enumerate(qualname.split(".")):
             node = _last_binding(body, name)
             if isinstance(node, ast.ImportFrom):
-                source = _imported_module(node, module, is_package)
-                original = next(alias.name for alias in node.names if (alias.asname or alias.name) == name)
+                origin = _imported_module(node, module, source.is_package)
+                original = next(a.name for a in node.names if (a.asname or a.name) == name)
                 rest = qualname.split(".")[depth + 1 :]
-                return self.locate(f"{source}:{'.'.join([original, *rest])}")
+                if (origin, original) == (module, name):
+                    return self._find_elsewhere(module, qualname)
+                return self.find(f"{origin}:{'.'.join([original, *rest])}")
             if node is None:
+                if depth == 0:
+                    return self._find_elsewhere(module, qualname)
                 raise SourceNotFoundError(f"{dotted} is not in {module}'s source")
             body = node.body if isinstance(node, ast.ClassDef) else []
-        assert isinstance(node, _Definition)
-        return Definition(module, qualname, node)
+        return Definition(module, qualname, cast(_Definition | _Assigned, node))
 
-    def _parse(self, module: str) -> tuple[ast.Module, bool]:
-        if module not in self._trees:
-            spec = _find_spec(module)
+    def has_attribute(self, dotted: str) -> bool:
+        """Whether objects of a class have an attribute ``module:Class.name``: the class defines it, or a method assigns it.
+
+        Raises:
+            SourceNotFoundError: no such class.
+        """
+        owner, _, name = dotted.rpartition(".")
+        try:
+            self.find(dotted)
+        except SourceNotFoundError:
+            nodes = ast.walk(self.locate(owner).node)
+            return any(isinstance(n, ast.Attribute) and n.attr == name and isinstance(n.ctx, ast.Store) for n in nodes)
+        return True
+
+    def text(self, definition: Definition) -> str:
+        """The definition as it stands in its file, decorators included."""
+        lines = self._source(definition.module).text.splitlines(keepends=True)
+        node = definition.node
+        if isinstance(node, ast.Module):
+            return "".join(lines)
+        decorators = node.decorator_list if isinstance(node, _Definition) else []
+        first = min([node.lineno, *(decorator.lineno for decorator in decorators)])
+        return "".join(lines[first - 1 : node.end_lineno])
+
+    def _find_elsewhere(self, module: str, qualname: str) -> Definition:
+        """A name that the module's own text does not bind: of a star import, or a submodule."""
+        source = self._source(module)
+        for node in _flatten(source.tree.body):
+            if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+                try:
+                    return self.find(f"{_imported_module(node, module, source.is_package)}:{qualname}")
+                except SourceNotFoundError:
+                    continue
+        name, _, rest = qualname.partition(".")
+        submodule = f"{module}.{name}"
+        if not source.is_package or self._spec(submodule) is None:
+            raise SourceNotFoundError(f"{module}:{qualname} is not in {module}'s source")
+        return self.find(f"{submodule}:{rest}") if rest else Definition(submodule, "", self._source(submodule).tree)
+
+    def _source(self, module: str) -> _Source:
+        if module not in self._read:
+            spec = self._spec(module)
             if spec is None or not spec.origin or not spec.origin.endswith(".py"):
                 raise SourceNotFoundError(f"module {module} is not installed as Python source")
-            with open(spec.origin, encoding="utf-8") as file:
-                self._trees[module] = (ast.parse(file.read()), spec.submodule_search_locations is not None)
-        return self._trees[module]
+            text = Path(spec.origin).read_text(encoding="utf-8")
+            try:
+                tree = ast.parse(text)
+            except SyntaxError as error:  # of a newer Python
+                raise SourceNotFoundError(f"{module} cannot be read by this Python: {error}") from None
+            self._read[module] = _Source(text, tree, spec.submodule_search_locations is not None)
+        return self._read[module]
+
+    def _spec(self, module: str) -> ModuleSpec | None:
+        return _find_spec(module, self.root)
 
 
-def _find_spec(module: str) -> ModuleSpec | None:
+def _find_spec(module: str, root: Path | None) -> ModuleSpec | None:
     """``importlib.util.find_spec`` would import the parent packages; walking their search paths imports nothing."""
     top, *parts = module.split(".")
     try:
-        spec = importlib.util.find_spec(top)
+        spec = (root and PathFinder.find_spec(top, [str(root)])) or importlib.util.find_spec(top)
     except ValueError:  # a module in sys.modules without a spec, such as __main__
         return None
     name = top
@@ -92,26 +183,40 @@ def _find_spec(module: str) -> ModuleSpec | None:
     return spec
 
 
-def _last_binding(body: Iterable[ast.stmt], name: str) -> _Definition | ast.ImportFrom | None:
-    found: _Definition | ast.ImportFrom | None = None
-    for statement in _flatten(body):
-        if isinstance(statement, _Definition):
-            if statement.name == name:
-                found = statement
-        elif isinstance(statement, ast.ImportFrom) and any((alias.asname or alias.name) == name for alias in statement.names):
-            found = statement
-    return found
+def _last_binding(body: Iterable[ast.stmt], name: str) -> _Bound | None:
+    """What binds the name: code before annotations for type checkers, definitions before assignments such as a fallback's ``f = None``."""
+    for type_checking in (False, True):
+        statements = list(_flatten(body, type_checking))
+        for kinds in (_Definition | ast.ImportFrom, _Assigned):
+            found = [statement for statement in statements if isinstance(statement, kinds) and name in _names(statement)]
+            if found:
+                return cast(_Bound, found[-1])
+    return None
 
 
-def _flatten(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+def _names(statement: ast.stmt) -> Iterator[str]:
+    """The names that a statement binds."""
+    match statement:
+        case ast.ClassDef() | ast.FunctionDef() | ast.AsyncFunctionDef():
+            yield statement.name
+        case ast.Import() | ast.ImportFrom():
+            yield from (alias.asname or alias.name for alias in statement.names)
+        case ast.Assign():
+            yield from (node.id for target in statement.targets for node in ast.walk(target) if isinstance(node, ast.Name))
+        case ast.AnnAssign(target=ast.Name()):
+            yield cast(ast.Name, statement.target).id
+
+
+def _flatten(body: Iterable[ast.stmt], type_checking: bool = False) -> Iterator[ast.stmt]:
+    """A body's statements, those inside ``if`` and ``try`` too; of ``if TYPE_CHECKING`` only where asked for."""
     for statement in body:
         if isinstance(statement, ast.If):
-            if "TYPE_CHECKING" not in ast.dump(statement.test):
-                yield from _flatten(statement.body)
-            yield from _flatten(statement.orelse)
+            if type_checking or "TYPE_CHECKING" not in ast.dump(statement.test):
+                yield from _flatten(statement.body, type_checking)
+            yield from _flatten(statement.orelse, type_checking)
         elif isinstance(statement, ast.Try):
             for part in (statement.body, *(handler.body for handler in statement.handlers), statement.orelse, statement.finalbody):
-                yield from _flatten(part)
+                yield from _flatten(part, type_checking)
         else:
             yield statement
 

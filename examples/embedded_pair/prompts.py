@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="tokens a prompt (default: 64)")
     parser.add_argument("--held-out", action="store_true", help="from the files that no training sees")
     args = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    tokenizer = AutoTokenizer.from_pretrained(args.target, trust_remote_code=False)
     rows = cut_prompts(tokenizer, args.held_out, args.count, args.tokens)
     args.out.write_text("".join(json.dumps({"prompt": tokenizer.decode(row)}) + "\n" for row in rows))
     print(f"{len(rows)} {'held-out ' if args.held_out else ''}prompts in {args.out}")

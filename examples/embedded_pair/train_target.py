@@ -23,6 +23,9 @@ END, MASK = "<|endoftext|>", "<|mask|>"
 # A line break keeps its indentation, so that the structure of Python is a token and not a run of spaces.
 _PIECES = r"\n[ ]*| ?[A-Za-z_]+| ?[0-9]| ?[^\sA-Za-z0-9_]+|\s+"
 
+# A conversation is source code, a message a line: one message is its text, as in a completion.
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] or '' }}{% if not loop.last %}{{ '\\n' }}{% endif %}{% endfor %}"
+
 
 def train_tokenizer(texts: list[str], out: Path) -> PreTrainedTokenizerFast:
     """Trains and saves the tokenizer: 4,096 byte-level BPE tokens, among them an end and a mask token."""
@@ -35,8 +38,10 @@ def train_tokenizer(texts: list[str], out: Path) -> PreTrainedTokenizerFast:
         vocab_size=VOCAB_SIZE, special_tokens=[END, MASK], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, mask_token=MASK, model_max_length=1024)
-    fast.save_pretrained(out)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, mask_token=MASK, model_max_length=1024, chat_template=CHAT_TEMPLATE
+    )
+    fast.save_pretrained(out, save_jinja_files=False)
     return fast
 
 

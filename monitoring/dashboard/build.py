@@ -13,14 +13,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from grafana_foundation_sdk.builders import bargauge, common, dashboard, heatmap, prometheus, stat, timeseries
+from grafana_foundation_sdk.builders import bargauge, common, dashboard, heatmap, prometheus, stat, text, timeseries
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import common as options
 from grafana_foundation_sdk.models import dashboard as model
 from grafana_foundation_sdk.models import heatmap as heatmap_options
+from grafana_foundation_sdk.models import text as text_options
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-from monitoring.dashboard.panel import Panel
+from monitoring.dashboard.panel import Note, Panel
 from monitoring.dashboard.service import LOAD, REQUESTS, TIME
 from monitoring.dashboard.speculation import ACCEPTANCE, DRAFT_LENGTHS, PAYING
 from monitoring.queries import DASHBOARD
@@ -48,12 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; end with 1 where the committed file differs")
     check = parser.parse_args(arguments).check
-    text = as_json()
+    content = as_json()
     if not check:
         DASHBOARD.parent.mkdir(parents=True, exist_ok=True)
-        DASHBOARD.write_text(text)
+        DASHBOARD.write_text(content)
         print(f"{DASHBOARD}: {sum(len(panels) for _, panels in ROWS)} panels")
-    elif not DASHBOARD.exists() or DASHBOARD.read_text() != text:
+    elif not DASHBOARD.exists() or DASHBOARD.read_text() != content:
         print(f"{DASHBOARD} is not what the code gives: run python -m monitoring.dashboard.build", file=sys.stderr)
         return 1
     return 0
@@ -103,12 +104,16 @@ def _dashboard() -> dashboard.Dashboard:
     for title, panels in ROWS:
         built.with_row(dashboard.Row(title))
         for panel in panels:
-            built.with_panel(_panel(panel))
+            built.with_panel(_note(panel) if isinstance(panel, Note) else _panel(panel))
     return built
 
 
 def _link(title: str, url: str) -> dashboard.DashboardLink:
     return dashboard.DashboardLink(title).type(model.DashboardLinkType.LINK).url(url).target_blank(True)
+
+
+def _note(note: Note) -> text.Panel:
+    return text.Panel().mode(text_options.TextMode.MARKDOWN).content(note.text).transparent(True).span(24).height(2)
 
 
 def _panel(panel: Panel) -> Any:
@@ -165,8 +170,8 @@ def _last() -> common.ReduceDataOptions:
 
 def _shape_number(built: stat.Panel, panel: Panel) -> None:
     graph = options.BigValueGraphMode.AREA if panel.trend else options.BigValueGraphMode.NONE
-    text = options.BigValueTextMode.NAME if panel.names else options.BigValueTextMode.AUTO
-    built.reduce_options(_last()).graph_mode(graph).text_mode(text).color_mode(options.BigValueColorMode.VALUE).thresholds(
+    mode = options.BigValueTextMode.NAME if panel.names else options.BigValueTextMode.AUTO
+    built.reduce_options(_last()).graph_mode(graph).text_mode(mode).color_mode(options.BigValueColorMode.VALUE).thresholds(
         _thresholds(panel)
     )
 

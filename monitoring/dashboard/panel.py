@@ -10,6 +10,14 @@ Kind = Literal["series", "number", "bars", "heat"]
 Threshold = tuple[float | None, str]
 """From this value up, this colour; ``None`` is the lowest."""
 
+# Grafana's units of one's own.
+TIMES, TOKENS, TOKENS_A_SECOND = "suffix: x", "suffix: tokens", "suffix: tokens/s"
+
+
+def per_second(what: str) -> str:
+    """The unit of so many things a second."""
+    return f"suffix: {what}/s"
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -38,3 +46,10 @@ class Panel:
     no_value: str = ""
     may_be_empty: str = ""
     """Why a sound server may have no sample for it."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence of Markdown across the dashboard, under the panels before it."""
+
+    text: str

@@ -3,7 +3,7 @@
 pytest tests/engine/test_monitoring.py        (runs every query against a real server)
 """
 
-from monitoring.dashboard.panel import Panel
+from monitoring.dashboard.panel import TOKENS, TOKENS_A_SECOND, Panel, per_second
 from monitoring.dashboard.promql import BY_ENGINE, EACH, mean, quantile, rate, ratio, selector
 from monitoring.dashboard.speculation import DRAFTER_SECONDS, STEP_SECONDS, drafter_share
 
@@ -36,19 +36,19 @@ TIME = (
     ),
     Panel(
         "heat", "Step, all kinds", "How often a step took so long, per second.",
-        ((rate(f"{STEP_SECONDS}_bucket", "le"), "{{le}}"),), "short", "time", 12, bucket_unit="s",
+        ((rate(f"{STEP_SECONDS}_bucket", "le"), "{{le}}"),), per_second("steps"), "time", 12, bucket_unit="s",
     ),
 )  # fmt: skip
 
 REQUESTS = (
     Panel(
         "heat", "Tokens a verification, per request", "How many finished requests a second had such a mean of tokens a verification.",
-        ((rate(f"{_REQUEST_ACCEPTED}_bucket", "le"), "{{le}}"),), "short", "requests", 12,
+        ((rate(f"{_REQUEST_ACCEPTED}_bucket", "le"), "{{le}}"),), "reqps", "requests", 12,
     ),
     Panel(
         "series", "Tokens a verification, per request, quantiles",
         "Half of the requests lie above p50. p10 near 1: some of the traffic gains nothing; find out which.",
-        tuple((f"clamp_min({quantile(q, _REQUEST_ACCEPTED)}, 1)", f"p{q * 100:.0f}") for q in (0.1, 0.5, 0.9)), "none", "requests", 12, minimum=1,
+        tuple((f"clamp_min({quantile(q, _REQUEST_ACCEPTED)}, 1)", f"p{q * 100:.0f}") for q in (0.1, 0.5, 0.9)), TOKENS, "requests", 12, minimum=1,
     ),
     Panel(
         "series", "Time to first token", "From the request's arrival to its first token. Speculation does not shorten it.",
@@ -68,11 +68,11 @@ LOAD = (
     Panel(
         "series", "Requests", "Running in the engines and waiting for them. Speculation pays most with few running.",
         ((f"sum({selector('vllm:num_requests_running')})", "running"), (f"sum({selector('vllm:num_requests_waiting')})", "waiting")),
-        "none", "load", 6, decimals=0,
+        "suffix: requests", "load", 6, decimals=0,
     ),
     Panel(
         "series", "Tokens", "Tokens a second: generated, and of prompts.",
-        ((rate("vllm:generation_tokens_total"), "generated"), (rate("vllm:prompt_tokens_total"), "prompt")), "short", "load", 6,
+        ((rate("vllm:generation_tokens_total"), "generated"), (rate("vllm:prompt_tokens_total"), "prompt")), TOKENS_A_SECOND, "load", 6,
     ),
     Panel(
         "series", "KV cache", "Of the blocks of the KV cache, those in use. The drafter's keys and values live there too.",

@@ -21,7 +21,7 @@ const lines = [
   "  : T extends object ? { [K in keyof T]: Json<T[K]> } : T;",
   `export const dashboard: Json<Dashboard> = ${JSON.stringify(dashboard)};`,
 ];
-dashboard.panels.filter((panel) => panel.type !== "row").forEach((panel, i) => {
+dashboard.panels.filter((panel) => panel.type !== "row" && panel.type !== "text").forEach((panel, i) => {
   // Options are partial in a file: the panel fills in its defaults.
   lines.push(`export const options${i}: Partial<Json<${composable(panel.type, "Options")}>> = ${JSON.stringify(panel.options)};`);
   lines.push(`export const targets${i}: Json<DataQuery & { expr: string; legendFormat?: string; instant?: boolean; range?: boolean; format?: string }>[]`

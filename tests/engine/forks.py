@@ -61,7 +61,8 @@ def _become(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     sys.argv = request["argv"]
-    sys.path[0] = str(Path(sys.argv[0]).parent)
+    added = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
+    sys.path[:1] = [str(Path(sys.argv[0]).parent), *added]
 
 
 def main() -> None:

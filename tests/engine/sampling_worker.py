@@ -13,9 +13,11 @@ from engines import answer_jobs, as_list, counted, counters, model_runner, start
 
 def sampling_params(fields: dict[str, Any]) -> Any:
     from vllm import SamplingParams
-    from vllm.sampling_params import StructuredOutputsParams
+    from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
 
     fields = dict(fields)
+    if "repetition_detection" in fields:
+        fields["repetition_detection"] = RepetitionDetectionParams(**fields["repetition_detection"])
     if "structured_outputs" in fields:
         fields["structured_outputs"] = StructuredOutputsParams(**fields["structured_outputs"])
     if "logit_bias" in fields:

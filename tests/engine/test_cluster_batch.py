@@ -6,7 +6,9 @@ Needs ``pip install 'vllm-dflash[ray]'``. 512 rows, a killed driver and 200,000 
 """
 
 import json
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ import pytest
 from cluster_workers import POISON, POISONED, Counting, StandIn
 from engine.cluster_harness import ray_cluster
 from engine.harness import DRAFTER, PROMPTS, TARGET, Batch
+from vllm_dflash.cluster import connection
 from vllm_dflash.cluster.batch import Job, complete
-from vllm_dflash.cluster.settings import EngineSettings
+from vllm_dflash.cluster.settings import ClusterError, EngineSettings
 from vllm_dflash.training.files import TrainingError
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'vllm-dflash[ray]'")
@@ -106,6 +109,45 @@ def test_a_lost_actor_and_a_second_run_lose_and_repeat_nothing(tmp_path: Path) -
     assert (out / "part-000001.jsonl").stat().st_mtime_ns == kept
     with pytest.raises(TrainingError, match=r"max_tokens.*choose another --out"):
         complete(Job(job.inputs, out, ENGINE, {"max_tokens": 2}, 2, rows_per_part=16), StandIn)
+
+
+def test_a_bad_row_costs_itself_alone_and_errors_are_counted(tmp_path: Path) -> None:
+    """Half of a surrogate pair in a field beside the prompt, and deep nesting, once ended the job, and the next run again."""
+    bad = ['{"prompt": "x", "note": "\\ud83d"}', '{"prompt": "y", "note": ' + "[" * 100_000 + "]" * 100_000 + "}", '{"prompt": "wrong"}']
+    lines = [json.dumps({"prompt": f"p{i}"}) for i in range(40)]
+    (tmp_path / "in.jsonl").write_text("\n".join([*lines[:20], *bad, *lines[20:]]))
+    job = Job([str(tmp_path / "in.jsonl")], tmp_path / "out", ENGINE, {}, 1, rows_per_part=4)
+    sums = complete(job, StandIn)
+    assert (sums["rows"], sums["failed"]) == (43, 2)
+    assert json.loads((tmp_path / "out" / "_batch" / "summary.json").read_text())["failed"] == 2
+    rows = rows_of(tmp_path / "out")
+    assert rows[20]["note"] == "\ud83d"
+    assert [row["error"] is None for row in rows[19:24]] == [True, True, False, False, True]
+    assert complete(replace(job, max_errors=2), StandIn) == sums
+    for out in ("out", "new"):
+        with pytest.raises(ClusterError, match=r"rows failed, and --max-errors is 1: their field error in .* Raise --max-errors to go on"):
+            complete(replace(job, out=tmp_path / out, max_errors=1), StandIn)
+
+
+def test_room_that_is_taken_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the check another job takes it: Ray waits for ever. It is said within a minute."""
+    import ray
+
+    @ray.remote(num_cpus=2)
+    class Other:
+        def here(self) -> None: ...
+
+    other = Other.remote()
+    ray.get(other.here.remote())
+    monkeypatch.setattr(connection, "check_room", lambda *args: None)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
+    began = time.monotonic()
+    try:
+        with pytest.raises(ClusterError, match="the cluster had room, but 1 replicas did not start within 45 s"):
+            complete(Job([str(tmp_path / "in.jsonl")], tmp_path / "out", ENGINE, {}, 1), StandIn)
+    finally:
+        ray.kill(other)
+    assert time.monotonic() - began < 60
 
 
 def test_parquet_in_and_out(tmp_path: Path) -> None:

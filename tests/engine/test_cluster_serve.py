@@ -1,4 +1,5 @@
-"""``vllm-dflash up`` on a real cluster: it answers as one process does, the plug-in is in every process, it stops when told, and nothing stays.
+"""``vllm-dflash up`` on a real cluster: it answers as one process does, the plug-in is in every process, it asks for its API
+key, it stops when told, and nothing stays.
 
 One replica; two, a killed one and scaling are in ``tests/prove_serve.py``, to be run by hand. Needs ``pip install 'vllm-dflash[ray]'``.
 
@@ -8,6 +9,8 @@ One replica; two, a killed one and scaling are in ``tests/prove_serve.py``, to b
 import json
 import os
 import re
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,19 @@ KINDS = ("vllm-dflash up", r"ray::\S+vllm-dflash[#:]Replica", r"ray::\S+vllm-dfl
 """Processes by their names; Ray calls a replica by its actor's name or, once it has answered, by its class and deployment."""
 
 
+KEY = "sk-of-a-test"
+
+
+def status(url: str, key: str | None) -> int:
+    """What a GET with this API key is answered with."""
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
 def test_it_answers_from_processes_that_all_have_the_plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoTokenizer
 
@@ -30,9 +46,13 @@ def test_it_answers_from_processes_that_all_have_the_plug_in(tmp_path: Path, mon
     files.mkdir()
     monkeypatch.setenv("VLLM_DFLASH_REPORT", str(reports))
     monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
     with deployment(files, "1") as url:
         prompts = [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()[:4]]
-        answers = [ask(url, BODY | {"prompt": prompt, "ignore_eos": True})["choices"][0]["text"] for prompt in prompts]
+        answers = [ask(url, BODY | {"prompt": prompt, "ignore_eos": True}, key=KEY)["choices"][0]["text"] for prompt in prompts]
+        for path, key in (("/v1/completions", None), ("/v1/models", "wrong"), ("/tokenize", None), ("/docs", None)):
+            assert status(url + path, key) == 401, path
+        assert status(f"{url}/v1/models", KEY) == 200
         processes = plugin_processes(reports)
     print("", *processes, sep="\n  ")
     assert all(processes.values())

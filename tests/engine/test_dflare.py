@@ -36,7 +36,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def drafter(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = random_drafter_config(conditioning="dflare", num_hidden_layers=4, target_layer_ids=(0, 1, 2, 3, 4))
+    config = random_drafter_config(kind="dflare", num_hidden_layers=4, target_layer_ids=(0, 1, 2, 3, 4))
     return train_briefly(target, tmp_path_factory.mktemp("dflare") / "drafter", config, PROMPTS, NEW_TOKENS, steps=45)
 
 

@@ -32,6 +32,7 @@ REGEX, CHOICES = (
     ["self.assertEqual(result, expected)", "return self.value", "raise ValueError(message)"],
 )
 STRUCTURED = {"json": {"json": SCHEMA}, "regex": {"regex": REGEX}, "choice": {"choice": CHOICES}}
+REPETITION = {"max_pattern_size": 8, "min_pattern_size": 1, "min_count": 2}
 BACKENDS = ["guidance", "outlines"]  # beside xgrammar, which vLLM takes by itself
 STOPS = ["return", "):\n", "self."]
 
@@ -64,6 +65,10 @@ def asks() -> dict[str, Ask]:
         "allowed_token_ids": Ask(TEXTS, greedy(allowed_token_ids=ALLOWED)),
         "logprobs": Ask(TEXTS, greedy(logprobs=5)),
         "prompt_logprobs": Ask(TEXTS, greedy(prompt_logprobs=3)),
+        "logprobs of all tokens": Ask(TEXTS[:2], greedy(logprobs=-1, max_tokens=12)),
+        "logprobs, seeded": Ask(TEXTS, [SEEDED | {"seed": 3 + i, "logprobs": i % 3} for i in range(COUNT)]),
+        "logprob_token_ids": Ask(TEXTS, [greedy(logprob_token_ids=[5, 200 + i]) if i % 2 else GREEDY for i in range(COUNT)]),
+        "repetition_detection": Ask(TEXTS, greedy(max_tokens=128, repetition_detection=REPETITION)),
         "stop": Ask(TEXTS, greedy(stop=STOPS)),
         "include_stop_str_in_output": Ask(TEXTS, greedy(stop=STOPS, include_stop_str_in_output=True)),
         "eos": Ask(TEXTS, greedy(ignore_eos=False, allowed_token_ids=[EOS, *range(200, 208)])),
@@ -98,7 +103,7 @@ def answers(stop_token: int) -> dict[str, dict[str, Answer]]:
         "min_tokens": Ask(TEXTS, greedy(stop_token_ids=[stop_token], min_tokens=20)),
     }
     chunked = {name: common[name] for name in ("plain", "seed", "all at once")}
-    args = {"max_model_len": MAX_MODEL_LEN, "max_num_batched_tokens": 4096}
+    args = {"max_model_len": MAX_MODEL_LEN, "max_num_batched_tokens": 4096, "max_logprobs": -1}
     names = {"plain": common, "ours": common, "chunked": chunked}
     names |= {f"{engine}{name}": {"regex": common["regex"]} for name in BACKENDS for engine in ("", "plain ")}
     names["logits processor"] = {"plain": common["plain"]}
@@ -167,13 +172,40 @@ def assert_close(ours: dict[str, list], plain: dict[str, list]) -> None:
         assert ours[token] == [pytest.approx(logprob, abs=2e-3), rank]
 
 
-def test_logprobs(answers: dict[str, dict[str, Answer]]) -> None:
-    same(answers, "logprobs")
-    for (plain,), (ours,) in zip(answers["plain"]["logprobs"].completions, answers["ours"]["logprobs"].completions, strict=True):
-        assert len(ours["logprobs"]) == len(ours["token_ids"]) == GREEDY["max_tokens"]
+def same_logprobs(answers: dict[str, dict[str, Answer]], name: str) -> list[list[dict[str, list]] | None]:
+    """Our log probabilities, a list a prompt with an entry a token, after a look that they are plain vLLM's."""
+    same(answers, name)
+    found = []
+    for (plain,), (ours,) in zip(answers["plain"][name].completions, answers["ours"][name].completions, strict=True):
+        found.append(ours["logprobs"])
+        if not plain["logprobs"]:
+            assert not ours["logprobs"]
+            continue
+        assert len(ours["logprobs"]) == len(ours["token_ids"])
         assert ours["cumulative_logprob"] == pytest.approx(plain["cumulative_logprob"], abs=2e-2)
         for a, b in zip(ours["logprobs"], plain["logprobs"], strict=True):
             assert_close(a, b)
+    return found
+
+
+@pytest.mark.parametrize("name", ["logprobs", "logprobs of all tokens", "logprobs, seeded"])
+def test_logprobs(answers: dict[str, dict[str, Answer]], name: str) -> None:
+    found = same_logprobs(answers, name)
+    if name == "logprobs of all tokens":
+        assert {len(entry) for entries in found for entry in entries or []} == {4096}
+
+
+def test_logprob_token_ids(answers: dict[str, dict[str, Answer]]) -> None:
+    """vLLM's rejection sampler drops them: with drafts such a request had no log probabilities."""
+    found = same_logprobs(answers, "logprob_token_ids")
+    assert all({"5", str(200 + i)} <= entry.keys() for i in range(1, COUNT, 2) for entry in found[i] or [{}])
+
+
+def test_repetition_detection(answers: dict[str, dict[str, Answer]]) -> None:
+    """A repetition that ends among accepted drafts ends the request there."""
+    ended = [c for (c,) in same(answers, "repetition_detection").completions if c["finish_reason"] != "length"]
+    assert ended
+    print({c["finish_reason"] for c in ended}, {str(c["stop_reason"]) for c in ended})
 
 
 def test_prompt_logprobs(answers: dict[str, dict[str, Answer]]) -> None:

@@ -5,15 +5,20 @@ Random weights, random norms, GQA, an untied lm_head: whatever is read wrongly f
     pytest tests/engine/test_formats.py
 """
 
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine.harness import Batch, Job, engine_env, run_engine, run_engines
 from engine.oracle import BFLOAT16_GAP, compare_drafts
+from kinds_of_users import NAMES, install, on_path
 from pairs import make_random_drafter, random_drafter_config, random_prompts
 from quantized import quantize
 from variants import VARIANTS
@@ -69,6 +74,44 @@ def near_the_end(random_target: Path, drafters: dict[str, Path]) -> dict[str, Ba
     return dict(zip(names, (b[0] for b in run_engines(jobs)), strict=True))
 
 
+@pytest.fixture(scope="module")
+def users_kinds(random_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, Path], dict[str, Batch]]]:
+    """Drafters of the kinds of docs/kinds.md, and what was served with each, and without, where they are installed."""
+    folder = tmp_path_factory.mktemp("kinds")
+    (folder / "site").mkdir()
+    with on_path(install(folder / "site")):
+        made = {name: make_random_drafter(folder / name, config=random_drafter_config(kind=name)) for name in NAMES}
+        weights = load_file(made["norepeat"] / "model.safetensors")
+        save_file(weights | {"head.penalty": torch.tensor([1.5])}, made["norepeat"] / "model.safetensors", metadata={"format": "pt"})
+        jobs = [
+            Job(
+                random_target,
+                made[name],
+                random_prompts(8, 512),
+                num_speculative_tokens=random_drafter_config(kind=name).max_speculative_tokens,
+                max_tokens=16,
+                record=True,
+            )
+            for name in NAMES
+        ]
+        path = os.pathsep.join([str(folder / "site"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        plain = Job(random_target, None, random_prompts(8, 512), max_tokens=16)
+        batches = run_engines([*jobs, plain], env={"PYTHONPATH": path})
+        yield made, dict(zip([*made, "plain"], (b[0] for b in batches), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_users_kind(random_target: Path, users_kinds: tuple[dict[str, Path], dict[str, Batch]], name: str) -> None:
+    """A kind in one file of another package is served, and drafts what its own reference drafts."""
+    drafters, batches = users_kinds
+    agreement = compare_drafts(batches[name], random_target, drafters[name], torch.float32, 8)
+    assert agreement.drafts >= 80
+    assert agreement.differences == []
+    assert batches[name].tokens == batches["plain"].tokens
+    repeats = sum(a == b for _, d in batches[name].drafts for a, b in pairwise([d["token"], *d["draft"]]))
+    print(f"\n{name}: {agreement.drafts} drafts, {repeats} tokens drafted twice in a row")
+
+
 def _has_kernel() -> bool:
     return subprocess.run([sys.executable, "-c", _LOOK], env=engine_env(), check=True, capture_output=True, text=True).stdout == "True"
 
@@ -88,7 +131,7 @@ def test_quantized_weights(random_target: Path, tmp_path: Path, kind: str) -> No
     The kernel rounds elsewhere than plain PyTorch, and random drafters' best logits are close: 94 % agree outright, and a
     checkpoint that is read wrongly agrees in a third of its tokens at most. A build without the kernel refuses the drafter at load.
     """
-    config = random_drafter_config(conditioning=kind, intermediate_size=128)
+    config = random_drafter_config(kind=kind, intermediate_size=128)
     drafter = make_random_drafter(tmp_path / "drafter", config=config)
     quantize(drafter, tmp_path / "packed", tmp_path / "written-out")
     if not _has_kernel():

@@ -23,13 +23,16 @@ pytestmark = pytest.mark.engine
 
 
 @contextmanager
-def server(*flags: str, env: dict[str, str] | None = None) -> Iterator[int]:
-    """A running ``vllm serve`` on the embedded target in float32; yields its port. Nothing of it is left running."""
+def server(*flags: str, env: dict[str, str] | None = None, model: Path = TARGET, ends_itself: bool = False) -> Iterator[int]:
+    """A running ``vllm serve`` on the embedded target in float32; yields its port. Nothing of it is left running.
+
+    ``ends_itself``: the test kills a part of it, and the rest has to end without being told.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     command = [
-        str(Path(sys.executable).with_name("vllm")), "serve", str(TARGET), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
+        str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
         "--served-model-name", "embedded", "--enforce-eager", "--max-model-len", "512", "--kv-cache-memory-bytes", str(1 << 28),
         "--generation-config", "vllm", *flags,
     ]  # fmt: skip
@@ -49,7 +52,8 @@ def server(*flags: str, env: dict[str, str] | None = None) -> Iterator[int]:
                 assert time.monotonic() < deadline, "the server did not answer in time"
                 time.sleep(0.5)
         yield port
-        process.terminate()
+        if not ends_itself:
+            process.terminate()
         process.wait(60)
         wait_until_gone(process.pid)
     finally:
@@ -80,7 +84,7 @@ def test_completion_over_http(tmp_path: Path) -> None:
     speculative = json.dumps({"method": "dflash", "model": str(DRAFTER), "num_speculative_tokens": 7})
     recorder = ("--middleware", "vllm_dflash.training.recorder.TrafficRecorder")
     with server("--speculative-config", speculative, *recorder, env={"VLLM_DFLASH_RECORD": str(tmp_path)}) as port:
-        body = {"model": "embedded", "prompt": prompt, "max_tokens": 96, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        body = {"model": "embedded", "prompt": prompt, "max_tokens": 96, "temperature": 0, "return_token_ids": True}
         answer = json.loads(request(port, "/v1/completions", body))
         assert answer["choices"][0]["token_ids"] == expected
         drafts, accepted = metric(port, "vllm:spec_decode_num_drafts_total"), metric(port, "vllm:spec_decode_num_accepted_tokens_total")

@@ -34,12 +34,10 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pat
     folder, found = tmp_path_factory.mktemp("families"), {}
     for name, family in FAMILIES.items():
         stem = name.replace(" ", "-")
-        config = random_drafter_config(
-            target_layer_ids=family.target_layer_ids, conditioning=FLOAT32.get(name, "dflash"), num_target_layers=None
-        )
+        config = random_drafter_config(target_layer_ids=family.target_layer_ids, kind=FLOAT32.get(name, "dflash"), num_target_layers=None)
         found[name] = family.make(folder / stem), make_random_drafter(folder / f"{stem}-drafter", config=config)
     for kind in ("dflash", "dflare"):
-        config = random_drafter_config(target_layer_ids=OUT_OF_ORDER, conditioning=kind)
+        config = random_drafter_config(target_layer_ids=OUT_OF_ORDER, kind=kind)
         found[f"{kind} out of order"] = found["llama"][0], make_random_drafter(folder / f"{kind}-out-of-order", config=config)
     return found
 

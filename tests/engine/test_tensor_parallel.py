@@ -18,7 +18,7 @@ from targets import FAMILIES
 from variants import Variant
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
-_ALL_LAYERS: dict[str, Any] = {"target_layer_ids": (0, 1, 2, 3, 4), "conditioning": "dflare", "attention_bias": True}
+_ALL_LAYERS: dict[str, Any] = {"target_layer_ids": (0, 1, 2, 3, 4), "kind": "dflare", "attention_bias": True}
 RANDOM = {
     "dflare": Variant(_ALL_LAYERS, mask_embedding=True),
     "dflare one kv head": Variant(

@@ -94,4 +94,4 @@ def test_llama(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_stages(chosen, STAGES), capsys.readouterr().out
     assert agreed(tmp_path / "run", 2)["trainer_tau"] > 1.5
     config = DrafterConfig.from_pretrained(tmp_path / "run" / "drafter")
-    assert (config.format, config.conditioning) == ("speculators", "dflare")
+    assert (config.format, config.kind) == ("speculators", "dflare")

@@ -56,6 +56,8 @@ class Job:
     reject in all lengths."""
     speculative_config: dict[str, Any] = field(default_factory=dict)
     """Further keys of vLLM's speculative config."""
+    adaptive: bool = False
+    """Whether our controller chooses how much to draft and verify; else every draft is whole and verified whole."""
     engine_args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of LLM, or others than here."""
     requests: dict[int, Request] = field(default_factory=dict)
@@ -210,6 +212,7 @@ def _serve(job: Job, script: list[list[int]] | None) -> Result:
     arguments: dict[str, Any] = dict(
         dtype=job.dtype, max_model_len=job.max_model_len, max_num_batched_tokens=job.max_num_batched_tokens, max_num_seqs=job.max_num_seqs,
         enforce_eager=True, skip_tokenizer_init=True, enable_prefix_caching=False, kv_cache_memory_bytes=64 << 20, seed=0,
+        additional_config={"dflash": {"adaptive": job.adaptive}},
     )  # fmt: skip
     llm = LLM(job.target, speculative_config=settings, **arguments | job.engine_args)
     core = llm.llm_engine.engine_core.engine_core
@@ -305,7 +308,8 @@ class _Recorder:
 
     def __call__(self, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
         draft_tokens = self.propose(input_batch, *args, **kwargs)
-        if kwargs.get("dummy_run"):
+        # Where no draft is asked for, vLLM 0.32 drafts and 0.33 does not: its buffer holds an earlier step's tokens, or none.
+        if kwargs.get("dummy_run") or kwargs["num_speculative_tokens"] == 0:
             return draft_tokens
         self.steps += 1
         num_drafted = self.speculator.num_speculative_steps

@@ -53,7 +53,9 @@ def make_pair(shape: str, folder: Path) -> tuple[Path, Path]:
     }  # fmt: skip
     (target / "config.json").write_text(json.dumps(config, indent=2))
     shared = {name: value for name, value in sizes.items() if name != "num_hidden_layers"}
-    drafter = DrafterConfig(**shared, **DRAFTERS[shape], num_target_layers=sizes["num_hidden_layers"], block_size=K + 1, dtype="bfloat16")
+    drafter = DrafterConfig(
+        **shared, **DRAFTERS[shape], num_target_layers=sizes["num_hidden_layers"], block_size=K + 1, dtype="bfloat16", kind="dflash"
+    )
     return target, make_random_drafter(folder / "drafter", config=drafter, scale=0.02)
 
 

@@ -3,6 +3,7 @@
 Each case that changes vLLM runs in a process of its own, as vLLM's processes do.
 """
 
+import importlib
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ from vllm_dflash.patching import PatchSet
 from vllm_dflash.supported import SUPPORTED_VLLM, installed_vllm
 
 ROOT = Path(__file__).resolve().parents[2]
+OURS = ("VLLM_DFLASH", "VLLM_DFLASH_PROBLEM", "VLLM_DFLASH_LEFT_OUT", "VLLM_DFLASH_CPU_FIXES", "VLLM_PLUGINS")
 STATES = """
 import sys
 from vllm_dflash.plugin import patch_set
@@ -30,7 +32,7 @@ from vllm.plugins import load_general_plugins
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs Python code in a process whose environment has none of our or vLLM's plug-in variables but these."""
-    inherited = {name: value for name, value in os.environ.items() if name not in ("VLLM_DFLASH", "VLLM_DFLASH_WARNED", "VLLM_PLUGINS")}
+    inherited = {name: value for name, value in os.environ.items() if name not in OURS}
     command = [sys.executable, "-c", STATES + code]
     done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -40,24 +42,29 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("patch", ALL, ids=lambda patch: patch.target)
 def test_the_patch_fits_the_installed_vllm(patch):
     assert PatchSet([patch]).check(installed_vllm()) == []
-    assert patch.versions == SUPPORTED_VLLM
     assert patch.why
     assert patch.until
 
 
 def test_every_patch_file_is_in_the_list_and_in_the_table():
-    files = {path.stem for path in (ROOT / "patches").glob("*.py")} - {"__init__"}
-    assert {patch.replace.__module__.rpartition(".")[2] for patch in ALL} == files
+    files = {path.stem for path in (ROOT / "patches").glob("*.py")} - {"__init__", "place", "on_import"}
+    modules = {stem: importlib.import_module(f"vllm_dflash.patches.{stem}") for stem in files}
+    records = {stem: getattr(module, "PATCHES", None) or (module.PATCH,) for stem, module in modules.items()}
+    assert {record for known in records.values() for record in known} == set(ALL)
     table = (ROOT / "patches" / "README.md").read_text()
-    for patch in ALL:
-        assert f"`{patch.target}`" in table
+    for stem, known in records.items():
+        assert f"`{stem}.py`" in table
+        assert all(f"`{record.target}`" in table for record in known)
 
 
 def test_the_supported_range_is_the_one_that_the_wheel_and_the_documents_name():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert "vllm==0.32.*" in project["optional-dependencies"]["cuda"]
-    assert SUPPORTED_VLLM == ">=0.32,<0.33"
-    assert "0.32" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"vllm{SUPPORTED_VLLM}" in project["optional-dependencies"]["cuda"]
+    assert SUPPORTED_VLLM == ">=0.32,<0.34"
+    for document in ("CHANGELOG.md", "README.md"):
+        text = (ROOT / document).read_text()
+        assert "0.32" in text
+        assert "0.33" in text
 
 
 def test_the_entry_point_registers_without_importing_a_runner_then_patches_and_reverts():
@@ -68,7 +75,11 @@ import torch; assert not torch.cuda.is_initialized()
 assert model() == "vllm_dflash.models.drafter:DrafterForCausalLM", model()
 pending = {
     "DFlashProposer", "GPUModelRunner._input_fits_in_drafter", "GPUModelRunner.sample_tokens", "apply_sampling_constraints",
-    "expand_batch_to_tokens", "init_speculator", "Scheduler.__init__", "attach_router",
+    "expand_batch_to_tokens", "init_speculator", "Scheduler.__init__", "Scheduler._handle_stopped_request",
+    "InputProcessor._validate_params", "attach_router",
+    # of objects that are not there yet
+    "GPUModelRunner.rejection_sampler", "GPUModelRunner._calc_spec_decode_metadata", "GPUModelRunner.propose_draft_token_ids",
+    "Qwen2Model.forward", "Scheduler.schedule", "Scheduler.update_from_output", "Scheduler.shutdown",
 }
 assert {name for name, state in states().items() if state == "pending"} == pending, states()
 
@@ -81,8 +92,120 @@ assert states()["GPUModelRunner._input_fits_in_drafter"] == "applied", states()
 register()
 assert patch_set().revert() == []
 assert runner.DFlashProposer is native
-assert set(states().values()) == {"off"}, states()
+assert set(states().values()) - {"not needed"} == {"off"}, states()
 """)
+
+
+def test_every_record_is_applied_and_taken_back():
+    """Classes by the objects that stand in their places, single objects by stand-ins of vLLM's own classes."""
+    run("""
+import functools, importlib
+from types import SimpleNamespace
+import numpy, torch
+from vllm_dflash.patches import ALL, bench_watch, cpu_target, scheduler_watch, v1_draft_metadata, v1_steps_without_drafts, v1_verifier
+from vllm_dflash.supported import installed_vllm
+
+def standing(record):
+    value = importlib.import_module(record.module)
+    for part in record.qualname.split("."):
+        value = vars(value)[part]
+    return value
+
+classes = [record for record in ALL if record.scope == "class"]
+before = {record: standing(record) for record in classes}
+patches = patch_set()
+patches.apply(installed_vllm())
+applied = [row.target for row in patches.report() if row.scope == "class" and row.state == "applied"]
+unneeded = [row.target for row in patches.report() if row.state == "not needed"]
+assert sorted(applied + unneeded) == sorted(record.target for record in classes), patches.report()
+for record in classes:
+    assert (standing(record) is before[record]) == (record.target in unneeded), record.target
+
+from vllm.model_executor.models.qwen3 import Qwen3Model
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.sample.rejection_sampler import RejectionSampler
+from vllm.v1.sample.sampler import Sampler
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+import vllm_dflash.models.eager_target as eager_target
+eager_target.EagerTarget = lambda model: lambda *args: "fast"
+runner, scheduler, model = (cls.__new__(cls) for cls in (CPUModelRunner, Scheduler, Qwen3Model))
+torch.nn.Module.__init__(model)
+runner.sampler, runner.speculative_config, runner.device = Sampler(), None, torch.device("cpu")
+runner.rejection_sampler = sampler = RejectionSampler(runner.sampler)
+runner.input_ids = SimpleNamespace(np=numpy.zeros(8, dtype=numpy.int32))
+def around(original, *others):
+    return functools.wraps(original)(lambda *args: "around")
+watch = SimpleNamespace(watch_schedule=around, watch_update=around, watch_shutdown=around, around=around)
+jobs = [
+    (runner, [v1_verifier.PATCH], (runner,)), (runner, [v1_draft_metadata.PATCH], (runner, 4)),
+    (runner, [v1_steps_without_drafts.PATCH], (SimpleNamespace(unless_off=around),)), (model, [cpu_target.PATCH], (model,)),
+    (scheduler, scheduler_watch.PATCHES, (watch,)), (scheduler, [bench_watch.PATCH], (watch, scheduler)),
+]
+attached = [record for _, records, _ in jobs for record in records]
+assert {record for record in ALL if record.scope == "instance"} == set(attached)
+own = {record: getattr(owner, record.name) for owner, records, _ in reversed(jobs) for record in records}
+for owner, records, context in jobs:
+    assert patches.attach(owner, records, *context)
+for owner, records, _ in jobs:
+    assert all(getattr(owner, record.name) != own[record] for record in records)
+assert model.forward() == "fast"
+assert {row.state for row in patches.report() if row.scope == "instance"} == {"applied"}
+
+assert patches.revert() == []
+for record in classes:
+    assert standing(record) is before[record], record.target
+for owner, records, _ in jobs:
+    for record in records:
+        assert getattr(owner, record.name) == own[record], record.target
+        assert record.name not in vars(owner) or record.name == "rejection_sampler", record.target
+assert runner.rejection_sampler is sampler
+assert set(states().values()) == {"off"} | ({"not needed"} if unneeded else set()), states()
+""")
+
+
+def test_another_plug_ins_replacement_is_named_and_plain_serving_goes_on(tmp_path):
+    """One that is there before ours, one that comes with a module's late import, and one in an object."""
+    make_random_target(tmp_path / "target")
+    make_random_drafter(tmp_path / "dflash")
+    for when in ("before", "late"):
+        done = run(f"""
+import vllm.config.speculative as speculative
+class Other:
+    def fits(self, cad): return True
+def replace(): importlib.import_module("vllm.v1.worker.gpu_model_runner").GPUModelRunner._input_fits_in_drafter = Other.fits
+import importlib, os
+Other.fits.__module__ = "other_plugin"
+if {when!r} == "before":
+    replace()
+    load_general_plugins()
+else:
+    load_general_plugins()
+    # Its own hook runs before ours.
+    import vllm_dflash.patching as patching
+    after = patch_set()._after_import
+    def both(module):
+        if module == "vllm.v1.worker.gpu_model_runner": sys.modules[module].GPUModelRunner._input_fits_in_drafter = Other.fits
+        after(module)
+    patch_set()._hook._then = both
+    import vllm.v1.worker.gpu_model_runner
+import vllm.v1.worker.gpu_model_runner
+assert vllm.v1.worker.gpu_model_runner.GPUModelRunner._input_fits_in_drafter is Other.fits
+assert set(states().values()) <= {{"off", "not needed", "left out"}}, states()
+assert model() == "vllm_dflash.models.unsupported:UnsupportedVLLM", model()
+from vllm.engine.arg_utils import EngineArgs
+plain = dict(model={str(tmp_path / "target")!r}, skip_tokenizer_init=True, max_model_len=256)
+EngineArgs(**plain).create_engine_config()
+print("PLAIN SERVING IS CONFIGURED", flush=True)
+drafter = dict(method="dflash", model={str(tmp_path / "dflash")!r}, num_speculative_tokens=7)
+try:
+    EngineArgs(**plain, speculative_config=drafter).create_engine_config()
+except ValueError as error:
+    print("REFUSED", error, flush=True)
+""")
+        output = done.stdout + done.stderr
+        assert "PLAIN SERVING IS CONFIGURED" in done.stdout
+        assert "REFUSED" in done.stdout
+        assert "other_plugin:Other.fits: another plug-in replaced it" in output
 
 
 def test_switched_off_nothing_of_vllm_is_changed():
@@ -99,10 +222,12 @@ for variable, value in [("VLLM_DFLASH", "0"), ("VLLM_DFLASH", "off"), ("VLLM_PLU
     assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("vllm_dflash")]
     del os.environ[variable]
 
-os.environ["VLLM_PLUGINS"] = "another,dflash"
+os.environ["VLLM_PLUGINS"], os.environ["VLLM_DFLASH_CPU_FIXES"] = "another,dflash", "0"
 vllm.plugins.plugins_loaded = False
 load_general_plugins()
 assert "off" not in states().values(), states()
+fixes = ["apply_sampling_constraints", "expand_batch_to_tokens"]
+assert sorted(name for name, state in states().items() if state == "switched off") == fixes, states()
 """)
 
 
@@ -118,16 +243,16 @@ import os
 import vllm_dflash.plugin, vllm_dflash.upstream
 from vllm.engine.arg_utils import EngineArgs
 fingerprint = vllm_dflash.upstream.Definition.fingerprint
-for version, prints in (("0.33.1", fingerprint), ("0.32.0+cpu", property(lambda self: "f" * 16))):
+for version, prints in (("0.34.1", fingerprint), ("0.32.0+cpu", property(lambda self: "f" * 16))):
     vllm_dflash.plugin.installed_vllm = lambda version=version: version
     vllm_dflash.upstream.Definition.fingerprint = prints
     vllm_dflash.plugin.register()
     vllm_dflash.plugin.register()
-    assert set(states().values()) == {{"off"}}, states()
+    assert not {{"applied", "pending"}} & set(states().values()), states()
     assert model() == "vllm_dflash.models.unsupported:UnsupportedVLLM", model()
-    del os.environ["VLLM_DFLASH_WARNED"]
+    del os.environ["VLLM_DFLASH_PROBLEM"]
 
-os.environ["VLLM_DFLASH_WARNED"] = "1"
+os.environ["VLLM_DFLASH_PROBLEM"] = "1"
 plain = dict(model={str(tmp_path / "target")!r}, skip_tokenizer_init=True, max_model_len=256)
 EngineArgs(**plain).create_engine_config()
 print("PLAIN SERVING IS CONFIGURED", flush=True)
@@ -138,12 +263,12 @@ except ValueError as error:
     print("REFUSED", error, flush=True)
 """)
     output = done.stdout + done.stderr
-    assert output.count("supports vLLM >=0.32,<0.33, and found 0.33.1") == 1
+    assert output.count("supports vLLM >=0.32,<0.34, and found 0.34.1") == 1
     assert output.count("cannot patch vLLM") == 1
     assert "vllm.v1.spec_decode.dflash:DFlashProposer, whose source has changed" in output
     assert "PLAIN SERVING IS CONFIGURED" in done.stdout
     assert "REFUSED" in done.stdout
-    assert re.search(r"RuntimeError: vllm-dflash supports vLLM >=0\.32,<0\.33, and found 0\.32.*VLLM_DFLASH=0", output)
+    assert re.search(r"RuntimeError: vllm-dflash supports vLLM >=0\.32,<0\.34, and found 0\.3[23].*VLLM_DFLASH=0", output)
 
 
 def test_what_other_devices_import_looks_up_no_kernel_that_only_a_cpu_has():

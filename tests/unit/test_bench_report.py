@@ -4,10 +4,12 @@ import builtins
 import json
 import re
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from vllm_dflash.evaluation.bench import Bench, UnwritableError
 from vllm_dflash.evaluation.html import page as write_page
 from vllm_dflash.evaluation.methods import Drafter, parse_methods
 from vllm_dflash.evaluation.report import as_markdown, short_lines, write
@@ -197,3 +199,16 @@ def test_without_matplotlib(tmp_path, monkeypatch):
 def test_lines_for_the_terminal():
     lines = short_lines(make_results())
     assert any(re.fullmatch(r"\s+1  dflash:3\s+135\.0\s+2\.50\s+7\.50  1\.80", line) for line in lines)
+
+
+@pytest.mark.parametrize("name", ["results.json", "report.md", "report.html"])
+def test_a_report_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A folder in a file's place: named, with what to do. A full disk is the same kind of error."""
+    (tmp_path / name).mkdir()
+    bench = Bench.__new__(Bench)
+    bench._out = tmp_path
+    monkeypatch.setattr(Bench, "results", lambda self: {})
+    monkeypatch.setattr("vllm_dflash.evaluation.report.as_markdown", lambda results: "")
+    monkeypatch.setattr("vllm_dflash.evaluation.report.page", lambda results: "")
+    with pytest.raises(UnwritableError, match=rf"{name}.*free some space, remove what is in its place"):
+        bench.write()

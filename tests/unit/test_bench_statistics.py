@@ -87,7 +87,7 @@ def test_the_watch_over_a_scheduler():
     outputs = [SimpleNamespace(request_id=name, new_token_ids=tokens[:2]) for name, tokens in sampled.items()]
     scheduler = SimpleNamespace(requests=requests, update_from_output=lambda *_: {0: SimpleNamespace(outputs=outputs)})
     watch = Watch(Clock())
-    watch.attach(scheduler)
+    scheduler.update_from_output = watch.around(scheduler.update_from_output, scheduler)
     scheduler.update_from_output(scheduler_output, runner_output)
     assert watch.counts == DraftCounts(2, 3, 1, 3, 2, [1, 1, 1], [1, 1, 0])
     assert (watch.steps, watch.decoding) == (1, False)

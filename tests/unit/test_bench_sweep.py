@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from vllm_dflash.evaluation.engine_process import EngineFailedError
+from vllm_dflash.engines.process import EngineFailedError
 from vllm_dflash.evaluation.sweep import Sweep, turns
 from vllm_dflash.evaluation.workload import Point, points
 

@@ -30,7 +30,7 @@ def _template(format: str) -> dict[str, Any]:
         rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
     )  # fmt: skip
     if format == "AngelSlim":
-        config = config.with_(conditioning="dflare")
+        config = config.with_(kind="dflare")
     return write(config, format, verifier="target")
 
 
@@ -41,17 +41,19 @@ _LEGAL_EVERYWHERE: dict[str, list[Any]] = {
     "hidden_size": [], "intermediate_size": [], "num_hidden_layers": [], "num_attention_heads": [], "num_key_value_heads": [],
     "vocab_size": [], "max_position_embeddings": [], "block_size": [],
     "head_dim": _OPTIONAL, "rms_norm_eps": _OPTIONAL, "attention_bias": _FLAG, "rope_theta": [*_OPTIONAL, 1.5, 10**18],
-    "rope_scaling": [*_OPTIONAL, {}, {"a": 1}], "rope_scaling.rope_type": [], "rope_scaling.factor": [1.5, 10**18],
-    "rope_scaling.original_max_position_embeddings": [], "hidden_act": [MISSING], "layer_types": _OPTIONAL, "use_sliding_window": _FLAG,
+    "rope_scaling": [*_OPTIONAL, {}], "rope_scaling.rope_type": [], "rope_scaling.factor": [1.5, 10**18],
+    "rope_scaling.original_max_position_embeddings": [], "hidden_act": [MISSING], "layer_types": _OPTIONAL, "use_sliding_window": [*_OPTIONAL, True],
     "sliding_window": [],
 }  # fmt: skip
 _LEGAL_OUTSIDE: dict[str, list[Any]] = {
     "draft_vocab_size": _OPTIONAL, "num_target_layers": _OPTIONAL, "dtype": _OPTIONAL, "quantization_config": _OPTIONAL,
-    "quantization_config.quant_method": ["x"],
+    "quantization_config.quant_method": [],
 }  # fmt: skip
 _PLAIN = _LEGAL_EVERYWHERE | _LEGAL_OUTSIDE | {
     "architectures": [], "dflash_config": [], "dflash_config.mask_token_id": [0], "dflash_config.target_layer_ids": [[1]],
     "dflash_config.causal": [None, MISSING, False],
+    # transformers reads these two formats at vLLM's start, and takes null for none of these.
+    "head_dim": [MISSING], "rms_norm_eps": [MISSING], "attention_bias": [MISSING, True, False], "use_sliding_window": [MISSING, True],
 }  # fmt: skip
 LEGAL: dict[str, dict[str, list[Any]]] = {
     "z-lab": _PLAIN,

@@ -29,9 +29,9 @@ from vllm_dflash.weights import check_finite
 # A checkpoint is a kind and a format; each breakage is applied to all four.
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "z-lab": {},
-    "AngelSlim": {"config": {"conditioning": "dflare"}},
+    "AngelSlim": {"config": {"kind": "dflare"}},
     "speculators dflash": {"config": {"draft_vocab_size": 200}, "format": "speculators", "mask_embedding": True},
-    "speculators dflare": {"config": {"conditioning": "dflare", "draft_vocab_size": 200}, "format": "speculators", "mask_embedding": True},
+    "speculators dflare": {"config": {"kind": "dflare", "draft_vocab_size": 200}, "format": "speculators", "mask_embedding": True},
 }
 
 
@@ -181,10 +181,10 @@ def test_a_bad_mask_embedding(tmp_path: Path, state: Any, words: str) -> None:
 def test_eight_bit_floats_are_looked_at() -> None:
     """torch has no isfinite for them, so a quantized drafter ended in NotImplementedError."""
     tensor = torch.ones(4).to(torch.float8_e4m3fn)
-    check_finite({"a": tensor})
+    check_finite({"a": tensor}, torch.float16)
     tensor.view(torch.uint8)[0] = 0x7F
     with pytest.raises(DrafterConfigError, match="NaN or infinity in a"):
-        check_finite({"a": tensor})
+        check_finite({"a": tensor}, torch.float16)
 
 
 _THROUGH_VLLM: dict[str, tuple[dict[str, Any], Callable[[Path], object], list[str]]] = {
@@ -216,6 +216,93 @@ def test_through_vllms_configuration(random_target: Path, tmp_path: Path, name: 
         configure(random_target, folder)
     assert all(word in str(error.value) for word in words), error.value
     assert REMEDY.search(str(error.value))
+
+
+_OVERFLOWS = {torch.float16: 1e5, torch.bfloat16: 3.4e38, torch.float32: 1e300}
+
+
+@pytest.mark.parametrize("dtype", _OVERFLOWS, ids=str)
+@pytest.mark.parametrize("name", ["norm.weight", "layers.1.mlp.up_proj.weight", "mask_embedding.pt"])
+def test_a_number_that_the_serving_dtype_has_not(tmp_path: Path, dtype: torch.dtype, name: str) -> None:
+    """1e300 in float64 is finite, and infinite once it is loaded: called sound, it served at tau 1.00 in place of 3.93."""
+    folder = make_random_drafter(tmp_path / "d", config=random_drafter_config(dtype=str(dtype).removeprefix("torch.")))
+    huge = torch.full((64,), _OVERFLOWS[dtype], dtype=torch.float64)
+    if name == "mask_embedding.pt":
+        torch.save(_embedding(embedding=huge), folder / name)
+    else:
+        edit(folder, lambda tensors: tensors.update({name: tensors[name].double().index_fill_(0, torch.tensor([1]), huge[0].item())}))
+    words = [name, "would become infinite", str(dtype).removeprefix("torch.")]
+    with pytest.raises(DrafterConfigError) as error:
+        load_drafter(folder, dtype)
+    assert all(word in str(error.value) for word in words), error.value
+    assert any(all(word in problem for word in words) for problem in inspect_checkpoint(folder).problems)
+    wider = {torch.float16: "bfloat16", torch.bfloat16: None, torch.float32: None}[dtype]
+    if wider is not None:
+        assert inspect_checkpoint(folder, dtype=wider).problems == []
+        load_drafter(folder, torch.bfloat16)
+
+
+def test_quantized_weights_are_judged_with_their_scales() -> None:
+    """A scale is kept in float32, but weight times scale is what is multiplied with, in the serving dtype."""
+    weight = torch.full((4, 4), 448.0).to(torch.float8_e4m3fn)
+    sound = {"a.q_proj.weight": weight, "a.q_proj.weight_scale": torch.tensor([100.0])}
+    check_finite(sound, torch.float16)
+    large = sound | {"a.q_proj.weight_scale": torch.tensor([1000.0])}
+    check_finite(large, torch.bfloat16)
+    with pytest.raises(DrafterConfigError, match=r"a\.q_proj\.weight_scale: numbers beyond"):
+        check_finite(large, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2", "C64", "ZZ"])
+@pytest.mark.parametrize("name", ["norm.weight", "layers.0.mlp.up_proj.weight", "t2d"])
+def test_a_dtype_that_torch_has_no_arithmetic_for(tmp_path: Path, dtype: str, name: str) -> None:
+    """safetensors knows F4 and F6: reading them ended in its own error, and a t2d of them in none."""
+    folder = make_random_drafter(tmp_path / "d")
+    if name == "t2d":
+        edit(folder, lambda tensors: tensors.update(t2d=torch.ones(64)))
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header[name] |= {"dtype": dtype}
+    bits = {"F4": 4, "C64": 64, "ZZ": 32}.get(dtype, 6)
+    header[name]["shape"] = [(header[name]["data_offsets"][1] - header[name]["data_offsets"][0]) * 8 // bits]
+    packed = json.dumps(header).encode()
+    path.write_bytes(len(packed).to_bytes(8, "little") + packed + data[8 + size :])
+    refused(
+        folder, "cannot be read" if dtype == "ZZ" or (dtype.startswith("F6") and _left_over(header[name], bits)) else f"{name} is {dtype}"
+    )
+
+
+def _left_over(entry: dict[str, Any], bits: int) -> bool:
+    return (entry["data_offsets"][1] - entry["data_offsets"][0]) * 8 % bits != 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: torch.ones(64, device="meta"), "a meta tensor without elements"),
+        (lambda: torch.ones(64).to_sparse(), "a sparse tensor"),
+        (lambda: torch.ones(8, 8).to_sparse_csr(), "a sparse tensor"),
+        (lambda: torch.nested.nested_tensor([torch.ones(32), torch.ones(32)]), "a nested tensor"),
+        (lambda: torch.nested.nested_tensor([torch.ones(32), torch.ones(32)], layout=torch.jagged), "a nested tensor"),
+        (lambda: torch.quantize_per_tensor(torch.ones(64), 0.1, 0, torch.qint8), "a quantized tensor"),
+        (lambda: torch.ones(64, dtype=torch.complex64), "a tensor of complex64"),
+        (lambda: torch.ones(1).expand(10**12), "64 elements"),
+    ],
+    ids=["meta", "sparse", "csr", "nested", "jagged", "quantized", "complex", "expanded"],
+)
+def test_a_mask_embedding_of_another_kind(tmp_path: Path, make: Callable[[], torch.Tensor], words: str) -> None:
+    """torch saves and loads them all; looking at one ended in NotImplementedError, a meta tensor served what was in memory."""
+    folder = make_random_drafter(tmp_path / "d", mask_embedding=True)
+    for state in (make(), _embedding(embedding=make()), _embedding(mask_token_id=make())):
+        torch.save(state, folder / "mask_embedding.pt")
+        refused(
+            folder,
+            "mask_embedding.pt",
+            words if not isinstance(state, dict) or isinstance(state["mask_token_id"], int) else "mask_token_id",
+        )
 
 
 @pytest.mark.engine

@@ -2,11 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pairs import make_random_drafter, make_random_target, random_drafter_config
+from vllm_dflash import checks
+from vllm_dflash.checks import _ADVISED, check_logits_processors
+from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.patching import PatchSet
 
 MAX_MODEL_LEN = 256
@@ -67,6 +71,28 @@ def test_a_number_of_tokens_that_no_block_holds_is_refused(target, tmp_path, k, 
     assert "num_speculative_tokens" in str(raised.value)
 
 
+def test_eager_is_advised_once_on_a_cpu(target, tmp_path, monkeypatch):
+    """Compiled, an engine on a CPU is slower to start and to decode, and nothing said so."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setenv(_ADVISED, "")
+    said: list[str] = []
+    monkeypatch.setattr(checks._logger, "warning", lambda message, *_: said.append(message))
+    speculative = {"method": "dflash", "model": str(make_random_drafter(tmp_path / "dflash"))}
+
+    def advice(speculative_config: Any, **more: Any) -> int:
+        said.clear()
+        args = EngineArgs(model=str(target), skip_tokenizer_init=True, max_model_len=MAX_MODEL_LEN, speculative_config=speculative_config)
+        for name, value in more.items():
+            setattr(args, name, value)
+        args.create_engine_config()
+        return sum("--enforce-eager" in line for line in said)
+
+    assert advice(None) == 0
+    assert advice(speculative, enforce_eager=True) == 0
+    assert [advice(speculative), advice(speculative)] == [1, 0]
+
+
 def test_weights_are_looked_at_before_any_process_starts(target, tmp_path):
     drafter = make_random_drafter(tmp_path / "dflash")
     weights = drafter / "model.safetensors"
@@ -93,3 +119,40 @@ def test_a_wrong_type_is_refused_with_a_remedy(target, tmp_path):
     (folder / "config.json").write_text(json.dumps(raw | {"attention_bias": [1]}))
     with pytest.raises(ValueError, match=r"attention_bias is \[1\]: true or false.* came with"):
         configure(target, folder)
+
+
+def test_installed_logits_processors_are_refused(tmp_path, monkeypatch):
+    """vLLM applies logits processors of its entry point group to every request, and on the V1 runner to none beside a drafter: the
+    output was another than without one, and nothing said so."""
+    check_logits_processors()
+    folder = tmp_path / "banner-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: banner\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text("[vllm.logits_processors]\nbanner = banner:Processor\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(DrafterConfigError, match=r"banner \(banner:Processor\).*Uninstall them, serve without a drafter"):
+        check_logits_processors()
+
+
+@pytest.mark.parametrize(("v2", "on_cpu", "refused"), [(False, False, True), (True, False, False), (False, True, False)])
+def test_requests_that_vllms_own_verification_gets_wrong_are_refused(target, tmp_path, monkeypatch, v2, on_cpu, refused):
+    """On a GPU with the V1 runner, where vLLM's rejection sampler verifies: a thinking budget is overshot there, and log probabilities
+    of chosen tokens are lost."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+    from vllm.platforms import current_platform
+    from vllm_dflash.patches.request_params import PATCH
+
+    config = SimpleNamespace(
+        speculative_config=configure(target, make_random_drafter(tmp_path / "dflash")).speculative_config, use_v2_model_runner=v2
+    )
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: on_cpu)
+    validate = PATCH.replace(lambda self, params: "vLLM's")
+    assert validate(SimpleNamespace(vllm_config=config), SamplingParams(temperature=0)) == "vLLM's"
+    for field in ({"thinking_token_budget": 3}, {"logprob_token_ids": [5]}):
+        for engine, expected in ((config, refused), (SimpleNamespace(speculative_config=None, use_v2_model_runner=v2), False)):
+            if expected:
+                with pytest.raises(VLLMValidationError, match="VLLM_USE_V2_MODEL_RUNNER=1, or without a drafter"):
+                    validate(SimpleNamespace(vllm_config=engine), SamplingParams(**field))
+            else:
+                assert validate(SimpleNamespace(vllm_config=engine), SamplingParams(**field)) == "vLLM's"

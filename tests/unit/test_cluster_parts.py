@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from damage import DAMAGES
 from vllm_dflash.cluster import parts
 from vllm_dflash.cluster.rows import failed
 from vllm_dflash.cluster.settings import ClusterError
@@ -94,3 +95,73 @@ def test_an_input_that_shrinks_is_an_error(tmp_path: Path) -> None:
     lines(tmp_path / "a.jsonl", '{"prompt": "x"}\n')
     with pytest.raises(ClusterError, match="has become shorter"):
         list(parts.read(part))
+
+
+DEEP = '{"prompt": "x", "note": ' + "[" * 100_000 + "]" * 100_000 + "}"
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"prompt": "x", "note": "\\ud83d"}', None),
+        ('{"\\udc00": 1, "prompt": "x"}', None),
+        ('{"prompt": "x", "note": ' + "1" * 5000 + "}", "is no JSON"),
+        (DEEP, "is no JSON"),
+        *(('{"prompt": "x", "note": ' + "[" * depth + "]" * depth + "}", None if depth < 200 else "?") for depth in range(100, 1100, 50)),
+        ('{"prompt": "x", "note": NaN, "other": 1e999}', None),
+        ('{"prompt": "\\u0000"}', None),
+    ],
+)  # fmt: skip
+def test_a_row_that_is_hard_to_write_costs_itself_alone(tmp_path: Path, line: str, problem: str | None) -> None:
+    """Half of a surrogate pair once ended the job in ``encode``, and deep nesting in a RecursionError, and the next run again.
+
+    Depths that the parser takes and the encoder may not are either answered and written as they came, or rows with an error.
+    """
+    path = lines(tmp_path / "in.jsonl", '{"prompt": "a"}\n', line + "\n", '{"prompt": "b"}\n')
+    (part,) = parts.index([path], 8).parts
+    parts.write(part, tmp_path, [row | failed(problem or "unanswered") for row, problem in parts.read(part)])
+    out = parts.read_output(part, tmp_path)
+    assert [row["error"] for row in (out[0], out[2])] == ["unanswered"] * 2
+    assert problem == "?" or (problem or "unanswered") in out[1]["error"]
+    if out[1]["error"] == "unanswered":
+        assert str(json.loads(line)) == str({name: value for name, value in out[1].items() if name in json.loads(line)})
+    else:
+        assert out[1]["line"] == line
+
+
+def test_a_parquet_row_that_is_hard_to_read_costs_itself_alone(tmp_path: Path) -> None:
+    """Text that is no UTF-8, and a time that Python has no date for."""
+    pa = pytest.importorskip("pyarrow", reason="pyarrow comes with vllm-dflash[ray]")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow comes with vllm-dflash[ray]")
+    prompts = pa.array([b"a", b"\xff", b"c", b"d"], pa.binary()).view(pa.string())
+    times = pa.array([0, 0, 2**60, 0], pa.timestamp("ms"))
+    parquet.write_table(pa.table({"prompt": prompts, "time": times}), tmp_path / "a.parquet")
+    (part,) = parts.index([str(tmp_path / "a.parquet")], 8).parts
+    rows = list(parts.read(part))
+    assert [problem is None for _, problem in rows] == [True, False, False, True]
+    assert rows[1][1].startswith("row 2: prompt cannot be read")
+    assert rows[2][1].startswith("row 3: time cannot be read")
+    parts.write(part, tmp_path, [row | failed(problem or "no") for row, problem in rows])
+    assert [row["error"][:5] for row in parts.read_output(part, tmp_path)] == ["no", "row 2", "row 3", "no"]
+    assert parquet.read_table(tmp_path / part.name).column("prompt").to_pylist() == ["a", None, "c", "d"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_parts(tmp_path: Path, suffix: str, damage: str) -> None:
+    """Whatever becomes of an output file, it is taken or named, with what to do."""
+    if suffix == ".parquet":
+        pa = pytest.importorskip("pyarrow", reason="pyarrow comes with vllm-dflash[ray]")
+        pytest.importorskip("pyarrow.parquet").write_table(pa.table({"prompt": ["a", "b"]}), tmp_path / "in.parquet")
+    else:
+        lines(tmp_path / "in.jsonl", '{"prompt": "a"}\n', '{"prompt": "b"}\n')
+    (part,) = parts.index([str(tmp_path / f"in{suffix}")], 8).parts
+    parts.write(part, tmp_path, [row | failed("no") for row, _ in parts.read(part)])
+    if not DAMAGES[damage](tmp_path / part.name):
+        return
+    said = ""
+    try:
+        assert len(parts.read_output(part, tmp_path)) == 2
+    except ClusterError as error:
+        said = str(error)
+    assert not said or (str(tmp_path / part.name) in said and "remove it, and its rows are answered again" in said)

@@ -1,12 +1,14 @@
 """Engine arguments and what Ray reserves for them; flags; the differences between nodes. No Ray is needed."""
 
 import argparse
+import os
 from pathlib import Path
 
 import pytest
 
-from vllm_dflash.cluster import command
+from vllm_dflash.cluster import command, connection
 from vllm_dflash.cluster.connection import differences
+from vllm_dflash.cluster.serve import Serving, exposure
 from vllm_dflash.cluster.settings import ClusterError, EngineSettings, engine_args, environment, uses_ray
 
 
@@ -89,3 +91,27 @@ def test_differences_between_nodes_name_the_remedy() -> None:
         "the target /t is another one (its config.json differs): copy the same to every node",
         "the draft /d is not there: put it on every node under that path, or give a hub id",
     ]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", ""])
+def test_an_address_that_others_reach_is_warned_of(host: str) -> None:
+    assert "asks nobody for a key" in (exposure(Serving(EngineSettings("t"), "t", host=host)) or "")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.5", "::1", "localhost"])
+def test_the_loopback_is_not(host: str) -> None:
+    assert exposure(Serving(EngineSettings("t"), "t", host=host)) is None
+
+
+@pytest.mark.parametrize(("address", "backend", "local"), [(None, "mp", True), ("auto", "mp", False), (None, "ray", False)])
+def test_ray_on_one_machine_listens_there_alone(monkeypatch: pytest.MonkeyPatch, address: str | None, backend: str, local: bool) -> None:
+    """Ray's variable is set before it is imported."""
+    monkeypatch.setattr(os, "environ", {} if address is None else {"RAY_ADDRESS": address})
+
+    def seen() -> None:
+        raise ClusterError(str(os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")))
+
+    monkeypatch.setattr(connection, "_import_ray", seen)
+    engine = EngineSettings("t", device="cpu", engine_args={"distributed_executor_backend": backend})
+    with pytest.raises(ClusterError, match="0" if local else "None"), connection.connect(engine, 1):
+        pass

@@ -71,10 +71,53 @@ def test_target_layer_ids_follow_the_published_rule() -> None:
     assert default_target_layer_ids(5, 36) == (1, 9, 17, 25, 33)
     assert default_target_layer_ids(3, 8) == (1, 3, 5)
     assert default_target_layer_ids(1, 8) == (4,)
-    raw = changed("dflash_config.target_layer_ids", None)
-    assert DrafterConfig.from_dict(raw).target_layer_ids == (1, 9, 17, 25, 33)
     with pytest.raises(DrafterConfigError, match="give target_layer_ids"):
         default_target_layer_ids(2, 3)
+
+
+def test_target_layers_are_not_guessed() -> None:
+    """The rule was applied in silence, and ``inspect`` called the file sound; vLLM's own dflash takes other layers for it."""
+    with pytest.raises(DrafterConfigError) as error:
+        DrafterConfig.from_dict(changed("dflash_config.target_layer_ids", None))
+    assert error.value.field == "dflash_config.target_layer_ids"
+    assert "target_layer_ids is missing: give a list of zero-based target layers" in str(error.value)
+    assert "they are [1, 9, 17, 25, 33]: write them in, and vllm-dflash doctor says" in str(error.value)
+    raw = changed("dflash_config.target_layer_ids", None)
+    del raw["num_target_layers"]
+    with pytest.raises(DrafterConfigError, match=r"target_layer_ids is missing: give a list of zero-based target layers\. Use"):
+        DrafterConfig.from_dict(raw)
+
+
+def test_an_error_has_parts() -> None:
+    """Others took the message apart by its colons, so a value with a colon moved into the remedy."""
+    with pytest.raises(DrafterConfigError) as error:
+        DrafterConfig.from_dict(changed("hidden_act", "a: b"))
+    at = error.value.at("folder/config.json")
+    assert (at.field, at.problem, at.where) == ("hidden_act", "hidden_act is 'a: b'", "folder/config.json")
+    assert at.remedy == "only silu is supported; use another checkpoint"
+    assert str(at) == f"{at.where}: {at.problem}: {at.remedy}"
+
+
+def test_a_message_is_printable() -> None:
+    """Names of tensors and texts of a config reach a terminal: colours, bells and turned text were acted on there."""
+    error = DrafterConfigError("unexpected: a\x1b[31m\x07\u202eb\nc \ud83d \u00fc", where="d\x9b2J")
+    assert str(error) == "d\\x9b2J: unexpected: a\\x1b[31m\\x07\\u202eb\\nc \\ud83d \u00fc"
+    assert len(str(DrafterConfigError("x" * 10**6))) < 3000
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "fits"),
+    [(151936, None, True), (152448, 151936, True), (152448, 151000, True), (152448, 151937, False), (152448, None, False),
+     (151000, 150000, False)],
+)  # fmt: skip
+def test_a_padded_vocabulary(rows: int, tokens: int | None, fits: bool) -> None:
+    """A target whose embedding is longer than its tokenizer was called another target (vLLM 46435)."""
+    config, target = DrafterConfig.from_dict(QWEN3_8B), TargetShape(4096, 36, rows, tokens)
+    if fits:
+        check_pair(config, target, 15, 40960)
+    else:
+        with pytest.raises(DrafterConfigError, match=f"vocab_size is {rows}, the drafter's is 151936"):
+            check_pair(config, target, 15, 40960)
 
 
 def test_newer_names_of_the_same_fields() -> None:

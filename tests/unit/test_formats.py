@@ -5,6 +5,7 @@ pytest tests/unit/test_formats.py
 
 import copy
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from pairs import random_drafter_config
 from variants import VARIANTS
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
-from vllm_dflash.formats import FORMAT_OF, is_ours, parse, tensor_name, write
+from vllm_dflash.formats import is_ours, parse, published_format, tensor_name, write
 from vllm_dflash.weights import expected_tensors
 
 # The fields of z-lab/Qwen3-8B-DFlash-b16's config.json that say something about the drafter.
@@ -55,7 +56,7 @@ SPECULATORS: dict[str, Any] = {
 
 def test_z_lab() -> None:
     config = parse(Z_LAB_QWEN3_8B)
-    assert (config.format, config.conditioning, config.block_size, config.max_speculative_tokens) == ("z-lab", "dflash", 16, 15)
+    assert (config.format, config.kind, config.block_size, config.max_speculative_tokens) == ("z-lab", "dflash", 16, 15)
     assert (config.target_layer_ids, config.num_target_layers, config.mask_token_id) == ((1, 9, 17, 25, 33), 36, 151669)
     assert (config.windows, config.draft_vocab_size, config.rope_theta, config.rope_scaling) == ((None,) * 5, None, 1e6, None)
     assert expected_tensors(config)["fc.weight"] == (4096, 5 * 4096)
@@ -64,7 +65,7 @@ def test_z_lab() -> None:
 def test_angelslim() -> None:
     """The published file has 94 tensors and 1,486,452,278 bytes, of which the header is some ten thousand: all of it is accounted for."""
     config = parse(ANGELSLIM_QWEN3_4B)
-    assert (config.format, config.conditioning, config.num_hidden_layers, config.num_features) == ("AngelSlim", "dflare", 7, 9)
+    assert (config.format, config.kind, config.num_hidden_layers, config.num_features) == ("AngelSlim", "dflare", 7, 9)
     tensors = expected_tensors(config)
     assert len(tensors) == 94
     assert tensors["layer_fusion_weights"] == (7, 9)
@@ -75,7 +76,7 @@ def test_angelslim() -> None:
 
 def test_speculators() -> None:
     config = parse(SPECULATORS)
-    assert (config.format, config.conditioning, config.draft_vocab_size, config.vocab_size) == ("speculators", "dflash", 32000, 151936)
+    assert (config.format, config.kind, config.draft_vocab_size, config.vocab_size) == ("speculators", "dflash", 32000, 151936)
     assert config.target_layer_ids == (1, 9, 17, 25, 33), "counted from zero here, from one in the file"
     assert (config.windows, config.sliding_causal, config.num_target_layers) == ((2048, 2048, None), True, None)
     tensors = expected_tensors(config)
@@ -88,7 +89,7 @@ def test_a_published_config_survives(raw: dict[str, Any]) -> None:
     before = copy.deepcopy(raw)
     config = parse(raw)
     assert raw == before, "parsing changed its input"
-    for format in (config.format, FORMAT_OF[config.conditioning], "speculators"):
+    for format in (config.format, published_format(config), "speculators"):
         written = json.loads(json.dumps(write(config, format, verifier="Qwen/Qwen3-8B")))
         assert parse(written) == config
     same = write(config, config.format)
@@ -100,13 +101,13 @@ def test_a_published_config_survives(raw: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_in_every_format(name: str) -> None:
     config = random_drafter_config(**VARIANTS[name].changes)
-    for format in (FORMAT_OF[config.conditioning], "speculators"):
+    for format in (published_format(config), "speculators"):
         read = parse(json.loads(json.dumps(write(config, format))))
         assert (read, read.format) == (config, format)
 
 
 def test_what_a_format_cannot_hold() -> None:
-    dflare = random_drafter_config(conditioning="dflare")
+    dflare = random_drafter_config(kind="dflare")
     with pytest.raises(DrafterConfigError, match="z-lab holds no dflare drafter: write it as AngelSlim or speculators"):
         write(dflare, "z-lab")
     with pytest.raises(DrafterConfigError, match="AngelSlim holds no dflash drafter: write it as z-lab or speculators"):
@@ -119,9 +120,15 @@ def test_vllms_own_name_for_dflare_is_read() -> None:
     """vLLM puts DFlash before an architecture that lacks it, and hands that name on."""
     raw = ANGELSLIM_QWEN3_4B | {"architectures": ["DFlashQwenDFlareDraftModel"]}
     assert parse(raw) == parse(ANGELSLIM_QWEN3_4B)
-    assert is_ours(["DFlashQwenDFlareDraftModel"])
-    assert not is_ours(["DFlash2DraftModel"])
+    assert is_ours(_speculative("dflash", ["DFlashQwenDFlareDraftModel"]))
+    assert not is_ours(_speculative("dflash", ["DFlash2DraftModel"]))
+    assert not is_ours(_speculative("dflash", None))
+    assert not is_ours(_speculative("eagle3", ["DFlashQwenDFlareDraftModel"]))
     assert not is_ours(None)
+
+
+def _speculative(method: str, architectures: list[str] | None) -> SimpleNamespace:
+    return SimpleNamespace(method=method, draft_model_config=SimpleNamespace(architectures=architectures))
 
 
 def test_tensor_names() -> None:

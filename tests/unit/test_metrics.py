@@ -1,18 +1,29 @@
 """Metrics without an engine: the catalog, what recorders count in, snapshots, the text, the figures of ``vllm-dflash top``."""
 
+import errno
+import http.server
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from damage import DAMAGES
+from vllm_dflash.adaptive.controller import Status
 from vllm_dflash.cli import main
-from vllm_dflash.metrics import catalog, snapshots
+from vllm_dflash.metrics import catalog, recorder, snapshots
 from vllm_dflash.metrics.counts import Histogram, Positions, Speedup
-from vllm_dflash.metrics.figures import Scrape, figures, verdict
+from vllm_dflash.metrics.engine import drafting_samples
+from vllm_dflash.metrics.figures import Scrape, drafting_line, figures, verdict
 from vllm_dflash.metrics.read import read
+from vllm_dflash.metrics.recorder import Recorder
 from vllm_dflash.metrics.top import address
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,6 +115,139 @@ def test_a_process_that_is_gone_leaves_no_series(folder: Path):
     assert read(wait=False).count("vllm_dflash_reached_tokens_total{") == 1
 
 
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_snapshot_costs_its_own_series_alone(folder: Path, damage: str):
+    """One that was not as it should be once made all of /metrics answer 400."""
+    leave(folder, "0", reached_tokens=[(["1"], 2)], accepted_length=[([], histogram("accepted_length", 1, 3))])
+    leave(folder, "1", reached_tokens=[(["1"], 3)])
+    DAMAGES[damage](folder / snapshots.file_name("engine", "0"))
+    found = [line for line in read(wait=False).splitlines() if line.startswith("vllm_dflash_reached_tokens_total")]
+    assert found[-1] == 'vllm_dflash_reached_tokens_total{engine="1",model_name="m",position="1"} 3.0'
+
+
+@pytest.mark.parametrize(
+    "sample", [None, [], 3, [["1"]], [["1", "2"], 3], [["1"], "3"], [["1"], [1, 2]], [[["1"]], 3], [["1"], 3, 4], [["1"], float("nan")]]
+)
+def test_a_sample_of_another_shape_is_left_out(folder: Path, sample: object):
+    leave(folder, "0", reached_tokens=[sample], accepted_length=[sample], drafter_info=[sample])
+    leave(folder, "1", reached_tokens=[(["1"], 3)])
+    assert 'vllm_dflash_reached_tokens_total{engine="1",model_name="m",position="1"} 3.0' in read(wait=False)
+
+
+def test_files_of_others_in_the_folder(folder: Path):
+    """A stray ``.json`` once made all of /metrics answer 400. It is left alone; so are pipes and folders."""
+    leave(folder, reached_tokens=[(["1"], 2)])
+    for name in ("notes.json", "a-b.json", "engine-0-x-y.json", "-1-2.json"):
+        (folder / name).write_text("{}")
+    os.mkfifo(folder / f"engine-1-{os.getpid()}-{snapshots._started(os.getpid())}.json")
+    (folder / "engine-0-1-1.json").mkdir()
+    assert "vllm_dflash_reached_tokens_total{" in read(wait=False)
+    assert (folder / "notes.json").exists()
+
+
+class Source:
+    """What is counted."""
+
+    def samples(self) -> dict[str, list[object]]:
+        return {"reached_tokens": [(["1"], 2)]}
+
+
+def recorder_of(source: Source) -> Recorder:
+    config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=0), model_config=SimpleNamespace(served_model_name="m"))
+    return Recorder("engine", config, source.samples)
+
+
+def test_a_disk_that_is_full_for_a_while(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """It once ended the writing thread for good; now the next second writes what was counted meanwhile. No part of a file is left."""
+    full, write = [True], Path.write_text
+
+    def write_text(self: Path, text: str, **more: object) -> int:
+        if full[0] and self.suffix == ".tmp":
+            write(self, text[:3])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, text, **more)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    monkeypatch.setattr(recorder, "PERIOD", 0.05)
+    source = Source()
+    writing = recorder_of(source)
+    time.sleep(0.3)
+    assert (list(folder.iterdir()), read(wait=False), writing._thread.is_alive()) == ([], "", True)
+    full[0] = False
+    until = time.monotonic() + 5
+    while not list(folder.glob("*.json")) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert "vllm_dflash_reached_tokens_total{" in read(wait=False)
+    writing.close()
+
+
+def test_the_last_one_takes_the_folder_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It stayed behind after SIGTERM, for the server's first process then ends without its exit handlers. A folder that the user named stays."""
+    for variable, stays in ((snapshots._OURS, False), (snapshots.USERS, True)):
+        monkeypatch.delenv(snapshots.USERS, raising=False)
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+        source = Source()
+        writing = recorder_of(source)
+        writing.flush()
+        assert len(list((tmp_path / variable).iterdir())) == 1
+        writing.close()
+        assert (tmp_path / variable).exists() == stays
+        assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_process_of_multiprocessing_ends_its_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """vLLM's workers are such, and end without ``atexit``."""
+    monkeypatch.delenv(snapshots.USERS, raising=False)
+    monkeypatch.setenv(snapshots._OURS, str(tmp_path / "ours"))
+
+    def work() -> None:
+        source = Source()
+        recorder_of(source).flush()
+        assert list((tmp_path / "ours").iterdir())
+
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join()
+    assert (child.exitcode, (tmp_path / "ours").exists()) == (0, False)
+
+
+def test_folders_of_servers_that_were_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The next engine removes them, but none of a server that lives, nor what only looks like one."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    gone = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    names = [f"vllm-dflash-metrics-{pid}-abcd" for pid in (gone, os.getpid(), "x")]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"engine-0-{gone}-5.json").write_text("{}")
+    snapshots.remove_left_behind()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
+
+
+class Cut(http.server.BaseHTTPRequestHandler):
+    """Answers with less than it promises."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "9999")
+        self.end_headers()
+        self.wfile.write(TEXT[: self.server.sent].encode())
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("sent", [0, 80, 200, 400])
+def test_top_of_an_answer_that_is_cut_short(capsys: pytest.CaptureFixture[str], sent: int):
+    """It was a traceback (IncompleteRead)."""
+    with http.server.HTTPServer(("127.0.0.1", 0), Cut) as server:
+        server.sent = sent
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        assert main(["top", f"http://127.0.0.1:{server.server_port}", "--once"]) == 2
+    assert "is cut short" in capsys.readouterr().err
+
+
 def test_a_server_started_by_a_process_of_vllm_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(snapshots.USERS, raising=False)
     show = "from vllm_dflash.metrics import snapshots as s; s.choose_folder(); print(s.folder(), flush=True)"
@@ -129,6 +273,16 @@ vllm_dflash_reached_tokens_total{model_name="m",engine="0",position="1"} 4
 # TYPE vllm_dflash_accepted_tokens counter
 vllm_dflash_accepted_tokens_total{model_name="m",engine="0",position="1"} 3
 """
+MANY = """\
+# TYPE vllm_dflash_drafter_info gauge
+vllm_dflash_drafter_info{model_name="m",engine="0",drafter="d",block_size="8"} 1
+# TYPE vllm_dflash_accepted_length histogram
+vllm_dflash_accepted_length_count{model_name="m",engine="0"} 400
+vllm_dflash_accepted_length_sum{model_name="m",engine="0"} 1000
+# TYPE vllm_dflash_step_seconds histogram
+vllm_dflash_step_seconds_count{model_name="m",engine="0",kind="speculative"} 400
+vllm_dflash_step_seconds_sum{model_name="m",engine="0",kind="speculative"} 2
+"""
 BASELINE = """\
 # TYPE vllm_dflash_baseline_seconds counter
 vllm_dflash_baseline_seconds_total{model_name="m",engine="0"} 3
@@ -143,11 +297,43 @@ def test_figures_and_what_they_say():
     [found] = figures(Scrape.parse(TEXT, 0.0))
     assert (found["tau"], found["acceptance"], found["speedup"]) == (2.5, {"1": 0.75}, None)
     assert "cannot be said" in verdict(found)
-    [paying] = figures(Scrape.parse(TEXT + BASELINE, 0.0))
-    assert verdict(paying) == "pays: 1.50 x plain decoding (plain_steps), tau 2.50"
+    [paying] = figures(Scrape.parse(MANY + BASELINE, 0.0))
+    said = "pays: 1.50 x plain decoding (plain_steps; 1.29 to 1.74 by 400 verifications in 400 steps), tau 2.50"
+    assert verdict(paying) == said
     [since] = figures(Scrape.parse(TEXT, 5.0), Scrape.parse(TEXT, 3.0))
     assert since["tau"] is None
     assert verdict(since) == "no draft was verified in this time"
+
+
+def test_no_verdict_by_a_few_verifications():
+    """``top`` said "does not pay: 0.50 x" after 16 verifications on a machine that was busy for a moment."""
+    few = {"speedup": 0.5, "tau": 2.5, "verifications": 16.0, "steps": 16.0, "block_size": 8.0, "baseline": "cost_model"}
+    assert verdict(few) == "no verdict yet: between 0.24 and 1.05 x plain decoding by 16 verifications in 16 steps"
+    assert verdict(few | {"verifications": 64.0, "steps": 16.0}).startswith("no verdict yet"), "one step's time is common to its requests"
+    assert verdict(few | {"verifications": 64.0, "steps": 64.0}).startswith("does not pay: 0.50 x")
+    many = few | {"verifications": 9000.0, "steps": 9000.0}
+    assert verdict(many | {"speedup": 1.0}).startswith("makes no difference: 1.00 x")
+    assert verdict(many | {"speedup": 1.0, "steps": 900.0}).startswith("no verdict yet")
+    assert verdict(few | {"steps": 0.0}) == "no verdict yet: 16 verifications in 0 steps"
+
+
+def test_what_top_says_of_drafting(folder: Path):
+    """From the controller's own state to the line: in the metrics' text and back."""
+    assert drafting_line(figures(Scrape.parse(TEXT, 0.0))[0]) == "always on: without adaptive drafting"
+    info = [(["d", "DFlashDraftModel", "8", "7", "true", "0"], 1)]
+    lines = []
+    for status in (
+        Status(False, "slow", measured=820.0, next_trial=40.0), Status(False, "rejected", measured=999.0, next_trial=7200.0),
+        Status(True, "pays", measured=998.0), Status(True, "first"),
+    ):  # fmt: skip
+        leave(folder, drafter_info=info, **drafting_samples(status, now=1000.0))
+        lines.append(drafting_line(figures(Scrape.parse(read(wait=False), 0.0))[0]))
+    assert lines == [
+        "off: measured slow, 3.0 minutes ago, next trial in 40 seconds of decoding",
+        "off: too few draft tokens are accepted, 1 seconds ago, next trial in 2.0 hours of decoding",
+        "on: measured to pay, 2 seconds ago",
+        "on: first steps of a batch size",
+    ]
 
 
 def test_top_without_a_server(capsys: pytest.CaptureFixture[str]):

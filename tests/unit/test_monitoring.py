@@ -48,7 +48,10 @@ def test_rows_and_variables() -> None:
 @pytest.mark.parametrize("panel", [panel for _, panel in PANELS], ids=lambda panel: f"{panel['type']}: {panel['title']}")
 def test_panel(panel: dict[str, Any]) -> None:
     """A unit, a description, a link to a section of the guide that exists, and the variables in every query."""
-    assert panel["fieldConfig"]["defaults"]["unit"]
+    unit, width = panel["fieldConfig"]["defaults"]["unit"], panel["gridPos"]["w"]
+    assert unit
+    assert unit != "short", "a figure without its unit"
+    assert len(panel["title"]) <= 5.5 * width, "cut off on a screen of 1,366 pixels"
     assert len(panel["description"]) > 20
     assert panel["datasource"]["uid"] == "${datasource}"
     page, _, section = panel["links"][0]["url"].partition("#")
@@ -82,6 +85,17 @@ def test_every_metric_is_shown() -> None:
     """But for the gauge of the speed-up, which the two counters that it is made of give over any window."""
     shown = " ".join(EXPRESSIONS)
     assert [metric.name for metric in ALL if metric.name not in shown] == ["vllm_dflash_estimated_speedup"]
+
+
+def test_the_drafters_name_is_shown() -> None:
+    assert any("{{drafter}}" in target.get("legendFormat", "") for _, panel in PANELS for target in panel["targets"])
+
+
+def test_the_context_panel_has_a_sentence_under_it() -> None:
+    (note,) = [panel for panel in DASHBOARD["panels"] if panel["type"] == "text"]
+    (context,) = [panel for _, panel in PANELS if panel["title"] == "Drafter's context"]
+    assert "**Drafter's context**" in note["options"]["content"]
+    assert note["gridPos"]["y"] == context["gridPos"]["y"] + context["gridPos"]["h"]
 
 
 def test_every_division_is_guarded() -> None:

@@ -1,11 +1,20 @@
-"""The wheel: every folder with code is in it, and the entry points lead somewhere."""
+"""What is published: the wheel has every folder with code, the source distribution all of the checkout, and the README no dead link."""
 
 import importlib
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
 
-from vllm_dflash.install_cpu import own_requirements, write_name_wheel
+import pytest
+
+from vllm_dflash.cli import main
+from vllm_dflash.install_cpu import installed_requirements, own_requirements, write_name_wheel
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -25,7 +34,7 @@ def test_entry_points_lead_to_functions():
 
 
 def test_the_package_alone_pulls_neither_torch_nor_vllm():
-    assert not [line for line in own_requirements(["test", "dev", "cpu"]) if line.startswith(("torch", "vllm", "transformers", "nvidia"))]
+    assert not [line for line in own_requirements(["test", "dev"]) if line.startswith(("torch", "vllm", "transformers", "nvidia"))]
 
 
 def test_the_name_wheel_holds_metadata_only(tmp_path):
@@ -34,3 +43,70 @@ def test_the_name_wheel_holds_metadata_only(tmp_path):
     with zipfile.ZipFile(path) as archive:
         assert {name.split("/")[0] for name in archive.namelist()} == {"vllm-0.32.0+cpu.dist-info"}
         assert "Version: 0.32.0+cpu\n" in archive.read("vllm-0.32.0+cpu.dist-info/METADATA").decode()
+
+
+def build(kind: str, source: Path, into: Path) -> Path:
+    """Builds a ``wheel`` or an ``sdist`` as pip would, and returns its path."""
+    code = f"import sys; from setuptools import build_meta; print('\\n' + build_meta.build_{kind}(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", code, str(into)], cwd=source, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return into / done.stdout.split()[-1]
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution of a copy of the checkout, unpacked: building writes into the source."""
+    folder = tmp_path_factory.mktemp("sdist")
+    ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split()]
+    by_name = shutil.ignore_patterns(*ignored, ".git")
+
+    def ignore(parent: str, names: list[str]) -> set[str]:
+        return by_name(parent, names) | {name for name in names if str(Path(parent, name).relative_to(ROOT)) in ignored}
+
+    shutil.copytree(ROOT, folder / "checkout", ignore=ignore, symlinks=True)
+    with tarfile.open(build("sdist", folder / "checkout", folder)) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    return next((folder / "unpacked").iterdir())
+
+
+def test_the_source_distribution_has_all_of_the_checkout(sdist: Path) -> None:
+    """It had no changelog, tests, documents, examples nor Makefile: nobody could have run a test from it."""
+    checkout = sdist.parents[1] / "checkout"
+    here = {str(path.relative_to(checkout)) for path in checkout.rglob("*") if path.is_file() and ".egg-info" not in str(path)}
+    there = {str(path.relative_to(sdist)) for path in sdist.rglob("*") if path.is_file()}
+    assert here - there == set()
+    assert {"CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "tests/conftest.py", "docs/log.md", "examples/demo.py"} <= there
+
+
+def test_a_wheel_comes_out_of_the_source_distribution(sdist: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(build("wheel", sdist, tmp_path)) as archive:
+        names = set(archive.namelist())
+        metadata = archive.read(next(name for name in names if name.endswith("/METADATA"))).decode()
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "vllm_dflash").rglob("*.py")}
+    assert modules | {"vllm_dflash/py.typed", "vllm_dflash/patches/v1_proposer.py"} <= names
+    assert "Keywords: vllm" in metadata
+    assert re.findall(r"\]\((?!https?:|#)[^)]*\)", metadata) == []
+
+
+def test_links_of_the_readme_become_text_on_a_package_index() -> None:
+    description = runpy.run_path(str(ROOT / "setup.py"))["description"]
+    assert description("[docs/log.md](docs/log.md), [here](#a), [paper](https://x.org/a), [examples/](examples)") == (
+        "docs/log.md, [here](#a), [paper](https://x.org/a), examples/ (examples)"
+    )
+
+
+def test_the_cpu_build_is_installed_from_a_wheel_too() -> None:
+    """install_cpu.py read pyproject.toml of the checkout, which is not in a wheel: there it ended with a traceback."""
+    lines = ["tqdm", 'rich>=13; python_version > "3"', 'ruff==1; extra == "dev"', "ray; sys_platform == 'linux' and extra == 'ray'"]
+    assert installed_requirements(lines, []) == lines[:2]
+    assert installed_requirements(lines, ["dev", "ray"]) == [*lines[:2], "ruff==1", "ray; sys_platform == 'linux'"]
+
+
+def test_status_says_how_to_get_a_vllm_where_there_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The extra `cpu` was empty: it installed nothing, and said nothing."""
+    monkeypatch.setattr("vllm_dflash.cli.installed_vllm", lambda: None)
+    assert main(["status"]) == 1
+    out = capsys.readouterr().out
+    assert "pip install 'vllm-dflash[cuda]'" in out
+    assert "python -m vllm_dflash.install_cpu" in out
+    assert "cpu" not in PROJECT["project"]["optional-dependencies"]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from vllm_dflash.conditioning.dflash import Reference as DFlashDrafter
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.kinds.dflash.context import Reference as DFlashDrafter
 from vllm_dflash.reference.decoding import captured_features, generate, replay_drafts, target_features
 from vllm_dflash.reference.masks import block_positions, context_mask, training_mask
 
@@ -35,6 +35,7 @@ def drafter(target: Qwen3ForCausalLM) -> DFlashDrafter:
     config = DrafterConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=64,
         block_size=8, mask_token_id=63, target_layer_ids=(1, 4), num_target_layers=5, max_position_embeddings=128, rope_theta=10000.0,
+        kind="dflash",
     )  # fmt: skip
     model = DFlashDrafter(config)
     with torch.no_grad():

@@ -4,9 +4,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm_dflash.patches.vllm_config import settle_scheduler
 
-from vllm_dflash.adaptive.settings import SettingsError, is_adaptive, settle_scheduler, wants_adaptive
-from vllm_dflash.formats import VLLM_ARCHITECTURES
+from vllm_dflash.adaptive.settings import SettingsError, is_adaptive, wants_adaptive
+from vllm_dflash.kinds import architectures
 
 
 def config(
@@ -18,7 +19,7 @@ def config(
         parallel_config=SimpleNamespace(data_parallel_size=ranks),
         speculative_config=SimpleNamespace(
             method=method, num_speculative_tokens_per_batch_size=schedule,
-            draft_model_config=SimpleNamespace(architectures=[next(iter(VLLM_ARCHITECTURES))]),
+            draft_model_config=SimpleNamespace(architectures=[next(iter(architectures()))]),
         ),
     )  # fmt: skip
 

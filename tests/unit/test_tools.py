@@ -16,14 +16,16 @@ from safetensors.torch import load_file, save_file
 
 import vllm_dflash
 from broken import edit, shard
-from pairs import make_random_drafter, random_drafter_config
+from pairs import make_random_drafter, make_random_target, random_drafter_config
 from variants import VARIANTS
 from vllm_dflash.cli import main
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
-from vllm_dflash.formats import FORMAT_OF
+from vllm_dflash.formats import published_format
 from vllm_dflash.reference.checkpoint import load_drafter
+from vllm_dflash.tools import doctor
 from vllm_dflash.tools.convert import convert
 from vllm_dflash.tools.inspect import inspect_checkpoint
+from vllm_dflash.tools.pair_runs import Acceptance, EngineError, EngineRun, ReferenceRun
 from vllm_dflash.tools.repair import config_problems
 
 
@@ -49,7 +51,7 @@ def test_there_and_back(tmp_path: Path, name: str) -> None:
     source = VARIANTS[name].make(tmp_path / "source")
     config = DrafterConfig.from_pretrained(source)
     kept = {n: t for n, t in tensors_of(source).items() if n != "t2d"}
-    for format in (FORMAT_OF[config.conditioning], "speculators"):
+    for format in (published_format(config), "speculators"):
         there, back = tmp_path / format, tmp_path / f"{format} and back"
         assert convert(source, there, format, verifier="target") == []
         assert convert(there, back, config.format) == []
@@ -62,7 +64,7 @@ def test_there_and_back(tmp_path: Path, name: str) -> None:
             if "d2t" in kept and expected == "speculators":
                 ids = torch.arange(len(kept["d2t"])) + kept["d2t"]
                 assert tensors_of(folder)["t2d"].nonzero()[:, 0].tolist() == sorted(ids.tolist())
-    ours, theirs = load_drafter(source, torch.float32), load_drafter(tmp_path / FORMAT_OF[config.conditioning], torch.float32)
+    ours, theirs = load_drafter(source, torch.float32), load_drafter(tmp_path / published_format(config), torch.float32)
     assert_same_bits(ours.state_dict(), theirs.state_dict())
     for one, other in zip(vars(ours.own).values(), vars(theirs.own).values(), strict=True):
         assert (one is None) == (other is None)
@@ -181,8 +183,9 @@ def test_every_bad_field_of_a_config_at_once() -> None:
     problems = config_problems(raw)
     for field in ("hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size", "max_position_embeddings", "block_size",
                   "rms_norm_eps", "rope_theta", "rope_scaling.factor", "dtype", "mask_token_id", "target_layer_ids", "head_dim"):  # fmt: skip
-        assert sum(field in problem for problem in problems) >= 1, (field, problems)
-    assert config_problems([]) == ["it holds list, not an object of settings: use the config.json that the checkpoint came with"]
+        assert sum(field in str(problem) for problem in problems) >= 1, (field, problems)
+    (nothing,) = config_problems([])
+    assert str(nothing) == "it holds list, not an object of settings: use the config.json that the checkpoint came with"
 
 
 def test_a_path_that_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,6 +196,36 @@ def test_a_path_that_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["inspect", "nobody/nothing"]) == 1
     assert "no folder, nor a hub id that is downloaded" in capsys.readouterr().out
     assert main(["doctor", "--target", "t", "--draft", "d", "--prompts", str(tmp_path / "nowhere")]) == 2
+
+
+def test_doctor_prints_each_check_as_it_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It printed nothing until both runs had ended; what is said before plain PyTorch runs, and before vLLM does, is read here."""
+    target, drafter = make_random_target(tmp_path / "target"), make_random_drafter(tmp_path / "drafter")
+    (tmp_path / "prompts").write_text(json.dumps({"prompt_token_ids": [5, 6, 7]}))
+    said: list[str] = []
+
+    def reference(*_: Any) -> ReferenceRun:
+        said.append(capsys.readouterr().out)
+        return ReferenceRun([[1]], [[1.0]], Acceptance(10, [5]), {})
+
+    def engine(*_: Any) -> EngineRun:
+        said.append(capsys.readouterr().out)
+        raise EngineError("no engine")
+
+    monkeypatch.setattr(doctor, "run_reference", reference)
+    monkeypatch.setattr(doctor, "run_engine", engine)
+    command = ["doctor", "--target", str(target), "--draft", str(drafter), "--prompts", str(tmp_path / "prompts"), "--max-tokens", "8"]
+    assert main(command) == 1
+    said.append(capsys.readouterr().out)
+    names = [[line[9:26].strip() for line in text.splitlines() if line[:8].strip() in ("ok", "warning", "error")] for text in said]
+    assert names[0][:3] == ["plug-in", "checkpoint", "hidden size"]
+    assert names[1:] == [["tau", "layer ids"], ["vLLM"]]
+    assert said[2].endswith("Verdict: 1 error, 2 warnings.\n")
+    assert main([*command, "--json"]) == 1
+    assert len(json.loads(capsys.readouterr().out)["checks"]) == sum(map(len, names))
+    assert said[3:] == ["", ""]
 
 
 @pytest.mark.parametrize("command", ["status", "inspect", "convert", "doctor"])

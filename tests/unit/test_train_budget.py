@@ -10,7 +10,7 @@ from vllm_dflash.training.budget import budget
 
 QWEN3_8B = dict(
     hidden_size=4096, intermediate_size=12288, num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=151936, block_size=16,
-    mask_token_id=151669, num_target_layers=36, max_position_embeddings=40960,
+    mask_token_id=151669, num_target_layers=36, max_position_embeddings=40960, kind="dflash",
 )  # fmt: skip
 
 

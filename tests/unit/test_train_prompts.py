@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from vllm_dflash.tools.prompts import PromptError, load_prompts
 from vllm_dflash.training.engines import device_sets
 from vllm_dflash.training.files import TrainingError
 from vllm_dflash.training.prompts import Reader, split
@@ -60,6 +61,34 @@ def test_broken_lines(tokenizer, tmp_path: Path, rows: list[Any], words: str) ->
     with pytest.raises(TrainingError) as found:
         list(Reader(tokenizer, 4096, "{}").read(lines(tmp_path / "p.jsonl", *rows)))
     assert words in str(found.value)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a\ud83d"}, {"messages": [{"role": "u", "content": "\udc00"}]}, {"prompt": "a", "response": "\ud83d"},
+        {"prompt_token_ids": [5], "response": "\ud83d"},
+    ],
+)  # fmt: skip
+def test_half_of_a_surrogate_pair_is_named_by_its_line(tokenizer, tmp_path: Path, row: dict[str, Any]) -> None:
+    """JSON's escapes can write it, and no tokenizer takes it: a TypeError without a line. The doctor, bench and batch read it so too."""
+    path = lines(tmp_path / "p.jsonl", {"prompt": "a"}, row)
+    with pytest.raises(TrainingError, match=r"p.jsonl, line 2: character \d is \\ud83d|\\udc00, half of a surrogate pair: mend or remove"):
+        list(Reader(tokenizer, 4096, "{}").read(path))
+    if "response" not in row:
+        with pytest.raises(PromptError, match=r"p.jsonl, line 2: character \d+ is \\u"):
+            load_prompts(path, 8, tokenizer, 4096)
+
+
+def test_a_response_past_the_positions(tokenizer, tmp_path: Path) -> None:
+    """3,000 tokens were once taken for a target of 1,024 positions. A part of an answer is the target's text too, so it is cut, and counted."""
+    rows = [{"prompt_token_ids": [9, i], "response_token_ids": [7] * n} for i, n in enumerate((3000, 1022, 1023, 5))]
+    reader = Reader(tokenizer, 4096, "{}", positions=1024)
+    found = list(reader.read(lines(tmp_path / "p.jsonl", *rows)))
+    assert [len(p.response) for p in found] == [1022, 1022, 1022, 5]
+    assert [p.cut for p in found] == [True, False, True, False]
+    parts = split(reader, Data(prompts=(str(tmp_path / "p.jsonl"),), held_out=1), 0)
+    assert f"{sum(p.cut for p in parts.train)} responses cut where the positions of target and drafter end" in parts.describe(8)
 
 
 def test_other_refusals(tokenizer, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import resource
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,90 @@ def test_what_is_not(served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "_LARGEST_BODY", 50)
     ask(served, CHAT, WHOLE)
     assert recorded(served) == []
+
+
+CONSTRAINTS = {
+    "structured_outputs": {"choice": ["yes"]}, "response_format": {"type": "json_object"}, "guided_json": {}, "logit_bias": {"5": 1},
+    "bad_words": ["no"], "stop_token_ids": [5], "allowed_token_ids": [5], "min_tokens": 5, "truncate_prompt_tokens": 8,
+    "repetition_penalty": 1.1, "presence_penalty": 0.5, "thinking_token_budget": 9, "include_reasoning": False, "ignore_eos": True,
+    "vllm_xargs": {"x": 1}, "skip_special_tokens": False, "a_field_of_a_later_vllm": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_what_the_target_would_not_have_said(served, name: str) -> None:
+    """Answers under structured outputs, biases and bans, and to prompts that were cut, were once kept to be trained on."""
+    ask(served, CHAT | {name: CONSTRAINTS[name]}, WHOLE)
+    assert recorded(served) == []
+
+
+def test_fields_that_change_nothing_are_no_reason(served) -> None:
+    plain = {
+        "model": "m",
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "n": 1,
+        "stop": None,
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "tools": [],
+    }
+    ask(served, CHAT | plain | {"repetition_penalty": 1.0, "response_format": {"type": "text"}, "max_tokens": 9, "user": "u"}, WHOLE)
+    assert len(recorded(served)) == 1
+
+
+def test_every_field_of_vllm_is_judged() -> None:
+    """Each that vLLM's requests have, at its default, leaves a request to be recorded; so the list does not fall behind in silence."""
+    pytest.importorskip("vllm")
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    for kind, needed in ((ChatCompletionRequest, CHAT), (CompletionRequest, {"prompt": "a"})):
+        request = kind(**needed).model_dump()
+        kept = {name: value for name, value in request.items() if not recorder._leaves_alone(name, value)}
+        assert kept.keys() <= {"add_special_tokens", "mm_payload", "routed_experts_prompt_start"}, kept
+
+
+def test_a_file_that_vanishes_meanwhile(served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the glob and its stat: that ended the writing thread, and ``stopped`` stayed false."""
+    folder = served[1].writer.path.parent
+    found = Path.glob
+
+    def glob(self: Path, pattern: str):
+        yield folder / "traffic-gone.jsonl"
+        yield from found(self, pattern)
+
+    monkeypatch.setattr(Path, "glob", glob)
+    ask(served, CHAT, WHOLE)
+    assert len(recorded(served)) == 1
+
+
+def test_a_writer_that_fails_says_so(served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it fails with, recording has ended, the queue is emptied, and requests are answered."""
+    monkeypatch.setattr(served[1].writer, "_append", lambda raw: 1 / 0)
+    for _ in range(3):
+        ask(served, CHAT, WHOLE)
+    assert served[1].writer.stopped
+
+
+def test_the_folder_is_deleted(served) -> None:
+    """The lines went on into a file without a name, ten megabytes past a limit of one. A new file is begun, and the limit holds."""
+    ask(served, CHAT, WHOLE)
+    shutil.rmtree(served[1].writer.path.parent)
+    for _ in range(12):
+        ask(served, CHAT, {"choices": [{"index": 0, "message": {"content": "y" * 100_000}, "finish_reason": "stop"}]})
+    assert 5 < len(recorded(served)) < 12
+    assert served[1].writer.stopped
+    assert sum(p.stat().st_size for p in served[1].writer.path.parent.iterdir()) <= 1 << 20
+
+
+def test_the_file_is_moved_away(served) -> None:
+    """What it holds still counts."""
+    path = served[1].writer.path
+    path.rename(path.parent.with_name("elsewhere"))
+    for _ in range(12):
+        ask(served, CHAT, {"choices": [{"index": 0, "message": {"content": "y" * 100_000}, "finish_reason": "stop"}]})
+    assert path.parent.with_name("elsewhere").stat().st_size <= 1 << 20
 
 
 def test_the_bound(served) -> None:

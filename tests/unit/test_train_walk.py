@@ -27,6 +27,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     config = DrafterConfig(
         hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=VOCAB,
         block_size=SIZE, mask_token_id=MASK, target_layer_ids=(1, 3), num_target_layers=5, max_position_embeddings=512, dtype="float32",
+        kind="dflash",
     )  # fmt: skip
     train_briefly(target, folder / "drafter", config, [p[:20] for p in random_prompts(40, VOCAB) if len(p) >= 20], 40, 30)
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).requires_grad_(False)

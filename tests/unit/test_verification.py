@@ -7,6 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
+
 from vllm_dflash.drafting.sampling import SeedDraws
 from vllm_dflash.drafting.verification import DraftMetadata, keep_accepted
 

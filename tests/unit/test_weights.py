@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_dflash.conditioning.dflash import Reference as DFlashDrafter
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.kinds.dflash.context import Reference as DFlashDrafter
 from vllm_dflash.reference.checkpoint import load_drafter, save_drafter
 from vllm_dflash.weights import check_tensors, expected_tensors, read_shapes
 
 CONFIG = DrafterConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=64,
-    block_size=8, mask_token_id=63, target_layer_ids=(1, 2, 4), num_target_layers=6, max_position_embeddings=128,
+    block_size=8, mask_token_id=63, target_layer_ids=(1, 2, 4), num_target_layers=6, max_position_embeddings=128, kind="dflash",
 )  # fmt: skip
 
 

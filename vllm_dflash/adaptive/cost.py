@@ -25,7 +25,7 @@ _FEWEST_FOR_PACE = 3
 """Steps of a kind, before a further one tells of the pace."""
 _FADE = 0.999
 """Weight that a kind of step keeps with each step of another kind: a machine that slows down is followed."""
-_STALE = 128
+STALE = 128
 """Steps after which what was measured of a kind is forgotten once it is measured again."""
 _CURVE = 0.1
 """How far from the line, as a share of it, a kind's cost is expected to be: a kind's own steps count for as much as they tell it more
@@ -130,7 +130,7 @@ class StepCost:
             if is_new:
                 return seconds
             kind = self._kinds[key] = _Kind()
-        if kind.seconds and self._steps - kind.last_seen > _STALE:
+        if kind.seconds and self._steps - kind.last_seen > STALE:
             kind.keep_typical()
         if len(kind.seconds) >= _FEWEST_FOR_PACE:
             pace, usual = self.pace, self._expected(kind, work)

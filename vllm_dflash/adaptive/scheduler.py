@@ -20,6 +20,8 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
 from vllm_dflash.adaptive.controller import Controller, Plan
 from vllm_dflash.adaptive.cost import Work
+from vllm_dflash.compat import num_drafted
+from vllm_dflash.patches.adaptive_scheduler import cut_drafts, cut_placeholders, plan_drafts
 
 _MEASURED_EVERY = 4
 """Steps without drafts of which one is measured."""
@@ -48,11 +50,13 @@ class _Adaptive(Scheduler):
         num_reqs = len(scheduler_output.num_scheduled_tokens)
         all_decode = scheduler_output.total_num_scheduled_tokens == num_reqs and not scheduler_output.scheduled_new_reqs
         standing = self.controller.standing(num_reqs) if all_decode and num_reqs else None
-        if standing is None:
+        if num_drafted(scheduler_output) == 0:
+            standing = Plan(0)  # no request of the step can use drafts
+        elif standing is None:
             drafting, num_context = self._drafting(scheduler_output)
             standing = self.controller.plan(drafting, num_context) if drafting else Plan(0)
         self.plan = standing
-        scheduler_output.num_spec_tokens_to_schedule = self.plan.num_draft_tokens
+        plan_drafts(scheduler_output, self.plan.num_draft_tokens)
         if scheduler_output.finished_req_ids:
             self.controller.forget(scheduler_output.finished_req_ids)
             for request_id in scheduler_output.finished_req_ids:
@@ -78,8 +82,8 @@ class _Adaptive(Scheduler):
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         self._steps += 1
-        catches_up = not self._drafted and scheduler_output.num_spec_tokens_to_schedule > 0
-        self._drafted = scheduler_output.num_spec_tokens_to_schedule > 0
+        drafts = num_drafted(scheduler_output) > 0
+        catches_up, self._drafted = drafts and not self._drafted, drafts
         if self._steps % _MEASURED_EVERY and self._is_plain(scheduler_output):
             outputs = super().update_from_output(scheduler_output, model_runner_output)
             self._last_end = time.perf_counter() if self.running or self.waiting else None
@@ -102,11 +106,7 @@ class _Adaptive(Scheduler):
 
     def _is_plain(self, scheduler_output: SchedulerOutput) -> bool:
         """Whether a step neither drafts nor verifies, as it does not look best to: of such steps one in a few tells enough."""
-        return (
-            not scheduler_output.num_spec_tokens_to_schedule
-            and not scheduler_output.scheduled_spec_decode_tokens
-            and self.plan.why == "best"
-        )
+        return not num_drafted(scheduler_output) and not scheduler_output.scheduled_spec_decode_tokens and self.plan.why == "best"
 
     def _outcomes(self, scheduled: SchedulerOutput, ran: ModelRunnerOutput) -> tuple[Work | None, dict[str, tuple[int, int]]]:
         """What the step computed (None where it was not all decoding), and by request its verified and its accepted draft tokens."""
@@ -126,7 +126,7 @@ class _Adaptive(Scheduler):
                 outcomes[request_id] = (verified - invalid.get(request_id, 0), max(len(sampled) - 1, 0))
         if not all_decode:
             return None, outcomes
-        num_reqs, k = len(scheduled.num_scheduled_tokens), scheduled.num_spec_tokens_to_schedule
+        num_reqs, k = len(scheduled.num_scheduled_tokens), num_drafted(scheduled)
         return Work(
             num_reqs, scheduled.total_num_scheduled_tokens, num_reqs * self.controller.block_size if k else 0, num_context
         ), outcomes
@@ -153,7 +153,7 @@ class AdaptiveScheduler(_Adaptive):
         request_ids = draft_token_ids.req_ids
         self._confidences = {} if confidences is None else dict(zip(request_ids, confidences, strict=False))
         lengths = self.controller.lengths(request_ids, self.plan, self._confidences or None)
-        draft_token_ids.draft_token_ids = [draft[: lengths[request_id]] for request_id, draft in zip(request_ids, drafts, strict=False)]
+        cut_drafts(draft_token_ids, [draft[: lengths[request_id]] for request_id, draft in zip(request_ids, drafts, strict=False)])
         super().update_draft_token_ids(draft_token_ids)
 
 
@@ -166,4 +166,4 @@ class AdaptiveAsyncScheduler(_Adaptive, AsyncScheduler):
         for request_id, length in lengths.items():
             request = self.requests[request_id]
             if len(request.spec_token_ids) > length:
-                request.spec_token_ids = request.spec_token_ids[:length]
+                cut_placeholders(request, request.spec_token_ids[:length])

@@ -39,24 +39,24 @@ def wants_adaptive(additional_config: Any) -> bool | None:
     return value
 
 
-def settle_scheduler(vllm_config: Any) -> None:
-    """Puts our scheduler into vLLM's ``VllmConfig`` where drafting is to be adaptive; does nothing where that was done before.
+def scheduler_for(vllm_config: Any) -> str | None:
+    """Our scheduler's name for a vLLM ``VllmConfig`` where drafting is to be adaptive and it is not there yet; else None.
 
     Raises:
         SettingsError: the user asks for it where it cannot be, or for a setting that does not exist.
     """
     speculative = vllm_config.speculative_config
-    if speculative is None or speculative.method != "dflash" or not is_ours(speculative.draft_model_config.architectures):
-        return
+    if not is_ours(speculative):
+        return None
     wanted = wants_adaptive(vllm_config.additional_config)
     if wanted is False or is_adaptive(vllm_config):
-        return
+        return None
     scheduler, obstacle = vllm_config.scheduler_config, _obstacle(vllm_config)
     if wanted is None and (obstacle or scheduler.async_scheduling):
-        return  # under asynchronous scheduling, a GPU's, it is not measured yet (docs/adaptive.md)
+        return None  # under asynchronous scheduling, a GPU's, it is not measured yet (docs/adaptive.md)
     if obstacle:
         raise SettingsError(f"additional_config: {SECTION}.{_ADAPTIVE} is true, but {obstacle}")
-    scheduler.scheduler_cls = _ASYNC_SCHEDULER if scheduler.async_scheduling else _SCHEDULER
+    return _ASYNC_SCHEDULER if scheduler.async_scheduling else _SCHEDULER
 
 
 def is_adaptive(vllm_config: Any) -> bool:

@@ -8,6 +8,7 @@ the finish reason nor what was accepted, and it has no place for a row that ends
 """
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -22,10 +23,13 @@ from vllm_dflash.cluster.completer import COUNTED, Completer, count
 from vllm_dflash.cluster.connection import connect
 from vllm_dflash.cluster.settings import ClusterError, EngineSettings, engine_args, uses_ray
 from vllm_dflash.progress import Progress
-from vllm_dflash.training.files import TrainingError, claim, write_json
+from vllm_dflash.training.files import TrainingError, claim, write_record
+from vllm_dflash.training.lock import hold
 
 STATE = "_batch"
 """The folder in the output that holds no rows: readers of data sets pass over names that begin with an underscore."""
+_PLACED_S = 45
+"""Until every replica's process has started, which does not wait for its engine; otherwise Ray waits for room for ever."""
 _PARTS_IN_FLIGHT = 2
 """A replica: while the last rows of one part end, the next part's fill the engine."""
 
@@ -42,12 +46,16 @@ class Job:
     """Of vLLM's ``SamplingParams``."""
     replicas: int = 1
     rows_per_part: int = 64
+    max_errors: int | None = None
+    """Rows that may fail, those of earlier runs included; None: any number."""
 
 
 def run(args: argparse.Namespace) -> int:
     """The command; 0 where every row was answered, 1 where a row or the run failed."""
     try:
-        job = Job(args.inputs, args.out, settings_of(args), _sampling(args), args.replicas, args.rows_per_part)
+        if args.max_errors is not None and args.max_errors < 0:
+            raise ClusterError(f"--max-errors is {args.max_errors}: give 0 or more, or leave it out")
+        job = Job(args.inputs, args.out, settings_of(args), _sampling(args), args.replicas, args.rows_per_part, args.max_errors)
         summary = complete(job)
     except (ClusterError, TrainingError) as error:
         print(f"vllm-dflash batch: {error}", file=sys.stderr)
@@ -60,9 +68,14 @@ def complete(job: Job, completer: Any = Completer) -> dict[str, Any]:
     """Answers what is left of the input and returns the sums over all of it, those of earlier runs included.
 
     Raises:
-        ClusterError: the input cannot be used, or the cluster cannot run it.
-        TrainingError: the output was begun with other settings, or the disk is full.
+        ClusterError: the input cannot be used, the cluster cannot run it, or more than ``max_errors`` rows failed.
+        TrainingError: the output was begun with other settings, another command is at work there, or the disk is full.
     """
+    with hold(job.out / STATE, "vllm-dflash batch"):
+        return _complete(job, completer)
+
+
+def _complete(job: Job, completer: Any) -> dict[str, Any]:
     found = parts.index(job.inputs, job.rows_per_part)
     args = engine_args(job.engine)
     claim(
@@ -71,17 +84,19 @@ def complete(job: Job, completer: Any = Completer) -> dict[str, Any]:
     sums = dict.fromkeys(("rows", "failed", *COUNTED), 0)
     todo = []
     for part in found.parts:
-        if (job.out / part.name).is_file():
+        if (job.out / part.name).exists():
             _add(sums, count(parts.read_output(part, job.out)))
+            _check_errors(job, sums)
         else:
             todo.append(part)
     began, before = time.monotonic(), sums["completion_tokens"]
     with Progress(total=found.rows, initial=sums["rows"], unit=" rows", smoothing=0.1) as bar:
         for done in _answer(job, todo, args, completer) if todo else ():
             _add(sums, done)
+            _check_errors(job, sums)
             bar.update(done["rows"])
             bar.set_postfix_str(_progress(sums, (sums["completion_tokens"] - before) / (time.monotonic() - began)))
-    write_json(job.out / STATE / "summary.json", sums)
+    write_record(job.out / STATE / "summary.json", sums)
     return sums
 
 
@@ -93,23 +108,39 @@ def _answer(job: Job, todo: list[parts.Part], args: dict[str, Any], completer: A
         from ray.util.placement_group import remove_placement_group
 
         groups: list[Any] = []
-        context = DataContext.get_current()
-        context.enable_progress_bars = False
-        items = ray.data.from_items([asdict(part) for part in todo], override_num_blocks=len(todo))
-        done = items.map_batches(
-            completer,
-            batch_size=1,
-            compute=ActorPoolStrategy(size=job.replicas, max_tasks_in_flight_per_actor=_PARTS_IN_FLIGHT),
-            max_concurrency=_PARTS_IN_FLIGHT,
-            fn_constructor_kwargs={"engine_args": args, "sampling": job.sampling, "folder": str(job.out.resolve())},
-            runtime_env=runtime_env,
-            **_reserve(job.engine, groups),
-        )
+        context = copy.copy(DataContext.get_current())
+        context.enable_progress_bars = False  # ours is the only one
+        context.wait_for_min_actors_s = _PLACED_S
+        with DataContext.current(context):  # a data set keeps the one that it was made in
+            items = ray.data.from_items([asdict(part) for part in todo], override_num_blocks=len(todo))
+            done = items.map_batches(
+                completer,
+                batch_size=1,
+                compute=ActorPoolStrategy(size=job.replicas, max_tasks_in_flight_per_actor=_PARTS_IN_FLIGHT),
+                max_concurrency=_PARTS_IN_FLIGHT,
+                fn_constructor_kwargs={"engine_args": args, "sampling": job.sampling, "folder": str(job.out.resolve())},
+                runtime_env=runtime_env,
+                **_reserve(job.engine, groups),
+            )
         try:
             yield from done.iter_rows()
+        except ray.exceptions.GetTimeoutError:
+            raise ClusterError(
+                f"the cluster had room, but {job.replicas} replicas did not start within {_PLACED_S} s: another job has taken it, or its nodes are "
+                "slow to start processes; look at `ray status`, and run the command again"
+            ) from None
+        except ray.exceptions.RayError as error:
+            raise ClusterError(f"{_cause(error)}\nwhat is answered is kept: mend this, and run the command again") from error
         finally:
             for group in groups:
                 remove_placement_group(group)
+
+
+def _cause(error: BaseException) -> str:
+    """What an actor failed with, without the layers that Ray puts around it."""
+    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
+        error = inner
+    return str(error).strip() or type(error).__name__
 
 
 def _reserve(engine: EngineSettings, groups: list[Any]) -> dict[str, Any]:
@@ -135,6 +166,17 @@ def _reserve(engine: EngineSettings, groups: list[Any]) -> dict[str, Any]:
 def _add(sums: dict[str, int], more: dict[str, int]) -> None:
     for name in sums:
         sums[name] += int(more[name])
+
+
+def _check_errors(job: Job, sums: dict[str, int]) -> None:
+    """Ends the run, with the sums of what was done, once more rows failed than may."""
+    if job.max_errors is None or sums["failed"] <= job.max_errors:
+        return
+    write_record(job.out / STATE / "summary.json", sums)
+    raise ClusterError(
+        f"{sums['failed']} of {sums['rows']} rows failed, and --max-errors is {job.max_errors}: their field error in {job.out} says why. "
+        "Raise --max-errors to go on; or mend what is wrong, and remove the part files that hold them to have them answered again"
+    )
 
 
 def _progress(sums: dict[str, int], tokens_per_second: float) -> str:

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from vllm_dflash.cluster.access import VARIABLE
 from vllm_dflash.cluster.settings import DEVICES, EngineSettings, parse_engine_args
 
 BATCH = (
@@ -41,6 +42,11 @@ def add_batch_flags(command: argparse.ArgumentParser) -> None:
     rows.add_argument(
         "--rows-per-part", metavar="N", type=int, default=64, help="rows that are written, and on a kill done again, together (default: 64)"
     )
+    rows.add_argument(
+        "--max-errors", metavar="N", type=int,
+        help="stop once more than N rows have failed, those of earlier runs included (default: never; a row that fails is written with its "
+        "error, and the others are answered)",
+    )  # fmt: skip
 
 
 def add_up_flags(command: argparse.ArgumentParser) -> None:
@@ -56,6 +62,11 @@ def add_up_flags(command: argparse.ArgumentParser) -> None:
     )
     serve.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1")
     serve.add_argument("--port", metavar="N", type=int, default=8000, help="default: 8000")
+    serve.add_argument(
+        "--api-key", metavar="KEY",
+        help=f"requests must bring it (Authorization: Bearer KEY), others get status 401; {VARIABLE} gives it without "
+        "showing it in the list of processes (default: none is asked for)",
+    )  # fmt: skip
     serve.add_argument("--detach", action="store_true", help="leave it on the cluster of RAY_ADDRESS, and end")
     serve.add_argument("--print-config", action="store_true", help="write a Serve config (YAML) and start nothing")
 

@@ -26,22 +26,32 @@ class Completer:
     """What Ray Data calls for each part."""
 
     def __init__(self, engine_args: Mapping[str, Any], sampling: Mapping[str, Any], folder: str) -> None:
-        """Starts the engine: ``engine_args`` as of ``settings.engine_args``; answers are written to ``folder``."""
+        """``engine_args`` as of ``settings.engine_args``; answers are written to ``folder``.
+
+        The engine starts with the first part: that there is a process for it is then known at once, however long the engine takes.
+        """
         self._engine_args, self._sampling, self._folder = dict(engine_args), dict(sampling), Path(folder)
-        self._engine = self._start()
-        self._tied = tie_children()
+        self._engine: Any = None
         self._names = itertools.count()
         self._alone, self._calm, self._suspects = asyncio.Lock(), asyncio.Event(), 0
         self._calm.set()
 
     async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, list[Any]]]:
         """Answers and writes the parts of a batch (of one); yields the sums over each, as of ``count``."""
+        if self._engine is None:
+            # It blocks this actor's loop, so that no other part comes here meanwhile.
+            self._engine = self._started()
         for values in zip(*batch.values(), strict=True):
             given = {name: value.item() if hasattr(value, "item") else value for name, value in zip(batch, values, strict=True)}
             part = Part(**given)
             rows = await asyncio.gather(*(self._row(row, problem) for row, problem in read(part)))
             write(part, self._folder, rows)
             yield {name: [value] for name, value in count(rows).items()}
+
+    def _started(self) -> Any:
+        engine = self._start()
+        self._tied = tie_children()
+        return engine
 
     def _start(self) -> Any:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -100,8 +110,7 @@ class Completer:
         self._tied.kill()
         self._tied.wait()
         try:
-            self._engine = self._start()
-            self._tied = tie_children()
+            self._engine = self._started()
         except Exception as error:
             raise ClusterError(f"the engine ended and does not start again ({error}): run the command again when it is mended") from error
 

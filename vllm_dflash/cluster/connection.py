@@ -19,12 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import vllm_dflash
+from vllm_dflash.cluster.access import VARIABLE
 from vllm_dflash.cluster.settings import ClusterError, EngineSettings, engine_args, environment, uses_ray
 from vllm_dflash.supported import installed_vllm
 
 INSTALL = "pip install 'vllm-dflash[ray]'"
 SECONDS = 30.0
 """How long nodes may take to answer, and an autoscaler or another job to make room."""
+_OVER_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's own switch, read when it is imported: with 0 a cluster on this machine listens on 127.0.0.1 alone, on Linux too. vLLM's executor on Ray
+looks for nodes by another address, so it is not set where an engine has one."""
 _OF_ONE_NODE = ("VLLM_HOST_IP", "VLLM_PORT", "VLLM_DP_", "VLLM_LOCAL_RANK")
 
 
@@ -37,6 +41,8 @@ def connect(
     Raises:
         ClusterError: no Ray, no such cluster, nodes that differ or lack a checkpoint, or no room within ``seconds``.
     """
+    if "RAY_ADDRESS" not in os.environ and not uses_ray(engine):
+        os.environ.setdefault(_OVER_MACHINES, "0")
     ray = _import_ray()
     ours, folder = not ray.is_initialized(), None
     if ours:
@@ -53,11 +59,12 @@ def connect(
 
 
 def variables(engine: EngineSettings) -> dict[str, str]:
-    """vLLM's own variables, as they are set here, for the processes on all nodes."""
-    import ray
-
+    """vLLM's own variables, as they are set here, for the processes on all nodes; not the API key, as Ray logs and shows what it is given."""
     given = {name: value for name, value in os.environ.items() if name.startswith("VLLM_") and not name.startswith(_OF_ONE_NODE)}
+    given.pop(VARIABLE, None)
     if uses_ray(engine):
+        import ray
+
         # vLLM's engine process is no Ray worker: without it, it would start a cluster of its own.
         given["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     return environment(engine) | given

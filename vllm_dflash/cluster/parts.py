@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash.cluster.settings import ClusterError
+from vllm_dflash.records import AtLeast, misfit
 from vllm_dflash.training.files import whole_file
 
 FORMATS = (".jsonl", ".parquet")
@@ -23,6 +24,7 @@ _RESULT_TYPES = {
 }  # fmt: skip
 """The columns that a run adds, with their types in Parquet."""
 RESULT_FIELDS = tuple(_RESULT_TYPES)
+_RESULT_SHAPE = {name: (str if kind == "string" else AtLeast(int, 0), None) for name, kind in _RESULT_TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -105,14 +107,26 @@ def _cut_parquet(path: str, rows_per_part: int, parts: list[Part], whole: int) -
     for start in range(0, metadata.num_rows, rows_per_part):
         parts.append(Part(len(parts), path, start, start + 1, min(rows_per_part, metadata.num_rows - start)))
     # Row groups' places and statistics: nobody reads all of a file that is larger than memory to tell it from another.
-    said = json.dumps([metadata.to_dict(), Path(path).stat().st_size], default=repr, sort_keys=True)
-    return zlib.crc32(said.encode(), whole)
+    try:
+        said = json.dumps([metadata.to_dict(), Path(path).stat().st_size], default=repr, sort_keys=True).encode()
+    except UnicodeDecodeError:  # a column's least or greatest text is no UTF-8
+        said = Path(path).stat().st_size.to_bytes(8, "little") + _footer(path)
+    return zlib.crc32(said, whole)
+
+
+def _footer(path: str) -> bytes:
+    """What a Parquet file says of itself, as it lies at its end: before its length and the four letters of the format."""
+    with open(path, "rb") as file:
+        file.seek(-8, 2)
+        size = int.from_bytes(file.read(4), "little")
+        file.seek(-8 - size, 2)
+        return file.read(size)
 
 
 def read(part: Part) -> Iterator[tuple[dict[str, Any], str | None]]:
     """Each row with what is wrong with it: a line that is no JSON object comes as ``{"line": text}``."""
     if part.path.endswith(".parquet"):
-        yield from ((row, None) for row in _read_parquet(part))
+        yield from _read_parquet(part)
         return
     with open(part.path, "rb") as file:
         file.seek(part.start)
@@ -131,17 +145,19 @@ def _parse(line: bytes, number: int) -> tuple[dict[str, Any], str | None]:
     text = line.decode(errors="replace").rstrip("\r\n")
     try:
         row = json.loads(line)
-    except ValueError as error:
+        # It is written beside its answer. An encoder gives up at less depth than the parser.
+        json.dumps(row)
+    except (ValueError, RecursionError) as error:
         return {"line": text}, f"line {number} is no JSON ({error}): give one object a line"
     if not isinstance(row, dict):
         return {"line": text}, f'line {number} is no object: give one such as {{"prompt": "..."}}'
     return row, None
 
 
-def _read_parquet(part: Part) -> list[dict[str, Any]]:
+def _read_parquet(part: Part) -> list[tuple[dict[str, Any], str | None]]:
     import pyarrow.parquet as parquet
 
-    rows: list[dict[str, Any]] = []
+    rows: list[tuple[dict[str, Any], str | None]] = []
     with parquet.ParquetFile(part.path) as file:
         begin = 0
         for group in range(file.num_row_groups):
@@ -151,17 +167,33 @@ def _read_parquet(part: Part) -> list[dict[str, Any]]:
                 for batch in file.iter_batches(part.rows, row_groups=[group]):
                     low, high = max(first, begin), min(last, begin + batch.num_rows)
                     if low < high:
-                        rows += batch.slice(low - begin, high - low).to_pylist()
+                        rows += _rows_of(batch.slice(low - begin, high - low), low + 1)
                     begin += batch.num_rows
             begin = end
     return rows
+
+
+def _rows_of(batch: Any, first: int) -> list[tuple[dict[str, Any], str | None]]:
+    """The rows of a record batch whose first is the file's row ``first``; one that has no form in Python comes without that field."""
+    try:
+        return [(row, None) for row in batch.to_pylist()]
+    except (ValueError, OverflowError):  # text that is no UTF-8, times that Python has no dates for
+        if batch.num_rows > 1:
+            return [pair for i in range(batch.num_rows) for pair in _rows_of(batch.slice(i, 1), first + i)]
+    row, problems = {}, []
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column.to_pylist()[0]
+        except (ValueError, OverflowError) as error:
+            problems.append(f"row {first}: {name} cannot be read ({error}): mend it")
+    return [(row, "; ".join(problems))]
 
 
 def write(part: Part, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes the part's output: rows in the input's order, with ``RESULT_FIELDS`` set. Whole or not at all."""
     with whole_file(folder / part.name) as file:
         if part.path.endswith(".jsonl"):
-            file.writelines((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows)
+            file.writelines(_line(row) for row in rows)
             return
         import pyarrow as pa
         import pyarrow.parquet as parquet
@@ -172,11 +204,37 @@ def write(part: Part, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         parquet.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), file)
 
 
+def _line(row: Mapping[str, Any]) -> bytes:
+    """A row as a line of JSON; half of a surrogate pair, which JSON's escapes may hold and UTF-8 may not, as the escape that it came as."""
+    try:
+        return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(row) + "\n").encode()
+
+
 def read_output(part: Part, folder: Path) -> list[dict[str, Any]]:
-    """The rows of a part that was written."""
+    """The results (``RESULT_FIELDS``) of each row of a part that was written.
+
+    Raises:
+        ClusterError: the file is not as it was written.
+    """
     path = folder / part.name
+    try:
+        rows = _read_results(path)
+        problem = next((m for row in rows if (m := misfit(row, _RESULT_SHAPE, "a row"))), None)
+        if problem is None and len(rows) != part.rows:
+            problem = f"{len(rows)} rows, not {part.rows}"
+    except (OSError, ValueError, RecursionError) as error:
+        problem = str(error).partition("\n")[0]
+    if problem is not None:
+        raise ClusterError(f"{path} is not as it was written ({problem}): remove it, and its rows are answered again")
+    return rows
+
+
+def _read_results(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".parquet":
         import pyarrow.parquet as parquet
 
-        return parquet.read_table(path).to_pylist()
-    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+        with parquet.ParquetFile(path) as file:
+            return file.read([name for name in file.schema_arrow.names if name in _RESULT_TYPES]).to_pylist()
+    return [json.loads(line.decode()) for line in path.read_bytes().split(b"\n") if line]

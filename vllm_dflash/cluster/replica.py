@@ -13,6 +13,7 @@ from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.ingress import OpenAiIngress
 from vllm.plugins import load_general_plugins
 
+from vllm_dflash.cluster.access import Guard
 from vllm_dflash.cluster.orphans import tie_children
 from vllm_dflash.metrics.on_ray import RayExporter
 
@@ -28,8 +29,22 @@ class Replica(LLMServer):
 
 
 class Ingress(OpenAiIngress):
-    """The HTTP side."""
+    """The HTTP side, which answers those who bring the API key, where there is one."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, api_key_digest: str | None = None, **kwargs: Any) -> None:
         load_general_plugins()
         super().__init__(*args, **kwargs)
+        self._api_key_digest, self._guarded = api_key_digest, False
+
+    def _set_asgi_app(self, app: Any) -> None:
+        """Ray Serve's own, next in line, takes the app that routes requests; it refuses classes with a ``__call__``."""
+        if self._api_key_digest is not None:
+            app.add_middleware(Guard, digest=self._api_key_digest)
+            self._guarded = True
+        super()._set_asgi_app(app)
+
+    async def check_health(self) -> None:
+        """Ray serves nothing before it has passed: a Ray that no longer calls the method above must not serve without the key."""
+        if self._api_key_digest is not None and not self._guarded:
+            raise RuntimeError("this Ray gives the ingress no place to ask for the API key: leave --api-key out, or use Ray 2.60")
+        await super().check_health()

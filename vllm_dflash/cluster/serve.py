@@ -7,6 +7,7 @@ they stop. Limits: one model a deployment.
 """
 
 import argparse
+import ipaddress
 import math
 import os
 import signal
@@ -15,6 +16,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_dflash.cluster.access import VARIABLE, digest_of
 from vllm_dflash.cluster.command import settings_of
 from vllm_dflash.cluster.connection import check_engine, connect
 from vllm_dflash.cluster.settings import ClusterError, EngineSettings, engine_args, environment
@@ -41,6 +43,8 @@ class Serving:
     """In flight on each, above which one more is started; a replica takes twice as many before requests queue at the ingress."""
     host: str = "127.0.0.1"
     port: int = 8000
+    api_key_digest: str | None = None
+    """Of the key that requests must bring; None asks for none."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,6 +54,9 @@ def run(args: argparse.Namespace) -> int:
         if args.print_config:
             print(as_yaml(serving), end="")
             return 0
+        warning = exposure(serving)
+        if warning is not None:
+            print(f"vllm-dflash up: {warning}", file=sys.stderr)
         if args.detach and not os.environ.get("RAY_ADDRESS"):
             raise ClusterError("--detach leaves the deployment on a running cluster: set RAY_ADDRESS, or leave --detach out")
         up(serving, args.detach)
@@ -74,7 +81,23 @@ def serving_of(args: argparse.Namespace) -> Serving:
     if args.requests_per_replica < 1:
         raise ClusterError(f"--requests-per-replica is {args.requests_per_replica}: give 1 or more")
     name = args.name or args.target
-    return Serving(settings_of(args), name, (counts[0], counts[-1]), args.requests_per_replica, args.host, args.port)
+    digest = digest_of(args.api_key, os.environ)
+    return Serving(settings_of(args), name, (counts[0], counts[-1]), args.requests_per_replica, args.host, args.port, digest)
+
+
+def exposure(serving: Serving) -> str | None:
+    """What to say of an address that others than this machine reach without a key; None for the loopback, or with one."""
+    host = serving.host
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        local = host == "localhost"
+    if local or serving.api_key_digest is not None:
+        return None
+    return (
+        f"--host {host} is an address that other machines reach, and the endpoint asks nobody for a key: give one by {VARIABLE} or "
+        "--api-key, keep it behind a firewall, or leave --host at 127.0.0.1 (docs/cluster.md, Who can reach it)"
+    )
 
 
 def app_args(serving: Serving, env_vars: dict[str, str]) -> dict[str, Any]:
@@ -100,9 +123,12 @@ def app_args(serving: Serving, env_vars: dict[str, str]) -> dict[str, Any]:
     }  # fmt: skip
     if serving.engine.device == "cpu":
         model["accelerator_config"] = {"kind": "cpu"}
+    ingress: dict[str, Any] = {"ingress_cls": "vllm_dflash.cluster.replica:Ingress"}
+    if serving.api_key_digest is not None:
+        ingress["ingress_extra_kwargs"] = {"api_key_digest": serving.api_key_digest}
     return {
         "llm_configs": [model],
-        "ingress_cls_config": {"ingress_cls": "vllm_dflash.cluster.replica:Ingress"},
+        "ingress_cls_config": ingress,
         "ingress_deployment_config": {
             **_HEALTH, **_DRAIN, "ray_actor_options": {"num_cpus": _ingress_cpus(serving)},
             "autoscaling_config": {"min_replicas": 1, "max_replicas": math.ceil(most / _REPLICAS_PER_INGRESS)},

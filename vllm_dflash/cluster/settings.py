@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.formats import METHOD
+
 DEVICES = ("cuda", "cpu")
 _CPU_CACHE_BYTES = 1 << 30
 """vLLM's own default on a CPU is a share of the machine's memory, of which other replicas need theirs."""
@@ -88,7 +90,7 @@ def engine_args(settings: EngineSettings) -> dict[str, Any]:
     if settings.max_model_len is not None:
         args["max_model_len"] = settings.max_model_len
     if settings.draft is not None:
-        speculative: dict[str, Any] = {"method": "dflash", "model": _absolute(settings.draft)}
+        speculative: dict[str, Any] = {"method": METHOD, "model": _absolute(settings.draft)}
         if settings.num_speculative_tokens is not None:
             speculative["num_speculative_tokens"] = settings.num_speculative_tokens
         args |= {"speculative_config": speculative, "per_request_spec_decode_metrics": "summary"}

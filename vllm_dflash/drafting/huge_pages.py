@@ -25,12 +25,12 @@ def use_huge_pages(longest: float = _LONGEST) -> int:
     if not sys.platform.startswith("linux") or not _allowed():
         return 0
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    madvise = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, use_errno=True)(("madvise", libc))
     moved, deadline = 0, time.monotonic() + longest
     for address in _candidates(Path("/proc/self/maps").read_text().splitlines()):
         if time.monotonic() > deadline:
             break
-        if libc.madvise(address, _SIZE, _MADV_COLLAPSE) == 0:
+        if madvise(address, _SIZE, _MADV_COLLAPSE) == 0:
             moved += _SIZE
         elif ctypes.get_errno() == errno.ENOMEM:
             break  # no huge page is left

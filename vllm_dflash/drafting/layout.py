@@ -2,7 +2,8 @@
 
 Notation as in arXiv 2602.06036: a request whose target has run over positions 0..n-1 drafts a block at positions
 n..n+b-1 that holds its anchor x[n] and b - 1 masks. The block is whole whatever K is: a drafter that has only seen
-whole blocks drafts badly in a shorter one (docs/log.md); of its masks the first K are asked for their token.
+whole blocks drafts badly in a shorter one (docs/log.md); of the rows that predict, which begin at the kind's
+``first_row``, the first K are asked for their token.
 All tensors stay on their device and nothing waits for the host.
 
     pytest tests/unit/test_layout.py
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from vllm_dflash.kinds import AFTER_ANCHOR
 
 PAD_SLOT_ID = -1
 """vLLM's mark for a row that writes nothing into the KV cache."""
@@ -31,7 +34,7 @@ class BlockLayout:
     seq_lens: torch.Tensor
     """[B] int32: what each request's queries attend to, context and block."""
     sample_indices: torch.Tensor
-    """[B * K] int64: the rows that predict, that is the first K masks of each block."""
+    """[B * K] int64: the rows that predict, that is of each block the first K from ``first_row`` on."""
 
 
 def block_layout(
@@ -44,6 +47,7 @@ def block_layout(
     block_size: int,
     num_speculative_tokens: int,
     max_model_len: int,
+    first_row: int = AFTER_ANCHOR,
     may_overflow: bool = True,
 ) -> BlockLayout:
     """Lays out the blocks that follow one target forward.
@@ -55,12 +59,13 @@ def block_layout(
         page_size: tokens a page.
         mask_token_id: the token that stands for "to be drafted".
         block_size: b, the drafter's own.
-        num_speculative_tokens: K, 1 to b - 1.
+        num_speculative_tokens: K, 1 to b - ``first_row``.
         max_model_len: positions that exist are 0..max_model_len - 1.
+        first_row: the row of a block that predicts the token after its anchor.
         may_overflow: False where the caller knows that every block ends before ``max_model_len``, which takes less work.
     """
     device, masks = anchors.device, block_size - 1
-    offsets, first, sample_indices = _whole_block(len(anchors), block_size, num_speculative_tokens, device)
+    offsets, first, sample_indices = _whole_block(len(anchors), block_size, first_row, num_speculative_tokens, device)
     if not may_overflow:
         positions = anchors[:, None] + offsets
         input_ids = torch.full_like(positions, mask_token_id, dtype=torch.int32)
@@ -86,20 +91,20 @@ def block_layout(
         positions=positions.flatten(),
         slot_mapping=slots.flatten(),
         seq_lens=(anchors + block_size).clamp(max=max_model_len).to(torch.int32),
-        sample_indices=(first + (offsets[1 : num_speculative_tokens + 1] + overflow).clamp(max=masks)).flatten(),
+        sample_indices=(first + (offsets[first_row : first_row + num_speculative_tokens] + overflow).clamp(max=masks)).flatten(),
     )
 
 
 @functools.lru_cache(maxsize=1024)
 def _whole_block(
-    num_reqs: int, block_size: int, num_speculative_tokens: int, device: torch.device
+    num_reqs: int, block_size: int, first_row: int, num_speculative_tokens: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """What is the same at every step, int64: offsets in a block [b], each block's first row [B, 1], and the rows [B * K] of its first K masks."""
+    """What is the same at every step, int64: offsets in a block [b], each block's first row [B, 1], and the rows [B * K] of its first K that predict."""
     # Made outside of inference mode, as it may be used there and elsewhere.
     with torch.inference_mode(False):
         offsets = torch.arange(block_size, device=device)
         first = torch.arange(num_reqs, device=device)[:, None] * block_size
-        return offsets, first, (first + offsets[1 : num_speculative_tokens + 1]).flatten()
+        return offsets, first, (first + offsets[first_row : first_row + num_speculative_tokens]).flatten()
 
 
 @functools.lru_cache(maxsize=1024)

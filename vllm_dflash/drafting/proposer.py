@@ -21,15 +21,17 @@ from vllm.v1.spec_decode.dflash import DFlashProposer as NativeDFlashProposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
 from vllm_dflash.adaptive.settings import is_adaptive
-from vllm_dflash.checks import settled
+from vllm_dflash.checks import check_logits_processors, settled
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.drafting.context_store import ContextStore
 from vllm_dflash.drafting.coverage import ContextCoverage, Hole, without_first_pages
 from vllm_dflash.drafting.huge_pages import use_huge_pages
 from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_bounds, block_layout, committed_rows, without_rejected
-from vllm_dflash.drafting.verification import DraftMetadata, Verifier
+from vllm_dflash.heads import Ranked, Ranking
 from vllm_dflash.metrics.drafter import attach as record_drafter
 from vllm_dflash.models.drafter import DrafterForCausalLM
+from vllm_dflash.patches import cpu_layers, v1_draft_metadata, v1_steps_without_drafts, v1_verifier
+from vllm_dflash.plugin import patch_set
 
 if TYPE_CHECKING:
     from vllm_dflash.models.eager_draft import EagerLayers
@@ -51,10 +53,11 @@ class Drafts(list[list[int]]):
 
 
 class DFlashProposer(NativeDFlashProposer):
-    """Drafts up to ``block_size - 1`` tokens a request and keeps the drafter's context K/V up to date."""
+    """Drafts up to ``max_speculative_tokens`` a request and keeps the drafter's context K/V up to date."""
 
     model: DrafterForCausalLM
-    _logits: Callable[[torch.Tensor], Any]
+    _draft: Callable[[torch.Tensor, torch.Tensor, int, Ranking], Ranked]
+    _ranking: Ranking
     bounds_each_block = True
     """A block that would reach past ``max_model_len`` is cut, so that every step fits (``patches/v1_draft_fit.py``)."""
 
@@ -63,11 +66,13 @@ class DFlashProposer(NativeDFlashProposer):
             raise DrafterConfigError(
                 "the drafter shares the target's embedding, which another pipeline stage holds: set pipeline_parallel_size to 1"
             )
+        check_logits_processors()
         super().__init__(vllm_config, device, runner)
         self.runner, self.on_cpu = runner, device.type == "cpu"
         self._coverage: ContextCoverage | None = None
         # The whole block, whatever K is; vLLM's buffers hold K + 1 queries a request.
-        self.num_queries = settled(self.draft_model_config.hf_config).block_size
+        drafter = settled(self.draft_model_config.hf_config)
+        self.num_queries, self._first_row = drafter.block_size, drafter.first_row
         size = max(self.max_batch_size * self.num_queries, self.max_padded_query_tokens)
         self._query_ids = torch.zeros(size, dtype=torch.int32, device=device)
         self.positions, self._slot_mapping_buffer = (torch.zeros(size, dtype=torch.int64, device=device) for _ in range(2))
@@ -83,30 +88,42 @@ class DFlashProposer(NativeDFlashProposer):
     def load_model(self, target_model: Any) -> None:
         """Loads the drafter; on a CPU drafts are verified by our own class from then on."""
         super().load_model(target_model)
-        self.context.model, self._logits = self.model, self.model.compute_logits
+        logits: Callable[[torch.Tensor], Any] = self.model.compute_logits
+        self.context.model = self.model
         self._causal = dict(zip(self.model.get_draft_kv_cache_layer_names(), self.model.get_draft_attn_causal(), strict=True))
         if self.on_cpu:
             # A connector takes and brings keys and values in vLLM's attention modules.
             if self.vllm_config.kv_transfer_config is None:
-                self._use_eager_layers(target_model)
-            runner = self.runner
-            runner.rejection_sampler = Verifier(runner)
-            runner._calc_spec_decode_metadata = DraftMetadata(runner.input_ids.np, self.max_batch_size)
-            runner.propose_draft_token_ids = self._unless_off(runner.propose_draft_token_ids)
+                logits = self._use_eager_layers(target_model) or logits
+            attach, runner = patch_set().attach, self.runner
+            attach(runner, [v1_verifier.PATCH], runner)
+            self._verifier = runner.rejection_sampler
+            attach(runner, [v1_draft_metadata.PATCH], runner, self.max_batch_size)
+            attach(runner, [v1_steps_without_drafts.PATCH], self)
             _logger.info("moved %d MiB of this process's memory into huge pages", use_huge_pages() >> 20)
+        self._draft, self._ranking = self.model.model.head.draft, self._ranking_by(logits)
 
-    def _use_eager_layers(self, target_model: Any) -> None:
-        """Lets the target's and the drafter's layers run kernel by kernel, where they can."""
+    def _ranking_by(self, logits: Callable[[torch.Tensor], Any]) -> Ranking:
+        """What the head ranks with; on a GPU nobody asks for confidences."""
+        if not self.on_cpu:
+            return Ranking(logits, lambda scores: scores.argmax(-1), self._greedy_sample, confident=False)
+        return Ranking(
+            logits, _greedy_argmax, lambda hidden: _greedy_argmax(logits(hidden).to(torch.float32)), confident=self._says_confidences
+        )
+
+    def _use_eager_layers(self, target_model: Any) -> Callable[[torch.Tensor], Any] | None:
+        """Lets the target's and the drafter's layers run kernel by kernel, where they can; returns the drafter's ``compute_logits`` then."""
         # They look kernels up that vLLM's builds for other devices do not have.
         from vllm_dflash.models.eager_draft import EagerContext, EagerLayers, eager_logits
         from vllm_dflash.models.eager_layer import can_run
         from vllm_dflash.models.eager_target import use_eager_layers
 
         use_eager_layers(target_model)
-        if can_run(self.model.model):
+        if patch_set().fits(cpu_layers.PATCH) and can_run(self.model.model):
             self._eager_layers = EagerLayers(self.model.model)
             self.context.eager = EagerContext(self.model.model, self._eager_layers)
-            self._logits = eager_logits(self.model)
+            return eager_logits(self.model)
+        return None
 
     def prepare_next_token_ids_padded(
         self, sampled_token_ids: torch.Tensor, requests: Any, gpu_input_batch: Any, discard_request_mask: torch.Tensor
@@ -119,7 +136,7 @@ class DFlashProposer(NativeDFlashProposer):
             return super().prepare_next_token_ids_padded(sampled_token_ids, requests, gpu_input_batch, discard_request_mask)
         if sampled_token_ids.shape[1] == 1:
             return sampled_token_ids[:, 0], self._ones[: len(sampled_token_ids)]
-        output, anchors, counts = self.runner.rejection_sampler.last
+        output, anchors, counts = self._verifier.last
         if output is sampled_token_ids:
             return torch.tensor(anchors, dtype=torch.int32), torch.tensor(counts, dtype=torch.int32)
         kept = (sampled_token_ids >= 0).sum(1, dtype=torch.int32)
@@ -189,6 +206,7 @@ class DFlashProposer(NativeDFlashProposer):
             block_size=self.num_queries,
             num_speculative_tokens=k,
             max_model_len=self.max_model_len,
+            first_row=self._first_row,
             may_overflow=cad.max_seq_len + self.num_queries > self.max_model_len,
         )
         hidden_states = self._run_block(layout, cad, first_pages)[layout.sample_indices]
@@ -196,9 +214,9 @@ class DFlashProposer(NativeDFlashProposer):
             tokens, probs = self._sample_draft_tokens(hidden_states, sampling_metadata)
             self._last_draft_probs = probs.view(-1, k, probs.shape[-1]).contiguous()
             return self._hand_out(tokens.view(-1, k), None)
-        return self._hand_out(*self._rank(hidden_states, k))
+        return self._hand_out(*self._draft(hidden_states, next_token_ids, k, self._ranking))
 
-    def _unless_off(self, propose: Callable[..., Any]) -> Callable[..., Any]:
+    def unless_off(self, propose: Callable[..., Any]) -> Callable[..., Any]:
         """Around the runner's ``propose_draft_token_ids``: a step that neither drafts nor verified drafts keeps its features, no more."""
 
         def proposing(scheduled: Any, *args: Any) -> Any:
@@ -241,15 +259,6 @@ class DFlashProposer(NativeDFlashProposer):
         if self.block_size != self.vllm_config.cache_config.block_size:
             return None  # vLLM's pages are several of the kernel's, by which slots are counted
         return {page for request in self.runner.requests.values() for page in request.block_ids[self.kv_cache_gid]}, self.block_size
-
-    def _rank(self, hidden_states: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The best token of each mask [B, K] int64, and where somebody asks for it the probability that the drafter gives it [B, K]."""
-        if not self.on_cpu:
-            return self._greedy_sample(hidden_states).view(-1, k), None
-        logits = self._logits(hidden_states).to(torch.float32)
-        tokens = _greedy_argmax(logits)
-        confidences = logits.softmax(-1).gather(1, tokens[:, None]).view(-1, k) if self._says_confidences else None
-        return tokens.view(-1, k), confidences
 
     def _hand_out(self, tokens: torch.Tensor, confidences: torch.Tensor | None) -> "torch.Tensor | Drafts":
         return Drafts(tokens.tolist(), None if confidences is None else confidences.tolist()) if self.on_cpu else tokens

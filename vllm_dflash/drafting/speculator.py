@@ -18,9 +18,9 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator as NativeDFlashSpeculator
 
-from vllm_dflash.checks import settled
-from vllm_dflash.conditioning import kind_of
+from vllm_dflash.checks import check_v2_runner, settled
 from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.kinds import kind_of
 from vllm_dflash.metrics.drafter import attach as record_drafter
 
 
@@ -33,14 +33,15 @@ class DFlashSpeculator(NativeDFlashSpeculator):
         speculative = vllm_config.speculative_config
         assert speculative is not None
         drafter = settled(speculative.draft_model_config.hf_config)
+        check_v2_runner(drafter)
         self.num_draft_tokens = speculative.num_speculative_tokens
         # The block is drafted whole, whatever K is: vLLM's own class takes its length from the config.
-        whole = copy.copy(vllm_config)
-        whole.speculative_config = copy.copy(speculative)
-        whole.speculative_config.num_speculative_tokens = drafter.max_speculative_tokens
+        whole, block = copy.copy(vllm_config), copy.copy(speculative)
+        block.num_speculative_tokens = drafter.max_speculative_tokens
+        whole.speculative_config = block
         super().__init__(whole, device)
-        width = kind_of(drafter).context_width(drafter)
-        # vLLM's buffer holds one hidden state a token; DFlare's context has one a draft layer.
+        width = kind_of(drafter).context.width(drafter)
+        # vLLM's buffer holds one hidden state a token, a context may be wider.
         self.hidden_states = torch.zeros(self.max_num_tokens, width, dtype=self.dtype, device=device)
         record_drafter(self, vllm_config, device)
 

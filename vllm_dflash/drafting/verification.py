@@ -8,19 +8,20 @@ drafted: a seed gives what it gives without a drafter. Limits: greedy drafts; sa
     pytest tests/unit/test_verification.py tests/engine/test_sampling.py tests/engine/test_features.py
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from vllm.v1.outputs import SamplerOutput
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID, RejectionSampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
+from vllm_dflash.drafting.rows import Rows, ThinkingBudgets, each_row_alone, without_processors
 from vllm_dflash.drafting.sampling import SeedDraws, draw_tokens
 
 _GREEDY_BELOW = 1e-5
@@ -33,6 +34,7 @@ class Verifier(RejectionSampler):
     def __init__(self, runner: Any) -> None:
         super().__init__(runner.sampler, runner.speculative_config, runner.device)
         self._runner, self._draws = runner, SeedDraws()
+        self._budgets: ThinkingBudgets | None = None
         self.last: tuple[torch.Tensor | None, list[int], list[int]] = None, [], []
         """What ``forward`` returned last where drafts were verified, each request's last kept token, and how many were kept."""
 
@@ -42,14 +44,16 @@ class Verifier(RejectionSampler):
         """Verifies each request's drafts and samples one token more.
 
         Args:
-            draft_probs: None for greedy drafts; else vLLM's own class does all.
+            draft_probs: None for greedy drafts; else vLLM's own class accepts and samples.
             logits: [R, V], a request's rows one after the other: one for each of its drafts and one more.
 
         Returns:
             Token ids [B, longest draft + 1] int32, rejected ones -1, and their log probabilities where asked for.
         """
-        if draft_probs is not None or self.synthetic_mode:
+        if self.synthetic_mode:
             return super().forward(metadata, draft_probs, logits, sampling_metadata)
+        if draft_probs is not None:
+            return self._reject(metadata, draft_probs, logits, sampling_metadata)
         processed = self._process(metadata, logits, sampling_metadata)
         sampled, processed = self._sample(metadata, processed, sampling_metadata)
         if metadata.max_spec_len:
@@ -59,26 +63,58 @@ class Verifier(RejectionSampler):
             self.last = output, [row[count - 1] for row, count in zip(kept, counts, strict=True)], counts
         else:
             output = sampled.to(torch.int32)[:, None]
-        if sampling_metadata.max_num_logprobs is None:
-            return SamplerOutput(sampled_token_ids=output, logprobs_tensors=None)
+        return SamplerOutput(output, self._logprobs(metadata, logits, processed, output, sampling_metadata))
+
+    def _reject(
+        self, metadata: SpecDecodeMetadata, draft_probs: torch.Tensor, logits: torch.Tensor, sampling: SamplingMetadata
+    ) -> SamplerOutput:  # fmt: skip
+        """Drafts that were sampled go through vLLM's own class, on logits that have every other setting in them already."""
+        processed, settled = self._process(metadata, logits, sampling), without_processors(sampling)
+        if self.is_processed_logprobs_mode:
+            return super().forward(metadata, draft_probs, processed, settled)
+        output = super().forward(metadata, draft_probs, processed, replace(settled, max_num_logprobs=None)).sampled_token_ids
+        return SamplerOutput(output, self._logprobs(metadata, logits, logits, output, sampling))
+
+    def _logprobs(
+        self, metadata: SpecDecodeMetadata, logits: torch.Tensor, processed: torch.Tensor, output: torch.Tensor, sampling: SamplingMetadata
+    ) -> LogprobsTensors | None:  # fmt: skip
+        """Log probabilities of what was kept of ``output`` [B, n], from the logits before or after processing, as vLLM is set; or None."""
         shown = processed if self.is_processed_logprobs_mode else logits
-        logprobs = self._get_logprobs_tensors(
-            sampling_metadata.max_num_logprobs, metadata, logits, shown[metadata.target_logits_indices],
-            shown[metadata.bonus_logits_indices], output,
+        if sampling.logprob_token_ids:
+            return self._logprobs_of(sampling.logprob_token_ids, metadata, shown, output)
+        if sampling.max_num_logprobs is None:
+            return None
+        return self._get_logprobs_tensors(
+            sampling.max_num_logprobs, metadata, logits, shown[metadata.target_logits_indices], shown[metadata.bonus_logits_indices],
+            output,
         )  # fmt: skip
-        return SamplerOutput(sampled_token_ids=output, logprobs_tensors=logprobs)
+
+    def _logprobs_of(
+        self, token_ids: Mapping[int, list[int]], metadata: SpecDecodeMetadata, shown: torch.Tensor, output: torch.Tensor
+    ) -> LogprobsTensors | None:  # fmt: skip
+        """As vLLM's sampler for ``logprob_token_ids``, which its rejection sampler drops: by request the tokens that are asked for."""
+        width = output.shape[1]
+        first = metadata.cu_num_sampled_tokens.long() - torch.tensor(metadata.num_draft_tokens) - 1
+        kept = shown[(first[:, None] + torch.arange(width)).clamp(max=len(shown) - 1).flatten()]
+        logprobs = kept.to(torch.float32) if self.is_logits_logprobs_mode else self.sampler.compute_logprobs(kept)
+        by_row = {request * width + i: ids for request, ids in token_ids.items() for i in range(width)}
+        return self.sampler.gather_specific_token_logprobs(logprobs, by_row, output.flatten().clamp(min=0).long())
 
     def _process(self, metadata: SpecDecodeMetadata, logits: torch.Tensor, sampling: SamplingMetadata) -> torch.Tensor:
-        """Logits [R, V] float32 after penalties, bad words, allowed tokens and ``min_tokens``; the argument stays as it is."""
+        """Logits [R, V] float32 after penalties, bad words, allowed tokens, ``min_tokens`` and thinking budgets.
+
+        Each row is treated as plain decoding would treat it after the drafts before it. The argument stays as it is.
+        """
         if not _has_processors(sampling):
             return logits.to(torch.float32)
-        with _min_tokens_after(metadata.num_draft_tokens, sampling):
-            bonus = self.sampler.apply_logits_processors(logits[metadata.bonus_logits_indices].to(torch.float32), sampling, True)
-        if not metadata.max_spec_len:
-            return bonus
-        target = self.apply_logits_processors(logits[metadata.target_logits_indices].to(torch.float32), sampling, metadata)
-        processed = torch.empty(logits.shape, dtype=torch.float32)
-        processed[metadata.bonus_logits_indices], processed[metadata.target_logits_indices] = bonus, target
+        rows = Rows(metadata.num_draft_tokens, metadata.draft_token_ids.tolist())
+        processed = self.sampler.apply_logits_processors(logits.to(torch.float32, copy=True), each_row_alone(sampling, rows), False)
+        holder, batch = sampling.thinking_budget_state_holder, self._runner.input_batch
+        if holder is not None and holder.has_tracked_requests():
+            if self._budgets is None:
+                most = batch.max_num_reqs * (self._runner.num_spec_tokens + 1)
+                self._budgets = ThinkingBudgets(self._runner.vllm_config.reasoning_config, most)
+            self._budgets.force(processed, rows, batch.req_ids, self._runner.requests)
         return processed
 
     def _sample(
@@ -141,29 +177,6 @@ def _has_processors(sampling: SamplingMetadata) -> bool:
         or any(isinstance(p, MinTokensLogitsProcessor) and p.min_toks for p in sampling.logitsprocs.non_argmax_invariant)
         or (holder is not None and holder.has_tracked_requests())
     )
-
-
-@contextmanager
-def _min_tokens_after(num_draft_tokens: Sequence[int], sampling: SamplingMetadata) -> Iterator[None]:
-    """Leaves stop tokens alone in the row after the drafts, where ``min_tokens`` are reached once all of those are accepted.
-
-    vLLM counts committed tokens only, and would forbid a stop token there that the target may choose.
-    """
-    kept = []
-    for processor in sampling.logitsprocs.non_argmax_invariant:
-        if isinstance(processor, MinTokensLogitsProcessor) and processor.min_toks:
-            kept.append((processor, processor.logits_slice, processor.restore_logits_slice))
-            reached = [row for row, (least, out, *_) in processor.min_toks.items() if len(out) + num_draft_tokens[row] >= least]
-            done = torch.tensor(reached, dtype=torch.int32)
-            for name in ("logits_slice", "restore_logits_slice"):
-                rows, tokens = getattr(processor, name)
-                short = ~torch.isin(rows, done)
-                setattr(processor, name, (rows[short], tokens[short]))
-    try:
-        yield
-    finally:
-        for processor, masked, restored in kept:
-            processor.logits_slice, processor.restore_logits_slice = masked, restored
 
 
 def keep_accepted(sampled: Sequence[int], drafts: Sequence[int], counts: Sequence[int]) -> list[list[int]]:

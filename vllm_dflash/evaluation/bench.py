@@ -16,7 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.evaluation.engine_process import Engine, EngineFailedError
+from vllm_dflash.engines.process import EngineFailedError
+from vllm_dflash.evaluation.job import Engine
 from vllm_dflash.evaluation.machine import machine, versions
 from vllm_dflash.evaluation.methods import KINDS, Method, UsageError
 from vllm_dflash.evaluation.plan import Plan, make_plan
@@ -40,12 +41,19 @@ def run(args: argparse.Namespace) -> int:
     bench = Bench(plan, [Path(sys.argv[0]).name, *sys.argv[1:]], out)
     try:
         bench.run()
+    except UnwritableError as error:
+        print(f"vllm-dflash bench: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         bench.write()
         print(f"\ninterrupted; what was measured is in {out}", file=sys.stderr)
         return _INTERRUPTED
     print("\n".join([*short_lines(bench.results()), "", f"report: {out / 'report.html'}, report.md, results.json"]))
     return 0 if bench.record.runs else 1
+
+
+class UnwritableError(RuntimeError):
+    """The report cannot be written; the message says what to do."""
 
 
 def _new_folder(path: Path | None) -> Path:
@@ -83,8 +91,18 @@ class Bench:
         self.write()
 
     def write(self) -> None:
-        """Writes all files as of now."""
-        write(self.results(), self._out)
+        """Writes all files as of now.
+
+        Raises:
+            UnwritableError: the disk is full, or something is in their place.
+        """
+        try:
+            write(self.results(), self._out)
+        except OSError as error:
+            raise UnwritableError(
+                f"the report in {self._out} cannot be written ({error}): free some space, remove what is in its place, or give another --out; "
+                "what was written after an earlier repeat is kept"
+            ) from None
 
     def _after_repeat(self, repeat: int) -> None:
         self._repeats_done = repeat

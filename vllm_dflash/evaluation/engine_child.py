@@ -1,11 +1,9 @@
-"""One vLLM engine that runs closed loops on command; started by ``engine_process.EngineProcess``.
+"""One vLLM engine that runs closed loops on command; started by ``job.BenchEngine``.
 
-    python -m vllm_dflash.evaluation.engine_child FD
+A job pauses when a slice of it is over, and tells of each request that ends. Limits: the engine has to be in this process (no
+data parallelism).
 
-Commands are JSON lines on standard input: first the settings, then a job each. Answers are JSON lines on the file descriptor FD, so
-that nothing that vLLM prints gets among them: ``ready``, ``done`` for each request that ends, ``paused`` when a slice of a job is over,
-until any line comes, and ``result``. It ends with the end of its input, or when nobody reads its answers any more. Limits: the engine
-has to be in this process (no data parallelism).
+    pytest tests/engine/test_bench.py
 """
 
 import copy
@@ -13,15 +11,16 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_dflash.engines.child import Work, serve, start_llm
 from vllm_dflash.evaluation.statistics import EARLY_STEPS, DraftCounts, percentile
+from vllm_dflash.patches import bench_watch
+from vllm_dflash.plugin import patch_set
 
 _COUNTERS = {
     "drafts": "vllm:spec_decode_num_drafts",
@@ -65,9 +64,8 @@ class Watch:
     decoding: bool = False
     """Whether the last step decoded only, with no prompt in it."""
 
-    def attach(self, scheduler: Any) -> None:
-        """Wraps ``update_from_output`` of this engine's scheduler: there verified and sampled tokens of a request stand side by side."""
-        update = scheduler.update_from_output
+    def around(self, update: Any, scheduler: Any) -> Any:
+        """Around ``update_from_output`` of this engine's scheduler: there verified and sampled tokens of a request stand side by side."""
 
         @functools.wraps(update)
         def watching(scheduler_output: Any, runner_output: Any) -> Any:
@@ -77,7 +75,7 @@ class Watch:
                 self._observe(rows, {o.request_id: len(o.new_token_ids) for each in outputs.values() for o in each.outputs})
             return outputs
 
-        scheduler.update_from_output = watching
+        return watching
 
     def reset(self) -> None:
         """Before a run."""
@@ -136,19 +134,13 @@ class Engine:
     """An ``LLM`` and the watch over its scheduler."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        from vllm import LLM
-        from vllm.platforms import current_platform
-
-        defaults: dict[str, Any] = {}
-        if current_platform.is_cpu():
-            # Its cache would take a share of the machine's memory, of which the other engines need theirs; compiling takes minutes.
-            defaults = {"kv_cache_memory_bytes": 1 << 30, "enforce_eager": True}
-        elif "gpu_memory_share" in settings:
-            defaults = {"gpu_memory_utilization": settings["gpu_memory_share"]}
-        self.llm = LLM(**defaults | settings["engine_args"])
+        share = settings.get("gpu_memory_share")
+        self.llm = start_llm(settings["engine_args"], None if share is None else {"gpu_memory_utilization": share})
         self.clock = Clock()
         self.watch = Watch(self.clock)
-        self.watch.attach(self.llm.llm_engine.engine_core.engine_core.scheduler)
+        scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        if not patch_set().attach(scheduler, [bench_watch.PATCH], self.watch, scheduler):
+            raise RuntimeError("this vLLM's steps cannot be watched: `vllm-dflash status` says why")
 
     def describe(self) -> dict[str, Any]:
         """What only the engine knows of itself."""
@@ -273,25 +265,11 @@ def _peak_memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def main() -> None:
-    descriptor = int(sys.argv[1])
-    # A process that vLLM starts must not hold it open: its end is how the parent learns of ours.
-    os.set_inheritable(descriptor, False)
-    with os.fdopen(descriptor, "w") as answers:
-
-        def answer(**message: Any) -> None:
-            answers.write(json.dumps(message) + "\n")
-            answers.flush()
-
-        def pause() -> None:
-            answer(paused=1)
-            sys.stdin.readline()
-
-        engine = Engine(json.loads(sys.stdin.readline()))
-        answer(ready=engine.describe())
-        for line in sys.stdin:
-            answer(result=engine.run(json.loads(line), lambda: answer(done=1), pause))
+def begin(settings: dict[str, Any]) -> tuple[Work, dict[str, Any]]:
+    """Starts the engine; a job is a ``Job``'s fields."""
+    engine = Engine(settings)
+    return lambda job, parent: engine.run(job, parent.done, parent.pause), engine.describe()
 
 
 if __name__ == "__main__":
-    main()
+    serve(begin)

@@ -10,20 +10,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_dflash.adaptive.settings import SECTION
+from vllm_dflash.formats import METHOD
 from vllm_dflash.plugin import SWITCH
 
+FIXED = "dflash"
+"""The method that is this package with whole drafts."""
 KINDS = {
     "plain": "decoding without a drafter",
-    "dflash": "this package at a fixed K, DFlash or DFlare as the drafter is",
+    FIXED: "this package at a fixed K, whatever kind the drafter is",
     "adaptive": "this package, with the controller: whether to draft, and how much of each draft to verify, chosen at each step",
     "native": "vLLM's own dflash",
     "ngram": "vLLM's n-gram lookup in the request's own text",
     "suffix": "vLLM's suffix decoding (needs arctic-inference)",
     "eagle3": "vLLM's EAGLE-3, with the head that --eagle3 names",
 }
-DEFAULT_METHODS = "plain,dflash,native,ngram"
-_OURS = frozenset({"dflash", "adaptive"})
-_DRAFTED = frozenset({"dflash", "adaptive", "native"})
+DEFAULT_METHODS = f"plain,{FIXED},native,ngram"
+_OURS = frozenset({FIXED, "adaptive"})
+_DRAFTED = frozenset({FIXED, "adaptive", "native"})
 _DEFAULT_K = {"ngram": 5, "eagle3": 3}
 _FORM = re.compile(r"(?P<kind>[a-z0-9]+)(@(?P<drafter>[^:@,]+))?(:(?P<k>\d+))?")
 
@@ -118,6 +122,6 @@ def _drafted(name: str, kind: str, drafter: str | None, k: int | None, drafters:
     if drafter not in drafters:
         raise UsageError(f"--methods: {name}: no drafter is named {drafter}: give --draft {drafter}=PATH (there are {', '.join(drafters)})")
     k = k or drafters[drafter].max_speculative_tokens
-    config = {"method": "dflash", "model": drafters[drafter].path, "num_speculative_tokens": k}
-    additional = {"dflash": {"adaptive": kind == "adaptive"}} if kind in _OURS else None
+    config = {"method": METHOD, "model": drafters[drafter].path, "num_speculative_tokens": k}
+    additional = {SECTION: {"adaptive": kind == "adaptive"}} if kind in _OURS else None
     return Method(name, kind, drafter, k, config, additional)

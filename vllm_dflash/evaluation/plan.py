@@ -125,9 +125,13 @@ def _embedded(name: str) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
+_DRAFTER = "dflash"
+"""The folder of the embedded pair's first drafter."""
+
+
 def _drafters(args: argparse.Namespace) -> dict[str, Drafter]:
     """By name, as ``--draft`` has them; the embedded one beside the embedded target."""
-    given = args.draft or ([] if args.target else [str(_embedded("dflash"))])
+    given = args.draft or ([] if args.target else [str(_embedded(_DRAFTER))])
     found: dict[str, Drafter] = {}
     for text in given:
         name, equals, path = text.partition("=")
@@ -173,7 +177,7 @@ def _vocab_size(target: str) -> int:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(target).get_text_config().vocab_size
+        return AutoConfig.from_pretrained(target, trust_remote_code=False).get_text_config().vocab_size
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"--target {target} cannot be read ({str(error).splitlines()[0]}): give its folder or hub id") from None
 

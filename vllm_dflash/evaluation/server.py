@@ -19,7 +19,8 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.evaluation.engine_process import EngineFailedError, Job
+from vllm_dflash.engines.process import EngineFailedError
+from vllm_dflash.evaluation.job import Job
 from vllm_dflash.evaluation.methods import UsageError
 
 NAME = "server"
@@ -35,7 +36,7 @@ class Server:
         self._url, self._tokenizer_path, self._tokenizer, self._model = url.rstrip("/"), tokenizer_path, tokenizer, model
 
     def run(self, job: Job, on_request: Callable[[], object]) -> Generator[None, None, dict[str, Any]]:
-        """See ``engine_process.Engine``; all in one slice, and requests are reported when all have ended."""
+        """See ``job.Engine``; all in one slice, and requests are reported when all have ended."""
         yield
         before = counters(_get(self._url, "/metrics"))
         with tempfile.TemporaryDirectory() as folder:

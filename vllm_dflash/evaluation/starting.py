@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.evaluation.engine_process import Engine, EngineFailedError, EngineProcess
+from vllm_dflash.engines.process import EngineFailedError
+from vllm_dflash.evaluation.job import BenchEngine, Engine
 from vllm_dflash.evaluation.methods import Method
 from vllm_dflash.evaluation.plan import Plan
 from vllm_dflash.progress import Progress
@@ -44,18 +45,18 @@ def start_engines(
     return engines
 
 
-def _launched(plan: Plan, logs: Path, stack: ExitStack) -> Iterator[tuple[Method, EngineProcess | EngineFailedError]]:
+def _launched(plan: Plan, logs: Path, stack: ExitStack) -> Iterator[tuple[Method, BenchEngine | EngineFailedError]]:
     """Each method's engine, begun but not ready, or why there is none.
 
     The next one begins when the caller is done with the last: vLLM measures free memory while it starts. Where ``kv_cache_memory_bytes``
     says what there is to have, one more for each further core begins ahead.
     """
     at_once = len(os.sched_getaffinity(0)) if plan.engine_args.get("kv_cache_memory_bytes") else 1
-    begun: deque[tuple[Method, EngineProcess | EngineFailedError]] = deque()
+    begun: deque[tuple[Method, BenchEngine | EngineFailedError]] = deque()
     for method in plan.methods:
         refusal = _refusal(method)
         if refusal is None:
-            engine = EngineProcess(engine_settings(plan, method), method.environment, _log(logs, method))
+            engine = BenchEngine(engine_settings(plan, method), method.environment, _log(logs, method))
             begun.append((method, stack.enter_context(engine)))
         else:
             begun.append((method, refusal))

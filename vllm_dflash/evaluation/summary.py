@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from vllm_dflash.evaluation.methods import Method
+from vllm_dflash.evaluation.methods import FIXED, Method
 from vllm_dflash.evaluation.statistics import Spread, paired_ratio, pooled_acceptance, pooled_tau
 from vllm_dflash.evaluation.sweep import BASELINE, Record
 
@@ -68,7 +68,7 @@ def _row(point: int, method: str, runs: Mapping[str, dict[int, dict[str, Any]]],
 
 def _fixed(adaptive: Method, methods: Sequence[Method], runs: Mapping[str, dict[int, dict[str, Any]]]) -> list[str]:
     """Fixed K of the same drafter that ran, and K = 0; none where no fixed K ran."""
-    fixed = [m for m in methods if runs[m.name] and (m.kind == BASELINE or (m.kind == "dflash" and m.drafter == adaptive.drafter))]
+    fixed = [m for m in methods if runs[m.name] and (m.kind == BASELINE or (m.kind == FIXED and m.drafter == adaptive.drafter))]
     return [] if all(m.kind == BASELINE for m in fixed) else [m.name for m in fixed]
 
 

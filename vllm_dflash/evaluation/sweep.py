@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from vllm_dflash.evaluation.engine_process import Engine, EngineFailedError, Job
+from vllm_dflash.engines.process import EngineFailedError
+from vllm_dflash.evaluation.job import Engine, Job
 from vllm_dflash.evaluation.workload import Phase, Point
 from vllm_dflash.progress import Progress
 

@@ -150,6 +150,28 @@ ALL = (
         only=_ADAPTIVE,
     ),
     Metric(
+        "vllm_dflash_drafting", GAUGE, "none", "1 where the controller drafts at the load at hand, 0 where it does not.",
+        "Is drafting on or off now, and why?",
+        (
+            (
+                "why",
+                "pays; first: steps of a batch size that is new; slow: it would not pay if every draft token was accepted; "
+                "rejected: too few are accepted for what it costs",
+            ),
+        ),
+        only=_ADAPTIVE,
+    ),
+    Metric(
+        "vllm_dflash_draft_measured_age_seconds", GAUGE, "seconds",
+        "Time since a step that drafts was last measured with about as many requests; as of the last step.",
+        "How old is what drafting is judged by?", only=_ADAPTIVE,
+    ),
+    Metric(
+        "vllm_dflash_next_trial_seconds", GAUGE, "seconds",
+        "Decoding time until drafting is tried again, if the load stays as it is; as of the last step.",
+        "When is drafting tried again?", only=_ADAPTIVE + " and while it is off",
+    ),
+    Metric(
         "vllm_dflash_speculation_refused_total", COUNTER, "steps",
         "Decoding steps of a request without a draft although speculation is configured.",
         "Why is nothing drafted?",

@@ -11,25 +11,31 @@ import functools
 import time
 import weakref
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from vllm_dflash.compat import v2_skips_drafts
 from vllm_dflash.metrics.catalog import BY_NAME
 from vllm_dflash.metrics.counts import Histogram, Positions
 from vllm_dflash.metrics.recorder import Recorder
 
+if TYPE_CHECKING:
+    from vllm_dflash.drafting.proposer import DFlashProposer
+    from vllm_dflash.drafting.speculator import DFlashSpeculator
 
-def attach(drafter: Any, vllm_config: Any, device: Any) -> None:
+
+def attach(drafter: "DFlashProposer | DFlashSpeculator", vllm_config: Any, device: Any) -> None:
     """Records what ``drafter.propose`` does."""
     parallel = vllm_config.parallel_config
     if parallel.rank % parallel.tensor_parallel_size == 0:
-        drafter.propose = DrafterRecord(drafter, vllm_config, on_gpu=device.type == "cuda").watch(drafter.propose)
+        record = DrafterRecord(drafter, vllm_config, on_gpu=device.type == "cuda")
+        drafter.propose = record.watch(drafter.propose)  # type: ignore[method-assign]
 
 
 class DrafterRecord:
     """Counts of one worker's drafter."""
 
     def __init__(self, drafter: Any, vllm_config: Any, *, on_gpu: bool) -> None:
-        self.on_gpu, self._drafter = on_gpu, weakref.ref(drafter)
+        self.on_gpu, self._drafter, self._skips = on_gpu, weakref.ref(drafter), v2_skips_drafts()
         self.drafted, self.seconds = (
             Positions(vllm_config.speculative_config.num_speculative_tokens),
             Histogram(BY_NAME["drafter_seconds"].buckets),
@@ -55,7 +61,7 @@ class DrafterRecord:
         seconds = time.perf_counter() - began
         with self.recorder.lock:
             self.seconds.observe(seconds)
-            self._drafted(drafts)
+            self._drafted(drafts, kwargs)
         return drafts
 
     def _timed_by_events(self, propose: Any, args: Any, kwargs: Any) -> Any:
@@ -68,13 +74,15 @@ class DrafterRecord:
         self._running.append((begin, end))
         with self.recorder.lock:
             self._collect()
-            self._drafted(drafts)
+            self._drafted(drafts, kwargs)
         return drafts
 
-    def _drafted(self, drafts: Any) -> None:
-        """``drafts``: [B, K], a tensor or the V1 proposer's lists."""
+    def _drafted(self, drafts: Any, kwargs: Any) -> None:
+        """``drafts``: [B, K], a tensor or the V1 proposer's lists; what ``propose`` was called with."""
         num_reqs = len(drafts)
-        self.drafted.add(len(drafts[0]) if num_reqs else 0, num_reqs)
+        # What the V2 speculator returns is as wide as ever where it has drafted nothing.
+        skipped = self._skips and kwargs.get("num_speculative_tokens") == 0
+        self.drafted.add(len(drafts[0]) if num_reqs and not skipped else 0, num_reqs)
         self.recorder.dirty = True
 
     def _collect(self) -> None:

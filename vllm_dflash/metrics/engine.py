@@ -14,13 +14,17 @@ from collections import deque
 from typing import Any
 
 from vllm_dflash import __version__
+from vllm_dflash.adaptive.controller import Status
 from vllm_dflash.adaptive.cost import Work
 from vllm_dflash.adaptive.settings import is_adaptive
 from vllm_dflash.checks import settled
+from vllm_dflash.compat import num_drafted
 from vllm_dflash.formats import is_ours
 from vllm_dflash.metrics.catalog import BY_NAME, CONFIDENCE_BUCKETS, CONTEXT_STARTS, confidence_bucket, context_bucket
 from vllm_dflash.metrics.counts import Histogram, Positions, Speedup
 from vllm_dflash.metrics.recorder import Recorder
+from vllm_dflash.patches import scheduler_watch
+from vllm_dflash.plugin import patch_set
 
 # A name below "vllm", so that vLLM's own handlers and format apply.
 _logger = logging.getLogger("vllm.plugins.dflash")
@@ -38,12 +42,11 @@ _REFRESH = 128
 def attach(scheduler: Any) -> None:
     """Records what vLLM's ``Scheduler`` sees, where it speculates with one of our drafters; else does nothing."""
     speculative = scheduler.vllm_config.speculative_config
-    if speculative is None or speculative.method != "dflash" or not is_ours(speculative.draft_model_config.architectures):
+    if not is_ours(speculative):
         return
     record = EngineRecord(scheduler.vllm_config, scheduler)
-    scheduler.schedule = record.watch_schedule(scheduler.schedule)
-    scheduler.update_from_output = record.watch_update(scheduler.update_from_output)
-    scheduler.shutdown = record.watch_shutdown(scheduler.shutdown)
+    if not patch_set().attach(scheduler, scheduler_watch.PATCHES, record):
+        record.recorder.close()
 
 
 class _Request:
@@ -240,12 +243,13 @@ class EngineRecord:
             self.request_accepted_length.observe(1 + known.accepted / known.verifications)
 
     def _step(self, scheduled: Any, num_reqs: int, all_decode: bool, any_verified: bool, committed: int) -> None:
-        now, began, k = time.perf_counter(), self._last_end, scheduled.num_spec_tokens_to_schedule
+        # What was planned is why the next step has drafts or none; what was drafted is what this one took its time for.
+        now, began, planned, k = time.perf_counter(), self._last_end, scheduled.num_spec_tokens_to_schedule, num_drafted(scheduled)
         self._last_end = now if self.scheduler.running or self.scheduler.waiting else None
-        self._last_k = k
+        self._last_k = planned
         self._steps += 1
         if self.adaptive and all_decode:
-            choice = ("draft" if k else "plain", self.scheduler.plan.why)
+            choice = ("draft" if planned else "plain", self.scheduler.plan.why)
             self.controller[choice] = self.controller.get(choice, 0) + 1
         if began is None:
             return
@@ -298,10 +302,21 @@ class EngineRecord:
             names = [[confidence_bucket(i)] for i in range(CONFIDENCE_BUCKETS)]
             found["confidence_tokens"] = list(zip(names, self.confident, strict=True))
             found["confidence_accepted_tokens"] = list(zip(names, self.confident_accepted, strict=True))
+            found |= drafting_samples(self.scheduler.controller.status(), time.monotonic())
         if self.speedup.recent is not None:
             found["baseline_seconds"], found["measured_seconds"] = [([], self.speedup.baseline)], [([], self.speedup.measured)]
             found["estimated_speedup"] = [(["cost_model" if self.adaptive else "plain_steps"], self.speedup.recent)]
         return found
+
+
+def drafting_samples(status: Status, now: float) -> dict[str, list[Any]]:
+    """What the controller makes of drafting, ``now`` on ``time.monotonic``'s clock."""
+    found: dict[str, list[Any]] = {"drafting": [([status.why], int(status.drafting))]}
+    if status.measured is not None:
+        found["draft_measured_age_seconds"] = [([], now - status.measured)]
+    if status.next_trial is not None:
+        found["next_trial_seconds"] = [([], status.next_trial)]
+    return found
 
 
 def _info(vllm_config: Any, block_size: int, adaptive: bool) -> list[str]:

@@ -3,6 +3,7 @@
 pytest tests/unit/test_metrics.py
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 _PREFIX = "vllm_dflash_"
+_ALIKE = 1.1
+"""A confidence interval whose ends are no further apart, and that has 1 in it, says that drafts make no difference."""
 _Labels = frozenset[tuple[str, str]]
 
 
@@ -84,6 +87,8 @@ def _figures(now: Scrape, before: Scrape | None, model: str, engine: str) -> dic
         "seconds": now.seconds - before.seconds if before else None,
         "speedup": _over(see.total(f"{_PREFIX}baseline_seconds_total"), see.total(f"{_PREFIX}measured_seconds_total")),
         "baseline": speedup[0]["baseline"] if speedup else None,
+        "drafting": _drafting(see), "steps": steps.get("speculative", 0.0) + steps.get("partial", 0.0),
+        "block_size": float(info[0].get("block_size", 0)) if info else 0.0,
         "tau": _over(see.total(f"{_PREFIX}accepted_length_sum"), lengths), "verifications": lengths,
         "request_tau": _over(see.total(f"{_PREFIX}request_accepted_length_sum"), see.total(f"{_PREFIX}request_accepted_length_count")),
         "draft_length": _over(see.total(f"{_PREFIX}draft_length_sum"), see.total(f"{_PREFIX}draft_length_count")),
@@ -101,6 +106,58 @@ def _figures(now: Scrape, before: Scrape | None, model: str, engine: str) -> dic
     }  # fmt: skip
 
 
+def _drafting(see: _Engine) -> dict[str, Any] | None:
+    """What the controller makes of drafting; None without one."""
+    state = see.value(f"{_PREFIX}drafting")
+    if state is None:
+        return None
+    age, trial = see.value(f"{_PREFIX}draft_measured_age_seconds"), see.value(f"{_PREFIX}next_trial_seconds")
+    return {
+        "on": state[1] > 0, "why": state[0]["why"],
+        "measured_seconds_ago": age[1] if age else None, "next_trial_seconds": trial[1] if trial else None,
+    }  # fmt: skip
+
+
+_WHY = {
+    "first": "first steps of a batch size", "pays": "measured to pay", "slow": "measured slow",
+    "rejected": "too few draft tokens are accepted",
+}  # fmt: skip
+
+
+def drafting_line(found: dict[str, Any]) -> str:
+    """Whether drafting is on, why, how old that is and when it is tried again."""
+    state = found["drafting"]
+    if state is None:
+        return "always on: without adaptive drafting"
+    line = f"{'on' if state['on'] else 'off'}: {_WHY.get(state['why'], state['why'])}"
+    if state["measured_seconds_ago"] is not None:
+        line += f", {_duration(state['measured_seconds_ago'])} ago"
+    if state["next_trial_seconds"] is not None:
+        line += f", next trial in {_duration(state['next_trial_seconds'])} of decoding"
+    return line
+
+
+def _duration(seconds: float) -> str:
+    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.0f} seconds"
+
+
+def interval(found: dict[str, Any]) -> tuple[float, float] | None:
+    """The speed-up's 95 % confidence interval, by the least that can be said for so many speculative steps; None without any.
+
+    An accepted length between 1 and the block's size with mean tau has at most the variance (tau - 1)(block size - tau) (Bhatia and
+    Davis). A step's time is taken to have as large a deviation as its mean, as on a machine that others use.
+    """
+    speedup, tau, steps = found["speedup"], found["tau"], min(found["steps"], found["verifications"])
+    if speedup is None or tau is None or not steps:
+        return None
+    variance = max((tau - 1) * (found["block_size"] - tau), 0.0) / tau**2 + 1.0
+    factor = math.exp(min(1.96 * math.sqrt(variance / steps), 99.0))
+    return speedup / factor, speedup * factor
+
+
 def _over(numerator: float, denominator: float) -> float | None:
     return numerator / denominator if denominator else None
 
@@ -112,5 +169,12 @@ def verdict(found: dict[str, Any]) -> str:
         return "no draft was verified in this time"
     if speedup is None:
         return f"tau {tau:.2f}; whether it pays cannot be said without a baseline: turn adaptive drafting on, or run vllm-dflash bench"
-    word = "pays" if speedup > 1.01 else "does not pay" if speedup < 0.99 else "makes no difference"
-    return f"{word}: {speedup:.2f} x plain decoding ({found['baseline']}), tau {tau:.2f}"
+    within = interval(found)
+    count = f"{found['verifications']:.0f} verifications in {found['steps']:.0f} steps"
+    if within is None:
+        return f"no verdict yet: {count}"
+    low, high = within
+    if low < 1 < high and high / low > _ALIKE:
+        return f"no verdict yet: between {low:.2f} and {high:.2f} x plain decoding by {count}"
+    word = "pays" if low >= 1 else "does not pay" if high <= 1 else "makes no difference"
+    return f"{word}: {speedup:.2f} x plain decoding ({found['baseline']}; {low:.2f} to {high:.2f} by {count}), tau {tau:.2f}"

@@ -16,6 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from vllm_dflash.metrics import catalog, recorder, snapshots
+from vllm_dflash.records import AtLeast, misfit
 
 _FAMILIES = {catalog.COUNTER: CounterMetricFamily, catalog.GAUGE: GaugeMetricFamily, catalog.HISTOGRAM: HistogramMetricFamily}
 
@@ -36,7 +37,7 @@ def families(found: Iterable[dict[str, Any]]) -> Iterator[Metric]:
     """Snapshots as prometheus-client's metric families, in the catalog's order."""
     found = list(found)
     for short, metric in catalog.BY_NAME.items():
-        samples = [(each["labels"], sample) for each in found for sample in each["samples"].get(short, ())]
+        samples = [(each["labels"], sample) for each in found for sample in each["samples"].get(short, ()) if _fits(metric, each, sample)]
         if not samples:
             continue
         name = metric.name.removesuffix("_total")
@@ -47,6 +48,18 @@ def families(found: Iterable[dict[str, Any]]) -> Iterator[Metric]:
             else:
                 family.add_metric([*common, *labels], value)
         yield family
+
+
+def _fits(metric: catalog.Metric, snapshot: dict[str, Any], sample: Any) -> bool:
+    """Whether a sample is one of this metric: one that is not, from a damaged file, would cost the whole answer."""
+    if misfit(sample, [object]) is not None or len(sample) != 2 or misfit(sample[0], [(str, int)]) is not None:
+        return False
+    if len(snapshot["labels"]) + len(sample[0]) != len(metric.label_names):
+        return False
+    if metric.kind != catalog.HISTOGRAM:
+        return misfit(sample[1], float) is None
+    good = isinstance(sample[1], list) and len(sample[1]) == 2 and misfit(sample[1][0], [AtLeast(int, 0)]) is None
+    return good and misfit(sample[1][1], float) is None and len(sample[1][0]) == len(metric.buckets) + 1
 
 
 def _cumulative(bounds: tuple[float, ...], counts: list[int], total: float) -> tuple[list[tuple[str, int]], float]:

@@ -3,15 +3,18 @@
 pytest tests/engine/test_metrics.py
 """
 
-import atexit
+import logging
 import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from multiprocessing.util import Finalize
 from typing import Any
 
 from vllm_dflash.metrics import snapshots
 
+# A name below "vllm", so that vLLM's own handlers and format apply.
+_logger = logging.getLogger("vllm.plugins.dflash")
 PERIOD = 1.0
 """Seconds between two writes, at least: what /metrics shows is no older."""
 Samples = Mapping[str, list[Any]]
@@ -34,14 +37,16 @@ class Recorder:
         folder = snapshots.folder()
         self._file = None if folder is None else folder / snapshots.file_name(role, engine)
         self._labels = [vllm_config.model_config.served_model_name, engine]
-        self._stop = threading.Event()
+        self._stop, self._failing = threading.Event(), False
+        snapshots.remove_left_behind()
         self._thread = threading.Thread(target=self._run, name="vllm-dflash metrics", daemon=True)
         self._thread.start()
         _recorders.append(self)
-        atexit.register(self.close)
+        # Not atexit, which processes that vLLM starts by multiprocessing end without.
+        Finalize(None, self.close, exitpriority=10)
 
     def flush(self) -> None:
-        """Writes now."""
+        """Writes now; where the disk is full, says so once, keeps counting, and tries again the next time."""
         if self._file is None:
             return
         count = self._samples()
@@ -50,13 +55,21 @@ class Recorder:
             return
         with self.lock:
             self.dirty, samples = False, count()
-        snapshots.write(self._file, {"labels": self._labels, "samples": samples})
+        try:
+            snapshots.write(self._file, {"labels": self._labels, "samples": samples})
+        except OSError as error:
+            self.dirty = True
+            if not self._failing:
+                _logger.warning("metrics of %s are not up to date until it can be written: %s", self._file, error.strerror or error)
+            self._failing = True
+        else:
+            self._failing = False
 
     def close(self) -> None:
         """Ends the series: an engine that is gone has none."""
         self._stop.set()
         if self._file is not None:
-            self._file.unlink(missing_ok=True)
+            snapshots.remove(self._file)
         if self in _recorders:
             _recorders.remove(self)
 

@@ -9,17 +9,29 @@ not read. Limits: one host. Processes that are not children of the server's firs
 
 import atexit
 import json
+import logging
 import multiprocessing
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash import records
+
 USERS = "DFLASH_METRICS_DIR"
 _OURS = "_DFLASH_METRICS_DIR"
+_PREFIX = "vllm-dflash-metrics-"
+_NAME = re.compile(r"[a-z]+-.*-(\d{1,9})-(\d{1,18})\.json")
+"""Of a snapshot: role, engine, process, and when that began."""
+# A name below "vllm", so that vLLM's own handlers and format apply.
+_logger = logging.getLogger("vllm.plugins.dflash")
 _created: list[str] = []
+_SHAPE = {"labels": [object], "samples": {}}
+_warned: set[Path] = set()
 
 
 def choose_folder() -> None:
@@ -29,7 +41,7 @@ def choose_folder() -> None:
     """
     if USERS in os.environ or _created or (multiprocessing.parent_process() is not None and _OURS in os.environ):
         return
-    path = os.path.join(tempfile.gettempdir(), f"vllm-dflash-metrics-{os.getpid()}-{os.urandom(4).hex()}")
+    path = os.path.join(tempfile.gettempdir(), f"{_PREFIX}{os.getpid()}-{os.urandom(4).hex()}")
     _created.append(path)
     os.environ[_OURS] = path
     creator = os.getpid()
@@ -46,8 +58,44 @@ def write(target: Path, snapshot: dict[str, Any]) -> None:
     """Puts a snapshot in the place of the last one."""
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_suffix(".tmp")
-    scratch.write_text(json.dumps(snapshot, separators=(",", ":")))
-    scratch.replace(target)
+    try:
+        scratch.write_text(json.dumps(snapshot, separators=(",", ":")))
+        scratch.replace(target)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def remove(target: Path) -> None:
+    """Ends a series; the last one takes the folder along, where that is not the user's. Never raises.
+
+    The server's first process may end without a chance to: on SIGTERM uvicorn stops, and then has the signal end it.
+    """
+    with suppress(OSError):
+        target.unlink(missing_ok=True)
+    if str(target.parent) == os.environ.get(_OURS):
+        with suppress(OSError):  # not empty
+            target.parent.rmdir()
+
+
+def remove_left_behind() -> None:
+    """Removes this user's folders of servers that were killed, whose processes could not. Never raises."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
+        pid = path.name.removeprefix(_PREFIX).partition("-")[0]
+        with suppress(OSError):
+            if (
+                pid.isdecimal()
+                and path.stat().st_uid == os.geteuid()
+                and not any(_lives(file) for file in path.iterdir())
+                and _started(int(pid)) < 0
+            ):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _lives(file: Path) -> bool:
+    """Whether a snapshot is of a process that lives."""
+    match = _NAME.fullmatch(file.name)
+    return match is not None and _started(int(match[1])) == int(match[2])
 
 
 def file_name(role: str, engine: str) -> str:
@@ -56,25 +104,35 @@ def file_name(role: str, engine: str) -> str:
 
 
 def read_all() -> Iterator[dict[str, Any]]:
-    """The snapshots of all processes that live, in a fixed order; the files of the others are removed."""
+    """The snapshots of all processes that live, in a fixed order; their files are removed where not. Other files are left alone.
+
+    What is in a file is as its process wrote it, or as whoever damaged it: ``read.families`` looks.
+    """
     path = folder()
     if path is None or not path.is_dir():
         return
     for file in sorted(path.glob("*.json")):
-        *_, pid, started = file.stem.split("-")
-        if _started(int(pid)) != int(started):
-            file.unlink(missing_ok=True)
+        if _NAME.fullmatch(file.name) is None:
+            continue
+        if not _lives(file):
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
             continue
         try:
-            yield json.loads(file.read_text())
-        except FileNotFoundError:
+            snapshot = records.read(file, _SHAPE)
+        except records.RecordError as error:
+            if file not in _warned:
+                _warned.add(file)
+                _logger.warning("%s; its metrics are left out", error)
             continue
+        if snapshot is not None:
+            yield snapshot
 
 
 def _started(pid: int) -> int:
     """When a process began, in clock ticks since the machine did; -1 where there is none, or a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return -1
     return -1 if fields[0] in "ZX" else int(fields[19])

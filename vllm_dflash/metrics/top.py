@@ -5,6 +5,7 @@ pytest tests/unit/test_metrics.py tests/engine/test_metrics.py
 """
 
 import argparse
+import http.client
 import json
 import sys
 import time
@@ -17,7 +18,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from vllm_dflash.metrics.figures import Scrape, figures, verdict
+from vllm_dflash.metrics.figures import Scrape, drafting_line, figures, interval, verdict
 
 NO_ENGINE = (
     "has no vllm_dflash metrics: is the plug-in on (vllm-dflash status), and was the server started with "
@@ -53,8 +54,11 @@ def address(url: str) -> str:
 
 def fetch(url: str) -> Scrape:
     """Raises OSError where nothing answers, ValueError where what answers is not Prometheus's text."""
-    with urllib.request.urlopen(url, timeout=10) as response:
-        return Scrape.parse(response.read().decode(), time.monotonic())
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return Scrape.parse(response.read().decode(), time.monotonic())
+    except (http.client.HTTPException, LookupError) as error:  # cut short, within a line too, or no HTTP
+        raise ValueError(f"its answer is cut short or no metrics ({error!r})") from None
 
 
 def _live(url: str, scrape: Scrape, interval: float) -> None:
@@ -80,8 +84,8 @@ def screen(url: str, now: Scrape, before: Scrape | None = None) -> RenderableTyp
         Text(f"{url}   {'last %.0f s' % (now.seconds - before.seconds) if before else 'since the server began'}")
     ]
     for found in figures(now, before):
-        pays = found["speedup"]
-        style = "bold" if pays is None else "bold green" if pays > 1.01 else "bold red"
+        low, high = interval(found) or (0.0, 2.0)
+        style = "bold green" if low >= 1 else "bold red" if high <= 1 else "bold"
         parts += [Text(f"\n{found['model']}, engine {found['engine']}: {verdict(found)}", style=style), _summary(found)]
         if found["acceptance"]:
             parts.append(_acceptance(found))
@@ -91,6 +95,7 @@ def screen(url: str, now: Scrape, before: Scrape | None = None) -> RenderableTyp
 def _summary(found: dict[str, Any]) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows = [
+        ("drafting", drafting_line(found)),
         ("tau", f"{_number(found['tau'])} a verification, {_number(found['request_tau'])} by request"),
         ("draft length", _number(found["draft_length"])),
         ("drafter's share", _percent(found["drafter_share"])),

@@ -8,7 +8,7 @@ after loading, unless the checkpoint brings its own. Limits: one pipeline stage.
     pytest tests/engine/test_draft_parity.py tests/engine/test_dflare.py
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -26,23 +26,12 @@ from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefi
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from vllm_dflash.checks import settled
-from vllm_dflash.conditioning import own_tensors
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
-from vllm_dflash.formats import IGNORED_TENSORS, tensor_name
+from vllm_dflash.kinds import kind_of
 from vllm_dflash.models.context import ContextKV
 from vllm_dflash.models.kernels import check_kernels
+from vllm_dflash.models.loading import Loading
 from vllm_dflash.models.norm import RMSNorm
-from vllm_dflash.models.own import OwnTables
-from vllm_dflash.weights import check_finite, check_shapes
-
-# A checkpoint's name of a projection -> (vLLM's fused parameter, its shard).
-_FUSED = {
-    "q_proj": ("qkv_proj", "q"),
-    "k_proj": ("qkv_proj", "k"),
-    "v_proj": ("qkv_proj", "v"),
-    "gate_proj": ("gate_up_proj", 0),
-    "up_proj": ("gate_up_proj", 1),
-}
 
 
 class FromTarget(nn.Module):
@@ -59,6 +48,15 @@ class DraftAttention(Attention):
 
     That runner knows one KV cache group for all draft layers, and groups go by kind. The window applies all the same.
     """
+
+    loaded: Callable[[], None] | None = None
+    """What is called at the end of every load, of the layer's model at the start and of new weights later."""
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """vLLM calls it for attention layers when all others are loaded and packed."""
+        super().process_weights_after_loading(act_dtype)
+        if self.loaded is not None:
+            self.loaded()
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
         spec = super().get_kv_cache_spec(vllm_config)
@@ -159,8 +157,9 @@ class DrafterModel(nn.Module):
             for i, window in enumerate(config.windows)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        num_kv_heads = self.layers[0].self_attn.num_kv_heads
-        self.context_kv = ContextKV(config, num_kv_heads, dtype, quant_config, maybe_prefix(prefix, "context_kv"))
+        attentions = [layer.self_attn for layer in self.layers]
+        self.context_kv = ContextKV(config, attentions, dtype, quant_config, maybe_prefix(prefix, "context_kv"))
+        self.head = kind_of(config).head_part("Served")(config, dtype)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """``input_ids`` [N] -> embeddings [N, H]."""
@@ -181,7 +180,7 @@ class DrafterModel(nn.Module):
 
 
 class DrafterForCausalLM(nn.Module):
-    """What vLLM loads for every architecture of ``vllm_dflash.formats``."""
+    """What vLLM loads for every kind of ``vllm_dflash.kinds``."""
 
     # vLLM's loader shares the target's modules with a drafter that says it has none.
     has_own_embed_tokens = False
@@ -210,6 +209,8 @@ class DrafterForCausalLM(nn.Module):
         # A target's logit scale or soft cap is left out: both are monotonic, and drafts are ranked unless probabilities are asked for.
         self.logits_processor = LogitsProcessor(self.drafter_config.draft_vocab_size or self.drafter_config.vocab_size)
         check_kernels(self.model)
+        self._loading = Loading(self, draft)
+        self.model.layers[-1].self_attn.attn.loaded = self._loading.finish
 
     def embed_input_ids(self, input_ids: torch.Tensor, multimodal_embeddings: object = None, is_multimodal: object = None) -> torch.Tensor:
         """``input_ids`` [N] -> embeddings [N, H]; drafts are text only."""
@@ -229,7 +230,7 @@ class DrafterForCausalLM(nn.Module):
         return full
 
     def combine_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Captured features [N, T * H] -> context [N, C], by the drafter's kind of conditioning."""
+        """Captured features [N, T * H] -> context [N, C], by the drafter's kind."""
         self.check_features(hidden_states)
         return self.model.context_kv.combine(hidden_states)
 
@@ -284,41 +285,10 @@ class DrafterForCausalLM(nn.Module):
         return [layer.self_attn.causal for layer in self.model.layers]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Loads a checkpoint of any known format; every tensor must be there, under its name and in its shape.
+        """Loads tensors of a checkpoint of any known format, in portions of any size; see ``models/loading.py``.
 
         Raises:
-            DrafterConfigError: names each tensor that is missing, unknown, misshaped or not finite.
+            DrafterConfigError: names each tensor that is unknown, misshaped or not finite; missing ones the end of the load names.
         """
-        found = dict(weights)
-        check_shapes(self.drafter_config, {name: tuple(t.shape) for name, t in found.items()})
-        check_finite(found)
-        tensors = {tensor_name(name): tensor for name, tensor in found.items()}
-        own = {name: tensors.pop(name) for name in own_tensors(self.drafter_config)}
-        OwnTables.take(self, tensors)
-        parameters = dict(self.model.named_parameters())
-        for name, tensor in tensors.items():
-            if name not in IGNORED_TENSORS:
-                self._load(parameters, name, tensor)
-        self.model.context_kv.load_weights(own, [layer.self_attn for layer in self.model.layers])
-        return {f"model.{name}" for name in parameters}
-
-    @staticmethod
-    def _load(parameters: dict[str, nn.Parameter], name: str, tensor: torch.Tensor) -> None:
-        """Copies one tensor into the parameter that holds it; quantized ones have names such as ``q_proj.weight_scale``."""
-        module, _, kind = name.rpartition(".")
-        stem, _, projection = module.rpartition(".")
-        fused, shard = _FUSED.get(projection, (projection, None))
-        parameter = parameters.get(f"{stem}.{fused}.{kind}" if stem else name)
-        if parameter is None:
-            raise DrafterConfigError(
-                f"{name} has no place in the drafter: its quantization_config does not say how this tensor is stored. "
-                "Use a checkpoint that quantizes all projections of its layers alike"
-            )
-        if shard is None:
-            getattr(parameter, "weight_loader", _copy)(parameter, tensor)
-        else:
-            parameter.weight_loader(parameter, tensor, shard)
-
-
-def _copy(parameter: torch.Tensor, tensor: torch.Tensor) -> None:
-    parameter.data.copy_(tensor)
+        self._loading.take(weights)
+        return {f"model.{name}" for name, _ in self.model.named_parameters()}

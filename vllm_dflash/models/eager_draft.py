@@ -11,8 +11,7 @@ from torch import Tensor
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 
-from vllm_dflash.conditioning import dflash
-from vllm_dflash.models.eager_layer import Layer, Linear, Room, embedding
+from vllm_dflash.models.eager_layer import Layer, Linear, Room, embedding, live
 
 # By name each call would look its overload up.
 _rms_norm, _fused_add_rms_norm = torch.ops._C.rms_norm.default, torch.ops._C.fused_add_rms_norm.default
@@ -23,7 +22,7 @@ class EagerLayers:
 
     def __init__(self, model: Any) -> None:
         self._embed = embedding(model)
-        self._norm_weight, self._eps = model.norm.weight.data, model.norm.variance_epsilon
+        self._norm, self._eps = live(model.norm), model.norm.variance_epsilon
         self.layers = [_DraftLayer(layer) for layer in model.layers]
 
     def __call__(self, input_ids: Tensor, positions: Tensor, slots: Tensor, metadata: Mapping[str, CPUAttentionMetadata]) -> Tensor:
@@ -41,12 +40,12 @@ class EagerLayers:
         hidden = torch.empty_like(residual)
         first, *others = self.layers
         room = Room(first, residual)
-        _rms_norm(hidden, residual, first.input_weight, first.eps)
+        _rms_norm(hidden, residual, first.input_norm["weight"], first.eps)
         hidden, _ = first(positions, hidden, residual, slots, metadata, room)
         for layer in others:
-            _fused_add_rms_norm(hidden, residual, layer.input_weight, layer.eps)
+            _fused_add_rms_norm(hidden, residual, layer.input_norm["weight"], layer.eps)
             hidden, _ = layer(positions, hidden, residual, slots, metadata, room)
-        _fused_add_rms_norm(hidden, residual, self._norm_weight, self._eps)
+        _fused_add_rms_norm(hidden, residual, self._norm["weight"], self._eps)
         return hidden
 
 
@@ -54,7 +53,7 @@ class EagerContext:
     """The context's keys and values of a loaded ``DrafterModel``, written into the KV cache of its layers."""
 
     def __init__(self, model: Any, layers: EagerLayers) -> None:
-        self._project, self._layers = _projection(model.context_kv.conditioning), layers.layers
+        self._project, self._layers = _projection(model.context_kv.context), layers.layers
 
     def __call__(self, features: Tensor, positions: Tensor, slots: Tensor) -> None:
         """As ``combine_hidden_states`` and ``precompute_and_store_context_kv``.
@@ -77,26 +76,14 @@ def eager_logits(drafter: Any) -> Callable[[Tensor], Tensor]:
     is_plain = type(getattr(head, "quant_method", None)) is UnquantizedEmbeddingMethod and hasattr(head, "cpu_linear")
     if not is_plain or drafter.draft_ids is not None or processor.head_dtype not in (None, drafter.dtype):
         return drafter.compute_logits
-    linear, vocab_size = Linear(head), processor.org_vocab_size
+    linear, vocab_size = Linear(head, biased=False), processor.org_vocab_size
     return lambda hidden: linear(hidden)[:, :vocab_size]
 
 
-def _projection(conditioning: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Features [N, T * H] -> keys and values [N, D, kv heads, head_dim]."""
-    if not (isinstance(conditioning, dflash.Served) and not conditioning.quantized and hasattr(conditioning.fc, "cpu_linear")):
-        return lambda features: conditioning.project(conditioning.combine(features))
-    fc, norm = Linear(conditioning.fc), conditioning.hidden_norm
-    proj = Linear(conditioning.proj, conditioning.proj.bias)
-    weight, eps = norm.weight.data, norm.variance_epsilon
-    shape = -1, 2, conditioning.num_layers, conditioning.num_kv_heads, conditioning.head_dim
-
-    def project(features: Tensor) -> tuple[Tensor, Tensor]:
-        context = fc(features)
-        _rms_norm(context, context, weight, eps)
-        keys, values = proj(context).view(shape).unbind(1)
-        return keys, values
-
-    return project
+def _projection(context: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Features [N, T * H] -> keys and values [N, D, kv heads, head_dim], by the context's fast part where it has one."""
+    fast = context.fast() if hasattr(context, "fast") else None
+    return fast or (lambda features: context.project(context.combine(features)))
 
 
 class _DraftLayer(Layer):
@@ -105,8 +92,8 @@ class _DraftLayer(Layer):
     def heads(self, qk: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         count, num_heads = len(qk), self.q_size // self.head_dim
         queries, keys = qk[:, :num_heads].contiguous(), qk[:, num_heads:].contiguous()
-        _rms_norm(queries, queries, self.q_weight, self.eps)
-        _rms_norm(keys, keys, self.k_weight, self.eps)
+        _rms_norm(queries, queries, self.q_norm["weight"], self.eps)
+        _rms_norm(keys, keys, self.k_norm["weight"], self.eps)
         self.rotate(positions, queries.view(count, -1), keys.view(count, -1))
         return queries, keys
 
@@ -116,5 +103,5 @@ class _DraftLayer(Layer):
 
     def norm_and_rotate(self, keys: Tensor, positions: Tensor) -> None:
         """In place: adjacent rows [N, kv heads, head_dim]."""
-        _rms_norm(keys, keys, self.k_weight, self.eps)
+        _rms_norm(keys, keys, self.k_norm["weight"], self.eps)
         self.rotate(positions, keys.view(len(keys), -1), None)

@@ -4,10 +4,12 @@ Run as modules, half of a forward of one request is Python between kernels (docs
 modules call, into memory that the next layer takes again. ``eager_draft.py`` has the draft layers, ``eager_target.py`` the target's.
 Limits: one rank, projections and a cache that are not quantized, no LoRA, vLLM's CPU attention, no KV connector; elsewhere the modules run.
 
-    pytest tests/engine/test_draft_parity.py tests/engine/test_eager_target.py
+Nothing that is made of weights is kept beyond them: they may be loaded anew, in place or by a new storage, at any time. A parameter is
+looked up in its module for each forward, and a prepared weight is taken anew when its module has another kernel.
+
+    pytest tests/engine/test_draft_parity.py tests/engine/test_eager_target.py tests/engine/test_reload.py
 """
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -48,14 +50,27 @@ def embedding(model: Any) -> Callable[[Tensor], Tensor]:
     table = getattr(model.embed_tokens, "base_layer", model.embed_tokens)
     if getattr(model, "has_mask_embedding", False) or type(getattr(table, "quant_method", None)) is not UnquantizedEmbeddingMethod:
         return model.embed_input_ids
-    return functools.partial(torch.nn.functional.embedding, weight=table.weight.data)
+    parameters = live(table)
+    return lambda ids: torch.nn.functional.embedding(ids, parameters["weight"])
+
+
+def live(module: Any) -> Mapping[str, Any]:
+    """A module's parameters by name, as they are when they are asked for: this is several times as fast as the module's attributes."""
+    return module._parameters
 
 
 class Linear:
     """``x`` [N, in] -> [N, out], past the module around vLLM's choice of kernel."""
 
-    def __init__(self, projection: Any, bias: Tensor | None = None) -> None:
-        self._kernel, self._weight, self._bias = projection.cpu_linear, projection.weight, bias
+    def __init__(self, projection: Any, *, biased: bool = True) -> None:
+        """``biased``: with the projection's bias, where it has one."""
+        self._projection, self._parameters = projection, live(projection)
+        self._biased = biased and projection.bias is not None
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Takes over the kernel that vLLM has made of the weight: a new one after each load."""
+        self._kernel = self._projection.cpu_linear
         # vLLM keeps oneDNN's prepared weight in the function that it makes.
         handler: Any = inspect.getclosurevars(self._kernel).nonlocals.get("handler")
         is_prepared = type(handler) is _custom_ops.CPUDNNLGEMMHandler
@@ -68,11 +83,14 @@ class Linear:
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """``x`` of adjacent rows; ``out``, where there is any, is what is returned."""
+        if self._projection.cpu_linear is not self._kernel:
+            self._prepare()
+        bias = self._parameters["bias"] if self._biased else None
         if self._prepared is None:
-            return self._kernel(x, self._weight, self._bias)
+            return self._kernel(x, self._parameters["weight"], bias)
         if out is None:
             out = x.new_empty(len(x), self._size)
-        _onednn_mm(out, x, self._bias, self._prepared)
+        _onednn_mm(out, x, bias, self._prepared)
         return out
 
 
@@ -91,13 +109,13 @@ class Layer:
 
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.input_weight, self.eps = layer.input_layernorm.weight.data, layer.input_layernorm.variance_epsilon
-        self._post_weight = layer.post_attention_layernorm.weight.data
+        self.input_norm, self.eps = live(layer.input_layernorm), layer.input_layernorm.variance_epsilon
+        self._post_norm = live(layer.post_attention_layernorm)
         projections = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
-        self.qkv, self.o, self.gate_up, self.down = (Linear(p, p.bias) for p in projections)
+        self.qkv, self.o, self.gate_up, self.down = map(Linear, projections)
         self.q_size, self._kv_size, self.head_dim = attention.q_size, attention.kv_size, attention.head_dim
-        self.q_weight, self.k_weight = attention.q_norm.weight.data, attention.k_norm.weight.data
-        self.rotate = _rotation(attention.rotary_emb, self.input_weight.dtype)
+        self.q_norm, self.k_norm = live(attention.q_norm), live(attention.k_norm)
+        self.rotate = _rotation(attention.rotary_emb, self.input_norm["weight"].dtype)
         self._attn, self._name, self._impl = attention.attn, attention.attn.layer_name, attention.attn.impl
         self._kv_cache: Tensor | None = None
 
@@ -118,7 +136,7 @@ class Layer:
         queries, keys = self.heads(qkv[:, :num_qk].view(count, -1, head_dim), positions)
         self.store(keys, qkv[:, num_qk:].view(count, -1, head_dim), slots)
         self._attend(queries, room.attended.view(count, -1, head_dim), metadata[self._name])
-        hidden, residual = self.norm_sum(self.o(room.attended, room.hidden), residual, self._post_weight)
+        hidden, residual = self.norm_sum(self.o(room.attended, room.hidden), residual, self._post_norm["weight"])
         gate, up = self.gate_up(hidden, room.gate_up).chunk(2, dim=-1)
         # vLLM's one kernel for both is not vectorised: 98 us for 64 rows of 768, where these two take 22.
         return self.down(silu(gate).mul_(up), room.down), residual

@@ -5,7 +5,7 @@ attention (docs/performance.md). A norm is one call here, which does the same ar
 what it writes without a drafter. Limits: Qwen3, not its mixtures of experts, and those of ``eager_layer.py``; elsewhere, and in
 steps with embeddings for input, the modules run.
 
-    pytest tests/engine/test_eager_target.py
+    pytest tests/engine/test_eager_target.py tests/engine/test_reload.py
 """
 
 from typing import Any
@@ -18,7 +18,9 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer, Qwen3Model
 
-from vllm_dflash.models.eager_layer import Layer, Room, can_run, embedding
+from vllm_dflash.models.eager_layer import Layer, Room, can_run, embedding, live
+from vllm_dflash.patches import cpu_target
+from vllm_dflash.plugin import patch_set
 
 
 def use_eager_layers(target: Any) -> bool:
@@ -26,8 +28,7 @@ def use_eager_layers(target: Any) -> bool:
     model: Any = getattr(target, "model", None)
     if type(model) is not Qwen3Model or not _is_known(model) or not can_run(model):
         return False
-    model.forward = EagerTarget(model)
-    return True
+    return patch_set().attach(model, [cpu_target.PATCH], model)
 
 
 def _is_known(model: Any) -> bool:
@@ -57,7 +58,9 @@ class EagerTarget:
         self._embed = embedding(model)
         self._layers = [_TargetLayer(layer) for layer in model.layers]
         self._names = [layer.self_attn.attn.layer_name for layer in model.layers]
-        self._norm_weight = model.norm.weight.data
+        self._norm = live(model.norm)
+        self._joined = [part for layer in self._layers for part in layer.joined_parts]
+        self._head_norms = [norm for layer in self._layers for norm in (layer.q_norm, layer.k_norm)]
 
     def __call__(
         self, input_ids: Tensor | None, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Tensor | None = None
@@ -70,16 +73,18 @@ class EagerTarget:
         if any(slots.get(name) is None or metadata[name].num_actual_tokens != len(input_ids) for name in self._names):
             return self._modules(input_ids, positions, intermediate_tensors, inputs_embeds)
         taps, features = self._model.aux_hidden_state_layers, []
+        # Anew in each step, 1 us a layer: whatever has changed a weight, no trace of it is left that could be looked for.
+        torch._foreach_copy_(self._joined, [norm["weight"] for norm in self._head_norms])
         residual = self._embed(input_ids)
         first = self._layers[0]
-        room, hidden = Room(first, residual), first.norm(residual, first.input_weight)
+        room, hidden = Room(first, residual), first.norm(residual, first.input_norm["weight"])
         for index, (layer, name) in enumerate(zip(self._layers, self._names, strict=True)):
             if index:
-                hidden, residual = layer.norm_sum(hidden, residual, layer.input_weight)
+                hidden, residual = layer.norm_sum(hidden, residual, layer.input_norm["weight"])
             if index in taps:
                 features.append(residual)
             hidden, residual = layer(positions, hidden, residual, slots[name], metadata, room)
-        hidden, residual = self._layers[-1].norm_sum(hidden, residual, self._norm_weight)
+        hidden, residual = self._layers[-1].norm_sum(hidden, residual, self._norm["weight"])
         if len(self._layers) in taps:
             features.append(residual)
         return (hidden, features) if features else hidden
@@ -90,10 +95,13 @@ class _TargetLayer(Layer):
 
     def __init__(self, layer: Any) -> None:
         super().__init__(layer)
-        self._is_float, self._num_heads = self.input_weight.dtype == torch.float32, self.q_size // self.head_dim
+        weight = self.q_norm["weight"]
+        self._is_float, self._num_heads = weight.dtype == torch.float32, self.q_size // self.head_dim
         num_keys = layer.self_attn.kv_size // self.head_dim
-        self._qk_weight = torch.cat([self.q_weight.expand(self._num_heads, -1), self.k_weight.expand(num_keys, -1)])
-        """[heads, head_dim]"""
+        self._qk_weight = torch.empty(self._num_heads + num_keys, self.head_dim, dtype=weight.dtype)
+        """[heads, head_dim]: the weights of both norms, for one multiplication."""
+        self.joined_parts = self._qk_weight[: self._num_heads], self._qk_weight[self._num_heads :]
+        """Of the queries and of the keys: every forward writes them first."""
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """``x`` [N, H], normed; in 16 bits it may still be in float32, as a sum is."""
@@ -102,7 +110,7 @@ class _TargetLayer(Layer):
         return torch.rms_norm(x.float(), weight.shape, None, self.eps).to(weight.dtype) * weight
 
     def heads(self, qk: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        normed = torch.rms_norm(qk if self._is_float else qk.float(), self.q_weight.shape, None, self.eps)
+        normed = torch.rms_norm(qk if self._is_float else qk.float(), (self.head_dim,), None, self.eps)
         both = (normed if self._is_float else normed.to(qk.dtype)).mul_(self._qk_weight)
         self.rotate(positions, both.view(len(both), -1), None)
         return both[:, : self._num_heads], both[:, self._num_heads :]

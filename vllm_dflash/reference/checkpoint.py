@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_dflash.conditioning import kind_of
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
-from vllm_dflash.formats import CONFIG_FILE, FORMAT_OF, IGNORED_TENSORS, tensor_name, write
+from vllm_dflash.formats import CONFIG_FILE, IGNORED_TENSORS, published_format, tensor_name, write
+from vllm_dflash.kinds import kind_of
 from vllm_dflash.reference.drafter import Drafter, OwnTables
 from vllm_dflash.weights import SINGLE_FILE, check_finite, check_tensors, expected_tensors, read_mask_embedding, weight_files
 
@@ -20,7 +20,7 @@ _OWN = {"embed_tokens.weight": "embed_tokens", "lm_head.weight": "lm_head", "d2t
 
 def new_drafter(config: DrafterConfig) -> Drafter:
     """A drafter of the configuration's kind with fresh weights."""
-    drafter = kind_of(config).Reference(config)
+    drafter = kind_of(config).context_part("Reference")(config)
     assert isinstance(drafter, Drafter)
     return drafter
 
@@ -32,7 +32,9 @@ def save_drafter(folder: str | Path, model: Drafter) -> None:
         DrafterConfigError: it has tables of its own, which those formats do not hold.
     """
     if model.own != OwnTables():
-        raise DrafterConfigError("this drafter has tables of its own (embedding, lm_head): convert its checkpoint with vllm-dflash convert")
+        raise DrafterConfigError(
+            "this drafter has tables of its own (embedding, lm_head)", "convert its checkpoint with vllm-dflash convert"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
@@ -40,7 +42,7 @@ def save_drafter(folder: str | Path, model: Drafter) -> None:
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     config = model.config.with_(dtype=dtype)
     save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(write(config, FORMAT_OF[config.conditioning]), indent=2) + "\n")
+    (folder / CONFIG_FILE).write_text(json.dumps(write(config, published_format(config)), indent=2) + "\n")
 
 
 def load_drafter(folder: str | Path, dtype: torch.dtype) -> Drafter:
@@ -51,15 +53,15 @@ def load_drafter(folder: str | Path, dtype: torch.dtype) -> Drafter:
     """
     config = DrafterConfig.from_pretrained(folder)
     if config.quantization_config is not None:
-        raise DrafterConfigError(f"{folder}: the weights are quantized, which plain PyTorch does not run: serve it with vLLM")
-    check_tensors(config, folder)
+        raise DrafterConfigError("the weights are quantized, which plain PyTorch does not run", "serve it with vLLM", where=str(folder))
+    check_tensors(config, folder, dtype)
     tensors = read_tensors(folder)
-    check_finite(tensors)
+    check_finite(tensors, dtype)
     tables = {own: tensors.pop(name) for name, own in _OWN.items() if name in tensors}
     model = new_drafter(config)
     model.load_state_dict(tensors)
     model.own = OwnTables(**{name: table if name == "d2t" else table.to(dtype) for name, table in tables.items()})
-    embedding = read_mask_embedding(folder, config)
+    embedding = read_mask_embedding(folder, config, dtype)
     model.own.mask_embedding = None if embedding is None else embedding.to(dtype)
     return model.to(dtype).eval()
 

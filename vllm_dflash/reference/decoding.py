@@ -93,11 +93,12 @@ def draft_block(
     ids[0, 0] = token
     positions = torch.arange(anchor, anchor + num_queries, device=device)[None]
     hidden = drafter(drafter.embed(target.get_input_embeddings(), ids), positions, context)
-    # The query at position n + k predicts the token at n + k itself; the anchor's own output is unused.
-    logits = drafter.logits(target.lm_head, hidden[0, 1 : num_tokens + 1]).float()
-    best, second = logits.topk(2, dim=-1).values.unbind(-1)
-    # Not topk's indices: of equal logits, as bfloat16 often has them, argmax takes the first token, as every engine does.
-    return Draft(anchor, logits.argmax(-1).tolist(), (best - second).tolist(), best.tolist())
+    # Mostly the query at position n + k predicts the token at n + k itself, and the anchor's own output is unused.
+    first = drafter.config.first_row
+    logits = drafter.logits(target.lm_head, hidden[0, first : first + num_tokens]).float()
+    tokens, scores = drafter.head.draft(logits, ids[0, 0])
+    best, second = scores.topk(2, dim=-1).values.unbind(-1)
+    return Draft(anchor, tokens.tolist(), (best - second).tolist(), best.tolist())
 
 
 class _Loop:

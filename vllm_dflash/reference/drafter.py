@@ -1,6 +1,6 @@
 """The drafter in plain PyTorch: the module that is trained, and the oracle for the served one.
 
-``Drafter`` is what all kinds share; a kind of ``vllm_dflash.conditioning`` adds how target features become context.
+``Drafter`` is what all kinds share; a kind of ``vllm_dflash.kinds`` adds how target features become context.
 It needs no embedding and no lm_head; callers pass embeddings in (``embed``) and rank what comes out (``logits``), with the
 target's or the checkpoint's own. Parameter names are those of the published checkpoints. Limits: unquantized weights.
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.kinds import kind_of
 from vllm_dflash.reference.masks import window_mask
 from vllm_dflash.reference.rotary import rotary_angles
 
@@ -182,7 +183,7 @@ class OwnTables:
 
 
 class Drafter(nn.Module):
-    """The whole drafter but for ``context`` and ``layer_key_value``, which the kinds of conditioning define."""
+    """The whole drafter but for ``context`` and ``layer_key_value``, which the kinds define."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
@@ -190,6 +191,7 @@ class Drafter(nn.Module):
         self.own = OwnTables()
         self.layers = nn.ModuleList(DraftLayer(config, window) for window in config.windows)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = kind_of(config).head_part("Reference")(config)
 
     def context(self, features: Tensor) -> Tensor:
         """The context of the target's captured layer outputs ``features`` [..., T * H], in target_layer_ids' order."""

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_dflash.kinds import AFTER_ANCHOR
+
 _PUBLISHED_GAMMA = ((8, 4.0), (10, 5.0), (16, 7.0))
 """(block size, gamma) of arXiv 2602.06036."""
 
@@ -22,19 +24,19 @@ def default_gamma(block_size: int) -> float:
     return g * block_size / b
 
 
-def position_weights(block_size: int, gamma: float | None = None) -> Tensor:
-    """w_k = exp(-(k - 1) / gamma) for k = 1..block_size-1, float32 [block_size - 1]."""
-    return torch.exp(-torch.arange(block_size - 1, dtype=torch.float32) / (gamma or default_gamma(block_size)))
+def position_weights(block_size: int, gamma: float | None = None, first_row: int = AFTER_ANCHOR) -> Tensor:
+    """w_k = exp(-(k - 1) / gamma) for k = 1..K, float32 [K]; K is ``block_size - first_row``, mostly b - 1."""
+    return torch.exp(-torch.arange(block_size - first_row, dtype=torch.float32) / (gamma or default_gamma(block_size)))
 
 
-def block_labels(tokens: Tensor, anchors: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Labels x[a+1..a+b-1] int64 [B, N, b-1] and which of them exist, bool [B, N, b-1].
+def block_labels(tokens: Tensor, anchors: Tensor, block_size: int, first_row: int = AFTER_ANCHOR) -> tuple[Tensor, Tensor]:
+    """Labels x[a+1..a+K] int64 [B, N, K] and which of them exist, bool [B, N, K]; K is ``block_size - first_row``.
 
     Args:
         tokens: [B, S] token ids.
         anchors: [B, N] positions.
     """
-    at = anchors[..., None] + torch.arange(1, block_size, device=anchors.device)
+    at = anchors[..., None] + torch.arange(1, block_size - first_row + 1, device=anchors.device)
     valid = at < tokens.shape[1]
     labels = tokens.gather(1, at.clamp(max=tokens.shape[1] - 1).flatten(1)).view(at.shape)
     return labels.long(), valid
@@ -44,9 +46,9 @@ def block_loss(logits: Tensor, labels: Tensor, valid: Tensor, weights: Tensor) -
     """Weighted mean cross-entropy, a float32 scalar.
 
     Args:
-        logits: [..., b-1, V], at the block's mask positions.
-        labels, valid: [..., b-1], from ``block_labels``.
-        weights: [b-1], from ``position_weights``.
+        logits: [..., K, V], of the block's rows that predict.
+        labels, valid: [..., K], from ``block_labels``.
+        weights: [K], from ``position_weights``.
     """
     each = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="none").view(labels.shape)
     weighted = weights.to(each.device) * valid

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from vllm_dflash.checks import drafter_folder, no_drafter_at
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
-from vllm_dflash.formats import CONFIG_FILE, IGNORED_TENSORS, parse, tensor_name, write
+from vllm_dflash.formats import CONFIG_FILE, IGNORED_TENSORS, parse, read_raw, tensor_name, write
 from vllm_dflash.progress import Progress
 from vllm_dflash.weights import INDEX_FILE, SINGLE_FILE, check_tensors, read_headers, target_ids, weight_files
 
@@ -41,16 +41,16 @@ def convert(source: str | Path, target: str | Path, format: str, *, verifier: st
     """
     folder, target = drafter_folder(str(source), None), Path(target)
     if folder is None:
-        raise DrafterConfigError(no_drafter_at(str(source)))
+        raise no_drafter_at(str(source))
     config = DrafterConfig.from_pretrained(folder)
     raw = write(config, format, verifier=verifier or _verifier(folder))
     if parse(raw) != config:
         raise DrafterConfigError(
-            f"{format} cannot hold this drafter: parts of its settings would be lost; write it in the format that it has"
+            f"{format} cannot hold this drafter", "parts of its settings would be lost; write it in the format that it has"
         )
     check_tensors(config, folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise DrafterConfigError(f"{target} is there and not empty: give a new folder, or remove it first")
+        raise DrafterConfigError(f"{target} is there and not empty", "give a new folder, or remove it first")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
         new = Path(temporary) / "checkpoint"
@@ -70,7 +70,7 @@ def convert(source: str | Path, target: str | Path, format: str, *, verifier: st
 
 def _verifier(folder: Path) -> str:
     """The target's name in a checkpoint of speculators' format; empty where there is none."""
-    raw = json.loads((folder / CONFIG_FILE).read_text())
+    raw = read_raw(folder)
     for name in ("speculators_config", "verifier", "name_or_path"):
         raw = raw.get(name) if isinstance(raw, dict) else None
     return raw if isinstance(raw, str) else ""
@@ -124,7 +124,7 @@ def _compare(paths: list[Path], new: Path, bar: Any) -> None:
                 copy = file.get_tensor(tensor_name(name))
                 same = copy.dtype == tensor.dtype and copy.shape == tensor.shape
                 if not same or not torch.equal(_bytes(copy), _bytes(tensor)):
-                    raise DrafterConfigError(f"{name} was not written as it was read: check the disk and try again")
+                    raise DrafterConfigError(f"{name} was not written as it was read", "check the disk and try again")
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,27 +3,24 @@
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from vllm_dflash.config import DrafterConfig
+from vllm_dflash.config import DrafterConfig, printable
+from vllm_dflash.kinds import kind_of
 from vllm_dflash.tools.inspect import Inspection
-
-_CONTEXT = {
-    "dflash": "one context vector a token for all draft layers",
-    "dflare": "a context vector a token for each draft layer",
-}
 
 
 def as_text(found: Inspection) -> str:
-    """Two columns, a table for DFlare's fusion, and the problems."""
+    """Two columns, a table of each target layer's shares, and the problems."""
     rows = _config_rows(found.config) if found.config is not None else []
     rows += _weight_rows(found)
     if found.sound:
         rows.append(("sound", f"yes: all {len(found.drafter_tensors)} tensors are there and finite"))
     else:
         rows.append(("sound", f"no, {len(found.problems)} problem{'s' if len(found.problems) > 1 else ''}:"))
+    rows += [("note", warning) for warning in found.warnings]
     lines = [str(found.folder), *(f"{name:<17} {value}" for name, value in rows), *(f"  {problem}" for problem in found.problems)]
     if found.fusion is not None and found.config is not None:
         lines += ["", *_fusion_lines(found.config, found.fusion)]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -41,7 +38,7 @@ def _config_rows(config: DrafterConfig) -> list[tuple[str, str]]:
     quantization = config.quantization_config
     return [
         ("format", config.format),
-        ("conditioning", f"{config.conditioning}: {_CONTEXT[config.conditioning]}"),
+        ("conditioning", f"{config.kind}: {kind_of(config).sentence}"),
         ("block size", f"{config.block_size}: num_speculative_tokens {f'1 to {k}' if k > 1 else '1'}"),
         ("layers", f"{config.num_hidden_layers}, hidden size {config.hidden_size}, MLP {config.intermediate_size}"),
         *(("", line) for line in _attention_lines(config)),
@@ -89,4 +86,4 @@ def _count(number: int) -> str:
 def _fusion_lines(config: DrafterConfig, fusion: Sequence[Sequence[float]]) -> list[str]:
     head = "draft layer" + "".join(f"{f'{i}':>7}" for i in config.target_layer_ids)
     rows = [f"{d:>11}" + "".join(f"{share:7.3f}" for share in row) for d, row in enumerate(fusion)]
-    return ["share of each target layer in a draft layer's context (softmax of layer_fusion_weights)", head, *rows]
+    return [f"share of each target layer in a draft layer's context (softmax of {kind_of(config).context.shares})", head, *rows]

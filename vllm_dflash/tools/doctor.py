@@ -9,12 +9,14 @@ import argparse
 import json
 import sys
 import textwrap
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vllm_dflash.checks import count_tokens
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.tools.inspect import inspect_checkpoint
 from vllm_dflash.tools.pair_checks import (
@@ -30,6 +32,8 @@ from vllm_dflash.tools.pair_checks import (
 from vllm_dflash.tools.pair_runs import Acceptance, EngineError, EngineRun, Pair, ReferenceRun, run_engine, run_reference
 from vllm_dflash.tools.prompts import PromptError, load_prompts
 
+_NAME_WIDTH = 16
+"""Of the longest check's name: each is printed before the others are known."""
 _NOTHING_ACCEPTED = 1.1
 _LITTLE_ACCEPTED = 1.5
 _TAU_TOLERANCE = 0.02
@@ -37,41 +41,58 @@ _ROUNDING = {"float32": 1e-4, "float16": 2.0**-8, "bfloat16": 2.0**-5}
 """The target's lead, relative to its best logit, below which plain PyTorch and vLLM may well choose differently."""
 
 
+def _nothing(check: Check) -> None:
+    pass
+
+
 @dataclass
 class Diagnosis:
     """All that was found."""
 
-    checks: list[Check]
+    show: Callable[[Check], None] = _nothing
+    """Told of each check once it is done."""
+    checks: list[Check] = field(default_factory=list)
     reference: ReferenceRun | None = None
     engine: EngineRun | None = None
     advice: list[str] = field(default_factory=list)
+
+    def add(self, checks: Iterable[Check]) -> None:
+        """Checks that are done."""
+        for check in checks:
+            self.checks.append(check)
+            self.show(check)
 
     @property
     def exit_status(self) -> int:
         return int(any(check.state == "error" for check in self.checks))
 
 
-def diagnose(args: argparse.Namespace, *, progress: bool) -> Diagnosis:
-    """Looks, then runs; where looking finds errors nothing is run.
+def diagnose(args: argparse.Namespace, *, progress: bool, show: Callable[[Check], None] = _nothing) -> Diagnosis:
+    """Looks, then runs; where looking finds errors nothing is run. ``show`` is told of each check once it is done.
 
     Raises:
         PromptError: the prompts cannot be used.
     """
     from transformers import AutoConfig
 
-    found = inspect_checkpoint(args.draft, progress=progress)
-    checks = [plugin_check(), *checkpoint_checks(found)]
+    diagnosis = Diagnosis(show)
+    diagnosis.add([plugin_check()])
     try:
-        target = AutoConfig.from_pretrained(args.target)
+        target = AutoConfig.from_pretrained(args.target, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        checks.append(Check("target", "error", f"{args.target} cannot be read ({str(error).splitlines()[0]})", "give its folder or hub id"))
-        return Diagnosis(checks)
+        diagnosis.add(checkpoint_checks(inspect_checkpoint(args.draft, progress=progress)))
+        said = f"{args.target} cannot be read ({str(error).splitlines()[0]})"
+        diagnosis.add([Check("target", "error", said, "give its folder or hub id")])
+        return diagnosis
+    served = resolved_dtype(target.get_text_config(), args.dtype)
+    found = inspect_checkpoint(args.draft, dtype=served, progress=progress)
+    diagnosis.add(checkpoint_checks(found))
     if found.config is None:
-        return Diagnosis(checks)
+        return diagnosis
     tokenizer = load_tokenizer(args.target)
-    checks += shape_checks(found.config, target, Settings(args.num_speculative_tokens, args.max_model_len, args.dtype))
-    checks += tokenizer_checks(found.config, found.folder, tokenizer)
-    diagnosis = Diagnosis(checks)
+    settings = Settings(args.num_speculative_tokens, args.max_model_len, args.dtype)
+    diagnosis.add(shape_checks(found.config, target, settings, count_tokens(args.target) if tokenizer is not None else None))
+    diagnosis.add(tokenizer_checks(found.config, found.folder, tokenizer))
     if diagnosis.exit_status:
         diagnosis.advice.append("Nothing was run: set right what is wrong first.")
         return diagnosis
@@ -94,11 +115,12 @@ def diagnose(args: argparse.Namespace, *, progress: bool) -> Diagnosis:
 
 
 def _run(diagnosis: Diagnosis, pair: Pair, drafter: DrafterConfig, args: argparse.Namespace, progress: bool) -> None:
-    checks = diagnosis.checks
     try:
         diagnosis.reference = run_reference(pair, progress)
     except DrafterConfigError as error:
-        checks.append(Check("plain PyTorch", "warning", f"not run: {error}"))
+        diagnosis.add([Check("plain PyTorch", "warning", f"not run: {error}")])
+    else:
+        diagnosis.add([tau_check(diagnosis.reference.acceptance), layer_check(diagnosis.reference, drafter)])
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if not args.skip_vllm:
@@ -107,14 +129,12 @@ def _run(diagnosis: Diagnosis, pair: Pair, drafter: DrafterConfig, args: argpars
         except EngineError as error:
             lines = str(error).splitlines()
             said = next((line for line in reversed(lines) if "Error" in line), lines[-1])
-            checks.append(Check("vLLM", "error", f"the engine ended early: {said}", "see the lines below"))
+            diagnosis.add([Check("vLLM", "error", f"the engine ended early: {said}", "see the lines below")])
             diagnosis.advice.append(f"The end of the engine's output:\n{error}")
-    if diagnosis.reference is not None:
-        checks += [tau_check(diagnosis.reference.acceptance), layer_check(diagnosis.reference, drafter)]
-        if diagnosis.engine is not None:
-            checks += compare(diagnosis.reference, diagnosis.engine, pair.dtype)
+    if diagnosis.reference is not None and diagnosis.engine is not None:
+        diagnosis.add(compare(diagnosis.reference, diagnosis.engine, pair.dtype))
     elif diagnosis.engine is not None:
-        checks.append(tau_check(diagnosis.engine.acceptance))
+        diagnosis.add([tau_check(diagnosis.engine.acceptance)])
     measured = diagnosis.engine or diagnosis.reference
     if measured is not None:
         diagnosis.advice += advise(measured.acceptance, drafter)
@@ -208,14 +228,18 @@ def advise(acceptance: Acceptance, drafter: DrafterConfig) -> list[str]:
     return lines
 
 
-def as_text(diagnosis: Diagnosis) -> str:
-    """A table of the checks, acceptance per position, and advice."""
-    width = max(len(check.name) for check in diagnosis.checks)
+def check_text(check: Check) -> str:
+    """A check's line, and its remedy below."""
+    lines = [f"{check.state:<8} {check.name:<{_NAME_WIDTH}}  {check.found}"]
+    if check.remedy:
+        indent = 11 + _NAME_WIDTH
+        lines += textwrap.wrap(check.remedy, 110, initial_indent=" " * indent + "-> ", subsequent_indent=" " * (indent + 3))
+    return "\n".join(lines)
+
+
+def summary(diagnosis: Diagnosis) -> str:
+    """What follows the checks: acceptance per position, advice and the verdict."""
     lines = []
-    for check in diagnosis.checks:
-        lines.append(f"{check.state:<8} {check.name:<{width}}  {check.found}")
-        if check.remedy:
-            lines += textwrap.wrap(check.remedy, 110, initial_indent=" " * (11 + width) + "-> ", subsequent_indent=" " * (14 + width))
     runs = [(name, run.acceptance) for name, run in (("plain PyTorch", diagnosis.reference), ("vLLM", diagnosis.engine)) if run is not None]
     if runs:
         lines += ["", f"{'share of drafts accepted at position':<36}" + "".join(f"{i:>6}" for i in range(1, len(runs[0][1].rates) + 1))]
@@ -244,11 +268,15 @@ def run(args: argparse.Namespace) -> int:
     if args.prompts is not None and not Path(args.prompts).is_file():
         return _usage(f"--prompts {args.prompts} is not there: give a file of JSON lines")
     try:
-        diagnosis = diagnose(args, progress=True)
+        diagnosis = diagnose(args, progress=True, show=_nothing if args.json else _print)
     except PromptError as error:
         return _usage(str(error))
-    print(json.dumps(as_dict(diagnosis), indent=2) if args.json else as_text(diagnosis))
+    print(json.dumps(as_dict(diagnosis), indent=2) if args.json else summary(diagnosis))
     return diagnosis.exit_status
+
+
+def _print(check: Check) -> None:
+    print(check_text(check), flush=True)
 
 
 def _usage(message: str) -> int:

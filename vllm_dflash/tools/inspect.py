@@ -17,20 +17,19 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from vllm_dflash.checks import drafter_folder, no_drafter_at
+from vllm_dflash.checks import drafter_folder, no_drafter_at, said_of_unknown_keys
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
-from vllm_dflash.formats import CONFIG_FILE, IGNORED_TENSORS, tensor_name
+from vllm_dflash.formats import CONFIG_FILE, IGNORED_TENSORS, read_raw, tensor_name
+from vllm_dflash.kinds import kind_of
 from vllm_dflash.progress import Progress
 from vllm_dflash.tools.repair import config_problems
 from vllm_dflash.weights import (
     MASK_EMBEDDING_FILE,
-    check_dtypes,
+    READABLE,
     check_finite,
-    check_shapes,
+    is_finite,
     read_header,
-    read_headers,
-    read_mask_embedding,
-    target_ids,
+    tensor_problems,
     weight_files,
 )
 
@@ -47,11 +46,17 @@ class Inspection:
     """Config, weights, index and mask embedding: name and bytes."""
     fusion: list[list[float]] | None = None
     """DFlare: per draft layer, the share of each target layer in its context."""
-    problems: list[str] = field(default_factory=list)
+    errors: list[DrafterConfigError] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    """What does not keep it from being served, but may make it of no use."""
+
+    @property
+    def problems(self) -> list[str]:
+        return [str(error) for error in self.errors]
 
     @property
     def sound(self) -> bool:
-        return not self.problems
+        return not self.errors
 
     @property
     def drafter_tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -74,21 +79,25 @@ class Inspection:
         return found + ([MASK_EMBEDDING_FILE] if MASK_EMBEDDING_FILE in self.files else [])
 
 
-def inspect_checkpoint(path: str | Path, *, progress: bool = False) -> Inspection:
-    """Describes the checkpoint in a folder (or of a hub id that is downloaded) and looks for everything that is wrong with it."""
+def inspect_checkpoint(path: str | Path, *, dtype: str | None = None, progress: bool = False) -> Inspection:
+    """Describes the checkpoint in a folder (or of a hub id that is downloaded) and looks for everything that is wrong with it.
+
+    ``dtype`` is that in which it will serve; None: config.json's.
+    """
     folder = drafter_folder(str(path), None)
     if folder is None:
-        return Inspection(Path(path), problems=[no_drafter_at(str(path))])
+        return Inspection(Path(path), errors=[no_drafter_at(str(path))])
     found = Inspection(folder)
     found.config = _read_config(found)
+    served = None if found.config is None else getattr(torch, dtype or found.config.dtype)
+    found.errors += tensor_problems(found.config, folder, served)
+    if found.config is not None and found.config.unknown_keys:
+        found.warnings.append(said_of_unknown_keys(found.config))
     paths = _read_headers(found)
-    with _noting(found):
-        if found.config is not None:
-            read_mask_embedding(folder, found.config)
     for name in (CONFIG_FILE, MASK_EMBEDDING_FILE, *(p.name for p in paths), *(p.name for p in folder.glob("*.safetensors.index.json"))):
         if (folder / name).is_file():
             found.files[name] = (folder / name).stat().st_size
-    _read_tensors(found, paths, progress)
+    _read_tensors(found, paths, served or torch.float32, progress)
     return found
 
 
@@ -98,76 +107,74 @@ def _noting(found: Inspection) -> Iterator[None]:
     try:
         yield
     except DrafterConfigError as error:
-        found.problems.append(str(error))
+        found.errors.append(error)
 
 
 def _read_config(found: Inspection) -> DrafterConfig | None:
     try:
-        return DrafterConfig.from_pretrained(found.folder)
+        raw = read_raw(found.folder)
     except DrafterConfigError as error:
-        path = found.folder / CONFIG_FILE
-        try:
-            problems = config_problems(json.loads(path.read_text()))
-        except (OSError, ValueError, RecursionError):
-            problems = []
-        found.problems += [f"{path}: {problem}" for problem in problems] or [str(error)]
+        found.errors.append(error)
         return None
+    problems = config_problems(raw)
+    found.errors += [problem.at(found.folder / CONFIG_FILE) for problem in problems]
+    return None if problems else DrafterConfig.from_dict(raw)
 
 
 def _read_headers(found: Inspection) -> list[Path]:
-    """Fills in ``headers``; returns the weight files that can be read, and compares them with the config where all can."""
-    before = len(found.problems)
-    paths = sorted(found.folder.glob("*.safetensors"))
-    with _noting(found):
+    """Fills in ``headers``; returns the weight files that can be read."""
+    try:
         paths = weight_files(found.folder)
+    except DrafterConfigError:
+        paths = sorted(found.folder.glob("*.safetensors"))
     readable = []
     for path in paths:
-        with _noting(found):
+        try:
             found.headers |= read_header(path)
-            readable.append(path)
-    # With a file missing or broken, its tensors would be listed as missing too.
-    if len(found.problems) == before:
-        with _noting(found):
-            read_headers(found.folder)  # looks across files
-    if found.config is not None and len(found.problems) == before:
-        with _noting(found):
-            check_shapes(found.config, {name: shape for name, (_, shape) in found.headers.items()})
-        with _noting(found):
-            check_dtypes(found.config, {name: dtype for name, (dtype, _) in found.headers.items()})
+        except DrafterConfigError:
+            continue  # ``tensor_problems`` has said so
+        readable.append(path)
     return readable
 
 
-def _read_tensors(found: Inspection, paths: list[Path], progress: bool) -> None:
-    """Looks at the values: NaN and infinity, the draft vocabulary's table, DFlare's fusion."""
+def _read_tensors(found: Inspection, paths: list[Path], dtype: torch.dtype, progress: bool) -> None:
+    """Looks at the values: numbers that do not serve, the shares of target layers."""
+    shares = None if found.config is None else kind_of(found.config).context.shares
     bar = Progress(total=sum(p.stat().st_size for p in paths), desc="reading", unit="B", unit_scale=True, disable=not progress)
     bad: dict[str, torch.Tensor] = {}
     with bar:
         for path in paths:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (no mapping)
+                    ours = tensor_name(name)
+                    if ours in IGNORED_TENSORS or found.headers[name][0] not in READABLE:
+                        continue
                     tensor = file.get_tensor(name)
                     bar.update(tensor.numel() * tensor.element_size())
-                    ours = tensor_name(name)
-                    if ours in IGNORED_TENSORS:
-                        continue
+                    stem, _, kind = name.rpartition(".")
+                    weight = f"{stem}.weight"
+                    pair = {name: tensor}
+                    if kind != "weight" and weight in file.keys() and found.headers[weight][0] in READABLE:  # noqa: SIM118
+                        pair[weight] = file.get_tensor(weight)  # a scale is judged with what it scales
                     try:
-                        check_finite({name: tensor})
+                        check_finite(pair, dtype)
                     except DrafterConfigError:
-                        bad[name] = tensor
-                    if ours == "d2t" and found.config is not None and found.config.draft_vocab_size is not None:
-                        with _noting(found):
-                            target_ids(tensor, found.config.vocab_size)
-                    if ours == "layer_fusion_weights" and tensor.is_floating_point() and tensor.ndim == 2:
+                        bad |= pair
+                    if ours == shares and tensor.is_floating_point() and tensor.ndim == 2:
                         found.fusion = tensor.float().softmax(dim=1).tolist()
     with _noting(found):
-        check_finite(bad)
+        check_finite(bad, dtype)
+    sound = {name: tensor for name, tensor in bad.items() if is_finite(tensor)}
+    if sound and len(sound) < len(bad):
+        with _noting(found):
+            check_finite(sound, dtype)
 
 
 def as_dict(found: Inspection) -> dict[str, Any]:
     """The same for scripts: plain values under stable names."""
     config = found.config
     described: dict[str, Any] = {} if config is None else {
-        "format": config.format, "conditioning": config.conditioning, "block_size": config.block_size,
+        "format": config.format, "conditioning": config.kind, "block_size": config.block_size,
         "max_speculative_tokens": config.max_speculative_tokens, "num_hidden_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size, "sliding_windows": list(config.windows),
         "sliding_causal": config.sliding_causal, "num_attention_heads": config.num_attention_heads,
@@ -180,7 +187,7 @@ def as_dict(found: Inspection) -> dict[str, Any]:
         "quantization_config": None if config.quantization_config is None else dict(config.quantization_config),
     }  # fmt: skip
     return {
-        "path": str(found.folder), "sound": found.sound, "problems": found.problems, **described, "own_tables": found.own_tables,
+        "path": str(found.folder), "sound": found.sound, "problems": found.problems, "warnings": found.warnings, **described, "own_tables": found.own_tables,
         "stored_dtypes": found.stored_dtypes, "parameters": found.parameters, "tensors": len(found.drafter_tensors),
         "bytes": sum(found.files.values()), "files": found.files, "fusion": found.fusion,
     }  # fmt: skip

@@ -25,10 +25,9 @@ class Check:
     remedy: str = ""
 
 
-def refusal(name: str, error: Exception | str) -> Check:
-    """An error in the package's own form, ``what is wrong: the remedy``."""
-    what, _, remedy = str(error).rpartition(": ")
-    return Check(name, "error", what, remedy) if what else Check(name, "error", str(error))
+def refusal(name: str, error: DrafterConfigError) -> Check:
+    """What the package refuses, as a check."""
+    return Check(name, "error", f"{error.where}: {error.problem}" if error.where else error.problem, error.remedy)
 
 
 @dataclass(frozen=True)
@@ -42,14 +41,23 @@ class Settings:
 
 def checkpoint_checks(found: Inspection) -> list[Check]:
     """The drafter's own folder."""
-    if found.problems:
-        return [refusal("checkpoint", problem) for problem in found.problems]
-    return [Check("checkpoint", "ok", f"{found.config.format if found.config else ''}, {len(found.drafter_tensors)} tensors, all finite")]
+    if found.errors:
+        return [refusal("checkpoint", error) for error in found.errors]
+    unknown = [Check("config keys", "warning", warning, "compare them with the drafter's model card") for warning in found.warnings]
+    return [
+        *unknown,
+        Check("checkpoint", "ok", f"{found.config.format if found.config else ''}, {len(found.drafter_tensors)} tensors, all finite"),
+    ]
 
 
-def shape_checks(drafter: DrafterConfig, target: Any, settings: Settings) -> list[Check]:
-    """Everything that vLLM's start would refuse, each on its own; ``target`` is a Hugging Face config."""
-    shape, text = TargetShape.from_hf(target), target.get_text_config()
+def shape_checks(drafter: DrafterConfig, target: Any, settings: Settings, num_tokens: int | None = None) -> list[Check]:
+    """Everything that vLLM's start would refuse, each on its own.
+
+    Args:
+        target: a Hugging Face config.
+        num_tokens: how many tokens the target's tokenizer has, where that is known.
+    """
+    shape, text = TargetShape.from_hf(target, num_tokens), target.get_text_config()
     same = TargetShape(drafter.hidden_size, drafter.num_target_layers or shape.num_hidden_layers, drafter.vocab_size)
     anywhere = replace(drafter, num_target_layers=None)
     k = settings.num_speculative_tokens or drafter.max_speculative_tokens
@@ -63,7 +71,8 @@ def shape_checks(drafter: DrafterConfig, target: Any, settings: Settings) -> lis
 
     return [
         _asked("hidden size", f"{shape.hidden_size} in both", lambda: check_pair(drafter, replace(same, hidden_size=shape.hidden_size), 1, 1)),
-        _asked("vocabulary", f"{shape.vocab_size} tokens in both", lambda: check_pair(drafter, replace(same, vocab_size=shape.vocab_size), 1, 1)),
+        _asked("vocabulary", _vocabularies(drafter, shape),
+               lambda: check_pair(drafter, replace(same, vocab_size=shape.vocab_size, num_tokens=num_tokens), 1, 1)),
         _asked("target layers", f"{ids} of {shape.num_hidden_layers}, counted from 0", has_the_layers),
         _asked("drafted tokens", f"num_speculative_tokens {k} of at most {drafter.max_speculative_tokens}", lambda: check_pair(drafter, same, k, 1)),
         _asked("context length", f"{length} tokens; drafter to {drafter.max_position_embeddings}, target to {theirs}",
@@ -72,6 +81,12 @@ def shape_checks(drafter: DrafterConfig, target: Any, settings: Settings) -> lis
         _rope(drafter, text),
         _dtype(drafter, text, settings.dtype),
     ]  # fmt: skip
+
+
+def _vocabularies(drafter: DrafterConfig, shape: TargetShape) -> str:
+    if drafter.vocab_size == shape.vocab_size:
+        return f"{shape.vocab_size} tokens in both"
+    return f"{drafter.vocab_size} tokens; the target's {shape.vocab_size} rows end in padding, its tokenizer has {shape.num_tokens}"
 
 
 def _asked(name: str, found: str, question: Callable[[], object]) -> Check:
@@ -126,15 +141,23 @@ def tokenizer_checks(drafter: DrafterConfig, folder: Path, tokenizer: Any) -> li
     return [_same_tokenizer(folder, tokenizer), _mask_token(drafter.mask_token_id, tokenizer)]
 
 
-def load_tokenizer(folder: str | Path) -> Any:
-    """transformers' tokenizer, or None where there is none."""
+def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
+    """transformers' tokenizer, or None where there is none that can be loaded.
+
+    Said outright, for what is left open transformers asks at the terminal: run the code that the folder brings? [y/N].
+    """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         # transformers makes an empty one where a folder has a model's config and no tokenizer.
         return tokenizer if tokenizer(_SAMPLE)["input_ids"] else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # what a folder without one, or with half of one, ends in
+    except Exception:  # a folder without one, or with half of one, ends in many; tokenizers raises Exception itself
+        return None
+    except BaseException as error:
+        # A panic of its Rust code, of which its own class is all that says so.
+        if type(error).__name__ != "PanicException":
+            raise
         return None
 
 

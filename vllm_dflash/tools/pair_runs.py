@@ -3,10 +3,6 @@
 pytest tests/engine/test_doctor.py
 """
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +12,7 @@ from typing import Any
 import torch
 
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.engines.process import QUIET, EngineFailedError, EngineProcess
 from vllm_dflash.progress import Progress
 from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.reference.decoding import generate, replay_drafts, target_features
@@ -23,7 +20,6 @@ from vllm_dflash.reference.drafter import Drafter
 
 SHIFTS = (-1, 1)
 _REPLAYED_ANCHORS = 400
-_ENGINE_OUTPUT_KEPT = 12
 
 
 class EngineError(RuntimeError):
@@ -110,7 +106,7 @@ def run_reference(pair: Pair, progress: bool) -> ReferenceRun:
 
     dtype, device = getattr(torch, pair.dtype), "cuda" if torch.cuda.is_available() else "cpu"
     drafter = load_drafter(pair.draft, dtype).to(device)
-    target = AutoModelForCausalLM.from_pretrained(pair.target, dtype=dtype).to(device).eval()
+    target = AutoModelForCausalLM.from_pretrained(pair.target, dtype=dtype, trust_remote_code=False).to(device).eval()
     if not hasattr(getattr(target, "model", None), "layers"):
         raise DrafterConfigError(
             f"{type(target).__name__} has no model.layers, where the reference looks for the target's layers; vLLM alone is asked"
@@ -181,33 +177,18 @@ def run_engine(pair: Pair, progress: bool) -> EngineRun:
     Raises:
         EngineError: it did not start, or died.
     """
-    job = {
-        "target": pair.target, "draft": str(pair.draft), "prompts": [list(p) for p in pair.prompts], "max_tokens": pair.max_tokens,
-        "num_speculative_tokens": pair.num_speculative_tokens, "dtype": pair.dtype, "eos_token_id": pair.eos_token_id,
-        "max_model_len": pair.max_model_len,
+    settings = {
+        "target": pair.target, "draft": str(pair.draft), "max_tokens": pair.max_tokens, "dtype": pair.dtype,
+        "num_speculative_tokens": pair.num_speculative_tokens, "eos_token_id": pair.eos_token_id, "max_model_len": pair.max_model_len,
     }  # fmt: skip
-    # In one process, so that ending it ends all; threads left unbound, for a bound engine fights with whatever else runs on its cores.
-    env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"} | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    with tempfile.TemporaryDirectory() as folder:
-        report, log = Path(folder, "report.json"), Path(folder, "log")
-        with (
-            log.open("w") as errors,
-            Progress(total=len(pair.prompts), desc="vLLM", unit=" prompts", disable=not progress) as bar,
-        ):
-            process = subprocess.Popen(
-                [sys.executable, "-m", "vllm_dflash.tools.engine_run", json.dumps(job), str(report)],
-                env=env, stdout=subprocess.PIPE, stderr=errors, text=True,
-            )  # fmt: skip
-            try:
-                assert process.stdout is not None
-                for line in process.stdout:
-                    if line.startswith("done "):
-                        bar.update(int(line.removeprefix("done ")))
-                process.wait()
-            finally:
-                process.kill()
-                process.wait()
-        if not report.is_file():
-            raise EngineError("\n".join(log.read_text().strip().splitlines()[-_ENGINE_OUTPUT_KEPT:]) or f"ended with {process.returncode}")
-        result = json.loads(report.read_text())
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Progress(total=len(pair.prompts), desc="vLLM", unit=" prompts", disable=not progress) as bar,
+    ):
+        try:
+            with EngineProcess("vllm_dflash.tools.engine_run", settings, Path(folder, "log"), QUIET) as engine:
+                engine.wait_until_ready()
+                result = engine.do({"prompts": [list(p) for p in pair.prompts]}, bar.update)
+        except EngineFailedError as error:
+            raise EngineError(error.tail or str(error)) from None
     return EngineRun(result["tokens"], Acceptance(result["drafts"], result["per_position"]))

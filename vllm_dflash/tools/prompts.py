@@ -44,7 +44,7 @@ def load_prompts(path: str | None, count: int, tokenizer: Any, vocab_size: int) 
 def _read(path: str) -> list[dict[str, Any]]:
     try:
         lines = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PromptError(f"{path} cannot be read as JSON lines ({error}): give a file with one object a line") from None
     if not lines:
         raise PromptError(f'{path} is empty: give at least one line such as {{"prompt": "..."}}')
@@ -61,7 +61,22 @@ def token_ids(line: Any, where: str, tokenizer: Any, vocab_size: int) -> list[in
         raise PromptError(f"{where}: give prompt (text), messages (a chat) or prompt_token_ids (ids below {vocab_size})")
     if tokenizer is None:
         raise PromptError(f"{where}: the target has no tokenizer; give prompt_token_ids in --prompts")
+    special = not isinstance(messages, list)
     if isinstance(messages, list):
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return list(tokenizer(text)["input_ids"])
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program of the target's author, and raises what it likes
+            raise PromptError(f"{where}: the target's chat template refuses these messages ({error}): mend them, or give prompt") from None
+    problem = surrogate(str(text))
+    if problem is not None:
+        raise PromptError(f"{where}: {problem}")
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def surrogate(text: str) -> str | None:
+    """What is wrong with a text that holds half of a surrogate pair, as JSON's escapes may write it: no tokenizer takes it. Else None."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"character {error.start + 1} is \\u{ord(text[error.start]):04x}, half of a surrogate pair: mend or remove it"
+    return None

@@ -4,7 +4,6 @@ pytest tests/unit/test_tools.py
 """
 
 import copy
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,42 +12,40 @@ from vllm_dflash.config import DrafterConfig, DrafterConfigError
 _NEUTRAL: dict[str, Any] = {
     "hidden_size": 2**20, "head_dim": 2, "num_attention_heads": 1, "num_key_value_heads": 1, "intermediate_size": 1, "num_hidden_layers": 1,
     "vocab_size": 2**31 - 1, "max_position_embeddings": 1, "block_size": 2, "mask_token_id": 0, "target_layer_ids": [0],
-    "aux_hidden_state_layer_ids": [1], "num_target_layers": 1024, "sliding_window": 2**20, "swa_window_size": None, "use_swa": None,
-    "layer_types": None, "causal": None, "is_causal": None, "rope_scaling": None, "rope_parameters": None, "rope_theta": None,
-    "rms_norm_eps": None, "dtype": "bfloat16", "attention_bias": None, "hidden_act": "silu", "draft_vocab_size": None,
-    "quantization_config": None, "use_sliding_window": None, "sliding_window_non_causal": None, "sample_from_anchor": None,
-    "attention_sink_bias": None, "attention_value_scale": None, "add_swa_attention_sink_bias": None, "rope_interleaved": None,
-    "is_neox_style": None, "partial_rotary_factor": None, "target_hidden_size": None,
+    "aux_hidden_state_layer_ids": [1], "num_target_layers": 1024, "sliding_window": 2**20, "model_type": "qwen3",
     "dflash_config": {"mask_token_id": 0, "target_layer_ids": [0]},
 }  # fmt: skip
-"""A value for each field that no check of another field stumbles over."""
-_ALONG = {"layer_types": ("causal", "is_causal"), "target_layer_ids": ("aux_hidden_state_layer_ids",)}
+"""A value for each field that a drafter must have, which no check of another field stumbles over; every other one is taken out."""
+_ALONG = {
+    "layer_types": ("causal", "is_causal"),
+    "target_layer_ids": ("aux_hidden_state_layer_ids",),
+    "rope_scaling": ("rope_parameters",),
+    "rope_parameters": ("rope_scaling",),
+}
 """Fields that are checked against a field, and would be blamed for the value that was put there."""
+_WHOLE = ("architectures", "speculators_model_type", "transformer_layer_config")
+"""Without these nothing more can be said of the file."""
 
 
-def config_problems(raw: Any) -> list[str]:
+def config_problems(raw: Any) -> list[DrafterConfigError]:
     """The refusals of every field of ``raw``, the contents of a ``config.json``; empty where it parses."""
-    problems: list[str] = []
+    problems: list[DrafterConfigError] = []
     raw, repaired = copy.deepcopy(raw), set[str]()
     while True:
         try:
             DrafterConfig.from_dict(raw)
         except DrafterConfigError as error:
-            problems.append(str(error))
-            field = _field(str(error))
-            if field is None or field in repaired:
-                return problems[:-1] if field else problems
+            # The outermost key in the object that holds it: parts of a rotary scaling are set right together.
+            field = error.field.removeprefix("dflash_config.").partition(".")[0]
+            if field in repaired:
+                return problems
+            problems.append(error)
+            if not field or field in _WHOLE:
+                return problems
             repaired.add(field)
-            _set(raw, {name: copy.deepcopy(_NEUTRAL[name]) for name in (field, *_ALONG.get(field, ()))} | _fitting(raw, field))
+            _set(raw, (field, *_ALONG.get(field, ())), _fitting(raw, field))
         else:
             return problems
-
-
-def _field(message: str) -> str | None:
-    """The field that a refusal names first, if it can be set right."""
-    words = re.match(r"[a-z0-9_.]+", message)
-    parts = words[0].split(".") if words else []
-    return next((part for part in reversed(parts) if part in _NEUTRAL), None)
 
 
 def _fitting(raw: dict[str, Any], field: str) -> dict[str, Any]:
@@ -64,8 +61,13 @@ def _fitting(raw: dict[str, Any], field: str) -> dict[str, Any]:
     return {"head_dim": 2} if field in ("hidden_size", "num_attention_heads") and layers.get("head_dim") is None else {}
 
 
-def _set(raw: dict[str, Any], values: Mapping[str, Any]) -> None:
-    """Sets ``values`` in the object and its two nested ones: which of them a field belongs to depends on the format."""
+def _set(raw: dict[str, Any], names: tuple[str, ...], fitting: Mapping[str, Any]) -> None:
+    """Sets fields in the object and its two nested ones: which of them a field belongs to depends on the format."""
     for place in (raw, raw.get("dflash_config"), raw.get("transformer_layer_config")):
         if isinstance(place, dict):
-            place |= {name: value for name, value in values.items() if place is raw or name != "dflash_config"}
+            for name in {*names, *fitting}:
+                there = place.pop(name, None) is not None
+                if place is raw.get("dflash_config") and not there and name not in _NEUTRAL["dflash_config"]:
+                    continue
+                if name in fitting or (name in _NEUTRAL and (place is raw or name != "dflash_config")):
+                    place[name] = fitting[name] if name in fitting else copy.deepcopy(_NEUTRAL[name])

@@ -12,6 +12,7 @@ from math import prod
 import torch
 
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.kinds import kind_of
 from vllm_dflash.training.settings import Settings
 from vllm_dflash.weights import expected_tensors
 
@@ -47,10 +48,11 @@ def budget(settings: Settings, config: DrafterConfig, target_parameters: int, pr
     sequences = steps * table.batch_size
     length = settings.data.max_prompt_tokens + settings.generate.response_tokens
     # What runs over context positions, and what runs over a block's queries.
-    over_context = sum(n for name, n in sizes.items() if name.startswith("fc.") or "_proj_target" in name)
-    if config.conditioning == "dflash":
-        over_context += sum(n for name, n in sizes.items() if "k_proj.weight" in name or "v_proj.weight" in name)
-    over_queries = sum(n for name, n in sizes.items() if name.startswith("layers.") and "_proj_target" not in name)
+    context = kind_of(config).context
+    over_context = sum(n for name, n in sizes.items() if any(part in name for part in context.over_context))
+    over_queries = sum(
+        n for name, n in sizes.items() if name.startswith("layers.") and not any(part in name for part in context.own_projections)
+    )
     queries = sequences * min(table.anchors, settings.generate.response_tokens - 1) * config.block_size
     head = config.vocab_size * config.hidden_size
     moments = 2 if table.optimizer == "adamw" else 1

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from vllm_dflash.training.settings import STAGES, TABLES, every_field
+from vllm_dflash.training.settings import STAGES, TABLES, choices_of, every_field
 
 DESCRIPTION = (
     "Makes a drafter for any Hugging Face causal language model that vLLM serves, from prompts alone, in five stages: the target answers the "
@@ -44,6 +44,6 @@ def _help(text: str, default: Any) -> str:
 
 
 def _metavar(item: Any) -> str:
-    if item.metadata["choices"]:
-        return "{" + ",".join(item.metadata["choices"]) + "}"
+    if choices := choices_of(item):
+        return "{" + ",".join(choices) + "}"
     return "X" if "float" in str(item.type) else "N" if "int" in str(item.type) else "VALUE"

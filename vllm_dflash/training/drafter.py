@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vllm_dflash import kinds
 from vllm_dflash.config import DrafterConfig, DrafterConfigError, default_target_layer_ids
 from vllm_dflash.reference.checkpoint import load_drafter, new_drafter
 from vllm_dflash.reference.drafter import Drafter, OwnTables
@@ -17,7 +18,6 @@ from vllm_dflash.training.files import TrainingError
 from vllm_dflash.training.settings import Settings
 from vllm_dflash.training.target import Target
 
-_PUBLISHED_LAYERS = {"dflash": 5, "dflare": 7}
 _RESERVED = re.compile(r"reserved|unused|mask", re.IGNORECASE)
 
 
@@ -65,12 +65,12 @@ def mask_token(target: Target, given: int | None) -> tuple[int, str]:
 
 def default_layers(kind: str, num_target_layers: int) -> int:
     """The papers' depth, or less for a shallow target: draft layers cost as much as the target's."""
-    return max(1, min(_PUBLISHED_LAYERS[kind], num_target_layers // 2 - (kind == "dflash")))
+    return max(1, kinds.every()[kind].layers(num_target_layers))
 
 
 def default_features(kind: str, layers: int, num_target_layers: int) -> tuple[int, ...]:
-    """Evenly spaced target layers: as many as draft layers, for DFlare a quarter of the target's (9 of 36) but two more than those."""
-    count = layers if kind == "dflash" else max(layers + 2, round(num_target_layers / 4))
+    """Evenly spaced target layers, as many as the kind wants."""
+    count = kinds.every()[kind].features(layers, num_target_layers)
     # No more than there are between the formula's first and last, so that none comes twice.
     return default_target_layer_ids(min(count, num_target_layers - 3), num_target_layers)
 
@@ -82,7 +82,7 @@ def first_weights(config: DrafterConfig, settings: Settings, model: Any) -> Draf
         TrainingError: those layers have another shape than the drafter's, or ``init`` or ``init_layers`` is unusable.
     """
     torch.manual_seed(settings.run.seed)
-    drafter = new_drafter(config).float()
+    drafter: Drafter = new_drafter(config).float()
     if settings.drafter.init is not None:
         try:
             loaded = load_drafter(settings.drafter.init, torch.float32)
@@ -104,7 +104,8 @@ def first_weights(config: DrafterConfig, settings: Settings, model: Any) -> Draf
             _take_layers(drafter, settings.drafter.init_layers)
     if settings.drafter.tie_context:
         for layer in drafter.layers:
-            layer.self_attn.k_proj_target, layer.self_attn.v_proj_target = layer.self_attn.k_proj, layer.self_attn.v_proj
+            for name, block_own in kinds.kind_of(config).context.own_projections.items():
+                setattr(layer.self_attn, name, getattr(layer.self_attn, block_own))
     return drafter
 
 
@@ -112,8 +113,15 @@ def with_weights(config: DrafterConfig, weights: Mapping[str, torch.Tensor]) -> 
     """A drafter with these weights by parameter name; projections that were tied are tensors of their own in it, as on disk."""
     out = new_drafter(config)
     # A tied projection is named once, by its block's own.
-    out.load_state_dict({name: weights[name if name in weights else name.replace("_target.", ".")] for name in out.state_dict()})
+    out.load_state_dict({name: weights[name if name in weights else of_the_block(config, name)] for name in out.state_dict()})
     return out
+
+
+def of_the_block(config: DrafterConfig, name: str) -> str:
+    """The block's own tensor that one of the context's own projections may be."""
+    for own, block_own in kinds.kind_of(config).context.own_projections.items():
+        name = name.replace(f".{own}.", f".{block_own}.")
+    return name
 
 
 def _copy_layers(drafter: Drafter, model: Any) -> None:
@@ -129,9 +137,8 @@ def _copy_layers(drafter: Drafter, model: Any) -> None:
                 "give the drafter the target's intermediate_size"
             )
         own |= {name: source[name].float() for name in own.keys() & source.keys()}
-        for name in ("k_proj", "v_proj"):  # DFlare's own projections of the context
-            if f"self_attn.{name}_target.weight" in own:
-                own[f"self_attn.{name}_target.weight"] = own[f"self_attn.{name}.weight"].clone()
+        for name, block_own in kinds.kind_of(drafter.config).context.own_projections.items():
+            own[f"self_attn.{name}.weight"] = own[f"self_attn.{block_own}.weight"].clone()
         layer.load_state_dict(own)
 
 
@@ -142,7 +149,7 @@ def _take_layers(drafter: Drafter, folder: str) -> None:
     except DrafterConfigError as error:
         raise TrainingError(f"init_layers: {error}") from None
     found, own = source.state_dict(), drafter.state_dict()
-    wanted = {name: name if name in found else name.replace("_target.", ".") for name in own if name.startswith(("layers.", "norm."))}
+    wanted = {name: name if name in found else of_the_block(drafter.config, name) for name in own if name.startswith(("layers.", "norm."))}
     wrong = sorted(name for name, taken in wanted.items() if taken not in found or found[taken].shape != own[name].shape)
     if wrong or len(source.layers) != len(drafter.layers) or source.config.mask_token_id != drafter.config.mask_token_id:
         raise TrainingError(
@@ -167,7 +174,7 @@ def _new(settings: Settings, target: Target, mask: int) -> DrafterConfig:
         mask_token_id=mask, target_layer_ids=table.target_layer_ids or default_features(table.kind, layers, depth), num_target_layers=depth,
         max_position_embeddings=table.max_position_embeddings or text.max_position_embeddings, rms_norm_eps=text.rms_norm_eps,
         rope_theta=float(theta), rope_scaling=None if rope.get("rope_type", "default") == "default" else rope,
-        dtype=target.dtype if settings.export.export_dtype == "auto" else settings.export.export_dtype, conditioning=table.kind,
+        dtype=target.dtype if settings.export.export_dtype == "auto" else settings.export.export_dtype, kind=table.kind,
     )  # fmt: skip
 
 
@@ -182,8 +189,8 @@ def _continued(settings: Settings, target: Target) -> tuple[DrafterConfig, str]:
         given = getattr(table, name)
         if given not in (None, wanted):
             raise TrainingError(f"{name} is {given}, but the drafter of init has {wanted}: leave {name} out, or train without init")
-    if config.conditioning != table.kind:
-        raise TrainingError(f"the drafter of init is a {config.conditioning}: set kind to it")
+    if config.kind != table.kind:
+        raise TrainingError(f"the drafter of init is a {config.kind}: set kind to it")
     if config.draft_vocab_size is not None:
         raise TrainingError("the drafter of init has a draft vocabulary of its own, which is not trained here: give one without")
     reach = table.max_position_embeddings or config.max_position_embeddings

@@ -7,24 +7,17 @@ They end with this process, however that ends. Limits: one machine; where an eng
     pytest tests/unit/test_train_prompts.py tests/engine/test_train.py
 """
 
-import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.engines.process import QUIET, EngineFailedError, EngineProcess, EngineRefusedError
 from vllm_dflash.progress import Progress
 from vllm_dflash.training.files import TrainingError
 
-DEFAULT_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
-"""Of an engine's process, where it has no values of its own: threads are left unbound, for other work runs on the same cores."""
-ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-"""In one process, so that ending it ends all."""
-_LOG_KEPT = 12
 _DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
@@ -70,28 +63,14 @@ def _count() -> int:
 
 
 def _run(what: str, engine_args: Mapping[str, Any], jobs: list[dict[str, Any]], devices: str | None, bar: Any) -> None:
-    env = DEFAULT_ENV | os.environ | ENV
-    if devices is not None:
-        env[_DEVICES] = devices
+    env = QUIET | ({} if devices is None else {_DEVICES: devices})
     with tempfile.TemporaryDirectory() as scratch:
-        log, order = Path(scratch, "log"), Path(scratch, "order.json")
-        order.write_text(json.dumps({"engine_args": dict(engine_args), "jobs": jobs}))
-        with log.open("w") as errors:
-            process = subprocess.Popen(
-                [sys.executable, "-m", f"vllm_dflash.training.{what}_engine", str(order)],
-                env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-            )  # fmt: skip
-            try:
-                assert process.stdout is not None
-                for line in process.stdout:
-                    if line.startswith("done "):
-                        bar.update(int(line.removeprefix("done ")))
-                    elif line.startswith("refused "):
-                        raise TrainingError(line.removeprefix("refused ").strip())
-                process.wait()
-            finally:
-                process.kill()
-                process.wait()
-        if process.returncode:
-            end = "\n".join(log.read_text().strip().splitlines()[-_LOG_KEPT:])
-            raise TrainingError(f"the target's engine ended with {process.returncode}: the end of its output says why\n{end}")
+        try:
+            with EngineProcess(f"vllm_dflash.training.{what}_engine", engine_args, Path(scratch, "log"), env) as engine:
+                engine.wait_until_ready()
+                for job in jobs:
+                    engine.do(job, bar.update)
+        except EngineRefusedError as refusal:
+            raise TrainingError(str(refusal)) from None
+        except EngineFailedError as error:
+            raise TrainingError(f"the target's engine {error}: the end of its output says why\n{error.tail}") from None

@@ -6,17 +6,17 @@ vllm-dflash train ... --only export         pytest tests/engine/test_train.py
 import importlib.metadata
 import json
 import shlex
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import vllm_dflash
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
-from vllm_dflash.formats import FORMAT_OF
+from vllm_dflash.formats import METHOD, published_format
+from vllm_dflash.kinds import kind_of
 from vllm_dflash.tools.convert import convert
 from vllm_dflash.training import loop, prove
-from vllm_dflash.training.files import TrainingError, read_json
+from vllm_dflash.training.files import TrainingError, whole_folder
 from vllm_dflash.training.generate import sequences
 from vllm_dflash.training.settings import Settings
 from vllm_dflash.training.target import Target
@@ -36,23 +36,22 @@ def export(settings: Settings, target: Target, mask_why: str) -> Path:
     Raises:
         TrainingError: nothing is trained, what is trained is not proven, or the format cannot hold it.
     """
-    trained, proof = loop.result(settings), read_json(prove.path_of(settings))
+    trained, proof = loop.result(settings), prove.proof(settings)
     if trained is None or proof is None or proof["question"]["trained"] != trained:
         raise TrainingError(f"the drafter in {loop.final_folder(settings)} is not proven yet: run the stages train and prove first")
     if not proof["agree"]:
         raise TrainingError(f"trainer and serving disagree about tau ({prove.path_of(settings)}): a drafter like that is not exported")
-    source, out = loop.final_folder(settings), folder_of(settings)
+    source, out = loop.trained_folder(settings), folder_of(settings)
     config = DrafterConfig.from_pretrained(source)
-    part = out.with_name("drafter.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        convert(source, part, settings.export.format or FORMAT_OF[config.conditioning], verifier=target.name)
-    except DrafterConfigError as error:
-        raise TrainingError(f"export: {error}") from None
-    (part / "README.md").write_text(card(settings, target, config, trained, proof, mask_why))
-    (part / "training.json").write_text(json.dumps({"settings": settings.to_dict(), "result": trained, "proof": proof}, indent=1) + "\n")
-    shutil.rmtree(out, ignore_errors=True)
-    part.rename(out)
+    with whole_folder(out) as part:
+        try:
+            convert(source, part, settings.export.format or published_format(config), verifier=target.name)
+        except DrafterConfigError as error:
+            raise TrainingError(f"export: {error}") from None
+        (part / "README.md").write_text(card(settings, target, config, trained, proof, mask_why))
+        (part / "training.json").write_text(
+            json.dumps({"settings": settings.to_dict(), "result": trained, "proof": proof}, indent=1) + "\n"
+        )
     if (served := served_tau(proof)) < _PAYS:
         print(
             f"warning: tau is {served:.2f}: next to nothing of its drafts is accepted, and serving with it gains nothing. Train it on "
@@ -70,8 +69,8 @@ def card(settings: Settings, target: Target, config: DrafterConfig, trained: dic
     """The model card, in Markdown."""
     data = sequences(settings)
     answered = int((data.lengths - data.prompt_lengths).sum())
-    kind = {"dflash": "DFlash", "dflare": "DFlare"}[config.conditioning]
-    served = {"method": "dflash", "model": "DRAFTER", "num_speculative_tokens": config.max_speculative_tokens}
+    kind = kind_of(config)
+    served = {"method": METHOD, "model": "DRAFTER", "num_speculative_tokens": config.max_speculative_tokens}
     rates = "".join(f"| {row['by']} | {row['tau']:.2f} | {' '.join(f'{r:.2f}' for r in row['rates'])} |\n" for row in proof["rows"])
     versions = ", ".join(f"{name} {_version(name)}" for name in ("vllm", "torch", "transformers"))
     table = settings.train
@@ -84,9 +83,9 @@ def card(settings: Settings, target: Target, config: DrafterConfig, trained: dic
     return f"""---
 base_model: {target.name}
 library_name: vllm
-tags: [speculative-decoding, {config.conditioning}]
+tags: [speculative-decoding, {kind.name}]
 ---
-# {kind} drafter for {target.name}
+# {kind.label} drafter for {target.name}
 
 ```
 vllm serve {target.name} --speculative-config '{json.dumps(served)}'

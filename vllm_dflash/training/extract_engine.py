@@ -1,6 +1,6 @@
 """One vLLM engine that takes hidden states of sequences and writes feature shards; started by ``extract``, whose end it does not outlive.
 
-python -m vllm_dflash.training.extract_engine ORDER.json       with its standard input left open
+pytest tests/engine/test_train_extract.py
 """
 
 import tempfile
@@ -11,28 +11,37 @@ from typing import Any
 
 from torch import Tensor
 
+from vllm_dflash.engines.child import Parent, RefusedError, Work, generate, serve, start_llm
+from vllm_dflash.patches import hidden_states
+from vllm_dflash.plugin import patch_set
 from vllm_dflash.training.features import write_shard
-from vllm_dflash.training.files import TrainingError
-from vllm_dflash.training.generate_engine import run_as_child, start
 from vllm_dflash.training.sequences import Shard
 
 _PATIENCE_S = 60
 
 
-def main(order: dict[str, Any]) -> None:
-    """Writes each job's shard, and prints ``done N`` for its N sequences."""
-    transfer = order["engine_args"]["kv_transfer_config"]["kv_connector_extra_config"]
-    with tempfile.TemporaryDirectory(prefix="extracted-", suffix=".part", dir=transfer["shared_storage_path"]) as scratch:
-        transfer["shared_storage_path"] = scratch
-        llm = start(order["engine_args"])
-        for job in order["jobs"]:
-            shard = Shard(Path(job["sequences"]))
-            rows = _rows(llm, shard, job["target_layer_ids"], job["batch"])
-            write_shard(Path(job["path"]), len(shard.tokens), job["bytes_a_token"], job["dtype"], rows)
-            print(f"done {len(shard)}", flush=True)
+def begin(engine_args: dict[str, Any]) -> tuple[Work, None]:
+    """Starts the engine; a job is a shard of sequences."""
+    if not patch_set().fits(hidden_states.PATCH):
+        raise RefusedError("this vLLM's connector is not the one that ours extends: use --extract-with transformers")
+    transfer = engine_args["kv_transfer_config"]["kv_connector_extra_config"]
+    # Removed when this process ends, as its finalizer says.
+    scratch = tempfile.TemporaryDirectory(prefix="extracted-", suffix=".part", dir=transfer["shared_storage_path"])
+    transfer["shared_storage_path"] = scratch.name
+    llm = start_llm(engine_args)
+
+    def extract(job: dict[str, Any], parent: Parent) -> int:
+        """Writes the job's shard; how many sequences it has."""
+        assert scratch.name
+        shard = Shard(Path(job["sequences"]))
+        rows = _rows(llm, shard, job["target_layer_ids"], job["batch"], parent)
+        write_shard(Path(job["path"]), len(shard.tokens), job["bytes_a_token"], job["dtype"], rows)
+        return len(shard)
+
+    return extract, None
 
 
-def _rows(llm: Any, shard: Shard, target_layer_ids: list[int], batch: int) -> Iterator[Tensor]:
+def _rows(llm: Any, shard: Shard, target_layer_ids: list[int], batch: int, parent: Parent) -> Iterator[Tensor]:
     """Each sequence's features [S, T * H], a batch's files on the disk at a time."""
     from vllm import SamplingParams
     from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import cleanup_hidden_states, load_hidden_states
@@ -42,17 +51,18 @@ def _rows(llm: Any, shard: Shard, target_layer_ids: list[int], batch: int) -> It
     one = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
     for at in range(0, len(shard), batch):
         tokens = [shard[i].tokens.tolist() for i in range(at, min(at + batch, len(shard)))]
-        outputs = llm.generate([{"prompt_token_ids": ids} for ids in tokens], one, use_tqdm=False)
+        outputs = generate(llm, tokens, one)
         paths = [Path(out.kv_transfer_params["hidden_states_path"]) for out in outputs]
         _finish(llm, paths)
         for ids, path in zip(tokens, paths, strict=True):
             found = load_hidden_states(str(path))
             cleanup_hidden_states(str(path))
             if found["token_ids"].tolist() != ids:
-                raise TrainingError(
+                raise RefusedError(
                     f"vLLM's extraction gave {len(found['token_ids'])} states for a sequence of {len(ids)}: use --extract-with transformers"
                 )
             yield found["hidden_states"][:, order].flatten(1)
+        parent.done(len(tokens))
 
 
 def _finish(llm: Any, paths: list[Path]) -> None:
@@ -60,9 +70,9 @@ def _finish(llm: Any, paths: list[Path]) -> None:
     end = time.monotonic() + _PATIENCE_S
     while not all(path.exists() for path in paths):
         if time.monotonic() > end:
-            raise TrainingError(f"vLLM's extraction wrote no {paths[0]} within {_PATIENCE_S} s: use --extract-with transformers")
+            raise RefusedError(f"vLLM's extraction wrote no {paths[0]} within {_PATIENCE_S} s: use --extract-with transformers")
         llm.llm_engine.step()
 
 
 if __name__ == "__main__":
-    run_as_child(main)
+    serve(begin)

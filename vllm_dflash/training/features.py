@@ -20,7 +20,7 @@ from torch import Tensor
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.progress import Progress
 from vllm_dflash.reference.decoding import target_features
-from vllm_dflash.training.files import claim, whole_file, write_json
+from vllm_dflash.training.files import claim, whole_file, write_record
 from vllm_dflash.training.generate import sequences
 from vllm_dflash.training.sequences import Sequences, Shard, check, header, is_finished, shard_path
 from vllm_dflash.training.settings import Settings
@@ -116,7 +116,7 @@ def write_shard(path: Path, tokens: int, each: int, dtype: str, rows: Iterable[T
         put(len(head).to_bytes(8, "little") + head)
         for row in rows:
             put(row.contiguous().view(torch.uint8).numpy().tobytes())
-    write_json(path.with_suffix(".json"), {"bytes": path.stat().st_size, "sha256": digest.hexdigest(), "tokens": tokens})
+    write_record(path.with_suffix(".json"), {"bytes": path.stat().st_size, "sha256": digest.hexdigest(), "tokens": tokens})
 
 
 def padded(rows: Sequence[np.ndarray], multiple: int = 1) -> Tensor:

@@ -1,19 +1,28 @@
 """Files that are whole or not there: written beside their place, flushed to the disk, then renamed; with checksums.
 
-Limits: one writer a file. Tests: ``pytest tests/unit/test_train_files.py``.
+Records of JSON are read against their shape (``vllm_dflash.records``). Limits: one writer a file, which ``lock`` sees to. Tests: ``pytest tests/unit/test_train_files.py``.
 """
 
 import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
+
+from vllm_dflash import records
+from vllm_dflash.records import RecordError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PART = ".part"
 _CHUNK = 1 << 22
+_SHOWN = 200
+"""Characters of a value in a message."""
 
 
 class TrainingError(RuntimeError):
@@ -30,12 +39,27 @@ def disk_refusals(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in _FULL:
             raise
-        raise TrainingError(
-            f"{path} cannot be written ({error.strerror}): free some space or set --out to a larger disk; what is finished is kept, "
-            "and the same command goes on from there"
-        ) from None
+        raise refusal(path, error) from None
+    except SafetensorError as error:
+        # It says the system's error in words alone.
+        number = next((n for n in _FULL if f"os error {n})" in str(error)), None)
+        if number is None:
+            raise
+        raise refusal(path, OSError(number, os.strerror(number))) from None
+
+
+def refusal(path: Path, error: OSError) -> TrainingError:
+    """Says that ``path`` cannot be written, and what to do."""
+    what = (
+        "free some space or set --out to a larger disk"
+        if error.errno in _FULL
+        else f"remove or move what is at {path}, or set --out to a folder that can be written"
+    )
+    return TrainingError(
+        f"{path} cannot be written ({error.strerror or error}): {what}; what is finished is kept, and the same command goes on from there"
+    )
 
 
 @contextmanager
@@ -43,41 +67,90 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """A new file that gets its name only once all of it is on the disk; what a killed process leaves is overwritten by the next.
 
     Raises:
-        TrainingError: as ``disk_refusals``; whatever was at ``path`` before is still there.
+        TrainingError: as ``disk_refusals``, or something at that place is in the way; whatever was at ``path`` before is still there.
     """
     part = path.with_name(path.name + _PART)
     try:
-        with disk_refusals(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = part.open("wb")
+    except OSError as error:
+        raise refusal(path, error) from None
+    try:
+        with disk_refusals(path), file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        try:
             part.replace(path)
-            _sync_folder(path.parent)
+            _sync(path.parent)
+        except OSError as error:
+            raise refusal(path, error) from None
     except BaseException:
         part.unlink(missing_ok=True)
         raise
 
 
-def _sync_folder(folder: Path) -> None:
-    """A rename is only as lasting as its folder."""
-    handle = os.open(folder, os.O_RDONLY)
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder that takes the place of ``path`` once all of it is on the disk; yields where it is to be filled.
+
+    Raises:
+        TrainingError: as ``whole_file``.
+    """
+    part = path.with_name(path.name + _PART)
+    try:
+        remove(part)
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise refusal(path, error) from None
+    try:
+        with disk_refusals(path):
+            yield part
+        try:
+            for file in part.rglob("*"):
+                _sync(file)
+            remove(path)
+            part.rename(path)
+            _sync(path.parent)
+        except OSError as error:
+            raise refusal(path, error) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Removes a folder with all that is in it, or whatever else is at ``path``, if anything."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """A file's contents, or a folder's names: a rename is only as lasting as its folder."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """``value`` as JSON text, whole or not at all."""
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """``record`` as JSON text, whole or not at all."""
     with whole_file(path) as file:
-        file.write((json.dumps(value, indent=1) + "\n").encode())
+        file.write(records.as_text(record).encode())
 
 
-def read_json(path: Path) -> Any:
-    """The JSON of a file that this package wrote; None where it is not there."""
-    return json.loads(path.read_text()) if path.is_file() else None
+def read_record(path: Path, shape: Mapping[str, Any], remedy: str) -> dict[str, Any] | None:
+    """A record that this package wrote; None where it is not there.
+
+    Raises:
+        TrainingError: it is not as it was written, which the message says, with the ``remedy``.
+    """
+    try:
+        return records.read(path, shape)
+    except RecordError as error:
+        raise TrainingError(f"{error}: {remedy}") from None
 
 
 def checksum(path: Path) -> str:
@@ -98,17 +171,25 @@ def claim(folder: Path, what: str, inputs: Mapping[str, Any]) -> None:
     """Makes ``folder`` the place of a stage with these inputs, or finds that it is.
 
     Raises:
-        TrainingError: it was begun with others; each that differs is named.
+        TrainingError: it was begun with others, and each that differs is named; or the record of them is damaged.
     """
-    path = folder / "inputs.json"
-    found, wanted = read_json(path), json.loads(json.dumps(inputs))
+    path, wanted = folder / "inputs.json", json.loads(json.dumps(inputs))
+    found = read_record(path, {}, f"remove {folder} to begin the stage {what} anew, or bring the file back from a copy")
     if found is None:
-        write_json(path, wanted)
+        write_record(path, wanted)
         return
     differing = [
-        f"{name} {found.get(name)!r} (now {wanted.get(name)!r})" for name in {**found, **wanted} if found.get(name) != wanted.get(name)
+        f"{name} {_short(found.get(name))} (now {_short(wanted.get(name))})"
+        for name in {**found, **wanted}
+        if found.get(name) != wanted.get(name)
     ]
     if differing:
         raise TrainingError(
-            f"{folder} was begun by the stage {what} with {', '.join(differing)}: set it back, choose another --out, or remove {folder} to begin anew"
+            f"{path}: {folder} was begun by the stage {what} with {', '.join(differing)}: set it back, choose another --out, or remove "
+            f"{folder} to begin anew"
         )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

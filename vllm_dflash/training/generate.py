@@ -10,11 +10,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.records import AtLeast, Optional
 from vllm_dflash.training.engines import run_engines
-from vllm_dflash.training.files import TrainingError, claim, read_json, write_json
+from vllm_dflash.training.files import TrainingError, claim, read_record, write_record
 from vllm_dflash.training.prompts import Prompt, Reader, Split, split
 from vllm_dflash.training.sequences import Sequences, is_finished, shard_path, write_sequences
 from vllm_dflash.training.settings import Settings
+
+_SPLIT = {"shards": AtLeast(int, 1), "train": AtLeast(int, 1), "held_out": AtLeast(int, 1), "keys": str, "responses": Optional(str)}
+"""Digests of the prompts, and of the answers that came with them; older runs have none of the latter."""
 
 
 def folder_of(settings: Settings) -> Path:
@@ -27,22 +31,24 @@ def held_out_tokens(settings: Settings) -> int:
     return settings.prove.prove_tokens + settings.drafter.block_size
 
 
-def generate(settings: Settings, tokenizer: Any, vocab_size: int, dtype: str) -> None:
-    """Runs the stage, or the rest of it.
+def generate(settings: Settings, tokenizer: Any, vocab_size: int, dtype: str, positions: int) -> None:
+    """Runs the stage, or the rest of it; ``positions`` is what target and drafter reach to.
 
     Raises:
         TrainingError: the prompts cannot be used, the stage was begun with other settings, or the engine failed.
     """
     folder, table = folder_of(settings), settings.generate
     claim(folder, "generate", inputs(settings, dtype))
-    parts = split(Reader(tokenizer, vocab_size, settings.data.chat_template_kwargs), settings.data, settings.run.seed)
+    reader = Reader(tokenizer, vocab_size, settings.data.chat_template_kwargs, positions)
+    parts = split(reader, settings.data, settings.run.seed)
     print(parts.describe(settings.data.max_prompt_tokens))
     jobs = _jobs(settings, parts, folder)
-    note = {"shards": len(jobs) - 1, "train": len(parts.train), "held_out": len(parts.held_out), "keys": _digest(parts)}
-    found = read_json(folder / "split.json")
-    if found not in (None, note):
-        raise TrainingError(f"the prompts are not those that {folder} was begun with: give the same files, or choose another --out")
-    write_json(folder / "split.json", note)
+    note = {"shards": len(jobs) - 1, "train": len(parts.train), "held_out": len(parts.held_out), **_digests(parts)}
+    found = _read_split(settings)
+    if found is None:
+        write_record(folder / "split.json", note)
+    else:
+        _check_split(folder / "split.json", found, note)
     todo = [job for job in jobs if not is_finished(Path(job["path"]))]
     for job in [job for job in todo if not job["prompts"]]:
         write_sequences(Path(job["path"]), job["answered"])
@@ -72,7 +78,7 @@ def sequences(settings: Settings) -> Sequences:
     Raises:
         TrainingError: the stage has not been run to its end.
     """
-    note = read_json(folder_of(settings) / "split.json")
+    note = _read_split(settings)
     if note is None or not all(is_finished(shard_path(folder_of(settings), i)) for i in range(note["shards"])):
         raise TrainingError(f"{folder_of(settings)} is not finished: run the stage generate first")
     return Sequences(folder_of(settings), note["shards"])
@@ -85,13 +91,38 @@ def held_out(settings: Settings) -> Sequences:
     return Sequences(folder_of(settings) / "held-out", 1)
 
 
-def _digest(parts: Split) -> str:
+def prompts_digest(settings: Settings) -> str | None:
+    """Stands for the prompts that the stage was run with; None where it was not. Raises TrainingError where its record is damaged."""
+    note = _read_split(settings)
+    return None if note is None else str(note["keys"])
+
+
+def _read_split(settings: Settings) -> dict[str, Any] | None:
+    path = folder_of(settings) / "split.json"
+    return read_record(path, _SPLIT, "remove it, and run the stage generate again with the same prompts: finished shards are kept")
+
+
+def _check_split(path: Path, found: dict[str, Any], note: dict[str, Any]) -> None:
+    """Refuses prompts or answers other than those that the folder was begun with."""
+    what = None
+    if found["keys"] != note["keys"]:
+        what = "the prompts are"
+    elif found.get("responses", note["responses"]) != note["responses"]:
+        what = "the prompts are the same, but the responses beside them are"
+    if what is not None:
+        raise TrainingError(f"{what} not those that {path} was written for: give the same files, or choose another --out")
+    if any(found[name] != note[name] for name in ("shards", "train", "held_out")):
+        raise TrainingError(f"{path} does not fit its prompts: remove it, and it is written anew")
+
+
+def _digests(parts: Split) -> dict[str, str]:
     import hashlib
 
-    whole = hashlib.blake2b(digest_size=8)
+    keys, responses = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
     for prompt in [*parts.held_out, *parts.train]:
-        whole.update(prompt.key)
-    return whole.hexdigest()
+        keys.update(prompt.key)
+        responses.update(prompt.response_key)
+    return {"keys": keys.hexdigest(), "responses": responses.hexdigest()}
 
 
 def _jobs(settings: Settings, parts: Split, folder: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.training.files import disk_refusals, whole_file
+from vllm_dflash.records import AtLeast, misfit
+from vllm_dflash.training.files import disk_refusals, refusal, whole_file
 
 
 class Log:
@@ -40,14 +41,30 @@ class Log:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The entries; a last line that a kill has cut is left out."""
-    entries = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
+    """The entries; a line that is none, such as a last one that a kill has cut, is left out.
+
+    Raises:
+        TrainingError: something else is in the log's place.
+    """
+    try:
+        raw = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise refusal(path, error) from None
+    lines = [line for line in raw.split(b"\n") if line.strip()]
+    entries = [entry for line in lines if (entry := _entry(line)) is not None]
+    if len(entries) < len(lines):
+        print(f"{path}: {len(lines) - len(entries)} of {len(lines)} lines are no entries of a log, and are left out")
     return entries
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """A step, and numbers or null."""
+    try:
+        found = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    good = misfit(found, {"step": AtLeast(int, 0)}) is None and all(misfit(value, (float, None)) is None for value in found.values())
+    return found if good else None
 
 
 def plot(log: Path, out: Path) -> bool:

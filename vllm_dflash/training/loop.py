@@ -4,7 +4,6 @@ vllm-dflash train ... --only train          pytest tests/unit/test_train_resume.
 """
 
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,8 +13,9 @@ from typing import Any
 import torch
 
 from vllm_dflash.config import DrafterConfig
-from vllm_dflash.formats import FORMAT_OF, write
+from vllm_dflash.formats import published_format, write
 from vllm_dflash.progress import Progress
+from vllm_dflash.records import AtLeast, Optional
 from vllm_dflash.reference.checkpoint import save_drafter
 from vllm_dflash.reference.drafter import Drafter
 from vllm_dflash.reference.masks import context_mask
@@ -23,8 +23,8 @@ from vllm_dflash.training import checkpoints, flex, sharding
 from vllm_dflash.training.batches import Batch, Plan
 from vllm_dflash.training.drafter import first_weights, with_weights
 from vllm_dflash.training.features import Features, padded
-from vllm_dflash.training.files import TrainingError, claim, read_json, write_json
-from vllm_dflash.training.generate import held_out, sequences
+from vllm_dflash.training.files import TrainingError, checksum, claim, read_record, whole_folder, write_record
+from vllm_dflash.training.generate import held_out, prompts_digest, sequences
 from vllm_dflash.training.generate import inputs as generate_inputs
 from vllm_dflash.training.logs import Log, plot
 from vllm_dflash.training.objective import Objective, denominator, weights_at
@@ -51,6 +51,12 @@ _NO_PART = frozenset(
     }
 )
 """Settings of the table that do not change what is learned, but for rounding."""
+_RESULT = {
+    "tau": AtLeast(float, 1), "tau_everywhere": AtLeast(float, 1), "drafts": AtLeast(int, 0), "per_position": [AtLeast(int, 0)],
+    "prompts": AtLeast(int, 1), "steps": AtLeast(int, 1), "epochs": AtLeast(float, 0), "blocks": AtLeast(int, 0),
+    "skipped": AtLeast(int, 0), "files": Optional({}),
+}  # fmt: skip
+_AGAIN = "remove it, and the stage ends again from its newest checkpoint"
 
 
 def folder_of(settings: Settings) -> Path:
@@ -64,8 +70,34 @@ def final_folder(settings: Settings) -> Path:
 
 
 def result(settings: Settings) -> Any:
-    """What the stage noted at its end; None where it has not got there."""
-    return read_json(folder_of(settings) / "result.json")
+    """What the stage noted at its end; None where it has not got there.
+
+    Raises:
+        TrainingError: the note is damaged.
+    """
+    return read_record(result_path(settings), _RESULT, _AGAIN)
+
+
+def result_path(settings: Settings) -> Path:
+    """The note of the stage's end."""
+    return folder_of(settings) / "result.json"
+
+
+def trained_folder(settings: Settings) -> Path:
+    """``final_folder``, whose files are those that were written.
+
+    Raises:
+        TrainingError: one is not.
+    """
+    folder, found = final_folder(settings), result(settings)
+    for name, digest in (found or {}).get("files", {}).items():
+        path = folder / name
+        if not path.is_file() or checksum(path) != digest:
+            raise TrainingError(
+                f"{path} is absent or not as it was written: remove {result_path(settings)}, and the drafter is written again from the "
+                "newest checkpoint; then look at the disk"
+            )
+    return folder
 
 
 def inputs(settings: Settings, config: DrafterConfig, dtype: str) -> dict[str, Any]:
@@ -77,11 +109,10 @@ def inputs(settings: Settings, config: DrafterConfig, dtype: str) -> dict[str, A
         "init_layers": settings.drafter.init_layers,
         "tie_context": settings.drafter.tie_context,
     }
-    note = read_json(Path(settings.run.out) / "generate" / "split.json") or {}
     return (
         table
         | start
-        | {"drafter": write(config, FORMAT_OF[config.conditioning]), "prompts": note.get("keys")}
+        | {"drafter": write(config, published_format(config)), "prompts": prompts_digest(settings)}
         | generate_inputs(settings, dtype)
     )
 
@@ -127,9 +158,15 @@ class Trainer:
         if found is None:
             return 0
         step, state = found
-        self.optimizer.load(state)
-        self.skipped, self.bad_in_a_row, self.recent = state["skipped"], state["bad_in_a_row"], state["recent"]
-        self.began -= state["seconds"]
+        try:
+            self.optimizer.load(state)
+            self.skipped, self.bad_in_a_row, self.recent = state["skipped"], state["bad_in_a_row"], state["recent"]
+            self.began -= state["seconds"]
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise TrainingError(
+                f"the checkpoint of step {step} in {folder_of(self.settings) / 'checkpoints'} is whole, but not of this training ({error!r}): "
+                "go on with the version of vllm-dflash that wrote it, or remove the folder to train anew"
+            ) from None
         return step
 
     def save(self, step: int) -> None:
@@ -142,7 +179,7 @@ class Trainer:
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step, counted from 0: this worker's forwards, the sum over all, the update."""
         batch = self.plan.batch(step)
-        gamma_weights = weights_at(self.table, self.config.block_size, step, self.steps)
+        gamma_weights = weights_at(self.table, self.config, step, self.steps)
         lengths = self.data.lengths[batch.rows]
         whole = denominator(batch, lengths, self.config.block_size, None if self.table.weighting == "dpace" else gamma_weights)
         size = self.table.micro_batch or self.table.batch_size // self.workers.count
@@ -242,15 +279,13 @@ def _finish(trainer: Trainer, drafter: Drafter, log: Log, folder: Path) -> None:
     log.write(trainer.steps, held_out_tau=measured.tau, held_out_tau_everywhere=measured.everywhere)
     log.close()
     plot(log.path, folder / "curves.svg")
-    part = final_folder(settings).with_name("drafter.part")
-    shutil.rmtree(part, ignore_errors=True)
-    save_drafter(part, drafter.to(getattr(torch, trainer.config.dtype)))
-    shutil.rmtree(final_folder(settings), ignore_errors=True)
-    part.rename(final_folder(settings))
-    write_json(folder / "result.json", {
+    with whole_folder(final_folder(settings)) as part:
+        save_drafter(part, drafter.to(getattr(torch, trainer.config.dtype)))
+        files = {path.name: checksum(path) for path in sorted(part.iterdir())}
+    write_record(result_path(settings), {
         "tau": measured.tau, "tau_everywhere": measured.everywhere, "drafts": measured.acceptance.drafts,
         "per_position": measured.acceptance.per_position, "prompts": min(settings.prove.prove_prompts, len(held_out(settings))),
         "steps": trainer.steps, "epochs": trainer.plan.epoch(trainer.steps), "blocks": trainer.steps * table.batch_size * trainer.plan.anchors,
-        "skipped": trainer.skipped,
+        "skipped": trainer.skipped, "files": files,
     })  # fmt: skip
     print(f"trainer's tau on held-out prompts: {measured.tau:.2f} as decoded ({measured.everywhere:.2f} as a mean over all places)")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from vllm_dflash.config import DrafterConfig
 from vllm_dflash.reference.drafter import Drafter
 from vllm_dflash.reference.loss import block_labels, default_gamma, position_weights
 from vllm_dflash.reference.masks import block_positions, context_mask
@@ -39,17 +40,17 @@ def denominator(batch: Batch, lengths: np.ndarray, block_size: int, weights: Ten
 
     Args:
         lengths: [B], of the batch's sequences.
-        weights: [b - 1], of ``decay``.
+        weights: [K], of ``decay``.
     """
     if weights is None:
         return float(batch.exists.sum())
-    ends = np.minimum(lengths[:, None] - 1 - batch.anchors, block_size - 1)
+    ends = np.minimum(lengths[:, None] - 1 - batch.anchors, len(weights))
     cumulative = np.concatenate([[0.0], weights.double().cumsum(0).numpy()])
     return float((cumulative[ends] * batch.exists).sum())
 
 
 def dpace_weights(losses: Tensor, valid: Tensor, alpha: float) -> Tensor:
-    """Each position's share in the expected accepted length, from the cross-entropies ``losses`` [..., b - 1]; detached."""
+    """Each position's share in the expected accepted length, from the cross-entropies ``losses`` [..., K]; detached."""
     confidence = (1 - alpha) * torch.exp(-losses.detach()) + alpha
     reached = confidence.cumprod(-1) * valid
     return reached.flip(-1).cumsum(-1).flip(-1)
@@ -74,9 +75,10 @@ class Objective(torch.nn.Module):
             features: [B, S, T * H].
             tokens: int64 [B, S], padded; ``lengths`` int64 [B].
             anchors: int64 [B, N]; ``exists`` bool [B, N].
-            weights: [b - 1], of ``decay``; not used by dpace.
+            weights: [K], of ``decay``; not used by dpace.
         """
-        size, (embedding, head) = self.drafter.config.block_size, self.frozen
+        size, first = self.drafter.config.block_size, self.drafter.config.first_row
+        embedding, head = self.frozen
         rows, length = tokens.shape
         positions = torch.arange(length, device=tokens.device).expand(rows, -1)
         context = self.drafter.context_kv(self.drafter.context(features), positions)
@@ -84,17 +86,20 @@ class Objective(torch.nn.Module):
         ids[..., 0] = tokens.gather(1, anchors)
         embeds = self.drafter.embed(embedding, ids.flatten(1))
         hidden = self.drafter(embeds, block_positions(anchors, size), context, self.blocks(anchors, size, length), size)
-        hidden = hidden.unflatten(1, (-1, size))[:, :, 1:].flatten(0, 1)
-        labels, valid = block_labels(tokens, anchors, size)
-        at = anchors[..., None] + torch.arange(1, size, device=anchors.device)
+        hidden = hidden.unflatten(1, (-1, size))[:, :, first:].flatten(0, 1)
+        labels, valid = block_labels(tokens, anchors, size, first)
+        at = anchors[..., None] + torch.arange(1, size - first + 1, device=anchors.device)
         valid = valid & (at < lengths[:, None, None]) & exists[..., None]
-        return self._ranked(head, hidden, labels.flatten(0, 1), valid.flatten(0, 1), weights)
+        before = torch.cat([tokens.gather(1, anchors)[..., None], labels[..., :-1]], dim=-1)
+        return self._ranked(head, hidden, before.flatten(0, 1), labels.flatten(0, 1), valid.flatten(0, 1), weights)
 
-    def _ranked(self, head: Any, hidden: Tensor, labels: Tensor, valid: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """``forward``'s sums of hidden states [blocks, b - 1, H]; in pieces where all logits at once would be too many."""
+    def _ranked(
+        self, head: Any, hidden: Tensor, before: Tensor, labels: Tensor, valid: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """``forward``'s sums of hidden states [blocks, K, H], each after the token ``before`` it [blocks, K]; in pieces where all logits at once would be too many."""
 
-        def piece(h: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            logits = self.drafter.logits(head, h).float()
+        def piece(h: Tensor, x: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self.drafter.head.scores(self.drafter.logits(head, h).float(), x)
             losses = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none").view(y.shape)
             share = dpace_weights(losses, v, self.table.dpace_alpha) if self.table.weighting == "dpace" else weights
             correct = ((logits.detach().argmax(-1) == y) & v).float()
@@ -102,14 +107,14 @@ class Objective(torch.nn.Module):
 
         most = max(1, _LOGITS_AT_ONCE // (labels.shape[1] * self.drafter.config.vocab_size))
         if most >= len(hidden):
-            return piece(hidden, labels, valid)
+            return piece(hidden, before, labels, valid)
         sums = [
             checkpoint(piece, *part, use_reentrant=False)
-            for part in zip(hidden.split(most), labels.split(most), valid.split(most), strict=True)
+            for part in zip(hidden.split(most), before.split(most), labels.split(most), valid.split(most), strict=True)
         ]
         return torch.stack([s[0] for s in sums]).sum(), torch.stack([s[1] for s in sums]).sum()
 
 
-def weights_at(table: Train, block_size: int, step: int, steps: int) -> Tensor:
-    """The weights [b - 1] of ``decay`` at a step."""
-    return position_weights(block_size, gamma_at(table, block_size, step, steps))
+def weights_at(table: Train, config: DrafterConfig, step: int, steps: int) -> Tensor:
+    """The weights [K] of ``decay`` at a step."""
+    return position_weights(config.block_size, gamma_at(table, config.block_size, step, steps), config.first_row)

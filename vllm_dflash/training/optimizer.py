@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vllm_dflash.kinds import kind_of
+from vllm_dflash.reference.drafter import Drafter
 from vllm_dflash.training.settings import Train
 from vllm_dflash.training.sharding import like, whole
 
@@ -45,10 +47,11 @@ class _NoBfloat16(TorchFunctionMode):
 class Optimizer:
     """AdamW on everything, or Muon on the layers' matrices and AdamW on the rest."""
 
-    def __init__(self, drafter: nn.Module, table: Train, steps: int) -> None:
+    def __init__(self, drafter: Drafter, table: Train, steps: int) -> None:
         self.drafter, self.table, self.steps = drafter, table, steps
         self.parameters = [p for p in drafter.parameters() if p.requires_grad]
-        matrices = [p for n, p in drafter.named_parameters() if p.requires_grad and p.ndim == 2 and not n.startswith("layer_fusion")]
+        shares = kind_of(drafter.config).context.shares
+        matrices = [p for n, p in drafter.named_parameters() if p.requires_grad and p.ndim == 2 and n != shares]
         chosen = {id(p) for p in matrices}
         rest = [p for p in self.parameters if id(p) not in chosen]
         groups = [{"params": rest, "weight_decay": 0.0}]

@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.config import DrafterConfig
-from vllm_dflash.training.files import TrainingError, write_json
+from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.training.files import TrainingError, write_record
+from vllm_dflash.training.lock import hold
 from vllm_dflash.training.settings import STAGES, Data, Generate, Settings, SettingsError, load
 
 
@@ -19,17 +20,25 @@ def run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
     """Runs the stages, each from where it stopped; whether the drafter's tau is proven (true where that is not asked).
 
     Raises:
-        TrainingError: a stage cannot go on.
+        TrainingError: a stage cannot go on, or another command is at work in the folder.
     """
+    with hold(Path(settings.run.out), "vllm-dflash train"):
+        try:
+            return _run_stages(settings, stages)
+        except DrafterConfigError as error:
+            raise TrainingError(str(error)) from None
+
+
+def _run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
     from vllm_dflash.training import drafter, export, features, generate, loop, prove, target
 
     found = target.find_target(settings)
     config, why = drafter.plan(settings, found)
     settings = fit_lengths(settings, reach(found, config))
     print(_summary(settings, config, why))
-    write_json(Path(settings.run.out) / "settings.json", settings.to_dict())
+    write_record(Path(settings.run.out) / "settings.json", settings.to_dict())
     if "generate" in stages:
-        generate.generate(settings, found.tokenizer, found.shape.vocab_size, found.dtype)
+        generate.generate(settings, found.tokenizer, found.shape.vocab_size, found.dtype, reach(found, config))
     model = None
     if "features" in stages and settings.features.cache:
         if settings.features.extract_with == "transformers":
@@ -93,7 +102,7 @@ def fit_lengths(settings: Settings, most: int) -> Settings:
 def _summary(settings: Settings, config: DrafterConfig, why: str) -> str:
     layers = ", ".join(map(str, config.target_layer_ids))
     return (
-        f"{config.conditioning} for {settings.run.target}: {config.num_hidden_layers} layers, blocks of {config.block_size}, target layers {layers}, "
+        f"{config.kind} for {settings.run.target}: {config.num_hidden_layers} layers, blocks of {config.block_size}, target layers {layers}, "
         f"mask token {config.mask_token_id} ({why})\nrun folder {settings.run.out}"
     )
 
@@ -123,7 +132,11 @@ def _dry_run(settings: Settings) -> int:
     found = target.find_target(settings)
     config, why = drafter.plan(settings, found)
     settings = fit_lengths(settings, reach(found, config))
-    parts = split(Reader(found.tokenizer, found.shape.vocab_size, settings.data.chat_template_kwargs), settings.data, settings.run.seed)
+    parts = split(
+        Reader(found.tokenizer, found.shape.vocab_size, settings.data.chat_template_kwargs, reach(found, config)),
+        settings.data,
+        settings.run.seed,
+    )
     expected = budget.budget(settings, config, target.parameters(found, settings), len(parts.train))
     lines = [
         _summary(settings, config, why),

@@ -6,6 +6,7 @@ Limits: token ids of all prompts in memory. Tests: ``pytest tests/unit/test_trai
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_dflash.tools.prompts import surrogate
 from vllm_dflash.training.files import TrainingError
 from vllm_dflash.training.settings import Data
 
@@ -25,11 +27,22 @@ class Prompt:
 
     ids: list[int]
     response: list[int] | None = None
+    cut: bool = False
+    """Whether there was more of the answer than target and drafter have positions for."""
 
     @property
     def key(self) -> bytes:
         """Tells prompts apart: eight bytes."""
-        return hashlib.blake2b(np.asarray(self.ids, "<i4").tobytes(), digest_size=8).digest()
+        return _hash(self.ids)
+
+    @property
+    def response_key(self) -> bytes:
+        """Tells answers apart, no answer among them: nine bytes."""
+        return b"-" * 9 if self.response is None else b"+" + _hash(self.response)
+
+
+def _hash(ids: Sequence[int]) -> bytes:
+    return hashlib.blake2b(np.asarray(ids, "<i4").tobytes(), digest_size=8).digest()
 
 
 @dataclass
@@ -44,14 +57,17 @@ class Split:
     def describe(self, limit: int) -> str:
         """One line for the user."""
         left = [f"{n} {what}" for n, what in ((self.repeated, "repeated"), (self.too_long, f"longer than max_prompt_tokens {limit}")) if n]
-        return f"{len(self.train)} prompts to train on, {len(self.held_out)} held out" + (f"; left out: {', '.join(left)}" if left else "")
+        text = f"{len(self.train)} prompts to train on, {len(self.held_out)} held out" + (f"; left out: {', '.join(left)}" if left else "")
+        cut = sum(prompt.cut for prompt in self.train)
+        return text + (f"; {cut} responses cut where the positions of target and drafter end" if cut else "")
 
 
 class Reader:
     """Turns lines into token ids the way the target is served: chats through its template, texts with its special tokens."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int, chat_template_kwargs: str) -> None:
-        self.tokenizer, self.vocab_size = tokenizer, vocab_size
+    def __init__(self, tokenizer: Any, vocab_size: int, chat_template_kwargs: str, positions: int = sys.maxsize) -> None:
+        """``positions``: what target and drafter reach to; longer answers are cut there, for a part of one is the target's text too."""
+        self.tokenizer, self.vocab_size, self.positions = tokenizer, vocab_size, positions
         try:
             self.template_args = dict(json.loads(chat_template_kwargs))
         except (TypeError, ValueError):
@@ -91,14 +107,15 @@ class Reader:
         elif _is_chat(given.get("messages")):
             ids = self._chat(given["messages"], where)
         elif isinstance(given.get("prompt"), str) and given["prompt"]:
-            ids = list(self._known(where)(given["prompt"])["input_ids"])
+            ids = list(self._known(where)(encodable(given["prompt"], where))["input_ids"])
         else:
             raise TrainingError(
                 f"{where}: give prompt (text), messages (a chat) or prompt_token_ids (a list of ids below {self.vocab_size})"
             )
         if not ids:
             raise TrainingError(f"{where}: the prompt has no tokens: remove the line")
-        return Prompt(ids, self._response(given, where))
+        response, room = self._response(given, where), max(0, self.positions - len(ids))
+        return Prompt(ids, None if response is None else response[:room], response is not None and len(response) > room)
 
     def _response(self, given: dict[str, Any], where: str) -> list[int] | None:
         if "response_token_ids" in given:
@@ -107,7 +124,7 @@ class Reader:
             tokenizer = self._known(where)
             cut = given.get("finish_reason") == "length"
             end = [] if cut or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-            return list(tokenizer(given["response"], add_special_tokens=False)["input_ids"]) + end
+            return list(tokenizer(encodable(given["response"], where), add_special_tokens=False)["input_ids"]) + end
         return None
 
     def _ids(self, ids: Any, name: str, where: str) -> list[int]:
@@ -124,7 +141,7 @@ class Reader:
             raise TrainingError(
                 f"{where}: the target's chat template refuses these messages ({error}): mend them, or give prompt as text"
             ) from None
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(tokenizer(encodable(text, where), add_special_tokens=False)["input_ids"])
 
     def _known(self, where: str) -> Any:
         if self.tokenizer is None:
@@ -162,6 +179,18 @@ def split(reader: Reader, data: Data, seed: int) -> Split:
             f"{out.describe(data.max_prompt_tokens)}: at least one of each is needed; give more prompts, or raise max_prompt_tokens"
         )
     return out
+
+
+def encodable(text: str, where: str) -> str:
+    """``text``, which a tokenizer must be able to take as UTF-8.
+
+    Raises:
+        TrainingError: it holds half of a surrogate pair, as JSON's escapes may write it.
+    """
+    problem = surrogate(text)
+    if problem is not None:
+        raise TrainingError(f"{where}: {problem}")
+    return text
 
 
 def _is_chat(messages: Any) -> bool:

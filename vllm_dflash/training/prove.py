@@ -16,15 +16,25 @@ from typing import Any
 import torch
 
 from vllm_dflash.progress import Progress
+from vllm_dflash.records import AtLeast
 from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.reference.decoding import generate
 from vllm_dflash.tools.pair_runs import Acceptance, EngineError, Pair, run_engine
 from vllm_dflash.training import loop
-from vllm_dflash.training.files import TrainingError, read_json, write_json
+from vllm_dflash.training.files import TrainingError, read_record, write_record
 from vllm_dflash.training.generate import held_out
 from vllm_dflash.training.settings import Settings
 from vllm_dflash.training.target import Target, load_target
 from vllm_dflash.training.walk import estimate
+
+_ROW = {
+    "by": str, "tau": AtLeast(float, 1), "drafts": AtLeast(int, 0), "rates": [AtLeast(float, 0)], "walk_tau": AtLeast(float, 1),
+    "same_text": AtLeast(int, 0), "from_trainer": AtLeast(float, 0),
+}  # fmt: skip
+_PROOF = {
+    "question": {"trained": {}, "tolerance": AtLeast(float, 0)}, "agree": bool, "trainer_tau": AtLeast(float, 1),
+    "prompts": AtLeast(int, 1), "rows": [_ROW],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,11 @@ def path_of(settings: Settings) -> Path:
     return Path(settings.run.out) / "prove.json"
 
 
+def proof(settings: Settings) -> dict[str, Any] | None:
+    """What the stage found; None where it was not run. Raises TrainingError where its record is damaged."""
+    return read_record(path_of(settings), _PROOF, "remove it, and the stage prove runs again")
+
+
 def prove(settings: Settings, target: Target, device: str) -> bool:
     """Runs the stage, unless it was run for these weights; whether the three agree.
 
@@ -63,11 +78,11 @@ def prove(settings: Settings, target: Target, device: str) -> bool:
         "tolerance": settings.prove.tolerance,
         "vllm": not settings.prove.skip_vllm,
     }
-    found = read_json(path_of(settings))
+    found = proof(settings)
     if found is None or found["question"] != question:
         proofs = _run(settings, target, device, trained["prompts"])
         found = {"question": question, **_judge(settings, trained, proofs)}
-        write_json(path_of(settings), found)
+        write_record(path_of(settings), found)
     print(as_text(found))
     return bool(found["agree"])
 
@@ -75,10 +90,14 @@ def prove(settings: Settings, target: Target, device: str) -> bool:
 def _run(settings: Settings, target: Target, device: str, count: int) -> list[Proof]:
     """Decodes the first ``count`` held-out prompts, those of the trainer's figure."""
     answers = held_out(settings)
+    if count > len(answers):
+        raise TrainingError(
+            f"{loop.result_path(settings)} counts {count} prompts, and {len(answers)} are held out: remove it, and the stage train ends anew"
+        )
     chosen = [answers[i] for i in range(count)]
     prompts = [s.tokens[: s.prompt_length].tolist() for s in chosen]
     texts = [s.tokens[s.prompt_length :].tolist() for s in chosen]
-    folder, tokens, eos = loop.final_folder(settings), settings.prove.prove_tokens, target.eos_token_id
+    folder, tokens, eos = loop.trained_folder(settings), settings.prove.prove_tokens, target.eos_token_id
     drafter = load_drafter(folder, getattr(torch, target.dtype)).to(device)
     k = drafter.config.max_speculative_tokens
     model = load_target(target, settings, device)

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.engines.process import DEFAULT_ENV, ENV, QUIET
 from vllm_dflash.progress import Progress
-from vllm_dflash.training.engines import DEFAULT_ENV, ENV
 from vllm_dflash.training.files import TrainingError
 
 
@@ -21,10 +21,10 @@ class _Engine:
     """An actor of the pool."""
 
     def __init__(self, engine_args: dict[str, Any], folder: str) -> None:
-        from vllm_dflash.training.generate_engine import start
+        from vllm_dflash.engines.child import start_llm
 
         os.chdir(folder)
-        self.llm = start(engine_args)
+        self.llm = start_llm(engine_args)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         from vllm_dflash.training.generate_engine import answer
@@ -52,7 +52,7 @@ def answer_on_ray(engine_args: Mapping[str, Any], jobs: Sequence[dict[str, Any]]
         rows = [{"job": json.dumps(job | {"path": str(Path(job["path"]).resolve())})} for job in jobs]
         done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Engine, fn_constructor_args=(dict(engine_args), os.getcwd()), batch_size=1, concurrency=pool, num_gpus=gpus,
-            runtime_env={"env_vars": DEFAULT_ENV | ENV},
+            runtime_env={"env_vars": DEFAULT_ENV | QUIET | ENV},
         )  # fmt: skip
         with Progress(total=sum(job["count"] for job in jobs), desc="generate", unit=" answers") as bar:
             for batch in done.iter_batches(batch_size=1, prefetch_batches=0):

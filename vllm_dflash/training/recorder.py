@@ -6,7 +6,9 @@
 The lines are texts of users: the files are readable by their owner alone, hold no headers or names, and never more than
 VLLM_DFLASH_RECORD_MAX_MB (1024) together; then recording ends and serving goes on, as it does when the disk is full. Completions and chats
 with one answer in text are written; what cannot be told from the texts again (tools, images, a template of the request's own, reasoning that
-the server took out) is not. Writing is a thread's work, with a queue that drops lines rather than wait.
+the server took out) is not, nor what the target would not have said by itself (structured outputs, biases, bans, penalties, a prompt that was
+cut): a request that sets a field which is not known to leave the answer alone is left out. Writing is a thread's work, with a queue that
+drops lines rather than wait.
 
     pytest tests/unit/test_train_recorder.py tests/engine/test_serve.py
 """
@@ -17,6 +19,7 @@ import os
 import queue
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,24 @@ _DEFAULT_MAX_MB = 1024
 _LARGEST_BODY = 1 << 22
 _WAITING_LINES = 256
 _CHAT, _COMPLETION = "/v1/chat/completions", "/v1/completions"
-_NOT_IN_THE_TEXT = ("tools", "functions", "chat_template", "chat_template_kwargs", "documents", "echo", "suffix", "continue_final_message")
+_HARMLESS = frozenset(
+    {
+        "model", "messages", "prompt", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stream",
+        "stream_options", "stream_interval", "logprobs", "top_logprobs", "prompt_logprobs", "return_token_ids", "return_tokens_as_token_ids",
+        "return_token_offsets", "return_prompt_text", "user", "metadata", "store", "request_id", "session_id", "priority", "cache_salt",
+        "service_tier",
+    }
+)  # fmt: skip
+"""Fields of a request that leave the answer to the target, whatever they hold. Others may be left out, or as in ``_NEUTRAL``."""
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,), "best_of": (1,), "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "length_penalty": (1,),
+    "min_tokens": (0,), "echo": (False,), "ignore_eos": (False,), "use_beam_search": (False,), "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,), "include_stop_str_in_output": (False,), "include_reasoning": (True,),
+    "add_generation_prompt": (True,), "continue_final_message": (False,), "stop": ([], ""), "stop_token_ids": ([],), "bad_words": ([],),
+    "logit_bias": ({},), "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "suffix": ("",),
+    "response_format": ({"type": "text"},), "chat_template_kwargs": ({},), "documents": ([],), "vllm_xargs": ({},),
+}  # fmt: skip
+"""What other fields may hold: values that vLLM takes for nothing."""
 
 logger = logging.getLogger("vllm.dflash.recorder")  # vLLM shows its own loggers' children
 Scope = dict[str, Any]
@@ -120,7 +140,7 @@ def answer_text(body: bytes) -> tuple[str, str] | None:
 
 def as_line(chat: bool, request: dict[str, Any], answer: tuple[str, str] | None) -> str | None:
     """A line as ``vllm-dflash train`` reads it; None where the prompt could not be told from it again."""
-    if answer is None or any(request.get(name) for name in _NOT_IN_THE_TEXT) or (request.get("n") or 1) > 1 or request.get("stop"):
+    if answer is None or not all(_leaves_alone(name, value) for name, value in request.items()):
         return None
     prompt = request["messages" if chat else "prompt"]
     if chat:
@@ -136,15 +156,23 @@ def as_line(chat: bool, request: dict[str, Any], answer: tuple[str, str] | None)
     return json.dumps(asked | {"response": answer[0], "finish_reason": answer[1]}, ensure_ascii=False)
 
 
+def _leaves_alone(name: str, value: Any) -> bool:
+    """Whether a request's field leaves prompt and answer to the target."""
+    return name in _HARMLESS or value is None or value in _NEUTRAL.get(name, ())
+
+
 class LineWriter:
     """Appends lines to a file of this process's own, in a thread, until the folder holds ``limit`` bytes or the disk is full."""
 
     def __init__(self, folder: Path, limit: int) -> None:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path, self.limit, self.stopped = folder / f"traffic-{os.getpid()}-{os.urandom(3).hex()}.jsonl", limit, False
-        self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+        self._handle = self._open()
         self._lines: queue.Queue[str] = queue.Queue(_WAITING_LINES)
         threading.Thread(target=self._write, name="traffic recorder", daemon=True).start()
+
+    def _open(self) -> int:
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
 
     def put(self, line: str) -> None:
         """Hands a line over; it is dropped where the disk is too slow for the traffic."""
@@ -161,12 +189,20 @@ class LineWriter:
     def _write(self) -> None:
         while True:
             raw = (self._lines.get() + "\n").encode(errors="replace")
-            if not self.stopped:
-                self._append(raw)
-            self._lines.task_done()
+            try:
+                if not self.stopped:
+                    self._append(raw)
+            except Exception as error:  # a thread that ends would leave a queue that nobody empties
+                self._stop(str(error) or type(error).__name__)
+            finally:
+                self._lines.task_done()
 
     def _append(self, raw: bytes) -> None:
-        if sum(p.stat().st_size for p in self.path.parent.glob("traffic-*.jsonl")) + len(raw) > self.limit:
+        if os.fstat(self._handle).st_nlink == 0:
+            # The file has been removed, perhaps with its folder: what is written to it would be on the disk and in no folder.
+            os.close(self._handle)
+            self._handle = self._open()
+        if self._used() + len(raw) > self.limit:
             self._stop(f"{self.path.parent} has reached {MAX_MB}")
             return
         before = os.fstat(self._handle).st_size
@@ -178,6 +214,16 @@ class LineWriter:
         except OSError as error:
             os.ftruncate(self._handle, before)
             self._stop(error.strerror or "the disk cannot be written")
+
+    def _used(self) -> int:
+        """Bytes in the folder, and in this process's own file wherever it has been moved to."""
+        own = os.fstat(self._handle)
+        used = own.st_size
+        for path in self.path.parent.glob("traffic-*.jsonl"):
+            with suppress(FileNotFoundError):  # removed meanwhile
+                found = path.stat()
+                used += found.st_size if (found.st_dev, found.st_ino) != (own.st_dev, own.st_ino) else 0
+        return used
 
     def _stop(self, why: str) -> None:
         self.stopped = True

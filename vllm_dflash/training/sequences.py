@@ -8,11 +8,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
 
-from vllm_dflash.training.files import TrainingError, checksum, read_json, whole_file, write_json
+from vllm_dflash.records import AtLeast
+from vllm_dflash.training.files import TrainingError, checksum, read_record, refusal, whole_file, write_record
+
+_NOTE = {"bytes": AtLeast(int, 0), "sha256": str}
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,28 @@ def shard_path(folder: Path, index: int) -> Path:
 
 
 def is_finished(path: Path) -> bool:
-    """Whether the shard is there and whole; its note is written last."""
-    note = read_json(path.with_suffix(".json"))
-    return note is not None and path.is_file() and path.stat().st_size == note["bytes"]
+    """Whether the shard is there and whole; its note is written last.
+
+    Raises:
+        TrainingError: its note is damaged.
+    """
+    note = _note(path)
+    if note is None:
+        return False
+    try:
+        return path.is_file() and path.stat().st_size == note["bytes"]
+    except OSError as error:
+        raise refusal(path, error) from None
+
+
+def _note(path: Path) -> dict[str, Any] | None:
+    note = path.with_suffix(".json")
+    return read_record(note, _NOTE, f"remove it, and {path.name} is made again by its stage")
 
 
 def finish(path: Path, **more: object) -> None:
     """Notes that the shard is whole, with its checksum."""
-    write_json(path.with_suffix(".json"), {"bytes": path.stat().st_size, "sha256": checksum(path), **more})
+    write_record(path.with_suffix(".json"), {"bytes": path.stat().st_size, "sha256": checksum(path), **more})
 
 
 def check(path: Path) -> None:
@@ -45,7 +63,8 @@ def check(path: Path) -> None:
     Raises:
         TrainingError: it is absent or spoilt.
     """
-    if not is_finished(path) or checksum(path) != read_json(path.with_suffix(".json"))["sha256"]:
+    note = _note(path)
+    if note is None or not is_finished(path) or checksum(path) != note["sha256"]:
         raise TrainingError(
             f"{path} is absent or not as it was written: remove it and its .json, and run its stage again; then look at the disk"
         )

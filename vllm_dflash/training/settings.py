@@ -8,24 +8,31 @@ import dataclasses
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.config import CONDITIONINGS
-from vllm_dflash.formats import FORMATS
+from vllm_dflash import kinds
+from vllm_dflash.formats import format_names
 from vllm_dflash.training.files import TrainingError
 
 STAGES = ("generate", "features", "train", "prove", "export")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+_LARGEST = 2**62
+"""Of a number that has no other limit: what is computed of it has room in 64 bits, and it is not infinite."""
+
+
 class SettingsError(TrainingError):
     """A setting is unusable; the message names it and the remedy."""
 
 
-def _set(default: Any, help: str, *, choices: tuple[str, ...] | None = None, least: float | None = None, most: float | None = None) -> Any:
+Choices = tuple[str, ...] | Callable[[], tuple[str, ...]] | None
+
+
+def _set(default: Any, help: str, *, choices: Choices = None, least: float | None = None, most: float | None = None) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most})
 
 
@@ -81,8 +88,8 @@ class Generate:
 class Drafter:
     """What is trained."""
 
-    kind: str = _set("dflare", "how target features become context (docs/study.md)", choices=CONDITIONINGS)
-    layers: int | None = _set(None, "draft layers (default: 5, dflare 7, fewer for a shallow target)", least=1)
+    kind: str = _set(kinds.FOR_TRAINING, "how target features become context (docs/study.md)", choices=kinds.names)
+    layers: int | None = _set(None, "draft layers (default: as many as the kind was published with, fewer for a shallow target)", least=1)
     block_size: int = _set(16, "anchor and drafted tokens", least=2, most=1024)
     target_layer_ids: tuple[int, ...] | None = _set(None, "target layers that it sees, counted from 0 (default: evenly spaced)")
     intermediate_size: int | None = _set(None, "of its MLP (default: the target's)", least=1)
@@ -90,9 +97,7 @@ class Drafter:
         None, "token of the places to fill (default: the tokenizer's mask token, or one that text never holds)", least=0
     )
     max_position_embeddings: int | None = _set(None, "longest context that it may be served with (default: the target's)", least=1)
-    tie_context: bool = _set(
-        False, "DFlare's projections of the context are its block's own, as DFlash's are (to study what its own are worth)"
-    )
+    tie_context: bool = _set(False, "a kind's own projections of the context are its block's own (to study what they are worth)")
     init: str | None = _set(None, "a drafter's folder to go on from: fine-tuned target, new domain, longer context")
     init_from_target: bool = _set(False, "draft layers begin as copies of target layers")
     init_layers: str | None = _set(
@@ -170,7 +175,7 @@ class Prove:
 class Export:
     """What comes out."""
 
-    format: str | None = _set(None, "of the checkpoint (default: z-lab for dflash, AngelSlim for dflare)", choices=FORMATS)
+    format: str | None = _set(None, "of the checkpoint (default: the one that the kind was published in)", choices=format_names)
     export_dtype: str = _set("auto", "of the weights (default: the target's)", choices=DTYPES)
 
 
@@ -212,8 +217,9 @@ class Settings:
             raise SettingsError("parallel is fsdp, but one worker has nobody to share with: set workers, or leave parallel out")
         if train.gamma_start is not None and train.weighting != "decay":
             raise SettingsError("gamma_start is set, but the weighting is dpace, which has no gamma: leave one of them out")
-        if self.drafter.tie_context and self.drafter.kind != "dflare":
-            raise SettingsError("tie_context is set, but only a dflare has projections of its own: leave it out, or set kind to dflare")
+        if self.drafter.tie_context and not kinds.every()[self.drafter.kind].context.own_projections:
+            able = " or ".join(kind.name for kind in kinds.every().values() if kind.context.own_projections)
+            raise SettingsError(f"tie_context is set, but only a {able} has projections of its own: leave it out, or set kind to {able}")
         if self.features.extract_with == "vllm" and not self.features.cache:
             raise SettingsError("extract_with is vllm, but features are not kept, so each step takes them from transformers: set cache too")
         starts = [name for name in ("init", "init_from_target", "init_layers") if getattr(self.drafter, name)]
@@ -229,6 +235,12 @@ def every_field() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     for table, kind in TABLES.items():
         for item in dataclasses.fields(kind):
             yield table, item
+
+
+def choices_of(item: dataclasses.Field[Any]) -> tuple[str, ...] | None:
+    """What a field may be set to, where that is a list."""
+    choices: Choices = item.metadata["choices"]
+    return choices() if callable(choices) else choices
 
 
 def load(path: str | None, flags: Mapping[str, Any]) -> Settings:
@@ -276,7 +288,10 @@ def _value(item: dataclasses.Field[Any], given: Any) -> Any:
             else {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
         )
         raise SettingsError(f"{item.name} is {given!r}: give {wanted} ({item.metadata['help']})") from None
-    choices, least, most = (item.metadata[name] for name in ("choices", "least", "most"))
+    choices = choices_of(item)
+    least, most = (item.metadata[name] for name in ("least", "most"))
+    if isinstance(value, int | float) and most is None:
+        most = _LARGEST
     if choices and value not in choices:
         raise SettingsError(f"{item.name} is {value!r}: one of {', '.join(choices)}")
     if (least is not None and not value >= least) or (most is not None and not value <= most):

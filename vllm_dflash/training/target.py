@@ -52,7 +52,7 @@ def find_target(settings: Settings) -> Target:
         text = AutoConfig.from_pretrained(name, trust_remote_code=settings.run.trust_remote_code).get_text_config()
     except (OSError, ValueError, KeyError) as error:
         raise TrainingError(f"target {name} cannot be read ({str(error).splitlines()[0]}): give its folder or hub id") from None
-    return Target(name, text, load_tokenizer(name), resolved_dtype(text, settings.run.dtype))
+    return Target(name, text, load_tokenizer(name, settings.run.trust_remote_code), resolved_dtype(text, settings.run.dtype))
 
 
 def load_target(target: Target, settings: Settings, device: str) -> Any:

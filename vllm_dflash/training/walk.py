@@ -80,13 +80,13 @@ def walk(accepted: Sequence[int], tokens: Sequence[int], prompt_length: int, max
 
 def accepted_everywhere(model: Any, drafter: Drafter, tokens: Sequence[int], prompt_length: int) -> list[int]:
     """Accepted tokens of the draft at every place of the answer that a token follows."""
-    device, size = model.device, drafter.config.block_size
+    device, k = model.device, drafter.config.max_speculative_tokens
     ids = torch.tensor([list(tokens)], device=device)
     features, _ = target_features(model, drafter.config.target_layer_ids, ids, use_cache=False)
     context = drafter.context_kv(drafter.context(features), torch.arange(ids.shape[1], device=device)[None])
     accepted: list[int] = []
     for anchors in _pieces(prompt_length, ids.shape[1] - 1, device):
-        at = anchors[0, :, None] + torch.arange(1, size, device=device)
+        at = anchors[0, :, None] + torch.arange(1, k + 1, device=device)
         truth = torch.where(at < ids.shape[1], ids[0][at.clamp(max=ids.shape[1] - 1)], -1)
         drafts = _drafts(model, drafter, ids, anchors, context)
         accepted += (drafts == truth).long().cumprod(-1).sum(-1).tolist()
@@ -99,10 +99,11 @@ def _pieces(first: int, end: int, device: Any) -> Iterator[Tensor]:
 
 
 def _drafts(model: Any, drafter: Drafter, ids: Tensor, anchors: Tensor, context: Any) -> Tensor:
-    """Drafted tokens [N, b - 1] of the blocks at ``anchors`` [1, N]."""
+    """Drafted tokens [N, K] of the blocks at ``anchors`` [1, N]."""
     size = drafter.config.block_size
     block = torch.full((*anchors.shape, size), drafter.config.mask_token_id, device=ids.device)
     block[..., 0] = ids.gather(1, anchors)
     embeds = drafter.embed(model.get_input_embeddings(), block.flatten(1))
     hidden = drafter(embeds, block_positions(anchors, size), context, context_mask(anchors, size, ids.shape[1]), size)
-    return drafter.logits(model.lm_head, hidden.unflatten(1, (-1, size))[0, :, 1:]).float().argmax(-1)
+    logits = drafter.logits(model.lm_head, hidden.unflatten(1, (-1, size))[0, :, drafter.config.first_row :]).float()
+    return drafter.head.draft(logits, block[0, :, 0])[0]

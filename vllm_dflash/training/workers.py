@@ -33,9 +33,9 @@ class Workers:
         if self.count == 1:
             return
         kept = list(parameters)
-        for p in kept:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
+        missing = [p for p in kept if p.grad is None]
+        if missing:
+            torch.autograd.backward(missing, [torch.zeros_like(p) for p in missing])
         grads = [p.grad for p in kept if p.grad is not None]
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)

@@ -1,43 +1,21 @@
-"""DFlare (arXiv 2606.02091): a context vector of its own for each draft layer, and projections of its own for the context.
+"""DFlare's context: each draft layer's own mixture of target layers, and projections for it.
 
-Layer d's context is ``hidden_norm(sum_t softmax(F)[d, t] h_t)``, with a learned F (``layer_fusion_weights``, D x T); its keys
-and values come from ``k_proj_target`` and ``v_proj_target``, while k_norm is shared with the block's own keys. Served, all
-layers' projections are one batched GEMM.
+k_norm is shared with the block's own keys. Served, all layers' projections are one batched GEMM.
 
     pytest tests/unit/test_reference.py tests/engine/test_dflare.py
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vllm_dflash.conditioning import capture_order
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.models.parameters import capture_order, in_parts, load_into, of_layer, own_heads
 from vllm_dflash.reference.drafter import Drafter, RMSNorm, apply_rotary
 
 _FIRST_LOGIT = 2.0
 """The fusion logit that each layer starts with at its own depth; the others start at 0 (arXiv 2606.02091's released code)."""
-
-
-def own_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
-    hidden, kv_size = config.hidden_size, config.num_key_value_heads * config.head_dim
-    tensors: dict[str, tuple[int, ...]] = {
-        "layer_fusion_weights": (config.num_hidden_layers, config.num_features),
-        "hidden_norm.weight": (hidden,),
-    }
-    for i in range(config.num_hidden_layers):
-        for name in ("k_proj_target", "v_proj_target"):
-            tensors[f"layers.{i}.self_attn.{name}.weight"] = (kv_size, hidden)
-            if config.attention_bias:
-                tensors[f"layers.{i}.self_attn.{name}.bias"] = (kv_size,)
-    return tensors
-
-
-def context_width(config: DrafterConfig) -> int:
-    """Elements of a token's context, in the proposers' buffers."""
-    return config.num_hidden_layers * config.hidden_size
 
 
 class Reference(Drafter):
@@ -77,35 +55,27 @@ class Served(nn.Module):
         from vllm_dflash.models.norm import RMSNorm as ServedRMSNorm
 
         self.num_layers, self.num_kv_heads, self.head_dim = config.num_hidden_layers, num_kv_heads, config.head_dim
-        self.order = capture_order(config)
-        self.num_features, self.hidden_size, self.total_kv_heads = config.num_features, config.hidden_size, config.num_key_value_heads
+        self.config = config
+        self.num_features, self.hidden_size = config.num_features, config.hidden_size
         kv_size = num_kv_heads * config.head_dim
         self.share = nn.Parameter(torch.empty(self.num_layers, self.num_features, dtype=dtype), requires_grad=False)
         self.hidden_norm = ServedRMSNorm(self.hidden_size, eps=config.rms_norm_eps)
-        self.weight = nn.Parameter(torch.empty(self.num_layers, self.hidden_size, 2 * kv_size, dtype=dtype), requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(self.num_layers, 1, 2 * kv_size, dtype=dtype), requires_grad=False)
+        self.weight = in_parts(nn.Parameter(torch.empty(self.num_layers, self.hidden_size, 2 * kv_size, dtype=dtype), requires_grad=False))
+        self.bias = in_parts(nn.Parameter(torch.zeros(self.num_layers, 1, 2 * kv_size, dtype=dtype), requires_grad=False))
 
-    def load_weights(self, tensors: dict[str, Tensor], attentions: Sequence[Any]) -> None:
-        """``tensors``: those of ``own_tensors``; ``attentions`` is not needed: the context has projections of its own."""
-        # The shares do not depend on the input: the softmax is taken once.
-        self.share.data.copy_(tensors["layer_fusion_weights"].float().softmax(dim=1)[:, self.order])
-        self.hidden_norm.weight.data.copy_(tensors["hidden_norm.weight"])
-        for i in range(self.num_layers):
-            halves = zip(
-                ("k_proj_target", "v_proj_target"), self.weight.data[i].chunk(2, dim=1), self.bias.data[i].chunk(2, dim=1), strict=True
-            )
-            for name, weight, bias in halves:
-                stem = f"layers.{i}.self_attn.{name}"
-                weight.copy_(self._own_heads(tensors[f"{stem}.weight"]).T)
-                if f"{stem}.bias" in tensors:
-                    bias.copy_(self._own_heads(tensors[f"{stem}.bias"]))
-
-    def _own_heads(self, tensor: Tensor) -> Tensor:
-        """The rows [all kv heads * head_dim, ...] that belong to this rank's heads; ranks share a head where there are fewer heads."""
-        from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-
-        first = get_tensor_model_parallel_rank() * self.total_kv_heads // get_tensor_model_parallel_world_size()
-        return tensor[first * self.head_dim : (first + self.num_kv_heads) * self.head_dim]
+    def load(self, name: str, tensor: Tensor) -> None:
+        """Takes one of the tensors of ``own_tensors``, in any order; others are not needed: the context has projections of its own."""
+        layer, module, kind = of_layer(name)
+        if name == "layer_fusion_weights":
+            # The shares do not depend on the input: the softmax is taken once.
+            load_into(self.share, tensor.float().softmax(dim=1)[:, capture_order(self.config)])
+        elif name == "hidden_norm.weight":
+            load_into(self.hidden_norm.weight, tensor)
+        elif module in ("k_proj_target", "v_proj_target"):
+            size = self.num_kv_heads * self.head_dim
+            part = layer, slice(None), slice(size) if module == "k_proj_target" else slice(size, None)
+            own = own_heads(tensor, self.config, self.num_kv_heads)
+            load_into(getattr(self, kind), own.T if kind == "weight" else own[None], part)
 
     def combine(self, features: Tensor) -> Tensor:
         """``features`` [N, T * H] -> context [N, D * H]."""

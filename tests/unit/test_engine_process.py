@@ -11,44 +11,54 @@ from pathlib import Path
 
 import pytest
 
+from vllm_dflash.engines.process import EngineFailedError, EngineProcess, EngineRefusedError, _what_was_said
 from vllm_dflash.evaluation import starting
-from vllm_dflash.evaluation.engine_process import EngineFailedError, EngineProcess, Job, _what_was_said
 from vllm_dflash.evaluation.methods import Method
 from vllm_dflash.evaluation.plan import Plan
 from vllm_dflash.evaluation.workload import Point
 
-JOB = Job([[1, 2]], 1, [4], 0.0)
-CHILD = textwrap.dedent(
-    """
-    import json, os, sys
-    out = os.fdopen(int(sys.argv[1]), "w")
-    settings = json.loads(sys.stdin.readline())
-    def answer(**message):
-        print(json.dumps(message), file=out, flush=True)
+CHILD = """
+import os, sys, time
+from vllm_dflash.engines.child import RefusedError, serve
+
+def begin(settings):
     print('{"result": "chatter on standard output"}', flush=True)
     if settings.get("fails"):
         raise ValueError("this vLLM refuses: say please")
-    answer(ready={"pid": os.getpid(), "set": os.environ.get("OF_THE_METHOD")})
-    for line in sys.stdin:
-        job = json.loads(line)
+
+    def work(job, parent):
         if settings.get("dies"):
             os.kill(os.getpid(), 9)
-        answer(done=1)
-        answer(paused=1)
-        sys.stdin.readline()
+        if settings.get("refuses"):
+            raise RefusedError("not this job: ask another")
+        parent.done()
+        while settings.get("works for ever"):
+            time.sleep(0.1)
+        parent.pause()
         print("Error: chatter again", file=sys.stderr, flush=True)
-        answer(result={"prompts": job["prompts"]})
-    """
-)
+        return {"prompts": job["prompts"]}
+
+    return work, {"pid": os.getpid(), "set": os.environ.get("OF_THE_METHOD")}
+
+serve(begin)
+"""
+
+
+class Child(EngineProcess):
+    """Runs ``CHILD``."""
+
+    @staticmethod
+    def _command(module):
+        return "-c", CHILD
 
 
 def start(log, settings=None, environment=None):
-    return EngineProcess(settings or {}, environment or {}, log, ("-c", CHILD))
+    return Child("", settings or {}, log, environment)
 
 
-def run_all(engine, on_request=lambda: None):
+def run_all(engine, on_done=lambda _: None):
     """All slices of a job."""
-    slices, count = engine.run(JOB, on_request), 0
+    slices, count = engine.slices({"prompts": [[1, 2]]}, on_done), 0
     while True:
         try:
             next(slices)
@@ -64,8 +74,8 @@ def test_chatter_does_not_reach_the_protocol(tmp_path):
         ready = engine.wait_until_ready()
         assert ready["set"] == "yes"
         for _ in range(2):
-            assert run_all(engine, lambda: done.append(1)) == {"prompts": [[1, 2]]}
-    assert len(done) == 2
+            assert run_all(engine, done.append) == {"prompts": [[1, 2]]}
+    assert done == [1, 1]
     assert "chatter on standard output" in (tmp_path / "log").read_text()
     with pytest.raises(ProcessLookupError):
         os.kill(ready["pid"], 0)
@@ -78,6 +88,13 @@ def test_one_that_does_not_start_says_why(tmp_path):
     ):
         engine.wait_until_ready()
     assert "Traceback" in error.value.tail
+
+
+def test_a_job_that_is_refused_says_what_to_do(tmp_path):
+    with start(tmp_path / "log", {"refuses": True}) as engine:
+        engine.wait_until_ready()
+        with pytest.raises(EngineRefusedError, match="not this job: ask another"):
+            engine.do({"prompts": []})
 
 
 def test_of_a_refused_configuration_the_validators_words_are_told():
@@ -109,9 +126,9 @@ def test_as_many_begin_at_once_as_there_are_cores(tmp_path, monkeypatch, engine_
 
     def beginning(settings, environment, log):
         begun.append(log.stem)
-        return EngineProcess(settings, environment, log, ("-c", CHILD))
+        return start(log, settings, environment)
 
-    monkeypatch.setattr(starting, "EngineProcess", beginning)
+    monkeypatch.setattr(starting, "BenchEngine", beginning)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     methods = [Method(name, "plain") for name in ("a", "b", "c")]
     plan = Plan("T", methods, [Point("p", None, 0.0, 1, 8)], {}, 8, 1, "float32", 64, engine_args)
@@ -135,15 +152,20 @@ def test_an_interrupted_parent_ends_its_children(tmp_path):
         os.kill(pid, 0)
 
 
-def test_a_killed_parent_leaves_no_child(tmp_path):
-    """Nobody cleans up after SIGKILL: the children see the end of their input."""
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_killed_parent_leaves_no_child(tmp_path, busy):
+    """Nobody cleans up after SIGKILL: the children see the end of their input, in the middle of a job too."""
     code = textwrap.dedent(
         f"""
         import sys, time
         from pathlib import Path
-        from vllm_dflash.evaluation.engine_process import EngineProcess
-        engines = [EngineProcess({{}}, {{}}, Path(f"{tmp_path}/log{{i}}"), ("-c", {CHILD!r})) for i in range(2)]
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_engine_process import start
+        engines = [start(Path(f"{tmp_path}/log{{i}}"), {{"works for ever": {busy}}}) for i in range(2)]
         print(*(engine.wait_until_ready()["pid"] for engine in engines), flush=True)
+        for engine in engines if {busy} else ():
+            engine._send({{"prompts": []}})
+            engine._receive()
         time.sleep(60)
         """
     )

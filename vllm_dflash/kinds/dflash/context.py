@@ -1,29 +1,17 @@
-"""DFlash (arXiv 2602.06036): one context vector a token for all draft layers, ``hidden_norm(fc(features))``.
+"""DFlash's context: one vector a token, which all layers project; served in one GEMM.
 
-Each layer projects it with the weights of its own keys and values, so the projections of all layers are one GEMM.
-
-    pytest tests/unit/test_reference.py tests/engine/test_draft_parity.py
+pytest tests/unit/test_reference.py tests/engine/test_draft_parity.py
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vllm_dflash.conditioning import capture_order
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.models.parameters import capture_order, in_parts, load_into, of_layer, own_heads
 from vllm_dflash.reference.drafter import Drafter, RMSNorm
-
-
-def own_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
-    hidden = config.hidden_size
-    return {"fc.weight": (hidden, config.num_features * hidden), "hidden_norm.weight": (hidden,)}
-
-
-def context_width(config: DrafterConfig) -> int:
-    """Elements of a token's context, in the proposers' buffers."""
-    return config.hidden_size
 
 
 class Reference(Drafter):
@@ -52,35 +40,38 @@ class Served(nn.Module):
         from vllm_dflash.models.norm import RMSNorm as ServedRMSNorm
 
         self.num_layers, self.num_kv_heads, self.head_dim = config.num_hidden_layers, num_kv_heads, config.head_dim
-        self.order = capture_order(config)
+        self.config = config
         hidden, kv_size = config.hidden_size, num_kv_heads * config.head_dim
         self.fc = ReplicatedLinear(
             config.num_features * hidden, hidden, bias=False, params_dtype=dtype, prefix=f"{prefix}.fc", return_bias=False
         )  # fmt: skip
         self.hidden_norm = ServedRMSNorm(hidden, eps=config.rms_norm_eps)
         self.quantized = quant_config is not None
-        self.attentions: list[Any] = []
+        # Packed weights cannot be stacked.
+        self.attentions: Sequence[Any] = ()
+        """The draft layers' attention modules, in a sequence, for modules would be registered a second time."""
         if not self.quantized:
             # A layer of vLLM's, so that its weight is packed as the platform likes it.
             self.proj = ReplicatedLinear(
                 hidden, 2 * self.num_layers * kv_size, bias=config.attention_bias, params_dtype=dtype, prefix=f"{prefix}.proj",
                 return_bias=False,
             )  # fmt: skip
+            for name, parameter in list(self.proj.named_parameters()):
+                # In place of that with vLLM's loader, which takes whole tensors.
+                self.proj.register_parameter(name, in_parts(nn.Parameter(parameter.data, requires_grad=False)))
 
-    def load_weights(self, tensors: dict[str, Tensor], attentions: Sequence[Any]) -> None:
-        """``tensors``: those of ``own_tensors``; ``attentions``: the draft layers' loaded attention modules."""
-        by_feature = tensors["fc.weight"].unflatten(1, (len(self.order), -1))
-        self.fc.weight.data.copy_(by_feature[:, self.order].flatten(1))
-        self.hidden_norm.weight.data.copy_(tensors["hidden_norm.weight"])
-        if self.quantized:
-            # Packed weights cannot be stacked; a list of modules would register them a second time.
-            self.attentions = list(attentions)
-            return
-        for name in ("weight", "bias") if self.proj.bias is not None else ("weight",):
-            parts = [getattr(a.qkv_proj, name).data[a.q_size :] for a in attentions]
-            keys = [p[: a.kv_size] for p, a in zip(parts, attentions, strict=True)]
-            values = [p[a.kv_size :] for p, a in zip(parts, attentions, strict=True)]
-            getattr(self.proj, name).data.copy_(torch.cat(keys + values))
+    def load(self, name: str, tensor: Tensor) -> None:
+        """Takes what it needs of one tensor of a checkpoint, in any order: its own, and the draft layers' keys and values."""
+        layer, module, kind = of_layer(name)
+        if name == "fc.weight":
+            by_feature = tensor.unflatten(1, (self.config.num_features, -1))
+            load_into(self.fc.weight, by_feature[:, capture_order(self.config)].flatten(1))
+        elif name == "hidden_norm.weight":
+            load_into(self.hidden_norm.weight, tensor)
+        elif module in ("k_proj", "v_proj") and not self.quantized:
+            size = self.num_kv_heads * self.head_dim
+            start = (layer + (module == "v_proj") * self.num_layers) * size
+            load_into(getattr(self.proj, kind), own_heads(tensor, self.config, self.num_kv_heads), slice(start, start + size))
 
     def combine(self, features: Tensor) -> Tensor:
         """``features`` [N, T * H] -> context [N, H]."""
@@ -95,3 +86,22 @@ class Served(nn.Module):
         else:
             kv = self.proj(context).view(shape)
         return kv[:, 0], kv[:, 1]
+
+    def fast(self) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+        """``combine`` and ``project`` in one, kernel by kernel; None for weights packed otherwise."""
+        from vllm_dflash.models.eager_layer import Linear, live
+
+        if self.quantized or not hasattr(self.fc, "cpu_linear"):
+            return None
+        rms_norm = torch.ops._C.rms_norm.default
+        fc, proj = Linear(self.fc), Linear(self.proj)
+        norm, eps = live(self.hidden_norm), self.hidden_norm.variance_epsilon
+        shape = -1, 2, self.num_layers, self.num_kv_heads, self.head_dim
+
+        def project(features: Tensor) -> tuple[Tensor, Tensor]:
+            context = fc(features)
+            rms_norm(context, context, norm["weight"], eps)
+            keys, values = proj(context).view(shape).unbind(1)
+            return keys, values
+
+        return project

@@ -1,6 +1,6 @@
-"""The parent's side of a benchmark's engine: a child process, driven by JSON lines, that ends with its parent.
+"""The parent's side of an engine's process: a child, driven by JSON lines, that ends with its parent.
 
-pytest tests/unit/test_bench_process.py
+pytest tests/unit/test_engine_process.py
 """
 
 import json
@@ -10,17 +10,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Self
 
-from vllm_dflash.evaluation.workload import Phase
-
+DEFAULT_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""Where the environment has no such value: threads are left unbound, for bound engines would all sit on the same cores."""
+ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""In one process, so that ending it ends all."""
+QUIET = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
+"""For an engine of whose output a user reads the end where it fails."""
 _LINES_SHOWN = 12
 _SECONDS_TO_END = 15.0
 _ERRORS = (re.compile(r"^\s*Value error, (?P<said>.*?)(\[type=|$)"), re.compile(r"(?P<said>.*Error\b.*)"))
-_CHILD = ("-W", "ignore", "-m", "vllm_dflash.evaluation.engine_child")
 
 
 class EngineFailedError(RuntimeError):
@@ -31,34 +33,8 @@ class EngineFailedError(RuntimeError):
         self.tail = tail
 
 
-@dataclass(frozen=True)
-class Job:
-    """Closed loops, one after the other."""
-
-    prompts: Sequence[Sequence[int]]
-    """Those of each phase in order."""
-    phases: Sequence[Phase]
-    max_tokens: Sequence[int]
-    """Of each prompt."""
-    temperature: float
-    slice_seconds: float = 0.0
-    """After which the engine pauses, for the others' slices; 0 for never."""
-
-    @property
-    def concurrency(self) -> int:
-        """The most requests in flight."""
-        return max(phase.concurrency for phase in self.phases)
-
-
-class Engine(Protocol):
-    """What a sweep runs its jobs on."""
-
-    def run(self, job: Job, on_request: Callable[[], object]) -> Generator[None, None, dict[str, Any]]:
-        """Runs the job a slice at a time, calls ``on_request`` as requests end, and returns what was measured.
-
-        Raises:
-            EngineFailedError: it will not run any more.
-        """
+class EngineRefusedError(RuntimeError):
+    """An engine runs, but cannot do the job; the message is the child's own."""
 
 
 class EngineProcess:
@@ -67,32 +43,47 @@ class EngineProcess:
     A parent that is killed needs no one to clean up: the child's input ends, and so does the child.
     """
 
-    def __init__(self, settings: Mapping[str, Any], environment: Mapping[str, str], log: Path, command: Sequence[str] = _CHILD) -> None:
-        """Starts it and returns at once; ``wait_until_ready`` waits. ``command`` follows the name of the Python that runs this."""
+    def __init__(self, module: str, settings: Mapping[str, Any], log: Path, environment: Mapping[str, str] | None = None) -> None:
+        """Starts ``python -m module`` and returns at once; ``wait_until_ready`` waits.
+
+        Args:
+            module: one that calls ``engines.child.serve``.
+            settings: what it is handed first.
+            log: the file for all that it prints.
+            environment: beside what is set here.
+        """
         self._log = log
-        # In one process, so that ending it ends all; threads left unbound, for bound engines would all sit on the same cores.
-        env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment}
+        env = {**DEFAULT_ENV, **os.environ, **ENV, **(environment or {})}
         reading, writing = os.pipe()
         with log.open("w") as output:
             self._process = subprocess.Popen(
-                [sys.executable, *command, str(writing)], env=env, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
-                text=True, pass_fds=(writing,), start_new_session=True,
+                [sys.executable, *self._command(module), str(writing)], env=env, stdin=subprocess.PIPE, stdout=output,
+                stderr=subprocess.STDOUT, text=True, pass_fds=(writing,), start_new_session=True,
             )  # fmt: skip
         os.close(writing)
         self._answers = os.fdopen(reading)
         self._send(settings)
 
-    def wait_until_ready(self) -> dict[str, Any]:
+    def wait_until_ready(self) -> Any:
         """What the engine says of itself.
 
         Raises:
             EngineFailedError: it did not start.
+            EngineRefusedError: it cannot do what the settings ask for.
         """
         return self._receive()["ready"]
 
-    def run(self, job: Job, on_request: Callable[[], object]) -> Generator[None, None, dict[str, Any]]:
-        """See ``Engine``."""
-        self._send(asdict(job))
+    def slices(self, job: Mapping[str, Any], on_done: Callable[[int], object]) -> Generator[None, None, Any]:
+        """Runs a job a slice at a time, where the child pauses; returns its result.
+
+        Args:
+            job: what the child's module takes.
+            on_done: called with how many more of its parts are done.
+
+        Raises:
+            EngineFailedError, EngineRefusedError: it will not run any more; it cannot do this.
+        """
+        self._send(job)
         while True:
             message = self._receive()
             if "result" in message:
@@ -101,9 +92,18 @@ class EngineProcess:
                 yield
                 self._send({})
             else:
-                on_request()
+                on_done(message["done"])
 
-    def __enter__(self) -> "EngineProcess":
+    def do(self, job: Mapping[str, Any], on_done: Callable[[int], object] = lambda _: None) -> Any:
+        """A whole job's result; see ``slices``."""
+        run = self.slices(job, on_done)
+        while True:
+            try:
+                next(run)
+            except StopIteration as end:
+                return end.value
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
@@ -123,6 +123,11 @@ class EngineProcess:
             self._process.wait()
         self._answers.close()
 
+    @staticmethod
+    def _command(module: str) -> Sequence[str]:
+        """What follows the name of the Python that runs this."""
+        return "-W", "ignore", "-m", module
+
     def _send(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
         try:
@@ -135,7 +140,10 @@ class EngineProcess:
         line = self._answers.readline()
         if not line.endswith("\n"):
             raise self._failure()
-        return json.loads(line)
+        message: dict[str, Any] = json.loads(line)
+        if "refused" in message:
+            raise EngineRefusedError(message["refused"])
+        return message
 
     def _failure(self) -> EngineFailedError:
         try:

@@ -1,0 +1,136 @@
+"""vLLM's source with one edited body: what relies on it drops out or is refused, what only runs around it goes on.
+
+Each edit is made in a copy that stands before the installed vLLM on the path; links take the place of all other files.
+
+    pytest tests/engine/test_edited_vllm.py
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.harness import DRAFTER, TARGET, Job, engine_env, held_out_prompts, run_engine
+
+pytestmark = pytest.mark.engine
+QWEN3, SAMPLER, SCHEDULER = (
+    "model_executor/models/qwen3.py",
+    "v1/sample/rejection_sampler.py",
+    "v1/core/sched/scheduler.py",
+)
+NOT_LOUDER = QWEN3, "self.o_proj(attn_output)", "self.o_proj(attn_output * 0.9)"
+"""Another model: what it writes shows whether it is this one that runs."""
+
+
+def edited(folder: Path, *edits: tuple[str, str, str]) -> dict[str, str]:
+    """An environment whose vLLM differs from the installed one by ``edits``: file, what is replaced once, and by what."""
+    spec = find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    installed, copy = Path(spec.origin).parent, folder / "vllm"
+    _link(installed, copy)
+    for file, old, new in edits:
+        source, place = installed, copy
+        for part in Path(file).parts[:-1]:
+            source, place = source / part, place / part
+            if place.is_symlink():  # never write through one
+                place.unlink()
+                _link(source, place)
+        source, place = installed / file, copy / file
+        text = source.read_text()
+        assert old in text, (file, old)
+        assert place.parent.resolve().is_relative_to(folder.resolve())
+        place.unlink()
+        place.write_text(text.replace(old, new, 1))
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return engine_env({"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"})
+
+
+def _link(source: Path, place: Path) -> None:
+    """A folder with links to all that is in another, but for compiled files."""
+    place.mkdir()
+    for other in source.iterdir():
+        if other.name != "__pycache__":
+            (place / other.name).symlink_to(other)
+
+
+def status(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "vllm_dflash.cli", "status"], env=env, capture_output=True, text=True, check=False)
+
+
+def run(env: dict[str, str], folder: Path, *drafters: Path | None, **changes: Any) -> list[dict[str, Any]]:
+    """An engine for each drafter; a process of its own, as the harness's has imported vLLM already."""
+    prompts = held_out_prompts(3)
+    jobs = [Job(TARGET, drafter, prompts, max_tokens=24, **changes).to_json() for drafter in drafters]
+    out = folder / "reports.json"
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("worker.py")), str(out)], input=json.dumps(jobs), env=env, capture_output=True,
+        text=True, check=False, timeout=400,
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise RuntimeError(done.stdout + done.stderr)
+    reports = json.loads(out.read_text())
+    for report in reports:
+        report["log"] = done.stdout + done.stderr
+    return reports
+
+
+def tokens(report: dict[str, Any]) -> list[Sequence[int]]:
+    return report["batches"][0]["tokens"]
+
+
+def accepted(report: dict[str, Any]) -> int:
+    return report["batches"][0]["counters"]["accepted"]
+
+
+def test_an_edited_target_runs_by_its_modules(tmp_path: Path) -> None:
+    """Fast layers that repeat another source would write another text, without any error."""
+    env = edited(tmp_path, NOT_LOUDER)
+    said = status(env)
+    assert said.returncode == 0
+    assert "plug-in      on" in said.stdout
+    assert "left out: vllm.model_executor.models.qwen2:Qwen2Model.forward" in said.stdout
+    assert said.stdout.count("left out: ") == 1
+    plain, drafted = run(env, tmp_path, None, DRAFTER)
+    assert tokens(drafted) == tokens(plain)
+    assert accepted(drafted) > 0
+    assert "leaves a part out" in drafted["log"]
+    unedited = run_engine(TARGET, None, held_out_prompts(3), max_tokens=24)[0].tokens
+    assert tokens(plain) != unedited
+
+
+def test_an_edited_rejection_sampler_is_refused_and_plain_serving_works(tmp_path: Path) -> None:
+    old = "assert metadata.max_spec_len <= MAX_SPEC_LEN"
+    env = edited(tmp_path, (SAMPLER, old, f"{old}\n        edited = True"))
+    said = status(env)
+    assert said.returncode == 1
+    assert "plug-in      off: the patches do not fit this vLLM" in said.stdout
+    assert "RejectionSampler, whose source has changed" in said.stdout
+    (plain,) = run(env, tmp_path, None)
+    assert len(tokens(plain)) == 3
+    with pytest.raises(RuntimeError, match=r"(?s)supports vLLM .*RejectionSampler, whose source has changed"):
+        run(env, tmp_path, DRAFTER)
+
+
+def test_an_edited_constructor_of_the_scheduler_and_comments_change_nothing(tmp_path: Path) -> None:
+    """Every part stays, metrics too, which stand around that constructor; and comments are no code."""
+    before = status(engine_env()).stdout
+    old = "self.vllm_config = vllm_config\n"
+    env = edited(
+        tmp_path,
+        (SCHEDULER, old, f"{old}        self.was_edited = True\n"),
+        (QWEN3, "output, _ = self.o_proj(attn_output)", "output, _ = self.o_proj(attn_output)  # as it was"),
+        (SAMPLER, "class RejectionSampler(nn.Module):", "# as it was\nclass RejectionSampler(nn.Module):"),
+    )
+    said = status(env)
+    assert said.stdout == before
+    assert said.returncode == 0
+    (drafted,) = run(env, tmp_path, DRAFTER, adaptive=True)
+    assert accepted(drafted) > 0
+    assert "leaves a part out" not in drafted["log"]

@@ -1,0 +1,319 @@
+"""Finds, in syntax trees, stores into attributes of objects that are not ours.
+
+The rule. A store is ``x.a = ...`` in any form (also ``+=``, ``del``, a loop's or a ``with``'s target), ``setattr`` and ``delattr`` in any
+spelling, and a change of ``vars(x)`` or ``x.__dict__``. It is allowed where ``x`` is ours, which has to show in the source:
+
+- ``self`` or ``cls`` in a class of ours;
+- what a class of ours was called for, or a copy that was made on the spot (``copy.copy``, ``copy.deepcopy``);
+- a name, parameter, attribute or return value that is annotated with a class of ours, by itself or as what a container holds;
+- a name or an attribute of ``self`` to which nothing but such things and None is assigned, what is taken out of one, and what a loop
+  goes over.
+
+All else is not ours, ``Any`` too. There is no list of exceptions.
+"""
+
+import ast
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_COPIES = {"copy.copy", "copy.deepcopy"}
+_MADE_HERE = "a copy"
+_TAKING = {"get", "setdefault", "pop", "popleft", "values", "items", "append"}
+_PASSING = {"list", "tuple", "sorted", "reversed", "iter", "next", "set", "deque", "ModuleList"}
+_SETTERS = {"setattr", "delattr", "__setattr__", "__delattr__"}
+_DICT_METHODS = {"update", "setdefault", "pop", "clear", "popitem"}
+Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+
+
+@dataclass
+class Class:
+    """A class of ours."""
+
+    node: ast.ClassDef
+    path: Path
+    attributes: dict[str, str | None] = field(default_factory=dict)
+
+
+@dataclass
+class Package:
+    """All modules of a package, by path."""
+
+    trees: dict[Path, ast.Module]
+    classes: dict[str, Class] = field(default_factory=dict)
+    functions: dict[str, str | None] = field(default_factory=dict)
+    """Of module level, by ``path:name``, with what they return."""
+    names: dict[Path, dict[str, str]] = field(default_factory=dict)
+    """What of ours a module's names stand for: ``path:name``. A class of vLLM's may have the name of one of ours."""
+
+    def __post_init__(self) -> None:
+        for path, tree in self.trees.items():
+            module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+            here = self.names[path] = {}
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ClassDef):
+                    here[node.name] = f"{module}:{node.name}"
+                    self.classes[f"{module}:{node.name}"] = Class(node, path)
+            here |= {node.name: f"{module}:{node.name}" for node in tree.body if isinstance(node, ast.FunctionDef)}
+        roots = tuple({path.parts[0] for path in self.trees})
+        for path, tree in self.trees.items():
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in roots:
+                    for alias in node.names:
+                        self.names[path][alias.asname or alias.name] = f"{node.module}:{alias.name}"
+        for path, tree in self.trees.items():
+            for node in tree.body:
+                if isinstance(node, ast.FunctionDef):
+                    self.functions[self.names[path][node.name]] = self.annotated(node.returns, path)
+        for _ in range(3):  # types of attributes build on one another
+            for name, known in self.classes.items():
+                self._learn(name, known)
+
+    def annotated(self, annotation: ast.expr | None, path: Path, inside: str | None = None) -> str | None:
+        """The class of ours that an annotation names."""
+        for node in ast.walk(annotation) if annotation is not None else ():
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                with suppress(SyntaxError):  # a word of a Literal
+                    found = self.annotated(ast.parse(node.value, mode="eval").body, path, inside)
+                    if found:
+                        return found
+            name = getattr(node, "id", getattr(node, "attr", None))
+            if self.names[path].get(name) in self.classes:
+                return self.names[path][name]
+            if name == "Self":
+                return inside
+        return None
+
+    def attribute(self, owner: str | None, name: str) -> str | None:
+        """What an attribute of a class of ours is, or a call of its method returns."""
+        seen, todo = set(), [owner]
+        while todo:
+            at = todo.pop()
+            current = self.classes.get(at or "")
+            if current is None or at in seen:
+                continue
+            seen.add(at)
+            if name in current.attributes:
+                return current.attributes[name]
+            names = self.names[current.path]
+            todo += [names.get(getattr(base, "id", getattr(base, "attr", ""))) for base in current.node.bases]
+        return None
+
+    def _learn(self, owner: str, known: Class) -> None:
+        stated: set[str] = set()
+        found: dict[str, list[str | None]] = {}
+
+        def state(name: str, annotation: ast.expr | None) -> None:
+            known.attributes[name] = self.annotated(annotation, known.path, owner)
+            stated.add(name)
+
+        for child in known.node.body:
+            if isinstance(child, ast.AnnAssign) and isinstance(child.target, ast.Name):
+                state(child.target.id, child.annotation)
+            if not isinstance(child, ast.FunctionDef):
+                continue
+            if child.returns is not None:
+                state(child.name, child.returns)
+            scope = Scope(self, known.path, child, None, owner)
+            for inner in ast.walk(child):
+                if isinstance(inner, ast.AnnAssign) and _is_self(inner.target):
+                    state(inner.target.attr, inner.annotation)
+                for target, value in _pairs(inner):
+                    if _is_self(target) and not _is_none(value):
+                        found.setdefault(target.attr, []).append(scope.infer(value))
+        for name in found.keys() - stated:
+            known.attributes[name] = found[name][0] if all(found[name]) else None
+
+
+@dataclass
+class Scope:
+    """A function's, or a module's, names."""
+
+    package: Package
+    path: Path
+    node: Function | ast.Module
+    outer: "Scope | None"
+    owner: str | None
+    """The class that it is a method of."""
+    _busy: set[str] = field(default_factory=set)
+
+    def infer(self, value: ast.expr | None) -> str | None:
+        """The class of ours that an expression is of, or holds."""
+        package = self.package
+        match value:
+            case ast.Name(id=name):
+                return self.lookup(name)
+            case ast.Attribute(value=inner, attr=name):
+                return package.attribute(self.infer(inner), name)
+            case ast.Subscript(value=inner) | ast.Starred(value=inner) | ast.Await(value=inner):
+                return self.infer(inner)
+            case ast.NamedExpr(value=inner):
+                return self.infer(inner)
+            case ast.IfExp(body=one, orelse=other):
+                return self.infer(other) if _is_none(one) else self.infer(one) if _is_none(other) else self._same([one, other])
+            case ast.BoolOp(values=values):
+                return self._same(values)
+            case ast.List(elts=elements) | ast.Tuple(elts=elements):
+                return self._same(elements) if elements else None
+            case ast.ListComp(elt=element) | ast.GeneratorExp(elt=element) | ast.DictComp(value=element):
+                return self.infer(element)
+            case ast.Call(func=function, args=arguments):
+                return self._called(function, arguments)
+        return None
+
+    def _called(self, function: ast.expr, arguments: list[ast.expr]) -> str | None:
+        name = getattr(function, "id", getattr(function, "attr", ""))
+        if ast.unparse(function) in _COPIES:
+            return _MADE_HERE
+        called = self.package.names[self.path].get(name, "") if isinstance(function, ast.Name) else ""
+        if called in self.package.classes:
+            return called
+        if called in self.package.functions:
+            return self.package.functions[called]
+        if name in _PASSING and arguments:
+            return self.infer(arguments[0])
+        if isinstance(function, ast.Attribute):
+            holder = self.infer(function.value)
+            if isinstance(function.value, ast.Name) and self.package.names[self.path].get(function.value.id) in self.package.classes:
+                holder = self.package.names[self.path][function.value.id]
+            return holder if name in _TAKING else self.package.attribute(holder, name)
+        return None
+
+    def _same(self, values: list[ast.expr]) -> str | None:
+        types = [self.infer(value) for value in values]
+        return types[0] if all(types) else None
+
+    def lookup(self, name: str) -> str | None:
+        """What a name is; None where one of its bindings is not ours."""
+        if self.owner is not None and name in ("self", "cls"):
+            return self.owner
+        if name in self._busy:
+            return None
+        self._busy.add(name)
+        try:
+            bindings = list(self._bindings(name))
+        finally:
+            self._busy.discard(name)
+        if bindings:
+            return bindings[0] if all(bindings) else None
+        return self.outer.lookup(name) if self.outer is not None else None
+
+    def _bindings(self, name: str) -> Iterator[str | None]:
+        if not isinstance(self.node, ast.Module):
+            arguments = self.node.args
+            for a in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]:
+                if a is not None and a.arg == name:
+                    yield self.package.annotated(a.annotation, self.path, self.owner)
+        annotated = False
+        for node in _own_nodes(self.node):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == name:
+                annotated = True
+                yield self.package.annotated(node.annotation, self.path, self.owner)
+            if annotated:
+                continue
+            for target, value in _pairs(node):
+                if isinstance(target, ast.Name) and target.id == name and not _is_none(value):
+                    yield self.infer(value)
+
+
+def foreign_stores(package: Package) -> Iterator[str]:
+    """Each store into an object that is not ours, as ``file:line: source``."""
+    for path, tree in package.trees.items():
+        yield from _visit(package, path, tree, Scope(package, path, tree, None, None), None)
+
+
+def _visit(package: Package, path: Path, node: ast.AST, scope: Scope, owner: str | None) -> Iterator[str]:
+    for child in ast.iter_child_nodes(node):
+        inner, inside = scope, owner
+        if isinstance(child, ast.ClassDef):
+            inside = package.names[path][child.name]
+        elif isinstance(child, Function):
+            inner = Scope(package, path, child, scope, owner if isinstance(node, ast.ClassDef) else scope.owner)
+        for target in _stores(child):
+            if inner.infer(target) is None:
+                yield f"{path}:{child.lineno}: {ast.unparse(child).splitlines()[0]}"
+        yield from _visit(package, path, child, inner, inside)
+
+
+def _stores(node: ast.AST) -> Iterator[ast.expr]:
+    """The objects that a node stores into."""
+    match node:
+        case ast.Attribute(value=owner, ctx=ast.Store() | ast.Del()):
+            yield owner
+        case ast.Subscript(value=table, ctx=ast.Store() | ast.Del()):
+            yield from _dict_of(table)
+        case ast.Call(func=function, args=[owner, _, *_]) if getattr(function, "id", getattr(function, "attr", "")) in _SETTERS:
+            yield owner
+        case ast.Call(func=ast.Attribute(value=table, attr=name)) if name in _DICT_METHODS:
+            yield from _dict_of(table)
+
+
+def _dict_of(table: ast.expr) -> Iterator[ast.expr]:
+    match table:
+        case ast.Call(func=ast.Name(id="vars"), args=[owner]) | ast.Attribute(value=owner, attr="__dict__"):
+            yield owner
+
+
+def _own_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """Without those of functions and classes inside."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, (*Function.__args__, ast.ClassDef)):
+            yield child
+            yield from _own_nodes(child)
+
+
+def _pairs(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr | None]]:
+    """Targets of bindings with what is bound; None where that does not show."""
+    match node:
+        case ast.Assign(targets=targets, value=value):
+            for target in targets:
+                yield from _unpack(target, value)
+        case ast.AugAssign(target=target) | ast.NamedExpr(target=target, value=None):
+            yield target, None
+        case ast.NamedExpr(target=target, value=value):
+            yield target, value
+        case ast.For(target=target, iter=over) | ast.comprehension(target=target, iter=over):
+            yield from _loop(target, over)
+        case ast.withitem(context_expr=value, optional_vars=target) if target is not None:
+            yield from _unpack(target, value)
+        case ast.ExceptHandler(name=str(name)):
+            yield ast.Name(name), None
+
+
+def _loop(target: ast.expr, over: ast.expr) -> Iterator[tuple[ast.expr, ast.expr | None]]:
+    if isinstance(target, ast.Tuple) and isinstance(over, ast.Call):
+        name = getattr(over.func, "id", getattr(over.func, "attr", ""))
+        sources: list[ast.expr | None] = [None] * len(target.elts)
+        if name == "zip" and len(over.args) == len(target.elts):
+            sources = list(over.args)
+        elif name == "enumerate":
+            sources = [None, over.args[0]]
+        elif name == "items" and isinstance(over.func, ast.Attribute):
+            sources = [None, over.func.value]
+        for element, source in zip(target.elts, sources, strict=True):
+            yield from _unpack(element, source)
+    else:
+        yield from _unpack(target, over)
+
+
+def _unpack(target: ast.expr, value: ast.expr | None) -> Iterator[tuple[ast.expr, ast.expr | None]]:
+    if not isinstance(target, ast.Tuple | ast.List):
+        yield target, value
+        return
+    is_pairwise = isinstance(value, ast.Tuple | ast.List) and len(value.elts) == len(target.elts)
+    for i, element in enumerate(target.elts):
+        yield from _unpack(element, value.elts[i] if is_pairwise else None)
+
+
+def _is_self(target: ast.expr) -> bool:
+    return isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == "self"
+
+
+def _is_none(value: ast.expr | None) -> bool:
+    return isinstance(value, ast.Constant) and value.value is None
+
+
+def read(folder: Path) -> Package:
+    """All modules of a folder."""
+    return Package({path.relative_to(folder.parent): ast.parse(path.read_text()) for path in sorted(folder.rglob("*.py"))})

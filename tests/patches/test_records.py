@@ -1,0 +1,148 @@
+"""Every replacement in vLLM is on record: nothing else sets an attribute of a foreign object, and each record can be taken back."""
+
+import ast
+import textwrap
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from vllm_dflash.patches import ALL
+
+import foreign
+from vllm_dflash.upstream import SourceNotFoundError, Sources
+
+ROOT = Path(__file__).resolve().parents[2]
+OURS = """
+import copy
+from typing import Any
+from package.parts import Part
+from other.parts import Part as Foreign
+
+class Holder:
+    part: Part
+    def __init__(self, runner: Any, parts: list[Part]) -> None:
+        self.mine, self.runner, self.copied = Part(), runner, copy.copy(runner)
+        self.parts: dict[str, Part] = {}
+        self.a = 1
+
+def build() -> "Part":
+    ...
+"""
+
+
+def stores(body: str) -> list[str]:
+    """What the rule says of a function's body; the names are those of ``OURS``, and ``holder`` and ``runner`` its parameters."""
+    source = OURS + "\ndef f(holder: Holder, runner: Any, module: Any) -> None:\n" + textwrap.indent(textwrap.dedent(body), "    ")
+    parts = "class Part:\n    x: int\n    def twin(self) -> 'Part': ...\n"
+    trees = {Path("package/parts.py"): ast.parse(parts), Path("package/use.py"): ast.parse(source)}
+    return list(foreign.foreign_stores(foreign.Package(trees)))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "runner.sampler = 1",
+        "runner.a.b.c += 1",
+        "holder.runner.sampler = 1",
+        "setattr(runner, 'sampler', 1)",
+        "setattr(holder.runner, 'sampler', 1)",
+        "object.__setattr__(runner, 'sampler', 1)",
+        "del runner.sampler",
+        "vars(runner)['sampler'] = 1",
+        "runner.__dict__['sampler'] = 1",
+        "vars(runner).update(sampler=1)",
+        "for runner.sampler in []: pass",
+        "one, runner.sampler = 1, 2",
+        "with open('x') as runner.file: pass",
+        "part = Part()\npart = runner\npart.x = 1",
+        "part = Foreign()\npart.x = 1",
+        "part = runner.build()\npart.x = 1",
+        "def inner():\n    runner.sampler = 1",
+        "import vllm\nvllm.x = 1",
+    ],
+)
+def test_the_rule_finds_a_store_into_what_is_not_ours(body: str) -> None:
+    assert len(stores(body)) == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "holder.a = 1",
+        "holder.mine.x = 1",
+        "holder.part.x += 1",
+        "part = Part()\npart.x = 1",
+        "part = build()\npart.x = 1",
+        "part = build().twin()\npart.x = 1",
+        "for part in holder.parts.values(): part.x = 1",
+        "for name, part in holder.parts.items(): part.x = 1",
+        "part = holder.parts.get('a') or Part()\npart.x = 1",
+        "own = copy.copy(runner)\nown.sampler = 1",
+        "part: Part = module.make()\npart.x = 1",
+        "table = {}\ntable['x'] = 1",
+    ],
+)
+def test_the_rule_lets_stores_into_our_own_objects_be(body: str) -> None:
+    assert stores(body) == []
+
+
+def test_outside_of_patches_no_attribute_of_a_foreign_object_is_set() -> None:
+    """The rule stands in ``foreign.py``. The metrics, the verifier and the target's forward were once put in place from everywhere."""
+    assert list(foreign.foreign_stores(foreign.read(ROOT / "vllm_dflash"))) == []
+
+
+def test_every_class_of_vllms_that_we_extend_or_repeat_is_named_in_a_record() -> None:
+    """Extended: a base of a class of ours. Repeated: code that asks by identity whether an object's class is vLLM's very own."""
+    sources, used = Sources(), {}
+    for path in sorted((ROOT / "vllm_dflash").rglob("*.py")):
+        for name in _extended_or_repeated(ast.parse(path.read_text())):
+            used.setdefault(name, path.relative_to(ROOT))
+    assert "vllm.v1.sample.rejection_sampler:RejectionSampler" in used
+    assert "vllm.model_executor.models.qwen3:Qwen3Model" in used
+    named = {_class_of(sources, key) for record in ALL for key in (*record.fingerprints, *record.signatures)}
+    missing = [f"{path}: {name}" for name, path in used.items() if not named & set(_with_bases(sources, name))]
+    assert missing == []
+
+
+def _extended_or_repeated(tree: ast.Module) -> Iterator[str]:
+    imported = {
+        alias.asname or alias.name: f"{node.module}:{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm.")
+        for alias in node.names
+    }
+
+    def names(node: ast.expr) -> Iterator[str]:
+        match node:
+            case ast.Name(id=name) if name in imported:
+                yield imported[name]
+            case ast.Attribute(value=ast.Name(id=name), attr=attribute) if name in imported:
+                module, _, inner = imported[name].partition(":")
+                # A member of a class, or of a module that was imported by name.
+                yield imported[name] if inner[:1].isupper() else f"{module}.{inner}:{attribute}"
+            case ast.Tuple(elts=elements):
+                for element in elements:
+                    yield from names(element)
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            for base in node.bases:
+                yield from names(base)
+        if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Is | ast.IsNot | ast.In | ast.NotIn):
+            for side in node.comparators:
+                yield from names(side)
+
+
+def _class_of(sources: Sources, dotted: str) -> str:
+    definition = sources.locate(dotted)
+    return f"{definition.module}:{definition.qualname.partition('.')[0]}"
+
+
+def _with_bases(sources: Sources, dotted: str) -> Iterator[str]:
+    definition = sources.locate(dotted)
+    yield f"{definition.module}:{definition.qualname}"
+    for base in definition.node.bases if isinstance(definition.node, ast.ClassDef) else ():
+        with suppress(SourceNotFoundError):  # of another package
+            if isinstance(base, ast.Name):
+                yield from _with_bases(sources, f"{definition.module}:{base.id}")

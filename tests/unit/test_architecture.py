@@ -1,0 +1,61 @@
+"""docs/architecture.md: its links lead to the definitions that it names, and it answers four questions of a newcomer."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "architecture.md"
+LINKS = re.findall(r"\[`([^`]+)`\]\(([^)#]+)\)", PAGE.read_text())
+
+
+def defined(path: Path) -> set[str]:
+    """Names of a module's functions, classes, methods (``Class.method`` too) and constants."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            methods = {m.name for m in node.body if isinstance(m, ast.FunctionDef)}
+            names |= {node.name, *methods, *(f"{node.name}.{name}" for name in methods)}
+        elif isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
+
+
+@pytest.mark.parametrize(("name", "target"), LINKS)
+def test_a_link_leads_to_what_it_names(name: str, target: str) -> None:
+    path = (PAGE.parent / target).resolve()
+    assert path.is_file()
+    if not name.endswith((".py", ".md")):
+        assert name in defined(path)
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "file"),
+    [
+        ("where is a draft laid out?", "block_layout", "vllm_dflash/drafting/layout.py"),
+        ("where is it verified on a CPU?", "Verifier", "vllm_dflash/drafting/verification.py"),
+        ("where does a GPU's graph record?", "_generate_draft", "vllm_dflash/drafting/speculator.py"),
+        ("where is K chosen?", "Controller", "vllm_dflash/adaptive/controller.py"),
+    ],
+)
+def test_a_newcomer_finds(question: str, answer: str, file: str) -> None:
+    [row] = [line for line in PAGE.read_text().splitlines() if line.startswith(f"| {question} |")]
+    assert f"[`{answer}`](../{file})" in row
+
+
+def test_every_folder_has_a_room() -> None:
+    rooms = PAGE.read_text().partition("## What a GPU runs")[0]
+    folders = [path.parent.name for path in (ROOT / "vllm_dflash").glob("*/__init__.py")]
+    assert [name for name in folders if f"`{name}/`" not in rooms] == []
+    files = [path.name for path in (ROOT / "vllm_dflash").glob("*.py")]
+    small = {"__init__.py", "cli.py", "install_cpu.py", "progress.py", "records.py"}
+    assert [name for name in files if f"`{name}`" not in rooms and name not in small] == []
+
+
+def test_the_site_has_every_document() -> None:
+    nav = re.findall(r": ([a-z]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(nav) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))

@@ -1,0 +1,99 @@
+"""What needs neither vLLM nor torch does without them: the lists below are all that may.
+
+Whatever is not listed is pure. A new module that imports one of the two belongs here, or better gets it from its caller.
+"""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = "vllm_dflash"
+NEEDS_VLLM = {
+    "adaptive.scheduler", "cluster.replica", "drafting.context_store", "drafting.proposer", "drafting.rows", "drafting.speculator",
+    "drafting.verification", "models.context", "models.drafter", "models.eager_draft", "models.eager_layer", "models.eager_target",
+    "models.kernels", "models.loading", "models.norm", "models.own", "training.hidden_states",
+}  # fmt: skip
+"""Cannot be imported without vLLM."""
+ASKS_VLLM = {
+    "checks", "cluster.completer", "cluster.connection", "cluster.serve", "engines.child", "evaluation.engine_child",
+    "kinds.dflash.context", "models.parameters", "patches.request_params", "patches.server_metrics", "plugin",
+    "tools.engine_run", "training.extract_engine", "training.generate_engine",
+}  # fmt: skip
+"""Import vLLM when they are called: inside of functions."""
+NEEDS_TORCH = {
+    "drafting.coverage", "drafting.layout", "drafting.pending", "drafting.sampling", "heads.argmax", "kinds.dflare.context",
+    "kinds.dflash.context", "models.parameters", "reference.checkpoint", "reference.decoding", "reference.drafter",
+    "reference.loss", "reference.masks", "reference.rotary",
+    "tools.convert", "tools.describe", "tools.doctor", "tools.inspect", "tools.pair_checks", "tools.pair_runs", "training.budget",
+    "training.checkpoints", "training.drafter", "training.export", "training.extract", "training.extract_engine",
+    "training.features", "training.flex", "training.loop", "training.objective", "training.optimizer", "training.prove",
+    "training.sharding", "training.target", "training.walk", "training.workers", "weights",
+}  # fmt: skip
+"""Cannot be imported without torch."""
+NEEDS_RAY = {"metrics.on_ray"}
+WITHOUT = """
+import importlib, sys
+absent, modules = (text.split(",") for text in sys.argv[1:])
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in absent:
+            raise ModuleNotFoundError(f"{name} is not here")
+sys.meta_path.insert(0, Absent())
+for module in modules:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        print(module)
+"""
+
+
+def files() -> dict[str, Path]:
+    """Every module of the package, by its name without the package's own."""
+    folders = {"": ROOT / PACKAGE, "patches.": ROOT / "patches"}
+    found = {}
+    for prefix, folder in folders.items():
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[f"{prefix}{'.'.join(parts)}".removesuffix("__init__").rstrip(".")] = path
+    return {name: path for name, path in found.items() if name}
+
+
+def cannot_do_without(absent: str, names: set[str]) -> set[str]:
+    """Which of the modules cannot be imported where the packages ``absent`` are not installed."""
+    modules = ",".join(sorted(f"{PACKAGE}.{name}" for name in names))
+    done = subprocess.run([sys.executable, "-c", WITHOUT, absent, modules], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {line.removeprefix(f"{PACKAGE}.") for line in done.stdout.split()}
+
+
+def test_only_the_listed_modules_need_vllm() -> None:
+    assert cannot_do_without("vllm", set(files()) - NEEDS_RAY) == NEEDS_VLLM
+
+
+def test_only_the_listed_modules_need_torch() -> None:
+    assert cannot_do_without("vllm,torch,transformers", set(files()) - NEEDS_VLLM - NEEDS_RAY) == NEEDS_TORCH
+
+
+def imports(path: Path) -> set[str]:
+    """The top-level packages that a file imports anywhere, inside of functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+def test_only_the_listed_modules_name_vllm() -> None:
+    naming = {name for name, path in files().items() if "vllm" in imports(path)}
+    assert naming - NEEDS_VLLM == ASKS_VLLM
+
+
+@pytest.mark.parametrize("name", sorted(NEEDS_VLLM | ASKS_VLLM | NEEDS_TORCH | NEEDS_RAY))
+def test_what_is_listed_exists(name: str) -> None:
+    assert name in files()

@@ -1,0 +1,179 @@
+"""The kinds of drafters: one record each, and whatever differs between them is asked of it.
+
+A kind is a context (how the target's features become what the draft layers attend to), a head
+(how the block's hidden states become tokens), the row of a block that predicts first, and names. It
+is a submodule of this package, or of another package that has an entry point in the group
+``vllm_dflash.kinds``; docs/kinds.md shows how to add one. Nothing outside names a kind.
+
+Records need no torch: what does is imported when a drafter is made.
+
+    pytest tests/unit/test_kinds.py
+"""
+
+import functools
+import logging
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_dflash.config import DrafterConfig
+
+GROUP = "vllm_dflash.kinds"
+"""The entry point group of kinds in other packages; an entry's object is a ``Kind``."""
+
+FOR_TRAINING = "dflare"
+"""The kind that is trained where none is chosen (docs/study.md)."""
+
+AFTER_ANCHOR = 1
+"""``Kind.first_row`` where the anchor's row predicts nothing."""
+
+Tensors = dict[str, tuple[int, ...]]
+"""Names of a checkpoint's tensors, without a prefix, to their shapes."""
+
+# A name below "vllm", so that vLLM's own handlers and format apply.
+_logger = logging.getLogger("vllm.plugins.dflash")
+_LEFT_OUT = "the kind of drafter %s is left out"
+
+
+@dataclass(frozen=True)
+class Context:
+    """How the target's features become the context's keys and values."""
+
+    modules: str
+    """The module, by its full name, with the classes ``Reference`` and ``Served``."""
+    own_tensors: Callable[["DrafterConfig"], Tensors]
+    """The tensors that only this context has."""
+    width: Callable[["DrafterConfig"], int]
+    """Elements of a token's context, in the proposers' buffers."""
+    over_context: tuple[str, ...]
+    """Parts of the names of the matrices that are multiplied with the context's tokens."""
+    own_projections: Mapping[str, str]
+    """Projections of the context alone, each to the block's own that it may begin as or be tied to."""
+    shares: str | None = None
+    """The tensor [D, T] whose softmax is each target layer's share in a draft layer's context."""
+
+
+def _no_tensors(config: "DrafterConfig") -> Tensors:
+    return {}
+
+
+@dataclass(frozen=True)
+class Head:
+    """How the hidden states of a block become its tokens."""
+
+    modules: str
+    """The module, by its full name, with the classes ``Reference`` and ``Served``."""
+    own_tensors: Callable[["DrafterConfig"], Tensors] = _no_tensors
+    """The tensors that only this head has, each name with ``head.`` before it."""
+    is_argmax: bool = False
+    """A token is the best by its row's logits alone, so that vLLM's own ways of drafting do too."""
+
+
+ARGMAX = Head("vllm_dflash.heads.argmax", is_argmax=True)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of drafter."""
+
+    name: str
+    """In settings and tools, and the type and algorithm of speculators' format."""
+    label: str
+    """As its paper writes it."""
+    sentence: str
+    """What its context is, for people."""
+    architecture: str
+    """In ``config.json`` of published checkpoints."""
+    format: str
+    """The checkpoint format that it was published in."""
+    speculators_architecture: str
+    context: Context
+    layers: Callable[[int], int]
+    """Draft layers by default, from the target's number of layers."""
+    features: Callable[[int, int], int]
+    """Target layers captured by default, from the draft's and the target's numbers of layers."""
+    head: Head = ARGMAX
+    first_row: int = AFTER_ANCHOR
+    """The row of a block that predicts the token after the anchor; 0: the anchor's own, as
+    ``sample_from_anchor`` has it in speculators' format."""
+    is_known_to_vllm: bool = False
+    """vLLM itself reads its speculators format."""
+
+    @property
+    def served_architecture(self) -> str:
+        """What vLLM looks up: its method ``dflash`` puts DFlash before a name that lacks it."""
+        return self.architecture if "DFlash" in self.architecture else f"DFlash{self.architecture}"
+
+    def context_part(self, name: str) -> Any:
+        """``Reference`` or ``Served`` of the context."""
+        return getattr(import_module(self.context.modules), name)
+
+    def head_part(self, name: str) -> Any:
+        """``Reference`` or ``Served`` of the head."""
+        return getattr(import_module(self.head.modules), name)
+
+    def own_tensors(self, config: "DrafterConfig") -> Tensors:
+        """The tensors that only this kind has."""
+        return self.context.own_tensors(config) | self.head.own_tensors(config)
+
+
+@functools.cache
+def every() -> Mapping[str, Kind]:
+    """All kinds by name: the package's, of these first what vLLM knows, then other packages'.
+
+    One that cannot be imported, or that takes a name of another, is left out with a warning: plain
+    serving goes on.
+    """
+    ours = [import_module(f"{__name__}.{item.name}").KIND for item in pkgutil.iter_modules(__path__)]
+    found = {kind.name: kind for kind in sorted(ours, key=lambda k: (not k.is_known_to_vllm, k.name))}
+    for where, kind in _others():
+        taken = [k.name for k in found.values() if kind.name == k.name or kind.architecture == k.architecture]
+        if taken:
+            _logger.warning("%s: it has a name of %s. Rename it", _LEFT_OUT % where, taken[0])
+        else:
+            found[kind.name] = kind
+    return found
+
+
+def _others() -> Iterator[tuple[str, Kind]]:
+    """Kinds of other packages, with the entry point that names each."""
+    for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
+        try:
+            kind = point.load()
+        except Exception as error:  # whatever another package's import ends in
+            _logger.warning("%s: %r. Mend or uninstall its package", _LEFT_OUT % point.value, error)
+            continue
+        if isinstance(kind, Kind):
+            yield point.value, kind
+        else:
+            _logger.warning("%s: it is no vllm_dflash.kinds.Kind", _LEFT_OUT % point.value)
+
+
+def names() -> tuple[str, ...]:
+    """Of all kinds."""
+    return tuple(every())
+
+
+def labels() -> str:
+    """For a sentence: ``DFlash or DFlare``."""
+    return " or ".join(kind.label for kind in every().values())
+
+
+def kind_of(config: "DrafterConfig") -> Kind:
+    """The drafter's."""
+    return every()[config.kind]
+
+
+def own_tensors(config: "DrafterConfig") -> Tensors:
+    """The tensors that only the drafter's kind has."""
+    return kind_of(config).own_tensors(config)
+
+
+def architectures() -> dict[str, Kind]:
+    """Architecture names in checkpoints, and those that vLLM looks up for them, to their kinds."""
+    by_name = {kind.architecture: kind for kind in every().values()}
+    return by_name | {kind.served_architecture: kind for kind in every().values()}

@@ -1,0 +1,40 @@
+"""DFlash (arXiv 2602.06036): one context vector a token, ``hidden_norm(fc(features))``.
+
+Each draft layer projects it with the weights of its own keys and values. The modules are in
+``context.py``.
+"""
+
+from typing import TYPE_CHECKING
+
+from vllm_dflash.kinds import Context, Kind, Tensors
+
+if TYPE_CHECKING:
+    from vllm_dflash.config import DrafterConfig
+
+
+def own_tensors(config: "DrafterConfig") -> Tensors:
+    """The tensors that only this context has."""
+    hidden = config.hidden_size
+    return {"fc.weight": (hidden, config.num_features * hidden), "hidden_norm.weight": (hidden,)}
+
+
+CONTEXT = Context(
+    modules=f"{__name__}.context",
+    own_tensors=own_tensors,
+    width=lambda config: config.hidden_size,
+    over_context=("fc.weight", "k_proj.weight", "v_proj.weight"),
+    own_projections={},
+)
+
+KIND = Kind(
+    name="dflash",
+    label="DFlash",
+    sentence="one context vector a token for all draft layers",
+    architecture="DFlashDraftModel",
+    format="z-lab",
+    speculators_architecture="DFlashSpeculator",
+    context=CONTEXT,
+    layers=lambda target_layers: min(5, target_layers // 2 - 1),
+    features=lambda layers, target_layers: layers,
+    is_known_to_vllm=True,
+)

@@ -1,0 +1,182 @@
+"""A drafter's weights, at the engine's start and into an engine that runs: tensors of any known format, in portions of any size.
+
+At the start each tensor is loaded as it comes, and the end of the load says what is missing. Into a running engine vLLM pushes new
+ones between ``start_draft_weight_update`` and ``finish_weight_update``: they are kept in host memory until all are there, so that an
+update that is refused changes nothing, and are then copied in place, for CUDA graphs keep addresses. Limits: what goes wrong while
+they are copied (memory runs out) leaves some layers with new weights and some with old ones.
+
+    pytest tests/engine/test_reload.py
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.formats import IGNORED_TENSORS, tensor_name
+from vllm_dflash.kinds import own_tensors
+from vllm_dflash.models.own import MASK_EMBEDDING, OwnTables
+from vllm_dflash.models.parameters import load_into
+from vllm_dflash.weights import check_finite, check_shapes, expected_tensors
+
+# A checkpoint's name of a projection -> (vLLM's fused parameter, its shard).
+_FUSED = {
+    "q_proj": ("qkv_proj", "q"),
+    "k_proj": ("qkv_proj", "k"),
+    "v_proj": ("qkv_proj", "v"),
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+}
+_MOST_NAMED = 8
+
+
+class _Kind(NamedTuple):
+    """What a tensor must be like to take another's place."""
+
+    shape: tuple[int, ...]
+    is_float: bool
+
+    def __str__(self) -> str:
+        return f"{list(self.shape)} of {'floats' if self.is_float else 'whole numbers'}"
+
+
+class Loading:
+    """What loads a ``DrafterForCausalLM``."""
+
+    def __init__(self, drafter: Any, model_config: Any) -> None:
+        """``model_config``: vLLM's, of the drafter."""
+        self._drafter, self._model_config, self._tables = drafter, model_config, OwnTables(drafter)
+        self._serves = False
+        self._kinds: dict[str, _Kind] = {}
+        """Of the tensors that came at the start, by our names: an update brings the same."""
+        self._kept: dict[str, Tensor] = {}
+        """Tensors of an update that is not whole yet."""
+
+    def take(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes some of a checkpoint's tensors.
+
+        Raises:
+            DrafterConfigError: names each tensor that is unknown, misshaped or not finite. In an engine that runs the update is over
+                then, and the weights from before it are in force.
+        """
+        try:
+            found = dict(weights)
+            named = self._checked_update(found) if self._serves else self._checked(found)
+        except BaseException:
+            self._abandon()
+            raise
+        if not self._serves:
+            self._load(named)
+            return
+        # A transfer may write its next tensors where these are.
+        self._kept |= {name: tensor.to("cpu", copy=True) for name, tensor in named.items()}
+        if self._kinds.keys() <= self._kept.keys():
+            self._replace()
+
+    def finish(self) -> None:
+        """Called at the end of every load.
+
+        Raises:
+            DrafterConfigError: names the tensors that did not come. In an engine that runs the weights from before are in force.
+        """
+        if not self._serves:
+            if self._kinds:
+                check_shapes(self._drafter.drafter_config, {name: kind.shape for name, kind in self._kinds.items()})
+                mask = self._tables.read_mask_embedding()
+                self._kinds |= {} if mask is None else {MASK_EMBEDDING: _Kind(tuple(mask.shape), True)}
+            else:  # vLLM's load format "dummy": updates bring the first weights
+                self._kinds = {name: _Kind(shape, name != "d2t") for name, shape in expected_tensors(self._drafter.drafter_config).items()}
+            self._serves = True
+        elif self._kept:
+            missing, self._kept = sorted(self._kinds.keys() - self._kept.keys()), {}
+            raise DrafterConfigError(
+                f"the update of the drafter's weights ended without {_some(missing)}; the weights from before it stay in force. "
+                "Call finish_weight_update once more, which closes this update, and send all tensors of the checkpoint in the next"
+            )
+
+    def _checked(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors by our names, at the engine's start; whether some are missing is not known yet."""
+        config = self._drafter.drafter_config
+        named = {tensor_name(name): tensor for name, tensor in found.items()}
+        others = {name: shape for name, shape in expected_tensors(config).items() if name not in named}
+        check_shapes(config, others | {name: tuple(tensor.shape) for name, tensor in found.items()})
+        check_finite(found, self._drafter.dtype)
+        named = {name: tensor for name, tensor in named.items() if name not in IGNORED_TENSORS}
+        self._kinds |= {name: _Kind(tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in named.items()}
+        return named
+
+    def _checked_update(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors by our names that may take the places of those in force."""
+        named = {tensor_name(name): tensor for name, tensor in found.items()}
+        named = {name: tensor for name, tensor in named.items() if name not in IGNORED_TENSORS}
+        unknown = sorted(named.keys() - self._kinds.keys())
+        if unknown:
+            raise DrafterConfigError(
+                f"the update brings {_some(unknown)}, and the running drafter was started without: send the tensors that its checkpoint "
+                "has, or restart vLLM with a checkpoint that has these. The weights from before the update stay in force"
+            )
+        kinds = {name: _Kind(tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in named.items()}
+        wrong = [f"{name} is {kind} and should be {self._kinds[name]}" for name, kind in kinds.items() if kind != self._kinds[name]]
+        if wrong:
+            raise DrafterConfigError(
+                f"the update brings other tensors than the running drafter's: {_some(wrong)}. Send tensors of a drafter with the same "
+                "config.json, or restart vLLM with that one. The weights from before the update stay in force"
+            )
+        check_finite(named, self._drafter.dtype)
+        self._tables.check_update(named)
+        return named
+
+    def _replace(self) -> None:
+        """Puts a whole update in place of the weights in force."""
+        kept, self._kept = self._kept, {}
+        if self._is_open():
+            self._load(kept)
+            return
+        # ``load_weights`` without vLLM's calls around it: a layer's packed weight could not take a part of a new one.
+        initialize_layerwise_reload(self._drafter)
+        self._load(kept)
+        finalize_layerwise_reload(self._drafter, self._model_config)
+
+    def _abandon(self) -> None:
+        """Ends an update of which nothing has been loaded yet: puts back what vLLM has moved aside for it."""
+        self._kept = {}
+        if self._serves and self._is_open():
+            finalize_layerwise_reload(self._drafter, self._model_config)
+
+    def _is_open(self) -> bool:
+        """Whether vLLM has made the model ready for new weights."""
+        return any(get_layerwise_info(module).can_load() for module in self._drafter.modules())
+
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        """Loads tensors by our names, each into every parameter that holds some of it."""
+        model = self._drafter.model
+        own, parameters = own_tensors(self._drafter.drafter_config), dict(model.named_parameters())
+        for name, tensor in tensors.items():
+            if self._tables.load(name, tensor):
+                continue
+            model.context_kv.load(name, tensor)
+            model.head.load(name, tensor)
+            if name not in own:
+                _load_layer(parameters, name, tensor)
+
+
+def _load_layer(parameters: dict[str, Any], name: str, tensor: Tensor) -> None:
+    """Loads one tensor into the parameter that holds it; quantized ones have names such as ``q_proj.weight_scale``."""
+    module, _, kind = name.rpartition(".")
+    stem, _, projection = module.rpartition(".")
+    fused, *shard = _FUSED.get(projection, (projection,))
+    parameter = parameters.get(f"{stem}.{fused}.{kind}" if stem else name)
+    if parameter is None:
+        raise DrafterConfigError(
+            f"{name} has no place in the drafter: its quantization_config does not say how this tensor is stored. "
+            "Use a checkpoint that quantizes all projections of its layers alike"
+        )
+    load_into(parameter, tensor, *shard)
+
+
+def _some(items: list[str]) -> str:
+    more = f" and {len(items) - _MOST_NAMED} more" if len(items) > _MOST_NAMED else ""
+    return ", ".join(items[:_MOST_NAMED]) + more

@@ -1,0 +1,84 @@
+"""What served contexts and heads share: an interface, and how parameters take a tensor.
+
+Weights are loaded by ``load_into``, a parameter that is made of several tensors by ``in_parts``:
+vLLM follows both when new weights come into an engine that runs.
+
+    pytest tests/unit/test_kinds.py tests/engine/test_reload.py
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from vllm_dflash.config import DrafterConfig
+
+_OF_LAYER = re.compile(r"layers\.(\d+)\.self_attn\.(\w+)\.(\w+)")
+
+
+class ServedContext(Protocol):
+    """What vLLM runs of a kind: its class ``Served``."""
+
+    attentions: Sequence[Any]
+    """The draft layers' attention modules, in order; set once they are made."""
+
+    def load(self, name: str, tensor: Tensor) -> None:
+        """Takes what it needs of one tensor of a checkpoint, in any order."""
+
+    def combine(self, features: Tensor) -> Tensor:
+        """``features`` [N, T * H] -> context [N, C]."""
+
+    def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """``context`` [N, C] -> keys and values [N, D, kv heads, head_dim], before k_norm and rotary."""
+
+
+class FastContext(Protocol):
+    """What a ``ServedContext`` may have besides, for a CPU that does not compile."""
+
+    def fast(self) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+        """``combine`` and ``project`` in one, kernel by kernel; None where these weights cannot."""
+
+
+def capture_order(config: DrafterConfig) -> list[int]:
+    """The drafter's feature that each captured one is: vLLM hands features out by ascending layer, whatever order they were asked for in."""
+    return sorted(range(config.num_features), key=config.target_layer_ids.__getitem__)
+
+
+def of_layer(name: str) -> tuple[int, str, str]:
+    """Draft layer, module and parameter of an attention's tensor, as ``(2, "k_proj", "bias")``; ``(-1, "", "")`` for other names."""
+    found = _OF_LAYER.fullmatch(name)
+    return (int(found[1]), found[2], found[3]) if found else (-1, "", "")
+
+
+def own_heads(tensor: Tensor, config: DrafterConfig, num_kv_heads: int) -> Tensor:
+    """The rows [all kv heads * head_dim, ...] that belong to this rank's ``num_kv_heads``; ranks share a head where there are fewer heads."""
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+    first = get_tensor_model_parallel_rank() * config.num_key_value_heads // get_tensor_model_parallel_world_size()
+    return tensor[first * config.head_dim : (first + num_kv_heads) * config.head_dim]
+
+
+def in_parts(parameter: Any) -> Any:
+    """``parameter``, a new one, which ``load_into`` then fills in parts: it holds several tensors of a checkpoint."""
+    from vllm.model_executor.utils import set_weight_attrs
+
+    set_weight_attrs(parameter, {"weight_loader": _load_part})
+    return parameter
+
+
+def load_into(parameter: Any, tensor: Tensor, *part: Any) -> None:
+    """Loads a tensor, or a ``part`` (an index) of an ``in_parts`` parameter, by the parameter's own loader.
+
+    Never past it: vLLM hangs its own in front where new weights come into an engine that runs, to pack them once a layer is whole.
+    """
+    getattr(parameter, "weight_loader", _load)(parameter, tensor, *part)
+
+
+# vLLM finds the parameter by its argument's name.
+def _load(param: Tensor, loaded_weight: Tensor) -> None:
+    param.data.copy_(loaded_weight)
+
+
+def _load_part(param: Tensor, loaded_weight: Tensor, part: Any) -> None:
+    param.data[part].copy_(loaded_weight)
