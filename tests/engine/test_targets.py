@@ -124,7 +124,7 @@ def configure(target: Path, drafter: Path) -> None:
 
 @pytest.mark.parametrize("name", HYBRID)
 def test_hybrid_target_is_refused_on_a_cpu(pairs: dict[str, tuple[Path, Path]], name: str) -> None:
-    with pytest.raises(ValueError, match=r"recurrent layers, .*does not keep right under speculation.*Serve this target on a GPU"):
+    with pytest.raises(ValueError, match=r"recurrent layers, .*does not keep right under speculation.*serve this target on a GPU"):
         configure(*pairs[name])
 
 
