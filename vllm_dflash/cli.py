@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         if getattr(args, "target", None) == smollm2.NAME:
-            args.target = smollm2.resolve(args.target)
+            args = argparse.Namespace(**vars(args) | {"target": smollm2.resolve(args.target)})
         ended = int(args.run(args))
         sys.stdout.flush()
     except smollm2.SmolLM2Error as error:

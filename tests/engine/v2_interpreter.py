@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.compat import v2_skips_drafts
+
 
 @dataclass(frozen=True)
 class Request:
@@ -309,7 +311,7 @@ class _Recorder:
     def __call__(self, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
         draft_tokens = self.propose(input_batch, *args, **kwargs)
         # Where no draft is asked for, vLLM 0.32 drafts and 0.33 does not: its buffer holds an earlier step's tokens, or none.
-        if kwargs.get("dummy_run") or kwargs["num_speculative_tokens"] == 0:
+        if kwargs.get("dummy_run") or (kwargs["num_speculative_tokens"] == 0 and v2_skips_drafts()):
             return draft_tokens
         self.steps += 1
         num_drafted = self.speculator.num_speculative_steps

@@ -27,8 +27,7 @@ def extract(settings: Settings, config: DrafterConfig, dtype: str, todo: Sequenc
     Raises:
         TrainingError: as ``run_engines``.
     """
-    for left in folder_of(settings).glob("extracted-*.part"):
-        shutil.rmtree(left)
+    _sweep(folder_of(settings))
     if not todo:
         return
     longest = max(int((shard.starts[1:] - shard.starts[:-1]).max()) for _, shard in todo)
@@ -39,12 +38,17 @@ def extract(settings: Settings, config: DrafterConfig, dtype: str, todo: Sequenc
         }
         for path, shard in todo
     ]  # fmt: skip
-    run_engines(
-        "extract",
-        engine_args(settings, dtype, longest + _ROOM) | extraction(config.target_layer_ids, folder_of(settings)),
-        jobs,
-        settings.generate.engines,
-    )
+    args = engine_args(settings, dtype, longest + _ROOM) | extraction(config.target_layer_ids, folder_of(settings))
+    try:
+        run_engines("extract", args, jobs, settings.generate.engines)
+    finally:
+        _sweep(folder_of(settings))
+
+
+def _sweep(folder: Path) -> None:
+    """Removes the engines' folders of files that are handed over, also those of an engine that was killed."""
+    for left in folder.glob("extracted-*.part"):
+        shutil.rmtree(left)
 
 
 def extraction(target_layer_ids: Sequence[int], folder: Path) -> dict[str, object]:

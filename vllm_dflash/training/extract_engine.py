@@ -25,14 +25,12 @@ def begin(engine_args: dict[str, Any]) -> tuple[Work, None]:
     if not patch_set().fits(hidden_states.PATCH):
         raise RefusedError("this vLLM's connector is not the one that ours extends: use --extract-with transformers")
     transfer = engine_args["kv_transfer_config"]["kv_connector_extra_config"]
-    # Removed when this process ends, as its finalizer says.
-    scratch = tempfile.TemporaryDirectory(prefix="extracted-", suffix=".part", dir=transfer["shared_storage_path"])
-    transfer["shared_storage_path"] = scratch.name
+    # ``extract`` removes it: an engine may take its time to end, and then be killed.
+    transfer["shared_storage_path"] = tempfile.mkdtemp(prefix="extracted-", suffix=".part", dir=transfer["shared_storage_path"])
     llm = start_llm(engine_args)
 
     def extract(job: dict[str, Any], parent: Parent) -> int:
         """Writes the job's shard; how many sequences it has."""
-        assert scratch.name
         shard = Shard(Path(job["sequences"]))
         rows = _rows(llm, shard, job["target_layer_ids"], job["batch"], parent)
         write_shard(Path(job["path"]), len(shard.tokens), job["bytes_a_token"], job["dtype"], rows)
