@@ -100,7 +100,7 @@ def convert(gguf: Path, out: Path) -> None:
     out.mkdir()
     LlamaConfig(**config, dtype="bfloat16", architectures=["LlamaForCausalLM"]).save_pretrained(out)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False).save_pretrained(out)
 
 
 def _is_whole(made: Path) -> bool:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-NEEDS_VLLM = {"test_adaptive_scheduler.py", "test_checks.py", "test_kinds.py", "test_rows.py", "test_verification.py"}
+NEEDS_VLLM = {
+    "test_adaptive_scheduler.py", "test_checks.py", "test_config_keys.py", "test_kinds.py", "test_rows.py",
+    "test_train_recorder.py", "test_verification.py",
+}  # fmt: skip
 SLOW = (
     "test_adaptive.py::test_close_to_the_best_fixed_choice", "test_adaptive.py::test_the_drafters_confidence_is_used",
     "test_matched_budget.py", "test_sampling.py::test_a_row_is_drawn_by_its_softmax", "test_train_features.py", "test_train_resume.py",
