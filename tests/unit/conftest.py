@@ -11,11 +11,12 @@ NEEDS_VLLM = {
     "test_train_recorder.py", "test_verification.py",
 }  # fmt: skip
 SLOW = (
+    "test_broken_weights.py::test_through_vllms_configuration",
     "test_adaptive.py::test_close_to_the_best_fixed_choice", "test_adaptive.py::test_the_drafters_confidence_is_used",
     "test_matched_budget.py", "test_sampling.py::test_a_row_is_drawn_by_its_softmax", "test_train_features.py", "test_train_resume.py",
     "test_train_walk.py", "test_train_workers.py",
 )  # fmt: skip
-"""Do without vLLM, but not in a second or two: simulated servers, training runs."""
+"""Need vLLM in a file that else does not; or do without, but not in a second or two: simulated servers, training runs."""
 _REMEDY = f"name the file in NEEDS_VLLM of {Path(__file__).name}, or do without"
 
 
