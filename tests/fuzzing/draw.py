@@ -187,6 +187,9 @@ def _settle(params: dict[str, Any], has_lora: bool) -> None:
     if has_lora:
         # On a CPU vLLM's adapter of the logits counts a step's requests, and prompt positions are more or fewer: an error.
         params.pop("prompt_logprobs", None)
+    if "prompt_logprobs" in params and params.get("skip_reading_prefix_cache") is False:
+        # vLLM fills in no log-probabilities of a prompt's cached part: memory as it was, in any engine, and ids that no tokenizer takes.
+        del params["skip_reading_prefix_cache"]
     if params.get("stop") and params.get("detokenize") is False:
         del params["detokenize"]
     if params["temperature"] == 0:
