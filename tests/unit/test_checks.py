@@ -13,6 +13,8 @@ from vllm_dflash.checks import _ADVISED, check_logits_processors
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.patching import PatchSet
 
+pytestmark = pytest.mark.vllm
+
 MAX_MODEL_LEN = 256
 
 

@@ -130,6 +130,7 @@ def test_fields_that_change_nothing_are_no_reason(served) -> None:
     assert len(recorded(served)) == 1
 
 
+@pytest.mark.vllm
 def test_every_field_of_vllm_is_judged() -> None:
     """Each that vLLM's requests have, at its default, leaves a request to be recorded; so the list does not fall behind in silence."""
     pytest.importorskip("vllm")

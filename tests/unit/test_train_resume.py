@@ -21,6 +21,8 @@ from vllm_dflash.training.logs import Log, read
 from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 HERE = ("generate", "features", "train")
 
 

@@ -16,6 +16,8 @@ from vllm_dflash.training.files import TrainingError
 from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 CHANGES = dict(optimizer="adamw", lr=3e-3, batch_size=8, steps=10, log_every=1, eval_every=100)
 
 
