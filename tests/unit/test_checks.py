@@ -79,7 +79,7 @@ def test_eager_is_advised_once_on_a_cpu(target, tmp_path, monkeypatch):
 
     monkeypatch.setenv(_ADVISED, "")
     said: list[str] = []
-    monkeypatch.setattr(checks._logger, "warning", lambda message, *_: said.append(message))
+    monkeypatch.setattr(checks.logger, "warning", lambda message, *_: said.append(message))
     speculative = {"method": "dflash", "model": str(make_random_drafter(tmp_path / "dflash"))}
 
     def advice(speculative_config: Any, **more: Any) -> int:

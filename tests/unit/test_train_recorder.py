@@ -13,7 +13,7 @@ import pytest
 
 from training_runs import in_child
 from vllm_dflash.training import recorder
-from vllm_dflash.training.files import TrainingError
+from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.recorder import FOLDER, MAX_MB, TrafficRecorder
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
