@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from pairs import random_prompts
 from targets import FAMILIES, VOCAB
+from vllm_dflash.files import RunError, claim
 from vllm_dflash.reference.decoding import generate
 from vllm_dflash.training import settings as training_settings
-from vllm_dflash.training.files import TrainingError, claim
 from vllm_dflash.training.generate import folder_of, held_out_tokens, inputs
 from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.sequences import shard_path, write_sequences
@@ -77,7 +77,7 @@ def start_child(work: Callable[[], str]) -> tuple[Any, Any]:
     def child() -> None:
         try:
             theirs.send(work())
-        except TrainingError as error:
+        except RunError as error:
             theirs.send(str(error))
 
     process = multiprocessing.get_context("fork").Process(target=child)

@@ -3,7 +3,6 @@
 pytest tests/unit/test_checks.py
 """
 
-import logging
 import os
 from collections.abc import Mapping
 from importlib.metadata import entry_points
@@ -12,9 +11,9 @@ from typing import Any
 
 from vllm_dflash.config import DrafterConfig, DrafterConfigError, TargetShape, check_pair, printable
 from vllm_dflash.formats import is_foreign, is_ours, published_format, read_raw, write
+from vllm_dflash.hub import count_tokens, drafter_folder, load_tokenizer
 from vllm_dflash.kinds import AFTER_ANCHOR, kind_of
-
-_logger = logging.getLogger("vllm.vllm_dflash")
+from vllm_dflash.log import logger
 
 _ADVISED = "VLLM_DFLASH_EAGER_ADVISED"
 """Inherited by the processes that vLLM starts, each of which makes the configuration again."""
@@ -47,7 +46,7 @@ def check_speculative_config(speculative: Any) -> dict[str, Any]:
         if drafter.vocab_size < TargetShape.from_hf(target.hf_config).vocab_size:
             check_padding(folder, speculative.draft_sample_method)
     if drafter.unknown_keys:
-        _logger.warning("%s", said_of_unknown_keys(drafter))
+        logger.warning("%s", said_of_unknown_keys(drafter))
     return _attributes(drafter)
 
 
@@ -61,7 +60,7 @@ def advise_eager(vllm_config: Any) -> None:
     if vllm_config.compilation_config.mode == CompilationMode.NONE or os.environ.get(_ADVISED):
         return
     os.environ[_ADVISED] = "1"
-    _logger.warning(
+    logger.warning(
         "On a CPU a drafter serves better with --enforce-eager (enforce_eager=True): compilation takes a minute at the start, and keeps the "
         "layers of target and drafter from running kernel by kernel"
     )
@@ -125,19 +124,8 @@ def target_shape(target: Any, drafter: DrafterConfig) -> TargetShape:
     shape = TargetShape.from_hf(target.hf_config)
     if shape.vocab_size <= drafter.vocab_size:
         return shape
-    return TargetShape.from_hf(target.hf_config, count_tokens(str(target.tokenizer or target.model), target.tokenizer_revision))
-
-
-def count_tokens(folder: str, revision: str | None = None) -> int | None:
-    """One more than the largest id that the tokenizer in a folder (or of a downloaded hub id) yields; None where there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=False)
-        # transformers makes an empty one where a folder has a model's config and no tokenizer.
-        return max(tokenizer.get_vocab().values()) + 1 if tokenizer("def f():\n    return 1")["input_ids"] else None
-    except Exception:  # whatever an absent or unusable tokenizer ends in: how many tokens there are is not known then
-        return None
+    tokenizer = load_tokenizer(target.tokenizer or target.model, revision=target.tokenizer_revision)
+    return TargetShape.from_hf(target.hf_config, count_tokens(tokenizer))
 
 
 def check_target(target: Any, pipeline_parallel_size: int) -> None:
@@ -202,29 +190,6 @@ def read_early(model: str, revision: str | None) -> DrafterConfig | None:
     if folder is None or is_foreign(read_raw(folder)):
         return None
     return DrafterConfig.from_pretrained(folder)
-
-
-def drafter_folder(model: str, revision: str | None) -> Path | None:
-    """The drafter's folder: the path itself, or the downloaded snapshot of a hub id; None where neither is there."""
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(model, "config.json", revision=revision)
-    except HFValidationError:  # no hub id: another kind of address, which vLLM has read
-        return None
-    return Path(found).parent if isinstance(found, str) else None
-
-
-def no_drafter_at(model: str) -> DrafterConfigError:
-    """What to say where ``drafter_folder`` finds none: a path is no hub id, and cannot be fetched."""
-    if model.count("/") > 1 or model.startswith((".", "/", "~")):
-        return DrafterConfigError(f"{model} is no folder", "give a drafter's folder, or the hub id of one that is downloaded")
-    return DrafterConfigError(
-        f"{model} is no folder, nor a hub id that is downloaded", f"give a drafter's folder, or fetch it with `hf download {model}`"
-    )
 
 
 def _attributes(drafter: DrafterConfig) -> dict[str, Any]:

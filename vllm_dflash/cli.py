@@ -21,11 +21,10 @@ from vllm_dflash.evaluation.methods import DEFAULT_METHODS, KINDS
 from vllm_dflash.evaluation.workload import DATASETS, RANDOM, Lengths
 from vllm_dflash.formats import format_names
 from vllm_dflash.patch import SCOPES
-from vllm_dflash.plugin import SWITCH, is_off, patch_set
+from vllm_dflash.plugin import patch_set, why_off
 from vllm_dflash.supported import SUPPORTED_VLLM, installed_vllm
 from vllm_dflash.training import command as training
 
-_PLUGIN_NAME = "dflash"
 _PAIR = "examples/embedded_pair"
 _NOBODY_READS = 128 + signal.SIGPIPE
 """The exit status of a program that the signal ends."""
@@ -350,18 +349,6 @@ def _status() -> int:
         print(_paragraph("why", row.why))
         print(_paragraph("until", row.until))
     return 0 if state == "on" else 1
-
-
-def why_off() -> str | None:
-    """Why vLLM would run without the plug-in; None where it would not."""
-    if is_off():
-        return f"off: {SWITCH}={os.environ[SWITCH]}"
-    allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None and _PLUGIN_NAME not in allowed.split(","):
-        return f"off: VLLM_PLUGINS={allowed!r} does not name {_PLUGIN_NAME}"
-    if not any(point.name == _PLUGIN_NAME for point in importlib.metadata.entry_points(group="vllm.general_plugins")):
-        return "off: vLLM cannot see it; install this package with pip into vLLM's environment"
-    return None
 
 
 def _version(distribution: str) -> str:

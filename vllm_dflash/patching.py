@@ -10,7 +10,6 @@ import y``) keeps the original, so name the place where the name is looked up.
     pytest tests/unit/test_patching.py tests/patches
 """
 
-import logging
 import os
 import sys
 import threading
@@ -19,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_dflash.log import logger
 from vllm_dflash.patch import Patch, is_switched_off
 from vllm_dflash.patches.on_import import AfterImport
 from vllm_dflash.patches.place import Replaced, kept_with
@@ -28,7 +28,6 @@ from vllm_dflash.upstream import Sources
 _TOLD = "VLLM_DFLASH_LEFT_OUT"
 """Inherited by the processes that vLLM starts, so that a user reads once what was left out."""
 _OWN = __name__.partition(".")[0]
-_logger = logging.getLogger("vllm.plugins.dflash")
 
 
 class PatchError(RuntimeError):
@@ -261,7 +260,7 @@ class PatchSet:
         if patch.needs != "optional":
             return False
         self._out[patch] = "left out", problem
-        _logger.warning("vllm-dflash leaves a part out, and vLLM's own stays: %s", problem)
+        logger.warning("vllm-dflash leaves a part out, and vLLM's own stays: %s", problem)
         return True
 
     def _tell(self) -> None:
@@ -269,7 +268,7 @@ class PatchSet:
         if left_out and _TOLD not in os.environ:
             os.environ[_TOLD] = "1"
             for note in left_out:
-                _logger.warning("vllm-dflash leaves a part out, and vLLM's own stays: %s", note)
+                logger.warning("vllm-dflash leaves a part out, and vLLM's own stays: %s", note)
 
     def _raise(self, problems: Sequence[str]) -> None:
         if problems:

@@ -7,19 +7,19 @@ list ``vllm_dflash.patches.ALL``. Nothing heavy is imported: models by string, p
 """
 
 import functools
-import logging
+import importlib.metadata
 import os
 from typing import Any
 
 from vllm_dflash import kinds
+from vllm_dflash.log import logger
 from vllm_dflash.metrics.snapshots import choose_folder
 from vllm_dflash.patch import is_switched_off
 from vllm_dflash.patching import PatchError, PatchSet
 from vllm_dflash.supported import PROBLEM, installed_vllm, is_supported, refusal
 
 SWITCH = "VLLM_DFLASH"
-# A name below "vllm", so that vLLM's own handlers and format apply.
-_logger = logging.getLogger("vllm.plugins.dflash")
+_NAME = "dflash"
 
 
 def register() -> None:
@@ -57,7 +57,7 @@ def _refuse(problem: str) -> None:
     # Inherited by the processes that vLLM starts: a user reads the warning once, and the refusal names its cause.
     if PROBLEM not in os.environ:
         os.environ[PROBLEM] = problem
-        _logger.warning("%s. Serving without a DFlash drafter is not affected", problem)
+        logger.warning("%s. Serving without a DFlash drafter is not affected", problem)
     for name in kinds.architectures():
         ModelRegistry.register_model(name, "vllm_dflash.models.unsupported:UnsupportedVLLM")
 
@@ -80,6 +80,18 @@ def _register_speculators() -> None:
 def is_off() -> bool:
     """Whether the user has switched the plug-in off: ``VLLM_DFLASH=0``."""
     return is_switched_off(SWITCH)
+
+
+def why_off() -> str | None:
+    """Why vLLM would run without the plug-in; None where it would not."""
+    if is_off():
+        return f"off: {SWITCH}={os.environ[SWITCH]}"
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and _NAME not in allowed.split(","):
+        return f"off: VLLM_PLUGINS={allowed!r} does not name {_NAME}"
+    if not any(point.name == _NAME for point in importlib.metadata.entry_points(group="vllm.general_plugins")):
+        return "off: vLLM cannot see it; install this package with pip into vLLM's environment"
+    return None
 
 
 @functools.cache

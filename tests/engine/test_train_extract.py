@@ -7,7 +7,7 @@ import torch
 
 from training_runs import answer_held_out, answered_prompts, held_out_file, make_target, settings
 from vllm_dflash.training import drafter, features, generate, target
-from vllm_dflash.training.files import TrainingError
+from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.settings import Settings
 

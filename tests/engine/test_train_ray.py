@@ -10,7 +10,7 @@ from pairs import random_prompts
 from targets import VOCAB
 from training_runs import held_out_file, make_target, settings, write_prompts
 from vllm_dflash.reference.decoding import generate
-from vllm_dflash.training.files import TrainingError
+from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.generate import folder_of
 from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.ray_engines import _gpus_each

@@ -30,6 +30,29 @@ from vllm.plugins import load_general_plugins
 """
 
 
+PLAIN_GOES_ON = """
+from vllm.engine.arg_utils import EngineArgs
+plain = dict(model={target!r}, skip_tokenizer_init=True, max_model_len=256)
+EngineArgs(**plain).create_engine_config()
+print("PLAIN SERVING IS CONFIGURED", flush=True)
+drafter = dict(method="dflash", model={drafter!r}, num_speculative_tokens=7)
+try:
+    EngineArgs(**plain, speculative_config=drafter).create_engine_config()
+except ValueError as error:
+    print("REFUSED", error, flush=True)
+"""
+
+
+def run_and_serve_plain(code: str, folder: Path) -> str:
+    """Runs the code, then configures a target without a drafter, which must go on, and with one, which must be refused: all it says."""
+    target = make_random_target(folder / "target")
+    drafter = make_random_drafter(folder / "dflash")
+    done = run(code + PLAIN_GOES_ON.format(target=str(target), drafter=str(drafter)))
+    assert "PLAIN SERVING IS CONFIGURED" in done.stdout
+    assert "REFUSED" in done.stdout
+    return done.stdout + done.stderr
+
+
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs Python code in a process whose environment has none of our or vLLM's plug-in variables but these."""
     inherited = {name: value for name, value in os.environ.items() if name not in OURS}
@@ -165,10 +188,9 @@ assert set(states().values()) == {"off"} | ({"not needed"} if unneeded else set(
 
 def test_another_plug_ins_replacement_is_named_and_plain_serving_goes_on(tmp_path):
     """One that is there before ours, one that comes with a module's late import, and one in an object."""
-    make_random_target(tmp_path / "target")
-    make_random_drafter(tmp_path / "dflash")
     for when in ("before", "late"):
-        done = run(f"""
+        output = run_and_serve_plain(
+            f"""
 import vllm.config.speculative as speculative
 class Other:
     def fits(self, cad): return True
@@ -192,19 +214,9 @@ import vllm.v1.worker.gpu_model_runner
 assert vllm.v1.worker.gpu_model_runner.GPUModelRunner._input_fits_in_drafter is Other.fits
 assert set(states().values()) <= {{"off", "not needed", "left out"}}, states()
 assert model() == "vllm_dflash.models.unsupported:UnsupportedVLLM", model()
-from vllm.engine.arg_utils import EngineArgs
-plain = dict(model={str(tmp_path / "target")!r}, skip_tokenizer_init=True, max_model_len=256)
-EngineArgs(**plain).create_engine_config()
-print("PLAIN SERVING IS CONFIGURED", flush=True)
-drafter = dict(method="dflash", model={str(tmp_path / "dflash")!r}, num_speculative_tokens=7)
-try:
-    EngineArgs(**plain, speculative_config=drafter).create_engine_config()
-except ValueError as error:
-    print("REFUSED", error, flush=True)
-""")
-        output = done.stdout + done.stderr
-        assert "PLAIN SERVING IS CONFIGURED" in done.stdout
-        assert "REFUSED" in done.stdout
+""",
+            tmp_path / when,
+        )
         assert "other_plugin:Other.fits: another plug-in replaced it" in output
 
 
@@ -236,9 +248,8 @@ def test_an_unsupported_vllm_is_left_alone_with_one_warning_and_only_our_method_
 
     vLLM inspects a lazily registered class in a child process and passes on what the child wrote.
     """
-    make_random_target(tmp_path / "target")
-    make_random_drafter(tmp_path / "dflash")
-    done = run(f"""
+    output = run_and_serve_plain(
+        """
 import os
 import vllm_dflash.plugin, vllm_dflash.upstream
 from vllm.engine.arg_utils import EngineArgs
@@ -248,26 +259,17 @@ for version, prints in (("0.34.1", fingerprint), ("0.32.0+cpu", property(lambda 
     vllm_dflash.upstream.Definition.fingerprint = prints
     vllm_dflash.plugin.register()
     vllm_dflash.plugin.register()
-    assert not {{"applied", "pending"}} & set(states().values()), states()
+    assert not {"applied", "pending"} & set(states().values()), states()
     assert model() == "vllm_dflash.models.unsupported:UnsupportedVLLM", model()
     del os.environ["VLLM_DFLASH_PROBLEM"]
 
 os.environ["VLLM_DFLASH_PROBLEM"] = "1"
-plain = dict(model={str(tmp_path / "target")!r}, skip_tokenizer_init=True, max_model_len=256)
-EngineArgs(**plain).create_engine_config()
-print("PLAIN SERVING IS CONFIGURED", flush=True)
-drafter = dict(method="dflash", model={str(tmp_path / "dflash")!r}, num_speculative_tokens=7)
-try:
-    EngineArgs(**plain, speculative_config=drafter).create_engine_config()
-except ValueError as error:
-    print("REFUSED", error, flush=True)
-""")
-    output = done.stdout + done.stderr
+""",
+        tmp_path,
+    )
     assert output.count("supports vLLM >=0.32,<0.34, and found 0.34.1") == 1
     assert output.count("cannot patch vLLM") == 1
     assert "vllm.v1.spec_decode.dflash:DFlashProposer, whose source has changed" in output
-    assert "PLAIN SERVING IS CONFIGURED" in done.stdout
-    assert "REFUSED" in done.stdout
     assert re.search(r"RuntimeError: vllm-dflash supports vLLM >=0\.32,<0\.34, and found 0\.3[23].*VLLM_DFLASH=0", output)
 
 

@@ -1,47 +1,73 @@
-"""`make unit`: the tests of this folder that do without vLLM, whose import alone takes longer than most of them."""
+"""`make unit`: the tests of this folder that do without vLLM, whose import alone takes longer than most of them.
+
+A file that cannot be imported without vLLM says ``pytestmark = pytest.mark.vllm``; a test that asks it, or that takes more than a
+second or two, is marked ``vllm`` or ``slow``. In `make unit` those are left out, and an import of vLLM by any other test fails it.
+"""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-NEEDS_VLLM = {
-    "test_adaptive_scheduler.py", "test_checks.py", "test_config_keys.py", "test_kinds.py", "test_rows.py",
-    "test_train_recorder.py", "test_verification.py",
-}  # fmt: skip
-SLOW = (
-    "test_broken_weights.py::test_through_vllms_configuration",
-    "test_adaptive.py::test_close_to_the_best_fixed_choice", "test_adaptive.py::test_the_drafters_confidence_is_used",
-    "test_matched_budget.py", "test_sampling.py::test_a_row_is_drawn_by_its_softmax", "test_train_features.py", "test_train_resume.py",
-    "test_train_walk.py", "test_train_workers.py",
-)  # fmt: skip
-"""Need vLLM in a file that else does not; or do without, but not in a second or two: simulated servers, training runs."""
-_REMEDY = f"name the file in NEEDS_VLLM of {Path(__file__).name}, or do without"
+_WHOLE_FILE = "\npytestmark = pytest.mark.vllm\n"
+_REMEDY = "mark the test `@pytest.mark.vllm` (a file that cannot be imported without: `pytestmark = pytest.mark.vllm`), or do without"
+
+
+class _Guard:
+    """Refuses to run vLLM's code in this process: the test that imports it fails, and no later one. Where vLLM lies may be asked."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path, target) if name == "vllm" else None
+        if spec is not None:
+            spec.loader = self
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.asked = True
+        raise AssertionError(f"this imports vLLM: {_REMEDY}")
+
+
+_guard = _Guard()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--pure", action="store_true", help="leave out what needs vLLM or takes long, and see that nothing imports vLLM")
+    parser.addoption("--pure", action="store_true", help="leave out what is marked vllm or slow, and refuse vLLM's import")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("pure", False):
+        sys.meta_path.insert(0, _guard)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _guard in sys.meta_path:
+        sys.meta_path.remove(_guard)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    return True if config.getoption("pure", False) and collection_path.name in NEEDS_VLLM | set(SLOW) else None
+    pure = config.getoption("pure", False) and collection_path.suffix == ".py"
+    return True if pure and _WHOLE_FILE in collection_path.read_text() else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("pure", False):
-        slow = [item for item in items if any(name in item.nodeid for name in SLOW)]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    if session.config.getoption("pure", False) and "vllm" in sys.modules:
-        raise pytest.UsageError(f"a test file imports vLLM: {_REMEDY}")
+        left_out = [item for item in items if item.get_closest_marker("vllm") or item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)
-def _without_vllm(request: pytest.FixtureRequest) -> Iterator[None]:
+def _without_vllm() -> Iterator[None]:
+    """Fails a test that asked for vLLM and went on without."""
+    _guard.asked = False
     yield
-    if request.config.getoption("pure", False):
-        assert "vllm" not in sys.modules, f"this test imports vLLM: {_REMEDY}"
+    assert not _guard.asked, f"this test imports vLLM: {_REMEDY}"

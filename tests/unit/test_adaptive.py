@@ -10,6 +10,7 @@ from vllm_dflash.adaptive.cost import StepCost, Work
 RATES = {"good": [0.8, 0.78, 0.76, 0.74, 0.72, 0.7, 0.68], "fair": [0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.3], "bad": [0.01] * 7}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cost", [two_cores, large_gpu])
 @pytest.mark.parametrize("rates", RATES)
 @pytest.mark.parametrize("num_reqs", [1, 8, 32])
@@ -62,6 +63,7 @@ def test_each_request_has_its_own_length() -> None:
     assert server.adaptive(batches) > max(server.fixed(k, batches) for k in range(8))
 
 
+@pytest.mark.slow
 def test_the_drafters_confidence_is_used() -> None:
     """Drafts differ, the drafter says how, and it thinks too well of itself: verifying each as far as it pays beats every fixed K."""
     batches = [{f"r{i}": RATES["good"] for i in range(32)}] * 1000

@@ -5,6 +5,8 @@ import pytest
 pytest.importorskip("vllm")
 from vllm_dflash.adaptive.scheduler import AdaptiveScheduler
 
+pytestmark = pytest.mark.vllm
+
 
 @pytest.mark.parametrize(
     ("last_end", "scheduled_at", "began"),

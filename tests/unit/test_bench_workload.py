@@ -5,7 +5,7 @@ import json
 import pytest
 
 from vllm_dflash.evaluation.workload import Lengths, PromptSet, dataset_prompts, default_num_prompts, file_prompts, points, random_prompts
-from vllm_dflash.tools.prompts import PromptError
+from vllm_dflash.prompts import PromptError
 
 LINES = {
     "gsm8k": {"question": "abc", "answer": "no"},

@@ -45,17 +45,30 @@ _FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "m
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", _FILES)
 @pytest.mark.parametrize("kind", _KINDS)
-def test_what_is_no_regular_file(tmp_path: Path, random_target: Path, kind: str, name: str) -> None:
-    folder = make_random_drafter(tmp_path / "d", mask_embedding=True)
-    if "of-00002" in name:
-        shard(folder)
-    (folder / name).unlink(missing_ok=True)
-    make, words = _KINDS[kind]
-    make(folder / name)
-    message = refused(folder, name, words)
+def test_what_is_no_regular_file(tmp_path: Path, kind: str, name: str) -> None:
+    refused(_with(tmp_path / "d", kind, name), name, _KINDS[kind][1])
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", _FILES)
+@pytest.mark.parametrize("kind", _KINDS)
+def test_vllm_is_told_the_same(tmp_path: Path, random_target: Path, kind: str, name: str) -> None:
+    folder = _with(tmp_path / "d", kind, name)
+    message = refused(folder, name)
     with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is compared)
         configure(random_target, folder)
     assert message in str(error.value)
+
+
+def _with(folder: Path, kind: str, name: str) -> Path:
+    """A drafter one of whose files is no file."""
+    make_random_drafter(folder, mask_embedding=True)
+    if "of-00002" in name:
+        shard(folder)
+    (folder / name).unlink(missing_ok=True)
+    _KINDS[kind][0](folder / name)
+    return folder
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,7 @@ _THROUGH_VLLM: dict[str, tuple[dict[str, Any], Callable[[Path], object], list[st
 }  # fmt: skip
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize("name", _THROUGH_VLLM)
 def test_through_vllms_configuration(random_target: Path, tmp_path: Path, name: str) -> None:
     """The user of ``vllm serve`` reads the same, before any process starts."""
@@ -305,6 +306,7 @@ def test_a_mask_embedding_of_another_kind(tmp_path: Path, make: Callable[[], tor
         )
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 @pytest.mark.timeout(300)
 def test_a_poisoned_weight_ends_the_server(random_target: Path, tmp_path: Path) -> None:

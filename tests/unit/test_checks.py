@@ -13,6 +13,8 @@ from vllm_dflash.checks import _ADVISED, check_logits_processors
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.patching import PatchSet
 
+pytestmark = pytest.mark.vllm
+
 MAX_MODEL_LEN = 256
 
 
@@ -77,7 +79,7 @@ def test_eager_is_advised_once_on_a_cpu(target, tmp_path, monkeypatch):
 
     monkeypatch.setenv(_ADVISED, "")
     said: list[str] = []
-    monkeypatch.setattr(checks._logger, "warning", lambda message, *_: said.append(message))
+    monkeypatch.setattr(checks.logger, "warning", lambda message, *_: said.append(message))
     speculative = {"method": "dflash", "model": str(make_random_drafter(tmp_path / "dflash"))}
 
     def advice(speculative_config: Any, **more: Any) -> int:

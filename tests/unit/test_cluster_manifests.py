@@ -33,6 +33,7 @@ def test_the_services_config_is_what_up_prints() -> None:
     assert documents("rayservice.yaml")[0]["spec"]["serveConfigV2"] == printed
 
 
+@pytest.mark.slow
 def test_the_services_config_is_one_for_ray() -> None:
     schema = pytest.importorskip("ray.serve.schema", reason="needs Ray: pip install 'vllm-dflash[ray]'")
     config = yaml.safe_load(documents("rayservice.yaml")[0]["spec"]["serveConfigV2"])

@@ -177,6 +177,7 @@ def test_without_an_installed_vllm_names_are_still_looked_for(old: Path) -> None
     assert {finding.name: finding.state for finding in found} == {"vllm:LLM": "same", "vllm:Gone": "gone"}
 
 
+@pytest.mark.slow
 def test_the_installed_vllm_has_what_we_rely_on() -> None:
     """In a process of its own: neither vLLM nor torch is imported for it."""
     code = (

@@ -155,6 +155,7 @@ def test_what_passes_is_read_by_transformers(name: str) -> None:
         Qwen3Config.from_dict(copy.deepcopy(raw))
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize(
     ("name", "value"),
     [("rms_norm_eps", None), ("sliding_window", "8"), ("quantization_config", {"quant_method": "x"}), ("rope_theta", 10**400),
@@ -179,6 +180,7 @@ def test_inspect_doctor_and_start_say_the_same(random_target: Path, tmp_path: Pa
     assert found.problems[0] in str(error.value)
 
 
+@pytest.mark.vllm
 def test_quantization_methods_are_vllms() -> None:
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS as THEIRS
 

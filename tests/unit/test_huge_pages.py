@@ -32,6 +32,7 @@ def test_a_system_that_forbids_it_is_obeyed(monkeypatch: pytest.MonkeyPatch, tmp
     assert huge_pages.use_huge_pages() == 0
 
 
+@pytest.mark.slow
 def test_what_is_moved_stays_as_it_was() -> None:
     """In a process of its own, as it is done to a whole process; where the kernel cannot, nothing happens."""
     code = (

@@ -64,6 +64,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         cleanup_dist_env_and_memory()
 
 
+@pytest.mark.vllm
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", [*OURS, "onelayer"])
@@ -145,6 +146,7 @@ def test_the_tools_take_a_users_kind(name: str, tmp_path: Path, capsys: pytest.C
     assert all(torch.equal(tensor, back[n]) for n, tensor in ours.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_users_kind_is_trained_and_exported(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Budget, one training step that changes its own tensors, proof, export and card."""

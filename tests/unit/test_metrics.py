@@ -162,7 +162,7 @@ def test_a_disk_that_is_full_for_a_while(folder: Path, monkeypatch: pytest.Monke
     full, write = [True], Path.write_text
 
     def write_text(self: Path, text: str, **more: object) -> int:
-        if full[0] and self.suffix == ".tmp":
+        if full[0] and self.suffix == ".part":
             write(self, text[:3])
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(self, text, **more)

@@ -28,8 +28,8 @@ NEEDS_TORCH = {
     "drafting.coverage", "drafting.layout", "drafting.pending", "drafting.sampling", "heads.argmax", "kinds.dflare.context",
     "kinds.dflash.context", "models.parameters", "reference.checkpoint", "reference.decoding", "reference.drafter",
     "reference.loss", "reference.masks", "reference.rotary",
-    "tools.convert", "tools.describe", "tools.doctor", "tools.inspect", "tools.pair_checks", "tools.pair_runs", "training.budget",
-    "training.checkpoints", "training.drafter", "training.export", "training.extract", "training.extract_engine",
+    "tools.convert", "tools.doctor", "tools.inspect", "tools.pair_checks", "tools.pair_runs", "training.budget",
+    "training.checkpoints", "training.drafter", "training.export", "training.extract_engine",
     "training.features", "training.flex", "training.loop", "training.objective", "training.optimizer", "training.prove",
     "training.sharding", "training.target", "training.walk", "training.workers", "weights",
 }  # fmt: skip

@@ -60,3 +60,11 @@ def test_what_is_no_regular_file(tmp_path: Path) -> None:
     for name, words in (("pipe", "no regular file"), ("zero", "no regular file"), (".", "no regular file"), ("loop", "symbolic links")):
         with pytest.raises(RecordError, match=words):
             records.read(tmp_path / name, SHAPE)
+
+
+def test_what_a_user_gives_is_an_object() -> None:
+    """A list of pairs, or an empty one, was taken for one; text that is too deep ended in a traceback."""
+    assert records.object_of('{"a": [1]}') == {"a": [1]}
+    for text in ("[]", '[["a", 1]]', '"ab"', "null", "{", "[" * 100_000):
+        with pytest.raises(ValueError, match=r"it is|Expecting"):
+            records.object_of(text)

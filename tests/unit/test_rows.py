@@ -11,6 +11,8 @@ from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 
 from vllm_dflash.drafting.rows import Rows, ThinkingBudgets, min_tokens_by_row
 
+pytestmark = pytest.mark.vllm
+
 VOCABULARY, START, END = 12, [1], [2, 3]
 REASONING: Any = SimpleNamespace(reasoning_start_token_ids=START, reasoning_end_token_ids=END)
 

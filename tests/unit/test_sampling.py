@@ -7,6 +7,7 @@ from chi_square import p_of_fit
 from vllm_dflash.drafting.sampling import draw_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab", [1, 7, 97, 4096, 50257], ids=["one token", "prime", "prime and larger", "round", "29 times 1733"])
 def test_a_row_is_drawn_by_its_softmax(vocab: int) -> None:
     """Rows differ, and beside each other each has its own distribution."""

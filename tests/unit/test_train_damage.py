@@ -14,12 +14,14 @@ from transformers import AutoModelForCausalLM
 
 from damage import DAMAGES, copy_of
 from training_runs import answer_held_out, answered_prompts, held_out_file, make_target, run_and_kill, settings
+from vllm_dflash.files import RunError
 from vllm_dflash.reference.decoding import generate as decode
 from vllm_dflash.training import generate
-from vllm_dflash.training.files import TrainingError
 from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.sequences import write_sequences
 from vllm_dflash.training.settings import STAGES, Settings
+
+pytestmark = pytest.mark.slow
 
 REMEDY = re.compile(r"\b(remove|give|choose|free|set|run|move)\b")
 STOPPED = (
@@ -58,7 +60,7 @@ class Run:
         """The refusal; None where the run ended with the weights of one that was not damaged."""
         try:
             assert run_stages(self.settings, stages)
-        except TrainingError as refusal:
+        except RunError as refusal:
             return str(refusal)
         mine = self._weights()
         assert all(torch.equal(mine[name], self.weights[name]) for name in self.weights)

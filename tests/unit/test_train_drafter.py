@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from pairs import make_random_drafter, random_drafter_config
 from training_runs import make_target, settings
 from vllm_dflash.training.drafter import default_features, default_layers, first_weights, mask_token, plan
-from vllm_dflash.training.files import TrainingError
+from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.target import find_target, load_target
 
 PAIR = Path(__file__).parents[2] / "examples" / "embedded_pair"

@@ -11,6 +11,8 @@ from training_runs import answer_held_out, held_out_file, in_child, make_target,
 from vllm_dflash.training import drafter, features, generate, target
 from vllm_dflash.training.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 BATCH, TOKENS = 4, 128
 _SLACK = 24 << 20
 """What a forward of the tiny target itself, the allocator and the interpreter may take."""

@@ -11,7 +11,7 @@ from vllm_dflash.reference.loss import position_weights
 from vllm_dflash.reference.masks import context_mask
 from vllm_dflash.training import flex, objective
 from vllm_dflash.training.batches import Batch
-from vllm_dflash.training.files import TrainingError
+from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.objective import Objective, denominator, dpace_weights, gamma_at
 from vllm_dflash.training.settings import Train
 
@@ -123,6 +123,7 @@ def test_gamma_rises() -> None:
     assert [gamma_at(Train(gamma_start=4.0), 8, s, 100) for s in (0, 50, 99)] == [4.0, 4.0, 4.0]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_flex_attention(drafter) -> None:
     """On a CPU only forward: PyTorch has no backward of it there."""

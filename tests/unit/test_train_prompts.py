@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from vllm_dflash.tools.prompts import PromptError, load_prompts
+from vllm_dflash.prompts import PromptError, load_prompts
 from vllm_dflash.training.engines import device_sets
-from vllm_dflash.training.files import TrainingError
+from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.prompts import Reader, split
 from vllm_dflash.training.settings import Data
 

@@ -13,7 +13,7 @@ import pytest
 
 from training_runs import in_child
 from vllm_dflash.training import recorder
-from vllm_dflash.training.files import TrainingError
+from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.recorder import FOLDER, MAX_MB, TrafficRecorder
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -130,6 +130,7 @@ def test_fields_that_change_nothing_are_no_reason(served) -> None:
     assert len(recorded(served)) == 1
 
 
+@pytest.mark.vllm
 def test_every_field_of_vllm_is_judged() -> None:
     """Each that vLLM's requests have, at its default, leaves a request to be recorded; so the list does not fall behind in silence."""
     pytest.importorskip("vllm")

@@ -14,12 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from training_runs import answer_held_out, answered_prompts, held_out_file, in_child, make_target, run_and_kill, settings, write_prompts
+from vllm_dflash.files import RunError
+from vllm_dflash.lock import hold
 from vllm_dflash.training import checkpoints, loop
-from vllm_dflash.training.files import TrainingError
-from vllm_dflash.training.lock import hold
+from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.logs import Log, read
 from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.settings import Settings
+
+pytestmark = pytest.mark.slow
 
 HERE = ("generate", "features", "train")
 
@@ -119,7 +122,7 @@ def test_another_config_is_refused(make, undisturbed: Settings) -> None:
     )
     before = loop.result(undisturbed)
     (loop.folder_of(undisturbed) / "result.json").rename(loop.folder_of(undisturbed) / "aside")
-    with pytest.raises(TrainingError, match=r"stage train with .*lr 0.02 \(now 1.0\).*choose another --out"):
+    with pytest.raises(RunError, match=r"stage train with .*lr 0.02 \(now 1.0\).*choose another --out"):
         run_stages(other, HERE)
     (loop.folder_of(undisturbed) / "aside").rename(loop.folder_of(undisturbed) / "result.json")
     assert loop.result(undisturbed) == before
@@ -150,7 +153,7 @@ def test_two_commands_in_one_folder(make) -> None:
     chosen = make()
     with (
         hold(Path(chosen.run.out), "vllm-dflash train"),
-        pytest.raises(TrainingError, match=rf"in use by vllm-dflash train, process {os.getpid()}"),
+        pytest.raises(RunError, match=rf"in use by vllm-dflash train, process {os.getpid()}"),
     ):
         run_stages(chosen, HERE)
 
@@ -175,7 +178,7 @@ def test_a_disk_that_fills_up(make, kilobytes: int, tmp_path: Path) -> None:
         try:
             run_stages(chosen, HERE)
             said = ""
-        except TrainingError as refusal:
+        except RunError as refusal:
             said = str(refusal)
         if said:
             assert "cannot be written (No space left on device): free some space" in said

@@ -16,6 +16,8 @@ from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.reference.decoding import generate
 from vllm_dflash.training.walk import accepted_everywhere, estimate, walk
 
+pytestmark = pytest.mark.slow
+
 TOKENS, SIZE = 30, 4
 
 

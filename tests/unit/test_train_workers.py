@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 
 from training_runs import answer_held_out, answered_prompts, held_out_file, make_target, settings
 from vllm_dflash.training import drafter, loop, target
-from vllm_dflash.training.files import TrainingError
+from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.settings import Settings
+
+pytestmark = pytest.mark.slow
 
 CHANGES = dict(optimizer="adamw", lr=3e-3, batch_size=8, steps=10, log_every=1, eval_every=100)
 

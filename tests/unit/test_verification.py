@@ -11,6 +11,8 @@ pytest.importorskip("vllm")
 from vllm_dflash.drafting.sampling import SeedDraws
 from vllm_dflash.drafting.verification import DraftMetadata, keep_accepted
 
+pytestmark = pytest.mark.vllm
+
 
 def test_drafts_are_kept_up_to_the_first_that_differs() -> None:
     # Three requests with 3, 0 and 2 drafts; one more row each.

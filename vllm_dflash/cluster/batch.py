@@ -9,7 +9,6 @@ the finish reason nor what was accepted, and it has no place for a row that ends
 
 import argparse
 import copy
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,9 +21,10 @@ from vllm_dflash.cluster.command import settings_of
 from vllm_dflash.cluster.completer import COUNTED, Completer, count
 from vllm_dflash.cluster.connection import connect
 from vllm_dflash.cluster.settings import ClusterError, EngineSettings, engine_args, uses_ray
+from vllm_dflash.files import RunError, claim, write_record
+from vllm_dflash.lock import hold
 from vllm_dflash.progress import Progress
-from vllm_dflash.training.files import TrainingError, claim, write_record
-from vllm_dflash.training.lock import hold
+from vllm_dflash.records import object_of
 
 STATE = "_batch"
 """The folder in the output that holds no rows: readers of data sets pass over names that begin with an underscore."""
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
             raise ClusterError(f"--max-errors is {args.max_errors}: give 0 or more, or leave it out")
         job = Job(args.inputs, args.out, settings_of(args), _sampling(args), args.replicas, args.rows_per_part, args.max_errors)
         summary = complete(job)
-    except (ClusterError, TrainingError) as error:
+    except RunError as error:
         print(f"vllm-dflash batch: {error}", file=sys.stderr)
         return 1
     print(_describe(summary, job.out))
@@ -69,7 +69,7 @@ def complete(job: Job, completer: Any = Completer) -> dict[str, Any]:
 
     Raises:
         ClusterError: the input cannot be used, the cluster cannot run it, or more than ``max_errors`` rows failed.
-        TrainingError: the output was begun with other settings, another command is at work there, or the disk is full.
+        RunError: the output was begun with other settings, another command is at work there, or the disk is full.
     """
     with hold(job.out / STATE, "vllm-dflash batch"):
         return _complete(job, completer)
@@ -203,7 +203,7 @@ def _tau(sums: dict[str, int]) -> float:
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     try:
-        more = dict(json.loads(args.sampling))
-    except (TypeError, ValueError):
+        more = object_of(args.sampling)
+    except ValueError:
         raise ClusterError(f"--sampling is {args.sampling!r}: give a JSON object of vLLM's sampling parameters") from None
     return {"temperature": args.temperature, "max_tokens": args.max_tokens} | more

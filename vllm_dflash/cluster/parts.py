@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash.cluster.settings import ClusterError
+from vllm_dflash.files import whole_file
 from vllm_dflash.records import AtLeast, misfit
-from vllm_dflash.training.files import whole_file
 
 FORMATS = (".jsonl", ".parquet")
 _RESULT_TYPES = {

@@ -6,7 +6,7 @@ pytest tests/engine/test_cluster_batch.py
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_dflash.tools.prompts import PromptError, token_ids
+from vllm_dflash.prompts import PromptError, token_ids
 
 SAMPLING = "sampling_params"
 """The field of a row with sampling parameters of its own; they win over the run's."""

@@ -5,20 +5,21 @@ Pure: neither Ray nor vLLM is imported.
     pytest tests/unit/test_cluster_settings.py
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.files import RunError
 from vllm_dflash.formats import METHOD
+from vllm_dflash.records import object_of
 
 DEVICES = ("cuda", "cpu")
 _CPU_CACHE_BYTES = 1 << 30
 """vLLM's own default on a CPU is a share of the machine's memory, of which other replicas need theirs."""
 
 
-class ClusterError(RuntimeError):
+class ClusterError(RunError):
     """What was asked for cannot run on this cluster; the message says why and what to do."""
 
 
@@ -75,8 +76,8 @@ def parse_engine_args(text: str) -> dict[str, Any]:
         ClusterError: it is none.
     """
     try:
-        return dict(json.loads(text))
-    except (TypeError, ValueError):
+        return object_of(text)
+    except ValueError:
         raise ClusterError(f"--engine-args is {text!r}: give a JSON object of arguments of vLLM's engine") from None
 
 

@@ -25,7 +25,7 @@ from vllm_dflash.evaluation.report import short_lines, write
 from vllm_dflash.evaluation.starting import start_engines
 from vllm_dflash.evaluation.summary import rows
 from vllm_dflash.evaluation.sweep import Record, Sweep
-from vllm_dflash.tools.prompts import PromptError
+from vllm_dflash.prompts import PromptError
 
 _INTERRUPTED = 130
 

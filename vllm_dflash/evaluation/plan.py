@@ -5,13 +5,11 @@ pytest tests/unit/test_bench_plan.py
 
 import argparse
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.checks import drafter_folder, no_drafter_at
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.evaluation.methods import Drafter, Method, UsageError, parse_methods
 from vllm_dflash.evaluation.server import NAME, Server, connect
@@ -26,6 +24,8 @@ from vllm_dflash.evaluation.workload import (
     points,
     random_prompts,
 )
+from vllm_dflash.hub import TargetError, drafter_folder, load_config, load_tokenizer, no_drafter_at
+from vllm_dflash.records import object_of
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "examples" / "embedded_pair"
 """The pair that a checkout has; a wheel has none."""
@@ -84,8 +84,6 @@ def make_plan(args: argparse.Namespace) -> Plan:
     Raises:
         UsageError, PromptError: with what to give instead.
     """
-    from vllm_dflash.tools.pair_checks import load_tokenizer
-
     model, root = connect(args.server) if args.server else ("", "")
     target = args.target or root or str(_embedded("target"))
     methods = [Method(NAME, NAME)] if args.server else parse_methods(args.methods, _drafters(args), args.eagle3)
@@ -174,21 +172,17 @@ def _prompt_sets(args: argparse.Namespace, target: str, tokenizer: Any) -> dict[
 
 
 def _vocab_size(target: str) -> int:
-    from transformers import AutoConfig
-
     try:
-        return AutoConfig.from_pretrained(target, trust_remote_code=False).get_text_config().vocab_size
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"--target {target} cannot be read ({str(error).splitlines()[0]}): give its folder or hub id") from None
+        return load_config(target).get_text_config().vocab_size
+    except TargetError as error:
+        raise UsageError(f"--target {error}") from None
 
 
 def _json_object(option: str, text: str, example: str, set_by_others: frozenset[str]) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        found = object_of(text)
     except ValueError as error:
-        raise UsageError(f"{option} is no JSON ({error}): give an object such as '{example}'") from None
-    if not isinstance(found, dict):
-        raise UsageError(f"{option} is no object: give one such as '{example}'")
+        raise UsageError(f"{option} is no JSON object ({error}): give one such as '{example}'") from None
     taken = sorted(set_by_others & found.keys())
     if taken:
         raise UsageError(f"{option} holds {', '.join(taken)}, which other options set: leave them out")

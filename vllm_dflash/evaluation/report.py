@@ -21,19 +21,14 @@ from vllm_dflash.evaluation.tables import (
     speed_table,
     spread,
 )
+from vllm_dflash.files import put
 
 
 def write(results: Mapping[str, Any], folder: Path) -> None:
     """Writes all files anew; each is whole at any time, whatever interrupts."""
-    _replace(folder / "results.json", json.dumps(results, indent=1))
-    _replace(folder / "report.md", as_markdown(results))
-    _replace(folder / "report.html", page(results))
-
-
-def _replace(path: Path, text: str) -> None:
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
+    put(folder / "results.json", json.dumps(results, indent=1))
+    put(folder / "report.md", as_markdown(results))
+    put(folder / "report.html", page(results))
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:

@@ -4,14 +4,13 @@ pytest tests/unit/test_bench_workload.py
 """
 
 import itertools
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.tools.prompts import PromptError, token_ids
+from vllm_dflash.prompts import PromptError, asked, read_lines, token_ids
 
 RANDOM = "random"
 DATASETS = {
@@ -127,7 +126,7 @@ def file_prompts(path: str, tokenizer: Any, vocab_size: int) -> PromptSet:
     Raises:
         PromptError: with the line and the remedy.
     """
-    return PromptSet(Path(path).stem, [token_ids(line, where, tokenizer, vocab_size) for line, where in _read(path)])
+    return PromptSet(Path(path).stem, [token_ids(line, where, tokenizer, vocab_size) for line, where in read_lines(path)])
 
 
 def dataset_prompts(name: str, path: str, tokenizer: Any, vocab_size: int) -> PromptSet:
@@ -136,13 +135,8 @@ def dataset_prompts(name: str, path: str, tokenizer: Any, vocab_size: int) -> Pr
     Raises:
         PromptError: with the line and the remedy.
     """
-    chat = bool(getattr(tokenizer, "chat_template", None))
-    prompts = []
-    for line, where in _read(path):
-        text = _text(name, line, where)
-        asked = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
-        prompts.append(token_ids(asked, where, tokenizer, vocab_size))
-    return PromptSet(name, prompts)
+    lines = [(asked(_text(name, line, where), tokenizer), where) for line, where in read_lines(path)]
+    return PromptSet(name, [token_ids(line, where, tokenizer, vocab_size) for line, where in lines])
 
 
 def _text(name: str, line: Any, where: str) -> str:
@@ -156,23 +150,3 @@ def _text(name: str, line: Any, where: str) -> str:
     raise PromptError(
         f"{where}: no text in {' or '.join(fields)}: a line of {name} is an object with it; give the set's own JSON lines file"
     )
-
-
-def _read(path: str) -> Iterator[tuple[Any, str]]:
-    """The objects of a file of JSON lines, each with where it stands."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{path} cannot be read ({error}): give a file of JSON lines") from None
-    found = False
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            yield json.loads(line), where
-        except ValueError as error:
-            raise PromptError(f"{where} is no JSON ({error}): give one object a line") from None
-        found = True
-    if not found:
-        raise PromptError(f'{path} is empty: give at least one line such as {{"prompt": "..."}}')

@@ -11,13 +11,14 @@ Records need no torch: what does is imported when a drafter is made.
 """
 
 import functools
-import logging
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
+
+from vllm_dflash.log import logger
 
 if TYPE_CHECKING:
     from vllm_dflash.config import DrafterConfig
@@ -34,8 +35,6 @@ AFTER_ANCHOR = 1
 Tensors = dict[str, tuple[int, ...]]
 """Names of a checkpoint's tensors, without a prefix, to their shapes."""
 
-# A name below "vllm", so that vLLM's own handlers and format apply.
-_logger = logging.getLogger("vllm.plugins.dflash")
 _LEFT_OUT = "the kind of drafter %s is left out"
 
 
@@ -133,7 +132,7 @@ def every() -> Mapping[str, Kind]:
     for where, kind in _others():
         taken = [k.name for k in found.values() if kind.name == k.name or kind.architecture == k.architecture]
         if taken:
-            _logger.warning("%s: it has a name of %s. Rename it", _LEFT_OUT % where, taken[0])
+            logger.warning("%s: it has a name of %s. Rename it", _LEFT_OUT % where, taken[0])
         else:
             found[kind.name] = kind
     return found
@@ -145,12 +144,12 @@ def _others() -> Iterator[tuple[str, Kind]]:
         try:
             kind = point.load()
         except Exception as error:  # whatever another package's import ends in
-            _logger.warning("%s: %r. Mend or uninstall its package", _LEFT_OUT % point.value, error)
+            logger.warning("%s: %r. Mend or uninstall its package", _LEFT_OUT % point.value, error)
             continue
         if isinstance(kind, Kind):
             yield point.value, kind
         else:
-            _logger.warning("%s: it is no vllm_dflash.kinds.Kind", _LEFT_OUT % point.value)
+            logger.warning("%s: it is no vllm_dflash.kinds.Kind", _LEFT_OUT % point.value)
 
 
 def names() -> tuple[str, ...]:

@@ -8,7 +8,6 @@ one before to its own. Limits: confidences are known under synchronous schedulin
 """
 
 import functools
-import logging
 import time
 from collections import deque
 from typing import Any
@@ -20,14 +19,13 @@ from vllm_dflash.adaptive.settings import is_adaptive
 from vllm_dflash.checks import settled
 from vllm_dflash.compat import num_drafted
 from vllm_dflash.formats import is_ours
+from vllm_dflash.log import logger
 from vllm_dflash.metrics.catalog import BY_NAME, CONFIDENCE_BUCKETS, CONTEXT_STARTS, confidence_bucket, context_bucket
 from vllm_dflash.metrics.counts import Histogram, Positions, Speedup
 from vllm_dflash.metrics.recorder import Recorder
 from vllm_dflash.patches import scheduler_watch
 from vllm_dflash.plugin import patch_set
 
-# A name below "vllm", so that vLLM's own handlers and format apply.
-_logger = logging.getLogger("vllm.plugins.dflash")
 STEP_KINDS = ("prefill", "speculative", "partial", "plain")
 _LAST = 9
 """Steps of a kind with about as many requests whose median is taken."""
@@ -142,7 +140,7 @@ class EngineRecord:
         """What counts must not end what serves: the series end instead, and the log says why."""
         self.failed = True
         self.recorder.close()
-        _logger.exception("the metrics of this engine's speculation end here, as they failed; serving goes on")
+        logger.exception("the metrics of this engine's speculation end here, as they failed; serving goes on")
 
     def _is_plain(self, scheduled: Any) -> bool:
         """Whether all requests of a step decode and were to have no drafts, which ``_observe_plain`` counts in little time."""

@@ -6,19 +6,16 @@ have there. A counter or bucket stays a sum that grows, so ``rate()`` holds; ``m
     python tests/prove_serve.py kill
 """
 
-import logging
 import threading
 import time
 
 from ray.util.metrics import Gauge
 
+from vllm_dflash.log import logger
 from vllm_dflash.metrics.read import DFlashCollector
 
 PERIOD = 5.0
 """Seconds; Ray's own agents report every ten."""
-
-
-_logger = logging.getLogger("vllm.plugins.dflash")
 
 
 class RayExporter:
@@ -43,5 +40,5 @@ class RayExporter:
             try:
                 self.export()
             except Exception as error:  # the next time it may be well; a thread that ends would leave figures that stand still
-                _logger.warning("metrics were not given to Ray: %r", error)
+                logger.warning("metrics were not given to Ray: %r", error)
             time.sleep(PERIOD)

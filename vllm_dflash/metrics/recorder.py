@@ -3,7 +3,6 @@
 pytest tests/engine/test_metrics.py
 """
 
-import logging
 import threading
 import time
 import weakref
@@ -11,10 +10,9 @@ from collections.abc import Callable, Mapping
 from multiprocessing.util import Finalize
 from typing import Any
 
+from vllm_dflash.log import logger
 from vllm_dflash.metrics import snapshots
 
-# A name below "vllm", so that vLLM's own handlers and format apply.
-_logger = logging.getLogger("vllm.plugins.dflash")
 PERIOD = 1.0
 """Seconds between two writes, at least: what /metrics shows is no older."""
 Samples = Mapping[str, list[Any]]
@@ -60,7 +58,7 @@ class Recorder:
         except OSError as error:
             self.dirty = True
             if not self._failing:
-                _logger.warning("metrics of %s are not up to date until it can be written: %s", self._file, error.strerror or error)
+                logger.warning("metrics of %s are not up to date until it can be written: %s", self._file, error.strerror or error)
             self._failing = True
         else:
             self._failing = False

@@ -9,7 +9,6 @@ not read. Limits: one host. Processes that are not children of the server's firs
 
 import atexit
 import json
-import logging
 import multiprocessing
 import os
 import re
@@ -20,15 +19,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash import records
+from vllm_dflash import files, records
+from vllm_dflash.log import logger
 
 USERS = "DFLASH_METRICS_DIR"
 _OURS = "_DFLASH_METRICS_DIR"
 _PREFIX = "vllm-dflash-metrics-"
 _NAME = re.compile(r"[a-z]+-.*-(\d{1,9})-(\d{1,18})\.json")
 """Of a snapshot: role, engine, process, and when that began."""
-# A name below "vllm", so that vLLM's own handlers and format apply.
-_logger = logging.getLogger("vllm.plugins.dflash")
 _created: list[str] = []
 _SHAPE = {"labels": [object], "samples": {}}
 _warned: set[Path] = set()
@@ -57,13 +55,7 @@ def folder() -> Path | None:
 def write(target: Path, snapshot: dict[str, Any]) -> None:
     """Puts a snapshot in the place of the last one."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_suffix(".tmp")
-    try:
-        scratch.write_text(json.dumps(snapshot, separators=(",", ":")))
-        scratch.replace(target)
-    except OSError:
-        scratch.unlink(missing_ok=True)
-        raise
+    files.put(target, json.dumps(snapshot, separators=(",", ":")))
 
 
 def remove(target: Path) -> None:
@@ -123,7 +115,7 @@ def read_all() -> Iterator[dict[str, Any]]:
         except records.RecordError as error:
             if file not in _warned:
                 _warned.add(file)
-                _logger.warning("%s; its metrics are left out", error)
+                logger.warning("%s; its metrics are left out", error)
             continue
         if snapshot is not None:
             yield snapshot

@@ -21,9 +21,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vllm_dflash.checks import drafter_folder, no_drafter_at
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import CONFIG_FILE, IGNORED_TENSORS, parse, read_raw, tensor_name, write
+from vllm_dflash.hub import drafter_folder, no_drafter_at
 from vllm_dflash.progress import Progress
 from vllm_dflash.weights import INDEX_FILE, SINGLE_FILE, check_tensors, read_headers, target_ids, weight_files
 

@@ -2,13 +2,16 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from vllm_dflash.config import DrafterConfig, printable
 from vllm_dflash.kinds import kind_of
-from vllm_dflash.tools.inspect import Inspection
+
+if TYPE_CHECKING:
+    from vllm_dflash.tools.inspect import Inspection
 
 
-def as_text(found: Inspection) -> str:
+def as_text(found: "Inspection") -> str:
     """Two columns, a table of each target layer's shares, and the problems."""
     rows = _config_rows(found.config) if found.config is not None else []
     rows += _weight_rows(found)
@@ -65,7 +68,7 @@ def _attention_lines(config: DrafterConfig) -> list[str]:
     return lines
 
 
-def _weight_rows(found: Inspection) -> list[tuple[str, str]]:
+def _weight_rows(found: "Inspection") -> list[tuple[str, str]]:
     said = "" if found.config is None else f" (config.json says {found.config.dtype})"
     tables = ", ".join(found.own_tables)
     return [

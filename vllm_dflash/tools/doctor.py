@@ -16,21 +16,19 @@ from typing import Any
 
 import torch
 
-from vllm_dflash.checks import count_tokens
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.hub import TargetError, count_tokens, eos_token_id, load_config, load_tokenizer, resolved_dtype
+from vllm_dflash.prompts import PromptError, load_prompts
 from vllm_dflash.tools.inspect import inspect_checkpoint
 from vllm_dflash.tools.pair_checks import (
     Check,
     Settings,
     checkpoint_checks,
-    load_tokenizer,
     plugin_check,
-    resolved_dtype,
     shape_checks,
     tokenizer_checks,
 )
 from vllm_dflash.tools.pair_runs import Acceptance, EngineError, EngineRun, Pair, ReferenceRun, run_engine, run_reference
-from vllm_dflash.tools.prompts import PromptError, load_prompts
 
 _NAME_WIDTH = 16
 """Of the longest check's name: each is printed before the others are known."""
@@ -73,16 +71,13 @@ def diagnose(args: argparse.Namespace, *, progress: bool, show: Callable[[Check]
     Raises:
         PromptError: the prompts cannot be used.
     """
-    from transformers import AutoConfig
-
     diagnosis = Diagnosis(show)
     diagnosis.add([plugin_check()])
     try:
-        target = AutoConfig.from_pretrained(args.target, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        target = load_config(args.target)
+    except TargetError as error:
         diagnosis.add(checkpoint_checks(inspect_checkpoint(args.draft, progress=progress)))
-        said = f"{args.target} cannot be read ({str(error).splitlines()[0]})"
-        diagnosis.add([Check("target", "error", said, "give its folder or hub id")])
+        diagnosis.add([Check("target", "error", error.problem, error.remedy)])
         return diagnosis
     served = resolved_dtype(target.get_text_config(), args.dtype)
     found = inspect_checkpoint(args.draft, dtype=served, progress=progress)
@@ -91,7 +86,7 @@ def diagnose(args: argparse.Namespace, *, progress: bool, show: Callable[[Check]
         return diagnosis
     tokenizer = load_tokenizer(args.target)
     settings = Settings(args.num_speculative_tokens, args.max_model_len, args.dtype)
-    diagnosis.add(shape_checks(found.config, target, settings, count_tokens(args.target) if tokenizer is not None else None))
+    diagnosis.add(shape_checks(found.config, target, settings, count_tokens(tokenizer)))
     diagnosis.add(tokenizer_checks(found.config, found.folder, tokenizer))
     if diagnosis.exit_status:
         diagnosis.advice.append("Nothing was run: set right what is wrong first.")
@@ -99,14 +94,13 @@ def diagnose(args: argparse.Namespace, *, progress: bool, show: Callable[[Check]
     prompts = load_prompts(args.prompts, args.num_prompts, tokenizer, found.config.vocab_size)
     text = target.get_text_config()
     k = args.num_speculative_tokens or found.config.max_speculative_tokens
-    eos = text.eos_token_id[0] if isinstance(text.eos_token_id, list) else text.eos_token_id
     room = min(found.config.max_position_embeddings, text.max_position_embeddings) - args.max_tokens - k - 1
     if room < 1:
         raise PromptError(f"--max-tokens {args.max_tokens} leaves no room for a prompt: give {args.max_tokens + room - 1} or less")
     prompts = [prompt[-room:] for prompt in prompts]
     _run(
         diagnosis,
-        Pair(args.target, found.folder, prompts, k, args.max_tokens, resolved_dtype(text, args.dtype), eos),
+        Pair(args.target, found.folder, prompts, k, args.max_tokens, resolved_dtype(text, args.dtype), eos_token_id(text)),
         found.config,
         args,
         progress,

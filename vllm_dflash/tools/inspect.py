@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from vllm_dflash.checks import drafter_folder, no_drafter_at, said_of_unknown_keys
+from vllm_dflash.checks import said_of_unknown_keys
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import CONFIG_FILE, IGNORED_TENSORS, read_raw, tensor_name
+from vllm_dflash.hub import drafter_folder, no_drafter_at
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.progress import Progress
+from vllm_dflash.tools.describe import as_text
 from vllm_dflash.tools.repair import config_problems
 from vllm_dflash.weights import (
     MASK_EMBEDDING_FILE,
@@ -195,8 +197,6 @@ def as_dict(found: Inspection) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """``vllm-dflash inspect``: prints, and ends with 0 where the checkpoint is sound."""
-    from vllm_dflash.tools.describe import as_text
-
     found = inspect_checkpoint(args.path, progress=True)
     if not found.folder.is_dir() and not args.json:
         print("\n".join(found.problems))

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash.config import DrafterConfig, DrafterConfigError, TargetShape, check_pair
+from vllm_dflash.hub import are_equal, load_tokenizer, resolved_dtype
+from vllm_dflash.plugin import why_off
 from vllm_dflash.tools.inspect import Inspection
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_SAMPLE = "def area(r):\n    return 3.14159 * r ** 2  # \u00fcber \u4f60\u597d\n"
 
 
 @dataclass(frozen=True)
@@ -119,14 +120,6 @@ def _rope(drafter: DrafterConfig, text: Any) -> Check:
     )  # fmt: skip
 
 
-def resolved_dtype(text: Any, asked: str) -> str:
-    """The dtype that both models run in."""
-    if asked != "auto":
-        return asked
-    name = str(getattr(text, "dtype", None) or "bfloat16").removeprefix("torch.")
-    return name if name in ("float32", "bfloat16", "float16") else "bfloat16"
-
-
 def _dtype(drafter: DrafterConfig, text: Any, asked: str) -> Check:
     served, stored = resolved_dtype(text, asked), drafter.dtype
     if served == "float16" and stored != "float16":
@@ -141,35 +134,15 @@ def tokenizer_checks(drafter: DrafterConfig, folder: Path, tokenizer: Any) -> li
     return [_same_tokenizer(folder, tokenizer), _mask_token(drafter.mask_token_id, tokenizer)]
 
 
-def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
-    """transformers' tokenizer, or None where there is none that can be loaded.
-
-    Said outright, for what is left open transformers asks at the terminal: run the code that the folder brings? [y/N].
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        # transformers makes an empty one where a folder has a model's config and no tokenizer.
-        return tokenizer if tokenizer(_SAMPLE)["input_ids"] else None
-    except Exception:  # a folder without one, or with half of one, ends in many; tokenizers raises Exception itself
-        return None
-    except BaseException as error:
-        # A panic of its Rust code, of which its own class is all that says so.
-        if type(error).__name__ != "PanicException":
-            raise
-        return None
-
-
 def _same_tokenizer(folder: Path, tokenizer: Any) -> Check:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return Check("tokenizer", "ok", f"the target's, {len(tokenizer)} tokens; the drafter brings none")
     own = load_tokenizer(folder)
     if own is None:
         return Check("tokenizer", "warning", "the drafter's cannot be loaded", "remove it: serving uses the target's")
-    ours, theirs = own.get_vocab(), tokenizer.get_vocab()
-    if ours == theirs and own(_SAMPLE)["input_ids"] == tokenizer(_SAMPLE)["input_ids"]:
+    if are_equal(own, tokenizer):
         return Check("tokenizer", "ok", f"equal, {len(tokenizer)} tokens")
+    ours, theirs = own.get_vocab(), tokenizer.get_vocab()
     different = [token for token, i in ours.items() if theirs.get(token) != i] + [token for token in theirs if token not in ours]
     found = f"the drafter's is another one: {len(different)} tokens differ" + (f", such as {different[0]!r}" if different else "")
     return Check("tokenizer", "error", found, "serve the drafter with the target that its model card names")
@@ -192,8 +165,6 @@ def _mask_token(mask: int, tokenizer: Any) -> Check:
 
 def plugin_check() -> Check:
     """Whether vLLM would draft with this package at all."""
-    from vllm_dflash.cli import why_off
-
     reason = why_off()
     if reason is not None:
         return Check("plug-in", "error", reason, "unset the variable, or install the package where vLLM is; `vllm-dflash status` says more")

@@ -13,6 +13,7 @@ import torch
 
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.engines.process import QUIET, EngineFailedError, EngineProcess
+from vllm_dflash.hub import load_model
 from vllm_dflash.progress import Progress
 from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.reference.decoding import generate, replay_drafts, target_features
@@ -102,11 +103,9 @@ def run_reference(pair: Pair, progress: bool) -> ReferenceRun:
     Raises:
         DrafterConfigError: quantized weights, or a target whose layers the reference does not know.
     """
-    from transformers import AutoModelForCausalLM
-
     dtype, device = getattr(torch, pair.dtype), "cuda" if torch.cuda.is_available() else "cpu"
     drafter = load_drafter(pair.draft, dtype).to(device)
-    target = AutoModelForCausalLM.from_pretrained(pair.target, dtype=dtype, trust_remote_code=False).to(device).eval()
+    target = load_model(pair.target, pair.dtype, device)
     if not hasattr(getattr(target, "model", None), "layers"):
         raise DrafterConfigError(
             f"{type(target).__name__} has no model.layers, where the reference looks for the target's layers; vLLM alone is asked"

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from vllm_dflash.files import checksum, read_record, remove, whole_file, write_record
 from vllm_dflash.records import AtLeast
-from vllm_dflash.training.files import TrainingError, checksum, read_record, remove, whole_file, write_record
+from vllm_dflash.training.errors import TrainingError
 
 _KEPT = 2
 _NOTE = {"step": AtLeast(int, 1), "sha256": str}

@@ -14,7 +14,7 @@ from vllm_dflash import kinds
 from vllm_dflash.config import DrafterConfig, DrafterConfigError, default_target_layer_ids
 from vllm_dflash.reference.checkpoint import load_drafter, new_drafter
 from vllm_dflash.reference.drafter import Drafter, OwnTables
-from vllm_dflash.training.files import TrainingError
+from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.settings import Settings
 from vllm_dflash.training.target import Target
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from vllm_dflash.engines.process import QUIET, EngineFailedError, EngineProcess, EngineRefusedError
 from vllm_dflash.progress import Progress
-from vllm_dflash.training.files import TrainingError
+from vllm_dflash.training.errors import TrainingError
 
 _DEVICES = "CUDA_VISIBLE_DEVICES"
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import vllm_dflash
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.files import whole_folder
 from vllm_dflash.formats import METHOD, published_format
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.tools.convert import convert
 from vllm_dflash.training import loop, prove
-from vllm_dflash.training.files import TrainingError, whole_folder
+from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.generate import sequences
 from vllm_dflash.training.settings import Settings
 from vllm_dflash.training.target import Target

@@ -10,9 +10,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllm_dflash.config import DrafterConfig
 from vllm_dflash.training.engines import run_engines
-from vllm_dflash.training.features import bytes_a_token, folder_of
 from vllm_dflash.training.generate import engine_args
 from vllm_dflash.training.sequences import Shard
 from vllm_dflash.training.settings import Settings
@@ -21,28 +19,30 @@ _ROOM = 2
 """Tokens past a sequence: the one that vLLM must sample to end a request, and the draft of it that extraction makes."""
 
 
-def extract(settings: Settings, config: DrafterConfig, dtype: str, todo: Sequence[tuple[Path, Shard]]) -> None:
-    """Writes the feature shards at these paths for these token shards.
+def extract(
+    settings: Settings, folder: Path, target_layer_ids: Sequence[int], dtype: str, bytes_a_token: int, todo: Sequence[tuple[Path, Shard]]
+) -> None:
+    """Writes the feature shards at these paths, which lie in ``folder``, for these token shards.
 
     Raises:
         TrainingError: as ``run_engines``.
     """
-    _sweep(folder_of(settings))
+    _sweep(folder)
     if not todo:
         return
     longest = max(int((shard.starts[1:] - shard.starts[:-1]).max()) for _, shard in todo)
     jobs = [
         {
-            "path": str(path), "sequences": str(shard.path), "count": len(shard), "bytes_a_token": bytes_a_token(config, dtype), "dtype": dtype,
-            "target_layer_ids": list(config.target_layer_ids), "batch": settings.features.features_batch,
+            "path": str(path), "sequences": str(shard.path), "count": len(shard), "bytes_a_token": bytes_a_token, "dtype": dtype,
+            "target_layer_ids": list(target_layer_ids), "batch": settings.features.features_batch,
         }
         for path, shard in todo
     ]  # fmt: skip
-    args = engine_args(settings, dtype, longest + _ROOM) | extraction(config.target_layer_ids, folder_of(settings))
+    args = engine_args(settings, dtype, longest + _ROOM) | extraction(target_layer_ids, folder)
     try:
         run_engines("extract", args, jobs, settings.generate.engines)
     finally:
-        _sweep(folder_of(settings))
+        _sweep(folder)
 
 
 def _sweep(folder: Path) -> None:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.files import claim, whole_file, write_record
 from vllm_dflash.progress import Progress
 from vllm_dflash.reference.decoding import target_features
-from vllm_dflash.training.files import claim, whole_file, write_record
 from vllm_dflash.training.generate import sequences
 from vllm_dflash.training.sequences import Sequences, Shard, check, header, is_finished, shard_path
 from vllm_dflash.training.settings import Settings
@@ -57,7 +57,7 @@ def inputs(settings: Settings, config: DrafterConfig, target: Target) -> dict[st
 
 
 def cache(settings: Settings, config: DrafterConfig, target: Target, model: Any) -> None:
-    """Runs the stage, or the rest of it; raises TrainingError as ``files`` and ``extract``.
+    """Runs the stage, or the rest of it; raises RunError as ``files`` and ``extract``.
 
     Args:
         model: the target, for ``extract_with`` transformers.
@@ -69,7 +69,8 @@ def cache(settings: Settings, config: DrafterConfig, target: Target, model: Any)
     if settings.features.extract_with == "vllm":
         from vllm_dflash.training.extract import extract
 
-        extract(settings, config, target.dtype, [(shard_path(folder, i), data.shards[i]) for i in todo])
+        shards = [(shard_path(folder, i), data.shards[i]) for i in todo]
+        extract(settings, folder, config.target_layer_ids, target.dtype, bytes_a_token(config, target.dtype), shards)
     else:
         total = sum(len(data.shards[i]) for i in todo)
         with Progress(total=total, desc="features", unit=" answers") as bar:

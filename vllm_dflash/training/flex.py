@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from vllm_dflash.reference.drafter import Drafter
-from vllm_dflash.training.files import TrainingError
+from vllm_dflash.training.errors import TrainingError
 
 
 def use(drafter: Drafter) -> None:

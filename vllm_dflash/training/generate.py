@@ -6,13 +6,13 @@ Held-out prompts are answered greedily past their end token, so that drafts near
     vllm-dflash train ... --only generate       pytest tests/unit/test_train_prompts.py tests/engine/test_train.py
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.records import AtLeast, Optional
+from vllm_dflash.files import claim, read_record, write_record
+from vllm_dflash.records import AtLeast, Optional, object_of
 from vllm_dflash.training.engines import run_engines
-from vllm_dflash.training.files import TrainingError, claim, read_record, write_record
+from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.prompts import Prompt, Reader, Split, split
 from vllm_dflash.training.sequences import Sequences, is_finished, shard_path, write_sequences
 from vllm_dflash.training.settings import Settings
@@ -92,7 +92,7 @@ def held_out(settings: Settings) -> Sequences:
 
 
 def prompts_digest(settings: Settings) -> str | None:
-    """Stands for the prompts that the stage was run with; None where it was not. Raises TrainingError where its record is damaged."""
+    """Stands for the prompts that the stage was run with; None where it was not. Raises RunError where its record is damaged."""
     note = _read_split(settings)
     return None if note is None else str(note["keys"])
 
@@ -151,8 +151,8 @@ def engine_args(settings: Settings, dtype: str, room: int) -> dict[str, Any]:
         TrainingError: the setting engine_args is no JSON object.
     """
     try:
-        more = dict(json.loads(settings.generate.engine_args))
-    except (TypeError, ValueError):
+        more = object_of(settings.generate.engine_args)
+    except ValueError:
         raise TrainingError(f"engine_args is {settings.generate.engine_args!r}: give a JSON object of arguments of vLLM's LLM") from None
     return {
         "model": settings.run.target, "dtype": dtype, "max_model_len": room, "max_num_seqs": settings.generate.num_seqs, "seed": 0,

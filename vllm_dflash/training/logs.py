@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.files import disk_refusals, refusal, whole_file
 from vllm_dflash.records import AtLeast, misfit
-from vllm_dflash.training.files import disk_refusals, refusal, whole_file
 
 
 class Log:
@@ -26,7 +26,7 @@ class Log:
         """One entry; numbers become curves.
 
         Raises:
-            TrainingError: as ``disk_refusals``.
+            RunError: as ``disk_refusals``.
         """
         with disk_refusals(self.path), self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
@@ -44,7 +44,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The entries; a line that is none, such as a last one that a kill has cut, is left out.
 
     Raises:
-        TrainingError: something else is in the log's place.
+        RunError: something else is in the log's place.
     """
     try:
         raw = path.read_bytes() if path.exists() else b""

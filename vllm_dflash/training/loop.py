@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.files import checksum, claim, read_record, whole_folder, write_record
 from vllm_dflash.formats import published_format, write
 from vllm_dflash.progress import Progress
 from vllm_dflash.records import AtLeast, Optional
@@ -22,8 +23,8 @@ from vllm_dflash.reference.masks import context_mask
 from vllm_dflash.training import checkpoints, flex, sharding
 from vllm_dflash.training.batches import Batch, Plan
 from vllm_dflash.training.drafter import first_weights, with_weights
+from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.features import Features, padded
-from vllm_dflash.training.files import TrainingError, checksum, claim, read_record, whole_folder, write_record
 from vllm_dflash.training.generate import held_out, prompts_digest, sequences
 from vllm_dflash.training.generate import inputs as generate_inputs
 from vllm_dflash.training.logs import Log, plot
@@ -73,7 +74,7 @@ def result(settings: Settings) -> Any:
     """What the stage noted at its end; None where it has not got there.
 
     Raises:
-        TrainingError: the note is damaged.
+        RunError: the note is damaged.
     """
     return read_record(result_path(settings), _RESULT, _AGAIN)
 
@@ -223,7 +224,7 @@ def train(settings: Settings, config: DrafterConfig, target: Target, model: Any)
     """Runs the stage, or the rest of it, on this worker.
 
     Raises:
-        TrainingError: as ``files`` and ``checkpoints``, or the loss was not finite for too many steps in a row.
+        RunError: as ``files`` and ``checkpoints``, or the loss was not finite for too many steps in a row.
     """
     trainer, folder = Trainer(settings, config, target, model), folder_of(settings)
     if trainer.workers.first:

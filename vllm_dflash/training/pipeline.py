@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
-from vllm_dflash.training.files import TrainingError, write_record
-from vllm_dflash.training.lock import hold
+from vllm_dflash.files import RunError, write_record
+from vllm_dflash.lock import hold
+from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.settings import STAGES, Data, Generate, Settings, SettingsError, load
 
 
@@ -20,7 +21,7 @@ def run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
     """Runs the stages, each from where it stopped; whether the drafter's tau is proven (true where that is not asked).
 
     Raises:
-        TrainingError: a stage cannot go on, or another command is at work in the folder.
+        RunError: a stage cannot go on, or another command is at work in the folder.
     """
     with hold(Path(settings.run.out), "vllm-dflash train"):
         try:
@@ -119,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     except SettingsError as error:
         print(f"vllm-dflash train: {error}", file=sys.stderr)
         return 2
-    except TrainingError as error:
+    except RunError as error:
         print(f"vllm-dflash train: {error}", file=sys.stderr)
         return 1
 

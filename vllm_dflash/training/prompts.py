@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from vllm_dflash.tools.prompts import surrogate
-from vllm_dflash.training.files import TrainingError
+from vllm_dflash.prompts import surrogate
+from vllm_dflash.records import object_of
+from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.settings import Data
 
 _COLUMNS = ("prompt", "messages", "prompt_token_ids", "response", "response_token_ids", "finish_reason")
@@ -69,8 +70,8 @@ class Reader:
         """``positions``: what target and drafter reach to; longer answers are cut there, for a part of one is the target's text too."""
         self.tokenizer, self.vocab_size, self.positions = tokenizer, vocab_size, positions
         try:
-            self.template_args = dict(json.loads(chat_template_kwargs))
-        except (TypeError, ValueError):
+            self.template_args = object_of(chat_template_kwargs)
+        except ValueError:
             raise TrainingError(f"chat_template_kwargs is {chat_template_kwargs!r}: give a JSON object") from None
 
     def read(self, path: str) -> Iterator[Prompt]:

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
+from vllm_dflash.files import read_record, write_record
 from vllm_dflash.progress import Progress
 from vllm_dflash.records import AtLeast
 from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.reference.decoding import generate
 from vllm_dflash.tools.pair_runs import Acceptance, EngineError, Pair, run_engine
 from vllm_dflash.training import loop
-from vllm_dflash.training.files import TrainingError, read_record, write_record
+from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.generate import held_out
 from vllm_dflash.training.settings import Settings
 from vllm_dflash.training.target import Target, load_target
@@ -59,7 +60,7 @@ def path_of(settings: Settings) -> Path:
 
 
 def proof(settings: Settings) -> dict[str, Any] | None:
-    """What the stage found; None where it was not run. Raises TrainingError where its record is damaged."""
+    """What the stage found; None where it was not run. Raises RunError where its record is damaged."""
     return read_record(path_of(settings), _PROOF, "remove it, and the stage prove runs again")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm_dflash.engines.process import DEFAULT_ENV, ENV, QUIET
 from vllm_dflash.progress import Progress
-from vllm_dflash.training.files import TrainingError
+from vllm_dflash.training.errors import TrainingError
 
 
 class _Engine:

@@ -9,7 +9,7 @@ the command, and running it again goes on from the newest checkpoint.
 import os
 from typing import Any
 
-from vllm_dflash.training.files import TrainingError
+from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.settings import TABLES, Settings
 
 

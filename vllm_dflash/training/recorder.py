@@ -14,7 +14,6 @@ drops lines rather than wait.
 """
 
 import json
-import logging
 import os
 import queue
 import threading
@@ -23,7 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.training.files import TrainingError
+from vllm_dflash.log import logger
+from vllm_dflash.training.errors import TrainingError
 
 FOLDER = "VLLM_DFLASH_RECORD"
 MAX_MB = "VLLM_DFLASH_RECORD_MAX_MB"
@@ -50,7 +50,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 """What other fields may hold: values that vLLM takes for nothing."""
 
-logger = logging.getLogger("vllm.dflash.recorder")  # vLLM shows its own loggers' children
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]

@@ -1,7 +1,7 @@
 """Token sequences on disk: safetensors shards, each with a checksum, read through the system's page cache.
 
 A shard ``NAME.safetensors`` holds ``tokens`` int32 [sum of lengths], ``starts`` int64 [N + 1] and ``prompt_lengths`` int32 [N];
-``NAME.json`` beside it says that it is whole. Tests: ``pytest tests/unit/test_train_files.py``.
+``NAME.json`` beside it says that it is whole. Tests: ``pytest tests/unit/test_files.py``.
 """
 
 import json
@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from vllm_dflash.files import checksum, read_record, refusal, whole_file, write_record
 from vllm_dflash.records import AtLeast
-from vllm_dflash.training.files import TrainingError, checksum, read_record, refusal, whole_file, write_record
+from vllm_dflash.training.errors import TrainingError
 
 _NOTE = {"bytes": AtLeast(int, 0), "sha256": str}
 
@@ -36,7 +37,7 @@ def is_finished(path: Path) -> bool:
     """Whether the shard is there and whole; its note is written last.
 
     Raises:
-        TrainingError: its note is damaged.
+        RunError: its note is damaged.
     """
     note = _note(path)
     if note is None:

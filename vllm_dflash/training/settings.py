@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm_dflash import kinds
 from vllm_dflash.formats import format_names
-from vllm_dflash.training.files import TrainingError
+from vllm_dflash.training.errors import TrainingError
 
 STAGES = ("generate", "features", "train", "prove", "export")
 DTYPES = ("auto", "float32", "bfloat16", "float16")

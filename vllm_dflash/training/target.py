@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from vllm_dflash import hub
 from vllm_dflash.config import TargetShape
-from vllm_dflash.training.files import TrainingError
+from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.settings import Settings
 
 
@@ -32,9 +33,8 @@ class Target:
 
     @property
     def eos_token_id(self) -> int | None:
-        """The first, where it has several, as the doctor takes it."""
-        found = self.config.eos_token_id
-        return found[0] if isinstance(found, list) else found
+        """The first, where it has several."""
+        return hub.eos_token_id(self.config)
 
 
 def find_target(settings: Settings) -> Target:
@@ -43,16 +43,12 @@ def find_target(settings: Settings) -> Target:
     Raises:
         TrainingError: it cannot be read.
     """
-    from transformers import AutoConfig
-
-    from vllm_dflash.tools.pair_checks import load_tokenizer, resolved_dtype
-
-    name = settings.run.target
+    name, trusted = settings.run.target, settings.run.trust_remote_code
     try:
-        text = AutoConfig.from_pretrained(name, trust_remote_code=settings.run.trust_remote_code).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
-        raise TrainingError(f"target {name} cannot be read ({str(error).splitlines()[0]}): give its folder or hub id") from None
-    return Target(name, text, load_tokenizer(name, settings.run.trust_remote_code), resolved_dtype(text, settings.run.dtype))
+        text = hub.load_config(name, trusted).get_text_config()
+    except hub.TargetError as error:
+        raise TrainingError(f"target {error}") from None
+    return Target(name, text, hub.load_tokenizer(name, trusted), hub.resolved_dtype(text, settings.run.dtype))
 
 
 def load_target(target: Target, settings: Settings, device: str) -> Any:
@@ -61,22 +57,15 @@ def load_target(target: Target, settings: Settings, device: str) -> Any:
     Raises:
         TrainingError: it has no ``model.layers``.
     """
-    from transformers import AutoModelForCausalLM
-
-    dtype = getattr(torch, target.dtype)
-    model = AutoModelForCausalLM.from_pretrained(target.name, dtype=dtype, trust_remote_code=settings.run.trust_remote_code)
+    model = hub.load_model(target.name, target.dtype, device, settings.run.trust_remote_code)
     if not hasattr(getattr(model, "model", None), "layers") or not hasattr(model, "lm_head"):
         raise TrainingError(f"{type(model).__name__} has no model.layers and lm_head, where features are taken: train for another target")
-    return model.to(device).eval().requires_grad_(False)
+    return model.requires_grad_(False)
 
 
 def parameters(target: Target, settings: Settings) -> int:
     """How many the model has, from its shape; no weight is read."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(target.config, trust_remote_code=settings.run.trust_remote_code)
-    return sum(p.numel() for p in model.parameters())
+    return hub.count_parameters(target.config, settings.run.trust_remote_code)
 
 
 def device() -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_dflash.training.files import TrainingError
-from vllm_dflash.training.lock import hold
+from vllm_dflash.files import RunError
+from vllm_dflash.lock import hold
 
 
 def held_by_another(folder: Path):
@@ -31,7 +31,7 @@ def test_who_holds_it_is_said(tmp_path: Path) -> None:
     """And once it is killed, hard, nothing is left to be removed by hand."""
     process = held_by_another(tmp_path / "run")
     words = rf"run is in use by vllm-dflash train, process {process.pid} on \S+ since 20\d\d-\S+: wait for its end, stop it, or choose"
-    with pytest.raises(TrainingError, match=words), hold(tmp_path / "run", "vllm-dflash train"):
+    with pytest.raises(RunError, match=words), hold(tmp_path / "run", "vllm-dflash train"):
         pass
     process.kill()
     process.join()
@@ -46,7 +46,7 @@ def test_who_holds_it_is_said(tmp_path: Path) -> None:
 def test_a_lock_that_says_nothing(tmp_path: Path) -> None:
     process = held_by_another(tmp_path)
     (tmp_path / "lock").write_bytes(b"\xff")
-    with pytest.raises(TrainingError, match="is in use by another command: wait"), hold(tmp_path, "train"):
+    with pytest.raises(RunError, match="is in use by another command: wait"), hold(tmp_path, "train"):
         pass
     process.kill()
     process.join()
@@ -55,10 +55,10 @@ def test_a_lock_that_says_nothing(tmp_path: Path) -> None:
 def test_something_else_in_its_place(tmp_path: Path) -> None:
     (tmp_path / "lock").mkdir()
     with (
-        pytest.raises(TrainingError, match=r"lock cannot be written \(Is a directory\): remove or move what is at"),
+        pytest.raises(RunError, match=r"lock cannot be written \(Is a directory\): remove or move what is at"),
         hold(tmp_path, "train"),
     ):
         pass
     (tmp_path / "file").write_text("")
-    with pytest.raises(TrainingError, match="cannot be written"), hold(tmp_path / "file", "train"):
+    with pytest.raises(RunError, match="cannot be written"), hold(tmp_path / "file", "train"):
         pass

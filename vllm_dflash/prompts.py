@@ -1,9 +1,10 @@
-"""The prompts of the doctor: a file's, or a few of our own.
+"""Prompts as token ids: a file's, or a few of our own. Chats go through the target's template, as they are served.
 
-pytest tests/engine/test_doctor.py
+pytest tests/unit/test_bench_workload.py tests/engine/test_doctor.py
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +34,40 @@ def load_prompts(path: str | None, count: int, tokenizer: Any, vocab_size: int) 
         PromptError: no file, a line that is none of the three forms, or text and no tokenizer.
     """
     if path is None:
-        lines: list[dict[str, Any]] = [{"prompt": text} for text in BUILT_IN]
-        if getattr(tokenizer, "chat_template", None):
-            lines = [{"messages": [{"role": "user", "content": text}]} for text in BUILT_IN]
+        lines = [(asked(text, tokenizer), f"built-in prompts, line {n}") for n, text in enumerate(BUILT_IN, 1)]
     else:
-        lines = _read(path)
-    return [token_ids(line, f"{path or 'built-in prompts'}, line {n}", tokenizer, vocab_size) for n, line in enumerate(lines[:count], 1)]
+        lines = list(read_lines(path))
+    return [token_ids(line, where, tokenizer, vocab_size) for line, where in lines[:count]]
 
 
-def _read(path: str) -> list[dict[str, Any]]:
+def asked(text: str, tokenizer: Any) -> dict[str, Any]:
+    """A line that asks ``text``: as a chat where the target is one."""
+    if getattr(tokenizer, "chat_template", None):
+        return {"messages": [{"role": "user", "content": text}]}
+    return {"prompt": text}
+
+
+def read_lines(path: str) -> Iterator[tuple[Any, str]]:
+    """The objects of a file of JSON lines, each with where it stands; empty lines are none.
+
+    Raises:
+        PromptError: it cannot be read, is empty, or a line is no JSON; the line is named.
+    """
     try:
-        lines = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
-    except (OSError, ValueError, RecursionError) as error:
-        raise PromptError(f"{path} cannot be read as JSON lines ({error}): give a file with one object a line") from None
-    if not lines:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"{path} cannot be read ({error}): give a file of JSON lines") from None
+    empty = True
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where, empty = f"{path}, line {number}", False
+        try:
+            yield json.loads(line), where
+        except (ValueError, RecursionError) as error:
+            raise PromptError(f"{where} is no JSON ({error}): give one object a line") from None
+    if empty:
         raise PromptError(f'{path} is empty: give at least one line such as {{"prompt": "..."}}')
-    return lines
 
 
 def token_ids(line: Any, where: str, tokenizer: Any, vocab_size: int) -> list[int]:

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_dflash.training.files import TrainingError, claim, whole_file
+from vllm_dflash.files import RunError, claim, whole_file
+from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.sequences import Sequences, is_finished, shard_path, write_sequences
 
 
@@ -27,7 +28,7 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path) -> None:
 def test_a_claim_names_every_difference(tmp_path: Path) -> None:
     claim(tmp_path, "train", {"lr": 1.0, "ids": (1, 2), "new": 0})
     claim(tmp_path, "train", {"lr": 1.0, "ids": (1, 2), "new": 0})
-    with pytest.raises(TrainingError, match=r"lr 1.0 \(now 2.0\), new 0 \(now None\): set it back, choose another --out, or remove"):
+    with pytest.raises(RunError, match=r"lr 1.0 \(now 2.0\), new 0 \(now None\): set it back, choose another --out, or remove"):
         claim(tmp_path, "train", {"lr": 2.0, "ids": [1, 2]})
 
 

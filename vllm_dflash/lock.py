@@ -3,7 +3,7 @@
 The lock is the kernel's, on the open file ``lock``: it ends with the process, however that ends, so none is left behind by a kill. What the
 file says is for people. Limits: on a file system that knows no locks (some network ones) a line says so, and nothing is held.
 
-    pytest tests/unit/test_train_lock.py
+    pytest tests/unit/test_lock.py
 """
 
 import errno
@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from vllm_dflash import records
-from vllm_dflash.training.files import TrainingError, refusal
+from vllm_dflash.files import RunError, refusal
 
 NAME = "lock"
 _HOLDER = {"command": str, "pid": int, "host": str, "since": str}
@@ -27,7 +27,7 @@ def hold(folder: Path, command: str) -> Iterator[None]:
     """Holds ``folder`` (made if absent) for ``command``.
 
     Raises:
-        TrainingError: another process holds it, which is named; or the folder cannot be written.
+        RunError: another process holds it, which is named; or the folder cannot be written.
     """
     path = folder / NAME
     try:
@@ -55,7 +55,7 @@ def _open(path: Path) -> int:
                 print(f"{path.parent} is on a file system without locks ({error.strerror}): run no other command there meanwhile")
                 return handle
             os.close(handle)
-            raise TrainingError(f"{path.parent} is in use by {_holder(path)}: wait for its end, stop it, or choose another --out") from None
+            raise RunError(f"{path.parent} is in use by {_holder(path)}: wait for its end, stop it, or choose another --out") from None
         # The one who held it before may have removed the file between the two calls: then another file is the lock now.
         with suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(handle).st_ino:

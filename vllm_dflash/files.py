@@ -1,6 +1,6 @@
 """Files that are whole or not there: written beside their place, flushed to the disk, then renamed; with checksums.
 
-Records of JSON are read against their shape (``vllm_dflash.records``). Limits: one writer a file, which ``lock`` sees to. Tests: ``pytest tests/unit/test_train_files.py``.
+Records of JSON are read against their shape (``vllm_dflash.records``). Limits: one writer a file, which ``lock`` sees to. Tests: ``pytest tests/unit/test_files.py``.
 """
 
 import errno
@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,8 +25,8 @@ _SHOWN = 200
 """Characters of a value in a message."""
 
 
-class TrainingError(RuntimeError):
-    """A stage cannot go on; the message says why and what to do."""
+class RunError(RuntimeError):
+    """A command that keeps a folder cannot go on; the message says why and what to do."""
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def disk_refusals(path: Path) -> Iterator[None]:
     """What is written to ``path`` within, or a refusal that says what to do.
 
     Raises:
-        TrainingError: the disk is full, or a limit of the system's is reached.
+        RunError: the disk is full, or a limit of the system's is reached.
     """
     try:
         yield
@@ -50,14 +50,14 @@ def disk_refusals(path: Path) -> Iterator[None]:
         raise refusal(path, OSError(number, os.strerror(number))) from None
 
 
-def refusal(path: Path, error: OSError) -> TrainingError:
+def refusal(path: Path, error: OSError) -> RunError:
     """Says that ``path`` cannot be written, and what to do."""
     what = (
         "free some space or set --out to a larger disk"
         if error.errno in _FULL
         else f"remove or move what is at {path}, or set --out to a folder that can be written"
     )
-    return TrainingError(
+    return RunError(
         f"{path} cannot be written ({error.strerror or error}): {what}; what is finished is kept, and the same command goes on from there"
     )
 
@@ -67,7 +67,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """A new file that gets its name only once all of it is on the disk; what a killed process leaves is overwritten by the next.
 
     Raises:
-        TrainingError: as ``disk_refusals``, or something at that place is in the way; whatever was at ``path`` before is still there.
+        RunError: as ``disk_refusals``, or something at that place is in the way; whatever was at ``path`` before is still there.
     """
     part = path.with_name(path.name + _PART)
     try:
@@ -95,7 +95,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """A new folder that takes the place of ``path`` once all of it is on the disk; yields where it is to be filled.
 
     Raises:
-        TrainingError: as ``whole_file``.
+        RunError: as ``whole_file``.
     """
     part = path.with_name(path.name + _PART)
     try:
@@ -116,6 +116,22 @@ def whole_folder(path: Path) -> Iterator[Path]:
             raise refusal(path, error) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def put(path: Path, text: str) -> None:
+    """``text`` in the place of what is there, in one move; not flushed to the disk: for what is soon written anew.
+
+    Raises:
+        OSError: as writing does; whatever was at ``path`` before is still there.
+    """
+    part = path.with_name(path.name + _PART)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
 
 
 def remove(path: Path) -> None:
@@ -145,12 +161,12 @@ def read_record(path: Path, shape: Mapping[str, Any], remedy: str) -> dict[str, 
     """A record that this package wrote; None where it is not there.
 
     Raises:
-        TrainingError: it is not as it was written, which the message says, with the ``remedy``.
+        RunError: it is not as it was written, which the message says, with the ``remedy``.
     """
     try:
         return records.read(path, shape)
     except RecordError as error:
-        raise TrainingError(f"{error}: {remedy}") from None
+        raise RunError(f"{error}: {remedy}") from None
 
 
 def checksum(path: Path) -> str:
@@ -171,7 +187,7 @@ def claim(folder: Path, what: str, inputs: Mapping[str, Any]) -> None:
     """Makes ``folder`` the place of a stage with these inputs, or finds that it is.
 
     Raises:
-        TrainingError: it was begun with others, and each that differs is named; or the record of them is damaged.
+        RunError: it was begun with others, and each that differs is named; or the record of them is damaged.
     """
     path, wanted = folder / "inputs.json", json.loads(json.dumps(inputs))
     found = read_record(path, {}, f"remove {folder} to begin the stage {what} anew, or bring the file back from a copy")
@@ -184,7 +200,7 @@ def claim(folder: Path, what: str, inputs: Mapping[str, Any]) -> None:
         if found.get(name) != wanted.get(name)
     ]
     if differing:
-        raise TrainingError(
+        raise RunError(
             f"{path}: {folder} was begun by the stage {what} with {', '.join(differing)}: set it back, choose another --out, or remove "
             f"{folder} to begin anew"
         )

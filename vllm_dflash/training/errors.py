@@ -1,0 +1,7 @@
+"""What every stage of training refuses with."""
+
+from vllm_dflash.files import RunError
+
+
+class TrainingError(RunError):
+    """A stage cannot go on; the message says why and what to do."""
