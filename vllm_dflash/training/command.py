@@ -29,7 +29,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     groups = {name: command.add_argument_group(f"[{name}]", (kind.__doc__ or "").strip()) for name, kind in TABLES.items()}
     for table, item in every_field():
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": item.name, "help": _help(item.metadata["help"], item.default)}
-        if item.type is bool:
+        if item.type in (bool, bool | None):
             options["action"] = argparse.BooleanOptionalAction
         elif item.name == "prompts":
             options |= {"nargs": "+", "metavar": "FILE"}

@@ -33,6 +33,7 @@ def _run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
     from vllm_dflash.training import drafter, export, features, generate, loop, prove, target
 
     found = target.find_target(settings)
+    settings = drafter.settle_mask(settings, found)
     config, why = drafter.plan(settings, found)
     settings = fit_lengths(settings, reach(found, config))
     print(_summary(settings, config, why))
@@ -130,6 +131,7 @@ def _dry_run(settings: Settings) -> int:
     from vllm_dflash.training.prompts import Reader, split
 
     found = target.find_target(settings)
+    settings = drafter.settle_mask(settings, found)
     config, why = drafter.plan(settings, found)
     settings = fit_lengths(settings, reach(found, config))
     parts = split(

@@ -96,6 +96,9 @@ class Drafter:
     mask_token_id: int | None = _set(
         None, "token of the places to fill (default: the tokenizer's mask token, or one that text never holds)", least=0
     )
+    mask_embedding: bool | None = _set(
+        None, "train a mask embedding of the drafter's own (default: only where no token is free, or where what is begun from has one)"
+    )
     max_position_embeddings: int | None = _set(None, "longest context that it may be served with (default: the target's)", least=1)
     tie_context: bool = _set(False, "a kind's own projections of the context are its block's own (to study what they are worth)")
     init: str | None = _set(None, "a drafter's folder to go on from: fine-tuned target, new domain, longer context")
