@@ -54,7 +54,9 @@ def settle_mask(settings: Settings, target: Target) -> Settings:
         raise TrainingError(f"mask_embedding is set to false, but {begun[0]} was trained with one of its own: leave the setting out")
     own = table.mask_embedding
     if own is None:
-        own = bool(begun) or (table.init is None and table.mask_token_id is None and target.tokenizer is not None and _free_token(target) is None)
+        own = bool(begun) or (
+            table.init is None and table.mask_token_id is None and target.tokenizer is not None and _free_token(target) is None
+        )
     return replace(settings, drafter=replace(table, mask_embedding=own))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vllm_dflash import smollm2
 from vllm_dflash.config import TargetShape
 from vllm_dflash.training.files import TrainingError
 from vllm_dflash.training.settings import Settings
@@ -19,12 +20,18 @@ class Target:
     """What is known of a target without its weights."""
 
     name: str
+    """As it was given."""
     config: Any
     """Its Hugging Face config, the text part."""
     tokenizer: Any
     """None where it has none."""
     dtype: str
     """In which it runs, settled."""
+
+    @property
+    def path(self) -> str:
+        """What loads it: its folder or hub id."""
+        return smollm2.resolve(self.name)
 
     @property
     def shape(self) -> TargetShape:
@@ -48,11 +55,12 @@ def find_target(settings: Settings) -> Target:
     from vllm_dflash.tools.pair_checks import load_tokenizer, resolved_dtype
 
     name = settings.run.target
+    path = smollm2.resolve(name)
     try:
-        text = AutoConfig.from_pretrained(name, trust_remote_code=settings.run.trust_remote_code).get_text_config()
+        text = AutoConfig.from_pretrained(path, trust_remote_code=settings.run.trust_remote_code).get_text_config()
     except (OSError, ValueError, KeyError) as error:
         raise TrainingError(f"target {name} cannot be read ({str(error).splitlines()[0]}): give its folder or hub id") from None
-    return Target(name, text, load_tokenizer(name, settings.run.trust_remote_code), resolved_dtype(text, settings.run.dtype))
+    return Target(name, text, load_tokenizer(path, settings.run.trust_remote_code), resolved_dtype(text, settings.run.dtype))
 
 
 def load_target(target: Target, settings: Settings, device: str) -> Any:
@@ -64,7 +72,7 @@ def load_target(target: Target, settings: Settings, device: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, target.dtype)
-    model = AutoModelForCausalLM.from_pretrained(target.name, dtype=dtype, trust_remote_code=settings.run.trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(target.path, dtype=dtype, trust_remote_code=settings.run.trust_remote_code)
     if not hasattr(getattr(model, "model", None), "layers") or not hasattr(model, "lm_head"):
         raise TrainingError(f"{type(model).__name__} has no model.layers and lm_head, where features are taken: train for another target")
     return model.to(device).eval().requires_grad_(False)
