@@ -33,7 +33,7 @@ def add_flags(command: argparse.ArgumentParser) -> None:
         if item.type in (bool, bool | None):
             options["action"] = argparse.BooleanOptionalAction
         elif item.name == "prompts":
-            options |= {"nargs": "+", "metavar": "FILE"}
+            options |= {"nargs": "+", "metavar": "FILE|self:N"}
         else:
             options |= {"metavar": _metavar(item)}
         groups[table].add_argument(f"--{item.name.replace('_', '-')}", **options)

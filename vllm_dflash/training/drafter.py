@@ -79,10 +79,7 @@ def mask_token(target: Target, given: int | None, own_embedding: bool = False) -
     if end is None or not own_embedding:
         remedy = "set mask_embedding" if end is not None else "give --mask-token-id, the id of a token that text never holds"
         raise TrainingError(f"the tokenizer has no mask, reserved or padding token, and no row is free: {remedy}")
-    return end, (
-        "the end token, for none is free; a mask embedding of the drafter's own (mask_embedding.pt) is read in its place, which "
-        "costs nothing: decoding stops at an end token, so no draft begins with one. With ignore_eos those that do are worse"
-    )
+    return end, f"the end token, for none is free{own}"
 
 
 def _free_token(target: Target) -> tuple[int, str] | None:

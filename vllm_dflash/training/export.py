@@ -97,7 +97,7 @@ vllm serve {served_as} --speculative-config '{json.dumps(served)}'
 ```
 
 {what}{config.num_hidden_layers} layers, blocks of {config.block_size}, conditioned on target layers {", ".join(map(str, config.target_layer_ids))} (counted from 0).
-The mask token is {config.mask_token_id}: {mask_why}.
+The mask token is {config.mask_token_id}: {mask_why}.{_end_token(config, target)}
 
 ## Acceptance
 Greedy, {proof["prompts"]} held-out prompts x {settings.prove.prove_tokens} tokens, {target.dtype}. The trainer's own estimate: tau {proof["trainer_tau"]:.2f}.
@@ -117,6 +117,16 @@ Greedy, {proof["prompts"]} held-out prompts x {settings.prove.prove_tokens} toke
 
 All settings are in training.json.
 """
+
+
+def _end_token(config: DrafterConfig, target: Target) -> str:
+    """Why an end token may stand for the mask, where one does."""
+    if config.mask_token_id != target.eos_token_id:
+        return ""
+    return (
+        " That costs nothing: decoding stops at an end token, so no draft begins with one. With ignore_eos some do; they are drafted worse, "
+        "and the output is the same."
+    )
 
 
 def _sources(settings: Settings) -> str:
