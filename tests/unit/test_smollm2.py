@@ -117,12 +117,12 @@ def test_training_from_a_toml_file(index: Path, capsys: pytest.CaptureFixture[st
 
     It stays in all records: a cache directory's path says nothing on another machine.
     """
+    flags = {"layers": 1, "target_layer_ids": "0,1", "mask_token_id": 3, "response_tokens": 8, "prove_tokens": 8, "held_out": 8}
     toml = index / "run.toml"
-    toml.write_text(
-        f'[run]\ntarget = "smollm2"\nout = "{index / "run"}"\n[data]\nprompts = ["self:40"]\nheld_out = 8\n[drafter]\nmask_token_id = 3\n[generate]\nresponse_tokens = 8\n[prove]\nprove_tokens = 8\n'
-    )
-    for command in ([str(toml)], ["--target", "smollm2", "--prompts", "self:40", "--out", "run", "--mask-token-id", "3", "--response-tokens", "8", "--prove-tokens", "8", "--held-out", "8"]):  # fmt: skip
-        assert main(["train", *command, "--dry-run"]) == 0
+    toml.write_text(f'[run]\ntarget = "smollm2"\nout = "{index / "run"}"\n[data]\nprompts = ["self:40"]\n')
+    small = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    for command in ([str(toml)], ["--target", "smollm2", "--prompts", "self:40", "--out", "run"]):
+        assert main(["train", *command, *small, "--dry-run"]) == 0
         said = capsys.readouterr().out
         assert "# dflare for smollm2: " in said
         assert "# 40 prompts that the target is to write, 8 of them held out" in said

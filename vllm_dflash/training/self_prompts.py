@@ -7,6 +7,7 @@ killed ends with the same prompts as one that was not. What is kept is a file of
     vllm-dflash train ... --prompts self:20000 --only prompts       pytest tests/unit/test_train_self_prompts.py
 """
 
+import hashlib
 import json
 import math
 from dataclasses import replace
@@ -26,8 +27,6 @@ _FIRST_GUESS = 0.7
 """Share of turns that are kept, until some were seen."""
 _TOO_FEW = 0.02
 """Share of a round's turns below which no more are asked for."""
-_SEED = 1 << 32
-"""Added to the run's seed, so that turns and answers do not share theirs."""
 _TURN = {"header": [int], "rest": str, "stops": [int], "mark": str, "endless": bool}
 _NOTE = {"prompts": AtLeast(int, 1), "written": AtLeast(int, 1), "left_out": {}, "bytes": AtLeast(int, 0), "sha256": str}
 
@@ -121,6 +120,11 @@ def part_size(settings: Settings) -> int:
     return min(settings.generate.shard_size, settings.data.own_prompts)
 
 
+def first_seed(settings: Settings) -> int:
+    """Of the first turn; each has the next. All turns begin alike, so runs whose seeds are neighbours must not share them."""
+    return int.from_bytes(hashlib.blake2b(f"prompts {settings.run.seed}".encode(), digest_size=6).digest())
+
+
 def describe(note: dict[str, Any]) -> str:
     """One line for the user."""
     left = f"; left out: {_reasons(note['left_out'])}" if note["left_out"] else ""
@@ -159,7 +163,7 @@ def _jobs(settings: Settings, turn: Turn, most: int, parts: range) -> list[dict[
     return [
         {
             "path": str(shard_path(folder_of(settings), part)), "count": size, "answered": [], "prompts": [turn.header] * size,
-            "sampling": sampling, "seed": settings.run.seed + _SEED + part * size,
+            "sampling": sampling, "seed": first_seed(settings) + part * size,
         }
         for part in parts
     ]  # fmt: skip
