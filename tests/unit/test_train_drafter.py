@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from pairs import make_random_drafter, random_drafter_config
 from training_runs import make_target, settings
-from vllm_dflash.training.drafter import default_features, default_layers, first_weights, mask_token, plan
+from vllm_dflash.reference.checkpoint import load_drafter, save_drafter
+from vllm_dflash.training.drafter import default_features, default_layers, first_weights, mask_token, plan, settle_mask, with_weights
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.target import find_target, load_target
 
@@ -103,9 +104,9 @@ def test_from_a_drafter(tmp_path: Path, target: Path) -> None:
         other = settings(target, Path("p"), Path("o"), **flags | change)
         with pytest.raises(TrainingError, match=words):
             plan(other, find_target(other))
-    torch.save(torch.randn(config.hidden_size), source / "mask_embedding.pt")
-    with pytest.raises(TrainingError, match=r"mask embedding .* of its own, which is not trained here"):
-        first_weights(found, chosen, None)
+    own = make_random_drafter(tmp_path / "own", config=config, tables=("lm_head.weight",))
+    with pytest.raises(TrainingError, match=r"has an embedding or lm_head of its own, which is not trained here"):
+        first_weights(found, settings(target, Path("p"), Path("o"), **flags | {"init": str(own)}), None)
 
 
 def test_from_the_layers_of_the_other_kind(tmp_path: Path, target: Path) -> None:
@@ -139,3 +140,42 @@ def test_init_for_another_target_is_refused(tmp_path: Path) -> None:
 def test_an_absent_target_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="cannot be read"):
         find_target(settings(tmp_path, Path("p"), Path("o")))
+
+
+def test_a_mask_embedding_where_no_token_is_free(target: Path, tmp_path: Path) -> None:
+    """SmolLM2's tokenizer has nothing but tokens of its texts: training for it was refused. It now begins as the end token's embedding.
+
+    A drafter that was begun with one goes on with it; it may be asked for beside a free token, and not be taken from one that has it.
+    """
+    chosen = settings(target, Path("p"), Path("o"), mask_token_id=None)
+    full = find_target(settings(PAIR / "target", Path("p"), Path("o")))
+    bare = replace(find_target(chosen), tokenizer=_renamed(range(512)))
+    settled = settle_mask(chosen, bare)
+    assert settled.drafter.mask_embedding is True
+    assert settle_mask(settings(PAIR / "target", Path("p"), Path("o"), mask_token_id=None), full).drafter.mask_embedding is False
+    config, why = plan(settled, bare)
+    assert config.mask_token_id == bare.eos_token_id
+    assert why.startswith("the end token, for none is free")
+    with pytest.raises(TrainingError, match="no row is free: set mask_embedding"):
+        plan(settle_mask(replace(chosen, drafter=replace(chosen.drafter, mask_embedding=False)), bare), bare)
+    assert mask_token(full, None, True)[1].endswith("its embedding is the drafter's own (mask_embedding.pt)")
+
+    model = load_target(bare, chosen, "cpu")
+    drafter = first_weights(config, settled, model)
+    assert torch.equal(drafter.mask_embedding, model.get_input_embeddings().weight[config.mask_token_id])
+    with torch.no_grad():
+        drafter.mask_embedding.normal_()
+    copy = with_weights(config, dict(drafter.named_parameters()))
+    save_drafter(tmp_path / "d", copy)
+    loaded = load_drafter(tmp_path / "d", torch.float32)
+    assert torch.equal(loaded.mask_embedding, drafter.mask_embedding)
+    ids = torch.tensor([[config.mask_token_id, 5]])
+    assert torch.equal(loaded.embed(model.get_input_embeddings(), ids)[0, 0], drafter.mask_embedding)
+
+    for begun in ("init", "init_layers"):
+        flags = dict(layers=None) if begun == "init" else {}
+        again = settle_mask(settings(target, Path("p"), Path("o"), mask_token_id=None, **flags | {begun: str(tmp_path / "d")}), bare)
+        taken = first_weights(plan(again, bare)[0], again, model)
+        assert torch.equal(taken.mask_embedding, drafter.mask_embedding)
+        with pytest.raises(TrainingError, match="was trained with one of its own: leave the setting out"):
+            settle_mask(replace(again, drafter=replace(again.drafter, mask_embedding=False)), bare)

@@ -40,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     )
     answer_held_out(chosen, ids)
     found = target.find_target(chosen)
-    generate.generate(chosen, None, found.shape.vocab_size, found.dtype, 1024)
+    generate.generate(chosen, chosen.data, None, found.shape.vocab_size, found.dtype, 1024)
     return chosen
 
 

@@ -8,12 +8,21 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import CONFIG_FILE, IGNORED_TENSORS, published_format, tensor_name, write
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.reference.drafter import Drafter, OwnTables
-from vllm_dflash.weights import SINGLE_FILE, check_finite, check_tensors, expected_tensors, read_mask_embedding, weight_files
+from vllm_dflash.weights import (
+    MASK_EMBEDDING_FILE,
+    SINGLE_FILE,
+    check_finite,
+    check_tensors,
+    expected_tensors,
+    read_mask_embedding,
+    weight_files,
+)
 
 _OWN = {"embed_tokens.weight": "embed_tokens", "lm_head.weight": "lm_head", "d2t": "d2t"}
 
@@ -38,10 +47,15 @@ def save_drafter(folder: str | Path, model: Drafter) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    mask = tensors.pop("mask_embedding", None)
     assert {n: tuple(t.shape) for n, t in tensors.items()} == expected_tensors(model.config)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     config = model.config.with_(dtype=dtype)
     save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
+    if mask is not None:
+        # A copy: torch writes all of what a tensor is a view of.
+        state = {"embedding": mask.cpu().clone(), "mask_token_id": config.mask_token_id}
+        torch.save(state, folder / MASK_EMBEDDING_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(write(config, published_format(config)), indent=2) + "\n")
 
 
@@ -62,7 +76,8 @@ def load_drafter(folder: str | Path, dtype: torch.dtype) -> Drafter:
     model.load_state_dict(tensors)
     model.own = OwnTables(**{name: table if name == "d2t" else table.to(dtype) for name, table in tables.items()})
     embedding = read_mask_embedding(folder, config, dtype)
-    model.own.mask_embedding = None if embedding is None else embedding.to(dtype)
+    if embedding is not None:
+        model.mask_embedding = nn.Parameter(embedding)
     return model.to(dtype).eval()
 
 

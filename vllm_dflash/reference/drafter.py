@@ -174,8 +174,6 @@ class OwnTables:
 
     embed_tokens: Tensor | None = None
     """[V, H]"""
-    mask_embedding: Tensor | None = None
-    """[H], in place of the embedding of ``mask_token_id``."""
     lm_head: Tensor | None = None
     """[draft vocabulary or V, H]"""
     d2t: Tensor | None = None
@@ -189,6 +187,9 @@ class Drafter(nn.Module):
         super().__init__()
         self.config = config
         self.own = OwnTables()
+        self.mask_embedding: nn.Parameter | None
+        """[H], in place of the embedding of ``mask_token_id``; None: that embedding it is."""
+        self.register_parameter("mask_embedding", None)
         self.layers = nn.ModuleList(DraftLayer(config, window) for window in config.windows)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = kind_of(config).head_part("Reference")(config)
@@ -208,10 +209,11 @@ class Drafter(nn.Module):
 
     def embed(self, target_embedding: nn.Module, input_ids: Tensor) -> Tensor:
         """Embeddings [..., H] of ``input_ids``: the target's, or the checkpoint's own where it has them."""
-        own = self.own
-        embeds = target_embedding(input_ids) if own.embed_tokens is None else F.embedding(input_ids, own.embed_tokens)
-        if own.mask_embedding is not None:
-            embeds = torch.where((input_ids == self.config.mask_token_id)[..., None], own.mask_embedding.to(embeds.dtype), embeds)
+        table = self.own.embed_tokens
+        embeds = target_embedding(input_ids) if table is None else F.embedding(input_ids, table)
+        if self.mask_embedding is not None:
+            is_mask = (input_ids == self.config.mask_token_id)[..., None]
+            embeds = torch.where(is_mask, self.mask_embedding.to(embeds.dtype), embeds)
         return embeds
 
     def logits(self, lm_head: nn.Module, hidden: Tensor) -> Tensor:

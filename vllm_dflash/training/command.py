@@ -6,13 +6,14 @@ from typing import Any
 from vllm_dflash.training.settings import STAGES, TABLES, choices_of, every_field
 
 DESCRIPTION = (
-    "Makes a drafter for any Hugging Face causal language model that vLLM serves, from prompts alone, in five stages: the target answers the "
-    "prompts (generate), its hidden states are kept or computed as needed (features), the drafter learns (train), its tau is measured by the "
+    "Makes a drafter for any Hugging Face causal language model that vLLM serves, from prompts alone or from none, in six stages: with "
+    "--prompts self:N the target writes prompts itself, as Magpie does (prompts), it answers them (generate), its hidden states are kept or computed as needed (features), the drafter learns (train), its tau is measured by the "
     "trainer, by plain PyTorch and by vLLM (prove), and it is written with a model card (export). A run that was stopped, however, goes on with "
     "the same command. Ends with 0 where the drafter serves as training said, 1 where a stage failed or the three taus disagree, 2 on wrong usage."
 )
 EXAMPLES = [
     "vllm-dflash train --target Qwen/Qwen3-8B --prompts prompts.jsonl --out runs/qwen3-8b",
+    "vllm-dflash train --target Qwen/Qwen3-8B --prompts self:50000 --out runs/qwen3-8b      # the target writes the prompts",
     "vllm-dflash train mine.toml --lr 3e-4                  # flags overrule the file",
     "vllm-dflash train mine.toml --dry-run > all.toml       # every setting with its value",
     "vllm-dflash train mine.toml --only generate            # one stage; the next command does the rest",
@@ -29,10 +30,10 @@ def add_flags(command: argparse.ArgumentParser) -> None:
     groups = {name: command.add_argument_group(f"[{name}]", (kind.__doc__ or "").strip()) for name, kind in TABLES.items()}
     for table, item in every_field():
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": item.name, "help": _help(item.metadata["help"], item.default)}
-        if item.type is bool:
+        if item.type in (bool, bool | None):
             options["action"] = argparse.BooleanOptionalAction
         elif item.name == "prompts":
-            options |= {"nargs": "+", "metavar": "FILE"}
+            options |= {"nargs": "+", "metavar": "FILE|self:N"}
         else:
             options |= {"metavar": _metavar(item)}
         groups[table].add_argument(f"--{item.name.replace('_', '-')}", **options)

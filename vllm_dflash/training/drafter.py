@@ -5,10 +5,12 @@ pytest tests/unit/test_train_drafter.py
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vllm_dflash import kinds
 from vllm_dflash.config import DrafterConfig, DrafterConfigError, default_target_layer_ids
@@ -17,6 +19,7 @@ from vllm_dflash.reference.drafter import Drafter, OwnTables
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.settings import Settings
 from vllm_dflash.training.target import Target
+from vllm_dflash.weights import MASK_EMBEDDING_FILE
 
 _RESERVED = re.compile(r"reserved|unused|mask", re.IGNORECASE)
 
@@ -31,7 +34,7 @@ def plan(settings: Settings, target: Target) -> tuple[DrafterConfig, str]:
     try:
         if table.init is not None:
             return _continued(settings, target)
-        mask, why = mask_token(target, table.mask_token_id)
+        mask, why = mask_token(target, table.mask_token_id, bool(table.mask_embedding))
         config = _new(settings, target, mask)
         config.check()
     except DrafterConfigError as error:
@@ -39,16 +42,49 @@ def plan(settings: Settings, target: Target) -> tuple[DrafterConfig, str]:
     return config, why
 
 
-def mask_token(target: Target, given: int | None) -> tuple[int, str]:
+def settle_mask(settings: Settings, target: Target) -> Settings:
+    """The settings, with ``mask_embedding`` settled: trained where no token is free, or where what is begun from has one.
+
+    Raises:
+        TrainingError: it is set to false, and the drafter that is begun from has one.
+    """
+    table = settings.drafter
+    begun = [folder for folder in (table.init, table.init_layers) if folder and (Path(folder) / MASK_EMBEDDING_FILE).is_file()]
+    if table.mask_embedding is False and begun:
+        raise TrainingError(f"mask_embedding is set to false, but {begun[0]} was trained with one of its own: leave the setting out")
+    own = table.mask_embedding
+    if own is None:
+        own = bool(begun) or (
+            table.init is None and table.mask_token_id is None and target.tokenizer is not None and _free_token(target) is None
+        )
+    return replace(settings, drafter=replace(table, mask_embedding=own))
+
+
+def mask_token(target: Target, given: int | None, own_embedding: bool = False) -> tuple[int, str]:
     """A token that fills the places to draft: given, the tokenizer's own, or one that text never holds; and which of them.
 
-    The embedding's rows past the tokenizer are what z-lab's drafters for Qwen3 take.
+    Where none is free the end token's id stands for the mask, whose embedding is the drafter's own (``settle_mask``).
     """
-    tokenizer, rows = target.tokenizer, target.shape.vocab_size
+    own = "; its embedding is the drafter's own (mask_embedding.pt)" if own_embedding else ""
     if given is not None:
-        return given, "as set"
-    if tokenizer is None:
-        raise TrainingError(f"the target has no tokenizer: give --mask-token-id, an id below {rows} that its text never holds")
+        return given, f"as set{own}"
+    if target.tokenizer is None:
+        raise TrainingError(
+            f"the target has no tokenizer: give --mask-token-id, an id below {target.shape.vocab_size} that its text never holds"
+        )
+    free = _free_token(target)
+    if free is not None:
+        return free[0], free[1] + own
+    end = target.eos_token_id if target.eos_token_id is not None else target.tokenizer.eos_token_id
+    if end is None or not own_embedding:
+        remedy = "set mask_embedding" if end is not None else "give --mask-token-id, the id of a token that text never holds"
+        raise TrainingError(f"the tokenizer has no mask, reserved or padding token, and no row is free: {remedy}")
+    return end, f"the end token, for none is free{own}"
+
+
+def _free_token(target: Target) -> tuple[int, str] | None:
+    """A token that text never holds, and which; the embedding's rows past the tokenizer are what z-lab's drafters for Qwen3 take."""
+    tokenizer, rows = target.tokenizer, target.shape.vocab_size
     if getattr(tokenizer, "mask_token_id", None) is not None:
         return tokenizer.mask_token_id, f"the tokenizer's mask token {tokenizer.mask_token}"
     if len(tokenizer) < rows:
@@ -58,9 +94,7 @@ def mask_token(target: Target, given: int | None) -> tuple[int, str]:
             return index, f"the reserved token {token}"
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return tokenizer.pad_token_id, f"the tokenizer's padding token {tokenizer.pad_token}"
-    raise TrainingError(
-        "the tokenizer has no mask, reserved or padding token, and no row is free: give --mask-token-id, the id of a token that text never holds"
-    )
+    return None
 
 
 def default_layers(kind: str, num_target_layers: int) -> int:
@@ -90,9 +124,10 @@ def first_weights(config: DrafterConfig, settings: Settings, model: Any) -> Draf
             raise TrainingError(f"init: {error}") from None
         if loaded.own != OwnTables():
             raise TrainingError(
-                f"the drafter of init, {settings.drafter.init}, has an embedding, mask embedding or lm_head of its own, which is not trained here: "
+                f"the drafter of init, {settings.drafter.init}, has an embedding or lm_head of its own, which is not trained here: "
                 "begin with its layers by init_layers, or give a drafter without"
             )
+        drafter.mask_embedding = loaded.mask_embedding
         drafter.load_state_dict(loaded.state_dict())
     else:
         with torch.no_grad():
@@ -102,6 +137,10 @@ def first_weights(config: DrafterConfig, settings: Settings, model: Any) -> Draf
             _copy_layers(drafter, model)
         if settings.drafter.init_layers is not None:
             _take_layers(drafter, settings.drafter.init_layers)
+    if settings.drafter.mask_embedding and drafter.mask_embedding is None:
+        # As the target's embeddings are: the first step begins with an input that it knows.
+        row = model.get_input_embeddings().weight[config.mask_token_id]
+        drafter.mask_embedding = nn.Parameter(row.detach().float().cpu().clone())
     if settings.drafter.tie_context:
         for layer in drafter.layers:
             for name, block_own in kinds.kind_of(config).context.own_projections.items():
@@ -112,6 +151,8 @@ def first_weights(config: DrafterConfig, settings: Settings, model: Any) -> Draf
 def with_weights(config: DrafterConfig, weights: Mapping[str, torch.Tensor]) -> Drafter:
     """A drafter with these weights by parameter name; projections that were tied are tensors of their own in it, as on disk."""
     out = new_drafter(config)
+    if "mask_embedding" in weights:
+        out.mask_embedding = nn.Parameter(torch.empty(config.hidden_size))
     # A tied projection is named once, by its block's own.
     out.load_state_dict({name: weights[name if name in weights else of_the_block(config, name)] for name in out.state_dict()})
     return out
@@ -148,6 +189,8 @@ def _take_layers(drafter: Drafter, folder: str) -> None:
         source = load_drafter(folder, torch.float32)
     except DrafterConfigError as error:
         raise TrainingError(f"init_layers: {error}") from None
+    if source.mask_embedding is not None:
+        drafter.mask_embedding = nn.Parameter(source.mask_embedding.detach().clone())
     found, own = source.state_dict(), drafter.state_dict()
     wanted = {name: name if name in found else of_the_block(drafter.config, name) for name in own if name.startswith(("layers.", "norm."))}
     wrong = sorted(name for name, taken in wanted.items() if taken not in found or found[taken].shape != own[name].shape)

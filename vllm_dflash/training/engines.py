@@ -21,12 +21,15 @@ from vllm_dflash.training.errors import TrainingError
 _DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
-def run_engines(what: str, engine_args: Mapping[str, Any], jobs: Sequence[dict[str, Any]], engines: int) -> None:
+def run_engines(
+    what: str, engine_args: Mapping[str, Any], jobs: Sequence[dict[str, Any]], engines: int, shown: tuple[str, str] | None = None
+) -> None:
     """Has every job done; they are dealt out in turn.
 
     Args:
         what: ``generate`` or ``extract``, whose module ``..._engine`` is run.
         jobs: what that module takes; ``count`` is the sequences of one.
+        shown: the progress line's title and unit, where they are not ``what`` and answers.
 
     Raises:
         TrainingError: there are too few devices, or an engine failed; the end of its output is in the message.
@@ -34,7 +37,8 @@ def run_engines(what: str, engine_args: Mapping[str, Any], jobs: Sequence[dict[s
     parts = [part for i in range(engines) if (part := list(jobs[i::engines]))]
     places = device_sets(len(parts), int(engine_args.get("tensor_parallel_size", 1)), os.environ.get(_DEVICES), _count())
     total = sum(job["count"] for job in jobs)
-    with Progress(total=total, desc=what, unit=" answers") as bar, ThreadPoolExecutor(len(parts)) as pool:
+    title, unit = shown or (what, " answers")
+    with Progress(total=total, desc=title, unit=unit) as bar, ThreadPoolExecutor(len(parts)) as pool:
         runs = [pool.submit(_run, what, engine_args, part, place, bar) for part, place in zip(parts, places, strict=True)]
     for run in runs:
         run.result()

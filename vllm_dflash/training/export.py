@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import vllm_dflash
+from vllm_dflash import smollm2
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.files import whole_folder
 from vllm_dflash.formats import METHOD, published_format
@@ -79,21 +80,25 @@ def card(settings: Settings, target: Target, config: DrafterConfig, trained: dic
     weighting = (
         f"decay, gamma {table.gamma or 'of the block size'}" if table.weighting == "decay" else f"D-PACE, alpha {table.dpace_alpha:g}"
     )
+    served_as = target.name
+    what = ""
+    if target.name == smollm2.NAME:
+        served_as, what = '"$(python -m vllm_dflash.smollm2)"', f"{smollm2.DESCRIPTION}\n\n"
     pays = served_tau(proof) >= _PAYS
     verdict = "" if pays else "**It gains nothing yet: next to none of its drafts is accepted.**\n\n"
     return f"""---
-base_model: {target.name}
+base_model: {smollm2.HUB_NAME if what else target.name}
 library_name: vllm
 tags: [speculative-decoding, {kind.name}]
 ---
 # {kind.label} drafter for {target.name}
 
 ```
-vllm serve {target.name} --speculative-config '{json.dumps(served)}'
+vllm serve {served_as} --speculative-config '{json.dumps(served)}'
 ```
 
-{config.num_hidden_layers} layers, blocks of {config.block_size}, conditioned on target layers {", ".join(map(str, config.target_layer_ids))} (counted from 0).
-The mask token is {config.mask_token_id}: {mask_why}.
+{what}{config.num_hidden_layers} layers, blocks of {config.block_size}, conditioned on target layers {", ".join(map(str, config.target_layer_ids))} (counted from 0).
+The mask token is {config.mask_token_id}: {mask_why}.{_end_token(config, target)}
 
 ## Acceptance
 Greedy, {proof["prompts"]} held-out prompts x {settings.prove.prove_tokens} tokens, {target.dtype}. The trainer's own estimate: tau {proof["trainer_tau"]:.2f}.
@@ -104,7 +109,7 @@ Greedy, {proof["prompts"]} held-out prompts x {settings.prove.prove_tokens} toke
 ## Training
 | | |
 |---|---|
-| data | {len(data)} prompts ({", ".join(Path(p).name for p in settings.data.prompts)}), {answered} tokens answered by the target at temperature {settings.generate.temperature:g} |
+| data | {len(data)} prompts ({_sources(settings)}), {answered} tokens answered by the target at temperature {settings.generate.temperature:g} |
 | budget | {trained["steps"]} steps of {table.batch_size} sequences x {trained["blocks"] // (trained["steps"] * table.batch_size)} blocks ({trained["epochs"]:.1f} epochs); skipped for a loss that was not finite: {trained["skipped"]} |
 | optimizer | {table.optimizer}, learning rate {table.lr:g}, {table.schedule}, weighting {weighting}, EMA {table.ema:g} |
 | begun from | {begun or ("target layers" if settings.drafter.init_from_target else "random weights")} |
@@ -113,6 +118,22 @@ Greedy, {proof["prompts"]} held-out prompts x {settings.prove.prove_tokens} toke
 
 All settings are in training.json.
 """
+
+
+def _end_token(config: DrafterConfig, target: Target) -> str:
+    """Why an end token may stand for the mask, where one does."""
+    if config.mask_token_id != target.eos_token_id:
+        return ""
+    return (
+        " That costs nothing: decoding stops at an end token, so no draft begins with one. With ignore_eos some do; they are drafted worse, "
+        "and the output is the same."
+    )
+
+
+def _sources(settings: Settings) -> str:
+    own, table = settings.data.own_prompts, settings.self_prompts
+    written = f"{own} that the target wrote itself at temperature {table.self_temperature:g}, top_p {table.self_top_p:g}"
+    return ", ".join([*([written] if own else []), *(Path(path).name for path in settings.data.files)])
 
 
 def _version(name: str) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_dflash import smollm2
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.files import claim, whole_file, write_record
 from vllm_dflash.progress import Progress
@@ -53,7 +54,12 @@ def cached_shards(settings: Settings, data: Sequences, config: DrafterConfig, dt
 def inputs(settings: Settings, config: DrafterConfig, target: Target) -> dict[str, Any]:
     """What a cache depends on beside the answers."""
     with_ = settings.features.extract_with
-    return {"target": target.name, "dtype": target.dtype, "target_layer_ids": list(config.target_layer_ids), "extract_with": with_}
+    return {
+        "target": smollm2.exact(target.name),
+        "dtype": target.dtype,
+        "target_layer_ids": list(config.target_layer_ids),
+        "extract_with": with_,
+    }
 
 
 def cache(settings: Settings, config: DrafterConfig, target: Target, model: Any) -> None:

@@ -9,13 +9,14 @@ Held-out prompts are answered greedily past their end token, so that drafts near
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash import smollm2
 from vllm_dflash.files import claim, read_record, write_record
 from vllm_dflash.records import AtLeast, Optional, object_of
 from vllm_dflash.training.engines import run_engines
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.prompts import Prompt, Reader, Split, split
 from vllm_dflash.training.sequences import Sequences, is_finished, shard_path, write_sequences
-from vllm_dflash.training.settings import Settings
+from vllm_dflash.training.settings import Data, Settings
 
 _SPLIT = {"shards": AtLeast(int, 1), "train": AtLeast(int, 1), "held_out": AtLeast(int, 1), "keys": str, "responses": Optional(str)}
 """Digests of the prompts, and of the answers that came with them; older runs have none of the latter."""
@@ -31,8 +32,12 @@ def held_out_tokens(settings: Settings) -> int:
     return settings.prove.prove_tokens + settings.drafter.block_size
 
 
-def generate(settings: Settings, tokenizer: Any, vocab_size: int, dtype: str, positions: int) -> None:
-    """Runs the stage, or the rest of it; ``positions`` is what target and drafter reach to.
+def generate(settings: Settings, data: Data, tokenizer: Any, vocab_size: int, dtype: str, positions: int) -> None:
+    """Runs the stage, or the rest of it.
+
+    Args:
+        data: the settings' own, with files for all prompts (``self_prompts.as_files``).
+        positions: what target and drafter reach to.
 
     Raises:
         TrainingError: the prompts cannot be used, the stage was begun with other settings, or the engine failed.
@@ -40,7 +45,7 @@ def generate(settings: Settings, tokenizer: Any, vocab_size: int, dtype: str, po
     folder, table = folder_of(settings), settings.generate
     claim(folder, "generate", inputs(settings, dtype))
     reader = Reader(tokenizer, vocab_size, settings.data.chat_template_kwargs, positions)
-    parts = split(reader, settings.data, settings.run.seed)
+    parts = split(reader, data, settings.run.seed)
     print(parts.describe(settings.data.max_prompt_tokens))
     jobs = _jobs(settings, parts, folder)
     note = {"shards": len(jobs) - 1, "train": len(parts.train), "held_out": len(parts.held_out), **_digests(parts)}
@@ -55,13 +60,27 @@ def generate(settings: Settings, tokenizer: Any, vocab_size: int, dtype: str, po
     todo = [job for job in todo if job["prompts"]]
     if todo:
         longest = max(len(p.ids) for p in [*parts.train, *parts.held_out])
-        room = longest + max(table.response_tokens, held_out_tokens(settings))
-        if table.engines_on_ray:
-            from vllm_dflash.training.ray_engines import answer_on_ray
+        answer(settings, dtype, longest + max(table.response_tokens, held_out_tokens(settings)), todo)
 
-            answer_on_ray(engine_args(settings, dtype, room), todo, table.engines)
-        else:
-            run_engines("generate", engine_args(settings, dtype, room), todo, table.engines)
+
+def answer(
+    settings: Settings, dtype: str, room: int, jobs: list[dict[str, Any]], shown: tuple[str, str] = ("generate", " answers")
+) -> None:
+    """Has the target answer these jobs, each a shard, in sequences of up to ``room`` tokens.
+
+    Args:
+        shown: the progress line's title and unit.
+
+    Raises:
+        TrainingError: an engine failed.
+    """
+    args, engines = engine_args(settings, dtype, room), settings.generate.engines
+    if settings.generate.engines_on_ray:
+        from vllm_dflash.training.ray_engines import answer_on_ray
+
+        answer_on_ray(args, jobs, engines, shown)
+    else:
+        run_engines("generate", args, jobs, engines, shown)
 
 
 def inputs(settings: Settings, dtype: str) -> dict[str, Any]:
@@ -69,7 +88,12 @@ def inputs(settings: Settings, dtype: str) -> dict[str, Any]:
     ours = {
         name: getattr(settings.generate, name) for name in ("response_tokens", "temperature", "top_p", "top_k", "ignore_eos", "shard_size")
     }
-    return ours | {"target": settings.run.target, "dtype": dtype, "seed": settings.run.seed, "held_out_tokens": held_out_tokens(settings)}
+    return ours | {
+        "target": smollm2.exact(settings.run.target),
+        "dtype": dtype,
+        "seed": settings.run.seed,
+        "held_out_tokens": held_out_tokens(settings),
+    }
 
 
 def sequences(settings: Settings) -> Sequences:
@@ -155,7 +179,7 @@ def engine_args(settings: Settings, dtype: str, room: int) -> dict[str, Any]:
     except ValueError:
         raise TrainingError(f"engine_args is {settings.generate.engine_args!r}: give a JSON object of arguments of vLLM's LLM") from None
     return {
-        "model": settings.run.target, "dtype": dtype, "max_model_len": room, "max_num_seqs": settings.generate.num_seqs, "seed": 0,
+        "model": smollm2.resolve(settings.run.target), "dtype": dtype, "max_model_len": room, "max_num_seqs": settings.generate.num_seqs, "seed": 0,
         "skip_tokenizer_init": True, "generation_config": "vllm", "trust_remote_code": settings.run.trust_remote_code,
         # A shard must not depend on what was cached before it.
         "enable_prefix_caching": False,

@@ -110,6 +110,8 @@ def inputs(settings: Settings, config: DrafterConfig, dtype: str) -> dict[str, A
         "init_layers": settings.drafter.init_layers,
         "tie_context": settings.drafter.tie_context,
     }
+    if settings.drafter.mask_embedding:  # without it as in runs from before there was the setting
+        start["mask_embedding"] = True
     return (
         table
         | start

@@ -31,15 +31,19 @@ def run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
 
 
 def _run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
-    from vllm_dflash.training import drafter, export, features, generate, loop, prove, target
+    from vllm_dflash.training import drafter, export, features, generate, loop, prove, self_prompts, target
 
     found = target.find_target(settings)
+    settings = drafter.settle_mask(settings, found)
     config, why = drafter.plan(settings, found)
     settings = fit_lengths(settings, reach(found, config))
     print(_summary(settings, config, why))
     write_record(Path(settings.run.out) / "settings.json", settings.to_dict())
+    if "prompts" in stages:
+        self_prompts.write_prompts(settings, found, reach(found, config))
     if "generate" in stages:
-        generate.generate(settings, found.tokenizer, found.shape.vocab_size, found.dtype, reach(found, config))
+        data = self_prompts.as_files(settings)
+        generate.generate(settings, data, found.tokenizer, found.shape.vocab_size, found.dtype, reach(found, config))
     model = None
     if "features" in stages and settings.features.cache:
         if settings.features.extract_with == "transformers":
@@ -52,7 +56,7 @@ def _run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
         return False
     if "export" in stages:
         folder = export.export(settings, found, why)
-        print(f'\nserve it:\n  vllm serve {settings.run.target} --speculative-config \'{{"method": "dflash", "model": "{folder}"}}\'')
+        print(f'\nserve it:\n  vllm serve {found.path} --speculative-config \'{{"method": "dflash", "model": "{folder}"}}\'')
     return True
 
 
@@ -128,20 +132,16 @@ def run(args: argparse.Namespace) -> int:
 def _dry_run(settings: Settings) -> int:
     """Prints the drafter's shape and what the run takes as comments, and every setting as TOML."""
     from vllm_dflash.training import budget, drafter, target
-    from vllm_dflash.training.prompts import Reader, split
 
     found = target.find_target(settings)
+    settings = drafter.settle_mask(settings, found)
     config, why = drafter.plan(settings, found)
     settings = fit_lengths(settings, reach(found, config))
-    parts = split(
-        Reader(found.tokenizer, found.shape.vocab_size, settings.data.chat_template_kwargs, reach(found, config)),
-        settings.data,
-        settings.run.seed,
-    )
-    expected = budget.budget(settings, config, target.parameters(found, settings), len(parts.train))
+    prompts, said = _expected_prompts(settings, found, reach(found, config))
+    expected = budget.budget(settings, config, target.parameters(found, settings), prompts)
     lines = [
         _summary(settings, config, why),
-        parts.describe(settings.data.max_prompt_tokens),
+        said,
         budget.as_text(expected, settings.train.workers),
     ]
     print("\n".join(f"# {line}" for text in lines for line in text.splitlines()))
@@ -150,3 +150,22 @@ def _dry_run(settings: Settings) -> int:
         for name, value in values.items():
             print(f"{name} = {json.dumps(value)}" if value is not None else f"# {name}: left to the default")
     return 0
+
+
+def _expected_prompts(settings: Settings, found: Any, positions: int) -> tuple[int, str]:
+    """How many prompts will be trained on, and a line about them; those that the target is to write may not be there yet."""
+    from vllm_dflash.training import self_prompts
+    from vllm_dflash.training.prompts import Reader, split
+
+    own, to_write = settings.data.own_prompts, 0
+    data = settings.data
+    if own and self_prompts.path_of(settings).is_file():
+        data = self_prompts.as_files(settings)
+    elif own:
+        to_write = own
+        if not data.files:
+            held_out = min(data.held_out, own // 2) if data.held_out_prompts is None else 0
+            return own - held_out, f"{own} prompts that the target is to write, {held_out} of them held out"
+    parts = split(Reader(found.tokenizer, found.shape.vocab_size, data.chat_template_kwargs, positions), data, settings.run.seed)
+    said = parts.describe(data.max_prompt_tokens) + (f"; and {to_write} that the target is to write" if to_write else "")
+    return len(parts.train) + to_write, said

@@ -106,7 +106,7 @@ class Reader:
         if "prompt_token_ids" in given:
             ids = self._ids(given["prompt_token_ids"], "prompt_token_ids", where)
         elif _is_chat(given.get("messages")):
-            ids = self._chat(given["messages"], where)
+            ids = self.chat(given["messages"], where)
         elif isinstance(given.get("prompt"), str) and given["prompt"]:
             ids = list(self._known(where)(encodable(given["prompt"], where))["input_ids"])
         else:
@@ -134,7 +134,8 @@ class Reader:
             raise TrainingError(f"{where}: {name} is no list of ids below {self.vocab_size}: tokenize it with the target's tokenizer")
         return list(ids)
 
-    def _chat(self, messages: list[Any], where: str) -> list[int]:
+    def chat(self, messages: list[Any], where: str) -> list[int]:
+        """Token ids of a chat, up to the header of its answer. Raises TrainingError where the template refuses it."""
         tokenizer = self._known(where)
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self.template_args)
@@ -168,7 +169,7 @@ def split(reader: Reader, data: Data, seed: int) -> Split:
 
     if data.held_out_prompts is not None:
         out.held_out = list(kept(data.held_out_prompts))[: data.held_out]
-    prompts = [prompt for path in data.prompts for prompt in kept(path)]
+    prompts = [prompt for path in data.files for prompt in kept(path)]
     if data.held_out_prompts is None:
         order = sorted(range(len(prompts)), key=lambda i: hashlib.blake2b(prompts[i].key, salt=seed.to_bytes(8, "little")).digest())
         chosen = set(order[: min(data.held_out, len(prompts) // 2)])

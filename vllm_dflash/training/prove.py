@@ -108,7 +108,7 @@ def _run(settings: Settings, target: Target, device: str, count: int) -> list[Pr
         model = None
         gc.collect()
         torch.cuda.empty_cache()
-        pair = Pair(target.name, folder, prompts, k, tokens, target.dtype, eos)
+        pair = Pair(target.path, folder, prompts, k, tokens, target.dtype, eos)
         try:
             run = run_engine(pair, progress=True)
         except EngineError as error:

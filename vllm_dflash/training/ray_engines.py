@@ -32,8 +32,8 @@ class _Engine:
         return {"count": [answer(self.llm, json.loads(job)) for job in batch["job"]]}
 
 
-def answer_on_ray(engine_args: Mapping[str, Any], jobs: Sequence[dict[str, Any]], engines: int) -> None:
-    """Has every job done, on the cluster of RAY_ADDRESS or on this machine.
+def answer_on_ray(engine_args: Mapping[str, Any], jobs: Sequence[dict[str, Any]], engines: int, shown: tuple[str, str]) -> None:
+    """Has every job done, on the cluster of RAY_ADDRESS or on this machine; ``shown``: the progress line's title and unit.
 
     Raises:
         TrainingError: Ray is not installed, the cluster has too few GPUs, or an engine failed.
@@ -54,7 +54,7 @@ def answer_on_ray(engine_args: Mapping[str, Any], jobs: Sequence[dict[str, Any]]
             _Engine, fn_constructor_args=(dict(engine_args), os.getcwd()), batch_size=1, concurrency=pool, num_gpus=gpus,
             runtime_env={"env_vars": DEFAULT_ENV | QUIET | ENV},
         )  # fmt: skip
-        with Progress(total=sum(job["count"] for job in jobs), desc="generate", unit=" answers") as bar:
+        with Progress(total=sum(job["count"] for job in jobs), desc=shown[0], unit=shown[1]) as bar:
             for batch in done.iter_batches(batch_size=1, prefetch_batches=0):
                 bar.update(int(sum(batch["count"])))
     except ray.exceptions.RayError as error:

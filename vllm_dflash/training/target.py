@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vllm_dflash import hub
+from vllm_dflash import hub, smollm2
 from vllm_dflash.config import TargetShape
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.settings import Settings
@@ -20,12 +20,18 @@ class Target:
     """What is known of a target without its weights."""
 
     name: str
+    """As it was given."""
     config: Any
     """Its Hugging Face config, the text part."""
     tokenizer: Any
     """None where it has none."""
     dtype: str
     """In which it runs, settled."""
+
+    @property
+    def path(self) -> str:
+        """What loads it: its folder or hub id."""
+        return smollm2.resolve(self.name)
 
     @property
     def shape(self) -> TargetShape:
@@ -44,11 +50,12 @@ def find_target(settings: Settings) -> Target:
         TrainingError: it cannot be read.
     """
     name, trusted = settings.run.target, settings.run.trust_remote_code
+    path = smollm2.resolve(name)
     try:
-        text = hub.load_config(name, trusted).get_text_config()
+        text = hub.load_config(path, trusted).get_text_config()
     except hub.TargetError as error:
         raise TrainingError(f"target {error}") from None
-    return Target(name, text, hub.load_tokenizer(name, trusted), hub.resolved_dtype(text, settings.run.dtype))
+    return Target(name, text, hub.load_tokenizer(path, trusted), hub.resolved_dtype(text, settings.run.dtype))
 
 
 def load_target(target: Target, settings: Settings, device: str) -> Any:
@@ -57,7 +64,7 @@ def load_target(target: Target, settings: Settings, device: str) -> Any:
     Raises:
         TrainingError: it has no ``model.layers``.
     """
-    model = hub.load_model(target.name, target.dtype, device, settings.run.trust_remote_code)
+    model = hub.load_model(target.path, target.dtype, device, settings.run.trust_remote_code)
     if not hasattr(getattr(model, "model", None), "layers") or not hasattr(model, "lm_head"):
         raise TrainingError(f"{type(model).__name__} has no model.layers and lm_head, where features are taken: train for another target")
     return model.requires_grad_(False)
