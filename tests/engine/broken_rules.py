@@ -99,7 +99,7 @@ def one_temperature_for_all(llm: Any) -> Iterator[None]:
 
     from vllm.v1.sample import rejection_sampler
 
-    from vllm_dflash.drafting.verification import Verifier
+    from vllm_dflash.cpu.verification import Verifier
 
     expand, sample = rejection_sampler.expand_batch_to_tokens, Verifier._sample
 
