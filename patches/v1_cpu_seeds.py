@@ -10,7 +10,7 @@ from vllm_dflash.patch import Patch
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def sample_tokens(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        from vllm_dflash.drafting.proposer import DFlashProposer
+        from vllm_dflash.drafting.v1 import DFlashProposer
 
         generators, discarded = self.input_batch.generators, self.discard_request_mask.np
         if not generators or self.device.type != "cpu" or not isinstance(getattr(self, "drafter", None), DFlashProposer):

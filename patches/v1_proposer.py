@@ -7,7 +7,7 @@ from vllm_dflash.patch import Patch
 
 
 def _replace(original: type) -> type:
-    from vllm_dflash.drafting.proposer import DFlashProposer as Ours
+    from vllm_dflash.drafting.v1 import DFlashProposer as Ours
 
     class ByArchitecture(type):
         """The runner calls the name and also tests drafters against it, so a class must stand there, for ours and for vLLM's."""

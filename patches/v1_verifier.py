@@ -6,7 +6,7 @@ from vllm_dflash.patch import Patch
 
 
 def _replace(original: Any, runner: Any) -> Any:
-    from vllm_dflash.drafting.verification import Verifier
+    from vllm_dflash.cpu.verification import Verifier
 
     return Verifier(runner)
 

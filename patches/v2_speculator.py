@@ -12,7 +12,7 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
         if is_ours(vllm_config.speculative_config):
-            from vllm_dflash.drafting.speculator import DFlashSpeculator
+            from vllm_dflash.drafting.v2 import DFlashSpeculator
 
             return DFlashSpeculator(vllm_config, device)
         return original(vllm_config, device, req_states)

@@ -116,7 +116,7 @@ class TestV2:
 
     def test_it_runs_our_classes(self, runs: Runs) -> None:
         for result in runs.results[self.SCRIPTED :]:
-            assert result.speculator == "vllm_dflash.drafting.speculator:DFlashSpeculator"
+            assert result.speculator == "vllm_dflash.drafting.v2:DFlashSpeculator"
             assert result.draft_model == "vllm_dflash.models.drafter:DrafterForCausalLM"
 
     @pytest.mark.parametrize(("run", "least"), [(SCRIPTED, 60), (TRAINED, 60), (ADAPTIVE, 16)], ids=["random", "trained", "adaptive"])

@@ -13,7 +13,7 @@ from unittest.mock import patch
 def accept_every_draft(llm: Any) -> Iterator[None]:
     import torch
 
-    from vllm_dflash.drafting import verification
+    from vllm_dflash.cpu import verification
 
     def zeros(num_tokens: int, num_draft_tokens: list[int], generators: dict[int, Any], device: Any) -> Any:
         return torch.zeros(num_tokens, dtype=torch.float64, device=device)
@@ -50,7 +50,7 @@ def accept_by_the_target_alone(llm: Any) -> Iterator[None]:
 @contextmanager
 def draw_the_rejected_from_the_target(llm: Any) -> Iterator[None]:
     """Draws what takes a rejected draft's place from p, not from what of p is left over q."""
-    from vllm_dflash.drafting import verification
+    from vllm_dflash.cpu import verification
 
     def from_p(max_spec_len: int, counts: Any, cu: Any, draft_token_ids: Any, draft_probs: Any, target_probs: Any, *rest: Any) -> Any:
         return target_probs.multinomial(1).flatten().to(draft_token_ids.dtype)
@@ -99,7 +99,7 @@ def one_temperature_for_all(llm: Any) -> Iterator[None]:
 
     from vllm.v1.sample import rejection_sampler
 
-    from vllm_dflash.drafting.verification import Verifier
+    from vllm_dflash.cpu.verification import Verifier
 
     expand, sample = rejection_sampler.expand_batch_to_tokens, Verifier._sample
 

@@ -60,7 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 def test_the_engine_runs_our_classes(runs: Runs) -> None:
     for result in runs.results[FLOAT32:]:
-        assert result.speculator == "vllm_dflash.drafting.speculator:DFlashSpeculator"
+        assert result.speculator == "vllm_dflash.drafting.v2:DFlashSpeculator"
         assert result.draft_model == "vllm_dflash.models.drafter:DrafterForCausalLM"
 
 

@@ -27,7 +27,7 @@ def skip_drafting(llm: Any, steps: range) -> None:
 
 def coverage(llm: Any) -> dict[str, int]:
     """The proposer's counts of context positions; empty for a proposer that is not ours."""
-    from vllm_dflash.drafting.proposer import DFlashProposer, context_counts
+    from vllm_dflash.drafting.v1 import DFlashProposer, context_counts
 
     return llm.collective_rpc(context_counts)[0] if isinstance(getattr(model_runner(llm), "drafter", None), DFlashProposer) else {}
 

@@ -149,8 +149,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-import vllm_dflash.models.eager_target as eager_target
-eager_target.EagerTarget = lambda model: lambda *args: "fast"
+import vllm_dflash.cpu.target as cpu_layers
+cpu_layers.EagerTarget = lambda model: lambda *args: "fast"
 runner, scheduler, model = (cls.__new__(cls) for cls in (CPUModelRunner, Scheduler, Qwen3Model))
 torch.nn.Module.__init__(model)
 runner.sampler, runner.speculative_config, runner.device = Sampler(), None, torch.device("cpu")
@@ -286,7 +286,7 @@ class OtherBuild:
 torch.ops._C = OtherBuild()
 for package in (vllm_dflash.drafting, vllm_dflash.models):
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        if not module.name.startswith("vllm_dflash.models.eager_"):
+        if not module.name.startswith("vllm_dflash.cpu."):
             importlib.import_module(module.name)
-assert not [name for name in sys.modules if name.startswith("vllm_dflash.models.eager_")]
+assert not [name for name in sys.modules if name.startswith("vllm_dflash.cpu.")]
 """)

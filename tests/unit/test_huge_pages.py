@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from vllm_dflash.drafting import huge_pages
+from vllm_dflash.cpu import huge_pages
 
 MAPS = """\
 00400000-00a00000 rw-p 00000000 00:00 0                                  [heap]
@@ -36,7 +36,7 @@ def test_a_system_that_forbids_it_is_obeyed(monkeypatch: pytest.MonkeyPatch, tmp
 def test_what_is_moved_stays_as_it_was() -> None:
     """In a process of its own, as it is done to a whole process; where the kernel cannot, nothing happens."""
     code = (
-        "import torch; from vllm_dflash.drafting.huge_pages import use_huge_pages\n"
+        "import torch; from vllm_dflash.cpu.huge_pages import use_huge_pages\n"
         "kept = torch.arange(16 << 20, dtype=torch.int32); before = kept.clone()\n"
         "moved = use_huge_pages()\n"
         "assert torch.equal(kept, before) and moved % (2 << 20) == 0\n"

@@ -13,9 +13,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "vllm_dflash"
 NEEDS_VLLM = {
-    "adaptive.scheduler", "cluster.replica", "drafting.context_store", "drafting.proposer", "drafting.rows", "drafting.speculator",
-    "drafting.verification", "models.context", "models.drafter", "models.eager_draft", "models.eager_layer", "models.eager_target",
-    "models.kernels", "models.loading", "models.norm", "models.own", "training.hidden_states",
+    "adaptive.scheduler", "cluster.replica", "cpu.backend", "cpu.draft", "cpu.layer", "cpu.rows", "cpu.target",
+    "cpu.verification", "drafting.backend", "drafting.context_store", "drafting.v1", "drafting.v2", "models.context",
+    "models.drafter", "models.kernels", "models.loading", "models.norm", "models.own", "training.hidden_states",
 }  # fmt: skip
 """Cannot be imported without vLLM."""
 ASKS_VLLM = {
@@ -25,7 +25,7 @@ ASKS_VLLM = {
 }  # fmt: skip
 """Import vLLM when they are called: inside of functions."""
 NEEDS_TORCH = {
-    "drafting.coverage", "drafting.layout", "drafting.pending", "drafting.sampling", "heads.argmax", "kinds.dflare.context",
+    "cpu.sampling", "drafting.coverage", "drafting.layout", "drafting.pending", "heads.argmax", "kinds.dflare.context",
     "kinds.dflash.context", "models.parameters", "reference.checkpoint", "reference.decoding", "reference.drafter",
     "reference.loss", "reference.masks", "reference.rotary",
     "tools.convert", "tools.doctor", "tools.inspect", "tools.pair_checks", "tools.pair_runs", "training.budget",

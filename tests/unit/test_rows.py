@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("vllm")
 from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 
-from vllm_dflash.drafting.rows import Rows, ThinkingBudgets, min_tokens_by_row
+from vllm_dflash.cpu.rows import Rows, ThinkingBudgets, min_tokens_by_row
 
 pytestmark = pytest.mark.vllm
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from chi_square import p_of_fit
-from vllm_dflash.drafting.sampling import draw_tokens
+from vllm_dflash.cpu.sampling import draw_tokens
 
 
 @pytest.mark.slow

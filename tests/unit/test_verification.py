@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("vllm")
 
-from vllm_dflash.drafting.sampling import SeedDraws
-from vllm_dflash.drafting.verification import DraftMetadata, keep_accepted
+from vllm_dflash.cpu.sampling import SeedDraws
+from vllm_dflash.cpu.verification import DraftMetadata, keep_accepted
 
 pytestmark = pytest.mark.vllm
 

@@ -21,6 +21,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm_dflash.adaptive.controller import Controller, Plan
 from vllm_dflash.adaptive.cost import Work
 from vllm_dflash.compat import num_drafted
+from vllm_dflash.drafting.drafts import confidences_of
 from vllm_dflash.patches.adaptive_scheduler import cut_drafts, cut_placeholders, plan_drafts
 
 _MEASURED_EVERY = 4
@@ -147,7 +148,7 @@ class AdaptiveScheduler(_Adaptive):
         return self._scheduled_at if last is None or self._scheduled_at - last > _LONGEST_GAP * own else last
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
-        drafts, confidences = draft_token_ids.draft_token_ids, getattr(draft_token_ids.draft_token_ids, "confidences", None)
+        drafts, confidences = draft_token_ids.draft_token_ids, confidences_of(draft_token_ids.draft_token_ids)
         if not drafts or not drafts[0]:
             return  # a request that was scheduled has no draft from before
         request_ids = draft_token_ids.req_ids

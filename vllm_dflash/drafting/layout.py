@@ -10,8 +10,9 @@ All tensors stay on their device and nothing waits for the host.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -19,6 +20,16 @@ from vllm_dflash.kinds import AFTER_ANCHOR
 
 PAD_SLOT_ID = -1
 """vLLM's mark for a row that writes nothing into the KV cache."""
+
+
+SlotMapping: TypeAlias = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""Block table [B, pages] int32, positions [B, n] int64, tokens a page -> cache slots [B, n] int64."""
+
+
+def paged_slots(block_table: torch.Tensor, positions: torch.Tensor, page_size: int) -> torch.Tensor:
+    """A ``SlotMapping`` for any device."""
+    pages = block_table.gather(1, positions // page_size)
+    return pages.long() * page_size + positions % page_size
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,7 @@ def block_layout(
     max_model_len: int,
     first_row: int = AFTER_ANCHOR,
     may_overflow: bool = True,
+    slots: SlotMapping = paged_slots,
 ) -> BlockLayout:
     """Lays out the blocks that follow one target forward.
 
@@ -63,48 +75,72 @@ def block_layout(
         max_model_len: positions that exist are 0..max_model_len - 1.
         first_row: the row of a block that predicts the token after its anchor.
         may_overflow: False where the caller knows that every block ends before ``max_model_len``, which takes less work.
+        slots: what finds the positions' cache slots.
     """
-    device, masks = anchors.device, block_size - 1
-    offsets, first, sample_indices = _whole_block(len(anchors), block_size, first_row, num_speculative_tokens, device)
+    offsets, sample_indices = _whole_block(len(anchors), block_size, first_row, num_speculative_tokens, anchors.device)
+    positions = anchors[:, None] + offsets
+    input_ids = torch.full_like(positions, mask_token_id, dtype=torch.int32)
+    input_ids[:, 0] = next_token_ids
     if not may_overflow:
-        positions = anchors[:, None] + offsets
-        input_ids = torch.full_like(positions, mask_token_id, dtype=torch.int32)
-        input_ids[:, 0] = next_token_ids
-        if device.type == "cpu" and hasattr(torch.ops._C, "compute_slot_mapping_kernel_impl"):
-            # vLLM's kernel, in place of six operators of which each costs more than the work itself.
-            slots, bounds = torch.empty_like(positions), block_bounds(len(anchors), block_size)
-            torch.ops._C.compute_slot_mapping_kernel_impl(bounds, positions.view(-1), block_table, slots.view(-1), page_size)
-        else:
-            slots = _slots(block_table, positions, page_size)
-        return BlockLayout(input_ids.flatten(), positions.flatten(), slots.flatten(), anchors + block_size, sample_indices)
-
-    # Attention takes a request's b rows for the last b positions of its sequence, so the rows of a block that would reach
-    # past the end are moved to where their positions are; those in front of them stand for nothing.
-    overflow = (anchors.long() + masks - (max_model_len - 1)).clamp(min=0)[:, None]
-    moved = offsets - overflow
-    positions = anchors.long()[:, None] + moved.clamp(min=0)
-    slots = torch.where(moved >= 0, _slots(block_table, positions, page_size), PAD_SLOT_ID)
-    input_ids = torch.where(moved == 0, next_token_ids.to(torch.int32)[:, None], mask_token_id).to(torch.int32)
-    # A mask past the end has no row; its token is never used, and any row of its request will do.
+        mapped, seq_lens = slots(block_table, positions, page_size), anchors + block_size
+        return BlockLayout(input_ids.flatten(), positions.flatten(), mapped.flatten(), seq_lens, sample_indices.flatten())
+    last_positions, sample_indices = positions[:, -1:].clone(), sample_indices.clone()
+    mapped = slots(block_table, positions.clamp(max=max_model_len - 1), page_size)
+    end_blocks_at(
+        max_model_len, last_positions=last_positions, rows=[input_ids, positions], slots=[mapped], sample_indices=sample_indices,
+        first_row=first_row,
+    )  # fmt: skip
     return BlockLayout(
         input_ids=input_ids.flatten(),
         positions=positions.flatten(),
-        slot_mapping=slots.flatten(),
+        slot_mapping=mapped.flatten(),
         seq_lens=(anchors + block_size).clamp(max=max_model_len).to(torch.int32),
-        sample_indices=(first + (offsets[first_row : first_row + num_speculative_tokens] + overflow).clamp(max=masks)).flatten(),
+        sample_indices=sample_indices.flatten(),
     )
+
+
+def end_blocks_at(
+    max_model_len: int, *, last_positions: torch.Tensor, rows: Sequence[torch.Tensor], slots: Sequence[torch.Tensor],
+    sample_indices: torch.Tensor, first_row: int = AFTER_ANCHOR,
+) -> None:  # fmt: skip
+    """Moves, in place, each block that reaches past ``max_model_len`` back by its overflow; the others stay as they are.
+
+    Attention takes a request's b query rows for the last b positions of its sequence, which ends at ``max_model_len``: windows
+    and causal masks of an overflowing block would be off by the overflow. So its rows are moved to where their positions are,
+    and the rows in front of them stand for nothing. Rows past the end fall out: their slots would be those of positions that
+    the same request holds.
+
+    Args:
+        max_model_len: in tokens.
+        last_positions: [B, 1] int64, each block's last one, not clamped; not changed.
+        rows: [B, b] each, what is moved along: token ids and positions.
+        slots: [B, b] int64 of each KV cache group; ``PAD_SLOT_ID`` in rows that stand for nothing.
+        sample_indices: [B, K] int64, rows in the batch that predict.
+        first_row: of each block the row that the first of ``sample_indices`` is.
+    """
+    masks, samples = rows[0].shape[1] - 1, sample_indices.shape[1]
+    # The anchor itself always fits: vLLM's scheduler keeps one position free for it.
+    overflow = (last_positions - (max_model_len - 1)).clamp_(min=0)
+    offsets = torch.arange(masks + 1, device=overflow.device) - overflow
+    sources = offsets.clamp(min=0)
+    for buffer in rows:
+        buffer.copy_(buffer.gather(1, sources))
+    for group in slots:
+        group.copy_(group.gather(1, sources).masked_fill_(offsets < 0, PAD_SLOT_ID))
+    # A mask past the end has no row; its token is never used, and any row of its request will do.
+    sample_indices += torch.minimum(overflow, masks - torch.arange(first_row, first_row + samples, device=overflow.device))
 
 
 @functools.lru_cache(maxsize=1024)
 def _whole_block(
     num_reqs: int, block_size: int, first_row: int, num_speculative_tokens: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """What is the same at every step, int64: offsets in a block [b], each block's first row [B, 1], and the rows [B * K] of its first K that predict."""
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """What is the same at every step, int64: offsets in a block [b], and of each block the first K rows that predict [B, K]."""
     # Made outside of inference mode, as it may be used there and elsewhere.
     with torch.inference_mode(False):
         offsets = torch.arange(block_size, device=device)
         first = torch.arange(num_reqs, device=device)[:, None] * block_size
-        return offsets, first, (first + offsets[first_row : first_row + num_speculative_tokens]).flatten()
+        return offsets, first + offsets[first_row : first_row + num_speculative_tokens]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -112,12 +148,6 @@ def block_bounds(num_reqs: int, block_size: int) -> torch.Tensor:
     """[B + 1] int32 on the host: where each block's rows begin, and the end."""
     with torch.inference_mode(False):
         return torch.arange(num_reqs + 1, dtype=torch.int32) * block_size
-
-
-def _slots(block_table: torch.Tensor, positions: torch.Tensor, page_size: int) -> torch.Tensor:
-    """Cache slots [B, n] int64 of ``positions`` [B, n]."""
-    pages = block_table.gather(1, positions // page_size)
-    return pages.long() * page_size + positions % page_size
 
 
 def committed_rows(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> slice | torch.Tensor:

@@ -19,8 +19,8 @@ from vllm_dflash.metrics.counts import Histogram, Positions
 from vllm_dflash.metrics.recorder import Recorder
 
 if TYPE_CHECKING:
-    from vllm_dflash.drafting.proposer import DFlashProposer
-    from vllm_dflash.drafting.speculator import DFlashSpeculator
+    from vllm_dflash.drafting.v1 import DFlashProposer
+    from vllm_dflash.drafting.v2 import DFlashSpeculator
 
 
 def attach(drafter: "DFlashProposer | DFlashSpeculator", vllm_config: Any, device: Any) -> None:

@@ -9,7 +9,7 @@ lm_head, attention groups, CUDA-graph dispatch) and replaces the draft itself. I
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -20,36 +20,19 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer as NativeDFlashProposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
-from vllm_dflash.adaptive.settings import is_adaptive
 from vllm_dflash.checks import check_logits_processors, settled
 from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.drafting.backend import backend_for
 from vllm_dflash.drafting.context_store import ContextStore
 from vllm_dflash.drafting.coverage import ContextCoverage, Hole, without_first_pages
-from vllm_dflash.drafting.huge_pages import use_huge_pages
-from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_bounds, block_layout, committed_rows, without_rejected
+from vllm_dflash.drafting.drafts import Drafts
+from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_bounds, block_layout, paged_slots
 from vllm_dflash.heads import Ranked, Ranking
 from vllm_dflash.metrics.drafter import attach as record_drafter
 from vllm_dflash.models.drafter import DrafterForCausalLM
-from vllm_dflash.patches import cpu_layers, v1_draft_metadata, v1_steps_without_drafts, v1_verifier
-from vllm_dflash.plugin import patch_set
-
-if TYPE_CHECKING:
-    from vllm_dflash.models.eager_draft import EagerLayers
 
 # A name below "vllm", so that vLLM's own handlers and format apply.
 _logger = init_logger("vllm.plugins.dflash")
-
-
-_greedy_argmax: Any = torch.ops._C.greedy_argmax.default if hasattr(torch.ops._C, "greedy_argmax") else None
-"""vLLM's CPU build has it."""
-
-
-class Drafts(list[list[int]]):
-    """Draft token ids [B][K], with the probability that the drafter gives each, [B][K] or None; both go to the scheduler as one."""
-
-    def __init__(self, tokens: list[list[int]], confidences: list[list[float]] | None = None) -> None:
-        super().__init__(tokens)
-        self.confidences = confidences
 
 
 class DFlashProposer(NativeDFlashProposer):
@@ -57,7 +40,6 @@ class DFlashProposer(NativeDFlashProposer):
 
     model: DrafterForCausalLM
     _draft: Callable[[torch.Tensor, torch.Tensor, int, Ranking], Ranked]
-    _ranking: Ranking
     bounds_each_block = True
     """A block that would reach past ``max_model_len`` is cut, so that every step fits (``patches/v1_draft_fit.py``)."""
 
@@ -68,99 +50,53 @@ class DFlashProposer(NativeDFlashProposer):
             )
         check_logits_processors()
         super().__init__(vllm_config, device, runner)
-        self.runner, self.on_cpu = runner, device.type == "cpu"
+        self.runner = runner
         self._coverage: ContextCoverage | None = None
         # The whole block, whatever K is; vLLM's buffers hold K + 1 queries a request.
         drafter = settled(self.draft_model_config.hf_config)
-        self.num_queries, self._first_row = drafter.block_size, drafter.first_row
-        size = max(self.max_batch_size * self.num_queries, self.max_padded_query_tokens)
+        self.draft_block_size, self._first_row = drafter.block_size, drafter.first_row
+        size = max(self.max_batch_size * self.draft_block_size, self.max_padded_query_tokens)
         self._query_ids = torch.zeros(size, dtype=torch.int32, device=device)
         self.positions, self._slot_mapping_buffer = (torch.zeros(size, dtype=torch.int64, device=device) for _ in range(2))
-        self._ones = torch.ones(self.max_batch_size, dtype=torch.int32, device=device)
-        """Kept tokens where none was drafted."""
-        self._eager_layers: EagerLayers | None = None
         self._causal: dict[str, bool] = {}
         """By draft layer, whether a query sees no later ones of its block."""
         self.context = ContextStore(vllm_config, device, self._live_pages)
-        self._says_confidences = is_adaptive(vllm_config)
+        self.backend = backend_for(self, device)
         record_drafter(self, vllm_config, device)
 
     def load_model(self, target_model: Any) -> None:
-        """Loads the drafter; on a CPU drafts are verified by our own class from then on."""
+        """Loads the drafter; the backend then takes it, and on a CPU verifies drafts from then on."""
         super().load_model(target_model)
-        logits: Callable[[torch.Tensor], Any] = self.model.compute_logits
-        self.context.model = self.model
         self._causal = dict(zip(self.model.get_draft_kv_cache_layer_names(), self.model.get_draft_attn_causal(), strict=True))
-        if self.on_cpu:
-            # A connector takes and brings keys and values in vLLM's attention modules.
-            if self.vllm_config.kv_transfer_config is None:
-                logits = self._use_eager_layers(target_model) or logits
-            attach, runner = patch_set().attach, self.runner
-            attach(runner, [v1_verifier.PATCH], runner)
-            self._verifier = runner.rejection_sampler
-            attach(runner, [v1_draft_metadata.PATCH], runner, self.max_batch_size)
-            attach(runner, [v1_steps_without_drafts.PATCH], self)
-            _logger.info("moved %d MiB of this process's memory into huge pages", use_huge_pages() >> 20)
-        self._draft, self._ranking = self.model.model.head.draft, self._ranking_by(logits)
-
-    def _ranking_by(self, logits: Callable[[torch.Tensor], Any]) -> Ranking:
-        """What the head ranks with; on a GPU nobody asks for confidences."""
-        if not self.on_cpu:
-            return Ranking(logits, lambda scores: scores.argmax(-1), self._greedy_sample, confident=False)
-        return Ranking(
-            logits, _greedy_argmax, lambda hidden: _greedy_argmax(logits(hidden).to(torch.float32)), confident=self._says_confidences
-        )
-
-    def _use_eager_layers(self, target_model: Any) -> Callable[[torch.Tensor], Any] | None:
-        """Lets the target's and the drafter's layers run kernel by kernel, where they can; returns the drafter's ``compute_logits`` then."""
-        # They look kernels up that vLLM's builds for other devices do not have.
-        from vllm_dflash.models.eager_draft import EagerContext, EagerLayers, eager_logits
-        from vllm_dflash.models.eager_layer import can_run
-        from vllm_dflash.models.eager_target import use_eager_layers
-
-        use_eager_layers(target_model)
-        if patch_set().fits(cpu_layers.PATCH) and can_run(self.model.model):
-            self._eager_layers = EagerLayers(self.model.model)
-            self.context.eager = EagerContext(self.model.model, self._eager_layers)
-            return eager_logits(self.model)
-        return None
+        self.backend.load(target_model)
+        self.context.write_rows = self.backend.write_context
+        self._draft = self.model.model.head.draft
 
     def prepare_next_token_ids_padded(
         self, sampled_token_ids: torch.Tensor, requests: Any, gpu_input_batch: Any, discard_request_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As vLLM's: each request's anchor [B] int32, and how many of ``sampled_token_ids`` [B, n] (-1: rejected) it keeps [B] int32.
-
-        On a CPU without its stand-ins for kernels, and without looking up tokens for requests that need none.
-        """
-        if not self.on_cpu or self.runner.discard_request_mask.np[: len(sampled_token_ids)].any():
-            return super().prepare_next_token_ids_padded(sampled_token_ids, requests, gpu_input_batch, discard_request_mask)
-        if sampled_token_ids.shape[1] == 1:
-            return sampled_token_ids[:, 0], self._ones[: len(sampled_token_ids)]
-        output, anchors, counts = self._verifier.last
-        if output is sampled_token_ids:
-            return torch.tensor(anchors, dtype=torch.int32), torch.tensor(counts, dtype=torch.int32)
-        kept = (sampled_token_ids >= 0).sum(1, dtype=torch.int32)
-        return sampled_token_ids.gather(1, (kept - 1).long()[:, None])[:, 0], kept
+        """As vLLM's: each request's anchor [B] int32, and how many of ``sampled_token_ids`` [B, n] (-1: rejected) it keeps [B] int32."""
+        native = super().prepare_next_token_ids_padded
+        return self.backend.next_token_ids(native, sampled_token_ids, requests, gpu_input_batch, discard_request_mask)
 
     def prepare_inputs_padded(
         self, common_attn_metadata: CommonAttentionMetadata, spec_decode_metadata: Any, valid_sampled_tokens_count: torch.Tensor
     ) -> tuple[CommonAttentionMetadata, torch.Tensor | None, torch.Tensor | None]:
-        """As vLLM's: the step's metadata, nothing that we need, and each request's rejected tokens [B] int32, None if nothing was drafted."""
-        if not self.on_cpu:
-            return super().prepare_inputs_padded(common_attn_metadata, spec_decode_metadata, valid_sampled_tokens_count)
-        if spec_decode_metadata.max_spec_len == 0:
-            return common_attn_metadata, None, None
-        drafted, kept = spec_decode_metadata.num_draft_tokens, valid_sampled_tokens_count.tolist()
-        # A prompt that is not at its end keeps no token and has no drafts.
-        rejected = [n + 1 - count if n else 0 for n, count in zip(drafted, kept, strict=True)]
-        return common_attn_metadata, None, torch.tensor(rejected, dtype=torch.int32)
+        """As vLLM's: the step's metadata, nothing that we need, and each request's rejected tokens [B] int32, or None for none."""
+        native = super().prepare_inputs_padded
+        return self.backend.rejected(native, common_attn_metadata, spec_decode_metadata, valid_sampled_tokens_count)
 
     @property
     def coverage(self) -> ContextCoverage:
         """Which context positions hold draft K/V; made late, as vLLM sets the page size after the proposer is built."""
         if self._coverage is None:
-            self._coverage = ContextCoverage(self.block_size)
+            self._coverage = ContextCoverage(self.page_size)
         return self._coverage
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page of the draft layers' KV cache, which vLLM calls ``block_size``."""
+        return self.block_size
 
     @torch.inference_mode()
     def propose(
@@ -196,25 +132,26 @@ class DFlashProposer(NativeDFlashProposer):
         self._store_context(cad, target_hidden_states, target_positions, lengths, num_rejected_tokens_gpu, later=k == 0)
         first_pages = self._watch(cad, starts, lengths)
         if k == 0:
-            return self._hand_out(torch.empty(cad.num_reqs, 0, dtype=torch.int64, device=self.device), None)
+            return self.backend.hand_out(torch.empty(cad.num_reqs, 0, dtype=torch.int64, device=self.device), None)
         layout = block_layout(
             next_token_ids=next_token_ids,
             anchors=cad.seq_lens if num_rejected_tokens_gpu is None else cad.seq_lens - num_rejected_tokens_gpu,
             block_table=cad.block_table_tensor,
-            page_size=self.block_size,
+            page_size=self.page_size,
             mask_token_id=self.parallel_drafting_token_id,
-            block_size=self.num_queries,
+            block_size=self.draft_block_size,
             num_speculative_tokens=k,
             max_model_len=self.max_model_len,
             first_row=self._first_row,
-            may_overflow=cad.max_seq_len + self.num_queries > self.max_model_len,
+            may_overflow=cad.max_seq_len + self.draft_block_size > self.max_model_len,
+            slots=self.backend.slots,
         )
         hidden_states = self._run_block(layout, cad, first_pages)[layout.sample_indices]
         if self._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy:
             tokens, probs = self._sample_draft_tokens(hidden_states, sampling_metadata)
             self._last_draft_probs = probs.view(-1, k, probs.shape[-1]).contiguous()
-            return self._hand_out(tokens.view(-1, k), None)
-        return self._hand_out(*self._draft(hidden_states, next_token_ids, k, self._ranking))
+            return self.backend.hand_out(tokens.view(-1, k), None)
+        return self.backend.hand_out(*self._draft(hidden_states, next_token_ids, k, self.backend.ranking))
 
     def unless_off(self, propose: Callable[..., Any]) -> Callable[..., Any]:
         """Around the runner's ``propose_draft_token_ids``: a step that neither drafts nor verified drafts keeps its features, no more."""
@@ -242,35 +179,29 @@ class DFlashProposer(NativeDFlashProposer):
         num_rejected: torch.Tensor | None, *, later: bool,
     ) -> None:  # fmt: skip
         """Writes the context of a step's committed rows into the KV cache, or keeps their features until something is drafted."""
-        slots = cad.slot_mapping[: len(features)]
-        if num_rejected is not None and not (self.on_cpu and sum(lengths) == len(features)):
-            if self.on_cpu:
-                rows = committed_rows(cad.query_start_loc_cpu[: len(lengths)].tolist(), lengths, self.device)
-                features, positions, slots = features[rows], positions[rows], slots[rows]
-            else:
-                slots = without_rejected(slots, cad.query_start_loc, num_rejected)
+        rows = features, positions, cad.slot_mapping[: len(features)]
+        if num_rejected is not None:
+            rows = self.backend.committed(rows, cad, lengths, num_rejected)
         if later and self.context.may_wait:
-            self.context.keep([features], positions, slots)
+            features, *others = rows
+            self.context.keep([features], *others)
         else:
-            self.context.write(features, positions, slots)
+            self.context.write(*rows)
 
     def _live_pages(self) -> tuple[set[int], int] | None:
         """See ``ContextStore``."""
-        if self.block_size != self.vllm_config.cache_config.block_size:
+        if self.page_size != self.vllm_config.cache_config.block_size:
             return None  # vLLM's pages are several of the kernel's, by which slots are counted
-        return {page for request in self.runner.requests.values() for page in request.block_ids[self.kv_cache_gid]}, self.block_size
-
-    def _hand_out(self, tokens: torch.Tensor, confidences: torch.Tensor | None) -> "torch.Tensor | Drafts":
-        return Drafts(tokens.tolist(), None if confidences is None else confidences.tolist()) if self.on_cpu else tokens
+        return {page for request in self.runner.requests.values() for page in request.block_ids[self.kv_cache_gid]}, self.page_size
 
     def _run_block(self, layout: BlockLayout, cad: CommonAttentionMetadata, first_pages: torch.Tensor | None) -> torch.Tensor:
         """Runs the drafter over the block's queries; returns hidden states [B * b or more, H]."""
         if first_pages is not None:
             cad = cad.replace(block_table_tensor=without_first_pages(cad.block_table_tensor, first_pages))
-            layout = replace(layout, seq_lens=(layout.seq_lens - first_pages * self.block_size).to(layout.seq_lens.dtype))
+            layout = replace(layout, seq_lens=(layout.seq_lens - first_pages * self.page_size).to(layout.seq_lens.dtype))
         metadata = self._layer_metadata(layout, cad)
-        if self._eager_layers is not None:
-            return self._eager_layers(layout.input_ids, layout.positions, layout.slot_mapping, metadata)
+        if self.backend.run_layers is not None:
+            return self.backend.run_layers(layout.input_ids, layout.positions, layout.slot_mapping, metadata)
         num_tokens = layout.input_ids.shape[0]
         mode, num_input_tokens, num_tokens_across_dp = self._determine_batch_execution_and_padding(num_tokens)
         self._query_ids[:num_tokens] = layout.input_ids
@@ -298,7 +229,7 @@ class DFlashProposer(NativeDFlashProposer):
         if cad.num_actual_tokens == count:
             return starts, [1] * count
         bounds = cad.query_start_loc_cpu[: count + 1].tolist()
-        rejected = num_rejected.tolist() if num_rejected is not None and self.on_cpu else [0] * count
+        rejected = self.backend.lost_rows(num_rejected, count)
         return starts, [end - begin - lost for begin, end, lost in zip(bounds, bounds[1:], rejected, strict=False)]
 
     def _watch(self, cad: CommonAttentionMetadata, starts: list[int], lengths: list[int]) -> torch.Tensor | None:
@@ -319,7 +250,7 @@ class DFlashProposer(NativeDFlashProposer):
     def _fill_with_zeros(self, hole: Hole, table: torch.Tensor) -> None:
         """Zeros for the hole's keys and values, so that a page that is still in use holds nothing of another request."""
         positions = torch.arange(hole.start, hole.end, device=table.device)
-        self.model.store_zeros(table[positions // self.block_size].long() * self.block_size + positions % self.block_size)
+        self.model.store_zeros(paged_slots(table[None], positions[None], self.page_size)[0])
 
     def _layer_metadata(self, layout: BlockLayout, cad: CommonAttentionMetadata) -> dict[str, Any]:
         """Attention metadata by draft layer; layers differ only in whether a query sees later ones of its block."""
@@ -338,9 +269,9 @@ class DFlashProposer(NativeDFlashProposer):
 
     def _block_metadata(self, layout: BlockLayout, cad: CommonAttentionMetadata, causal: bool) -> CommonAttentionMetadata:
         """Attention metadata of the block: b queries a request."""
-        upper_bound, b, starts = cad.seq_lens_cpu_upper_bound, self.num_queries, block_bounds(cad.num_reqs, self.num_queries)
+        upper_bound, b, starts = cad.seq_lens_cpu_upper_bound, self.draft_block_size, block_bounds(cad.num_reqs, self.draft_block_size)
         return CommonAttentionMetadata(
-            query_start_loc=starts if self.on_cpu else self.arange[: cad.num_reqs + 1] * b,
+            query_start_loc=self.backend.query_start_loc(starts),
             query_start_loc_cpu=starts,
             seq_lens=layout.seq_lens,
             # An upper bound may count rejected tokens; it only sizes work.

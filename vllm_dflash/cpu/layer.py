@@ -1,7 +1,7 @@
 """A decoder layer on a CPU without compilation: vLLM's kernels called one after the other, with nothing between them.
 
 Run as modules, half of a forward of one request is Python between kernels (docs/performance.md). The kernels are those that the
-modules call, into memory that the next layer takes again. ``eager_draft.py`` has the draft layers, ``eager_target.py`` the target's.
+modules call, into memory that the next layer takes again. ``draft.py`` has the draft layers, ``target.py`` the target's.
 Limits: one rank, projections and a cache that are not quantized, no LoRA, vLLM's CPU attention, no KV connector; elsewhere the modules run.
 
 Nothing that is made of weights is kept beyond them: they may be loaded anew, in place or by a new storage, at any time. A parameter is

@@ -21,8 +21,8 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID, RejectionSampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from vllm_dflash.drafting.rows import Rows, ThinkingBudgets, each_row_alone, without_processors
-from vllm_dflash.drafting.sampling import SeedDraws, draw_tokens
+from vllm_dflash.cpu.rows import Rows, ThinkingBudgets, each_row_alone, without_processors
+from vllm_dflash.cpu.sampling import SeedDraws, draw_tokens
 
 _GREEDY_BELOW = 1e-5
 """Temperatures below are greedy, as vLLM's sampler has it."""

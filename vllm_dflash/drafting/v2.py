@@ -9,17 +9,16 @@ Limits: text only, and one pipeline stage, as the drafter takes the target's emb
 """
 
 import copy
-from collections.abc import Sequence
 from math import prod
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator as NativeDFlashSpeculator
 
 from vllm_dflash.checks import check_v2_runner, settled
 from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.drafting.layout import end_blocks_at
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.metrics.drafter import attach as record_drafter
 
@@ -83,40 +82,9 @@ class DFlashSpeculator(NativeDFlashSpeculator):
             num_queries, num_samples = prod(queries), prod(samples)
             end_blocks_at(
                 self.max_model_len,
+                last_positions=self.sample_pos[:num_samples].view(samples)[:, -1:],
                 rows=[buffer[:num_queries].view(queries) for buffer in (self.input_buffers.input_ids, self.input_buffers.positions)],
                 slots=[self.block_tables.slot_mappings[group, :num_queries].view(queries) for group in self.draft_kv_cache_group_ids],
                 sample_indices=self.sample_indices[:num_samples].view(samples),
-                sample_positions=self.sample_pos[:num_samples].view(samples),
             )
         super()._generate_draft(num_reqs, num_tokens_padded, attn_metadata, slot_mappings, *args, **kwargs)
-
-
-def end_blocks_at(
-    max_model_len: int, *, rows: Sequence[torch.Tensor], slots: Sequence[torch.Tensor], sample_indices: torch.Tensor,
-    sample_positions: torch.Tensor,
-) -> None:  # fmt: skip
-    """Moves, in place, each block that reaches past ``max_model_len`` back by its overflow; the others stay as they are.
-
-    Attention takes a request's 1 + K query rows for the last 1 + K positions of its sequence, which vLLM ends at
-    ``max_model_len``: windows and causal masks of an overflowing block would be off by the overflow. So its rows are moved to
-    where their positions are, and the rows in front of them stand for nothing. Rows past the end fall out; vLLM would give them
-    slots of positions that the same request holds, and so overwrite its context.
-
-    Args:
-        max_model_len: in tokens.
-        rows: ``[num_reqs, 1 + K]`` each, what is moved along: token ids and positions.
-        slots: int64 ``[num_reqs, 1 + K]`` of each KV cache group; ``PAD_SLOT_ID`` in rows that stand for nothing.
-        sample_indices: int64 ``[num_reqs, K]``, rows in the batch that predict each mask's token.
-        sample_positions: int64 ``[num_reqs, K]``, the masks' positions, not clamped; 0 in a graph's padding rows. Not changed.
-    """
-    num_masks = sample_positions.shape[1]
-    # The anchor itself always fits: vLLM's scheduler keeps one position free for it.
-    overflow = (sample_positions[:, -1:] - (max_model_len - 1)).clamp_(min=0)
-    offsets = torch.arange(num_masks + 1, device=overflow.device) - overflow
-    sources = offsets.clamp(min=0)
-    for buffer in rows:
-        buffer.copy_(buffer.gather(1, sources))
-    for group in slots:
-        group.copy_(group.gather(1, sources).masked_fill_(offsets < 0, PAD_SLOT_ID))
-    # A mask past the end has no row; its token is never used, and any row of its request will do.
-    sample_indices += torch.minimum(overflow, num_masks - torch.arange(1, num_masks + 1, device=overflow.device))

@@ -1,0 +1,143 @@
+"""A CPU's part of the V1 proposer: the host is the device, so it knows what was rejected, and each tensor operator counts.
+
+pytest tests/engine/test_draft_parity.py tests/engine/test_context_integrity.py
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vllm_dflash.adaptive.acceptance import row_step
+from vllm_dflash.adaptive.settings import is_adaptive
+from vllm_dflash.cpu.draft import EagerContext, EagerLayers, eager_logits
+from vllm_dflash.cpu.huge_pages import use_huge_pages
+from vllm_dflash.cpu.layer import can_run
+from vllm_dflash.cpu.target import use_eager_layers
+from vllm_dflash.drafting.backend import Backend, Rows
+from vllm_dflash.drafting.context_store import WriteRows
+from vllm_dflash.drafting.drafts import Drafts
+from vllm_dflash.drafting.layout import block_bounds, committed_rows, paged_slots
+from vllm_dflash.heads import Ranking
+from vllm_dflash.patches import cpu_layers, v1_draft_metadata, v1_steps_without_drafts, v1_verifier
+from vllm_dflash.plugin import patch_set
+
+if TYPE_CHECKING:
+    from vllm_dflash.drafting.v1 import DFlashProposer
+
+# A name below "vllm", so that vLLM's own handlers and format apply.
+_logger = init_logger("vllm.plugins.dflash")
+_CHUNK_ROWS = 512
+"""Context rows that are projected at once: what is computed in between stays in the processor's caches."""
+# By name each call would look its overload up.
+_greedy_argmax: Any = torch.ops._C.greedy_argmax.default
+_slot_mapping: Any = getattr(torch.ops._C, "compute_slot_mapping_kernel_impl", None)
+
+
+def _slots(block_table: Tensor, positions: Tensor, page_size: int) -> Tensor:
+    """As ``paged_slots``, by vLLM's kernel in place of six operators of which each costs more than the work itself."""
+    slots, bounds = torch.empty_like(positions), block_bounds(*positions.shape)
+    _slot_mapping(bounds, positions.view(-1), block_table, slots.view(-1), page_size)
+    return slots
+
+
+class CPUBackend(Backend):
+    """Drafts are verified by our own class; layers run kernel by kernel where they can."""
+
+    slots = staticmethod(_slots if _slot_mapping else paged_slots)
+
+    def __init__(self, proposer: "DFlashProposer") -> None:
+        super().__init__(proposer)
+        self._ones = torch.ones(proposer.max_batch_size, dtype=torch.int32)
+        """Kept tokens where none was drafted."""
+
+    def load(self, target_model: Any) -> None:
+        """Takes the loaded drafter and puts our verifier into the runner."""
+        proposer, config = self.proposer, self.proposer.vllm_config
+        logits: Callable[[Tensor], Any] = proposer.model.compute_logits
+        self.write_context = _in_chunks(self.write_by_modules)
+        # A connector takes and brings keys and values in vLLM's attention modules.
+        if config.kv_transfer_config is None:
+            use_eager_layers(target_model)
+            model = proposer.model.model
+            if patch_set().fits(cpu_layers.PATCH) and can_run(model):
+                self.run_layers, logits = (layers := EagerLayers(model)), eager_logits(proposer.model)
+                self.write_context = _in_chunks(_checked(proposer.model.check_features, EagerContext(model, layers)))
+        self.ranking = Ranking(
+            logits, _greedy_argmax, lambda hidden: _greedy_argmax(logits(hidden).to(torch.float32)), confident=is_adaptive(config)
+        )
+        attach, runner = patch_set().attach, proposer.runner
+        attach(runner, [v1_verifier.PATCH], runner)
+        self._verifier = runner.rejection_sampler
+        attach(runner, [v1_draft_metadata.PATCH], runner, proposer.max_batch_size)
+        attach(runner, [v1_steps_without_drafts.PATCH], proposer)
+        _logger.info("moved %d MiB of this process's memory into huge pages", use_huge_pages() >> 20)
+
+    def next_token_ids(self, native: Callable[..., tuple[Tensor, Tensor]], sampled: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        """As vLLM's, without its stand-ins for kernels, and without looking up tokens for requests that need none."""
+        if self.proposer.runner.discard_request_mask.np[: len(sampled)].any():
+            return native(sampled, *args)
+        if sampled.shape[1] == 1:
+            return sampled[:, 0], self._ones[: len(sampled)]
+        output, anchors, counts = self._verifier.last
+        if output is sampled:
+            return torch.tensor(anchors, dtype=torch.int32), torch.tensor(counts, dtype=torch.int32)
+        kept = (sampled >= 0).sum(1, dtype=torch.int32)
+        return sampled.gather(1, (kept - 1).long()[:, None])[:, 0], kept
+
+    def rejected(
+        self, native: Callable[..., Any], cad: CommonAttentionMetadata, spec_decode_metadata: Any, kept: Tensor
+    ) -> tuple[CommonAttentionMetadata, Tensor | None, Tensor | None]:
+        """As vLLM's; None for the rejected tokens if nothing was drafted."""
+        if spec_decode_metadata.max_spec_len == 0:
+            return cad, None, None
+        # A prompt that is not at its end keeps no token and has no drafts.
+        rejected = [n + 1 - count if n else 0 for n, count in zip(spec_decode_metadata.num_draft_tokens, kept.tolist(), strict=True)]
+        return cad, None, torch.tensor(rejected, dtype=torch.int32)
+
+    def lost_rows(self, num_rejected: Tensor | None, num_reqs: int) -> list[int]:
+        """[B] rejected rows."""
+        return [0] * num_reqs if num_rejected is None else num_rejected.tolist()
+
+    def committed(self, rows: Rows, cad: CommonAttentionMetadata, lengths: list[int], num_rejected: Tensor) -> Rows:
+        """Those rows and no others."""
+        features, positions, slots = rows
+        if sum(lengths) == len(features):
+            return rows
+        kept = committed_rows(cad.query_start_loc_cpu[: len(lengths)].tolist(), lengths, features.device)
+        return features[kept], positions[kept], slots[kept]
+
+    def query_start_loc(self, on_host: Tensor) -> Tensor:
+        """``on_host`` itself."""
+        return on_host
+
+    def hand_out(self, tokens: Tensor, confidences: Tensor | None) -> Drafts:
+        """As lists, with the confidences where the scheduler asks for them."""
+        return Drafts(tokens.tolist(), None if confidences is None else confidences.tolist())
+
+
+def _checked(check: Callable[[Tensor], None], write: WriteRows) -> WriteRows:
+    def writing(features: Tensor, positions: Tensor, slots: Tensor) -> None:
+        check(features)
+        write(features, positions, slots)
+
+    return writing
+
+
+def _in_chunks(write: WriteRows) -> WriteRows:
+    """``write`` for any number of rows, by parts of round numbers: a CPU's kernels are made anew for each number of rows."""
+
+    def writing(*rows: Tensor) -> None:
+        for chunk in zip(*(column.split(_CHUNK_ROWS) for column in rows), strict=True):
+            write(*map(_padded, chunk))
+
+    return writing
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """``rows`` [N, ...] and the last one again up to a round number."""
+    missing = -len(rows) % row_step(len(rows))
+    return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
