@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_dflash.adaptive.acceptance import row_step
@@ -22,14 +21,13 @@ from vllm_dflash.drafting.context_store import WriteRows
 from vllm_dflash.drafting.drafts import Drafts
 from vllm_dflash.drafting.layout import block_bounds, committed_rows, paged_slots
 from vllm_dflash.heads import Ranking
+from vllm_dflash.log import logger
 from vllm_dflash.patches import cpu_layers, v1_draft_metadata, v1_steps_without_drafts, v1_verifier
 from vllm_dflash.plugin import patch_set
 
 if TYPE_CHECKING:
     from vllm_dflash.drafting.v1 import DFlashProposer
 
-# A name below "vllm", so that vLLM's own handlers and format apply.
-_logger = init_logger("vllm.plugins.dflash")
 _CHUNK_ROWS = 512
 """Context rows that are projected at once: what is computed in between stays in the processor's caches."""
 # By name each call would look its overload up.
@@ -74,7 +72,7 @@ class CPUBackend(Backend):
         self._verifier = runner.rejection_sampler
         attach(runner, [v1_draft_metadata.PATCH], runner, proposer.max_batch_size)
         attach(runner, [v1_steps_without_drafts.PATCH], proposer)
-        _logger.info("moved %d MiB of this process's memory into huge pages", use_huge_pages() >> 20)
+        logger.info("moved %d MiB of this process's memory into huge pages", use_huge_pages() >> 20)
 
     def next_token_ids(self, native: Callable[..., tuple[Tensor, Tensor]], sampled: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         """As vLLM's, without its stand-ins for kernels, and without looking up tokens for requests that need none."""

@@ -28,11 +28,11 @@ from vllm_dflash.drafting.coverage import ContextCoverage, Hole, without_first_p
 from vllm_dflash.drafting.drafts import Drafts
 from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_bounds, block_layout, paged_slots
 from vllm_dflash.heads import Ranked, Ranking
+from vllm_dflash.log import logger
 from vllm_dflash.metrics.drafter import attach as record_drafter
 from vllm_dflash.models.drafter import DrafterForCausalLM
 
-# A name below "vllm", so that vLLM's own handlers and format apply.
-_logger = init_logger("vllm.plugins.dflash")
+_logger = init_logger(logger.name)
 
 
 class DFlashProposer(NativeDFlashProposer):
