@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from training_runs import SMALL, lines_of
+from vllm_dflash.files import RunError
 from vllm_dflash.training import self_prompts, target
 from vllm_dflash.training import settings as training_settings
 from vllm_dflash.training.errors import TrainingError
@@ -105,7 +106,7 @@ def test_a_target_that_says_one_thing(tmp_path: Path, found: Any, monkeypatch: p
 def test_other_settings_are_not_mixed_with(tmp_path: Path, found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     Answers(monkeypatch, found.tokenizer)
     self_prompts.write_prompts(chosen(tmp_path), found, 1024)
-    with pytest.raises(TrainingError, match=r"begun by the stage prompts with self_temperature 1.0 \(now 0.7\)"):
+    with pytest.raises(RunError, match=r"begun by the stage prompts with self_temperature 1.0 \(now 0.7\)"):
         self_prompts.write_prompts(chosen(tmp_path, self_temperature=0.7), found, 1024)
 
 

@@ -21,7 +21,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm_dflash.adaptive.controller import Controller, Plan
 from vllm_dflash.adaptive.cost import Work
 from vllm_dflash.compat import num_drafted
-from vllm_dflash.drafting.drafts import confidences_of
+from vllm_dflash.drafts import confidences_of
 from vllm_dflash.patches.adaptive_scheduler import cut_drafts, cut_placeholders, plan_drafts
 
 _MEASURED_EVERY = 4

@@ -18,8 +18,8 @@ from vllm_dflash.cpu.layer import can_run
 from vllm_dflash.cpu.target import use_eager_layers
 from vllm_dflash.drafting.backend import Backend, Rows
 from vllm_dflash.drafting.context_store import WriteRows
-from vllm_dflash.drafting.drafts import Drafts
 from vllm_dflash.drafting.layout import block_bounds, committed_rows, paged_slots
+from vllm_dflash.drafts import Drafts
 from vllm_dflash.heads import Ranking
 from vllm_dflash.log import logger
 from vllm_dflash.patches import cpu_layers, v1_draft_metadata, v1_steps_without_drafts, v1_verifier

@@ -6,13 +6,12 @@ pytest tests/engine/test_draft_parity.py
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
 from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_dflash.drafting.context_store import WriteRows
-from vllm_dflash.drafting.drafts import Drafts
 from vllm_dflash.drafting.layout import paged_slots, without_rejected
+from vllm_dflash.drafts import Drafts
 from vllm_dflash.heads import Ranking
 
 if TYPE_CHECKING:
@@ -76,13 +75,3 @@ class Backend:
     def hand_out(self, tokens: Tensor, confidences: Tensor | None) -> "Tensor | Drafts":
         """Draft tokens [B, K] as vLLM's runner takes them; on a GPU nobody asks for confidences."""
         return tokens
-
-
-def backend_for(proposer: "DFlashProposer", device: torch.device) -> Backend:
-    """The backend of ``device``."""
-    if device.type != "cpu":
-        return Backend(proposer)
-    # It looks kernels up that vLLM's builds for other devices do not have.
-    from vllm_dflash.cpu.backend import CPUBackend
-
-    return CPUBackend(proposer)

@@ -22,11 +22,11 @@ from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
 from vllm_dflash.checks import check_logits_processors, settled
 from vllm_dflash.config import DrafterConfigError
-from vllm_dflash.drafting.backend import backend_for
+from vllm_dflash.drafting.backend import Backend
 from vllm_dflash.drafting.context_store import ContextStore
 from vllm_dflash.drafting.coverage import ContextCoverage, Hole, without_first_pages
-from vllm_dflash.drafting.drafts import Drafts
 from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_bounds, block_layout, paged_slots
+from vllm_dflash.drafts import Drafts
 from vllm_dflash.heads import Ranked, Ranking
 from vllm_dflash.log import logger
 from vllm_dflash.metrics.drafter import attach as record_drafter
@@ -61,7 +61,7 @@ class DFlashProposer(NativeDFlashProposer):
         self._causal: dict[str, bool] = {}
         """By draft layer, whether a query sees no later ones of its block."""
         self.context = ContextStore(vllm_config, device, self._live_pages)
-        self.backend = backend_for(self, device)
+        self.backend = _backend(self, device)
         record_drafter(self, vllm_config, device)
 
     def load_model(self, target_model: Any) -> None:
@@ -289,3 +289,12 @@ class DFlashProposer(NativeDFlashProposer):
 def context_counts(worker: Any) -> dict[str, int]:
     """Context positions that a worker's drafter has computed, taken over and missed: ``llm.collective_rpc(context_counts)``."""
     return dict(vars(worker.model_runner.drafter.coverage.counts))
+
+
+def _backend(proposer: DFlashProposer, device: torch.device) -> Backend:
+    if device.type != "cpu":
+        return Backend(proposer)
+    # It looks kernels up that vLLM's builds for other devices do not have.
+    from vllm_dflash.cpu.backend import CPUBackend
+
+    return CPUBackend(proposer)
