@@ -8,7 +8,7 @@ from vllm_dflash.patch import Patch
 
 
 def _replace(original: Any, model: Any) -> Any:
-    from vllm_dflash.cpu.target import EagerTarget
+    from vllm_dflash.cpu.target_layers import EagerTarget
 
     return EagerTarget(model)
 

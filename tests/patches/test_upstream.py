@@ -149,7 +149,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-import vllm_dflash.cpu.target as cpu_layers
+import vllm_dflash.cpu.target_layers as cpu_layers
 cpu_layers.EagerTarget = lambda model: lambda *args: "fast"
 runner, scheduler, model = (cls.__new__(cls) for cls in (CPUModelRunner, Scheduler, Qwen3Model))
 torch.nn.Module.__init__(model)

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "vllm_dflash"
 NEEDS_VLLM = {
-    "adaptive.scheduler", "cluster.replica", "cpu.backend", "cpu.draft", "cpu.layer", "cpu.rows", "cpu.target",
+    "adaptive.scheduler", "cluster.replica", "cpu.backend", "cpu.draft_layers", "cpu.layers", "cpu.rows", "cpu.target_layers",
     "cpu.verification", "drafting.backend", "drafting.context_store", "drafting.v1", "drafting.v2", "models.context",
     "models.drafter", "models.kernels", "models.loading", "models.norm", "models.own", "training.hidden_states",
 }  # fmt: skip

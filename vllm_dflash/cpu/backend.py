@@ -12,10 +12,10 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_dflash.adaptive.acceptance import row_step
 from vllm_dflash.adaptive.settings import is_adaptive
-from vllm_dflash.cpu.draft import EagerContext, EagerLayers, eager_logits
+from vllm_dflash.cpu.draft_layers import EagerContext, EagerLayers, eager_logits
 from vllm_dflash.cpu.huge_pages import use_huge_pages
-from vllm_dflash.cpu.layer import can_run
-from vllm_dflash.cpu.target import use_eager_layers
+from vllm_dflash.cpu.layers import can_run
+from vllm_dflash.cpu.target_layers import use_eager_layers
 from vllm_dflash.drafting.backend import Backend, Rows
 from vllm_dflash.drafting.context_store import WriteRows
 from vllm_dflash.drafting.layout import block_bounds, committed_rows, paged_slots

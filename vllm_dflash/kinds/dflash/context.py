@@ -89,7 +89,7 @@ class Served(nn.Module):
 
     def fast(self) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
         """``combine`` and ``project`` in one, kernel by kernel; None for weights packed otherwise."""
-        from vllm_dflash.cpu.layer import Linear, live
+        from vllm_dflash.cpu.layers import Linear, live
 
         if self.quantized or not hasattr(self.fc, "cpu_linear"):
             return None

@@ -1,13 +1,13 @@
 """A decoder layer on a CPU without compilation: vLLM's kernels called one after the other, with nothing between them.
 
 Run as modules, half of a forward of one request is Python between kernels (docs/performance.md). The kernels are those that the
-modules call, into memory that the next layer takes again. ``draft.py`` has the draft layers, ``target.py`` the target's.
+modules call, into memory that the next layer takes again. ``draft_layers.py`` has the draft layers, ``target_layers.py`` the target's.
 Limits: one rank, projections and a cache that are not quantized, no LoRA, vLLM's CPU attention, no KV connector; elsewhere the modules run.
 
 Nothing that is made of weights is kept beyond them: they may be loaded anew, in place or by a new storage, at any time. A parameter is
 looked up in its module for each forward, and a prepared weight is taken anew when its module has another kernel.
 
-    pytest tests/engine/test_draft_parity.py tests/engine/test_eager_target.py tests/engine/test_reload.py
+    pytest tests/engine/test_draft_parity.py tests/engine/test_target_layers.py tests/engine/test_reload.py
 """
 
 import inspect

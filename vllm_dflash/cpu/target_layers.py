@@ -2,10 +2,10 @@
 
 With one request, half of the target's forward is Python between small operators, seven for each norm and a dozen calls for each
 attention (docs/performance.md). A norm is one call here, which does the same arithmetic in the same order, so that the target writes
-what it writes without a drafter. Limits: Qwen3, not its mixtures of experts, and those of ``layer.py``; elsewhere, and in
+what it writes without a drafter. Limits: Qwen3, not its mixtures of experts, and those of ``layers.py``; elsewhere, and in
 steps with embeddings for input, the modules run.
 
-    pytest tests/engine/test_eager_target.py tests/engine/test_reload.py
+    pytest tests/engine/test_target_layers.py tests/engine/test_reload.py
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer, Qwen3Model
 
-from vllm_dflash.cpu.layer import Layer, Room, can_run, embedding, live
+from vllm_dflash.cpu.layers import Layer, Room, can_run, embedding, live
 from vllm_dflash.patches import cpu_target
 from vllm_dflash.plugin import patch_set
 

@@ -1,4 +1,4 @@
-"""The draft layers on a CPU without compilation, kernel by kernel (``layer.py``), and what is around them.
+"""The draft layers on a CPU without compilation, kernel by kernel (``layers.py``), and what is around them.
 
 pytest tests/engine/test_draft_parity.py
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 
-from vllm_dflash.cpu.layer import Layer, Linear, Room, embedding, live
+from vllm_dflash.cpu.layers import Layer, Linear, Room, embedding, live
 
 # By name each call would look its overload up.
 _rms_norm, _fused_add_rms_norm = torch.ops._C.rms_norm.default, torch.ops._C.fused_add_rms_norm.default

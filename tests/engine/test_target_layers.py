@@ -1,6 +1,6 @@
 """The target's layers as our class runs them compute what vLLM's modules compute, to the last bit: hidden states, features, keys and values.
 
-pytest tests/engine/test_eager_target.py
+pytest tests/engine/test_target_layers.py
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ def seen(random_target: Path, random_drafter: Path) -> dict[tuple[str, str], dic
         jobs["random", dtype] = {
             "target": str(random_target), "drafter": str(random_drafter), "prompts": random_prompts(6, 512), "dtype": dtype,
         }  # fmt: skip
-    return dict(zip(jobs, run_worker("eager_worker.py", list(jobs.values())), strict=True))
+    return dict(zip(jobs, run_worker("target_layers_worker.py", list(jobs.values())), strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,7 +11,7 @@ from engines import answer_jobs, model_runner, start
 
 def compare_steps(runner: Any) -> dict[str, int]:
     """From now on; ours comes first, so that a key that it does not write differs from what the modules write after it."""
-    from vllm_dflash.cpu.target import EagerTarget
+    from vllm_dflash.cpu.target_layers import EagerTarget
 
     model = runner.model.model
     ours, seen = model.forward, {"steps": 0, "by modules": 0, "rows": 0, "features": 0, "outputs differ": 0, "caches differ": 0}
