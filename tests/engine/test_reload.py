@@ -15,8 +15,22 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from engine.reload_cases import (
-    DRAFTER_CASES, DRAFTERS, FRESH, LOADED, NOT_RUN, PAST_LOADERS, REFUSALS, REFUSING, RUNNERS, SHARED, TARGET_CASES, TARGET_KINDS,
-    WAYS, WHOLE, table, target_result,
+    DRAFTER_CASES,
+    DRAFTERS,
+    FRESH,
+    LOADED,
+    NOT_RUN,
+    PAST_LOADERS,
+    REFUSALS,
+    REFUSING,
+    RUNNERS,
+    SHARED,
+    TARGET_CASES,
+    TARGET_KINDS,
+    WAYS,
+    WHOLE,
+    table,
+    target_result,
 )  # fmt: skip
 from engine.reloads import MAX_TOKENS, job, redraw, run, wrong_drafts
 from lora import make_adapter, merge
