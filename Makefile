@@ -18,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 COMPAT_TESTS ?= tests/patches tests/compat/suite.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo unit test compat compat-test soak fuzz docs lint wheel sdist clean
+.PHONY: help install demo unit test compat compat-test soak soak-server fuzz docs lint wheel sdist clean
 
 help: ## this text
 	@echo "vllm-dflash: make TARGET [TORCH_INDEX=index of CPU wheels]"
@@ -50,6 +50,9 @@ compat-test: $(INSTALLED) ## the newest supported vLLM's Python over the install
 
 soak: $(INSTALLED) ## half an hour of mixed random requests against their twins without a drafter
 	@$(BIN)/python tests/soak.py --minutes 30
+
+soak-server: $(INSTALLED) ## ten minutes of requests over HTTP against a server without a drafter: memory of every process
+	@$(BIN)/python tests/soak_server.py --minutes 10
 
 fuzz: $(INSTALLED) ## half an hour of random requests of every parameter, all of every answer against plain decoding's
 	@$(BIN)/python tests/fuzz_differential.py --minutes 30

@@ -62,6 +62,14 @@ def refusal(path: Path, error: OSError) -> RunError:
     )
 
 
+def unusable(error: OSError) -> RunError:
+    """Says which file or folder the system refuses this user, and what to do."""
+    return RunError(
+        f"{error.filename} cannot be used ({error.strerror}): give this user the right to read and write it, or set --out to another "
+        "folder; what is finished is kept, and the same command goes on from there"
+    )
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """A new file that gets its name only once all of it is on the disk; what a killed process leaves is overwritten by the next.

@@ -16,9 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from vllm_dflash import records
-from vllm_dflash.files import RunError, refusal
+from vllm_dflash.files import RunError, refusal, unusable
 
 NAME = "lock"
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _HOLDER = {"command": str, "pid": int, "host": str, "since": str}
 
 
@@ -27,7 +28,7 @@ def hold(folder: Path, command: str) -> Iterator[None]:
     """Holds ``folder`` (made if absent) for ``command``.
 
     Raises:
-        RunError: another process holds it, which is named; or the folder cannot be written.
+        RunError: another process holds it, which is named; or it, or within a file of it, is not this user's to read and write.
     """
     path = folder / NAME
     try:
@@ -38,6 +39,10 @@ def hold(folder: Path, command: str) -> Iterator[None]:
     _note(handle, command)
     try:
         yield
+    except OSError as error:
+        if error.filename is None or error.errno not in _REFUSED:
+            raise
+        raise unusable(error) from None
     finally:
         with suppress(OSError):  # what is left says nothing once nobody holds it
             path.unlink()

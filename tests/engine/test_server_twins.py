@@ -6,9 +6,11 @@ The drafter comes as a folder in speculators' format that names its target: ``vl
     pytest -s tests/engine/test_server_twins.py
 """
 
+import http.client
 import json
 import os
 import signal
+import threading
 import time
 import urllib.error
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from engine.harness import DRAFTER, PROMPTS, TARGET
+from engine.harness import DRAFTER, PROMPTS, TARGET, wait_until_gone
 from engine.test_serve import metric, request, server
 from engine.test_server_features import wait_until_idle
 from vllm_dflash.tools.convert import convert
@@ -31,6 +33,8 @@ FLAGS = (
     "--enable-auto-tool-choice", "--tool-call-parser", "pythonic", "--enable-prompt-tokens-details", "--reasoning-parser", "granite",
     # This parser takes all for reasoning until it ends, and vLLM's grammars, tools' too, begin only then.
     "--structured-outputs-config", json.dumps({"enable_in_reasoning": True}),
+    # On SIGTERM requests that run may go on for so many seconds; without it vLLM ends them at once.
+    "--shutdown-timeout", "60",
 )  # fmt: skip
 GREEDY: dict[str, Any] = {"model": "embedded", "temperature": 0}
 PARAMETERS = {
@@ -176,8 +180,6 @@ def test_pause_and_resume(twins: Twins) -> None:
 
 def test_cancelled_streams(twins: Twins) -> None:
     """Clients that hang up leave nothing running, and the others' answers are what they were."""
-    import http.client
-
     plain = ask(twins.plain, "chat")
     body = GREEDY | ASKS["chat"][1] | {"stream": True, "max_tokens": 300, "ignore_eos": True}
 
@@ -201,23 +203,63 @@ def test_metrics_of_two_servers_in_one_folder(twins: Twins) -> None:
     request(twins.plain, "/metrics")
 
 
+def root_of(port: int) -> int:
+    """The first process of the server that listens on a port."""
+    (root,) = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if f"--port\0{port}\0" in _text(path)]
+    return root
+
+
 def descendants(name: str, port: int) -> list[int]:
     """The processes called ``name`` of the server that listens on a port."""
     stats = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")
-            stats[int(stat.parent.name)] = (int(fields[2].split()[1]), (stat.parent / "cmdline").read_text().replace("\0", " "))
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    (root,) = [pid for pid, (_, line) in stats.items() if f"--port {port} " in line]
-    found, todo = [], [root]
+        if fields := _text(stat).rpartition(")")[2].split():
+            stats[int(stat.parent.name)] = (int(fields[1]), _text(stat.parent / "cmdline").replace("\0", " "))
+    found, todo = [], [root_of(port)]
     while todo:
         parent = todo.pop()
         children = [pid for pid, (its, _) in stats.items() if its == parent]
         todo += children
         found += [pid for pid in children if name in stats[pid][1]]
     return found
+
+
+def _text(path: Path) -> str:
+    """What a file of /proc says; nothing where its process is gone."""
+    try:
+        return path.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+@pytest.mark.parametrize("name", ["plain", "drafted"])
+def test_sigterm_under_load(twins: Twins, name: str) -> None:
+    """With a ``--shutdown-timeout`` requests that run are answered to their end, and then the server ends. The twins' last test.
+
+    It is sent once every stream has begun, so that nothing depends on how fast that is.
+    """
+    port, begun, told = getattr(twins, name), threading.Barrier(5), threading.Event()
+    body = GREEDY | ASKS["chat"][1] | {"stream": True, "max_tokens": 120, "ignore_eos": True}
+
+    def read() -> str:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        connection.request("POST", CHAT, json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        first = response.readline()
+        begun.wait(60)
+        told.wait(60)
+        return (first + response.read()).decode()
+
+    root, whole = root_of(port), ask(port, "chat", max_tokens=120, ignore_eos=True)["choices"][0]["message"]["content"]
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(read) for _ in range(4)]
+        begun.wait(60)
+        os.kill(root, signal.SIGTERM)
+        told.set()
+        answers = [each.result() for each in asked]
+    pieces = [[json.loads(line[6:]) for line in answer.splitlines() if line.startswith("data: {")] for answer in answers]
+    assert ["".join(c["delta"].get("content") or "" for p in each for c in p["choices"]) for each in pieces] == [whole] * 4
+    wait_until_gone(root, 60)
 
 
 @pytest.mark.parametrize("name", ["EngineCore", "Worker"])

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from damage import DENIALS, as_a_user
 from vllm_dflash.evaluation.bench import Bench, UnwritableError
 from vllm_dflash.evaluation.html import page as write_page
 from vllm_dflash.evaluation.methods import Drafter, parse_methods
@@ -201,14 +202,30 @@ def test_lines_for_the_terminal():
     assert any(re.fullmatch(r"\s+1  dflash:3\s+135\.0\s+2\.50\s+7\.50  1\.80", line) for line in lines)
 
 
-@pytest.mark.parametrize("name", ["results.json", "report.md", "report.html"])
-def test_a_report_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """A folder in a file's place: named, with what to do. A full disk is the same kind of error."""
-    (tmp_path / name).mkdir()
-    bench = Bench.__new__(Bench)
-    bench._out = tmp_path
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """One that has nothing to report yet."""
+    found = Bench.__new__(Bench)
+    found._out = tmp_path
     monkeypatch.setattr(Bench, "results", lambda self: {})
     monkeypatch.setattr("vllm_dflash.evaluation.report.as_markdown", lambda results: "")
     monkeypatch.setattr("vllm_dflash.evaluation.report.page", lambda results: "")
+    return found
+
+
+@pytest.mark.parametrize("denial", [denial for denial in DENIALS if denial != "no listing"])
+def test_a_folder_without_permission(bench: Bench, denial: str) -> None:
+    bench._out.chmod(DENIALS[denial])
+    try:
+        with as_a_user(), pytest.raises(UnwritableError, match=r"Permission denied.*give another --out"):
+            bench.write()
+    finally:
+        bench._out.chmod(0o755)
+
+
+@pytest.mark.parametrize("name", ["results.json", "report.md", "report.html"])
+def test_a_report_that_cannot_be_written(tmp_path: Path, bench: Bench, name: str) -> None:
+    """A folder in a file's place: named, with what to do. A full disk is the same kind of error."""
+    (tmp_path / name).mkdir()
     with pytest.raises(UnwritableError, match=rf"{name}.*free some space, remove what is in its place"):
         bench.write()

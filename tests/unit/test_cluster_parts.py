@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
-from damage import DAMAGES
+from damage import DAMAGES, DENIALS, REMEDY, as_a_user
 from vllm_dflash.cluster import parts
+from vllm_dflash.cluster.batch import STATE, Job, complete
 from vllm_dflash.cluster.rows import failed
-from vllm_dflash.cluster.settings import ClusterError
+from vllm_dflash.cluster.settings import ClusterError, EngineSettings
+from vllm_dflash.files import RunError
 
 
 def lines(path: Path, *rows: str) -> str:
@@ -161,7 +163,54 @@ def test_damaged_parts(tmp_path: Path, suffix: str, damage: str) -> None:
         return
     said = ""
     try:
-        assert len(parts.read_output(part, tmp_path)) == 2
+        with as_a_user():
+            assert len(parts.read_output(part, tmp_path)) == 2
     except ClusterError as error:
         said = str(error)
     assert not said or (str(tmp_path / part.name) in said and "remove it, and its rows are answered again" in said)
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Job:
+    """A batch run whose rows are all answered, so that no engine is needed to go on with it."""
+    job = Job([lines(tmp_path / "in.jsonl", '{"prompt": "a"}\n', '{"prompt": "b"}\n')], tmp_path / "out", EngineSettings("t"))
+    (part,) = parts.index(job.inputs, job.rows_per_part).parts
+    job.out.mkdir()
+    parts.write(part, job.out, [row | failed("no") for row, _ in parts.read(part)])
+    assert go_on(job) is None
+    return job
+
+
+def go_on(job: Job) -> str | None:
+    """The refusal; None where all rows are found answered."""
+    try:
+        with as_a_user():
+            assert complete(job)["failed"] == 2
+    except (ClusterError, RunError) as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["inputs.json", "summary.json", "lock"])
+def test_damaged_state(finished: Job, name: str, damage: str) -> None:
+    """A run goes on, or says which file and what to do. The lock is there after a kill."""
+    path = finished.out / STATE / name
+    if name == "lock":
+        path.write_text('{"command": "vllm-dflash batch", "pid": 1, "host": "h", "since": "now"}\n')
+    DAMAGES[damage](path)
+    said = go_on(finished)
+    assert said is None or (str(path) in said and REMEDY.search(said)), said
+
+
+@pytest.mark.parametrize("denial", DENIALS)
+@pytest.mark.parametrize("name", [".", STATE])
+def test_a_folder_without_permission(finished: Job, name: str, denial: str) -> None:
+    folder = finished.out / name
+    folder.chmod(DENIALS[denial])
+    try:
+        said = go_on(finished)
+    finally:
+        folder.chmod(0o755)
+    assert said is None or (str(finished.out) in said and REMEDY.search(said)), said
+    assert said is not None or denial in ("no listing", "no writing")

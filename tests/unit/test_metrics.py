@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from damage import DAMAGES
+from damage import DAMAGES, DENIALS, as_a_user
 from vllm_dflash.adaptive.controller import Status
 from vllm_dflash.cli import main
 from vllm_dflash.metrics import catalog, recorder, snapshots
@@ -121,7 +121,9 @@ def test_a_damaged_snapshot_costs_its_own_series_alone(folder: Path, damage: str
     leave(folder, "0", reached_tokens=[(["1"], 2)], accepted_length=[([], histogram("accepted_length", 1, 3))])
     leave(folder, "1", reached_tokens=[(["1"], 3)])
     DAMAGES[damage](folder / snapshots.file_name("engine", "0"))
-    found = [line for line in read(wait=False).splitlines() if line.startswith("vllm_dflash_reached_tokens_total")]
+    with as_a_user():
+        text = read(wait=False)
+    found = [line for line in text.splitlines() if line.startswith("vllm_dflash_reached_tokens_total")]
     assert found[-1] == 'vllm_dflash_reached_tokens_total{engine="1",model_name="m",position="1"} 3.0'
 
 
@@ -155,6 +157,26 @@ class Source:
 def recorder_of(source: Source) -> Recorder:
     config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=0), model_config=SimpleNamespace(served_model_name="m"))
     return Recorder("engine", config, source.samples)
+
+
+@pytest.mark.parametrize("denial", DENIALS)
+def test_a_folder_without_permission(folder: Path, denial: str, caplog: pytest.LogCaptureFixture):
+    """What cannot be read is left out of /metrics, which answers; a writer says so once and goes on."""
+    leave(folder, reached_tokens=[(["1"], 2)])
+    source = Source()
+    recording = recorder_of(source)
+    recording._stop.set()  # its own thread is not this one, for which alone the modes hold
+    folder.chmod(DENIALS[denial])
+    try:
+        with as_a_user():
+            text = read(wait=False)
+            recording.flush()
+            recording.flush()
+    finally:
+        folder.chmod(0o755)
+        recording.close()
+    assert ("reached_tokens_total{" in text) == (denial == "no writing")
+    assert caplog.text.count("are not up to date until it can be written") == (denial != "no listing")
 
 
 def test_a_disk_that_is_full_for_a_while(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -3,7 +3,6 @@
 A fault stands for its kind: of 124 such damages 45 once ended in a JSONDecodeError, TypeError or KeyError.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from damage import DAMAGES, copy_of
+from damage import DAMAGES, DENIALS, REMEDY, as_a_user, copy_of
 from training_runs import answer_held_out, answered_prompts, held_out_file, make_target, run_and_kill, settings
 from vllm_dflash.files import RunError
 from vllm_dflash.reference.decoding import generate as decode
@@ -23,7 +22,6 @@ from vllm_dflash.training.settings import STAGES, Settings
 
 pytestmark = pytest.mark.slow
 
-REMEDY = re.compile(r"\b(remove|give|choose|free|set|run|move)\b")
 STOPPED = (
     "generate/shard-00001.json", "generate/shard-00001.safetensors", "features/shard-00001.json", "features/shard-00001.safetensors",
     "train/inputs.json", "train/log.jsonl", "train/checkpoints/step-00000009.json", "train/checkpoints/step-00000012.json",
@@ -59,7 +57,8 @@ class Run:
     def go_on(self, stages: tuple[str, ...]) -> str | None:
         """The refusal; None where the run ended with the weights of one that was not damaged."""
         try:
-            assert run_stages(self.settings, stages)
+            with as_a_user():
+                assert run_stages(self.settings, stages)
         except RunError as refusal:
             return str(refusal)
         mine = self._weights()
@@ -105,3 +104,27 @@ def test_damaged(run: Run, state: str, name: str, capsys: pytest.CaptureFixture[
         if said is None and state == "stopped" and name.startswith("train/checkpoints/step-00000012") and path.name not in printed:
             faults.append(f"{damage}: the checkpoint was passed over without a word")
     assert not faults, "\n".join([name, *faults])
+
+
+FOLDERS = (".", "generate", "generate/held-out", "features", "train", "train/checkpoints")
+
+
+@pytest.mark.parametrize("denial", DENIALS)
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_without_permission(run: Run, name: str, denial: str) -> None:
+    """A stopped run goes on, or says which folder and what to do; it never begins anew what it cannot see.
+
+    Checkpoints in a folder that could not be listed were once as good as none: training began again at its first step.
+    """
+    folder = copy_of(run.stopped, run.folder) / name
+    folder.chmod(DENIALS[denial])
+    try:
+        said = run.go_on(STAGES[:3])
+    finally:
+        folder.chmod(0o755)
+    needed = {"no writing": (".", "train"), "no listing": ("train/checkpoints",)}.get(denial, FOLDERS)
+    if said is None:
+        assert name not in needed
+    else:
+        assert str(folder) in said
+        assert REMEDY.search(said)

@@ -6,7 +6,9 @@ Limits: a checkpoint is in memory once more while it is written, so that a full 
 """
 
 import io
+import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,10 @@ def _step(path: Path) -> int:
 
 
 def _finished(folder: Path) -> list[Path]:
-    """Checkpoints with their note, newest first."""
-    names = {path.stem for path in folder.glob("step-*.json") if path.stem.removeprefix("step-").isdecimal()}
+    """Checkpoints with their note, newest first; an OSError where the folder is there and cannot be listed, which ``glob`` takes for empty."""
+    try:
+        found = [Path(name) for name in os.listdir(folder)]
+    except FileNotFoundError:
+        return []
+    names = {path.stem for path in found if re.fullmatch(r"step-\d+\.json", path.name)}
     return sorted((folder / f"{name}.pt" for name in names if (folder / f"{name}.pt").exists()), key=_step, reverse=True)
