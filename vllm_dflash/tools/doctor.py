@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from vllm_dflash.acceptance import Acceptance
 from vllm_dflash.checks import count_tokens
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.tools.inspect import inspect_checkpoint
@@ -29,7 +30,7 @@ from vllm_dflash.tools.pair_checks import (
     shape_checks,
     tokenizer_checks,
 )
-from vllm_dflash.tools.pair_runs import Acceptance, EngineError, EngineRun, Pair, ReferenceRun, run_engine, run_reference
+from vllm_dflash.tools.pair_runs import EngineError, EngineRun, Pair, ReferenceRun, run_engine, run_reference
 from vllm_dflash.tools.prompts import PromptError, load_prompts
 
 _NAME_WIDTH = 16
