@@ -8,7 +8,6 @@ pytest tests/patches        each against the installed vLLM
 
 from vllm_dflash.patches import (
     adaptive_scheduler,
-    bench_watch,
     cpu_layers,
     cpu_target,
     draft_lookahead,
@@ -17,7 +16,7 @@ from vllm_dflash.patches import (
     hidden_states,
     request_params,
     scheduler_metrics,
-    scheduler_watch,
+    scheduler_steps,
     server_metrics,
     speculative_config,
     streaming_sessions,
@@ -54,8 +53,7 @@ ALL = (
     request_params.PATCH,
     streaming_sessions.PATCH,
     scheduler_metrics.PATCH,
-    *scheduler_watch.PATCHES,
+    *scheduler_steps.PATCHES,
     server_metrics.PATCH,
-    bench_watch.PATCH,
     hidden_states.PATCH,
 )

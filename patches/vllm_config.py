@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from vllm_dflash.patches import adaptive_scheduler
+from vllm_dflash.patches import adaptive_scheduler, scheduler_steps
 
 from vllm_dflash.patch import Patch
 
@@ -18,7 +18,7 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
         original(self)
         advise_eager(self)
         # After vLLM's own, which decides on asynchronous scheduling.
-        if patch_set().fits(adaptive_scheduler.PATCH):
+        if all(patch_set().fits(patch) for patch in (adaptive_scheduler.PATCH, *scheduler_steps.PATCHES)):
             settle_scheduler(self)
 
     return post_init

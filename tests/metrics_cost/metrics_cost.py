@@ -32,19 +32,31 @@ def switch() -> None:
 
     from vllm_dflash.metrics.drafter import DrafterRecord
     from vllm_dflash.metrics.engine import EngineRecord
+    from vllm_dflash.steps import Steps
 
-    for owner, name in ((EngineRecord, "watch_schedule"), (EngineRecord, "watch_update"), (DrafterRecord, "watch")):
-        setattr(owner, name, _switched(getattr(owner, name), on))
+    EngineRecord.observe = _switched_off(EngineRecord.observe, on)
+    Steps.around_update = _switched(Steps.around_update, on, lambda steps: all(isinstance(o, EngineRecord) for o in steps._observers))
+    DrafterRecord.watch = _switched(DrafterRecord.watch, on, lambda record: True)
     EngineCore.step = _timed(EngineCore.step, path, on)
 
 
-def _switched(watch: Any, on: mmap.mmap) -> Any:
+def _switched_off(observe: Any, on: mmap.mmap) -> Any:
+    def observing(self: Any, step: Any) -> None:
+        if on[0]:
+            observe(self, step)
+
+    return observing
+
+
+def _switched(watch: Any, on: mmap.mmap, is_for_metrics: Any) -> Any:
+    """Reading a step is of the metrics' cost where nobody else watches."""
+
     def watching(self: Any, method: Any) -> Any:
         watched = watch(self, method)
 
         @functools.wraps(method)
         def either(*args: Any, **kwargs: Any) -> Any:
-            return (watched if on[0] else method)(*args, **kwargs)
+            return (watched if on[0] or not is_for_metrics(self) else method)(*args, **kwargs)
 
         return either
 

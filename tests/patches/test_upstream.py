@@ -125,7 +125,7 @@ def test_every_record_is_applied_and_taken_back():
 import functools, importlib
 from types import SimpleNamespace
 import numpy, torch
-from vllm_dflash.patches import ALL, bench_watch, cpu_target, scheduler_watch, v1_draft_metadata, v1_steps_without_drafts, v1_verifier
+from vllm_dflash.patches import ALL, cpu_target, scheduler_steps, v1_draft_metadata, v1_steps_without_drafts, v1_verifier
 from vllm_dflash.supported import installed_vllm
 
 def standing(record):
@@ -158,11 +158,11 @@ runner.rejection_sampler = sampler = RejectionSampler(runner.sampler)
 runner.input_ids = SimpleNamespace(np=numpy.zeros(8, dtype=numpy.int32))
 def around(original, *others):
     return functools.wraps(original)(lambda *args: "around")
-watch = SimpleNamespace(watch_schedule=around, watch_update=around, watch_shutdown=around, around=around)
+steps = SimpleNamespace(around_schedule=around, around_update=around, around_shutdown=around)
 jobs = [
     (runner, [v1_verifier.PATCH], (runner,)), (runner, [v1_draft_metadata.PATCH], (runner, 4)),
     (runner, [v1_steps_without_drafts.PATCH], (SimpleNamespace(unless_off=around),)), (model, [cpu_target.PATCH], (model,)),
-    (scheduler, scheduler_watch.PATCHES, (watch,)), (scheduler, [bench_watch.PATCH], (watch, scheduler)),
+    (scheduler, scheduler_steps.PATCHES, (steps,)),
 ]
 attached = [record for _, records, _ in jobs for record in records]
 assert {record for record in ALL if record.scope == "instance"} == set(attached)
@@ -183,6 +183,45 @@ for owner, records, _ in jobs:
         assert record.name not in vars(owner) or record.name == "rejection_sampler", record.target
 assert runner.rejection_sampler is sampler
 assert set(states().values()) == {"off"} | ({"not needed"} if unneeded else set()), states()
+""")
+
+
+def test_a_scheduler_is_watched_once_by_all_who_ask():
+    """Also again after the records were taken back; where another plug-in has replaced the method, nobody watches it."""
+    run("""
+from types import SimpleNamespace
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm_dflash.patches.place import kept_with
+from vllm_dflash.patches.scheduler_steps import watch
+from vllm_dflash.supported import installed_vllm
+patch_set().apply(installed_vllm())
+Scheduler.update_from_output = lambda self, scheduled, ran: {}
+Scheduler.update_from_output.__module__ = Scheduler.__module__
+seen, closed = [], []
+def observer(name): return SimpleNamespace(what=name, observe=lambda step: seen.append(name), close=lambda: closed.append(name))
+def update(scheduler):
+    scheduler.update_from_output(SimpleNamespace(
+        num_scheduled_tokens={}, scheduled_spec_decode_tokens={}, num_invalid_spec_tokens=None, num_spec_tokens_to_schedule=7,
+    ), SimpleNamespace(sampled_token_ids=[], req_id_to_index={}))
+scheduler, other = Scheduler.__new__(Scheduler), Scheduler.__new__(Scheduler)
+scheduler.requests, scheduler.running, scheduler.waiting = {}, [], []
+assert watch(scheduler, observer("controller"))
+inner = scheduler.update_from_output
+assert watch(scheduler, observer("metrics")) and scheduler.update_from_output is inner
+update(scheduler)
+assert seen == ["controller", "metrics"] and len(kept_with(scheduler)) == 3
+assert patch_set().revert() == []
+update(scheduler)
+assert len(seen) == 2
+assert watch(scheduler, observer("again"))
+update(scheduler)
+assert seen[2:] == ["again"], seen
+
+def foreign(scheduled, ran): pass
+foreign.__module__ = "other_plugin"
+other.update_from_output = foreign
+assert not watch(other, observer("nobody"))
+assert other.update_from_output is foreign and "schedule" not in vars(other)
 """)
 
 

@@ -1,19 +1,34 @@
-"""When a step began that the controller learns from, apart from an engine."""
+"""Our scheduler where its controller has failed, or could not watch: as without one, apart from an engine."""
+
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
-from vllm_dflash.adaptive.scheduler import AdaptiveScheduler
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import DraftTokenIds
+
+from vllm_dflash.adaptive.controller import Controller
+from vllm_dflash.adaptive.learner import Learner
+from vllm_dflash.adaptive.scheduler import AdaptiveAsyncScheduler, AdaptiveScheduler
 
 pytestmark = pytest.mark.vllm
 
 
-@pytest.mark.parametrize(
-    ("last_end", "scheduled_at", "began"),
-    [(1.0, 1.01, 1.0), (1.0, 4.0, 4.0), (None, 4.0, 4.0)],
-    ids=["a short gap is part of it", "a wait is not", "the first after idling"],
-)
-def test_where_a_step_began(last_end: float | None, scheduled_at: float, began: float) -> None:
-    scheduler = AdaptiveScheduler.__new__(AdaptiveScheduler)
-    scheduler._last_end, scheduler._scheduled_at = last_end, scheduled_at
-    assert scheduler._began(scheduled_at + 0.1) == began
+@pytest.mark.parametrize("ours", [AdaptiveScheduler, AdaptiveAsyncScheduler])
+def test_without_a_controller_drafts_are_whole(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K stays as vLLM has it, nothing is asked of the controller, and drafts go to vLLM as they came."""
+    taken: list[Any] = []
+    for theirs in (Scheduler, AsyncScheduler):
+        monkeypatch.setattr(theirs, "_update_after_schedule", lambda self, output: taken.append(output.num_spec_tokens_to_schedule))
+    monkeypatch.setattr(Scheduler, "update_draft_token_ids", lambda self, ids: taken.append(ids.draft_token_ids))
+    scheduler = ours.__new__(ours)
+    scheduler.controller, scheduler._confidences = None, {"a": [0.5]}
+    scheduler._learner = Learner(Controller(7, 8), scheduler._is_synchronous)
+    scheduler._learner.close()
+    scheduler._update_after_schedule(SimpleNamespace(num_spec_tokens_to_schedule=7))
+    assert (scheduler.plan.num_draft_tokens, scheduler.plan.threshold, scheduler.confidences) == (7, 0.0, None)
+    scheduler.update_draft_token_ids(DraftTokenIds(["a"], [[1, 2, 3]]))
+    assert taken == [7, [[1, 2, 3]]]

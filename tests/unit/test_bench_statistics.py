@@ -1,12 +1,13 @@
 """Spreads, paired ratios, and acceptance with a denominator that holds for drafts of any length."""
 
 import random
-from types import SimpleNamespace
 
 import pytest
 
+from step_records import ran_of, scheduled_of, scheduler_of
 from vllm_dflash.evaluation.engine_child import Clock, Watch
 from vllm_dflash.evaluation.statistics import DraftCounts, Spread, paired_ratio, percentile, pooled_acceptance, pooled_tau
+from vllm_dflash.steps import Steps
 
 
 def test_spread():
@@ -45,8 +46,8 @@ def test_conditional_acceptance_of_ragged_drafts():
         counts.observe(verified, accepted, accepted + 1)
     rates = pooled_acceptance([counts.as_dict()])
     assert rates == pytest.approx([0.8, 0.5, 0.5, 0.5], abs=0.03)
-    assert counts.accepted_at[2] / counts.drafts < 0.15
-    assert counts.accepted == sum(counts.accepted_at)
+    assert counts.accepted_at.counts[2] / counts.drafts < 0.15
+    assert counts.accepted == sum(counts.accepted_at.counts)
 
 
 def test_counts_by_hand():
@@ -54,8 +55,8 @@ def test_counts_by_hand():
     counts.observe(verified=3, accepted=1, committed=2)
     counts.observe(verified=0, accepted=0, committed=1)
     counts.observe(verified=1, accepted=1, committed=2)
-    assert (counts.reached, counts.accepted_at) == ([2, 1, 0], [2, 0, 0])
     found = counts.as_dict()
+    assert (found["reached"], found["accepted_at"]) == ([2, 1, 0], [2, 0, 0])
     assert (found["tau"], found["wasted"], found["committed_per_request_step"]) == (2.0, 2, 5 / 3)
     assert pooled_acceptance([found]) == [1.0, 0.0, None]
 
@@ -70,24 +71,27 @@ def test_pooled_over_runs_of_different_length():
     assert pooled_acceptance([]) == []
 
 
-def _request(outputs: int, finished: bool = False) -> SimpleNamespace:
-    return SimpleNamespace(num_output_tokens=outputs, is_finished=lambda: finished)
-
-
 def test_the_watch_over_a_scheduler():
     """A prompt's step, an ended request and tokens past a request's end are not counted as decoding; what vLLM calls accepted is."""
-    requests = {"prompt": _request(0), "drafted": _request(5), "bare": _request(5), "ended": _request(9, True), "resumed": _request(3)}
+    scheduler = scheduler_of({"prompt": 0, "drafted": 5, "bare": 5, "ended": 9, "resumed": 3}, ended={"ended"}, room={"drafted": 2})
     scheduled = {"prompt": 30, "drafted": 4, "bare": 1, "ended": 4, "resumed": 20, "gone": 1}
-    scheduler_output = SimpleNamespace(
-        num_scheduled_tokens=scheduled, scheduled_spec_decode_tokens={"drafted": [7, 8, 9], "ended": [1, 2, 3]}
-    )
     sampled = {"prompt": [1], "drafted": [7, 8, 4], "bare": [2], "ended": [5], "resumed": [6]}
-    runner_output = SimpleNamespace(req_id_to_index={name: i for i, name in enumerate(sampled)}, sampled_token_ids=list(sampled.values()))
-    # Of the three sampled tokens the request had room for two.
-    outputs = [SimpleNamespace(request_id=name, new_token_ids=tokens[:2]) for name, tokens in sampled.items()]
-    scheduler = SimpleNamespace(requests=requests, update_from_output=lambda *_: {0: SimpleNamespace(outputs=outputs)})
-    watch = Watch(Clock())
-    scheduler.update_from_output = watch.around(scheduler.update_from_output, scheduler)
-    scheduler.update_from_output(scheduler_output, runner_output)
-    assert watch.counts == DraftCounts(2, 3, 1, 3, 2, [1, 1, 1], [1, 1, 0])
-    assert (watch.steps, watch.decoding) == (1, False)
+    steps, watch = Steps(scheduler), Watch(Clock())
+    steps.add(watch)
+    steps.around_update(scheduler.update)(scheduled_of(scheduled, drafts={"drafted": [7, 8, 9], "ended": [1, 2, 3]}, k=7), ran_of(sampled))
+    found = watch.counts.as_dict()
+    assert [found[name] for name in ("request_steps", "committed", "drafts", "verified", "accepted")] == [2, 3, 1, 3, 2]
+    assert (found["reached"], found["accepted_at"]) == ([1, 1, 1], [1, 1, 0])
+    assert (watch.steps, watch.committed, watch.decoding) == (1, 2 + 1 + 1 + 1, False)
+
+
+def test_a_step_without_drafts_counts_the_same_however_it_is_read():
+    """From the second on these are known to be plain, and their requests are not gone through."""
+    scheduler = scheduler_of({"a": 3, "b": 4})
+    steps, watch = Steps(scheduler), Watch(Clock())
+    steps.add(watch)
+    update = steps.around_update(scheduler.update)
+    for count in (1, 2, 3):
+        update(scheduled_of({"a": 1, "b": 1}, k=0, num_output_tokens=[3, 4]), ran_of({"a": [1], "b": [1]}))
+        assert (watch.steps, watch.committed, watch.decoding) == (count, 2 * count, True)
+        assert (watch.counts.request_steps, watch.counts.committed, watch.counts.drafts) == (2 * count, 2 * count, 0)

@@ -16,10 +16,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from damage import DAMAGES, DENIALS, as_a_user
+from vllm_dflash.acceptance import Positions
 from vllm_dflash.adaptive.controller import Status
 from vllm_dflash.cli import main
 from vllm_dflash.metrics import catalog, recorder, snapshots
-from vllm_dflash.metrics.counts import Histogram, Positions, Speedup
+from vllm_dflash.metrics.counts import Histogram, Speedup, by_position
 from vllm_dflash.metrics.engine import drafting_samples
 from vllm_dflash.metrics.figures import Scrape, drafting_line, figures, verdict
 from vllm_dflash.metrics.read import read
@@ -71,7 +72,7 @@ def test_positions_are_counted_from_the_ends_of_drafts():
     counts = Positions()
     for length in (0, 2, 3, 3, 1):
         counts.add(length)
-    assert counts.samples() == [(["1"], 4), (["2"], 3), (["3"], 2)]
+    assert by_position(counts) == [(["1"], 4), (["2"], 3), (["3"], 2)]
 
 
 def test_a_histogram_counts_a_bound_in_its_own_bucket():

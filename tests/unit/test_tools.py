@@ -18,6 +18,7 @@ import vllm_dflash
 from broken import edit, shard
 from pairs import make_random_drafter, make_random_target, random_drafter_config
 from variants import VARIANTS
+from vllm_dflash.acceptance import Acceptance
 from vllm_dflash.cli import main
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import published_format
@@ -25,7 +26,7 @@ from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.tools import doctor
 from vllm_dflash.tools.convert import convert
 from vllm_dflash.tools.inspect import inspect_checkpoint
-from vllm_dflash.tools.pair_runs import Acceptance, EngineError, EngineRun, ReferenceRun
+from vllm_dflash.tools.pair_runs import EngineError, EngineRun, ReferenceRun
 from vllm_dflash.tools.repair import config_problems
 
 

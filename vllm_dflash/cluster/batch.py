@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.acceptance import tau
 from vllm_dflash.cluster import parts
 from vllm_dflash.cluster.command import settings_of
 from vllm_dflash.cluster.completer import COUNTED, Completer, count
@@ -181,24 +182,18 @@ def _check_errors(job: Job, sums: dict[str, int]) -> None:
 
 def _progress(sums: dict[str, int], tokens_per_second: float) -> str:
     text = f"{tokens_per_second:.0f} tokens/s"
-    if sums["drafts"]:
-        text += f", tau {_tau(sums):.2f}"
+    if (mean := tau(sums["accepted_tokens"], sums["drafts"])) is not None:
+        text += f", tau {mean:.2f}"
     return text + (f", {sums['failed']} failed" if sums["failed"] else "")
 
 
 def _describe(sums: dict[str, int], out: Path) -> str:
     lines = [f"{out}: {sums['rows']} rows, {sums['completion_tokens']} tokens"]
-    if sums["drafts"]:
-        lines.append(
-            f"  {sums['drafts']} drafts, {sums['accepted_tokens']} of {sums['draft_tokens']} tokens accepted, tau {_tau(sums):.2f}"
-        )
+    if (mean := tau(sums["accepted_tokens"], sums["drafts"])) is not None:
+        lines.append(f"  {sums['drafts']} drafts, {sums['accepted_tokens']} of {sums['draft_tokens']} tokens accepted, tau {mean:.2f}")
     if sums["failed"]:
         lines.append(f"  {sums['failed']} rows failed: their field error says why")
     return "\n".join(lines)
-
-
-def _tau(sums: dict[str, int]) -> float:
-    return 1 + sums["accepted_tokens"] / sums["drafts"]
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:

@@ -7,7 +7,6 @@ data parallelism).
 """
 
 import copy
-import functools
 import hashlib
 import itertools
 import json
@@ -19,8 +18,8 @@ from typing import Any
 
 from vllm_dflash.engines.child import Work, serve, start_llm
 from vllm_dflash.evaluation.statistics import EARLY_STEPS, DraftCounts, percentile
-from vllm_dflash.patches import bench_watch
-from vllm_dflash.plugin import patch_set
+from vllm_dflash.patches.scheduler_steps import watch
+from vllm_dflash.steps import Step
 
 _COUNTERS = {
     "drafts": "vllm:spec_decode_num_drafts",
@@ -64,49 +63,33 @@ class Watch:
     decoding: bool = False
     """Whether the last step decoded only, with no prompt in it."""
 
-    def around(self, update: Any, scheduler: Any) -> Any:
-        """Around ``update_from_output`` of this engine's scheduler: there verified and sampled tokens of a request stand side by side."""
+    what: str = "the benchmark's watch"
+    is_closed: bool = False
+    """No step is counted any more: a figure would be wrong."""
 
-        @functools.wraps(update)
-        def watching(scheduler_output: Any, runner_output: Any) -> Any:
-            rows = self._rows(scheduler, scheduler_output, runner_output)
-            outputs = update(scheduler_output, runner_output)
-            if scheduler_output.num_scheduled_tokens:
-                self._observe(rows, {o.request_id: len(o.new_token_ids) for each in outputs.values() for o in each.outputs})
-            return outputs
-
-        return watching
+    def close(self) -> None:
+        """See ``Observer``."""
+        self.is_closed = True
 
     def reset(self) -> None:
         """Before a run."""
         self.counts, self.steps, self.committed, self.early = DraftCounts(), 0, 0, None
 
-    @staticmethod
-    def _rows(scheduler: Any, scheduled: Any, sampled: Any) -> list[tuple[str, int, int, bool]]:
-        """By request: verified draft tokens, accepted ones, and whether it decodes; read before the scheduler moves on."""
-        rows = []
-        for request_id, num_tokens in scheduled.num_scheduled_tokens.items():
-            request = scheduler.requests.get(request_id)
-            # Under asynchronous scheduling a step may hold requests that ended while it ran.
-            if request is None or request.is_finished():
-                continue
-            index = sampled.req_id_to_index.get(request_id)
-            tokens = sampled.sampled_token_ids[index] if index is not None and sampled.sampled_token_ids else []
-            verified = len(scheduled.scheduled_spec_decode_tokens.get(request_id) or ())
-            decodes = request.num_output_tokens > 0 and num_tokens == 1 + verified
-            rows.append((request_id, verified if len(tokens) else 0, max(len(tokens) - 1, 0), decodes))
-        return rows
-
-    def _observe(self, rows: list[tuple[str, int, int, bool]], committed: dict[str, int]) -> None:
+    def observe(self, step: Step) -> None:
+        """Counts a step."""
+        if not step.scheduled.num_scheduled_tokens:
+            return
         self.steps += 1
-        self.committed += sum(committed.values())
+        self.committed += step.num_committed
         if self.steps == EARLY_STEPS:
             self.early = self.clock.now(), self.committed
-        self.decoding = bool(rows)
-        for request_id, verified, accepted, decodes in rows:
-            self.decoding &= decodes
-            if decodes:
-                self.counts.observe(verified, accepted, committed.get(request_id, 0))
+        self.decoding = step.all_decode
+        if step.is_plain:
+            self.counts.observe_plain(step.num_requests, step.num_committed)
+        for request_id, (verified, accepted) in step.verified.items():
+            self.counts.observe(verified, accepted, step.committed.get(request_id, 0))
+        for request_id in step.undrafted:
+            self.counts.observe(0, 0, step.committed.get(request_id, 0))
 
 
 @dataclass
@@ -139,7 +122,7 @@ class Engine:
         self.clock = Clock()
         self.watch = Watch(self.clock)
         scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
-        if not patch_set().attach(scheduler, [bench_watch.PATCH], self.watch, scheduler):
+        if not watch(scheduler, self.watch):
             raise RuntimeError("this vLLM's steps cannot be watched: `vllm-dflash status` says why")
 
     def describe(self) -> dict[str, Any]:
@@ -221,11 +204,14 @@ class Engine:
         return [requests[str(i)] for i in range(len(requests))]
 
     def _result(self, seconds: float, requests: list[Request], step_ms: list[float], before: dict[str, Any]) -> dict[str, Any]:
+        if self.watch.is_closed:
+            raise RuntimeError("the steps could not be counted: the log of this engine says why")
         after, counts = self._counters(), self.watch.counts
         counted = {name: after[name] - before[name] for name in _COUNTERS}
         ttft, tpot = [r.ttft_ms for r in requests], [r.tpot_ms for r in requests if r.tpot_ms is not None]
         at = [a - b for a, b in zip(after[_PER_POSITION], before[_PER_POSITION], strict=True)]
-        own = counts.accepted_at + [0] * (len(at) - len(counts.accepted_at))
+        counts.accepted_at.reserve(len(at))
+        own = counts.accepted_at.counts
         agree = own == at and (counts.drafts, counts.verified, counts.accepted) == tuple(
             counted[n] for n in ("drafts", "verified", "accepted")
         )

@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.acceptance import tau
 from vllm_dflash.engines.process import EngineFailedError
 from vllm_dflash.evaluation.job import Job
 from vllm_dflash.evaluation.methods import UsageError
@@ -115,7 +116,7 @@ def measured(result: Mapping[str, Any], before: Mapping[str, Any], after: Mappin
         "ttft_p50_ms": result["p50_ttft_ms"], "ttft_p95_ms": result["p95_ttft_ms"],
         "tpot_p50_ms": result["p50_tpot_ms"], "tpot_p95_ms": result["p95_tpot_ms"],
         "drafts": drafts, "verified": verified, "accepted": accepted, "wasted": verified - accepted,
-        "tau": 1 + accepted / drafts if drafts else None, "preemptions": grown("num_preemptions"),
+        "tau": tau(accepted, drafts), "preemptions": grown("num_preemptions"),
         "accepted_at": at if whole else [], "reached": [drafts, *at[:-1]] if whole else [],
     }  # fmt: skip
 

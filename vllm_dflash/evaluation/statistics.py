@@ -5,8 +5,10 @@ pytest tests/unit/test_bench_statistics.py
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
+
+from vllm_dflash.acceptance import Positions, tau
 
 EARLY_STEPS = 200
 """Steps of a run that are also looked at by themselves: what learns has not learned yet."""
@@ -62,8 +64,8 @@ class DraftCounts:
     """Request-steps with at least one draft token."""
     verified: int = 0
     accepted: int = 0
-    reached: list[int] = field(default_factory=list)
-    accepted_at: list[int] = field(default_factory=list)
+    reached: Positions = field(default_factory=Positions)
+    accepted_at: Positions = field(default_factory=Positions)
 
     def observe(self, verified: int, accepted: int, committed: int) -> None:
         """Takes in one request-step: draft tokens verified, how many of the first were accepted, tokens committed."""
@@ -74,21 +76,31 @@ class DraftCounts:
         self.drafts += 1
         self.verified += verified
         self.accepted += accepted
-        grow = [0] * (verified - len(self.reached))
-        self.reached += grow
-        self.accepted_at += grow
-        for i in range(min(accepted + 1, verified)):
-            self.reached[i] += 1
-            self.accepted_at[i] += i < accepted
+        self.reached.reserve(verified)
+        self.accepted_at.reserve(verified)
+        self.reached.add(min(accepted + 1, verified))
+        self.accepted_at.add(accepted)
+
+    def observe_plain(self, request_steps: int, committed: int) -> None:
+        """Takes in so many request-steps without a draft."""
+        self.request_steps += request_steps
+        self.committed += committed
 
     @property
     def tau(self) -> float | None:
         """Tokens that a verification of a draft yields; None where nothing was drafted."""
-        return 1 + self.accepted / self.drafts if self.drafts else None
+        return tau(self.accepted, self.drafts)
 
     def as_dict(self) -> dict[str, Any]:
         """The counts, and what follows from them."""
-        return asdict(self) | {
+        return {
+            "request_steps": self.request_steps,
+            "committed": self.committed,
+            "drafts": self.drafts,
+            "verified": self.verified,
+            "accepted": self.accepted,
+            "reached": self.reached.counts,
+            "accepted_at": self.accepted_at.counts,
             "tau": self.tau,
             "wasted": self.verified - self.accepted,
             "committed_per_request_step": self.committed / self.request_steps if self.request_steps else None,
@@ -105,4 +117,4 @@ def pooled_acceptance(runs: Sequence[Mapping[str, Any]]) -> list[float | None]:
 def pooled_tau(runs: Sequence[Mapping[str, Any]]) -> float | None:
     """tau over all runs: one plus accepted tokens over drafts."""
     drafts = sum(run.get("drafts") or 0 for run in runs)
-    return 1 + sum(run["accepted"] for run in runs if run.get("drafts")) / drafts if drafts else None
+    return tau(sum(run["accepted"] for run in runs if run.get("drafts")), drafts)

@@ -6,6 +6,8 @@ pytest tests/unit/test_metrics.py
 from bisect import bisect_left
 from collections.abc import Sequence
 
+from vllm_dflash.acceptance import Positions
+
 
 class Histogram:
     """Counts by bucket, the last one for everything above, and the sum of what was observed."""
@@ -22,26 +24,9 @@ class Histogram:
         return [list(self.counts), self.sum]
 
 
-class Positions:
-    """Counts of draft tokens by position: only the ends are counted as they come, the rest follows from them."""
-
-    def __init__(self, positions: int = 0) -> None:
-        """``positions``: those that have a count, of zero, before a draft reached them."""
-        self._ends = [0] * (positions + 1)
-
-    def add(self, length: int, times: int = 1) -> None:
-        """``times`` drafts that had, or got right, their first ``length`` tokens."""
-        if length >= len(self._ends):
-            self._ends += [0] * (length + 1 - len(self._ends))
-        self._ends[length] += times
-
-    def samples(self) -> list[tuple[list[str], int]]:
-        """By position from 1 on, how many drafts reached as far."""
-        left, found = sum(self._ends), []
-        for length, count in enumerate(self._ends[:-1]):
-            left -= count
-            found.append(([str(length + 1)], left))
-        return found
+def by_position(positions: Positions) -> list[tuple[list[str], int]]:
+    """Counts by position, from 1 on, for a snapshot."""
+    return [([str(position)], count) for position, count in enumerate(positions.counts, 1)]
 
 
 class Speedup:

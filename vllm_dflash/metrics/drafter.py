@@ -13,9 +13,10 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from vllm_dflash.acceptance import Positions
 from vllm_dflash.compat import v2_skips_drafts
 from vllm_dflash.metrics.catalog import BY_NAME
-from vllm_dflash.metrics.counts import Histogram, Positions
+from vllm_dflash.metrics.counts import Histogram, by_position
 from vllm_dflash.metrics.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class DrafterRecord:
 
     def samples(self) -> dict[str, list[Any]]:
         """Everything, for a snapshot."""
-        found: dict[str, list[Any]] = {"drafted_tokens": self.drafted.samples(), "drafter_seconds": [([], self.seconds.sample())]}
+        found: dict[str, list[Any]] = {"drafted_tokens": by_position(self.drafted), "drafter_seconds": [([], self.seconds.sample())]}
         # The proposer makes it once the page size is known, in its first step.
         coverage = getattr(self._drafter(), "coverage", None) if any(self.seconds.counts) else None
         if coverage is not None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from vllm_dflash.acceptance import Acceptance
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.hub import TargetError, count_tokens, eos_token_id, load_config, load_tokenizer, resolved_dtype
 from vllm_dflash.prompts import PromptError, load_prompts
@@ -28,7 +29,7 @@ from vllm_dflash.tools.pair_checks import (
     shape_checks,
     tokenizer_checks,
 )
-from vllm_dflash.tools.pair_runs import Acceptance, EngineError, EngineRun, Pair, ReferenceRun, run_engine, run_reference
+from vllm_dflash.tools.pair_runs import EngineError, EngineRun, Pair, ReferenceRun, run_engine, run_reference
 
 _NAME_WIDTH = 16
 """Of the longest check's name: each is printed before the others are known."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vllm_dflash.acceptance import Acceptance
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.engines.process import QUIET, EngineFailedError, EngineProcess
 from vllm_dflash.hub import load_model
@@ -43,23 +44,6 @@ class Pair:
     def max_model_len(self) -> int:
         """Room for the longest prompt, its output and one more block: near the limit drafts get shorter, which is not the question."""
         return max(map(len, self.prompts)) + self.max_tokens + self.num_speculative_tokens + 1
-
-
-@dataclass(frozen=True)
-class Acceptance:
-    """Counts over all drafts, as vLLM counts them."""
-
-    drafts: int
-    per_position: list[int]
-    """How many drafts had their token at this position accepted."""
-
-    @property
-    def tau(self) -> float:
-        return 1 + sum(self.per_position) / max(1, self.drafts)
-
-    @property
-    def rates(self) -> list[float]:
-        return [count / max(1, self.drafts) for count in self.per_position]
 
 
 @dataclass(frozen=True)
@@ -122,8 +106,7 @@ def run_reference(pair: Pair, progress: bool) -> ReferenceRun:
         shifts = _shifts(
             target, drafter, [[*p, *t] for p, t in zip(pair.prompts, tokens, strict=True)], list(map(len, pair.prompts)), k, bar
         )
-    per_position = [sum(step.accepted > i for step in steps) for i in range(k)]
-    return ReferenceRun(tokens, leads, Acceptance(len(steps), per_position), shifts)
+    return ReferenceRun(tokens, leads, Acceptance.of((step.accepted for step in steps), k), shifts)
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from vllm_dflash.acceptance import tau
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.files import checksum, claim, read_record, whole_folder, write_record
 from vllm_dflash.formats import published_format, write
@@ -197,7 +198,7 @@ class Trainer:
         norm, good = self.optimizer.step(step, loss_value)
         self.skipped += not good
         self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1
-        return {"loss": loss_value, "train_tau": 1 + accepted_value / max(1, int(batch.exists.sum())), "gradient": norm}
+        return {"loss": loss_value, "train_tau": tau(accepted_value, int(batch.exists.sum())) or 1.0, "gradient": norm}
 
     def _forward(self, part: Batch, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         device = self.model.device

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
+from vllm_dflash.acceptance import Acceptance
 from vllm_dflash.files import read_record, write_record
 from vllm_dflash.progress import Progress
 from vllm_dflash.records import AtLeast
 from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.reference.decoding import generate
-from vllm_dflash.tools.pair_runs import Acceptance, EngineError, Pair, run_engine
+from vllm_dflash.tools.pair_runs import EngineError, Pair, run_engine
 from vllm_dflash.training import loop
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.generate import held_out
@@ -129,7 +130,7 @@ def _reference(
 ) -> tuple[Acceptance, list[list[int]]]:
     runs = [generate(model, drafter, p, tokens, k, eos) for p in Progress(prompts, desc="reference loop", unit=" prompts")]
     steps = [step for run in runs for step in run.steps]
-    return Acceptance(len(steps), [sum(step.accepted > i for step in steps) for i in range(k)]), [run.tokens for run in runs]
+    return Acceptance.of((step.accepted for step in steps), k), [run.tokens for run in runs]
 
 
 def _continued(model: Any, ids: list[int], drafter: Any) -> list[int]:

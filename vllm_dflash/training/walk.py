@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_dflash.acceptance import Acceptance, tau
 from vllm_dflash.reference.decoding import target_features
 from vllm_dflash.reference.drafter import Drafter
 from vllm_dflash.reference.masks import block_positions, context_mask
-from vllm_dflash.tools.pair_runs import Acceptance
 
 _BLOCKS_AT_ONCE = 64
 
@@ -61,8 +61,7 @@ def estimate(
     k = drafter.config.max_speculative_tokens
     accepted = [n for w in walks for n in w.accepted]
     everywhere = [n for w in walks for n in w.everywhere]
-    per_position = [sum(n > i for n in accepted) for i in range(k)]
-    return Estimate(Acceptance(len(accepted), per_position), 1 + sum(everywhere) / max(1, len(everywhere)))
+    return Estimate(Acceptance.of(accepted, k), tau(sum(everywhere), len(everywhere)) or 1.0)
 
 
 def walk(accepted: Sequence[int], tokens: Sequence[int], prompt_length: int, max_tokens: int, eos_token_id: int | None) -> Walk:

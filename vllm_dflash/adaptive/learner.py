@@ -1,0 +1,68 @@
+"""What the controller learns from steps: their times, what became of drafts, and which steps tell enough to be looked at. Pure.
+
+pytest tests/unit/test_adaptive_learner.py
+"""
+
+from vllm_dflash.adaptive.controller import Controller, Plan
+from vllm_dflash.adaptive.cost import Work
+from vllm_dflash.steps import Step
+
+_MEASURED_EVERY = 4
+"""Steps without drafts of which one is measured."""
+_LONGEST_GAP = 0.25
+"""Of a step's time, what may lie between the last step's end and its beginning."""
+
+
+class Learner:
+    """Watches an engine's steps for its controller."""
+
+    what = "adaptive drafting"
+
+    def __init__(self, controller: Controller, is_synchronous: bool) -> None:
+        self.controller, self._is_synchronous = controller, is_synchronous
+        self.plan = Plan(controller.max_draft)
+        """Of the step that was scheduled last."""
+        self.is_closed = False
+        """Nothing more is learned; where that is a failure, what was is not to be trusted either."""
+        self._steps = 0
+        self._drafted = False
+        """Whether the last step did."""
+
+    def close(self) -> None:
+        """See ``Observer``."""
+        self.is_closed = True
+
+    def observe(self, step: Step) -> None:
+        """Takes in a step, and of those that neither draft nor verify, as is best, one in a few: that tells enough."""
+        self._steps += 1
+        drafts = step.num_drafted > 0
+        catches_up, self._drafted = drafts and not self._drafted, drafts
+        is_dull = not drafts and not step.scheduled.scheduled_spec_decode_tokens and self.plan.why == "best"
+        if is_dull and self._steps % _MEASURED_EVERY:
+            return
+        began = self._began(step)
+        self.controller.observe(
+            None if began is None else self._work(step),
+            step.ended - (began or step.ended),
+            step.verified,
+            step.confidences,
+            _MEASURED_EVERY if is_dull else 1,
+            catches_up,
+        )
+
+    def _began(self, step: Step) -> float | None:
+        """When it began; None where that is not known."""
+        if not self._is_synchronous:
+            return None if step.after_pause else step.began
+        # What comes between two steps, such as the handling of outputs, is part of a step's cost; a longer wait was somebody else's.
+        if step.after_pause or step.began is None or step.scheduled_at - step.began > _LONGEST_GAP * (step.ended - step.scheduled_at):
+            return step.scheduled_at
+        return step.began
+
+    def _work(self, step: Step) -> Work | None:
+        """What the step computed; None where it was not all decoding."""
+        if not step.all_decode or step.num_ended:
+            return None
+        count = step.num_requests
+        draft_rows = count * self.controller.block_size if step.num_drafted else 0
+        return Work(count, step.scheduled.total_num_scheduled_tokens, draft_rows, step.num_context)
