@@ -140,7 +140,7 @@ def test_confidences_are_those_that_our_scheduler_keeps() -> None:
 
 def test_an_observer_that_fails_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("vllm_dflash.steps._logger.exception", lambda text, *args: said.append(text % args))
+    monkeypatch.setattr("vllm_dflash.steps.logger.exception", lambda text, *args: said.append(text % args))
     before, broken, after = Seen(), Failing("the broken one"), Seen()
     scheduler = watched(scheduler_of({"a": 3}), before, broken, after)
     for _ in range(3):
