@@ -16,7 +16,7 @@ Batch = dict[str, Sequence[float]]
 class _Unasked:
     """In the controller's place where K is fixed: every draft is verified whole, and nothing is learned."""
 
-    def observe(self, work: Work, seconds: float, outcomes: Any, confidences: Any = None, catches_up: bool = False) -> None: ...
+    def observe(self, work: Work, seconds: float, outcomes: Any, confidences: Any = None, writes_backlog: bool = False) -> None: ...
 
     def lengths(self, requests: Sequence[str], plan: Plan, confidences: Any = None) -> dict[str, int]:
         return dict.fromkeys(requests, plan.num_draft_tokens)
@@ -85,7 +85,7 @@ class Server:
             self.met.add(work.num_tokens)
             seconds += true
             measured = true * pace * np.exp(self.noise * self.random.standard_normal()) * (4 if self.random.random() < self.held_up else 1)
-            controller.observe(work, measured, outcomes, said if self.confident else None, catches_up=bool(k and before))
+            controller.observe(work, measured, outcomes, said if self.confident else None, writes_backlog=bool(k and before))
             waiting = 0 if k else waiting
             drafted = {request: self._draft(rates)[:k] for request, rates in batch.items()} if k else {}
             said = {request: _odds(_log_odds(p) * 1.4 + 0.6).tolist() for request, p in drafted.items()} if self.confident else {}

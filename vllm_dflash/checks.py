@@ -17,7 +17,7 @@ from vllm_dflash.log import logger
 
 _ADVISED = "VLLM_DFLASH_EAGER_ADVISED"
 """Inherited by the processes that vLLM starts, each of which makes the configuration again."""
-SETTLED = "vllm_dflash"
+_CONFIG = "vllm_dflash"
 """Attribute of vLLM's draft config that holds the drafter's settings in its published format, for all processes."""
 
 
@@ -174,9 +174,9 @@ def check_logits_processors() -> None:
         )
 
 
-def settled(hf_config: Any) -> DrafterConfig:
+def drafter_config(hf_config: Any) -> DrafterConfig:
     """The drafter of a draft config that ``check_speculative_config`` has passed."""
-    raw: Mapping[str, Any] = getattr(hf_config, SETTLED)
+    raw: Mapping[str, Any] = getattr(hf_config, _CONFIG)
     return DrafterConfig.from_dict(raw)
 
 
@@ -195,7 +195,7 @@ def read_early(model: str, revision: str | None) -> DrafterConfig | None:
 def _attributes(drafter: DrafterConfig) -> dict[str, Any]:
     """What vLLM's own code reads of a draft config: it knows one spelling of each, and not all formats have it."""
     raw = write(drafter, published_format(drafter))
-    attributes = {SETTLED: raw} | {name: raw[name] for name in ("dflash_config", "block_size", "layer_types", "sliding_window")}
+    attributes = {_CONFIG: raw} | {name: raw[name] for name in ("dflash_config", "block_size", "layer_types", "sliding_window")}
     if len(set(drafter.windows)) > 1:
         # vLLM's own V1 proposer cannot serve mixed layers, and its config refuses them for any drafter; ours can.
         attributes["layer_types"] = None

@@ -103,7 +103,7 @@ def check(text: str, answers: list[dict[str, Any]]) -> None:
     assert total(text, "vllm_dflash_draft_context_positions_total") > 0
 
 
-def settled(port: int) -> str:
+def text_after_writing(port: int) -> str:
     """/metrics once everything is in it: it is at most a second behind."""
     time.sleep(2.5)
     return request(port, "/metrics")
@@ -130,7 +130,7 @@ def test_one_api_server_with_adaptive_drafting(tmp_path: Path, capsys: pytest.Ca
     env = {USERS: str(tmp_path)}
     with server(*flags, "--additional-config", json.dumps({"dflash": {"adaptive": True}}), env=env) as port:
         answers = go_on(port) + send(port)
-        text = settled(port)
+        text = text_after_writing(port)
         check(text, answers)
         assert main(["top", f"127.0.0.1:{port}", "--json"]) == 0
         [shown] = json.loads(capsys.readouterr().out)["engines"]
@@ -149,7 +149,7 @@ def test_one_api_server_with_adaptive_drafting(tmp_path: Path, capsys: pytest.Ca
     assert 0.1 < total(text, "vllm_dflash_estimated_speedup") < 10
     with server(*flags, env=env) as port:
         answers = send(port)
-        check(settled(port), answers)
+        check(text_after_writing(port), answers)
 
 
 def test_two_api_servers_two_engines_and_a_multiprocess_directory_of_the_users(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_two_api_servers_two_engines_and_a_multiprocess_directory_of_the_users(t
     flags = ("--api-server-count", "2", "--data-parallel-size", "2", "--per-request-spec-decode-metrics", "summary")
     with server("--speculative-config", json.dumps(SPECULATIVE), *flags, env={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}) as port:
         answers = send(port)
-        first = settled(port)
+        first = text_after_writing(port)
         # Each scrape is a connection of its own, which either API server may take.
         scrapes = [ours(request(port, "/metrics")) for _ in range(8)]
     check(first, answers)

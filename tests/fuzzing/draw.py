@@ -93,7 +93,7 @@ def _draw_request(
             value = draw(rng, corpus, params, prompt)
             if value is not None:
                 params[name] = value
-    _settle(params, settings.get("enable_lora", False))
+    _leave_out(params, settings.get("enable_lora", False))
     request: dict[str, Any] = {"id": number, "prompt": prompt, "params": params, "arrives": rng.choice([0, 0, rng.randint(0, 40)])}
     request["stream"] = rng.choice(["final", "final", "cumulative", "delta"])
     if rng.random() < 0.08:
@@ -182,7 +182,7 @@ _FIELDS: dict[str, tuple[float, Draw]] = {
 }
 
 
-def _settle(params: dict[str, Any], has_lora: bool) -> None:
+def _leave_out(params: dict[str, Any], has_lora: bool) -> None:
     """Takes out what vLLM refuses in any engine, for it would be the same refusal again and again, and what ends any of its engines."""
     if has_lora:
         # On a CPU vLLM's adapter of the logits counts a step's requests, and prompt positions are more or fewer: an error.

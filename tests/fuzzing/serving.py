@@ -139,7 +139,7 @@ def draft_at_random(seed: int) -> None:
     from vllm_dflash.adaptive.controller import Controller, Plan
 
     rng = random.Random(seed)
-    Controller.standing = lambda self, num_reqs: None  # type: ignore[method-assign]
+    Controller.kept_plan = lambda self, num_reqs: None  # type: ignore[method-assign]
     Controller.plan = lambda self, requests, num_context=0: Plan(self.max_draft if rng.random() < 0.75 else 0)  # type: ignore[method-assign]
     Controller.lengths = lambda self, requests, plan, confidences=None: {  # type: ignore[method-assign]
         r: rng.choice([0, 1, self.max_draft, rng.randint(0, self.max_draft)]) for r in requests
@@ -179,7 +179,7 @@ class Server:
         self._counters: dict[str, float] = {}
         self.adapter: str | None = None
         self._fault = ExitStack()
-        self._controller = {name: vars(Controller)[name] for name in ("standing", "plan", "lengths")}
+        self._controller = {name: vars(Controller)[name] for name in ("kept_plan", "plan", "lengths")}
 
     def start(
         self, args: dict[str, Any], asynchronous: bool = False, plan_seed: int | None = None, adapter: str | None = None,

@@ -128,21 +128,21 @@ import numpy, torch
 from vllm_dflash.patches import ALL, cpu_target, scheduler_steps, v1_draft_metadata, v1_steps_without_drafts, v1_verifier
 from vllm_dflash.supported import installed_vllm
 
-def standing(record):
+def in_place(record):
     value = importlib.import_module(record.module)
     for part in record.qualname.split("."):
         value = vars(value)[part]
     return value
 
 classes = [record for record in ALL if record.scope == "class"]
-before = {record: standing(record) for record in classes}
+before = {record: in_place(record) for record in classes}
 patches = patch_set()
 patches.apply(installed_vllm())
 applied = [row.target for row in patches.report() if row.scope == "class" and row.state == "applied"]
 unneeded = [row.target for row in patches.report() if row.state == "not needed"]
 assert sorted(applied + unneeded) == sorted(record.target for record in classes), patches.report()
 for record in classes:
-    assert (standing(record) is before[record]) == (record.target in unneeded), record.target
+    assert (in_place(record) is before[record]) == (record.target in unneeded), record.target
 
 from vllm.model_executor.models.qwen3 import Qwen3Model
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -176,7 +176,7 @@ assert {row.state for row in patches.report() if row.scope == "instance"} == {"a
 
 assert patches.revert() == []
 for record in classes:
-    assert standing(record) is before[record], record.target
+    assert in_place(record) is before[record], record.target
 for owner, records, _ in jobs:
     for record in records:
         assert getattr(owner, record.name) == own[record], record.target

@@ -36,9 +36,9 @@ def test_catching_up_is_paid_for_and_is_not_what_drafting_costs() -> None:
     lost: list[float] = []
     for _ in range(1200):
         now = controller.plan(requests).num_draft_tokens
-        work, catches_up = Work(8, 8 + 8 * drafted, 64 if now else 0), bool(now and not drafted)
-        seconds = two_cores(work) * (5 if catches_up else 1)
-        controller.observe(work, seconds, dict.fromkeys(requests, (drafted, 0)) if drafted else {}, catches_up=catches_up)
+        work, writes_backlog = Work(8, 8 + 8 * drafted, 64 if now else 0), bool(now and not drafted)
+        seconds = two_cores(work) * (5 if writes_backlog else 1)
+        controller.observe(work, seconds, dict.fromkeys(requests, (drafted, 0)) if drafted else {}, writes_backlog=writes_backlog)
         lost.append(seconds - two_cores(Work(8, 8, 0)))
         drafted = now
     draft = Work(8, 8, 64)
@@ -185,12 +185,12 @@ def test_a_kind_of_request_that_is_new_is_weighed_at_once() -> None:
         plan = controller.plan(["a"])
         work = Work(1, 1 + plan.num_draft_tokens, 3 if plan.num_draft_tokens else 0)
         controller.observe(work, two_cores(work), {"a": (plan.num_draft_tokens, plan.num_draft_tokens)})
-        if step > 100 and controller.standing(1) is not None:
+        if step > 100 and controller.kept_plan(1) is not None:
             break
-    assert controller.standing(1) is not None
-    assert controller.standing(2) is None, "another number of requests"
+    assert controller.kept_plan(1) is not None
+    assert controller.kept_plan(2) is None, "another number of requests"
     controller.observe(None, 0.0, {"b": (2, 0)})
-    assert controller.standing(1) is None
+    assert controller.kept_plan(1) is None
 
 
 def test_rows_come_in_round_numbers() -> None:

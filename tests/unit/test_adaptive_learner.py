@@ -20,8 +20,8 @@ class Controller:
     block_size: int = 8
     seen: list[Any] = field(default_factory=list)
 
-    def observe(self, work: Work | None, seconds: float, outcomes: Any, confidences: Any, stands_for: int, catches_up: bool) -> None:
-        self.seen.append((work, seconds, outcomes, confidences, stands_for, catches_up))
+    def observe(self, work: Work | None, seconds: float, outcomes: Any, confidences: Any, stands_for: int, writes_backlog: bool) -> None:
+        self.seen.append((work, seconds, outcomes, confidences, stands_for, writes_backlog))
 
 
 def learn(*steps: tuple[Any, Any], synchronous: bool = True, why: str = "best", **attributes: Any) -> list[Any]:
@@ -70,12 +70,12 @@ def test_an_asynchronous_step_began_when_the_one_before_ended_and_tells_nothing_
 
 def test_a_speculative_step() -> None:
     known = {"a": [0.9, 0.8, 0.7]}
-    [(work, seconds, outcomes, confidences, stands_for, catches_up)] = learn(SPECULATIVE, confidences=known)
+    [(work, seconds, outcomes, confidences, stands_for, writes_backlog)] = learn(SPECULATIVE, confidences=known)
     assert work == Work(num_reqs=2, num_tokens=7, draft_rows=16, num_context=3 + 4 + 7)
     assert seconds > 0
     assert outcomes == {"a": (3, 2), "b": (1, 0)}
     assert confidences is known
-    assert (stands_for, catches_up) == (1, True)
+    assert (stands_for, writes_backlog) == (1, True)
 
 
 @pytest.mark.parametrize("step", [PROMPT, plain(), plain(k=7)], ids=["a prompt", "no draft", "the first draft"])
@@ -102,5 +102,5 @@ def test_the_first_step_that_drafts_again_catches_up() -> None:
 
 
 def test_033_drafts_nothing_where_it_says_so() -> None:
-    [(work, *_, catches_up)] = learn(plain(k=7, skip_drafts=True), why="trial")
-    assert (work, catches_up) == (Work(2, 2, 0, 9), False)
+    [(work, *_, writes_backlog)] = learn(plain(k=7, skip_drafts=True), why="trial")
+    assert (work, writes_backlog) == (Work(2, 2, 0, 9), False)

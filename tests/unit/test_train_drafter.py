@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from pairs import make_random_drafter, random_drafter_config
 from training_runs import make_target, settings
 from vllm_dflash.reference.checkpoint import load_drafter, save_drafter
-from vllm_dflash.training.drafter import default_features, default_layers, first_weights, mask_token, plan, settle_mask, with_weights
+from vllm_dflash.training.drafter import decide_mask, default_features, default_layers, first_weights, mask_token, plan, with_weights
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.target import find_target, load_target
 
@@ -150,18 +150,18 @@ def test_a_mask_embedding_where_no_token_is_free(target: Path, tmp_path: Path) -
     chosen = settings(target, Path("p"), Path("o"), mask_token_id=None)
     full = find_target(settings(PAIR / "target", Path("p"), Path("o")))
     bare = replace(find_target(chosen), tokenizer=_renamed(range(512)))
-    settled = settle_mask(chosen, bare)
-    assert settled.drafter.mask_embedding is True
-    assert settle_mask(settings(PAIR / "target", Path("p"), Path("o"), mask_token_id=None), full).drafter.mask_embedding is False
-    config, why = plan(settled, bare)
+    decided = decide_mask(chosen, bare)
+    assert decided.drafter.mask_embedding is True
+    assert decide_mask(settings(PAIR / "target", Path("p"), Path("o"), mask_token_id=None), full).drafter.mask_embedding is False
+    config, why = plan(decided, bare)
     assert config.mask_token_id == bare.eos_token_id
     assert why.startswith("the end token, for none is free")
     with pytest.raises(TrainingError, match="no row is free: set mask_embedding"):
-        plan(settle_mask(replace(chosen, drafter=replace(chosen.drafter, mask_embedding=False)), bare), bare)
+        plan(decide_mask(replace(chosen, drafter=replace(chosen.drafter, mask_embedding=False)), bare), bare)
     assert mask_token(full, None, True)[1].endswith("its embedding is the drafter's own (mask_embedding.pt)")
 
     model = load_target(bare, chosen, "cpu")
-    drafter = first_weights(config, settled, model)
+    drafter = first_weights(config, decided, model)
     assert torch.equal(drafter.mask_embedding, model.get_input_embeddings().weight[config.mask_token_id])
     with torch.no_grad():
         drafter.mask_embedding.normal_()
@@ -174,8 +174,8 @@ def test_a_mask_embedding_where_no_token_is_free(target: Path, tmp_path: Path) -
 
     for begun in ("init", "init_layers"):
         flags = dict(layers=None) if begun == "init" else {}
-        again = settle_mask(settings(target, Path("p"), Path("o"), mask_token_id=None, **flags | {begun: str(tmp_path / "d")}), bare)
+        again = decide_mask(settings(target, Path("p"), Path("o"), mask_token_id=None, **flags | {begun: str(tmp_path / "d")}), bare)
         taken = first_weights(plan(again, bare)[0], again, model)
         assert torch.equal(taken.mask_embedding, drafter.mask_embedding)
         with pytest.raises(TrainingError, match="was trained with one of its own: leave the setting out"):
-            settle_mask(replace(again, drafter=replace(again.drafter, mask_embedding=False)), bare)
+            decide_mask(replace(again, drafter=replace(again.drafter, mask_embedding=False)), bare)

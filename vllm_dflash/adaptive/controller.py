@@ -6,7 +6,7 @@ token a request, and each draft token with the probability that it and all befor
 expected to lose is paid from a budget, a share of the time that has passed.
 
 What was measured wrong once must not stand for good. A trial that no budget would ever pay for is made on credit after ``STALE``
-steps, any other after ``_SAVED`` / ``EXPLORATION``, unless the budget is overdrawn. What it loses is settled afterwards, by what it
+steps, any other after ``_SAVED`` / ``EXPLORATION``, unless the budget is overdrawn. What it loses is charged afterwards, by what it
 is then known to cost, and is never more than its rows would cost as plain steps of their own. So a trial comes within ``_SAVED`` /
 ``EXPLORATION`` + ``_LONGEST_EVERY`` steps where nothing is owed, else within as many and what is owed over ``EXPLORATION``: for a
 trial of two steps at most 4 ``block_size`` / ``EXPLORATION`` plain steps.
@@ -107,7 +107,7 @@ class Controller:
 
     def observe(
         self, work: Work | None, seconds: float, outcomes: Mapping[str, tuple[int, int]], confidences: Confidences | None = None,
-        stands_for: int = 1, catches_up: bool = False,
+        stands_for: int = 1, writes_backlog: bool = False,
     ) -> None:  # fmt: skip
         """Takes in a step, and learns from it by the next choice, or a few steps later. Nobody may change what is handed in until then.
 
@@ -117,22 +117,22 @@ class Controller:
             outcomes: by request, draft tokens verified in it and how many of them were accepted.
             confidences: of those draft tokens, where known.
             stands_for: how many such steps there were for each that is taken in.
-            catches_up: whether it is the first that drafts after some that did not, and writes the context of them all.
+            writes_backlog: whether it is the first that drafts after some that did not, and writes the context of them all.
         """
-        self._seen.append((work, seconds, outcomes, confidences, stands_for, catches_up))
+        self._seen.append((work, seconds, outcomes, confidences, stands_for, writes_backlog))
         # The first ones say the most.
         if len(self._seen) >= min(1 + self._steps // _YOUNG, _LEARN_EVERY) or any(map(self.acceptance.is_new, outcomes)):
             self._learn()
 
     def plan(self, requests: Sequence[str], num_context: int = 0) -> Plan:
         """What to draft for these requests, which all decode; ``num_context``: positions of their contexts, in all."""
-        standing = self.standing(len(requests))
-        if standing is not None:
-            return standing
+        kept_plan = self.kept_plan(len(requests))
+        if kept_plan is not None:
+            return kept_plan
         self._steps += 1
         return self._plan(requests, num_context)
 
-    def standing(self, num_reqs: int) -> Plan | None:
+    def kept_plan(self, num_reqs: int) -> Plan | None:
         """In place of ``plan``: the plan for so many requests, if there is nothing to be chosen yet; else None, and ``plan`` is to be asked."""
         last = self._choice
         is_due = self._steps + 1 - self._chosen_at >= self._every or self.acceptance.has_news
@@ -151,8 +151,8 @@ class Controller:
         self.acceptance.forget(requests)
 
     def _learn(self) -> None:
-        for work, seconds, outcomes, confidences, stands_for, catches_up in self._seen:
-            if work is not None and catches_up:
+        for work, seconds, outcomes, confidences, stands_for, writes_backlog in self._seen:
+            if work is not None and writes_backlog:
                 # It tells nothing of steps that draft after others that did, and was not in what its trial was expected to lose.
                 if self._cost is not None:
                     usual = self._credible(self._cost, work)
@@ -195,7 +195,7 @@ class Controller:
         self._num_trials += 1
         is_early = self._steps - self._trial_at < 2 * _EVERY
         if not is_early:
-            self._settle(cost, survival, num_context, best)
+            self._charge(cost, survival, num_context, best)
         candidates = {(_power(best.num_reqs), kind): plan for kind, plan in self._candidates(survival, best.plan, draft).items()}
         turn = "less" if self._num_trials % 2 and any(kind == "less" for _, kind in candidates) else "none"
         most = _SAVED * self._expected(survival, best.num_reqs, num_context, best.plan)[1] / best.rate
@@ -249,7 +249,7 @@ class Controller:
             seconds = min(seconds, best_tokens / best.rate)
         return max(seconds - tokens / best.rate, 0.0)
 
-    def _settle(self, cost: LocalCost, survival: np.ndarray, num_context: int, best: _Choice) -> None:
+    def _charge(self, cost: LocalCost, survival: np.ndarray, num_context: int, best: _Choice) -> None:
         """Pays or gets back the difference between what the last trial was expected to lose and what it is now known to."""
         if self._unsettled is not None:
             plan, num_reqs, steps, paid = self._unsettled

@@ -36,7 +36,7 @@ class Learner:
         """Takes in a step, and of those that neither draft nor verify, as is best, one in a few: that tells enough."""
         self._steps += 1
         drafts = step.num_drafted > 0
-        catches_up, self._drafted = drafts and not self._drafted, drafts
+        writes_backlog, self._drafted = drafts and not self._drafted, drafts
         is_dull = not drafts and not step.scheduled.scheduled_spec_decode_tokens and self.plan.why == "best"
         if is_dull and self._steps % _MEASURED_EVERY:
             return
@@ -47,7 +47,7 @@ class Learner:
             step.verified,
             step.confidences,
             _MEASURED_EVERY if is_dull else 1,
-            catches_up,
+            writes_backlog,
         )
 
     def _began(self, step: Step) -> float | None:

@@ -61,14 +61,14 @@ class _Adaptive(Scheduler):
         """Plans the step."""
         num_reqs = len(scheduler_output.num_scheduled_tokens)
         all_decode = scheduler_output.total_num_scheduled_tokens == num_reqs and not scheduler_output.scheduled_new_reqs
-        standing = self.controller.standing(num_reqs) if all_decode and num_reqs else None
+        plan = self.controller.kept_plan(num_reqs) if all_decode and num_reqs else None
         if num_drafted(scheduler_output) == 0:
-            standing = Plan(0)  # no request of the step can use drafts
-        elif standing is None:
+            plan = Plan(0)  # no request of the step can use drafts
+        elif plan is None:
             drafting, num_context = self._drafting(scheduler_output)
-            standing = self.controller.plan(drafting, num_context) if drafting else Plan(0)
-        self._learner.plan = standing
-        plan_drafts(scheduler_output, standing.num_draft_tokens)
+            plan = self.controller.plan(drafting, num_context) if drafting else Plan(0)
+        self._learner.plan = plan
+        plan_drafts(scheduler_output, plan.num_draft_tokens)
         if scheduler_output.finished_req_ids:
             self.controller.forget(scheduler_output.finished_req_ids)
             for request_id in scheduler_output.finished_req_ids:

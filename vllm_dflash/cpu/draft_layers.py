@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 
-from vllm_dflash.cpu.layers import Layer, Linear, Room, embedding, live
+from vllm_dflash.cpu.layers import Layer, Linear, Workspace, embedding, live
 
 # By name each call would look its overload up.
 _rms_norm, _fused_add_rms_norm = torch.ops._C.rms_norm.default, torch.ops._C.fused_add_rms_norm.default
@@ -39,12 +39,12 @@ class EagerLayers:
         residual = self._embed(input_ids)
         hidden = torch.empty_like(residual)
         first, *others = self.layers
-        room = Room(first, residual)
+        workspace = Workspace(first, residual)
         _rms_norm(hidden, residual, first.input_norm["weight"], first.eps)
-        hidden, _ = first(positions, hidden, residual, slots, metadata, room)
+        hidden, _ = first(positions, hidden, residual, slots, metadata, workspace)
         for layer in others:
             _fused_add_rms_norm(hidden, residual, layer.input_norm["weight"], layer.eps)
-            hidden, _ = layer(positions, hidden, residual, slots, metadata, room)
+            hidden, _ = layer(positions, hidden, residual, slots, metadata, workspace)
         _fused_add_rms_norm(hidden, residual, self._norm["weight"], self._eps)
         return hidden
 

@@ -77,7 +77,7 @@ class Linear:
         self._prepared: Tensor | None = handler.handler_tensor if is_prepared else None
         self._size: int = handler.n if is_prepared else -1
 
-    def room(self, x: Tensor) -> Tensor | None:
+    def workspace(self, x: Tensor) -> Tensor | None:
         """Memory for what becomes of as many rows as ``x`` has; None where the kernel takes its own."""
         return None if self._prepared is None else x.new_empty(len(x), self._size)
 
@@ -94,13 +94,13 @@ class Linear:
         return out
 
 
-class Room:
+class Workspace:
     """Memory that the layers of one forward take in turn: each is read before it is written anew."""
 
     def __init__(self, layer: "Layer", rows: Tensor) -> None:
         """For as many rows as ``rows`` [N, H] has."""
-        self.qkv, self.hidden, self.gate_up = layer.qkv.room(rows), layer.o.room(rows), layer.gate_up.room(rows)
-        self.down = layer.down.room(rows)
+        self.qkv, self.hidden, self.gate_up = layer.qkv.workspace(rows), layer.o.workspace(rows), layer.gate_up.workspace(rows)
+        self.down = layer.down.workspace(rows)
         self.attended = rows.new_empty(len(rows), layer.q_size)
 
 
@@ -128,18 +128,18 @@ class Layer:
         raise NotImplementedError
 
     def __call__(
-        self, positions: Tensor, hidden: Tensor, residual: Tensor, slots: Tensor, metadata: Mapping[str, CPUAttentionMetadata], room: Room
+        self, positions: Tensor, hidden: Tensor, residual: Tensor, slots: Tensor, metadata: Mapping[str, CPUAttentionMetadata], workspace: Workspace
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """``hidden`` and ``residual`` [N, H]; returns both of the next layer, [N, H]."""
         count, head_dim, num_qk = len(hidden), self.head_dim, self.q_size + self._kv_size
-        qkv = self.qkv(hidden, room.qkv)
+        qkv = self.qkv(hidden, workspace.qkv)
         queries, keys = self.heads(qkv[:, :num_qk].view(count, -1, head_dim), positions)
         self.store(keys, qkv[:, num_qk:].view(count, -1, head_dim), slots)
-        self._attend(queries, room.attended.view(count, -1, head_dim), metadata[self._name])
-        hidden, residual = self.norm_sum(self.o(room.attended, room.hidden), residual, self._post_norm["weight"])
-        gate, up = self.gate_up(hidden, room.gate_up).chunk(2, dim=-1)
+        self._attend(queries, workspace.attended.view(count, -1, head_dim), metadata[self._name])
+        hidden, residual = self.norm_sum(self.o(workspace.attended, workspace.hidden), residual, self._post_norm["weight"])
+        gate, up = self.gate_up(hidden, workspace.gate_up).chunk(2, dim=-1)
         # vLLM's one kernel for both is not vectorised: 98 us for 64 rows of 768, where these two take 22.
-        return self.down(silu(gate).mul_(up), room.down), residual
+        return self.down(silu(gate).mul_(up), workspace.down), residual
 
     def store(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         """As ``CPUAttentionBackendImpl.do_kv_cache_update``: both [N, kv heads, head_dim]."""

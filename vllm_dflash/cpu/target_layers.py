@@ -18,7 +18,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer, Qwen3Model
 
-from vllm_dflash.cpu.layers import Layer, Room, can_run, embedding, live
+from vllm_dflash.cpu.layers import Layer, Workspace, can_run, embedding, live
 from vllm_dflash.patches import cpu_target
 from vllm_dflash.plugin import patch_set
 
@@ -77,13 +77,13 @@ class EagerTarget:
         torch._foreach_copy_(self._joined, [norm["weight"] for norm in self._head_norms])
         residual = self._embed(input_ids)
         first = self._layers[0]
-        room, hidden = Room(first, residual), first.norm(residual, first.input_norm["weight"])
+        workspace, hidden = Workspace(first, residual), first.norm(residual, first.input_norm["weight"])
         for index, (layer, name) in enumerate(zip(self._layers, self._names, strict=True)):
             if index:
                 hidden, residual = layer.norm_sum(hidden, residual, layer.input_norm["weight"])
             if index in taps:
                 features.append(residual)
-            hidden, residual = layer(positions, hidden, residual, slots[name], metadata, room)
+            hidden, residual = layer(positions, hidden, residual, slots[name], metadata, workspace)
         hidden, residual = self._layers[-1].norm_sum(hidden, residual, self._norm["weight"])
         if len(self._layers) in taps:
             features.append(residual)

@@ -69,10 +69,10 @@ class Verifier(RejectionSampler):
         self, metadata: SpecDecodeMetadata, draft_probs: torch.Tensor, logits: torch.Tensor, sampling: SamplingMetadata
     ) -> SamplerOutput:  # fmt: skip
         """Drafts that were sampled go through vLLM's own class, on logits that have every other setting in them already."""
-        processed, settled = self._process(metadata, logits, sampling), without_processors(sampling)
+        processed, without = self._process(metadata, logits, sampling), without_processors(sampling)
         if self.is_processed_logprobs_mode:
-            return super().forward(metadata, draft_probs, processed, settled)
-        output = super().forward(metadata, draft_probs, processed, replace(settled, max_num_logprobs=None)).sampled_token_ids
+            return super().forward(metadata, draft_probs, processed, without)
+        output = super().forward(metadata, draft_probs, processed, replace(without, max_num_logprobs=None)).sampled_token_ids
         return SamplerOutput(output, self._logprobs(metadata, logits, logits, output, sampling))
 
     def _logprobs(

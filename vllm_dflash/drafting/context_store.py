@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 
-from vllm_dflash.checks import settled
+from vllm_dflash.checks import drafter_config
 from vllm_dflash.drafting.pending import PendingContext
 
 WriteRows: TypeAlias = Callable[[Tensor, Tensor, Tensor], None]
@@ -34,7 +34,7 @@ class ContextStore:
         """``live_pages``: pages of the requests that run and slots a page; None where slots are counted by other pages than vLLM's."""
         speculative = vllm_config.speculative_config
         assert speculative is not None
-        drafter, dtype = settled(speculative.draft_model_config.hf_config), vllm_config.model_config.dtype
+        drafter, dtype = drafter_config(speculative.draft_model_config.hf_config), vllm_config.model_config.dtype
         assert isinstance(dtype, torch.dtype)
         width = drafter.num_features * drafter.hidden_size
         self._reads_ended = vllm_config.cache_config.enable_prefix_caching

@@ -20,7 +20,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer as NativeDFlashProposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
-from vllm_dflash.checks import check_logits_processors, settled
+from vllm_dflash.checks import check_logits_processors, drafter_config
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.drafting.backend import Backend
 from vllm_dflash.drafting.context_store import ContextStore
@@ -53,7 +53,7 @@ class DFlashProposer(NativeDFlashProposer):
         self.runner = runner
         self._coverage: ContextCoverage | None = None
         # The whole block, whatever K is; vLLM's buffers hold K + 1 queries a request.
-        drafter = settled(self.draft_model_config.hf_config)
+        drafter = drafter_config(self.draft_model_config.hf_config)
         self.draft_block_size, self._first_row = drafter.block_size, drafter.first_row
         size = max(self.max_batch_size * self.draft_block_size, self.max_padded_query_tokens)
         self._query_ids = torch.zeros(size, dtype=torch.int32, device=device)

@@ -16,7 +16,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator as NativeDFlashSpeculator
 
-from vllm_dflash.checks import check_v2_runner, settled
+from vllm_dflash.checks import check_v2_runner, drafter_config
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.drafting.layout import end_blocks_at
 from vllm_dflash.kinds import kind_of
@@ -31,7 +31,7 @@ class DFlashSpeculator(NativeDFlashSpeculator):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         speculative = vllm_config.speculative_config
         assert speculative is not None
-        drafter = settled(speculative.draft_model_config.hf_config)
+        drafter = drafter_config(speculative.draft_model_config.hf_config)
         check_v2_runner(drafter)
         self.num_draft_tokens = speculative.num_speculative_tokens
         # The block is drafted whole, whatever K is: vLLM's own class takes its length from the config.

@@ -1,4 +1,4 @@
-"""What a benchmark is going to do, settled from its command line before anything starts.
+"""What a benchmark is going to do, decided from its command line before anything starts.
 
 pytest tests/unit/test_bench_plan.py
 """

@@ -14,7 +14,7 @@ from vllm_dflash import __version__
 from vllm_dflash.adaptive.controller import Status
 from vllm_dflash.adaptive.cost import Work
 from vllm_dflash.adaptive.settings import is_adaptive
-from vllm_dflash.checks import settled
+from vllm_dflash.checks import drafter_config
 from vllm_dflash.formats import is_ours
 from vllm_dflash.metrics.outcomes import Outcomes
 from vllm_dflash.metrics.recorder import Recorder
@@ -40,7 +40,7 @@ class EngineRecord:
     def __init__(self, vllm_config: Any, scheduler: Any) -> None:
         self.scheduler, self.adaptive = scheduler, is_adaptive(vllm_config)
         speculative = vllm_config.speculative_config
-        block_size = settled(speculative.draft_model_config.hf_config).block_size
+        block_size = drafter_config(speculative.draft_model_config.hf_config).block_size
         self.outcomes = Outcomes(speculative.num_speculative_tokens, block_size, vllm_config.model_config.max_model_len, self.adaptive)
         self.times = StepTimes(self._plain_seconds if self.adaptive else None)
         self.controller: dict[tuple[str, str], int] = {}

@@ -25,7 +25,7 @@ from vllm.model_executor.models.qwen2 import Qwen2MLP
 from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefix
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
-from vllm_dflash.checks import settled
+from vllm_dflash.checks import drafter_config
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.models.context import ContextKV
@@ -194,7 +194,7 @@ class DrafterForCausalLM(nn.Module):
         assert speculative_config is not None
         draft = speculative_config.draft_model_config
         self.config, self.model_path, self.revision = draft.hf_config, draft.model, draft.revision
-        self.drafter_config = settled(self.config)
+        self.drafter_config = drafter_config(self.config)
         self.dtype = vllm_config.model_config.dtype
         target_config = speculative_config.target_model_config
         self.model = DrafterModel(

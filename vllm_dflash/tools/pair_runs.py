@@ -30,7 +30,7 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class Pair:
-    """What runs: folders (or a hub id for the target), prompts as token ids, and settings that are settled."""
+    """What runs: folders (or a hub id for the target), prompts as token ids, and settings that are all given."""
 
     target: str
     draft: Path

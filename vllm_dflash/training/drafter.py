@@ -42,8 +42,8 @@ def plan(settings: Settings, target: Target) -> tuple[DrafterConfig, str]:
     return config, why
 
 
-def settle_mask(settings: Settings, target: Target) -> Settings:
-    """The settings, with ``mask_embedding`` settled: trained where no token is free, or where what is begun from has one.
+def decide_mask(settings: Settings, target: Target) -> Settings:
+    """The settings, with ``mask_embedding`` decided: trained where no token is free, or where what is begun from has one.
 
     Raises:
         TrainingError: it is set to false, and the drafter that is begun from has one.
@@ -63,7 +63,7 @@ def settle_mask(settings: Settings, target: Target) -> Settings:
 def mask_token(target: Target, given: int | None, own_embedding: bool = False) -> tuple[int, str]:
     """A token that fills the places to draft: given, the tokenizer's own, or one that text never holds; and which of them.
 
-    Where none is free the end token's id stands for the mask, whose embedding is the drafter's own (``settle_mask``).
+    Where none is free the end token's id stands for the mask, whose embedding is the drafter's own (``decide_mask``).
     """
     own = "; its embedding is the drafter's own (mask_embedding.pt)" if own_embedding else ""
     if given is not None:

@@ -34,7 +34,7 @@ def _run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
     from vllm_dflash.training import drafter, export, features, generate, loop, prove, self_prompts, target
 
     found = target.find_target(settings)
-    settings = drafter.settle_mask(settings, found)
+    settings = drafter.decide_mask(settings, found)
     config, why = drafter.plan(settings, found)
     settings = fit_lengths(settings, reach(found, config))
     print(_summary(settings, config, why))
@@ -134,7 +134,7 @@ def _dry_run(settings: Settings) -> int:
     from vllm_dflash.training import budget, drafter, target
 
     found = target.find_target(settings)
-    settings = drafter.settle_mask(settings, found)
+    settings = drafter.decide_mask(settings, found)
     config, why = drafter.plan(settings, found)
     settings = fit_lengths(settings, reach(found, config))
     prompts, said = _expected_prompts(settings, found, reach(found, config))

@@ -1,6 +1,6 @@
 """What may be set of a training run, in one TOML file or by flags of the same names: the only home of its defaults.
 
-Plain Python, so that ``--help`` is quick. A field that is ``None`` here is settled once the target is known
+Plain Python, so that ``--help`` is quick. A field that is ``None`` here is filled in once the target is known
 (``drafter.plan``, ``objective``). Tests: ``pytest tests/unit/test_train_settings.py``.
 """
 

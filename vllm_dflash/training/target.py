@@ -26,7 +26,7 @@ class Target:
     tokenizer: Any
     """None where it has none."""
     dtype: str
-    """In which it runs, settled."""
+    """In which it runs: float32 and the like, never auto."""
 
     @property
     def path(self) -> str:
