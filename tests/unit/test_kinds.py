@@ -38,7 +38,7 @@ from vllm_dflash.training.target import find_target
 ROOT = Path(__file__).parents[2]
 OURS = ("dflare", "dflash")
 METHOD = {
-    ("formats", "METHOD"), ("adaptive/settings", "SECTION"), ("cli", "_PLUGIN_NAME"), ("evaluation/methods", "FIXED"),
+    ("formats", "METHOD"), ("adaptive/settings", "SECTION"), ("plugin", "_NAME"), ("evaluation/methods", "FIXED"),
     ("evaluation/plan", "_DRAFTER"),
 }  # fmt: skip
 """Where a string that is a kind's name is something else: vLLM's method, a section, the plug-in, a benchmark's method, a folder."""
