@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from training_runs import answer_held_out, answered_prompts, held_out_file, make_target, settings
+from vllm_dflash.files import RunError
 from vllm_dflash.training import drafter, features, generate, target
-from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.settings import Settings
 
@@ -44,5 +44,5 @@ def test_they_agree_with_transformers(tmp_path: Path) -> None:
     for ours, theirs in zip(read(runs["vllm"]), read(runs["transformers"]), strict=True):
         assert ours.shape[1] == len(LAYERS) * 64
         assert torch.allclose(ours, theirs, atol=1e-4)
-    with pytest.raises(TrainingError, match=r"extract_with 'vllm' \(now 'transformers'\)"):
+    with pytest.raises(RunError, match=r"extract_with 'vllm' \(now 'transformers'\)"):
         run_stages(settings(model, prompts, tmp_path / "vllm", held_out_prompts=str(held_out), target_layer_ids=LAYERS), ("features",))

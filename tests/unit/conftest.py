@@ -65,6 +65,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
+def pytest_collection_finish() -> None:
+    if _guard.asked:
+        raise pytest.UsageError(f"a test file asked for vLLM and went on without: {_REMEDY}")
+
+
 @pytest.fixture(autouse=True)
 def _without_vllm() -> Iterator[None]:
     """Fails a test that asked for vLLM and went on without."""

@@ -94,6 +94,22 @@ def test_only_the_listed_modules_name_vllm() -> None:
     assert naming - NEEDS_VLLM == ASKS_VLLM
 
 
+def test_make_unit_fails_a_test_that_imports_vllm_and_no_later_one(tmp_path: Path) -> None:
+    """Once it was found out after the test, and every test after it in that process failed as well."""
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "def test_imports():\n    import vllm\n"
+        "def test_goes_on_without():\n    with pytest.raises(AssertionError): import vllm\n"
+        "def test_later():\n    import importlib.util; assert importlib.util.find_spec('vllm')\n"
+        "@pytest.mark.vllm\ndef test_left_out():\n    import vllm\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-c", ROOT / "pyproject.toml", "-p", "unit.conftest", "--pure", tmp_path]
+    done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, timeout=120, check=False)
+    assert "1 failed, 2 passed, 1 deselected, 2 errors" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "FAILED" in done.stdout
+    assert "mark the test `@pytest.mark.vllm`" in done.stdout
+
+
 @pytest.mark.parametrize("name", sorted(NEEDS_VLLM | ASKS_VLLM | NEEDS_TORCH | NEEDS_RAY))
 def test_what_is_listed_exists(name: str) -> None:
     assert name in files()
