@@ -205,7 +205,9 @@ def test_metrics_of_two_servers_in_one_folder(twins: Twins) -> None:
 
 def root_of(port: int) -> int:
     """The first process of the server that listens on a port."""
-    (root,) = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if f"--port\0{port}\0" in _text(path)]
+    (root,) = [
+        int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if f"--port {port} " in _text(path).replace("\0", " ")
+    ]
     return root
 
 
