@@ -85,8 +85,8 @@ def test_the_example_killed_while_the_target_answers(tmp_path: Path) -> None:
 def test_without_prompts_killed_while_the_target_writes_them(tmp_path: Path) -> None:
     """The road without data, on a target without a header in its template; tests/prove_train.py is the same on a real chat model."""
     command = [
-        str(Path(sys.executable).with_name("vllm-dflash")), "train", "--target", str(TARGET), "--prompts", "self:40", "--out", str(tmp_path),
-        "--dtype", "float32", *SMALL, "--shard-size", "8", "--num-seqs", "8", "--self-most-tokens", "40", "--response-tokens", "16",
+        str(Path(sys.executable).with_name("vllm-dflash")), "train", "--target", str(TARGET), "--prompts", "self:24", "--out", str(tmp_path),
+        "--dtype", "float32", *SMALL, "--shard-size", "8", "--num-seqs", "8", "--self-most-tokens", "24", "--self-repetition", "1", "--response-tokens", "16",
         "--prove-tokens", "8", "--steps", "3", "--block-size", "4", "--kind", "dflash", "--mask-embedding", "--skip-vllm",
     ]  # fmt: skip
 
@@ -108,13 +108,13 @@ def test_without_prompts_killed_while_the_target_writes_them(tmp_path: Path) -> 
     said, _ = second.communicate(timeout=300)
     assert second.returncode == 0, said
     assert part.with_suffix(".safetensors").stat().st_mtime_ns == kept
-    assert "40 prompts of" in said
+    assert "24 prompts of" in said
     rows = [json.loads(line) for line in (tmp_path / "prompts" / "prompts.jsonl").read_text().splitlines()]
-    assert len({row["messages"][0]["content"] for row in rows}) == 40
+    assert len({row["messages"][0]["content"] for row in rows}) == 24
     agreed(tmp_path, 1)
     assert (tmp_path / "drafter" / "mask_embedding.pt").is_file()
     card = (tmp_path / "drafter" / "README.md").read_text()
-    for words in ("40 that the target wrote itself at temperature 1, top_p 1", "its embedding is the drafter's own (mask_embedding.pt)"):
+    for words in ("24 that the target wrote itself at temperature 1, top_p 1", "its embedding is the drafter's own (mask_embedding.pt)"):
         assert words in card
 
 

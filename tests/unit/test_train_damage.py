@@ -28,6 +28,7 @@ STOPPED = (
     "train/checkpoints/step-00000012.pt",
 )  # fmt: skip
 """Of a run that is stopped in its last stage but two: what only training reads."""
+UP_TO_TRAINING = ("generate", "features", "train")
 FINISHED = (
     "settings.json", "generate/inputs.json", "generate/split.json", "generate/shard-00001.json", "generate/shard-00001.safetensors",
     "generate/held-out/shard-00000.json", "generate/held-out/shard-00000.safetensors", "features/inputs.json", "features/shard-00001.json",
@@ -71,7 +72,7 @@ def no_engines(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards that are answered again are answered by the reference loop."""
     model = AutoModelForCausalLM.from_pretrained(run.settings.run.target, dtype=torch.float32)
 
-    def answer(what: str, args: Any, jobs: list[dict[str, Any]], engines: int) -> None:
+    def answer(what: str, args: Any, jobs: list[dict[str, Any]], engines: int, shown: tuple[str, str]) -> None:
         for job in jobs:
             asked = [([*ids, *decode(model, None, ids, job["sampling"]["max_tokens"], 0).tokens], len(ids)) for ids in job["prompts"]]
             write_sequences(Path(job["path"]), [*job["answered"], *asked])
@@ -94,7 +95,7 @@ def test_damaged(run: Run, state: str, name: str, capsys: pytest.CaptureFixture[
             continue
         capsys.readouterr()
         try:
-            said = run.go_on(STAGES if state == "finished" else STAGES[:3])
+            said = run.go_on(STAGES if state == "finished" else UP_TO_TRAINING)
         except Exception as error:
             faults.append(f"{damage}: {type(error).__name__}: {error}")
             continue

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from damage import DAMAGES, copy_of
 from training_runs import SMALL, lines_of
 from vllm_dflash.files import RunError
 from vllm_dflash.training import self_prompts, target
@@ -114,3 +115,32 @@ def test_other_settings_are_not_mixed_with(tmp_path: Path, found: Any, monkeypat
 def test_what_is_no_number(asked: tuple[str, ...]) -> None:
     with pytest.raises(SettingsError, match="give self:N once, with N at least 2"):
         chosen(Path("o"), prompts=asked)
+
+
+def test_damaged(tmp_path: Path, found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file of the stage in every way: it ends with the same prompts, or says which file and what to do."""
+    answers, settings, faults = Answers(monkeypatch, found.tokenizer), chosen(tmp_path / "run"), list[str]()
+    self_prompts.write_prompts(settings, found, 1024)
+    expected = self_prompts.path_of(settings).read_bytes()
+    finished = copy_of(tmp_path / "run", tmp_path / "finished")
+    stopped = copy_of(tmp_path / "run", tmp_path / "stopped")
+    for name in ("prompts.json", "prompts.jsonl"):
+        (stopped / "prompts" / name).unlink()
+    answers.written, answers.most = 0, 10**6
+    for state in (stopped, finished):
+        for file in sorted(path.name for path in (state / "prompts").iterdir()):
+            for damage, apply in DAMAGES.items():
+                path = copy_of(state, tmp_path / "run") / "prompts" / file
+                if not apply(path):
+                    continue
+                try:
+                    self_prompts.write_prompts(settings, found, 1024)
+                    self_prompts.as_files(settings)
+                    same = self_prompts.path_of(settings).read_bytes() == expected
+                    faults += [] if same else [f"{state.name} {file}, {damage}: other prompts, without a word"]
+                except TrainingError as refusal:
+                    if path.stem not in str(refusal) or "remove" not in str(refusal):
+                        faults.append(f"{state.name} {file}, {damage}: {refusal}")
+                except Exception as error:
+                    faults.append(f"{state.name} {file}, {damage}: {error!r}")
+    assert not faults, "\n".join(faults)
