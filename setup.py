@@ -6,12 +6,16 @@ from pathlib import Path
 from setuptools import setup
 
 _LINK = re.compile(r"\[([^\]]+)\]\((?!https?:|#)([^)]+)\)")
-"""A link into the checkout, which leads nowhere on an index; the source distribution has what it names."""
+"""A link into the checkout, which leads nowhere on an index; the source distribution has what it
+names."""
 
 
 def description(readme: str) -> str:
-    """The README with links into the checkout as plain text: what they say, and the path where they do not say it."""
-    return _LINK.sub(lambda link: link[1] if link[1] == link[2] else f"{link[1]} ({link[2]})", readme)
+    """The README with links into the checkout as plain text: what they say, and the path where they
+    do not say it."""
+    return _LINK.sub(
+        lambda link: link[1] if link[1] == link[2] else f"{link[1]} ({link[2]})", readme
+    )
 
 
 if __name__ == "__main__":

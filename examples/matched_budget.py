@@ -1,14 +1,18 @@
-"""A study at one budget: DFlash and DFlare, depths, target layers, DFlare's own projections, the rise of gamma; several seeds, with intervals.
+"""A study at one budget: DFlash and DFlare, depths, target layers, DFlare's own projections, the
+rise of gamma; several seeds, with intervals.
 
-Every variant is trained by `vllm-dflash train` on the same answers, for the same number of steps, on the embedded target; tau is the trainer's on
-held-out prompts, which is the served one (docs/train.md). Stopped, it goes on where it was. Drafters to compare in speed are then served beside
-each other by `vllm-dflash bench`.
+Every variant is trained by `vllm-dflash train` on the same answers, for the same number of steps,
+on the embedded target; tau is the trainer's on held-out prompts, which is the served one
+(docs/train.md). Stopped, it goes on where it was. Drafters to compare in speed are then served
+beside each other by `vllm-dflash bench`.
 
     .venv/bin/python examples/matched_budget.py --prompts prompts.jsonl --out /tmp/study --list
-    .venv/bin/python examples/matched_budget.py --prompts prompts.jsonl --out /tmp/study --steps 400 --seeds 0 1 2
-    .venv/bin/python examples/matched_budget.py --prompts prompts.jsonl --out /tmp/study --steps 400 --match parameters
-    .venv/bin/python examples/matched_budget.py --prompts prompts.jsonl --out /tmp/study --batch-size 8 --anchors 16 --precision float32
-    .venv/bin/python examples/matched_budget.py --prompts prompts.jsonl --out /tmp/study --bench dflash-3x3 dflare-3x5
+    .venv/bin/python examples/matched_budget.py --prompts prompts.jsonl --out /tmp/study --steps 400
+    --seeds 0 1 2 .venv/bin/python examples/matched_budget.py --prompts prompts.jsonl --out
+    /tmp/study --steps 400 --match parameters .venv/bin/python examples/matched_budget.py --prompts
+    prompts.jsonl --out /tmp/study --batch-size 8 --anchors 16 --precision float32 .venv/bin/python
+    examples/matched_budget.py --prompts prompts.jsonl --out /tmp/study --bench dflash-3x3
+    dflare-3x5
 """
 
 import argparse
@@ -32,7 +36,17 @@ from vllm_dflash.training.settings import Settings, load
 PAIR = Path(__file__).resolve().parent / "embedded_pair"
 TARGET_LAYERS = {3: "1,3,5", 5: "1,2,3,5,6", 8: "0,1,2,3,4,5,6,7"}
 """How many of the target's eight layers a drafter sees, and which."""
-_STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+_STUDENT = {
+    1: 12.706,
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    6: 2.447,
+    7: 2.365,
+    8: 2.306,
+    9: 2.262,
+}
 """97.5 % quantiles of Student's distribution by degrees of freedom."""
 
 
@@ -45,15 +59,23 @@ class Variant:
 
 
 def variants() -> list[Variant]:
-    """Kind x depth x target layers, gamma constant in all; then, around three layers and five target layers, one change at a time."""
+    """Kind x depth x target layers, gamma constant in all; then, around three layers and five
+    target layers, one change at a time."""
     grid = [
-        Variant(f"{kind}-{layers}x{seen}", {"kind": kind, "layers": layers, "target_layer_ids": ids, "gamma_start": 4.0})
-        for kind in ("dflash", "dflare") for layers in (2, 3, 5) for seen, ids in TARGET_LAYERS.items()
-    ]  # fmt: skip
+        Variant(
+            f"{kind}-{layers}x{seen}",
+            {"kind": kind, "layers": layers, "target_layer_ids": ids, "gamma_start": 4.0},
+        )
+        for kind in ("dflash", "dflare")
+        for layers in (2, 3, 5)
+        for seen, ids in TARGET_LAYERS.items()
+    ]
     base = {"layers": 3, "target_layer_ids": TARGET_LAYERS[5]}
     return [
         *grid,
-        Variant("dflare-3x5-tied", base | {"kind": "dflare", "tie_context": True, "gamma_start": 4.0}),
+        Variant(
+            "dflare-3x5-tied", base | {"kind": "dflare", "tie_context": True, "gamma_start": 4.0}
+        ),
         Variant("dflare-3x5-rise", base | {"kind": "dflare", "gamma_start": 1.0}),
         Variant("dflash-3x5-rise", base | {"kind": "dflash", "gamma_start": 1.0}),
         Variant("dflash-3x5-dpace", base | {"kind": "dflash", "weighting": "dpace"}),
@@ -64,14 +86,27 @@ def variants() -> list[Variant]:
 def settings_of(args: argparse.Namespace, variant: Variant, seed: int) -> Settings:
     """The run of a variant and seed."""
     flags = {
-        "target": str(PAIR / "target"), "prompts": [str(args.prompts)], "held_out_prompts": str(PAIR / "prompts.jsonl"), "steps": args.steps,
-        "out": str(args.out / f"{args.match}-{args.steps}" / f"{variant.name}-seed{seed}"), "seed": seed, "dtype": args.dtype, "prove_prompts": 128,
-        "eval_every": args.steps, "checkpoint_every": max(25, args.steps // 8), "batch_size": args.batch_size, "anchors": args.anchors,
-        "precision": args.precision, "compile": args.compile,
-    }  # fmt: skip
+        "target": str(PAIR / "target"),
+        "prompts": [str(args.prompts)],
+        "held_out_prompts": str(PAIR / "prompts.jsonl"),
+        "steps": args.steps,
+        "out": str(args.out / f"{args.match}-{args.steps}" / f"{variant.name}-seed{seed}"),
+        "seed": seed,
+        "dtype": args.dtype,
+        "prove_prompts": 128,
+        "eval_every": args.steps,
+        "checkpoint_every": max(25, args.steps // 8),
+        "batch_size": args.batch_size,
+        "anchors": args.anchors,
+        "precision": args.precision,
+        "compile": args.compile,
+    }
     chosen = load(str(PAIR / "dflash.toml"), flags | variant.flags)
     if args.match == "parameters":
-        chosen = load(str(PAIR / "dflash.toml"), flags | variant.flags | {"intermediate_size": matched_width(chosen)})
+        chosen = load(
+            str(PAIR / "dflash.toml"),
+            flags | variant.flags | {"intermediate_size": matched_width(chosen)},
+        )
     return chosen
 
 
@@ -82,17 +117,31 @@ def parameters_of(chosen: Settings) -> int:
     from vllm_dflash.weights import expected_tensors
 
     shapes = expected_tensors(plan(chosen, find_target(chosen))[0])
-    return sum(_product(s) for name, s in shapes.items() if not (chosen.drafter.tie_context and "_proj_target" in name))
+    return sum(
+        _product(s)
+        for name, s in shapes.items()
+        if not (chosen.drafter.tie_context and "_proj_target" in name)
+    )
 
 
 def matched_width(chosen: Settings) -> int:
-    """The MLP's width with which a drafter has the parameters of dflash-3x3, to a multiple of 16."""
+    """The MLP's width with which a drafter has the parameters of dflash-3x3, to a multiple of
+    16."""
     from dataclasses import replace
 
     def at(width: int) -> int:
-        return parameters_of(replace(chosen, drafter=replace(chosen.drafter, intermediate_size=width)))
+        return parameters_of(
+            replace(chosen, drafter=replace(chosen.drafter, intermediate_size=width))
+        )
 
-    base = replace(chosen.drafter, kind="dflash", layers=3, target_layer_ids=(1, 3, 5), tie_context=False, intermediate_size=None)
+    base = replace(
+        chosen.drafter,
+        kind="dflash",
+        layers=3,
+        target_layer_ids=(1, 3, 5),
+        tie_context=False,
+        intermediate_size=None,
+    )
     wanted, each = parameters_of(replace(chosen, drafter=base)), (at(32) - at(16)) // 16
     return max(16, 16 + (wanted - at(16)) // each // 16 * 16)
 
@@ -105,17 +154,28 @@ def _product(shape: Sequence[int]) -> int:
 
 
 def train(args: argparse.Namespace, chosen: Settings) -> None:
-    """Trains a run to its end; all share one folder of answers, and those with the same target layers one of features."""
+    """Trains a run to its end; all share one folder of answers, and those with the same target
+    layers one of features."""
     from vllm_dflash.training import features, pipeline
     from vllm_dflash.training.generate import folder_of
 
     answers, mine = args.out / "answers", folder_of(chosen)
     if not mine.exists():
-        first = load(str(PAIR / "dflash.toml"), {"target": chosen.run.target, "prompts": chosen.data.prompts, "held_out_prompts": chosen.data.held_out_prompts,
-                                                 "out": str(answers), "dtype": chosen.run.dtype})  # fmt: skip
+        first = load(
+            str(PAIR / "dflash.toml"),
+            {
+                "target": chosen.run.target,
+                "prompts": chosen.data.prompts,
+                "held_out_prompts": chosen.data.held_out_prompts,
+                "out": str(answers),
+                "dtype": chosen.run.dtype,
+            },
+        )
         pipeline.run_stages(first, ("generate",))
         shutil.rmtree(mine.with_name("generate.part"), ignore_errors=True)
-        shutil.copytree(answers / "generate", mine.with_name("generate.part"), copy_function=os.link)
+        shutil.copytree(
+            answers / "generate", mine.with_name("generate.part"), copy_function=os.link
+        )
         # Greedy answers do not depend on the seed, which the folder names.
         inputs = mine.with_name("generate.part") / "inputs.json"
         found = json.loads(inputs.read_text()) | {"seed": chosen.run.seed}
@@ -145,15 +205,22 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half the width of its 95 % confidence interval (Student); infinite for one value."""
     if len(values) < 2:
         return values[0], float("inf")
-    return statistics.mean(values), _STUDENT[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
+    return (
+        statistics.mean(values),
+        _STUDENT[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5,
+    )
 
 
 def note(args: argparse.Namespace, variant: Variant, seed: int, run: Settings) -> None:
     """Adds a finished run to the file of results, a line."""
     found = _read(Path(run.run.out) / "train" / "result.json")
     line = _budget(args) | {
-        "variant": variant.name, "seed": seed, "tau": found["tau"], "parameters": parameters_of(run), "seconds_a_step": _step_seconds(run),
-    }  # fmt: skip
+        "variant": variant.name,
+        "seed": seed,
+        "tau": found["tau"],
+        "parameters": parameters_of(run),
+        "seconds_a_step": _step_seconds(run),
+    }
     with _results(args).open("a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -175,24 +242,42 @@ def report(args: argparse.Namespace, chosen: Sequence[Variant]) -> str:
             seconds = statistics.median(one["seconds_a_step"] for one in runs)
             rows.append((mean, half, len(runs), variant.name, runs[0]["parameters"], seconds))
     blocks = f"{args.batch_size} sequences x {args.anchors} blocks"
-    lines = [f"{args.steps} steps of {blocks}, matched by {args.match}; tau on 128 held-out prompts x 192 tokens, greedy, {args.dtype}", "",
-             "| drafter | tau | 95 % interval | seeds | parameters | seconds a step |", "|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        (
+            f"{args.steps} steps of {blocks}, matched by {args.match}; tau on 128 held-out prompts"
+            f" x 192 tokens, greedy, {args.dtype}"
+        ),
+        "",
+        "| drafter | tau | 95 % interval | seeds | parameters | seconds a step |",
+        "|---|---|---|---|---|---|",
+    ]
     for mean, half, count, name, size, seconds in sorted(rows, reverse=True):
-        lines.append(f"| {name} | {mean:.3f} | ± {half:.3f} | {count} | {size / 1e6:.2f} M | {seconds:.2f} |")
+        lines.append(
+            f"| {name} | {mean:.3f} | ± {half:.3f} | {count} | {size / 1e6:.2f} M | {seconds:.2f} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def contrasts(names: Collection[str]) -> list[tuple[str, str, str]]:
-    """Question, variant, and what it is held against, of these variants: what differs by one change."""
+    """Question, variant, and what it is held against, of these variants: what differs by one
+    change."""
     found = []
     for layers in (2, 3, 5):
         for seen in TARGET_LAYERS:
-            found.append(("DFlare over DFlash", f"dflare-{layers}x{seen}", f"dflash-{layers}x{seen}"))
+            found.append(
+                ("DFlare over DFlash", f"dflare-{layers}x{seen}", f"dflash-{layers}x{seen}")
+            )
     for kind in ("dflash", "dflare"):
         for layers in (2, 3, 5):
-            found += [("more target layers", f"{kind}-{layers}x{b}", f"{kind}-{layers}x{a}") for a, b in pairwise(TARGET_LAYERS)]
+            found += [
+                ("more target layers", f"{kind}-{layers}x{b}", f"{kind}-{layers}x{a}")
+                for a, b in pairwise(TARGET_LAYERS)
+            ]
         for seen in TARGET_LAYERS:
-            found += [("more draft layers", f"{kind}-{b}x{seen}", f"{kind}-{a}x{seen}") for a, b in pairwise((2, 3, 5))]
+            found += [
+                ("more draft layers", f"{kind}-{b}x{seen}", f"{kind}-{a}x{seen}")
+                for a, b in pairwise((2, 3, 5))
+            ]
     found.append(("own projections of the context", "dflare-3x5", "dflare-3x5-tied"))
     for name, question in (("rise", "a rising gamma"), ("dpace", "D-PACE")):
         found += [(question, f"{kind}-3x5-{name}", f"{kind}-3x5") for kind in ("dflash", "dflare")]
@@ -200,7 +285,8 @@ def contrasts(names: Collection[str]) -> list[tuple[str, str, str]]:
 
 
 def differences(args: argparse.Namespace) -> str:
-    """A table of the contrasts: tau of one variant less the other's, seed by seed, as both saw the same batches; and each question's mean."""
+    """A table of the contrasts: tau of one variant less the other's, seed by seed, as both saw the
+    same batches; and each question's mean."""
     tau = {(one["variant"], one["seed"]): one["tau"] for one in finished(args)}
     lines = ["| question | | tau | 95 % interval | seeds | |", "|---|---|---|---|---|---|"]
 
@@ -215,19 +301,30 @@ def differences(args: argparse.Namespace) -> str:
         for _, this, other in (one for one in asked if one[0] == question):
             seeds = sorted(seed for name, seed in tau if name == this and (other, seed) in tau)
             if seeds:
-                found[f"{this} less {other}"] = {seed: tau[this, seed] - tau[other, seed] for seed in seeds}
+                found[f"{this} less {other}"] = {
+                    seed: tau[this, seed] - tau[other, seed] for seed in seeds
+                }
         lines += [row(question, what, list(values.values())) for what, values in found.items()]
         most = max((len(values) for values in found.values()), default=0)
         # Those with all seeds, so that a seed is a mean of the same contrasts as another.
         whole = [values for values in found.values() if len(values) == most]
         if len(whole) > 1:
-            lines.append(row(question, "**mean**", [statistics.mean(values[seed] for values in whole) for seed in whole[0]]))
+            lines.append(
+                row(
+                    question,
+                    "**mean**",
+                    [statistics.mean(values[seed] for values in whole) for seed in whole[0]],
+                )
+            )
     return "\n".join(lines) + "\n"
 
 
 def _budget(args: argparse.Namespace) -> dict[str, Any]:
     """What results have to have in common to be compared."""
-    return {name: getattr(args, name) for name in ("match", "steps", "batch_size", "anchors", "dtype", "precision")}
+    return {
+        name: getattr(args, name)
+        for name in ("match", "steps", "batch_size", "anchors", "dtype", "precision")
+    }
 
 
 def _results(args: argparse.Namespace) -> Path:
@@ -241,49 +338,104 @@ def _read(path: Path) -> Any:
 def _step_seconds(run: Settings) -> float:
     """Median over the log's stretches: the slowest are other work's."""
     path = Path(run.run.out) / "train" / "log.jsonl"
-    timed = [(e["step"], e["seconds"]) for e in map(json.loads, path.read_text().splitlines()) if "seconds" in e]
-    return statistics.median((s1 - s0) / (n1 - n0) for (n0, s0), (n1, s1) in pairwise(timed) if s1 > s0)
+    timed = [
+        (e["step"], e["seconds"])
+        for e in map(json.loads, path.read_text().splitlines())
+        if "seconds" in e
+    ]
+    return statistics.median(
+        (s1 - s0) / (n1 - n0) for (n0, s0), (n1, s1) in pairwise(timed) if s1 > s0
+    )
 
 
 def bench(args: argparse.Namespace, names: Sequence[str]) -> int:
     """Serves the first seed's drafters of these names beside plain decoding, in turns."""
     by_name = {v.name: v for v in variants()}
-    folders = {n: Path(settings_of(args, by_name[n], args.seeds[0]).run.out) / "train" / "drafter" for n in names}
+    folders = {
+        n: Path(settings_of(args, by_name[n], args.seeds[0]).run.out) / "train" / "drafter"
+        for n in names
+    }
     drafts = [part for name, folder in folders.items() for part in ("--draft", f"{name}={folder}")]
-    command = [sys.executable, "-m", "vllm_dflash.cli", "bench", "--target", str(PAIR / "target"), *drafts, "--prompts", str(PAIR / "prompts.jsonl"),
-               "--methods", ",".join(["plain", *(f"dflash@{n}:7" for n in names)]), "--out", str(args.out / "bench")]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "vllm_dflash.cli",
+        "bench",
+        "--target",
+        str(PAIR / "target"),
+        *drafts,
+        "--prompts",
+        str(PAIR / "prompts.jsonl"),
+        "--methods",
+        ",".join(["plain", *(f"dflash@{n}:7" for n in names)]),
+        "--out",
+        str(args.out / "bench"),
+    ]
     return subprocess.run(command, check=False).returncode
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=Path, required=True, help="JSON lines to train on, from embedded_pair/prompts.py")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        help="JSON lines to train on, from embedded_pair/prompts.py",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the study")
     parser.add_argument(
-        "--results", type=Path, help="a line for each finished run, none of which is done again (default: OUT/results.jsonl)"
+        "--results",
+        type=Path,
+        help=(
+            "a line for each finished run, none of which is done again (default: OUT/results.jsonl)"
+        ),
     )
     parser.add_argument("--steps", type=int, default=400, help="of every run (default: 400)")
     parser.add_argument("--batch-size", type=int, default=16, help="sequences a step (default: 16)")
     parser.add_argument("--anchors", type=int, default=32, help="blocks a sequence (default: 32)")
-    parser.add_argument("--dtype", default="bfloat16", help="of target, answers and exported drafters (default: bfloat16)")
-    parser.add_argument("--precision", default="bfloat16", help="of the training's matrix products (default: bfloat16)")
     parser.add_argument(
-        "--compile", action="store_true", help="torch.compile each run's loss: on two cores two minutes once, then half the time a step"
+        "--dtype",
+        default="bfloat16",
+        help="of target, answers and exported drafters (default: bfloat16)",
+    )
+    parser.add_argument(
+        "--precision",
+        default="bfloat16",
+        help="of the training's matrix products (default: bfloat16)",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help=(
+            "torch.compile each run's loss: on two cores two minutes once, then half the time a"
+            " step"
+        ),
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument(
-        "--match", choices=("steps", "parameters"), default="steps", help="parameters: MLPs as wide as makes all as large as dflash-3x3"
+        "--match",
+        choices=("steps", "parameters"),
+        default="steps",
+        help="parameters: MLPs as wide as makes all as large as dflash-3x3",
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these variants")
     parser.add_argument("--minutes", type=float, help="begin no run after so many")
-    parser.add_argument("--list", action="store_true", help="print the variants with their parameters, and stop")
-    parser.add_argument("--report", action="store_true", help="print the tables of what is trained so far, and stop")
+    parser.add_argument(
+        "--list", action="store_true", help="print the variants with their parameters, and stop"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="print the tables of what is trained so far, and stop"
+    )
     parser.add_argument("--bench", nargs="+", metavar="NAME", help="serve these, and stop")
     args = parser.parse_args()
     chosen = [v for v in variants() if not args.only or v.name in args.only]
     if args.list:
         for variant in chosen:
-            print(f"{variant.name:<20} {parameters_of(settings_of(args, variant, 0)):>10,} parameters")
+            print(
+                f"{variant.name:<20} {parameters_of(settings_of(args, variant, 0)):>10,} parameters"
+            )
         return 0
     if args.bench:
         return bench(args, args.bench)

@@ -1,4 +1,5 @@
-"""Every query of the dashboard and of the rules, as Prometheus takes it: the tests run them all, and so do the scripts that draw panels.
+"""Every query of the dashboard and of the rules, as Prometheus takes it: the tests run them all,
+and so do the scripts that draw panels.
 
 Standard library and PyYAML only. Limits: knows the variables of this dashboard and no others.
 
@@ -26,7 +27,8 @@ _LABEL_VALUES = re.compile(r"label_values\((?P<selector>.*), *(?P<label>\w+)\)")
 
 @dataclass(frozen=True)
 class Query:
-    """One expression, and where it comes from: ``place`` is a panel's title or a rule's name, ``unit`` is Grafana's (panels only)."""
+    """One expression, and where it comes from: ``place`` is a panel's title or a rule's name,
+    ``unit`` is Grafana's (panels only)."""
 
     place: str
     expression: str
@@ -46,7 +48,8 @@ def panels(dashboard: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 def panel_queries(dashboard: Mapping[str, Any], values: Mapping[str, str]) -> list[Query]:
-    """The panels' queries; ``values`` gives each variable's value, ``__rate_interval`` and its kind included."""
+    """The panels' queries; ``values`` gives each variable's value, ``__rate_interval`` and its kind
+    included."""
     return [
         Query(
             panel["title"],
@@ -59,13 +62,18 @@ def panel_queries(dashboard: Mapping[str, Any], values: Mapping[str, str]) -> li
     ]
 
 
-def variable_queries(dashboard: Mapping[str, Any], values: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    """(variable, selector of series, label) of each variable that asks Prometheus for the values of a label."""
+def variable_queries(
+    dashboard: Mapping[str, Any], values: Mapping[str, str]
+) -> list[tuple[str, str, str]]:
+    """(variable, selector of series, label) of each variable that asks Prometheus for the values of
+    a label."""
     found = []
     for variable in dashboard["templating"]["list"]:
         if variable["type"] != "query":
             continue
-        query = variable["query"] if isinstance(variable["query"], str) else variable["query"]["query"]
+        query = (
+            variable["query"] if isinstance(variable["query"], str) else variable["query"]["query"]
+        )
         match = _LABEL_VALUES.fullmatch(fill_in(query, values))
         assert match, f"{variable['name']}: no label_values(...): {query}"
         found.append((variable["name"], match["selector"], match["label"]))

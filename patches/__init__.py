@@ -1,4 +1,5 @@
-"""What is replaced in vLLM, one file per seam, each with its record or records; README.md has the table.
+"""What is replaced in vLLM, one file per seam, each with its record or records; README.md has the
+table.
 
 vllm-dflash status          what is applied
 pytest tests/patches        each against the installed vLLM

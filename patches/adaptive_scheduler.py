@@ -1,4 +1,5 @@
-"""Adaptive drafting: our scheduler extends vLLM's, and says in vLLM's own fields how much to draft and to verify."""
+"""Adaptive drafting: our scheduler extends vLLM's, and says in vLLM's own fields how much to draft
+and to verify."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,8 @@ _ASYNC = "vllm.v1.core.sched.async_scheduler:AsyncScheduler"
 
 
 def plan_drafts(scheduler_output: Any, k: int) -> None:
-    """K of a step, in its ``SchedulerOutput``: the model runner, and asynchronous scheduling's placeholders, take it from there."""
+    """K of a step, in its ``SchedulerOutput``: the model runner, and asynchronous scheduling's
+    placeholders, take it from there."""
     scheduler_output.num_spec_tokens_to_schedule = k
 
 
@@ -36,6 +38,9 @@ PATCH = Patch(
         f"{_SCHEDULER}.update_from_output": "self, scheduler_output, model_runner_output",
         f"{_SCHEDULER}.update_draft_token_ids": "self, draft_token_ids",
     },
-    why="a step's drafts are chosen where requests are scheduled; scheduler_cls is vLLM's own place for such a class",
+    why=(
+        "a step's drafts are chosen where requests are scheduled; scheduler_cls is vLLM's own place"
+        " for such a class"
+    ),
     until="never: vLLM asks for it",
 )

@@ -13,21 +13,26 @@ PATCH = Patch(
     fingerprints={
         f"{_CPU}.forward": "3809c0743bc088b9",
         f"{_CPU}.do_kv_cache_update": "7fa9bfd2248a31a3",
-        f"{_LAYERS}.attention:Attention.forward": {"0.32": "919186a00115492f", "0.33": "35db5405fdf9cbc6"},
+        f"{_LAYERS}.attention:Attention.forward": {
+            "0.32": "919186a00115492f",
+            "0.33": "35db5405fdf9cbc6",
+        },
         f"{_LINEAR}:UnquantizedLinearMethod.apply": "9f33567159bae1a6",
         f"{_LINEAR}:ColumnParallelLinear.forward": "7a5bb4e88db0cef8",
         f"{_LINEAR}:RowParallelLinear.forward": "8c0c1e9b4d0db1d1",
         f"{_LAYERS}.utils:dispatch_cpu_unquantized_gemm": "fa9bad87bd635a9b",
         "vllm._custom_ops:CPUDNNLGEMMHandler": "7def9e96fa90e177",
         "vllm._custom_ops:onednn_mm": "7ddd8fbdaec84eab",
-        f"{_LAYERS}.vocab_parallel_embedding:UnquantizedEmbeddingMethod.embedding": "1056ddd6d0692b53",
+        f"{_LAYERS}.vocab_parallel_embedding:UnquantizedEmbeddingMethod.embedding": (
+            "1056ddd6d0692b53"
+        ),
         f"{_LAYERS}.vocab_parallel_embedding:VocabParallelEmbedding.forward": "2873e82f22057de8",
         f"{_LAYERS}.logits_processor:LogitsProcessor._get_logits": "efd0bb96f0b3a993",
         f"{_LAYERS}.rotary_embedding.base:RotaryEmbedding.forward_cpu": "bcf30919fa9727e2",
     },
     why=(
-        "run as modules, half of a forward of one request is Python between kernels: the same kernels are called one after the other. "
-        "There is no hook for that, nor is one needed"
+        "run as modules, half of a forward of one request is Python between kernels: the same"
+        " kernels are called one after the other. There is no hook for that, nor is one needed"
     ),
     until="vLLM's CPU build records what it runs, as CUDA graphs do",
 )

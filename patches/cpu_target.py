@@ -1,4 +1,5 @@
-"""CPU: the target's layers run kernel by kernel beside a drafter, to the last bit what vLLM's modules compute."""
+"""CPU: the target's layers run kernel by kernel beside a drafter, to the last bit what vLLM's
+modules compute."""
 
 from typing import Any
 
@@ -31,8 +32,9 @@ PATCH = Patch(
         f"{_LAYERS}.activation:SiluAndMul": "e1bb742c2f34d62a",
     },
     why=(
-        "as cpu_layers.py; where its source is not the one that was repeated, the target would write another text, so vLLM's modules run. "
-        "A model is built by vLLM, and no plug-in is asked how it runs"
+        "as cpu_layers.py; where its source is not the one that was repeated, the target would"
+        " write another text, so vLLM's modules run. A model is built by vLLM, and no plug-in is"
+        " asked how it runs"
     ),
     until="vLLM's CPU build records what it runs, as CUDA graphs do",
     replace=_replace,

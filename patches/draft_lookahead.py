@@ -1,4 +1,5 @@
-"""Engine configuration: cache slots for a drafter's whole block, also where fewer of its tokens are verified."""
+"""Engine configuration: cache slots for a drafter's whole block, also where fewer of its tokens are
+verified."""
 
 from functools import wraps
 from typing import Any
@@ -22,8 +23,9 @@ PATCH = Patch(
     target="vllm.config.vllm:VllmConfig.num_lookahead_tokens",
     fingerprints={"vllm.config.vllm:VllmConfig.num_lookahead_tokens": "dadea65e5151a144"},
     why=(
-        "vLLM drafts num_speculative_tokens + 1 positions; a drafter that has only seen whole blocks accepts next to nothing in a shorter "
-        "one (docs/log.md), so all of its block is drafted, and needs cache slots; no hook is asked how many"
+        "vLLM drafts num_speculative_tokens + 1 positions; a drafter that has only seen whole"
+        " blocks accepts next to nothing in a shorter one (docs/log.md), so all of its block is"
+        " drafted, and needs cache slots; no hook is asked how many"
     ),
     until="vLLM asks the drafter how many positions it writes",
     replace=_replace,

@@ -12,8 +12,9 @@ PATCH = Patch(
         f"{_LAYERS}.layernorm:RMSNorm.forward_native": "1e4b2b94b1ce009a",
     },
     why=(
-        "on the V1 runner sliding draft layers keep the whole context, as it knows one KV cache group for them; and a norm is one kernel "
-        "on a CPU. The model itself has an official place, vLLM's registry of models"
+        "on the V1 runner sliding draft layers keep the whole context, as it knows one KV cache"
+        " group for them; and a norm is one kernel on a CPU. The model itself has an official"
+        " place, vLLM's registry of models"
     ),
     until="the V1 runner takes several KV cache groups of draft layers",
 )

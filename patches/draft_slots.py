@@ -1,4 +1,5 @@
-"""Speculative config: room in a step's buffers for a drafter's whole block, also where fewer of its tokens are verified."""
+"""Speculative config: room in a step's buffers for a drafter's whole block, also where fewer of its
+tokens are verified."""
 
 from functools import wraps
 from typing import Any
@@ -19,7 +20,9 @@ def _replace(original: Any) -> property:
         if known is not None:
             return known
         if is_ours(self):
-            self.__dict__[_KNOWN] = self.draft_model_config.hf_config.block_size - 1  # the anchor has its slot already
+            self.__dict__[_KNOWN] = (
+                self.draft_model_config.hf_config.block_size - 1
+            )  # the anchor has its slot already
             return self.__dict__[_KNOWN]
         return original.fget(self)
 
@@ -27,15 +30,23 @@ def _replace(original: Any) -> property:
 
 
 def _unneeded(sources: Sources) -> str | None:
-    return None if draft_slots_needed(sources) else "this vLLM drafts in a pass of its own, and counts no drafted position in a step"
+    return (
+        None
+        if draft_slots_needed(sources)
+        else "this vLLM drafts in a pass of its own, and counts no drafted position in a step"
+    )
 
 
 PATCH = Patch(
     target="vllm.config.speculative:SpeculativeConfig.max_num_new_slots_for_drafting",
-    fingerprints={"vllm.config.speculative:SpeculativeConfig.max_num_new_slots_for_drafting": {"0.32": "35c89495f277993d"}},
+    fingerprints={
+        "vllm.config.speculative:SpeculativeConfig.max_num_new_slots_for_drafting": {
+            "0.32": "35c89495f277993d"
+        }
+    },
     why=(
-        "vLLM's buffers hold num_speculative_tokens + 1 drafted positions a request; ours drafts whole blocks (draft_lookahead.py), "
-        "and no hook is asked"
+        "vLLM's buffers hold num_speculative_tokens + 1 drafted positions a request; ours drafts"
+        " whole blocks (draft_lookahead.py), and no hook is asked"
     ),
     until="vLLM 0.32 is dropped",
     replace=_replace,

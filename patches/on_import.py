@@ -16,7 +16,8 @@ class AfterImport(MetaPathFinder):
     """Finds nothing itself: adds a step after the execution of the modules that are awaited."""
 
     def __init__(self, is_awaited: Callable[[str], bool], then: Callable[[str], None]) -> None:
-        """Puts itself in front of ``sys.meta_path``. ``then`` gets the module's name, and must not raise."""
+        """Puts itself in front of ``sys.meta_path``. ``then`` gets the module's name, and must not
+        raise."""
         self._is_awaited, self._then = is_awaited, then
         self._busy = threading.local()
         sys.meta_path.insert(0, self)
@@ -27,7 +28,7 @@ class AfterImport(MetaPathFinder):
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:  # fmt: skip
+    ) -> ModuleSpec | None:
         if getattr(self._busy, "on", False) or not self._is_awaited(fullname):
             return None
         self._busy.on = True
@@ -43,6 +44,7 @@ class AfterImport(MetaPathFinder):
             execute(module)
             self._then(fullname)
 
-        # On the instance, so that the loader keeps its type: inspect and importlib.resources look at it.
+        # On the instance, so that the loader keeps its type: inspect and importlib.resources look
+        # at it.
         setattr(spec.loader, "exec_module", exec_module)  # noqa: B010
         return spec

@@ -1,4 +1,5 @@
-"""Where an attribute of a foreign object, module or class is set and put back: this folder is the only place for that.
+"""Where an attribute of a foreign object, module or class is set and put back: this folder is the
+only place for that.
 
 pytest tests/unit/test_patching.py
 """
@@ -35,6 +36,7 @@ class Replaced:
 
 
 def kept_with(owner: Any) -> "list[tuple[Any, Replaced]]":
-    """The records attached to an object, in order. Kept with it: elsewhere they would keep it alive."""
+    """The records attached to an object, in order. Kept with it: elsewhere they would keep it
+    alive."""
     known: list[tuple[Any, Replaced]] = vars(owner).setdefault(_KEPT, [])
     return known

@@ -1,4 +1,5 @@
-"""Requests: settings that vLLM's V1 runner gets wrong beside drafts on a GPU are refused, with what to do."""
+"""Requests: settings that vLLM's V1 runner gets wrong beside drafts on a GPU are refused, with what
+to do."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -8,7 +9,8 @@ from vllm_dflash.formats import is_ours
 from vllm_dflash.patch import Patch
 
 WRONG_ON_A_V1_GPU = ("thinking_token_budget", "logprob_token_ids")
-"""Fields of ``SamplingParams``. The budget is overshot and ends neighbours' thinking (vLLM issue 39573); log probabilities are lost."""
+"""Fields of ``SamplingParams``. The budget is overshot and ends neighbours' thinking (vLLM issue
+39573); log probabilities are lost."""
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -19,8 +21,9 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
             from vllm.exceptions import VLLMValidationError
 
             raise VLLMValidationError(
-                f"{' and '.join(wrong)}: vLLM's V1 model runner does not keep to this beside a drafter on a GPU. Start the server with "
-                "VLLM_USE_V2_MODEL_RUNNER=1, or without a drafter, or leave the field out",
+                f"{' and '.join(wrong)}: vLLM's V1 model runner does not keep to this beside a"
+                " drafter on a GPU. Start the server with VLLM_USE_V2_MODEL_RUNNER=1, or without a"
+                " drafter, or leave the field out",
                 parameter=wrong[0],
             )
         return original(self, params, *args, **kwargs)
@@ -29,19 +32,30 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _verifies_by_vllm(config: Any) -> bool:
-    """Whether drafts of ours are verified by vLLM's V1 rejection sampler; on a CPU they are by ours, on V2 by one that counts drafts."""
+    """Whether drafts of ours are verified by vLLM's V1 rejection sampler; on a CPU they are by
+    ours, on V2 by one that counts drafts."""
     from vllm.platforms import current_platform
 
-    return is_ours(config.speculative_config) and not config.use_v2_model_runner and not current_platform.is_cpu()
+    return (
+        is_ours(config.speculative_config)
+        and not config.use_v2_model_runner
+        and not current_platform.is_cpu()
+    )
 
 
 PATCH = Patch(
     target="vllm.v1.engine.input_processor:InputProcessor._validate_params",
-    signatures={"vllm.v1.engine.input_processor:InputProcessor._validate_params": "self, params, ..."},
+    signatures={
+        "vllm.v1.engine.input_processor:InputProcessor._validate_params": "self, params, ..."
+    },
     why=(
-        "vLLM's V1 rejection sampler forces the end of thinking in other rows than plain decoding does, a neighbour's among them, and drops "
-        "logprob_token_ids, both in silence; the hook for refusals, a logits processor's validate_params, is not asked beside a drafter"
+        "vLLM's V1 rejection sampler forces the end of thinking in other rows than plain decoding"
+        " does, a neighbour's among them, and drops logprob_token_ids, both in silence; the hook"
+        " for refusals, a logits processor's validate_params, is not asked beside a drafter"
     ),
-    until="vLLM's issue 39573 is closed, and its V1 rejection sampler returns logprob_token_ids; or the V1 runner is gone",
+    until=(
+        "vLLM's issue 39573 is closed, and its V1 rejection sampler returns logprob_token_ids; or"
+        " the V1 runner is gone"
+    ),
     replace=_replace,
 )

@@ -23,9 +23,10 @@ PATCH = Patch(
     needs="optional",
     signatures={"vllm.v1.core.sched.scheduler:Scheduler.__init__": "self, vllm_config, ..."},
     why=(
-        "lengths, steps without drafts and their times are seen in the engine's process only; the hook for metrics, a stat logger, runs in "
-        "the API server, gets none of them, and is not asked by an offline LLM. Plug-ins are loaded in EngineCore.__init__, so that is too "
-        "late a place. A scheduler without one of our drafters is left as it is"
+        "lengths, steps without drafts and their times are seen in the engine's process only; the"
+        " hook for metrics, a stat logger, runs in the API server, gets none of them, and is not"
+        " asked by an offline LLM. Plug-ins are loaded in EngineCore.__init__, so that is too late"
+        " a place. A scheduler without one of our drafters is left as it is"
     ),
     until="vLLM lets a plug-in observe steps in the engine's process",
     replace=_replace,

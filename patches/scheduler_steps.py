@@ -1,4 +1,5 @@
-"""Scheduler: its steps are read once, around the methods that begin and end one, for whoever watches them."""
+"""Scheduler: its steps are read once, around the methods that begin and end one, for whoever
+watches them."""
 
 from typing import Any
 
@@ -10,8 +11,9 @@ from vllm_dflash.steps import Observer, Steps
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _KEPT = "_vllm_dflash_steps"
 _WHY = (
-    "what was verified and accepted, steps without drafts and their times are seen in the engine's process only, and vLLM has no observer "
-    "of steps there: controller, metrics and benchmark watch. No body is touched, so the same holds for every scheduler"
+    "what was verified and accepted, steps without drafts and their times are seen in the engine's"
+    " process only, and vLLM has no observer of steps there: controller, metrics and benchmark"
+    " watch. No body is touched, so the same holds for every scheduler"
 )
 _UNTIL = "vLLM lets a plug-in observe an engine's steps"
 
@@ -30,7 +32,11 @@ def _record(name: str, signature: str, replace: Any) -> Patch:
 
 PATCHES = (
     _record("schedule", "self, ...", lambda original, steps: steps.around_schedule(original)),
-    _record("update_from_output", "self, scheduler_output, model_runner_output", lambda original, steps: steps.around_update(original)),
+    _record(
+        "update_from_output",
+        "self, scheduler_output, model_runner_output",
+        lambda original, steps: steps.around_update(original),
+    ),
     _record("shutdown", "self", lambda original, steps: steps.around_shutdown(original)),
 )
 

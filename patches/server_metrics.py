@@ -19,8 +19,11 @@ def _replace(original: Callable[[Any], None]) -> Callable[[Any], None]:
 
         original(app)
         registry = get_prometheus_registry()
-        # With one API server it is the process's own registry, and another app of this process may have been here.
-        if not any(isinstance(collector, DFlashCollector) for collector in registry._collector_to_names):
+        # With one API server it is the process's own registry, and another app of this process may
+        # have been here.
+        if not any(
+            isinstance(collector, DFlashCollector) for collector in registry._collector_to_names
+        ):
             registry.register(DFlashCollector())
         if registry is not REGISTRY:
             route = Mount("/metrics", make_asgi_app(registry=registry))
@@ -36,9 +39,10 @@ PATCH = Patch(
     fingerprints={"vllm.v1.metrics.prometheus:get_prometheus_registry": "1dd5aec854c0a47f"},
     signatures={"vllm.entrypoints.serve.instrumentator.metrics:attach_router": "app"},
     why=(
-        "a stat-logger plug-in can register collectors in the process's registry, but with several API servers, or a PROMETHEUS_MULTIPROC_DIR "
-        "of the user's, /metrics is answered from a registry that is made anew for each scrape and reads prometheus-client's files and nothing "
-        "else; there a route that answers from those files and ours goes before it"
+        "a stat-logger plug-in can register collectors in the process's registry, but with several"
+        " API servers, or a PROMETHEUS_MULTIPROC_DIR of the user's, /metrics is answered from a"
+        " registry that is made anew for each scrape and reads prometheus-client's files and"
+        " nothing else; there a route that answers from those files and ours goes before it"
     ),
     until="vLLM lets a plug-in add a collector to the registry that /metrics answers from",
     replace=_replace,

@@ -1,4 +1,5 @@
-"""Speculative config: a drafter that does not fit its target is refused before any process starts; a whole block is the default."""
+"""Speculative config: a drafter that does not fit its target is refused before any process starts;
+a whole block is the default."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -23,8 +24,9 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 
             for name, value in check_speculative_config(self).items():
                 setattr(self.draft_model_config.hf_config, name, value)
-            # EAGLE's K/V of a position depend on the token after it, so vLLM takes back the last page of every prefix-cache hit.
-            # Ours depend on the target's hidden state at that position alone: hits are as long as without speculation.
+            # EAGLE's K/V of a position depend on the token after it, so vLLM takes back the last
+            # page of every prefix-cache hit. Ours depend on the target's hidden state at that
+            # position alone: hits are as long as without speculation.
             self.disable_eagle_block_drop = True
         return result
 
@@ -32,12 +34,14 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 PATCH = Patch(
-    # Not _verify_args: pydantic takes that one into its schema when the class is made, and __post_init__ is looked up at each call.
+    # Not _verify_args: pydantic takes that one into its schema when the class is made, and
+    # __post_init__ is looked up at each call.
     target="vllm.config.speculative:SpeculativeConfig.__post_init__",
     signatures={"vllm.config.speculative:SpeculativeConfig.__post_init__": "self"},
     why=(
-        "vLLM checks no drafter against its target: most mismatches would only show as low acceptance; no hook sees the config in the "
-        "front end. What vLLM's own code reads of the draft config is written into it, as formats spell it in different ways"
+        "vLLM checks no drafter against its target: most mismatches would only show as low"
+        " acceptance; no hook sees the config in the front end. What vLLM's own code reads of the"
+        " draft config is written into it, as formats spell it in different ways"
     ),
     until="vLLM calls the draft model class's own check of its config",
     replace=_replace,

@@ -1,4 +1,5 @@
-"""V1 runner: whether a step fits the drafter is asked of each request, not of the batch's longest."""
+"""V1 runner: whether a step fits the drafter is asked of each request, not of the batch's
+longest."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -19,10 +20,13 @@ def _replace(original: Callable[..., bool]) -> Callable[..., bool]:
 
 PATCH = Patch(
     target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._input_fits_in_drafter",
-    fingerprints={"vllm.v1.worker.gpu_model_runner:GPUModelRunner._input_fits_in_drafter": "b1c3fee24b775362"},
+    fingerprints={
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._input_fits_in_drafter": "b1c3fee24b775362"
+    },
     why=(
-        "the original compares the batch's longest sequence plus a block with the drafter's limit; where it does not fit, no request of the "
-        "batch gets its context K/V written in that step, and K zeros are scheduled as drafts; no hook is asked"
+        "the original compares the batch's longest sequence plus a block with the drafter's limit;"
+        " where it does not fit, no request of the batch gets its context K/V written in that step,"
+        " and K zeros are scheduled as drafts; no hook is asked"
     ),
     until="vLLM asks the proposer, or decides per request",
     replace=_replace,

@@ -17,10 +17,13 @@ PATCH = Patch(
     target=_METHOD,
     scope="instance",
     needs="optional",
-    fingerprints={_METHOD: "a4898c222c1726ab", "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": "2a9fd2c519c76bcc"},
+    fingerprints={
+        _METHOD: "a4898c222c1726ab",
+        "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": "2a9fd2c519c76bcc",
+    },
     why=(
-        "vLLM's takes a dozen small operators a step, made for a GPU; on a CPU each costs more than it computes. "
-        "No hook stands between the runner and its metadata"
+        "vLLM's takes a dozen small operators a step, made for a GPU; on a CPU each costs more than"
+        " it computes. No hook stands between the runner and its metadata"
     ),
     until="vLLM makes it by numpy on a CPU",
     replace=_replace,

@@ -1,4 +1,5 @@
-"""V1 runner: a step that verifies no drafts leaves sampling settings alone, where a top-k request ended the engine."""
+"""V1 runner: a step that verifies no drafts leaves sampling settings alone, where a top-k request
+ended the engine."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -9,7 +10,9 @@ from vllm_dflash.patch import CPU_FIXES, Patch
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
-    def apply_sampling_constraints(logits: Any, cu_num_draft_tokens: Any, sampling_metadata: Any) -> Any:
+    def apply_sampling_constraints(
+        logits: Any, cu_num_draft_tokens: Any, sampling_metadata: Any
+    ) -> Any:
         # A prompt's step has no drafts yet: no rows, and the maximum of no top-k is an error.
         return original(logits, cu_num_draft_tokens, sampling_metadata) if len(logits) else logits
 
@@ -19,11 +22,14 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 PATCH = Patch(
     target="vllm.v1.sample.rejection_sampler:apply_sampling_constraints",
     signatures={
-        "vllm.v1.sample.rejection_sampler:apply_sampling_constraints": "logits, cu_num_draft_tokens, sampling_metadata",
+        "vllm.v1.sample.rejection_sampler:apply_sampling_constraints": (
+            "logits, cu_num_draft_tokens, sampling_metadata"
+        )
     },
     why=(
-        "the runner sends every step through the rejection sampler, also one without drafts, such as a prompt's; there a batch of requests "
-        "with top_k but no top_p takes the maximum of an empty tensor, which ends the CPU engine; no hook is asked"
+        "the runner sends every step through the rejection sampler, also one without drafts, such"
+        " as a prompt's; there a batch of requests with top_k but no top_p takes the maximum of an"
+        " empty tensor, which ends the CPU engine; no hook is asked"
     ),
     until="vLLM's apply_top_k_only returns empty logits as they are",
     replace=_replace,

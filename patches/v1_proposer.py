@@ -10,10 +10,13 @@ def _replace(original: type) -> type:
     from vllm_dflash.drafting.v1 import DFlashProposer as Ours
 
     class ByArchitecture(type):
-        """The runner calls the name and also tests drafters against it, so a class must stand there, for ours and for vLLM's."""
+        """The runner calls the name and also tests drafters against it, so a class must stand
+        there, for ours and for vLLM's."""
 
         def __call__(cls, vllm_config: Any, device: Any, runner: Any = None) -> Any:
-            return (Ours if is_ours(vllm_config.speculative_config) else original)(vllm_config, device, runner)
+            return (Ours if is_ours(vllm_config.speculative_config) else original)(
+                vllm_config, device, runner
+            )
 
         def __instancecheck__(cls, instance: object) -> bool:
             return isinstance(instance, original)
@@ -41,7 +44,10 @@ PATCH = Patch(
         f"{_BASE}._sample_draft_tokens": "self, hidden_states, sampling_metadata",
         f"{_RUNNER}.propose_draft_token_ids": "self, scheduler_output, ...",
     },
-    why="the runner builds the proposer from this module-level name; the hook there is (method custom_class) gets no hidden states",
+    why=(
+        "the runner builds the proposer from this module-level name; the hook there is (method"
+        " custom_class) gets no hidden states"
+    ),
     until="vLLM lets a plug-in register a proposer for a method",
     replace=_replace,
 )

@@ -1,4 +1,5 @@
-"""V1 runner on a CPU: a step that neither drafts nor verified drafts keeps its features, no more."""
+"""V1 runner on a CPU: a step that neither drafts nor verified drafts keeps its features, no
+more."""
 
 from typing import Any
 
@@ -17,8 +18,9 @@ PATCH = Patch(
     needs="optional",
     fingerprints={_METHOD: {"0.32": "7ba460b9ef2e677b", "0.33": "c0780fef30e00bac"}},
     why=(
-        "before it calls the proposer, the runner makes what only a draft needs, in each step; where the controller drafts nothing for a "
-        "while that is the larger part of what a drafter costs. Nothing asks the proposer before"
+        "before it calls the proposer, the runner makes what only a draft needs, in each step;"
+        " where the controller drafts nothing for a while that is the larger part of what a drafter"
+        " costs. Nothing asks the proposer before"
     ),
     until="vLLM asks the proposer first whether it will draft",
     replace=_replace,

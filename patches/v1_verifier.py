@@ -17,7 +17,10 @@ PATCH = Patch(
     target="vllm.v1.worker.gpu_model_runner:GPUModelRunner.rejection_sampler",
     scope="instance",
     fingerprints={
-        "vllm.v1.sample.rejection_sampler:RejectionSampler": {"0.32": "0bb8ee778a234b05", "0.33": "dc9fae9a01bc96eb"},
+        "vllm.v1.sample.rejection_sampler:RejectionSampler": {
+            "0.32": "0bb8ee778a234b05",
+            "0.33": "dc9fae9a01bc96eb",
+        },
         f"{_SAMPLER}.apply_logits_processors": "d807d7d0cf6f6d5c",
         "vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor": "90e79f6a2eeb8c69",
         f"{_SAMPLER}.gather_specific_token_logprobs": "da1f2be0d8510e1e",
@@ -29,8 +32,9 @@ PATCH = Patch(
         "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p": "logits, k, p, ...",
     },
     why=(
-        "the target's own token is sampled at every row, and the drafts that are equal to it are kept: one pass over the logits, and a "
-        "seed gives what it gives without a drafter. The runner makes its sampler itself, and nothing names another"
+        "the target's own token is sampled at every row, and the drafts that are equal to it are"
+        " kept: one pass over the logits, and a seed gives what it gives without a drafter. The"
+        " runner makes its sampler itself, and nothing names another"
     ),
     until="vLLM lets a plug-in name the rejection sampler",
     replace=_replace,

@@ -26,10 +26,15 @@ PATCH = Patch(
         "vllm.v1.worker.gpu.spec_decode.dflash.speculator:DFlashSpeculator": {
             "0.32": "40630a878a01d16d",
             "0.33": "1872c20ac42a9162",
-        },
+        }
     },
-    signatures={"vllm.v1.worker.gpu.spec_decode:init_speculator": "vllm_config, device, req_states"},
-    why="the speculator is picked from a list in the function's body; there is no registry to add to",
+    signatures={
+        "vllm.v1.worker.gpu.spec_decode:init_speculator": "vllm_config, device, req_states"
+    },
+    why=(
+        "the speculator is picked from a list in the function's body; there is no registry to"
+        " add to"
+    ),
     until="vLLM lets a plug-in register a speculator for a method",
     replace=_replace,
 )

@@ -1,4 +1,5 @@
-"""Engine configuration: our scheduler, which chooses how much to draft, where drafting is adaptive; and advice for a CPU."""
+"""Engine configuration: our scheduler, which chooses how much to draft, where drafting is adaptive;
+and advice for a CPU."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -18,14 +19,18 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
         original(self)
         advise_eager(self)
         # After vLLM's own, which decides on asynchronous scheduling.
-        if all(patch_set().fits(patch) for patch in (adaptive_scheduler.PATCH, *scheduler_steps.PATCHES)):
+        if all(
+            patch_set().fits(patch)
+            for patch in (adaptive_scheduler.PATCH, *scheduler_steps.PATCHES)
+        ):
             settle_scheduler(self)
 
     return post_init
 
 
 def settle_scheduler(vllm_config: Any) -> None:
-    """Puts our scheduler into vLLM's ``VllmConfig`` where drafting is to be adaptive; does nothing where that was done before.
+    """Puts our scheduler into vLLM's ``VllmConfig`` where drafting is to be adaptive; does nothing
+    where that was done before.
 
     Raises:
         SettingsError: as ``scheduler_for``.
@@ -44,8 +49,9 @@ PATCH = Patch(
         "vllm.config.scheduler:SchedulerConfig.get_scheduler_cls": "self",
     },
     why=(
-        "the scheduler has an official place, scheduler_cls, but nothing asks a plug-in what belongs there: without this every user "
-        "would have to name our class, and the right one of two. Whether vLLM compiles, of which it is advised against on a CPU, is known there"
+        "the scheduler has an official place, scheduler_cls, but nothing asks a plug-in what"
+        " belongs there: without this every user would have to name our class, and the right one of"
+        " two. Whether vLLM compiles, of which it is advised against on a CPU, is known there"
     ),
     until="vLLM lets a speculative method, or a plug-in, name its scheduler",
     replace=_replace,

@@ -1,4 +1,5 @@
-"""How tests break a checkpoint, and what they ask of its refusal: the name of what is wrong, and a remedy."""
+"""How tests break a checkpoint, and what they ask of its refusal: the name of what is wrong, and a
+remedy."""
 
 import json
 import re
@@ -15,8 +16,10 @@ from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.tools.inspect import inspect_checkpoint
 
 REMEDY = re.compile(
-    r"fetch the checkpoint again|came with|came along|use files of one|use another|use config|use the|point (at|'model')|give (a|an|the|its|\d+)|"
-    r"one of |at least 2|true or false|or null|fix config|trained with|one a layer|each layer once|one-based|remove|serve it with|or an? object",
+    r"fetch the checkpoint again|came with|came along|use files of one|use another|use config|use"
+    r" the|point (at|'model')|give (a|an|the|its|\d+)|"
+    r"one of |at least 2|true or false|or null|fix config|trained with|one a layer|each layer"
+    r" once|one-based|remove|serve it with|or an? object",
     re.IGNORECASE,
 )
 
@@ -49,9 +52,15 @@ def shard(folder: Path) -> Path:
     """Splits the weights in two; returns the index."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    places = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
+    places = {
+        name: f"model-0000{1 + i % 2}-of-00002.safetensors"
+        for i, name in enumerate(sorted(tensors))
+    }
     for file in sorted(set(places.values())):
-        save_file({name: tensor for name, tensor in tensors.items() if places[name] == file}, folder / file)
+        save_file(
+            {name: tensor for name, tensor in tensors.items() if places[name] == file},
+            folder / file,
+        )
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": places}))
     return index

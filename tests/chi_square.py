@@ -1,4 +1,5 @@
-"""Pearson's chi-square: are two samples, or a sample and a distribution, of one kind? Pure; p-values by the incomplete gamma function."""
+"""Pearson's chi-square: are two samples, or a sample and a distribution, of one kind? Pure;
+p-values by the incomplete gamma function."""
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
@@ -6,7 +7,8 @@ from collections.abc import Hashable, Iterable, Mapping
 import torch
 
 FEWEST = 10
-"""Expected count below which a cell is pooled with the other rare ones: the statistic is chi-square distributed only for full cells."""
+"""Expected count below which a cell is pooled with the other rare ones: the statistic is chi-square
+distributed only for full cells."""
 
 
 def p_of_fit(sample: Iterable[Hashable], distribution: Mapping[Hashable, float]) -> float:
@@ -39,9 +41,15 @@ def p_of_same(first: Iterable[Hashable], second: Iterable[Hashable]) -> float:
             rest[0], rest[1] = rest[0] + a[outcome], rest[1] + b[outcome]
     cells += [(rest[0], rest[1])] if sum(rest) >= fewest else []
     assert len(cells) > 2, "too few cells: draw more, or from a more even distribution"
-    return survival(sum((x * (m / n) ** 0.5 - y * (n / m) ** 0.5) ** 2 / (x + y) for x, y in cells), len(cells) - 1)
+    return survival(
+        sum((x * (m / n) ** 0.5 - y * (n / m) ** 0.5) ** 2 / (x + y) for x, y in cells),
+        len(cells) - 1,
+    )
 
 
 def survival(statistic: float, degrees: float) -> float:
     """The chi-square distribution's upper tail."""
-    return torch.special.gammaincc(torch.tensor(degrees / 2, dtype=torch.float64), torch.tensor(statistic / 2, dtype=torch.float64)).item()
+    return torch.special.gammaincc(
+        torch.tensor(degrees / 2, dtype=torch.float64),
+        torch.tensor(statistic / 2, dtype=torch.float64),
+    ).item()

@@ -1,4 +1,5 @@
-"""A scheduler whose engine ends when a certain prompt comes: what a request that kills an engine looks like, on demand."""
+"""A scheduler whose engine ends when a certain prompt comes: what a request that kills an engine
+looks like, on demand."""
 
 from typing import Any
 

@@ -1,4 +1,5 @@
-"""What the tests of the cluster run in Ray's actors and engines: a stand-in for the engine, counters, and a scheduler that one prompt ends.
+"""What the tests of the cluster run in Ray's actors and engines: a stand-in for the engine,
+counters, and a scheduler that one prompt ends.
 
 Importable by every process: the tests put this folder on PYTHONPATH.
 """
@@ -20,20 +21,34 @@ POISONED = {"scheduler_cls": "cluster_poison.PoisonedScheduler"}
 
 
 class StandIn:
-    """Answers at once. Where the folder holds a file named ``die-on-NUMBER``, the process of that part ends, once."""
+    """Answers at once. Where the folder holds a file named ``die-on-NUMBER``, the process of that
+    part ends, once."""
 
-    def __init__(self, engine_args: Mapping[str, Any], sampling: Mapping[str, Any], folder: str) -> None:
+    def __init__(
+        self, engine_args: Mapping[str, Any], sampling: Mapping[str, Any], folder: str
+    ) -> None:
         self._folder = Path(folder)
 
     async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, list[Any]]]:
-        part = Part(**{name: values[0].item() if hasattr(values[0], "item") else values[0] for name, values in batch.items()})
+        part = Part(
+            **{
+                name: values[0].item() if hasattr(values[0], "item") else values[0]
+                for name, values in batch.items()
+            }
+        )
         trap = self._folder / "_batch" / f"die-on-{part.number}"
         if trap.exists():
             trap.unlink()
             os._exit(1)
         rows = []
         for row, problem in read(part):
-            good = {"completion": row.get("prompt"), "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 1, "error": None}
+            good = {
+                "completion": row.get("prompt"),
+                "finish_reason": "stop",
+                "prompt_tokens": 1,
+                "completion_tokens": 1,
+                "error": None,
+            }
             if row.get("prompt") == "wrong":
                 problem = "this row cannot be answered"
             rows.append(row | failed(problem or "") | (good if problem is None else {}))
@@ -48,13 +63,18 @@ class Counting(Completer):
     def _start(self) -> Any:
         # vLLM drops an earlier engine's counters when it starts another in the same process.
         now = _counters()
-        self._earlier = {name: value + now[name] for name, value in getattr(self, "_earlier", dict.fromkeys(now, 0.0)).items()}
+        self._earlier = {
+            name: value + now[name]
+            for name, value in getattr(self, "_earlier", dict.fromkeys(now, 0.0)).items()
+        }
         return super()._start()
 
     async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, list[Any]]]:
         async for done in super().__call__(batch):
             (self._folder / "_batch" / f"counters-{os.getpid()}.json").write_text(
-                json.dumps({name: value + self._earlier[name] for name, value in _counters().items()})
+                json.dumps(
+                    {name: value + self._earlier[name] for name, value in _counters().items()}
+                )
             )
             if "VLLM_DFLASH_REPORT" in os.environ:
                 from engine.cluster_harness import plugin_processes
@@ -67,7 +87,11 @@ class Counting(Completer):
 def _counters() -> dict[str, float]:
     from prometheus_client import REGISTRY
 
-    names = {"drafts": "drafts", "draft_tokens": "draft_tokens", "accepted_tokens": "accepted_tokens"}
+    names = {
+        "drafts": "drafts",
+        "draft_tokens": "draft_tokens",
+        "accepted_tokens": "accepted_tokens",
+    }
     found = dict.fromkeys(names, 0.0)
     for family in REGISTRY.collect():
         for sample in family.samples:

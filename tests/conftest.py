@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-# Before torch is imported: the models are tiny, so a second thread gains nothing, and beside another process it makes both wait.
+# Before torch is imported: the models are tiny, so a second thread gains nothing, and beside
+# another process it makes both wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# For every process that a test starts: vLLM's plug-ins are loaded once its imports are done, and this one freezes them.
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent / "quick_start"), os.environ.get("PYTHONPATH")]))
+# For every process that a test starts: vLLM's plug-ins are loaded once its imports are done, and
+# this one freezes them.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).parent / "quick_start"), os.environ.get("PYTHONPATH")])
+)
 
 
 _EMBEDDED = {"test_draft_parity", "test_lossless", "test_serve", "test_cluster_batch"}
@@ -24,7 +28,8 @@ def _group(nodeid: str) -> str:
 
 
 class ByEngine(LoadScopeScheduling):
-    """A file stays in one process, as its tests share engines. xdist's groups by mark do nothing under pytest 9.2, which fixes node ids."""
+    """A file stays in one process, as its tests share engines. xdist's groups by mark do nothing
+    under pytest 9.2, which fixes node ids."""
 
     def _split_scope(self, nodeid: str) -> str:
         return _group(nodeid)

@@ -1,4 +1,5 @@
-"""The ways in which a file comes to be damaged, for the tests of everything that a command keeps; and folders without permission."""
+"""The ways in which a file comes to be damaged, for the tests of everything that a command keeps;
+and folders without permission."""
 
 import ctypes
 import json
@@ -68,13 +69,16 @@ DAMAGES: dict[str, Callable[[Path], bool]] = {
     "null": _json(lambda found: None),
     "nulls": _json(lambda found: dict.fromkeys(found) if isinstance(found, dict) else None),
     "fields missing": _json(_without),
-    "another format": _json(lambda found: found | {"format": 99} if isinstance(found, dict) else found),
+    "another format": _json(
+        lambda found: found | {"format": 99} if isinstance(found, dict) else found
+    ),
     "huge numbers": _json(lambda found: _numbers(found, 10**400)),
     "negative numbers": _json(lambda found: _numbers(found, -1)),
     "a folder": _folder,
     "no permission": _unreadable,
 }
-"""Each changes the file at a path; False where it does not apply to such a file. The last one is felt ``as_a_user``."""
+"""Each changes the file at a path; False where it does not apply to such a file. The last one is
+felt ``as_a_user``."""
 DENIALS = {"nothing": 0o000, "no writing": 0o555, "no listing": 0o333, "no entering": 0o666}
 """Modes of a folder, by what they keep a user from."""
 REMEDY = re.compile(r"\b(remove|give|choose|free|set|run|move)\b")
@@ -88,7 +92,11 @@ _PAST_MODES = 1 << 1 | 1 << 2
 @contextmanager
 def as_a_user() -> Iterator[None]:
     """Modes of files hold for this thread, also where it is root's, until the end."""
-    libc, header, sets = ctypes.CDLL(None, use_errno=True), (ctypes.c_uint32 * 2)(_CAPABILITIES, 0), (ctypes.c_uint32 * 6)()
+    libc, header, sets = (
+        ctypes.CDLL(None, use_errno=True),
+        (ctypes.c_uint32 * 2)(_CAPABILITIES, 0),
+        (ctypes.c_uint32 * 6)(),
+    )
 
     def call(name: str) -> None:
         if getattr(libc, name)(header, sets):

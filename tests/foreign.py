@@ -1,13 +1,16 @@
 """Finds, in syntax trees, stores into attributes of objects that are not ours.
 
-The rule. A store is ``x.a = ...`` in any form (also ``+=``, ``del``, a loop's or a ``with``'s target), ``setattr`` and ``delattr`` in any
-spelling, and a change of ``vars(x)`` or ``x.__dict__``. It is allowed where ``x`` is ours, which has to show in the source:
+The rule. A store is ``x.a = ...`` in any form (also ``+=``, ``del``, a loop's or a ``with``'s
+target), ``setattr`` and ``delattr`` in any spelling, and a change of ``vars(x)`` or ``x.__dict__``.
+It is allowed where ``x`` is ours, which has to show in the source:
 
 - ``self`` or ``cls`` in a class of ours;
-- what a class of ours was called for, or a copy that was made on the spot (``copy.copy``, ``copy.deepcopy``);
-- a name, parameter, attribute or return value that is annotated with a class of ours, by itself or as what a container holds;
-- a name or an attribute of ``self`` to which nothing but such things and None is assigned, what is taken out of one, and what a loop
-  goes over.
+- what a class of ours was called for, or a copy that was made on the spot (``copy.copy``,
+  ``copy.deepcopy``);
+- a name, parameter, attribute or return value that is annotated with a class of ours, by itself or
+  as what a container holds;
+- a name or an attribute of ``self`` to which nothing but such things and None is assigned, what is
+  taken out of one, and what a loop goes over.
 
 All else is not ours, ``Any`` too. There is no list of exceptions.
 """
@@ -45,7 +48,8 @@ class Package:
     functions: dict[str, str | None] = field(default_factory=dict)
     """Of module level, by ``path:name``, with what they return."""
     names: dict[Path, dict[str, str]] = field(default_factory=dict)
-    """What of ours a module's names stand for: ``path:name``. A class of vLLM's may have the name of one of ours."""
+    """What of ours a module's names stand for: ``path:name``. A class of vLLM's may have the name
+    of one of ours."""
 
     def __post_init__(self) -> None:
         for path, tree in self.trees.items():
@@ -55,11 +59,18 @@ class Package:
                 if isinstance(node, ast.ClassDef):
                     here[node.name] = f"{module}:{node.name}"
                     self.classes[f"{module}:{node.name}"] = Class(node, path)
-            here |= {node.name: f"{module}:{node.name}" for node in tree.body if isinstance(node, ast.FunctionDef)}
+            here |= {
+                node.name: f"{module}:{node.name}"
+                for node in tree.body
+                if isinstance(node, ast.FunctionDef)
+            }
         roots = tuple({path.parts[0] for path in self.trees})
         for path, tree in self.trees.items():
             for node in ast.walk(tree):
-                if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in roots:
+                if (
+                    isinstance(node, ast.ImportFrom)
+                    and (node.module or "").partition(".")[0] in roots
+                ):
                     for alias in node.names:
                         self.names[path][alias.asname or alias.name] = f"{node.module}:{alias.name}"
         for path, tree in self.trees.items():
@@ -70,7 +81,9 @@ class Package:
             for name, known in self.classes.items():
                 self._learn(name, known)
 
-    def annotated(self, annotation: ast.expr | None, path: Path, inside: str | None = None) -> str | None:
+    def annotated(
+        self, annotation: ast.expr | None, path: Path, inside: str | None = None
+    ) -> str | None:
         """The class of ours that an annotation names."""
         for node in ast.walk(annotation) if annotation is not None else ():
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -97,7 +110,10 @@ class Package:
             if name in current.attributes:
                 return current.attributes[name]
             names = self.names[current.path]
-            todo += [names.get(getattr(base, "id", getattr(base, "attr", ""))) for base in current.node.bases]
+            todo += [
+                names.get(getattr(base, "id", getattr(base, "attr", "")))
+                for base in current.node.bases
+            ]
         return None
 
     def _learn(self, owner: str, known: Class) -> None:
@@ -151,12 +167,22 @@ class Scope:
             case ast.NamedExpr(value=inner):
                 return self.infer(inner)
             case ast.IfExp(body=one, orelse=other):
-                return self.infer(other) if _is_none(one) else self.infer(one) if _is_none(other) else self._same([one, other])
+                return (
+                    self.infer(other)
+                    if _is_none(one)
+                    else self.infer(one)
+                    if _is_none(other)
+                    else self._same([one, other])
+                )
             case ast.BoolOp(values=values):
                 return self._same(values)
             case ast.List(elts=elements) | ast.Tuple(elts=elements):
                 return self._same(elements) if elements else None
-            case ast.ListComp(elt=element) | ast.GeneratorExp(elt=element) | ast.DictComp(value=element):
+            case (
+                ast.ListComp(elt=element)
+                | ast.GeneratorExp(elt=element)
+                | ast.DictComp(value=element)
+            ):
                 return self.infer(element)
             case ast.Call(func=function, args=arguments):
                 return self._called(function, arguments)
@@ -166,7 +192,9 @@ class Scope:
         name = getattr(function, "id", getattr(function, "attr", ""))
         if ast.unparse(function) in _COPIES:
             return _MADE_HERE
-        called = self.package.names[self.path].get(name, "") if isinstance(function, ast.Name) else ""
+        called = (
+            self.package.names[self.path].get(name, "") if isinstance(function, ast.Name) else ""
+        )
         if called in self.package.classes:
             return called
         if called in self.package.functions:
@@ -175,7 +203,10 @@ class Scope:
             return self.infer(arguments[0])
         if isinstance(function, ast.Attribute):
             holder = self.infer(function.value)
-            if isinstance(function.value, ast.Name) and self.package.names[self.path].get(function.value.id) in self.package.classes:
+            if (
+                isinstance(function.value, ast.Name)
+                and self.package.names[self.path].get(function.value.id) in self.package.classes
+            ):
                 holder = self.package.names[self.path][function.value.id]
             return holder if name in _TAKING else self.package.attribute(holder, name)
         return None
@@ -202,12 +233,22 @@ class Scope:
     def _bindings(self, name: str) -> Iterator[str | None]:
         if not isinstance(self.node, ast.Module):
             arguments = self.node.args
-            for a in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]:
+            for a in [
+                *arguments.posonlyargs,
+                *arguments.args,
+                *arguments.kwonlyargs,
+                arguments.vararg,
+                arguments.kwarg,
+            ]:
                 if a is not None and a.arg == name:
                     yield self.package.annotated(a.annotation, self.path, self.owner)
         annotated = False
         for node in _own_nodes(self.node):
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == name:
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(node.target, ast.Name)
+                and node.target.id == name
+            ):
                 annotated = True
                 yield self.package.annotated(node.annotation, self.path, self.owner)
             if annotated:
@@ -223,13 +264,21 @@ def foreign_stores(package: Package) -> Iterator[str]:
         yield from _visit(package, path, tree, Scope(package, path, tree, None, None), None)
 
 
-def _visit(package: Package, path: Path, node: ast.AST, scope: Scope, owner: str | None) -> Iterator[str]:
+def _visit(
+    package: Package, path: Path, node: ast.AST, scope: Scope, owner: str | None
+) -> Iterator[str]:
     for child in ast.iter_child_nodes(node):
         inner, inside = scope, owner
         if isinstance(child, ast.ClassDef):
             inside = package.names[path][child.name]
         elif isinstance(child, Function):
-            inner = Scope(package, path, child, scope, owner if isinstance(node, ast.ClassDef) else scope.owner)
+            inner = Scope(
+                package,
+                path,
+                child,
+                scope,
+                owner if isinstance(node, ast.ClassDef) else scope.owner,
+            )
         for target in _stores(child):
             if inner.infer(target) is None:
                 yield f"{path}:{child.lineno}: {ast.unparse(child).splitlines()[0]}"
@@ -243,7 +292,9 @@ def _stores(node: ast.AST) -> Iterator[ast.expr]:
             yield owner
         case ast.Subscript(value=table, ctx=ast.Store() | ast.Del()):
             yield from _dict_of(table)
-        case ast.Call(func=function, args=[owner, _, *_]) if getattr(function, "id", getattr(function, "attr", "")) in _SETTERS:
+        case ast.Call(func=function, args=[owner, _, *_]) if (
+            getattr(function, "id", getattr(function, "attr", "")) in _SETTERS
+        ):
             yield owner
         case ast.Call(func=ast.Attribute(value=table, attr=name)) if name in _DICT_METHODS:
             yield from _dict_of(table)
@@ -251,7 +302,10 @@ def _stores(node: ast.AST) -> Iterator[ast.expr]:
 
 def _dict_of(table: ast.expr) -> Iterator[ast.expr]:
     match table:
-        case ast.Call(func=ast.Name(id="vars"), args=[owner]) | ast.Attribute(value=owner, attr="__dict__"):
+        case (
+            ast.Call(func=ast.Name(id="vars"), args=[owner])
+            | ast.Attribute(value=owner, attr="__dict__")
+        ):
             yield owner
 
 
@@ -307,7 +361,11 @@ def _unpack(target: ast.expr, value: ast.expr | None) -> Iterator[tuple[ast.expr
 
 
 def _is_self(target: ast.expr) -> bool:
-    return isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == "self"
+    return (
+        isinstance(target, ast.Attribute)
+        and isinstance(target.value, ast.Name)
+        and target.value.id == "self"
+    )
 
 
 def _is_none(value: ast.expr | None) -> bool:
@@ -316,4 +374,9 @@ def _is_none(value: ast.expr | None) -> bool:
 
 def read(folder: Path) -> Package:
     """All modules of a folder."""
-    return Package({path.relative_to(folder.parent): ast.parse(path.read_text()) for path in sorted(folder.rglob("*.py"))})
+    return Package(
+        {
+            path.relative_to(folder.parent): ast.parse(path.read_text())
+            for path in sorted(folder.rglob("*.py"))
+        }
+    )

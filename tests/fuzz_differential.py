@@ -1,10 +1,13 @@
-"""Random requests of every parameter that vLLM's V1 engine takes: plain decoding against drafts, float32, all of every answer.
+"""Random requests of every parameter that vLLM's V1 engine takes: plain decoding against drafts,
+float32, all of every answer.
 
-An engine without a drafter gets each round of requests whole and at once. The other, with settings drawn anew every few rounds (K, the
-controller or dice in its place, chunks, pages, prefix cache, priorities, AsyncLLM), gets them as they arrive, aborts among them. Token ids,
-texts, finish and stop reasons, log-probabilities and token counts have to be alike for greedy requests and for those with a seed; requests
-without one are their neighbours. A difference that noise of at most 1e-4 on plain decoding's logits makes too is a tie; every other is
-shrunk and printed with a command that shows it again. Ends with 1 if there is one.
+An engine without a drafter gets each round of requests whole and at once. The other, with settings
+drawn anew every few rounds (K, the controller or dice in its place, chunks, pages, prefix cache,
+priorities, AsyncLLM), gets them as they arrive, aborts among them. Token ids, texts, finish and
+stop reasons, log-probabilities and token counts have to be alike for greedy requests and for those
+with a seed; requests without one are their neighbours. A difference that noise of at most 1e-4 on
+plain decoding's logits makes too is a tie; every other is shrunk and printed with a command that
+shows it again. Ends with 1 if there is one.
 
     python tests/fuzz_differential.py --pair embedded --minutes 30 --seed 1
 """
@@ -26,19 +29,29 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fuzzing.child import Child, Crash
 from fuzzing.compare import difference, first_difference
-from fuzzing.draw import KNOWN, MAX_MODEL_LEN, REFUSED, draw_common, draw_round, draw_settings, is_compared
+from fuzzing.draw import (
+    KNOWN,
+    MAX_MODEL_LEN,
+    REFUSED,
+    draw_common,
+    draw_round,
+    draw_settings,
+    is_compared,
+)
 from fuzzing.pairs import PAIRS, Pair
 from fuzzing.shrink import shrink
 from lora import RANK, make_adapter
 
 NOISE = (1e-6, 1e-5, 1e-4)
-"""What plain decoding's logits are shaken by to see whether a difference is a tie; the last is the largest that counts."""
+"""What plain decoding's logits are shaken by to see whether a difference is a tie; the last is the
+largest that counts."""
 ROUNDS = 8
 """Rounds that an engine gets."""
 SHRUNK = 3
 """Differences of a kind that are shrunk: a fault comes again and again."""
 METHODS = {"ours": {}, "native": {"VLLM_DFLASH": "0"}, "ngram": {"VLLM_DFLASH": "0"}}
-"""Who drafts, with its environment: this package, vLLM's own dflash, vLLM's own ngram. The others tell whose fault a difference is."""
+"""Who drafts, with its environment: this package, vLLM's own dflash, vLLM's own ngram. The others
+tell whose fault a difference is."""
 
 
 @dataclass
@@ -55,13 +68,19 @@ class Tally:
     differences: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        drafts, accepted = (self.counters[f"spec_decode_num_{name}"] for name in ("drafts", "accepted_tokens"))
+        drafts, accepted = (
+            self.counters[f"spec_decode_num_{name}"] for name in ("drafts", "accepted_tokens")
+        )
         lines = [
-            f"{self.requests} requests: " + ", ".join(f"{n} {what}" for what, n in sorted(self.outcomes.items())),
+            f"{self.requests} requests: "
+            + ", ".join(f"{n} {what}" for what, n in sorted(self.outcomes.items())),
             "engines: " + ", ".join(f"{n} {what}" for what, n in sorted(self.engines.items())),
             "fields: " + ", ".join(f"{n} {what}" for what, n in sorted(self.fields.items())),
-            f"{self.counters['num_preemptions']:.0f} preemptions, {self.counters['prefix_cache_hits']:.0f} prompt tokens from the prefix cache, "
-            f"{drafts:.0f} drafts, tau {1 + accepted / max(drafts, 1):.2f}",
+            (
+                f"{self.counters['num_preemptions']:.0f} preemptions,"
+                f" {self.counters['prefix_cache_hits']:.0f} prompt tokens from the prefix cache,"
+                f" {drafts:.0f} drafts, tau {1 + accepted / max(drafts, 1):.2f}"
+            ),
             *self.ties,
             f"{len(self.ties)} ties, {len(self.differences)} differences",
         ]
@@ -69,10 +88,25 @@ class Tally:
 
 
 class Fuzzer:
-    """One pair; ``method`` is one of ``METHODS``, and ``include`` names fields of ``draw.KNOWN`` to draw all the same."""
+    """One pair; ``method`` is one of ``METHODS``, and ``include`` names fields of ``draw.KNOWN`` to
+    draw all the same."""
 
-    def __init__(self, name: str, pair: Pair, folder: Path, seed: int = 0, method: str = "ours", include: Sequence[str] = ()) -> None:
-        self.name, self.pair, self.folder, self.method, self.include = name, pair, folder, method, include
+    def __init__(
+        self,
+        name: str,
+        pair: Pair,
+        folder: Path,
+        seed: int = 0,
+        method: str = "ours",
+        include: Sequence[str] = (),
+    ) -> None:
+        self.name, self.pair, self.folder, self.method, self.include = (
+            name,
+            pair,
+            folder,
+            method,
+            include,
+        )
         self.most_shrunk = SHRUNK
         self.rng, self.tally = random.Random(seed), Tally()
         self.plain, self.ours = Child("plain", folder), Child("drafts", folder, METHODS[method])
@@ -89,14 +123,31 @@ class Fuzzer:
         if adapter:
             base["max_lora_rank"] = RANK
         if common != self.common:
-            args = {"max_num_seqs": 32, "enable_chunked_prefill": False, "max_num_batched_tokens": 2048, "enable_prefix_caching": False}
+            args = {
+                "max_num_seqs": 32,
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": 2048,
+                "enable_prefix_caching": False,
+            }
             self.plain.start(args=base | common | args, adapter=adapter)
         self.common, self.settings = common, settings
-        args = base | common | settings["args"] | {"speculative_config": self._speculative(settings)}
+        args = (
+            base | common | settings["args"] | {"speculative_config": self._speculative(settings)}
+        )
         if self.method == "ours":
             args["additional_config"] = {"dflash": {"adaptive": settings["plan"] != "whole"}}
-        plan_seed = settings["plan_seed"] if settings["plan"] == "random" and self.method == "ours" else None
-        self.ours.start(args=args, asynchronous=settings["asynchronous"], plan_seed=plan_seed, adapter=adapter, fault=settings.get("fault"))
+        plan_seed = (
+            settings["plan_seed"]
+            if settings["plan"] == "random" and self.method == "ours"
+            else None
+        )
+        self.ours.start(
+            args=args,
+            asynchronous=settings["asynchronous"],
+            plan_seed=plan_seed,
+            adapter=adapter,
+            fault=settings.get("fault"),
+        )
         for name in (
             f"plan {settings['plan']}",
             "LoRA" if adapter else "no LoRA",
@@ -112,17 +163,29 @@ class Fuzzer:
     def _speculative(self, settings: dict[str, Any]) -> dict[str, Any]:
         k = settings["num_speculative_tokens"]
         if self.method == "ngram":
-            return {"method": "ngram", "num_speculative_tokens": k, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+            return {
+                "method": "ngram",
+                "num_speculative_tokens": k,
+                "prompt_lookup_max": 3,
+                "prompt_lookup_min": 1,
+            }
         return {
-            "method": "dflash", "model": str(self.pair.drafter), "num_speculative_tokens": k, "draft_sample_method": settings["draft_sample_method"],
-        }  # fmt: skip
+            "method": "dflash",
+            "model": str(self.pair.drafter),
+            "num_speculative_tokens": k,
+            "draft_sample_method": settings["draft_sample_method"],
+        }
 
     def run(self, rounds: Iterable[int]) -> Tally:
         """As many rounds as there are in ``rounds``."""
         runs = False
         for number in rounds:
             if number % ROUNDS == 0 or not runs:
-                common = self.common if self.common and self.rng.random() < 0.6 else draw_common(self.rng)
+                common = (
+                    self.common
+                    if self.common and self.rng.random() < 0.6
+                    else draw_common(self.rng)
+                )
                 try:
                     self.start(common, draw_settings(self.rng))
                 except Crash as crash:
@@ -130,7 +193,9 @@ class Fuzzer:
                     runs = False
                     continue
                 runs = True
-            self.round(draw_round(self.rng, self.pair.corpus, self.common | self.settings, self.include))
+            self.round(
+                draw_round(self.rng, self.pair.corpus, self.common | self.settings, self.include)
+            )
         self.end()
         return self.tally
 
@@ -141,7 +206,9 @@ class Fuzzer:
     def round(self, requests: list[dict[str, Any]]) -> None:
         self.tally.requests += len(requests)
         for request in requests:
-            self.tally.fields.update({*request, *request["params"], *request["params"].get("structured_outputs", ())})
+            self.tally.fields.update(
+                {*request, *request["params"], *request["params"].get("structured_outputs", ())}
+            )
         try:
             plain, ours = self.ask(requests)
             for request in requests:
@@ -168,30 +235,55 @@ class Fuzzer:
 
     @staticmethod
     def _as_plain(request: dict[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in request.items() if k != "aborted_after"} | {"arrives": 0, "stream": "final"}
+        return {k: v for k, v in request.items() if k != "aborted_after"} | {
+            "arrives": 0,
+            "stream": "final",
+        }
 
-    def _judge(self, request: dict[str, Any], requests: list[dict[str, Any]], plain: dict[str, Any], ours: dict[str, Any]) -> None:
+    def _judge(
+        self,
+        request: dict[str, Any],
+        requests: list[dict[str, Any]],
+        plain: dict[str, Any],
+        ours: dict[str, Any],
+    ) -> None:
         answer = ours.get(str(request["id"]), {"completions": {}, "finished": False})
         if "error" in answer and any(name in request["params"] for name in REFUSED):
             self.tally.outcomes["refused by vLLM beside a drafter"] += 1
         elif not is_compared(request, self.settings):
             self.tally.outcomes["sampled without a seed"] += 1
-            if not answer.get("finished") and "aborted_after" not in request and "error" not in answer:
+            if (
+                not answer.get("finished")
+                and "aborted_after" not in request
+                and "error" not in answer
+            ):
                 self._report("never finished", request, requests)
         else:
             twin = plain[str(request["id"])]
             found = difference(request, twin, answer)
             if found is None:
-                kind = "refused by both" if "error" in answer else "aborted, alike so far" if not answer["finished"] else "alike"
+                kind = (
+                    "refused by both"
+                    if "error" in answer
+                    else "aborted, alike so far"
+                    if not answer["finished"]
+                    else "alike"
+                )
                 self.tally.outcomes[kind] += 1
             elif (tie := self._tie(request, twin, answer)) is not None:
                 self.tally.outcomes["tied"] += 1
-                self.tally.ties.append(f"tie: {found}; plain decoding writes the same with {tie:.0e} of noise on its logits")
+                self.tally.ties.append(
+                    f"tie: {found}; plain decoding writes the same with {tie:.0e} of noise on its"
+                    " logits"
+                )
             else:
                 self._report(found, request, requests)
 
-    def _tie(self, request: dict[str, Any], plain: dict[str, Any], ours: dict[str, Any]) -> float | None:
-        """The noise on the target's logits with which plain decoding parts from itself just so; None where it does not, in any completion."""
+    def _tie(
+        self, request: dict[str, Any], plain: dict[str, Any], ours: dict[str, Any]
+    ) -> float | None:
+        """The noise on the target's logits with which plain decoding parts from itself just so;
+        None where it does not, in any completion."""
         if "error" in plain or "error" in ours:
             return None
         found = []
@@ -200,14 +292,21 @@ class Fuzzer:
             at = first_difference(tokens, other)
             if at is not None and at < len(other):
                 found.append(self._noise(request, index, other[: at + 1]))
-        return None if not found or None in found else max(noise for noise in found if noise is not None)
+        return (
+            None
+            if not found or None in found
+            else max(noise for noise in found if noise is not None)
+        )
 
     def _noise(self, request: dict[str, Any], index: str, beginning: list[int]) -> float | None:
         """The least noise with which plain decoding of the request alone begins so."""
         for noise in NOISE:
             copies = [self._as_plain(request) | {"id": i} for i in range(12)]
             self.plain.send(do="run", requests=copies, noise=noise)
-            shaken = [answer["completions"][index]["token_ids"] for answer in self.plain.read()["answers"].values()]
+            shaken = [
+                answer["completions"][index]["token_ids"]
+                for answer in self.plain.read()["answers"].values()
+            ]
             if beginning in [tokens[: len(beginning)] for tokens in shaken]:
                 return noise
         return None
@@ -246,7 +345,10 @@ class Fuzzer:
         found = {}
         for request in requests:
             if is_compared(request, self.settings):
-                twin, answer = plain[str(request["id"])], ours.get(str(request["id"]), {"completions": {}, "finished": False})
+                twin, answer = (
+                    plain[str(request["id"])],
+                    ours.get(str(request["id"]), {"completions": {}, "finished": False}),
+                )
                 words = difference(request, twin, answer)
                 if words is not None and self._tie(request, twin, answer) is None:
                     found[request["id"]] = words
@@ -255,7 +357,10 @@ class Fuzzer:
     def _print(self, found: str, requests: list[dict[str, Any]]) -> None:
         case = json.dumps({"common": self.common, "settings": self.settings, "requests": requests})
         include = "".join(f" --include {name}" for name in self.include)
-        text = f"{found}\n    python tests/fuzz_differential.py --pair {self.name}{include} --replay {shlex.quote(case)}"
+        text = (
+            f"{found}\n    python tests/fuzz_differential.py --pair {self.name}{include} --replay"
+            f" {shlex.quote(case)}"
+        )
         self.tally.differences.append(text)
         print(f"\nDIFFERENCE {len(self.tally.differences)}: {text}\n", flush=True)
 
@@ -268,29 +373,46 @@ def _until(minutes: float, tally: Tally) -> Iterable[int]:
     with tqdm(total=total, unit="s", desc="fuzz", mininterval=10) as bar:
         while (left := end - time.monotonic()) > 0:
             bar.update(round(total - left) - bar.n)
-            bar.set_postfix(requests=tally.requests, ties=len(tally.ties), differences=len(tally.differences))
+            bar.set_postfix(
+                requests=tally.requests, ties=len(tally.ties), differences=len(tally.differences)
+            )
             yield number
             number += 1
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pair", choices=PAIRS, default="embedded")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--drafts", choices=METHODS, default="ours", help="who drafts (default: ours)")
-    parser.add_argument("--include", choices=KNOWN, action="append", default=[], help="also draw what is known to be answered wrongly")
+    parser.add_argument(
+        "--drafts", choices=METHODS, default="ours", help="who drafts (default: ours)"
+    )
+    parser.add_argument(
+        "--include",
+        choices=KNOWN,
+        action="append",
+        default=[],
+        help="also draw what is known to be answered wrongly",
+    )
     parser.add_argument("--replay", metavar="JSON", help="one case, as it was printed")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        fuzzer = Fuzzer(args.pair, PAIRS[args.pair](folder), folder, args.seed, args.drafts, args.include)
+        fuzzer = Fuzzer(
+            args.pair, PAIRS[args.pair](folder), folder, args.seed, args.drafts, args.include
+        )
         try:
             if args.replay:
                 case = json.loads(args.replay)
                 fuzzer.start(case["common"], case["settings"])
                 found = fuzzer.replay(case["requests"])
-                print("\n".join(f"request {i}: {words}" for i, words in found.items()) or "no difference")
+                print(
+                    "\n".join(f"request {i}: {words}" for i, words in found.items())
+                    or "no difference"
+                )
                 return bool(found)
             print(fuzzer.run(_until(args.minutes, fuzzer.tally)))
             return bool(fuzzer.tally.differences)

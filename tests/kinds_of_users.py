@@ -1,4 +1,5 @@
-"""The kinds of docs/kinds.md, each as one file of a package of its own that is installed beside this one."""
+"""The kinds of docs/kinds.md, each as one file of a package of its own that is installed beside
+this one."""
 
 import importlib
 import re

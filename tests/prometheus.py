@@ -1,4 +1,5 @@
-"""A real Prometheus (Debian's package) that scrapes a server every second with the configuration and the rules of ``monitoring/``."""
+"""A real Prometheus (Debian's package) that scrapes a server every second with the configuration
+and the rules of ``monitoring/``."""
 
 import json
 import shutil
@@ -30,19 +31,31 @@ def free_port() -> int:
 
 
 def scraping(port: int, folder: Path) -> AbstractContextManager[str]:
-    """Prometheus on ``monitoring/prometheus/prometheus.yml`` with one target, 127.0.0.1:``port``, and seconds for its 15; yields its address."""
-    return _prometheus(queries.CONFIG, {"static_configs": [{"targets": [f"127.0.0.1:{port}"]}]}, folder)
+    """Prometheus on ``monitoring/prometheus/prometheus.yml`` with one target, 127.0.0.1:``port``,
+    and seconds for its 15; yields its address."""
+    return _prometheus(
+        queries.CONFIG, {"static_configs": [{"targets": [f"127.0.0.1:{port}"]}]}, folder
+    )
 
 
 def scraping_ray(discovery: Path, folder: Path) -> AbstractContextManager[str]:
-    """The same on ``monitoring/prometheus/ray.yml``, with the targets that Ray writes into the file ``discovery``."""
-    return _prometheus(queries.RAY_CONFIG, {"file_sd_configs": [{"files": [str(discovery)], "refresh_interval": "1s"}]}, folder)
+    """The same on ``monitoring/prometheus/ray.yml``, with the targets that Ray writes into the file
+    ``discovery``."""
+    return _prometheus(
+        queries.RAY_CONFIG,
+        {"file_sd_configs": [{"files": [str(discovery)], "refresh_interval": "1s"}]},
+        folder,
+    )
 
 
 @contextmanager
 def _prometheus(path: Path, targets: dict[str, Any], folder: Path) -> Iterator[str]:
     config = yaml.safe_load(path.read_text())
-    config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
+    config["global"] = {
+        "scrape_interval": "1s",
+        "scrape_timeout": "1s",
+        "evaluation_interval": "1s",
+    }
     config["rule_files"] = [str(path.with_name(name)) for name in config["rule_files"]]
     jobs = [job for job in config["scrape_configs"] if job["job_name"] == "vllm"]
     jobs[0] |= targets

@@ -1,4 +1,5 @@
-"""A drafter with 4-bit weights in compressed-tensors' packed format, and the same drafter with those weights written out."""
+"""A drafter with 4-bit weights in compressed-tensors' packed format, and the same drafter with
+those weights written out."""
 
 import json
 import shutil
@@ -15,7 +16,14 @@ QUANTIZATION = {
     "config_groups": {
         "group_0": {
             "targets": ["Linear"],
-            "weights": {"num_bits": BITS, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP, "dynamic": False},
+            "weights": {
+                "num_bits": BITS,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "group",
+                "group_size": GROUP,
+                "dynamic": False,
+            },
         }
     },
     "ignore": ["lm_head"],
@@ -23,7 +31,8 @@ QUANTIZATION = {
 
 
 def quantize(drafter: Path, packed: Path, written_out: Path) -> None:
-    """Writes ``drafter`` with its layers' projections in 4 bits to ``packed``, and what they stand for to ``written_out``."""
+    """Writes ``drafter`` with its layers' projections in 4 bits to ``packed``, and what they stand
+    for to ``written_out``."""
     tensors = load_file(drafter / "model.safetensors")
     small, plain = {}, {}
     for name, tensor in tensors.items():
@@ -34,7 +43,9 @@ def quantize(drafter: Path, packed: Path, written_out: Path) -> None:
         scale = groups.abs().amax(-1, keepdim=True) / (2 ** (BITS - 1) - 1)
         levels = (groups / scale).round().clamp(-(2 ** (BITS - 1)), 2 ** (BITS - 1) - 1)
         plain[name] = (levels * scale).flatten(1)
-        shifted = (levels + 2 ** (BITS - 1)).flatten(1).to(torch.int64).unflatten(1, (-1, 32 // BITS))
+        shifted = (
+            (levels + 2 ** (BITS - 1)).flatten(1).to(torch.int64).unflatten(1, (-1, 32 // BITS))
+        )
         word = (shifted << (torch.arange(32 // BITS) * BITS)).sum(-1)
         stem = name.removesuffix("weight")
         small[f"{stem}weight_packed"] = (word - (word >= 2**31) * 2**32).to(torch.int32)

@@ -1,4 +1,5 @@
-"""A server in numbers: steps of known cost and requests of known acceptance, to hold the controller against what is best in hindsight."""
+"""A server in numbers: steps of known cost and requests of known acceptance, to hold the controller
+against what is best in hindsight."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,21 +11,33 @@ from vllm_dflash.adaptive.controller import Controller, Plan
 from vllm_dflash.adaptive.cost import Work
 
 Batch = dict[str, Sequence[float]]
-"""Request to the probability with which its draft token at each position is accepted, once all before it are."""
+"""Request to the probability with which its draft token at each position is accepted, once all
+before it are."""
 
 
 class _Unasked:
-    """In the controller's place where K is fixed: every draft is verified whole, and nothing is learned."""
+    """In the controller's place where K is fixed: every draft is verified whole, and nothing is
+    learned."""
 
-    def observe(self, work: Work, seconds: float, outcomes: Any, confidences: Any = None, writes_backlog: bool = False) -> None: ...
+    def observe(
+        self,
+        work: Work,
+        seconds: float,
+        outcomes: Any,
+        confidences: Any = None,
+        writes_backlog: bool = False,
+    ) -> None: ...
 
-    def lengths(self, requests: Sequence[str], plan: Plan, confidences: Any = None) -> dict[str, int]:
+    def lengths(
+        self, requests: Sequence[str], plan: Plan, confidences: Any = None
+    ) -> dict[str, int]:
         return dict.fromkeys(requests, plan.num_draft_tokens)
 
 
 @dataclass
 class Server:
-    """``cost`` gives the seconds of a step; a request's draft tokens are accepted with its rates, one after the other."""
+    """``cost`` gives the seconds of a step; a request's draft tokens are accepted with its rates,
+    one after the other."""
 
     cost: Callable[[Work], float]
     max_draft: int = 7
@@ -33,12 +46,14 @@ class Server:
     held_up: float = 0.0
     """Probability that another process holds a step up, by a factor of four."""
     drift: float = 0.0
-    """How much slower than at its best the machine may get: every some 60 steps it takes up another pace between. Not the drafts' doing, so
-    throughput is of steps at its best pace."""
+    """How much slower than at its best the machine may get: every some 60 steps it takes up another
+    pace between. Not the drafts' doing, so throughput is of steps at its best pace."""
     making: float = 0.0
-    """Seconds more of a step with a number of the target's rows that is new: its kernels are made."""
+    """Seconds more of a step with a number of the target's rows that is new: its kernels are
+    made."""
     catching_up: float = 0.0
-    """Seconds more of a step that drafts after steps that did not, for each of their tokens: its context is written."""
+    """Seconds more of a step that drafts after steps that did not, for each of their tokens: its
+    context is written."""
     spread: float = 0.0
     """Standard deviation of a draft token's log-odds around its rate's."""
     confident: bool = False
@@ -59,7 +74,12 @@ class Server:
         controller = controller or Controller(self.max_draft, self.max_draft + 1)
         return self._run(controller, batches, controller.plan)
 
-    def _run(self, controller: "Controller | _Unasked", batches: Sequence[Batch], plan: Callable[[list[str]], Plan]) -> float:
+    def _run(
+        self,
+        controller: "Controller | _Unasked",
+        batches: Sequence[Batch],
+        plan: Callable[[list[str]], Plan],
+    ) -> float:
         """One step a batch; returns committed tokens over true seconds."""
         committed = seconds = 0.0
         drafted: dict[str, np.ndarray] = {}
@@ -80,15 +100,41 @@ class Server:
             waiting += sum(accepted + 1 for _, accepted in outcomes.values())
             requests, now = list(batch), plan(list(batch))
             k, num_verified = now.num_draft_tokens, sum(count for count, _ in outcomes.values())
-            work = Work(len(batch), len(batch) + num_verified, len(batch) * (self.max_draft + 1) if k else 0)
-            true = self.cost(work) + self.making * (work.num_tokens not in self.met) + (self.catching_up * before if k else 0.0)
+            work = Work(
+                len(batch), len(batch) + num_verified, len(batch) * (self.max_draft + 1) if k else 0
+            )
+            true = (
+                self.cost(work)
+                + self.making * (work.num_tokens not in self.met)
+                + (self.catching_up * before if k else 0.0)
+            )
             self.met.add(work.num_tokens)
             seconds += true
-            measured = true * pace * np.exp(self.noise * self.random.standard_normal()) * (4 if self.random.random() < self.held_up else 1)
-            controller.observe(work, measured, outcomes, said if self.confident else None, writes_backlog=bool(k and before))
+            measured = (
+                true
+                * pace
+                * np.exp(self.noise * self.random.standard_normal())
+                * (4 if self.random.random() < self.held_up else 1)
+            )
+            controller.observe(
+                work,
+                measured,
+                outcomes,
+                said if self.confident else None,
+                writes_backlog=bool(k and before),
+            )
             waiting = 0 if k else waiting
-            drafted = {request: self._draft(rates)[:k] for request, rates in batch.items()} if k else {}
-            said = {request: _odds(_log_odds(p) * 1.4 + 0.6).tolist() for request, p in drafted.items()} if self.confident else {}
+            drafted = (
+                {request: self._draft(rates)[:k] for request, rates in batch.items()} if k else {}
+            )
+            said = (
+                {
+                    request: _odds(_log_odds(p) * 1.4 + 0.6).tolist()
+                    for request, p in drafted.items()
+                }
+                if self.confident
+                else {}
+            )
             verified = controller.lengths(requests, now, said if self.confident else None)
         return committed / seconds
 
@@ -96,7 +142,9 @@ class Server:
         """[K] each token's own probability."""
         if not self.spread:
             return np.array(rates)
-        return _odds(_log_odds(np.array(rates)) + self.spread * self.random.standard_normal(len(rates)))
+        return _odds(
+            _log_odds(np.array(rates)) + self.spread * self.random.standard_normal(len(rates))
+        )
 
 
 def _log_odds(p: np.ndarray) -> np.ndarray:
@@ -109,9 +157,14 @@ def _odds(x: np.ndarray) -> np.ndarray:
 
 def two_cores(work: Work) -> float:
     """Seconds on two cores, of the embedded pair's kind: every row costs."""
-    return 1e-3 * (5.0 + 0.55 * work.num_tokens + (1.8 if work.draft_rows else 0) + 0.12 * work.draft_rows)
+    return 1e-3 * (
+        5.0 + 0.55 * work.num_tokens + (1.8 if work.draft_rows else 0) + 0.12 * work.draft_rows
+    )
 
 
 def large_gpu(work: Work) -> float:
     """Seconds of an 8B target on a large GPU: flat up to 180 rows, then as many as there are."""
-    return 1e-3 * (4.2 * max(1.0, work.num_tokens / 180) + (0.8 + 0.001 * work.draft_rows if work.draft_rows else 0))
+    return 1e-3 * (
+        4.2 * max(1.0, work.num_tokens / 180)
+        + (0.8 + 0.001 * work.draft_rows if work.draft_rows else 0)
+    )

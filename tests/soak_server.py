@@ -1,10 +1,13 @@
-"""A soak over HTTP: what the processes of a server with drafts hold in memory, minutes long, beside a server without.
+"""A soak over HTTP: what the processes of a server with drafts hold in memory, minutes long, beside
+a server without.
 
-Both servers (V1, float32, the embedded pair, the controller as it is by default) get the same requests, round after round: chat
-and completions, greedy and with seeds, whole and as streams, streams whose client hangs up, structured output, scrapes of
-``/metrics``. Answers have to be equal. Resident memory is read from /proc after each round: of the engine's process, its worker
-and the API server. Ends with 1 at the first difference, and where a process of the server with drafts grows by more than
-``--most`` megabytes from the second third of the run to the last; the first third warms up.
+Both servers (V1, float32, the embedded pair, the controller as it is by default) get the same
+requests, round after round: chat
+and completions, greedy and with seeds, whole and as streams, streams whose client hangs up,
+structured output, scrapes of ``/metrics``. Answers have to be equal. Resident memory is read from
+/proc after each round: of the engine's process, its worker and the API server. Ends with 1 at the
+first difference, and where a process of the server with drafts grows by more than ``--most``
+megabytes from the second third of the run to the last; the first third warms up.
 
     python tests/soak_server.py --minutes 10       (make soak-server)
 """
@@ -33,8 +36,15 @@ ROUND = 24
 """Requests a round."""
 CLIENTS = 8
 MOST_MB = 30.0
-SPECULATIVE = ("--speculative-config", json.dumps({"method": "dflash", "model": str(DRAFTER), "num_speculative_tokens": 7}))
-SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}, "private": {"type": "boolean"}}, "required": ["private"]}
+SPECULATIVE = (
+    "--speculative-config",
+    json.dumps({"method": "dflash", "model": str(DRAFTER), "num_speculative_tokens": 7}),
+)
+SCHEMA = {
+    "type": "object",
+    "properties": {"n": {"type": "integer"}, "private": {"type": "boolean"}},
+    "required": ["private"],
+}
 KINDS = ("chat", "completion", "stream", "hang up", "seed", "schema", "scrape")
 
 
@@ -43,7 +53,12 @@ def draw_round(rng: random.Random, texts: list[str]) -> list[dict[str, Any]]:
     requests = []
     for _ in range(ROUND):
         kind, text = rng.choice(KINDS), rng.choice(texts)[: rng.randint(8, 400)]
-        body = {"model": "embedded", "temperature": 0.0, "max_tokens": rng.choice([1, 4, 16, 48, 96]), "ignore_eos": rng.random() < 0.5}
+        body = {
+            "model": "embedded",
+            "temperature": 0.0,
+            "max_tokens": rng.choice([1, 4, 16, 48, 96]),
+            "ignore_eos": rng.random() < 0.5,
+        }
         if kind == "seed":
             body |= {"temperature": 0.8, "seed": rng.randrange(1000), "n": rng.choice([1, 2])}
         if kind == "schema":
@@ -53,19 +68,26 @@ def draw_round(rng: random.Random, texts: list[str]) -> list[dict[str, Any]]:
         if kind in ("stream", "hang up"):
             body |= {"stream": True}
         chat = kind in ("chat", "stream", "hang up") or rng.random() < 0.5
-        where = {"path": CHAT, "body": body | {"messages": user(text)}} if chat else {"path": COMPLETION, "body": body | {"prompt": text}}
+        where = (
+            {"path": CHAT, "body": body | {"messages": user(text)}}
+            if chat
+            else {"path": COMPLETION, "body": body | {"prompt": text}}
+        )
         requests.append({"kind": kind, "bytes": rng.randint(1, 3000)} | where)
     return requests
 
 
 def ask(port: int, one: dict[str, Any]) -> Any:
-    """A request's answer, as far as it does not differ from one time to the next; None for scrapes and for who hangs up."""
+    """A request's answer, as far as it does not differ from one time to the next; None for scrapes
+    and for who hangs up."""
     if one["kind"] == "scrape":
         assert "vllm:num_requests_running" in request(port, "/metrics")
         return None
     if one["kind"] == "hang up":
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-        connection.request("POST", one["path"], json.dumps(one["body"]), {"Content-Type": "application/json"})
+        connection.request(
+            "POST", one["path"], json.dumps(one["body"]), {"Content-Type": "application/json"}
+        )
         connection.getresponse().read(one["bytes"])
         connection.close()
         return None
@@ -74,11 +96,14 @@ def ask(port: int, one: dict[str, Any]) -> Any:
         return bare(json.loads(answer))
     pieces = [json.loads(line[6:]) for line in answer.splitlines() if line.startswith("data: {")]
     choices = [choice for piece in pieces for choice in piece["choices"]]
-    return "".join(c["delta"].get("content") or "" for c in choices), [c["finish_reason"] for c in choices if c["finish_reason"]]
+    return "".join(c["delta"].get("content") or "" for c in choices), [
+        c["finish_reason"] for c in choices if c["finish_reason"]
+    ]
 
 
 def processes(port: int) -> dict[str, int]:
-    """The server's processes by what they are: the one that was started, the engine's and its worker."""
+    """The server's processes by what they are: the one that was started, the engine's and its
+    worker."""
     (engine,), (worker,) = descendants("EngineCore", port), descendants("Worker", port)
     return {"server": root_of(port), "engine": engine, "worker": worker}
 
@@ -108,27 +133,43 @@ class Memory:
     def describe(self) -> str:
         third = len(self.rounds) // 3
         return "; ".join(
-            f"{name} {self.ready[name]:.0f} MB at the start, {self.rounds[third - 1][name]:.0f} warm, {self.rounds[-1][name]:.0f} at the end "
-            f"({self.growth(name):+.1f})"
+            f"{name} {self.ready[name]:.0f} MB at the start, {self.rounds[third - 1][name]:.0f}"
+            f" warm, {self.rounds[-1][name]:.0f} at the end ({self.growth(name):+.1f})"
             for name in self.pids
         )
 
 
 def soak(minutes: float, seed: int) -> tuple[dict[str, Memory], str]:
-    """Runs for ``minutes``, at least three rounds; what was held by both servers, and what was asked."""
+    """Runs for ``minutes``, at least three rounds; what was held by both servers, and what was
+    asked."""
     from tqdm import tqdm
 
-    rng, texts = random.Random(seed), [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()]
+    rng, texts = (
+        random.Random(seed),
+        [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()],
+    )
     kinds: Counter[str] = Counter()
-    with server() as plain, server(*SPECULATIVE) as drafted, ThreadPoolExecutor(2 * CLIENTS) as pool:
-        memory = {name: Memory(pids := processes(port), resident_mb(pids)) for name, port in (("plain", plain), ("drafts", drafted))}
+    with (
+        server() as plain,
+        server(*SPECULATIVE) as drafted,
+        ThreadPoolExecutor(2 * CLIENTS) as pool,
+    ):
+        memory = {
+            name: Memory(pids := processes(port), resident_mb(pids))
+            for name, port in (("plain", plain), ("drafts", drafted))
+        }
         end = time.monotonic() + minutes * 60
         with tqdm(total=round(minutes * 60), unit="s", desc="soak") as bar:
             while time.monotonic() < end or len(memory["drafts"].rounds) < 3:
                 requests = draw_round(rng, texts)
-                asked = [(one, *(pool.submit(ask, port, one) for port in (plain, drafted))) for one in requests]
+                asked = [
+                    (one, *(pool.submit(ask, port, one) for port in (plain, drafted)))
+                    for one in requests
+                ]
                 for one, theirs, ours in asked:
-                    assert ours.result() == theirs.result(), f"not the answer of a server without a drafter: {one}"
+                    assert ours.result() == theirs.result(), (
+                        f"not the answer of a server without a drafter: {one}"
+                    )
                 kinds.update(one["kind"] for one in requests)
                 for port, each in ((plain, memory["plain"]), (drafted, memory["drafts"])):
                     wait_until_idle(port)
@@ -137,23 +178,40 @@ def soak(minutes: float, seed: int) -> tuple[dict[str, Memory], str]:
                 bar.set_postfix(mb=round(memory["drafts"].rounds[-1]["worker"]))
         drafts = metric(drafted, "vllm:spec_decode_num_drafts_total")
         tau = 1 + metric(drafted, "vllm:spec_decode_num_accepted_tokens_total") / max(1, drafts)
-    asked_for = f"{sum(kinds.values())} requests ({', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))}), "
+    asked_for = (
+        f"{sum(kinds.values())} requests"
+        f" ({', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))}), "
+    )
     return memory, asked_for + f"{drafts:.0f} drafts, tau {tau:.2f}"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--most", type=float, default=MOST_MB, help="megabytes that a process may grow by (default: %(default)s)")
+    parser.add_argument(
+        "--most",
+        type=float,
+        default=MOST_MB,
+        help="megabytes that a process may grow by (default: %(default)s)",
+    )
     args = parser.parse_args()
     memory, asked_for = soak(args.minutes, args.seed)
     print(f"{asked_for}; all answers equal")
     for name, each in memory.items():
         print(f"{name}: {each.describe()}")
-    grown = {name: growth for name in memory["drafts"].pids if (growth := memory["drafts"].growth(name)) > args.most}
+    grown = {
+        name: growth
+        for name in memory["drafts"].pids
+        if (growth := memory["drafts"].growth(name)) > args.most
+    }
     if grown:
-        print(f"memory grows by more than {args.most:g} MB: {', '.join(f'{name} {mb:+.1f}' for name, mb in grown.items())}")
+        print(
+            f"memory grows by more than {args.most:g} MB:"
+            f" {', '.join(f'{name} {mb:+.1f}' for name, mb in grown.items())}"
+        )
     return 1 if grown else 0
 
 

@@ -6,30 +6,54 @@ from typing import Any
 
 
 def scheduler_of(
-    num_output_tokens: Mapping[str, int], *, ended: Iterable[str] = (), room: Mapping[str, int] | None = None, **attributes: Any
+    num_output_tokens: Mapping[str, int],
+    *,
+    ended: Iterable[str] = (),
+    room: Mapping[str, int] | None = None,
+    **attributes: Any,
 ) -> Any:
-    """A scheduler whose requests have so many output tokens, after an empty prompt; ``room``: how many more one may have."""
+    """A scheduler whose requests have so many output tokens, after an empty prompt; ``room``: how
+    many more one may have."""
     ended, room = set(ended), room or {}
     requests = {
         name: SimpleNamespace(
-            num_output_tokens=count, num_tokens=count, num_computed_tokens=count, use_structured_output=False,
+            num_output_tokens=count,
+            num_tokens=count,
+            num_computed_tokens=count,
+            use_structured_output=False,
             is_finished=lambda name=name: name in ended,
         )
         for name, count in num_output_tokens.items()
-    }  # fmt: skip
+    }
 
     def update(scheduled: Any, ran: Any) -> dict[int, Any]:
-        rows = [(name, ran.sampled_token_ids[i][: room.get(name)]) for name, i in ran.req_id_to_index.items() if name not in ended]
+        rows = [
+            (name, ran.sampled_token_ids[i][: room.get(name)])
+            for name, i in ran.req_id_to_index.items()
+            if name not in ended
+        ]
         for name, tokens in rows:
             if name in requests:
                 requests[name].num_output_tokens += len(tokens)
                 requests[name].num_tokens += len(tokens)
-        return {0: SimpleNamespace(outputs=[SimpleNamespace(request_id=name, new_token_ids=tokens) for name, tokens in rows])}
+        return {
+            0: SimpleNamespace(
+                outputs=[
+                    SimpleNamespace(request_id=name, new_token_ids=tokens) for name, tokens in rows
+                ]
+            )
+        }
 
     given = {
-        "requests": requests, "connector": None, "running": list(requests), "waiting": [], "finished_req_ids": set(),
-        "schedule": lambda: None, "shutdown": lambda: None, "update": update,
-    }  # fmt: skip
+        "requests": requests,
+        "connector": None,
+        "running": list(requests),
+        "waiting": [],
+        "finished_req_ids": set(),
+        "schedule": lambda: None,
+        "shutdown": lambda: None,
+        "update": update,
+    }
     return SimpleNamespace(**given | attributes)
 
 
@@ -42,7 +66,8 @@ def scheduled_of(
     new: Iterable[str] = (),
     **attributes: Any,
 ) -> Any:
-    """A ``SchedulerOutput`` with so many tokens a request; ``num_output_tokens`` and as many computed ones are of its cached requests."""
+    """A ``SchedulerOutput`` with so many tokens a request; ``num_output_tokens`` and as many
+    computed ones are of its cached requests."""
     given = {
         "num_scheduled_tokens": dict(counts),
         "total_num_scheduled_tokens": sum(counts.values()),
@@ -54,10 +79,13 @@ def scheduled_of(
         "num_spec_tokens_to_schedule": k,
         "num_invalid_spec_tokens": None,
         "finished_req_ids": set(),
-    }  # fmt: skip
+    }
     return SimpleNamespace(**given | attributes)
 
 
 def ran_of(sampled: Mapping[str, list[int]]) -> Any:
     """A ``ModelRunnerOutput`` with these tokens."""
-    return SimpleNamespace(req_id_to_index={name: i for i, name in enumerate(sampled)}, sampled_token_ids=list(sampled.values()))
+    return SimpleNamespace(
+        req_id_to_index={name: i for i, name in enumerate(sampled)},
+        sampled_token_ids=list(sampled.values()),
+    )

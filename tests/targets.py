@@ -1,4 +1,5 @@
-"""Small random targets of other model families, with every norm weight random: what a drafter can be conditioned on."""
+"""Small random targets of other model families, with every norm weight random: what a drafter can
+be conditioned on."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,9 +10,17 @@ import torch
 
 VOCAB, HIDDEN, SPOKEN = 512, 64, 6
 _SHAPE: dict[str, Any] = dict(
-    vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
-    max_position_embeddings=512, bos_token_id=None, eos_token_id=VOCAB - 1, pad_token_id=None,
-)  # fmt: skip
+    vocab_size=VOCAB,
+    hidden_size=HIDDEN,
+    intermediate_size=96,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=False,
+    max_position_embeddings=512,
+    bos_token_id=None,
+    eos_token_id=VOCAB - 1,
+    pad_token_id=None,
+)
 _EXPERTS: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 
 
@@ -25,38 +34,66 @@ def _qwen2() -> Any:
     """Biases in its projections, and one KV head."""
     from transformers import Qwen2Config
 
-    return Qwen2Config(**_SHAPE | {"num_attention_heads": 2, "num_key_value_heads": 1}, num_hidden_layers=5)
+    return Qwen2Config(
+        **_SHAPE | {"num_attention_heads": 2, "num_key_value_heads": 1}, num_hidden_layers=5
+    )
 
 
 def _qwen3_moe() -> Any:
     from transformers import Qwen3MoeConfig
 
-    return Qwen3MoeConfig(**_SHAPE, **_EXPERTS, num_hidden_layers=5, head_dim=32, norm_topk_prob=True)
+    return Qwen3MoeConfig(
+        **_SHAPE, **_EXPERTS, num_hidden_layers=5, head_dim=32, norm_topk_prob=True
+    )
 
 
 def _nemotron_h() -> Any:
     """Mamba-2, attention and MLP layers, each a layer of its own."""
     from transformers import NemotronHConfig
 
-    kinds = ["linear_attention", "mlp", "linear_attention", "full_attention", "linear_attention", "mlp", "linear_attention"]
+    kinds = [
+        "linear_attention",
+        "mlp",
+        "linear_attention",
+        "full_attention",
+        "linear_attention",
+        "mlp",
+        "linear_attention",
+    ]
     return NemotronHConfig(
-        **_SHAPE, layers_block_type=kinds, head_dim=32, mamba_num_heads=4, mamba_head_dim=32, ssm_state_size=16, n_groups=2, expand=2,
+        **_SHAPE,
+        layers_block_type=kinds,
+        head_dim=32,
+        mamba_num_heads=4,
+        mamba_head_dim=32,
+        ssm_state_size=16,
+        n_groups=2,
+        expand=2,
         chunk_size=32,
-    )  # fmt: skip
+    )
 
 
 def _qwen3_next() -> Any:
-    """Gated delta-rule layers, whose heads have the one size that vLLM's CPU kernels know, and one of full attention.
+    """Gated delta-rule layers, whose heads have the one size that vLLM's CPU kernels know, and one
+    of full attention.
 
-    Every token goes to all four experts: in bfloat16 a choice between nearly equal ones would be a throw of dice.
+    Every token goes to all four experts: in bfloat16 a choice between nearly equal ones would be a
+    throw of dice.
     """
     from transformers import Qwen3NextConfig
 
     return Qwen3NextConfig(
-        **_SHAPE, **_EXPERTS | {"num_experts_per_tok": 4}, num_hidden_layers=5, shared_expert_intermediate_size=32, head_dim=32, linear_num_key_heads=1,
-        linear_num_value_heads=2, linear_key_head_dim=128, linear_value_head_dim=128,
+        **_SHAPE,
+        **_EXPERTS | {"num_experts_per_tok": 4},
+        num_hidden_layers=5,
+        shared_expert_intermediate_size=32,
+        head_dim=32,
+        linear_num_key_heads=1,
+        linear_num_value_heads=2,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
         layer_types=["linear_attention"] * 2 + ["full_attention"] + ["linear_attention"] * 2,
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -66,10 +103,14 @@ class Family:
     config: Callable[[], Any]
     target_layer_ids: tuple[int, ...] = (0, 2, 4)
 
-    def make(self, folder: Path, seed: int = 0, scale: float = 0.08, spoken: int = SPOKEN, **changes: Any) -> Path:
-        """A random model in ``folder``: float32 on disk, its weights numbers that bfloat16 has too; ``changes`` go to its config.
+    def make(
+        self, folder: Path, seed: int = 0, scale: float = 0.08, spoken: int = SPOKEN, **changes: Any
+    ) -> Path:
+        """A random model in ``folder``: float32 on disk, its weights numbers that bfloat16 has too;
+        ``changes`` go to its config.
 
-        It writes one of ``spoken`` tokens, as a drafter with the same lm_head then does: some drafts are accepted.
+        It writes one of ``spoken`` tokens, as a drafter with the same lm_head then does: some
+        drafts are accepted.
         """
         from transformers import AutoModelForCausalLM
 

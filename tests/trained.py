@@ -1,4 +1,5 @@
-"""Trains a drafter for a moment on a tiny target's own text, so that some of its drafts are accepted and tau says something."""
+"""Trains a drafter for a moment on a tiny target's own text, so that some of its drafts are
+accepted and tau says something."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +13,16 @@ from vllm_dflash.reference.decoding import generate, target_features
 from vllm_dflash.reference.masks import block_positions, context_mask
 
 
-def train_briefly(target: Path, folder: Path, config: DrafterConfig, prompts: Sequence[Sequence[int]], new_tokens: int, steps: int) -> Path:
-    """A drafter that knows the target's greedy continuations of ``prompts`` in part; float32; returns its folder.
+def train_briefly(
+    target: Path,
+    folder: Path,
+    config: DrafterConfig,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    steps: int,
+) -> Path:
+    """A drafter that knows the target's greedy continuations of ``prompts`` in part; float32;
+    returns its folder.
 
     The prompts have one length, so that all of them are one batch.
     """
@@ -35,8 +44,16 @@ def train_briefly(target: Path, folder: Path, config: DrafterConfig, prompts: Se
         labels = tokens.gather(1, block_positions(anchors, size))
         context = drafter.context_kv(drafter.context(features), positions)
         mask = context_mask(anchors, size, length)
-        hidden = drafter(model.get_input_embeddings()(ids.flatten(1)), block_positions(anchors, size), context, mask, size)
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden).flatten(0, 1), labels.flatten())
+        hidden = drafter(
+            model.get_input_embeddings()(ids.flatten(1)),
+            block_positions(anchors, size),
+            context,
+            mask,
+            size,
+        )
+        loss = torch.nn.functional.cross_entropy(
+            model.lm_head(hidden).flatten(0, 1), labels.flatten()
+        )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

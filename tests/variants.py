@@ -1,4 +1,5 @@
-"""Every kind and shape of drafter that is served, as random checkpoints for ``make_random_target``."""
+"""Every kind and shape of drafter that is served, as random checkpoints for
+``make_random_target``."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +10,12 @@ from pairs import make_random_drafter, random_drafter_config
 _ALL_LAYERS = {"target_layer_ids": (0, 1, 2, 3, 4)}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 _LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
-}  # fmt: skip
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 @dataclass(frozen=True)
@@ -24,8 +29,12 @@ class Variant:
 
     def make(self, folder: Path) -> Path:
         return make_random_drafter(
-            folder, config=random_drafter_config(**self.changes), format=self.format, tables=self.tables, mask_embedding=self.mask_embedding
-        )  # fmt: skip
+            folder,
+            config=random_drafter_config(**self.changes),
+            format=self.format,
+            tables=self.tables,
+            mask_embedding=self.mask_embedding,
+        )
 
 
 VARIANTS = {
@@ -33,7 +42,9 @@ VARIANTS = {
     "dflash one layer": Variant({"num_hidden_layers": 1, "target_layer_ids": (3,)}),
     "dflash speculators": Variant(format="speculators"),
     "dflash draft vocabulary": Variant({"draft_vocab_size": 200}, format="speculators"),
-    "dflash own tables": Variant(format="speculators", tables=("embed_tokens.weight", "lm_head.weight")),
+    "dflash own tables": Variant(
+        format="speculators", tables=("embed_tokens.weight", "lm_head.weight")
+    ),
     "dflash mask embedding": Variant(mask_embedding=True),
     "dflash biases": Variant({"attention_bias": True}),
     "dflash yarn": Variant({"rope_scaling": _YARN}),
@@ -46,5 +57,9 @@ VARIANTS = {
     "dflare": Variant(_ALL_LAYERS | {"kind": "dflare", "num_hidden_layers": 4}),
     "dflare biases": Variant(_ALL_LAYERS | {"kind": "dflare", "attention_bias": True}),
     "dflare mixed": Variant(_ALL_LAYERS | {"kind": "dflare", "sliding_windows": (None, 24, 24)}),
-    "dflare speculators": Variant(_ALL_LAYERS | {"kind": "dflare", "draft_vocab_size": 300}, format="speculators", mask_embedding=True),
+    "dflare speculators": Variant(
+        _ALL_LAYERS | {"kind": "dflare", "draft_vocab_size": 300},
+        format="speculators",
+        mask_embedding=True,
+    ),
 }

@@ -1,4 +1,5 @@
-"""What is counted of drafts, once for all: tau, and acceptance by position. Pure, standard library only.
+"""What is counted of drafts, once for all: tau, and acceptance by position. Pure, standard library
+only.
 
 ``reference/`` and the tests count for themselves: what checks does not call what it checks.
 
@@ -10,12 +11,14 @@ from dataclasses import dataclass
 
 
 def tau(accepted: float, drafts: float) -> float | None:
-    """Tokens that the verification of a draft yields: its accepted ones and the target's own; None without drafts."""
+    """Tokens that the verification of a draft yields: its accepted ones and the target's own; None
+    without drafts."""
     return 1 + accepted / drafts if drafts else None
 
 
 class Positions:
-    """Counts of draft tokens by position: only the ends are counted as they come, the rest follows from them."""
+    """Counts of draft tokens by position: only the ends are counted as they come, the rest follows
+    from them."""
 
     def __init__(self, positions: int = 0) -> None:
         """``positions``: those that have a count, of zero, before a draft reached them."""

@@ -1,4 +1,5 @@
-"""Reads and checks a drafter when vLLM's configuration is made, before any process starts or weight is loaded.
+"""Reads and checks a drafter when vLLM's configuration is made, before any process starts or weight
+is loaded.
 
 pytest tests/unit/test_checks.py
 """
@@ -18,14 +19,17 @@ from vllm_dflash.log import logger
 _ADVISED = "VLLM_DFLASH_EAGER_ADVISED"
 """Inherited by the processes that vLLM starts, each of which makes the configuration again."""
 _CONFIG = "vllm_dflash"
-"""Attribute of vLLM's draft config that holds the drafter's settings in its published format, for all processes."""
+"""Attribute of vLLM's draft config that holds the drafter's settings in its published format, for
+all processes."""
 
 
 def check_speculative_config(speculative: Any) -> dict[str, Any]:
-    """Refuses a drafter that does not fit: ``speculative`` is vLLM's ``SpeculativeConfig`` for one of our drafters.
+    """Refuses a drafter that does not fit: ``speculative`` is vLLM's ``SpeculativeConfig`` for one
+    of our drafters.
 
     Returns:
-        The attributes that vLLM's draft config gets, so that every format reads the same from there on.
+        The attributes that vLLM's draft config gets, so that every format reads the same from there
+        on.
 
     Raises:
         DrafterConfigError: the first thing that is wrong, with its remedy.
@@ -37,9 +41,16 @@ def check_speculative_config(speculative: Any) -> dict[str, Any]:
     else:
         drafter = DrafterConfig.from_dict(getattr(hf_config, "model", hf_config).to_dict())
     check_target(target, speculative.target_parallel_config.pipeline_parallel_size)
-    check_pair(drafter, target_shape(target, drafter), speculative.num_speculative_tokens, target.max_model_len)
+    check_pair(
+        drafter,
+        target_shape(target, drafter),
+        speculative.num_speculative_tokens,
+        target.max_model_len,
+    )
     check_sampling(drafter, speculative.draft_sample_method)
-    if folder is not None and (Path(speculative.model).is_dir() or any(folder.glob("*.safetensors"))):
+    if folder is not None and (
+        Path(speculative.model).is_dir() or any(folder.glob("*.safetensors"))
+    ):
         from vllm_dflash.weights import check_tensors
 
         check_tensors(drafter, folder, target.dtype)
@@ -51,7 +62,8 @@ def check_speculative_config(speculative: Any) -> dict[str, Any]:
 
 
 def advise_eager(vllm_config: Any) -> None:
-    """Logs, once for all processes, that our drafter serves better without compilation on a CPU; ``vllm_config`` is vLLM's ``VllmConfig``."""
+    """Logs, once for all processes, that our drafter serves better without compilation on a CPU;
+    ``vllm_config`` is vLLM's ``VllmConfig``."""
     from vllm.config import CompilationMode
     from vllm.platforms import current_platform
 
@@ -61,8 +73,9 @@ def advise_eager(vllm_config: Any) -> None:
         return
     os.environ[_ADVISED] = "1"
     logger.warning(
-        "On a CPU a drafter serves better with --enforce-eager (enforce_eager=True): compilation takes a minute at the start, and keeps the "
-        "layers of target and drafter from running kernel by kernel"
+        "On a CPU a drafter serves better with --enforce-eager (enforce_eager=True): compilation"
+        " takes a minute at the start, and keeps the layers of target and drafter from running"
+        " kernel by kernel"
     )
 
 
@@ -75,39 +88,47 @@ def check_sampling(drafter: DrafterConfig, draft_sample_method: str) -> None:
     kind = kind_of(drafter)
     if draft_sample_method == "probabilistic" and not kind.head.is_argmax:
         raise DrafterConfigError(
-            f"draft_sample_method is probabilistic, and a {kind.label} drafter's tokens depend on each other",
+            f"draft_sample_method is probabilistic, and a {kind.label} drafter's tokens depend on"
+            " each other",
             "leave draft_sample_method out of the speculative config",
         )
 
 
 def check_v2_runner(drafter: DrafterConfig) -> None:
-    """Refuses a kind that vLLM's V2 model runner, whose way of drafting is its own, does not draft as.
+    """Refuses a kind that vLLM's V2 model runner, whose way of drafting is its own, does not draft
+    as.
 
     Raises:
         DrafterConfigError: names the remedy.
     """
     kind = kind_of(drafter)
     if not kind.head.is_argmax or kind.first_row != AFTER_ANCHOR:
-        raise DrafterConfigError(f"vLLM's V2 model runner does not draft as a {kind.label} drafter does", "set VLLM_USE_V2_MODEL_RUNNER=0")
+        raise DrafterConfigError(
+            f"vLLM's V2 model runner does not draft as a {kind.label} drafter does",
+            "set VLLM_USE_V2_MODEL_RUNNER=0",
+        )
 
 
 def check_padding(folder: Path, draft_sample_method: str) -> None:
     """Refuses what does not go with a target whose embedding has rows that the drafter has not.
 
     Raises:
-        DrafterConfigError: the drafter embeds by a table of its own, or its probabilities are asked for.
+        DrafterConfigError: the drafter embeds by a table of its own, or its probabilities are asked
+            for.
     """
     from vllm_dflash.weights import read_shapes
 
     if any(name.removeprefix("model.") == "embed_tokens.weight" for name in read_shapes(folder)):
         raise DrafterConfigError(
-            "the drafter has an embedding of its own, shorter than the target's, and a prompt may hold ids beyond it",
+            "the drafter has an embedding of its own, shorter than the target's, and a prompt may"
+            " hold ids beyond it",
             "serve it with the target that its model card names",
             field="vocab_size",
         )
     if draft_sample_method == "probabilistic":
         raise DrafterConfigError(
-            "draft_sample_method is probabilistic, and the drafter's probabilities are of fewer tokens than the target's",
+            "draft_sample_method is probabilistic, and the drafter's probabilities are of fewer"
+            " tokens than the target's",
             "leave draft_sample_method out of the speculative config",
             field="vocab_size",
         )
@@ -116,11 +137,15 @@ def check_padding(folder: Path, draft_sample_method: str) -> None:
 def said_of_unknown_keys(drafter: DrafterConfig) -> str:
     """What inspect, doctor and the server's log say of keys that nothing here reads."""
     names = printable(", ".join(drafter.unknown_keys[:20]))
-    return f"config.json has keys that are not known here: {names}. Should one change what the drafter computes, tau will be low"
+    return (
+        f"config.json has keys that are not known here: {names}. Should one change what the drafter"
+        " computes, tau will be low"
+    )
 
 
 def target_shape(target: Any, drafter: DrafterConfig) -> TargetShape:
-    """The shape of ``target``, vLLM's ``ModelConfig``; its tokenizer is read only where the two vocabularies differ in length."""
+    """The shape of ``target``, vLLM's ``ModelConfig``; its tokenizer is read only where the two
+    vocabularies differ in length."""
     shape = TargetShape.from_hf(target.hf_config)
     if shape.vocab_size <= drafter.vocab_size:
         return shape
@@ -129,48 +154,56 @@ def target_shape(target: Any, drafter: DrafterConfig) -> TargetShape:
 
 
 def check_target(target: Any, pipeline_parallel_size: int) -> None:
-    """Refuses a target that no drafter of ours can be conditioned on: ``target`` is vLLM's ``ModelConfig``.
+    """Refuses a target that no drafter of ours can be conditioned on: ``target`` is vLLM's
+    ``ModelConfig``.
 
     Raises:
-        DrafterConfigError: its hidden states cannot be captured, or its recurrent state does not survive speculation on this platform.
+        DrafterConfigError: its hidden states cannot be captured, or its recurrent state does not
+            survive speculation on this platform.
     """
     from vllm.model_executor.models.interfaces import supports_eagle3
     from vllm.platforms import current_platform
 
     if pipeline_parallel_size > 1:
         raise DrafterConfigError(
-            f"pipeline_parallel_size is {pipeline_parallel_size}, but the drafter shares the target's embedding, which another stage "
-            "would hold",
+            f"pipeline_parallel_size is {pipeline_parallel_size}, but the drafter shares the"
+            " target's embedding, which another stage would hold",
             "set pipeline_parallel_size to 1, and tensor_parallel_size to the number of devices",
         )
     model_class, architecture = target.registry.resolve_model_cls(target.architectures, target)
     if not supports_eagle3(model_class):
         raise DrafterConfigError(
-            f"vLLM's model of {architecture} cannot hand out the hidden states of its layers (it lacks SupportsEagle3), and a drafter "
-            "needs them",
-            "serve this target without a DFlash drafter, or on a vLLM whose model has that interface",
+            f"vLLM's model of {architecture} cannot hand out the hidden states of its layers (it"
+            " lacks SupportsEagle3), and a drafter needs them",
+            "serve this target without a DFlash drafter, or on a vLLM whose model has that"
+            " interface",
         )
     if target.is_hybrid and current_platform.is_cpu():
-        # Not the drafter's doing: n-gram speculation changes the output too (tests/engine/test_targets.py).
+        # Not the drafter's doing: n-gram speculation changes the output too
+        # (tests/engine/test_targets.py).
         raise DrafterConfigError(
-            f"{architecture} has recurrent layers, whose state vLLM's CPU build does not keep right under speculation, with any drafter: "
-            "it would write another text than without one",
+            f"{architecture} has recurrent layers, whose state vLLM's CPU build does not keep right"
+            " under speculation, with any drafter: it would write another text than without one",
             "serve this target on a GPU, or without a drafter",
         )
 
 
 def check_logits_processors() -> None:
-    """Refuses logits processors that are installed as plug-ins, for vLLM's V1 runner: beside drafts it leaves them out without a word.
+    """Refuses logits processors that are installed as plug-ins, for vLLM's V1 runner: beside drafts
+    it leaves them out without a word.
 
     Raises:
         DrafterConfigError: there are some; those that the user names are refused by vLLM itself.
     """
-    names = sorted({f"{found.name} ({found.value})" for found in entry_points(group="vllm.logits_processors")})
+    names = sorted(
+        {f"{found.name} ({found.value})" for found in entry_points(group="vllm.logits_processors")}
+    )
     if names:
         raise DrafterConfigError(
-            f"logits processors are installed as plug-ins, {', '.join(names)}: vLLM's V1 model runner applies them without a drafter only, "
-            "so the output would be another than without one. Uninstall them, serve without a drafter, or on a GPU start with "
-            "VLLM_USE_V2_MODEL_RUNNER=1"
+            f"logits processors are installed as plug-ins, {', '.join(names)}: vLLM's V1 model"
+            " runner applies them without a drafter only, so the output would be another than"
+            " without one. Uninstall them, serve without a drafter, or on a GPU start with"
+            " VLLM_USE_V2_MODEL_RUNNER=1"
         )
 
 
@@ -181,10 +214,12 @@ def drafter_config(hf_config: Any) -> DrafterConfig:
 
 
 def read_early(model: str, revision: str | None) -> DrafterConfig | None:
-    """The drafter at hand before vLLM has read it; None where it is not there yet or is none of ours.
+    """The drafter at hand before vLLM has read it; None where it is not there yet or is none of
+    ours.
 
     Raises:
-        DrafterConfigError: its config.json is unusable. Later, transformers would refuse some of that without a remedy.
+        DrafterConfigError: its config.json is unusable. Later, transformers would refuse some of
+            that without a remedy.
     """
     folder = drafter_folder(model, revision)
     if folder is None or is_foreign(read_raw(folder)):
@@ -193,10 +228,16 @@ def read_early(model: str, revision: str | None) -> DrafterConfig | None:
 
 
 def _attributes(drafter: DrafterConfig) -> dict[str, Any]:
-    """What vLLM's own code reads of a draft config: it knows one spelling of each, and not all formats have it."""
+    """What vLLM's own code reads of a draft config: it knows one spelling of each, and not all
+    formats have it."""
     raw = write(drafter, published_format(drafter))
-    attributes = {_CONFIG: raw} | {name: raw[name] for name in ("dflash_config", "block_size", "layer_types", "sliding_window")}
+    attributes = {_CONFIG: raw} | {
+        name: raw[name] for name in ("dflash_config", "block_size", "layer_types", "sliding_window")
+    }
     if len(set(drafter.windows)) > 1:
-        # vLLM's own V1 proposer cannot serve mixed layers, and its config refuses them for any drafter; ours can.
+        # vLLM's own V1 proposer cannot serve mixed layers, and its config refuses them for any
+        # drafter; ours can.
         attributes["layer_types"] = None
-    return attributes | {"eagle_aux_hidden_state_layer_ids": [i + 1 for i in drafter.target_layer_ids]}
+    return attributes | {
+        "eagle_aux_hidden_state_layer_ids": [i + 1 for i in drafter.target_layer_ids]
+    }

@@ -1,6 +1,8 @@
-"""What a drafter is: one validated form for every checkpoint format, and the only home of its defaults.
+"""What a drafter is: one validated form for every checkpoint format, and the only home of its
+defaults.
 
-Pure Python: no torch and no vLLM import, so that every tool can check a checkpoint before anything is loaded.
+Pure Python: no torch and no vLLM import, so that every tool can check a checkpoint before anything
+is loaded.
 ``vllm_dflash.formats`` reads a ``config.json`` into this form and writes it back.
 
     pytest tests/unit/test_config.py
@@ -24,11 +26,15 @@ _LONGEST_PART = 2000
 
 
 def printable(text: object) -> str:
-    """``text`` with every character that a terminal would act on, or not show, written as its escape.
+    """``text`` with every character that a terminal would act on, or not show, written as its
+    escape.
 
     Names in a checkpoint are whatever its maker chose, colours and line breaks included.
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in str(text)
+    )
 
 
 class DrafterConfigError(ValueError):
@@ -36,7 +42,8 @@ class DrafterConfigError(ValueError):
 
     Attributes:
         problem: what is wrong; ``remedy``: what to do about it, empty where the problem says it.
-        field: the key of ``config.json``, dotted where it is nested; empty where it is about something else.
+        field: the key of ``config.json``, dotted where it is nested; empty where it is about
+            something else.
         where: the file or folder.
 
     The message is these in one line, printable whatever a checkpoint holds.
@@ -45,7 +52,9 @@ class DrafterConfigError(ValueError):
     def __init__(self, problem: str, remedy: str = "", *, field: str = "", where: str = "") -> None:
         self.problem, self.remedy, self.where = (_line(part) for part in (problem, remedy, where))
         self.field = field
-        super().__init__(": ".join(part for part in (self.where, self.problem, self.remedy) if part))
+        super().__init__(
+            ": ".join(part for part in (self.where, self.problem, self.remedy) if part)
+        )
 
     def at(self, where: object) -> "DrafterConfigError":
         """The same, found in a file or folder."""
@@ -53,7 +62,12 @@ class DrafterConfigError(ValueError):
 
     def with_remedy(self, more: str) -> "DrafterConfigError":
         """The same, with a sentence more on what to do."""
-        return DrafterConfigError(self.problem, f"{self.remedy}. {more}" if self.remedy else more, field=self.field, where=self.where)
+        return DrafterConfigError(
+            self.problem,
+            f"{self.remedy}. {more}" if self.remedy else more,
+            field=self.field,
+            where=self.where,
+        )
 
 
 def _line(text: str) -> str:
@@ -62,10 +76,11 @@ def _line(text: str) -> str:
 
 
 def default_target_layer_ids(num_draft_layers: int, num_target_layers: int) -> tuple[int, ...]:
-    """The target layers whose outputs condition the drafter: ``round(1 + i (L - 4) / (D - 1))``, i = 0..D-1.
+    """The target layers whose outputs condition the drafter: ``round(1 + i (L - 4) / (D - 1))``, i
+    = 0..D-1.
 
-    Zero-based layer i is Hugging Face's ``hidden_states[i + 1]``. Source: arXiv 2602.06036 and the released
-    checkpoints (D = 5, L = 36 gives 1, 9, 17, 25, 33).
+    Zero-based layer i is Hugging Face's ``hidden_states[i + 1]``. Source: arXiv 2602.06036 and the
+    released checkpoints (D = 5, L = 36 gives 1, 9, 17, 25, 33).
     """
     if num_target_layers < 4:
         raise DrafterConfigError(
@@ -119,26 +134,32 @@ class DrafterConfig:
     rms_norm_eps: float = DEFAULT_RMS_NORM_EPS
     rope_theta: float = DEFAULT_ROPE_THETA
     rope_scaling: Mapping[str, Any] | None = None
-    """``rope_type`` and its parameters, as transformers names them; None for plain rotary positions."""
+    """``rope_type`` and its parameters, as transformers names them; None for plain rotary
+    positions."""
     attention_bias: bool = False
     """Biases in q, k, v and o projections."""
     sliding_windows: tuple[int | None, ...] = ()
-    """Per draft layer how many positions back a query sees, itself included; None: all. Empty: all in every layer."""
+    """Per draft layer how many positions back a query sees, itself included; None: all. Empty: all
+    in every layer."""
     sliding_causal: bool = False
     """In sliding layers a query does not see later ones of its block."""
     draft_vocab_size: int | None = None
-    """Tokens that the drafter's own lm_head ranks, mapped to the target's by ``d2t``; None: the target's whole vocabulary."""
+    """Tokens that the drafter's own lm_head ranks, mapped to the target's by ``d2t``; None: the
+    target's whole vocabulary."""
     quantization_config: Mapping[str, Any] | None = None
     """As in config.json, for vLLM's quantized layers."""
     dtype: str = "bfloat16"
     unknown_keys: tuple[str, ...] = field(default=(), compare=False)
-    """Keys of its config.json that this package does not know: if one of them changes what is computed, tau is low."""
+    """Keys of its config.json that this package does not know: if one of them changes what is
+    computed, tau is low."""
     format: str = field(default="z-lab", compare=False)
-    """The checkpoint format that it was read from, one of ``vllm_dflash.formats.format_names()``."""
+    """The checkpoint format that it was read from, one of
+    ``vllm_dflash.formats.format_names()``."""
 
     @property
     def max_speculative_tokens(self) -> int:
-        """The most tokens one draft can hold: the block's rows from the first that predicts on, mostly ``block_size - 1``."""
+        """The most tokens one draft can hold: the block's rows from the first that predicts on,
+        mostly ``block_size - 1``."""
         return self.block_size - self.first_row
 
     @property
@@ -161,7 +182,8 @@ class DrafterConfig:
         """Parses and checks the contents of a ``config.json`` of any known format.
 
         Raises:
-            DrafterConfigError: a field is missing, of the wrong type, out of range or of a kind not supported.
+            DrafterConfigError: a field is missing, of the wrong type, out of range or of a kind not
+                supported.
         """
         from vllm_dflash.formats import parse
 
@@ -187,15 +209,22 @@ class DrafterConfig:
             DrafterConfigError: names the field and the remedy.
         """
         if self.kind not in kinds.names():
-            raise DrafterConfigError(f"kind is {self.kind!r}", f"one of {', '.join(kinds.names())}", field="kind")
+            raise DrafterConfigError(
+                f"kind is {self.kind!r}", f"one of {', '.join(kinds.names())}", field="kind"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise DrafterConfigError(
-                f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads {self.num_key_value_heads}",
+                f"num_attention_heads {self.num_attention_heads} is no multiple of"
+                f" num_key_value_heads {self.num_key_value_heads}",
                 "fix config.json",
                 field="num_attention_heads",
             )
         if self.head_dim % 2 or self.head_dim < 2:
-            raise DrafterConfigError(f"head_dim is {self.head_dim}", "rotary positions need an even one; fix config.json", field="head_dim")
+            raise DrafterConfigError(
+                f"head_dim is {self.head_dim}",
+                "rotary positions need an even one; fix config.json",
+                field="head_dim",
+            )
         if self.block_size < 2:
             raise DrafterConfigError(
                 f"block_size is {self.block_size}",
@@ -204,14 +233,16 @@ class DrafterConfig:
             )
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise DrafterConfigError(
-                f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size} tokens",
+                f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size}"
+                " tokens",
                 "use the id that the drafter was trained with",
                 field="mask_token_id",
             )
         self._check_layers()
         if self.draft_vocab_size is not None and not 0 < self.draft_vocab_size < self.vocab_size:
             raise DrafterConfigError(
-                f"draft_vocab_size {self.draft_vocab_size} is not between 1 and vocab_size {self.vocab_size}",
+                f"draft_vocab_size {self.draft_vocab_size} is not between 1 and vocab_size"
+                f" {self.vocab_size}",
                 "use the file that the checkpoint came with",
                 field="draft_vocab_size",
             )
@@ -225,10 +256,16 @@ class DrafterConfig:
 
     def _check_layers(self) -> None:
         if not self.target_layer_ids:
-            raise DrafterConfigError("target_layer_ids is empty", "give a list of zero-based target layers", field="target_layer_ids")
+            raise DrafterConfigError(
+                "target_layer_ids is empty",
+                "give a list of zero-based target layers",
+                field="target_layer_ids",
+            )
         if len(set(self.target_layer_ids)) != len(self.target_layer_ids):
             raise DrafterConfigError(
-                f"target_layer_ids {list(self.target_layer_ids)} names a layer twice", "each layer once", field="target_layer_ids"
+                f"target_layer_ids {list(self.target_layer_ids)} names a layer twice",
+                "each layer once",
+                field="target_layer_ids",
             )
         depth = self.num_target_layers
         bad = [i for i in self.target_layer_ids if i < 0 or (depth is not None and i >= depth)]
@@ -241,7 +278,8 @@ class DrafterConfig:
             )
         if self.sliding_windows and len(self.sliding_windows) != self.num_hidden_layers:
             raise DrafterConfigError(
-                f"layer_types has {len(self.sliding_windows)} entries for {self.num_hidden_layers} layers",
+                f"layer_types has {len(self.sliding_windows)} entries for {self.num_hidden_layers}"
+                " layers",
                 "one a layer",
                 field="layer_types",
             )
@@ -254,49 +292,82 @@ class DrafterConfig:
             )
 
 
-def check_pair(drafter: DrafterConfig, target: TargetShape, num_speculative_tokens: int, max_model_len: int) -> None:
+def check_pair(
+    drafter: DrafterConfig, target: TargetShape, num_speculative_tokens: int, max_model_len: int
+) -> None:
     """Refuses a drafter that cannot serve this target with these settings.
 
     Raises:
         DrafterConfigError: the first mismatch, with its remedy.
     """
-    wrong = "this drafter was trained for another target; serve it with the target that its model card names"
+    wrong = (
+        "this drafter was trained for another target; serve it with the target that its model card"
+        " names"
+    )
     depth = drafter.num_target_layers
     for name, what, theirs, ours, fits in (
-        ("hidden_size", "hidden_size", target.hidden_size, drafter.hidden_size, target.hidden_size == drafter.hidden_size),
-        ("vocab_size", "vocab_size", target.vocab_size, drafter.vocab_size, vocabularies_fit(drafter, target)),
-        ("num_target_layers", "number of layers (num_target_layers)", target.num_hidden_layers, depth,
-         depth in (None, target.num_hidden_layers)),
-    ):  # fmt: skip
+        (
+            "hidden_size",
+            "hidden_size",
+            target.hidden_size,
+            drafter.hidden_size,
+            target.hidden_size == drafter.hidden_size,
+        ),
+        (
+            "vocab_size",
+            "vocab_size",
+            target.vocab_size,
+            drafter.vocab_size,
+            vocabularies_fit(drafter, target),
+        ),
+        (
+            "num_target_layers",
+            "number of layers (num_target_layers)",
+            target.num_hidden_layers,
+            depth,
+            depth in (None, target.num_hidden_layers),
+        ),
+    ):
         if not fits:
-            raise DrafterConfigError(f"the target's {what} is {theirs}, the drafter's is {ours}", wrong, field=name)
+            raise DrafterConfigError(
+                f"the target's {what} is {theirs}, the drafter's is {ours}", wrong, field=name
+            )
     bad = [i for i in drafter.target_layer_ids if i >= target.num_hidden_layers]
     if bad:
         raise DrafterConfigError(
-            f"target_layer_ids {bad} are outside the target's {target.num_hidden_layers} layers", wrong, field="target_layer_ids"
+            f"target_layer_ids {bad} are outside the target's {target.num_hidden_layers} layers",
+            wrong,
+            field="target_layer_ids",
         )
     if not 1 <= num_speculative_tokens <= drafter.max_speculative_tokens:
         raise DrafterConfigError(
             f"num_speculative_tokens is {num_speculative_tokens}",
-            f"this drafter's blocks of {drafter.block_size} hold 1 to {drafter.max_speculative_tokens} drafted tokens. "
-            f"Set num_speculative_tokens to {drafter.max_speculative_tokens} or less",
+            f"this drafter's blocks of {drafter.block_size} hold 1 to"
+            f" {drafter.max_speculative_tokens} drafted tokens. Set num_speculative_tokens to"
+            f" {drafter.max_speculative_tokens} or less",
         )
     if max_model_len > drafter.max_position_embeddings:
         raise DrafterConfigError(
-            f"max_model_len is {max_model_len}, but the drafter's rotary positions end at max_position_embeddings = "
-            f"{drafter.max_position_embeddings}",
+            f"max_model_len is {max_model_len}, but the drafter's rotary positions end at"
+            f" max_position_embeddings = {drafter.max_position_embeddings}",
             f"start vLLM with --max-model-len {drafter.max_position_embeddings} or less",
             field="max_position_embeddings",
         )
 
 
 def vocabularies_fit(drafter: DrafterConfig, target: TargetShape) -> bool:
-    """Whether the drafter's vocabulary is the target's, or the target's without the rows that pad its embedding.
+    """Whether the drafter's vocabulary is the target's, or the target's without the rows that pad
+    its embedding.
 
-    A target's embedding is often longer than its tokenizer, rounded up for tensor parallelism; its drafter may have been
-    trained without those rows (MiMo: 152,064 of 152,576). ``target.num_tokens`` says how many rows text can reach; a
+    A target's embedding is often longer than its tokenizer, rounded up for tensor parallelism; its
+    drafter may have been
+    trained without those rows (MiMo: 152,064 of 152,576). ``target.num_tokens`` says how many rows
+    text can reach; a
     drafter that covers them all fits. Where it is not known, nothing but equality is sure.
     """
     if drafter.vocab_size == target.vocab_size:
         return True
-    return target.num_tokens is not None and target.num_tokens <= drafter.vocab_size < target.vocab_size
+    return (
+        target.num_tokens is not None
+        and target.num_tokens <= drafter.vocab_size < target.vocab_size
+    )

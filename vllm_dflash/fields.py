@@ -1,6 +1,8 @@
-"""Reads single fields of a ``config.json``: each by its type and range, with the remedy in the message of every refusal.
+"""Reads single fields of a ``config.json``: each by its type and range, with the remedy in the
+message of every refusal.
 
-Pure Python. ``raw`` is always the object that holds the field; ``name`` may be dotted, and its last part is the key.
+Pure Python. ``raw`` is always the object that holds the field; ``name`` may be dotted, and its last
+part is the key.
 
     pytest tests/unit/test_broken_configs.py
 """
@@ -14,16 +16,50 @@ from vllm_dflash.config import DrafterConfigError
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 CAME_WITH = "Use the config.json that the checkpoint came with"
-_MOST = {"num_hidden_layers": 1024, "num_target_layers": 1024, "block_size": 1024, "rms_norm_eps": 0.1}
+_MOST = {
+    "num_hidden_layers": 1024,
+    "num_target_layers": 1024,
+    "block_size": 1024,
+    "rms_norm_eps": 0.1,
+}
 _MOST_OF_ANY_SIZE = 2**31 - 1
-"""Above these a field is a slip of the pen; lists as long as the field would be made of it before anything else notices."""
+"""Above these a field is a slip of the pen; lists as long as the field would be made of it before
+anything else notices."""
 
-QUANTIZATION_METHODS = frozenset({
-    "awq", "auto_awq", "fp8", "fbgemm_fp8", "fp_quant", "modelopt", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed", "auto_gptq",
-    "gptq", "gptq_marlin", "awq_marlin", "humming", "compressed-tensors", "experts_int8", "quark", "moe_wna16", "torchao", "inc",
-    "mxfp4", "gpt_oss_mxfp4", "deepseek_v4_fp8", "online", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel",
-    "int8_per_channel_weight_only", "nvfp4_per_token", "mxfp8",
-})  # fmt: skip
+QUANTIZATION_METHODS = frozenset(
+    {
+        "awq",
+        "auto_awq",
+        "fp8",
+        "fbgemm_fp8",
+        "fp_quant",
+        "modelopt",
+        "modelopt_fp4",
+        "modelopt_mxfp8",
+        "modelopt_mixed",
+        "auto_gptq",
+        "gptq",
+        "gptq_marlin",
+        "awq_marlin",
+        "humming",
+        "compressed-tensors",
+        "experts_int8",
+        "quark",
+        "moe_wna16",
+        "torchao",
+        "inc",
+        "mxfp4",
+        "gpt_oss_mxfp4",
+        "deepseek_v4_fp8",
+        "online",
+        "fp8_per_tensor",
+        "fp8_per_block",
+        "fp8_per_channel",
+        "int8_per_channel_weight_only",
+        "nvfp4_per_token",
+        "mxfp8",
+    }
+)
 """What vLLM 0.32 has layers for; ``tests/unit/test_config_keys.py`` compares."""
 
 _SCALING_FIELDS = {
@@ -72,7 +108,9 @@ def positive_int(raw: Mapping[str, Any], name: str) -> int:
     """A whole number of at least 1."""
     value = _value(raw, name)
     if not is_int(value) or value <= 0:
-        raise bad(name, _state(value), f"config.json must give a positive whole number. {CAME_WITH}")
+        raise bad(
+            name, _state(value), f"config.json must give a positive whole number. {CAME_WITH}"
+        )
     _check_most(name, value, _MOST.get(_key(name), _MOST_OF_ANY_SIZE))
     return value
 
@@ -94,7 +132,8 @@ def positive_float(raw: Mapping[str, Any], name: str, default: float | None = No
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether it is a number of JSON; NaN and infinity, which JSON has not, are left to the range."""
+    """Whether it is a number of JSON; NaN and infinity, which JSON has not, are left to the
+    range."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -123,18 +162,29 @@ def token_id(raw: Mapping[str, Any], name: str) -> int:
 
 
 def layer_ids(value: Any, name: str, *, one_based: bool = False) -> tuple[int, ...]:
-    """Target layers, zero-based whatever the file counts from; whether the target has them is for ``DrafterConfig.check``."""
+    """Target layers, zero-based whatever the file counts from; whether the target has them is for
+    ``DrafterConfig.check``."""
     counted = "one-based" if one_based else "zero-based"
     if not is_list(value) or not value or not all(map(is_int, value)):
         raise bad(name, f"is {shown(value)}", f"give a list of {counted} target layers")
     if one_based and min(value) < 1:
-        raise bad(name, f"is {shown(value)}", "in this format they count from 1; give a list of one-based target layers")
+        raise bad(
+            name,
+            f"is {shown(value)}",
+            "in this format they count from 1; give a list of one-based target layers",
+        )
     return tuple(i - one_based for i in value)
 
 
 def dtype(*sources: Mapping[str, Any]) -> str:
-    """The first ``dtype`` or (older) ``torch_dtype`` that one of ``sources`` gives; bfloat16 where none does."""
-    given = [(name, raw[name]) for raw in sources for name in ("dtype", "torch_dtype") if raw.get(name) is not None]
+    """The first ``dtype`` or (older) ``torch_dtype`` that one of ``sources`` gives; bfloat16 where
+    none does."""
+    given = [
+        (name, raw[name])
+        for raw in sources
+        for name in ("dtype", "torch_dtype")
+        if raw.get(name) is not None
+    ]
     for name, value in given:
         if value not in ("bfloat16", "float16", "float32"):
             raise bad(name, f"is {shown(value)}", f"one of bfloat16, float16, float32. {CAME_WITH}")
@@ -149,9 +199,11 @@ def quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
     method = value.get("quant_method") if isinstance(value, Mapping) else None
     if not isinstance(method, str) or not method:
         raise bad(
-            "quantization_config", f"is {shown(value)}",
-            f"give an object whose quant_method names how the weights are packed, or null. {CAME_WITH}",
-        )  # fmt: skip
+            "quantization_config",
+            f"is {shown(value)}",
+            "give an object whose quant_method names how the weights are packed, or null."
+            f" {CAME_WITH}",
+        )
     if method not in QUANTIZATION_METHODS:
         raise DrafterConfigError(
             f"quantization_config.quant_method is {shown(method)}, which vLLM has no layers for",
@@ -161,8 +213,11 @@ def quantization(raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return value
 
 
-def rope(raw: Mapping[str, Any], default_theta: float, kinds: Collection[str]) -> tuple[float, Mapping[str, Any] | None]:
-    """The rotary base and the rest of its parameters; transformers 5 writes both into ``rope_parameters``.
+def rope(
+    raw: Mapping[str, Any], default_theta: float, kinds: Collection[str]
+) -> tuple[float, Mapping[str, Any] | None]:
+    """The rotary base and the rest of its parameters; transformers 5 writes both into
+    ``rope_parameters``.
 
     Args:
         kinds: the layer types that the drafter has: some files give parameters by layer type.
@@ -171,69 +226,111 @@ def rope(raw: Mapping[str, Any], default_theta: float, kinds: Collection[str]) -
     for name in ("rope_parameters", "rope_scaling"):
         value = raw.get(name)
         if value is not None and not isinstance(value, Mapping):
-            raise bad(name, f"is {shown(value)}", "give an object such as {'rope_type': 'yarn', 'factor': 4.0}, or null")
+            raise bad(
+                name,
+                f"is {shown(value)}",
+                "give an object such as {'rope_type': 'yarn', 'factor': 4.0}, or null",
+            )
         merged |= _of_layer_types(name, value or {}, kinds)
     theta = merged.pop("rope_theta", None)
     for place in (raw, {"rope_theta": theta}):
         positive_float(place, "rope_theta", default_theta)
     if None not in (theta, raw.get("rope_theta")) and theta != raw["rope_theta"]:
-        raise bad("rope_theta", f"is {raw['rope_theta']!r}, and {theta!r} in rope_parameters", CAME_WITH)
-    theta = positive_float({"rope_theta": theta} if raw.get("rope_theta") is None else raw, "rope_theta", default_theta)
+        raise bad(
+            "rope_theta", f"is {raw['rope_theta']!r}, and {theta!r} in rope_parameters", CAME_WITH
+        )
+    theta = positive_float(
+        {"rope_theta": theta} if raw.get("rope_theta") is None else raw, "rope_theta", default_theta
+    )
     older = merged.pop("type", None)
     kind = merged.get("rope_type") if older is None else older
     where = "rope_parameters" if raw.get("rope_scaling") is None else "rope_scaling"
     if kind is None and "factor" in merged:
-        raise bad(where, "has a factor and no rope_type", f"name it, such as linear or yarn. {CAME_WITH}")
+        raise bad(
+            where, "has a factor and no rope_type", f"name it, such as linear or yarn. {CAME_WITH}"
+        )
     if kind is not None and not isinstance(kind, str):
-        raise bad(f"{where}.rope_type", f"is {shown(kind)}", f"give its name, such as yarn, or null for {where}")
+        raise bad(
+            f"{where}.rope_type",
+            f"is {shown(kind)}",
+            f"give its name, such as yarn, or null for {where}",
+        )
     if kind in (None, "default"):
         _check_rope(merged, "default", where)
         return theta, None
-    scaling = {name: value for name, value in merged.items() if value is not None} | {"rope_type": kind}
+    scaling = {name: value for name, value in merged.items() if value is not None} | {
+        "rope_type": kind
+    }
     _check_rope(scaling, kind, where)
     return theta, {name: value for name, value in scaling.items() if name not in _NEUTRAL_ROPE}
 
 
-def _of_layer_types(name: str, given: Mapping[str, Any], kinds: Collection[str]) -> Mapping[str, Any]:
-    """``given``, or where it holds parameters by layer type, those that all of the drafter's types share."""
+def _of_layer_types(
+    name: str, given: Mapping[str, Any], kinds: Collection[str]
+) -> Mapping[str, Any]:
+    """``given``, or where it holds parameters by layer type, those that all of the drafter's types
+    share."""
     nested = {key: value for key, value in given.items() if isinstance(value, Mapping)}
     if not nested:
         return given
     ours = [nested.get(kind) for kind in kinds]
-    if len(nested) < len(given) or not set(nested) <= set(LAYER_TYPES) or None in ours or any(each != ours[0] for each in ours):
+    if (
+        len(nested) < len(given)
+        or not set(nested) <= set(LAYER_TYPES)
+        or None in ours
+        or any(each != ours[0] for each in ours)
+    ):
         raise bad(
-            name, f"is {shown(dict(given))}: rotary parameters by layer type are supported only where all layers have the same",
-            "use another checkpoint, or convert it with one set of parameters if it was trained with one",
-        )  # fmt: skip
+            name,
+            f"is {shown(dict(given))}: rotary parameters by layer type are supported only where all"
+            " layers have the same",
+            "use another checkpoint, or convert it with one set of parameters if it was trained"
+            " with one",
+        )
     return nested[next(iter(kinds))]
 
 
 def _check_rope(given: Mapping[str, Any], kind: str, place: str) -> None:
-    """Refuses parameters that this kind of scaling needs and has not, and those that nothing here computes with."""
+    """Refuses parameters that this kind of scaling needs and has not, and those that nothing here
+    computes with."""
     needed = _SCALING_FIELDS.get(kind, ())
     for name in needed:
         _check_scaling(given, f"{place}.{name}")
     for name, value in given.items():
-        if name in needed or name == "rope_type" or value is None or _is_neutral(value, _NEUTRAL_ROPE.get(name, ())):
+        if (
+            name in needed
+            or name == "rope_type"
+            or value is None
+            or _is_neutral(value, _NEUTRAL_ROPE.get(name, ()))
+        ):
             continue
         if name in _OTHER_SCALING_FIELDS.get(kind, ()):
             if not isinstance(value, bool):
                 positive_float(given, f"{place}.{name}")
         elif kind == "default" and name in _SCALING_NAMES:
-            _check_scaling(given, f"{place}.{name}")  # some files keep them beside a type that does not read them
+            _check_scaling(
+                given, f"{place}.{name}"
+            )  # some files keep them beside a type that does not read them
         elif kind in (*_SCALING_FIELDS, "default"):
             raise bad(
-                f"{place}.{name}", f"= {shown(value)} is not supported for rope_type {kind}, and ignoring it would only show as low "
-                "acceptance",
+                f"{place}.{name}",
+                f"= {shown(value)} is not supported for rope_type {kind}, and ignoring it would"
+                " only show as low acceptance",
                 _ROPE_REMEDIES.get(name, "use another checkpoint"),
-            )  # fmt: skip
+            )
 
 
 _SCALING_NAMES = frozenset(name for names in _SCALING_FIELDS.values() for name in names)
 _ROPE_REMEDIES = {
-    "partial_rotary_factor": "remove it from config.json if the drafter was trained with rotary positions in the whole head, as some "
-    "were whose file repeats the target's value; vllm-dflash doctor then says what is accepted. Else use another checkpoint",
-    "mrope_section": "remove it from config.json if the drafter was trained on text, where it changes nothing; else use another checkpoint",
+    "partial_rotary_factor": (
+        "remove it from config.json if the drafter was trained with rotary positions in the whole"
+        " head, as some were whose file repeats the target's value; vllm-dflash doctor then says"
+        " what is accepted. Else use another checkpoint"
+    ),
+    "mrope_section": (
+        "remove it from config.json if the drafter was trained on text, where it changes nothing;"
+        " else use another checkpoint"
+    ),
 }
 
 
@@ -241,7 +338,11 @@ def _check_scaling(scaling: Mapping[str, Any], path: str) -> None:
     name = _key(path)
     if name in ("short_factor", "long_factor"):
         value = scaling.get(name)
-        if not is_list(value) or not value or not all(is_number(f) and 0 < f <= _LARGEST_FLOAT for f in value):
+        if (
+            not is_list(value)
+            or not value
+            or not all(is_number(f) and 0 < f <= _LARGEST_FLOAT for f in value)
+        ):
             raise bad(path, f"is {shown(value)}", f"give a list of numbers. {CAME_WITH}")
     elif name.startswith("original"):
         positive_int(scaling, path)
@@ -255,12 +356,15 @@ def _is_neutral(value: Any, neutral: Sequence[Any]) -> bool:
 
 
 def refuse(raw: Mapping[str, Any], name: str, *neutral: Any) -> None:
-    """Refuses a field that changes what a drafter computes, in a way that is not implemented, unless its value is ``neutral``."""
+    """Refuses a field that changes what a drafter computes, in a way that is not implemented,
+    unless its value is ``neutral``."""
     value = _value(raw, name)
     if value is not None and not _is_neutral(value, neutral):
         raise bad(
-            name, f"= {shown(value)} is not supported, and ignoring it would only show as low acceptance", "use another checkpoint"
-        )  # fmt: skip
+            name,
+            f"= {shown(value)} is not supported, and ignoring it would only show as low acceptance",
+            "use another checkpoint",
+        )
 
 
 def _value(raw: Mapping[str, Any], name: str) -> Any:

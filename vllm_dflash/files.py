@@ -1,6 +1,8 @@
-"""Files that are whole or not there: written beside their place, flushed to the disk, then renamed; with checksums.
+"""Files that are whole or not there: written beside their place, flushed to the disk, then renamed;
+with checksums.
 
-Records of JSON are read against their shape (``vllm_dflash.records``). Limits: one writer a file, which ``lock`` sees to. Tests: ``pytest tests/unit/test_files.py``.
+Records of JSON are read against their shape (``vllm_dflash.records``). Limits: one writer a file,
+which ``lock`` sees to. Tests: ``pytest tests/unit/test_files.py``.
 """
 
 import errno
@@ -58,24 +60,28 @@ def refusal(path: Path, error: OSError) -> RunError:
         else f"remove or move what is at {path}, or set --out to a folder that can be written"
     )
     return RunError(
-        f"{path} cannot be written ({error.strerror or error}): {what}; what is finished is kept, and the same command goes on from there"
+        f"{path} cannot be written ({error.strerror or error}): {what}; what is finished is kept,"
+        " and the same command goes on from there"
     )
 
 
 def unusable(error: OSError) -> RunError:
     """Says which file or folder the system refuses this user, and what to do."""
     return RunError(
-        f"{error.filename} cannot be used ({error.strerror}): give this user the right to read and write it, or set --out to another "
-        "folder; what is finished is kept, and the same command goes on from there"
+        f"{error.filename} cannot be used ({error.strerror}): give this user the right to read and"
+        " write it, or set --out to another folder; what is finished is kept, and the same command"
+        " goes on from there"
     )
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A new file that gets its name only once all of it is on the disk; what a killed process leaves is overwritten by the next.
+    """A new file that gets its name only once all of it is on the disk; what a killed process
+    leaves is overwritten by the next.
 
     Raises:
-        RunError: as ``disk_refusals``, or something at that place is in the way; whatever was at ``path`` before is still there.
+        RunError: as ``disk_refusals``, or something at that place is in the way; whatever was at
+            ``path`` before is still there.
     """
     part = path.with_name(path.name + _PART)
     try:
@@ -100,7 +106,8 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A new folder that takes the place of ``path`` once all of it is on the disk; yields where it is to be filled.
+    """A new folder that takes the place of ``path`` once all of it is on the disk; yields where it
+    is to be filled.
 
     Raises:
         RunError: as ``whole_file``.
@@ -127,7 +134,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def put(path: Path, text: str) -> None:
-    """``text`` in the place of what is there, in one move; not flushed to the disk: for what is soon written anew.
+    """``text`` in the place of what is there, in one move; not flushed to the disk: for what is
+    soon written anew.
 
     Raises:
         OSError: as writing does; whatever was at ``path`` before is still there.
@@ -195,10 +203,15 @@ def claim(folder: Path, what: str, inputs: Mapping[str, Any]) -> None:
     """Makes ``folder`` the place of a stage with these inputs, or finds that it is.
 
     Raises:
-        RunError: it was begun with others, and each that differs is named; or the record of them is damaged.
+        RunError: it was begun with others, and each that differs is named; or the record of them is
+            damaged.
     """
     path, wanted = folder / "inputs.json", json.loads(json.dumps(inputs))
-    found = read_record(path, {}, f"remove {folder} to begin the stage {what} anew, or bring the file back from a copy")
+    found = read_record(
+        path,
+        {},
+        f"remove {folder} to begin the stage {what} anew, or bring the file back from a copy",
+    )
     if found is None:
         write_record(path, wanted)
         return
@@ -209,8 +222,8 @@ def claim(folder: Path, what: str, inputs: Mapping[str, Any]) -> None:
     ]
     if differing:
         raise RunError(
-            f"{path}: {folder} was begun by the stage {what} with {', '.join(differing)}: set it back, choose another --out, or remove "
-            f"{folder} to begin anew"
+            f"{path}: {folder} was begun by the stage {what} with {', '.join(differing)}: set it"
+            f" back, choose another --out, or remove {folder} to begin anew"
         )
 
 

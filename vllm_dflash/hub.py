@@ -1,6 +1,8 @@
-"""What is loaded by Hugging Face's libraries, each thing in one way: folders, configs, tokenizers, models and their dtype.
+"""What is loaded by Hugging Face's libraries, each thing in one way: folders, configs, tokenizers,
+models and their dtype.
 
-Code that a checkpoint brings runs only where the user says so, and that is said outright: what is left open transformers asks at
+Code that a checkpoint brings runs only where the user says so, and that is said outright: what is
+left open transformers asks at
 the terminal. Limits: transformers is imported when it is needed, for that takes seconds.
 
     pytest tests/unit/test_remote_code.py
@@ -23,7 +25,8 @@ class TargetError(ValueError):
 
 
 def drafter_folder(model: str, revision: str | None) -> Path | None:
-    """The drafter's folder: the path itself, or the downloaded snapshot of a hub id; None where neither is there."""
+    """The drafter's folder: the path itself, or the downloaded snapshot of a hub id; None where
+    neither is there."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import try_to_load_from_cache
@@ -37,11 +40,16 @@ def drafter_folder(model: str, revision: str | None) -> Path | None:
 
 
 def no_drafter_at(model: str) -> DrafterConfigError:
-    """What to say where ``drafter_folder`` finds none: a path is no hub id, and cannot be fetched."""
+    """What to say where ``drafter_folder`` finds none: a path is no hub id, and cannot be
+    fetched."""
     if model.count("/") > 1 or model.startswith((".", "/", "~")):
-        return DrafterConfigError(f"{model} is no folder", "give a drafter's folder, or the hub id of one that is downloaded")
+        return DrafterConfigError(
+            f"{model} is no folder",
+            "give a drafter's folder, or the hub id of one that is downloaded",
+        )
     return DrafterConfigError(
-        f"{model} is no folder, nor a hub id that is downloaded", f"give a drafter's folder, or fetch it with `hf download {model}`"
+        f"{model} is no folder, nor a hub id that is downloaded",
+        f"give a drafter's folder, or fetch it with `hf download {model}`",
     )
 
 
@@ -56,7 +64,9 @@ def load_config(target: str, trust_remote_code: bool = False) -> Any:
     try:
         return AutoConfig.from_pretrained(target, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise TargetError(f"{target} cannot be read ({str(error).splitlines()[0]})", "give its folder or hub id") from None
+        raise TargetError(
+            f"{target} cannot be read ({str(error).splitlines()[0]})", "give its folder or hub id"
+        ) from None
 
 
 def load_model(target: str, dtype: str, device: str, trust_remote_code: bool = False) -> Any:
@@ -64,7 +74,9 @@ def load_model(target: str, dtype: str, device: str, trust_remote_code: bool = F
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(
+        target, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+    )
     return model.to(device).eval()
 
 
@@ -78,15 +90,20 @@ def count_parameters(config: Any, trust_remote_code: bool = False) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def load_tokenizer(folder: str | Path, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+def load_tokenizer(
+    folder: str | Path, trust_remote_code: bool = False, revision: str | None = None
+) -> Any:
     """transformers' tokenizer, or None where there is none that can be loaded."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, revision=revision, trust_remote_code=trust_remote_code
+        )
         # transformers makes an empty one where a folder has a model's config and no tokenizer.
         return tokenizer if tokenizer(_SAMPLE)["input_ids"] else None
-    except Exception:  # a folder without one, or with half of one, ends in many; tokenizers raises Exception itself
+    # A folder without one, or with half of one, ends in many; tokenizers raises Exception itself.
+    except Exception:
         return None
     except BaseException as error:
         # A panic of its Rust code, of which its own class is all that says so.
@@ -97,11 +114,15 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False, revision
 
 def are_equal(ours: Any, theirs: Any) -> bool:
     """Whether two tokenizers have the same tokens, and yield the same of a text."""
-    return ours.get_vocab() == theirs.get_vocab() and ours(_SAMPLE)["input_ids"] == theirs(_SAMPLE)["input_ids"]
+    return (
+        ours.get_vocab() == theirs.get_vocab()
+        and ours(_SAMPLE)["input_ids"] == theirs(_SAMPLE)["input_ids"]
+    )
 
 
 def count_tokens(tokenizer: Any) -> int | None:
-    """One more than the largest id that a tokenizer yields; None where that is not known, or there is no tokenizer."""
+    """One more than the largest id that a tokenizer yields; None where that is not known, or there
+    is no tokenizer."""
     try:
         return None if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
     except Exception:  # a class of the checkpoint's own
@@ -109,7 +130,8 @@ def count_tokens(tokenizer: Any) -> int | None:
 
 
 def resolved_dtype(text: Any, asked: str) -> str:
-    """The dtype that both models run in: what is asked for, or where that is auto the one of a target's text config."""
+    """The dtype that both models run in: what is asked for, or where that is auto the one of a
+    target's text config."""
     if asked != "auto":
         return asked
     name = str(getattr(text, "dtype", None) or "bfloat16").removeprefix("torch.")

@@ -1,7 +1,10 @@
-"""Every key of a ``config.json`` that is not a setting of a drafter: refused by name, of no effect, or not known.
+"""Every key of a ``config.json`` that is not a setting of a drafter: refused by name, of no effect,
+or not known.
 
-A key that changes what a drafter computes and is passed over shows as nothing but low acceptance. So each key is in one of
-four places: read by ``vllm_dflash.formats``, ``_REFUSED`` (unless it says what is so anyway), ``_NO_EFFECT`` (reviewed), or
+A key that changes what a drafter computes and is passed over shows as nothing but low acceptance.
+So each key is in one of
+four places: read by ``vllm_dflash.formats``, ``_REFUSED`` (unless it says what is so anyway),
+``_NO_EFFECT`` (reviewed), or
 unknown, which is told to the user. Pure Python.
 
     pytest tests/unit/test_config_keys.py
@@ -12,39 +15,125 @@ from typing import Any
 
 from vllm_dflash import fields, kinds
 
-READ = frozenset({
-    "architectures", "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "vocab_size", "max_position_embeddings", "head_dim", "rms_norm_eps", "attention_bias", "rope_theta",
-    "rope_scaling", "rope_parameters", "hidden_act", "layer_types", "use_sliding_window", "sliding_window", "max_window_layers",
-    "is_causal", "target_hidden_size", "dtype", "torch_dtype", "quantization_config", "draft_vocab_size", "num_target_layers",
-    "block_size", "dflash_config", "speculators_model_type", "transformer_layer_config", "mask_token_id", "sample_from_anchor",
-    "aux_hidden_state_layer_ids", "sliding_window_non_causal",
-})  # fmt: skip
+READ = frozenset(
+    {
+        "architectures",
+        "model_type",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "max_position_embeddings",
+        "head_dim",
+        "rms_norm_eps",
+        "attention_bias",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "hidden_act",
+        "layer_types",
+        "use_sliding_window",
+        "sliding_window",
+        "max_window_layers",
+        "is_causal",
+        "target_hidden_size",
+        "dtype",
+        "torch_dtype",
+        "quantization_config",
+        "draft_vocab_size",
+        "num_target_layers",
+        "block_size",
+        "dflash_config",
+        "speculators_model_type",
+        "transformer_layer_config",
+        "mask_token_id",
+        "sample_from_anchor",
+        "aux_hidden_state_layer_ids",
+        "sliding_window_non_causal",
+    }
+)
 """Settings of a drafter: ``formats`` and ``DrafterConfig.check`` judge them."""
 
 _REFUSED: dict[str, tuple[Any, ...]] = {
     # Rotary positions
-    "is_neox_style": (True,), "rope_interleaved": (False,), "partial_rotary_factor": (1,), "rotary_pct": (1,), "rotary_dim": (),
-    "mrope_section": (), "use_mrope": (False,), "no_rope_layers": (), "no_rope_layer_interval": (0,), "use_rope": (True,),
-    "rope_local_base_freq": (), "rope_ratio": (1,), "dual_chunk_attention_config": (), "alibi": (False,), "use_alibi": (False,),
+    "is_neox_style": (True,),
+    "rope_interleaved": (False,),
+    "partial_rotary_factor": (1,),
+    "rotary_pct": (1,),
+    "rotary_dim": (),
+    "mrope_section": (),
+    "use_mrope": (False,),
+    "no_rope_layers": (),
+    "no_rope_layer_interval": (0,),
+    "use_rope": (True,),
+    "rope_local_base_freq": (),
+    "rope_ratio": (1,),
+    "dual_chunk_attention_config": (),
+    "alibi": (False,),
+    "use_alibi": (False,),
     # Attention
-    "add_swa_attention_sink_bias": (False,), "add_full_attention_sink_bias": (False,), "attention_sink_bias": (False,),
-    "attention_value_scale": (1,), "attention_multiplier": (), "query_pre_attn_scalar": (), "attn_logit_softcapping": (),
-    "attn_logit_softcap": (), "attention_chunk_size": (), "attn_temperature_tuning": (False,), "attn_scale": (), "clip_qkv": (),
-    "qk_norm": (True,), "use_qk_norm": (True,), "qkv_bias": (False,), "attention_out_bias": (False,), "attn_output_gate": (False,),
-    "q_lora_rank": (), "kv_lora_rank": (), "v_head_dim": (), "global_head_dim": (), "num_global_key_value_heads": (),
+    "add_swa_attention_sink_bias": (False,),
+    "add_full_attention_sink_bias": (False,),
+    "attention_sink_bias": (False,),
+    "attention_value_scale": (1,),
+    "attention_multiplier": (),
+    "query_pre_attn_scalar": (),
+    "attn_logit_softcapping": (),
+    "attn_logit_softcap": (),
+    "attention_chunk_size": (),
+    "attn_temperature_tuning": (False,),
+    "attn_scale": (),
+    "clip_qkv": (),
+    "qk_norm": (True,),
+    "use_qk_norm": (True,),
+    "qkv_bias": (False,),
+    "attention_out_bias": (False,),
+    "attn_output_gate": (False,),
+    "q_lora_rank": (),
+    "kv_lora_rank": (),
+    "v_head_dim": (),
+    "global_head_dim": (),
+    "num_global_key_value_heads": (),
     # Layers
-    "mlp_bias": (False,), "use_bias": (False,), "embedding_multiplier": (1,), "residual_multiplier": (1,), "scale_emb": (1,),
-    "scale_depth": (), "embedding_scale": (1,), "parallel_residual": (False,), "use_parallel_residual": (False,),
-    "hidden_activation": ("silu",), "norm_before_residual": (True,), "norm_before_fc": (False,), "fc_norm": (False,),
-    "norm_output": (False,), "sandwich_norm": (False,), "layernorm_type": ("rmsnorm",), "num_experts": (0,), "num_local_experts": (0,),
-    "n_routed_experts": (0,), "num_kv_shared_layers": (0,), "hidden_size_per_layer_input": (0,), "first_k_dense_replace": (0,),
+    "mlp_bias": (False,),
+    "use_bias": (False,),
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "scale_emb": (1,),
+    "scale_depth": (),
+    "embedding_scale": (1,),
+    "parallel_residual": (False,),
+    "use_parallel_residual": (False,),
+    "hidden_activation": ("silu",),
+    "norm_before_residual": (True,),
+    "norm_before_fc": (False,),
+    "fc_norm": (False,),
+    "norm_output": (False,),
+    "sandwich_norm": (False,),
+    "layernorm_type": ("rmsnorm",),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+    "n_routed_experts": (0,),
+    "num_kv_shared_layers": (0,),
+    "hidden_size_per_layer_input": (0,),
+    "first_k_dense_replace": (0,),
     # Another method's drafter under one of our names
-    "shift_label": (False,), "use_aux_hidden_state": (True,),
-    "conv_kernel_size": (0,), "conv_group_size": (), "selector_rank": (0,), "selector_top_k": (), "markov_rank": (0,),
-    "thresh_head_direct_len": (), "confidence_head": (False,), "enable_confidence_head": (False,), "target_num_hidden_layers": (),
-}  # fmt: skip
-"""Keys that change what is computed, in ways that are not implemented; with the values that say what is so without them."""
+    "shift_label": (False,),
+    "use_aux_hidden_state": (True,),
+    "conv_kernel_size": (0,),
+    "conv_group_size": (),
+    "selector_rank": (0,),
+    "selector_top_k": (),
+    "markov_rank": (0,),
+    "thresh_head_direct_len": (),
+    "confidence_head": (False,),
+    "enable_confidence_head": (False,),
+    "target_num_hidden_layers": (),
+}
+"""Keys that change what is computed, in ways that are not implemented; with the values that say
+what is so without them."""
 
 
 _OF_THE_KIND = frozenset({"projector_type", "model_arch"})
@@ -95,44 +184,96 @@ _ANYTHING: _Kind = (_anything, "", True)
 
 _NO_EFFECT: dict[str, _Kind] = {
     # Training and generation
-    "attention_dropout": _NUMBER, "initializer_range": (lambda v: isinstance(v, float) and abs(v) < 1e30, "a number with a point", False), "hidden_dropout": _NUMBER, "resid_pdrop": _NUMBER,
-    "embd_pdrop": _NUMBER, "use_cache": _FLAG, "pretraining_tp": _COUNT, "bos_token_id": _TOKEN, "pad_token_id": _TOKEN,
-    "eos_token_id": (_is_ids, "a token id, a list of them or null", True), "max_anchors": _ANYTHING, "num_anchors": _ANYTHING,
-    "loss_decay_gamma": _ANYTHING, "gamma": _ANYTHING, "mask_token": _ANYTHING, "training_config": _ANYTHING,
+    "attention_dropout": _NUMBER,
+    "initializer_range": (
+        lambda v: isinstance(v, float) and abs(v) < 1e30,
+        "a number with a point",
+        False,
+    ),
+    "hidden_dropout": _NUMBER,
+    "resid_pdrop": _NUMBER,
+    "embd_pdrop": _NUMBER,
+    "use_cache": _FLAG,
+    "pretraining_tp": _COUNT,
+    "bos_token_id": _TOKEN,
+    "pad_token_id": _TOKEN,
+    "eos_token_id": (_is_ids, "a token id, a list of them or null", True),
+    "max_anchors": _ANYTHING,
+    "num_anchors": _ANYTHING,
+    "loss_decay_gamma": _ANYTHING,
+    "gamma": _ANYTHING,
+    "mask_token": _ANYTHING,
+    "training_config": _ANYTHING,
     # Embedding and lm_head are the target's, or tensors of the checkpoint.
     "tie_word_embeddings": _FLAG,
     # Monotonic: a draft is the best token, whatever its score is scaled by.
-    "logit_scale": _MONOTONIC, "logits_scaling": _MONOTONIC, "final_logit_softcapping": _MONOTONIC, "output_multiplier": _MONOTONIC,
+    "logit_scale": _MONOTONIC,
+    "logits_scaling": _MONOTONIC,
+    "final_logit_softcapping": _MONOTONIC,
+    "output_multiplier": _MONOTONIC,
     "output_multiplier_scale": _MONOTONIC,
     # What transformers writes into every file
-    "transformers_version": _TEXT, "speculators_version": _TEXT, "_name_or_path": _TEXT, "name_or_path": _TEXT,
-    "output_hidden_states": _FLAG, "output_attentions": _FLAG, "return_dict": _FLAG, "is_encoder_decoder": _FLAG,
-    "chunk_size_feed_forward": _COUNT, "problem_type": _TEXT, "torchscript": _FLAG,
-    "auto_map": (_is_object, "an object", False), "speculators_config": _OBJECT,
-    "id2label": (lambda v: _is_object(v) and all(key.isdecimal() for key in map(str, v)), "an object with numbers for keys", True),
-    "label2id": _OBJECT, "_attn_implementation": _TEXT, "_attn_implementation_autoset": _ANYTHING, "attn_implementation": _TEXT,
-    "has_no_defaults_at_init": _ANYTHING, "base_config_key": _ANYTHING, "_commit_hash": _TEXT,
+    "transformers_version": _TEXT,
+    "speculators_version": _TEXT,
+    "_name_or_path": _TEXT,
+    "name_or_path": _TEXT,
+    "output_hidden_states": _FLAG,
+    "output_attentions": _FLAG,
+    "return_dict": _FLAG,
+    "is_encoder_decoder": _FLAG,
+    "chunk_size_feed_forward": _COUNT,
+    "problem_type": _TEXT,
+    "torchscript": _FLAG,
+    "auto_map": (_is_object, "an object", False),
+    "speculators_config": _OBJECT,
+    "id2label": (
+        lambda v: _is_object(v) and all(key.isdecimal() for key in map(str, v)),
+        "an object with numbers for keys",
+        True,
+    ),
+    "label2id": _OBJECT,
+    "_attn_implementation": _TEXT,
+    "_attn_implementation_autoset": _ANYTHING,
+    "attn_implementation": _TEXT,
+    "has_no_defaults_at_init": _ANYTHING,
+    "base_config_key": _ANYTHING,
+    "_commit_hash": _TEXT,
     # Written into a draft config by vLLM
-    "num_lookahead_tokens": _ANYTHING, "truncated_vocab_size": _ANYTHING, "model": _ANYTHING, "method": _ANYTHING,
-}  # fmt: skip
-"""Keys that cannot change what is computed, reviewed; with their type, for transformers refuses another one at vLLM's start."""
+    "num_lookahead_tokens": _ANYTHING,
+    "truncated_vocab_size": _ANYTHING,
+    "model": _ANYTHING,
+    "method": _ANYTHING,
+}
+"""Keys that cannot change what is computed, reviewed; with their type, for transformers refuses
+another one at vLLM's start."""
 
-_DFLASH_CONFIG = frozenset({
-    "mask_token_id", "target_layer_ids", "block_size", "causal", "use_swa", "swa_window_size", "sample_from_anchor",
-})  # fmt: skip
+_DFLASH_CONFIG = frozenset(
+    {
+        "mask_token_id",
+        "target_layer_ids",
+        "block_size",
+        "causal",
+        "use_swa",
+        "swa_window_size",
+        "sample_from_anchor",
+    }
+)
 """What is read of ``dflash_config``."""
 _MODEL_TYPES = ("qwen3", "qwen2", "llama", "mistral")
 """Whose config class vLLM may read the file by: the layers are Qwen3's in all of them."""
 
 
 def check_keys(raw: Mapping[str, Any], *, by_transformers: bool) -> list[str]:
-    """Judges every key of ``raw`` that no setting of the drafter is read from; returns those that are not known.
+    """Judges every key of ``raw`` that no setting of the drafter is read from; returns those that
+    are not known.
 
     Args:
-        by_transformers: whether transformers reads this object at vLLM's start, which takes null for no setting of a type.
+        by_transformers: whether transformers reads this object at vLLM's start, which takes null
+            for no setting of a type.
 
     Raises:
-        DrafterConfigError: names a key that would change what is computed, or that holds what it cannot.
+        DrafterConfigError: names a key that would change what is computed, or that holds what it
+            cannot.
     """
     unknown = []
     for name, value in raw.items():
@@ -143,7 +284,11 @@ def check_keys(raw: Mapping[str, Any], *, by_transformers: bool) -> list[str]:
         elif name in _NO_EFFECT:
             fits, kind, nullable = _NO_EFFECT[name]
             if not fits(value) and not (value is None and (nullable or not by_transformers)):
-                raise fields.bad(name, f"is {fields.shown(value)}", f"give {kind}, or remove it. {fields.CAME_WITH}")
+                raise fields.bad(
+                    name,
+                    f"is {fields.shown(value)}",
+                    f"give {kind}, or remove it. {fields.CAME_WITH}",
+                )
         elif name not in READ:
             unknown.append(str(name))
     if by_transformers:
@@ -152,21 +297,32 @@ def check_keys(raw: Mapping[str, Any], *, by_transformers: bool) -> list[str]:
 
 
 def check_dflash_config(nested: Mapping[str, Any]) -> None:
-    """The same for ``dflash_config``, all of which is about what the drafter computes: an unknown key is refused there."""
+    """The same for ``dflash_config``, all of which is about what the drafter computes: an unknown
+    key is refused there."""
     for name in nested:
         path = f"dflash_config.{name}"
         if name in _NO_EFFECT or name in _DFLASH_CONFIG:
             continue
         if name not in _REFUSED and nested[name] not in (None, False):
             raise fields.bad(
-                path, f"= {fields.shown(nested[name])} is not known here, and ignoring it might only show as low acceptance",
-                "use a newer vllm-dflash, or remove it from config.json if the drafter computes nothing with it",
-            )  # fmt: skip
+                path,
+                f"= {fields.shown(nested[name])} is not known here, and ignoring it might only show"
+                " as low acceptance",
+                "use a newer vllm-dflash, or remove it from config.json if the drafter computes"
+                " nothing with it",
+            )
         fields.refuse(nested, path, *_REFUSED.get(name, (False,)))
     fields.refuse(nested, "dflash_config.sample_from_anchor", False)
 
 
-_NULL_IS_REFUSED = ("head_dim", "rms_norm_eps", "attention_bias", "use_sliding_window", "max_window_layers", "hidden_act")
+_NULL_IS_REFUSED = (
+    "head_dim",
+    "rms_norm_eps",
+    "attention_bias",
+    "use_sliding_window",
+    "max_window_layers",
+    "hidden_act",
+)
 
 
 def _check_for_transformers(raw: Mapping[str, Any]) -> None:
@@ -174,7 +330,11 @@ def _check_for_transformers(raw: Mapping[str, Any]) -> None:
     kind = raw.get("model_type")
     if kind not in _MODEL_TYPES:
         state = "is missing" if kind is None else f"is {fields.shown(kind)}"
-        raise fields.bad("model_type", state, f"one of {', '.join(_MODEL_TYPES)}: vLLM reads the file by it. {fields.CAME_WITH}")
+        raise fields.bad(
+            "model_type",
+            state,
+            f"one of {', '.join(_MODEL_TYPES)}: vLLM reads the file by it. {fields.CAME_WITH}",
+        )
     for name in _NULL_IS_REFUSED:
         if name in raw and raw[name] is None:
             raise fields.bad(name, "is null", f"give a value, or remove it. {fields.CAME_WITH}")

@@ -1,7 +1,8 @@
 """One command at a time in a run folder: the lock says who holds it.
 
-The lock is the kernel's, on the open file ``lock``: it ends with the process, however that ends, so none is left behind by a kill. What the
-file says is for people. Limits: on a file system that knows no locks (some network ones) a line says so, and nothing is held.
+The lock is the kernel's, on the open file ``lock``: it ends with the process, however that ends, so
+none is left behind by a kill. What the file says is for people. Limits: on a file system that knows
+no locks (some network ones) a line says so, and nothing is held.
 
     pytest tests/unit/test_lock.py
 """
@@ -28,7 +29,8 @@ def hold(folder: Path, command: str) -> Iterator[None]:
     """Holds ``folder`` (made if absent) for ``command``.
 
     Raises:
-        RunError: another process holds it, which is named; or it, or within a file of it, is not this user's to read and write.
+        RunError: another process holds it, which is named; or it, or within a file of it, is not
+            this user's to read and write.
     """
     path = folder / NAME
     try:
@@ -57,11 +59,18 @@ def _open(path: Path) -> int:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                print(f"{path.parent} is on a file system without locks ({error.strerror}): run no other command there meanwhile")
+                print(
+                    f"{path.parent} is on a file system without locks ({error.strerror}): run no"
+                    " other command there meanwhile"
+                )
                 return handle
             os.close(handle)
-            raise RunError(f"{path.parent} is in use by {_holder(path)}: wait for its end, stop it, or choose another --out") from None
-        # The one who held it before may have removed the file between the two calls: then another file is the lock now.
+            raise RunError(
+                f"{path.parent} is in use by {_holder(path)}: wait for its end, stop it, or choose"
+                " another --out"
+            ) from None
+        # The one who held it before may have removed the file between the two calls: then another
+        # file is the lock now.
         with suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(handle).st_ino:
                 return handle
@@ -69,7 +78,8 @@ def _open(path: Path) -> int:
 
 
 def _note(handle: int, command: str) -> None:
-    """Writes who holds it. For people alone, so a disk that is full does not keep anyone from going on."""
+    """Writes who holds it. For people alone, so a disk that is full does not keep anyone from going
+    on."""
     with suppress(OSError):
         os.ftruncate(handle, 0)
         os.pwrite(handle, records.as_text(_ours(command)).encode(), 0)

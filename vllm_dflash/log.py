@@ -1,4 +1,5 @@
-"""The one logger of this package. Its name is below "vllm", so that vLLM's own handlers and format apply."""
+"""The one logger of this package. Its name is below "vllm", so that vLLM's own handlers and format
+apply."""
 
 import logging
 

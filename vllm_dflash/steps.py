@@ -1,9 +1,11 @@
-"""One step of an engine, read once at its scheduler for all who watch: controller, metrics, benchmark.
+"""One step of an engine, read once at its scheduler for all who watch: controller, metrics,
+benchmark.
 
-A request's verified and sampled tokens stand side by side in ``update_from_output`` alone, and what a
-request was before the step only until it. So each step is read there, before vLLM's own code moves on,
-and handed to the observers after it. Under asynchronous scheduling a step may hold requests that ended
-while it ran, and a draft has the length that was scheduled. Pure: vLLM's objects are only read.
+A request's verified and sampled tokens stand side by side in ``update_from_output`` alone, and what
+a request was before the step only until it. So each step is read there, before vLLM's own code
+moves on, and handed to the observers after it. Under asynchronous scheduling a step may hold
+requests that ended while it ran, and a draft has the length that was scheduled. Pure: vLLM's
+objects are only read.
 
     pytest tests/unit/test_steps.py
 """
@@ -19,48 +21,65 @@ from vllm_dflash.log import logger
 
 
 class Step:
-    """One step, for observers, who may change none of it. Requests that had ended when it was over are in none of the tables.
+    """One step, for observers, who may change none of it. Requests that had ended when it was over
+    are in none of the tables.
 
-    Most steps are plain ones, and short: what such a step has none of stands in the class, and is not set.
+    Most steps are plain ones, and short: what such a step has none of stands in the class, and is
+    not set.
     """
 
     num_requests = 0
     is_plain = False
-    """Whether every request decoded, had no draft and was to have none; then the tables by request are left empty."""
+    """Whether every request decoded, had no draft and was to have none; then the tables by request
+    are left empty."""
     all_decode = False
-    """Whether each request was past its prompt, and computed nothing but its last token and its draft; and there was one."""
+    """Whether each request was past its prompt, and computed nothing but its last token and its
+    draft; and there was one."""
     requests: Mapping[str, Any] = MappingProxyType({})
     """vLLM's ``Request``s, which for observers have taken in the step's tokens."""
     verified: Mapping[str, tuple[int, int]] = MappingProxyType({})
-    """Of each request with a draft that was verified, its draft tokens and how many of the first were accepted. Without those that a
+    """Of each request with a draft that was verified, its draft tokens and how many of the first
+    were accepted. Without those that a
     grammar forbids: they were not the drafter's to get right."""
     undrafted: Sequence[str] = ()
     """The requests that decode and had no draft."""
     confidences: Mapping[str, Sequence[float]] | None = None
-    """By request, the drafter's confidence in each token that was verified; None where it is not known."""
+    """By request, the drafter's confidence in each token that was verified; None where it is not
+    known."""
     ended = 0.0
     outputs: Any = None
     """What ``update_from_output`` returned."""
     _committed: dict[str, int] | None = None
 
-    def __init__(self, scheduled: Any, num_expected: int, scheduled_at: float, began: float | None, after_pause: bool) -> None:
+    def __init__(
+        self,
+        scheduled: Any,
+        num_expected: int,
+        scheduled_at: float,
+        began: float | None,
+        after_pause: bool,
+    ) -> None:
         """A step, before its requests are looked at; times are on ``time.perf_counter``'s clock.
 
         Args:
             scheduled: vLLM's ``SchedulerOutput``.
             num_expected: K that the step before was given: 0 says why this one has no drafts.
-            scheduled_at: when ``schedule`` was last called: under synchronous scheduling for this step.
-            began: when the step before ended; after a pause, when there was work again; None where neither is known.
+            scheduled_at: when ``schedule`` was last called: under synchronous scheduling for this
+                step.
+            began: when the step before ended; after a pause, when there was work again; None where
+                neither is known.
             after_pause: whether nothing was left to do before it.
         """
         self.scheduled, self.num_expected = scheduled, num_expected
         self.num_drafted = num_drafted(scheduled)
-        """K of the step: the tokens that each request drafts in it, for the next; 0 for no drafter forward."""
+        """K of the step: the tokens that each request drafts in it, for the next; 0 for no drafter
+        forward."""
         self.scheduled_at, self.began, self.after_pause = scheduled_at, began, after_pause
 
     @property
     def num_planned(self) -> int:
-        """K that the scheduler gave the step: why the next has drafts or none. 0.33 may draft none all the same."""
+        """K that the scheduler gave the step: why the next has drafts or none. 0.33 may draft none
+        all the same."""
         planned: int = self.scheduled.num_spec_tokens_to_schedule
         return planned
 
@@ -71,16 +90,23 @@ class Step:
 
     @property
     def num_context(self) -> int:
-        """Positions of all requests' contexts, in all, as they were scheduled; of steps that only decode."""
+        """Positions of all requests' contexts, in all, as they were scheduled; of steps that only
+        decode."""
         scheduled = self.scheduled
-        before = sum(scheduled.scheduled_cached_reqs.num_computed_tokens) + sum(n.num_computed_tokens for n in scheduled.scheduled_new_reqs)
+        before = sum(scheduled.scheduled_cached_reqs.num_computed_tokens) + sum(
+            n.num_computed_tokens for n in scheduled.scheduled_new_reqs
+        )
         return before + scheduled.total_num_scheduled_tokens
 
     @property
     def committed(self) -> Mapping[str, int]:
         """By request, the tokens that became output: without those past its end."""
         if self._committed is None:
-            self._committed = {out.request_id: len(out.new_token_ids) for each in self.outputs.values() for out in each.outputs}
+            self._committed = {
+                out.request_id: len(out.new_token_ids)
+                for each in self.outputs.values()
+                for out in each.outputs
+            }
         return self._committed
 
     @property
@@ -90,7 +116,8 @@ class Step:
 
 
 class Observer(Protocol):
-    """Whoever watches steps. One that raises hears no more, and neither vLLM nor the others notice."""
+    """Whoever watches steps. One that raises hears no more, and neither vLLM nor the others
+    notice."""
 
     what: str
     """Its name in the log."""
@@ -170,7 +197,8 @@ class Steps:
         return step
 
     def _is_plain(self, scheduled: Any) -> bool:
-        """Whether all requests decode without drafts: without a loop in Python, for these are the shortest steps."""
+        """Whether all requests decode without drafts: without a loop in Python, for these are the
+        shortest steps."""
         counts, scheduler = scheduled.num_scheduled_tokens, self._scheduler
         return (
             not scheduled.scheduled_spec_decode_tokens
@@ -184,8 +212,16 @@ class Steps:
 
     def _fill(self, step: Step, ran: Any) -> None:
         """The tables by request."""
-        scheduled, known, sampled, index = step.scheduled, self._scheduler.requests, ran.sampled_token_ids, ran.req_id_to_index
-        drafts, forbidden = scheduled.scheduled_spec_decode_tokens, scheduled.num_invalid_spec_tokens
+        scheduled, known, sampled, index = (
+            step.scheduled,
+            self._scheduler.requests,
+            ran.sampled_token_ids,
+            ran.req_id_to_index,
+        )
+        drafts, forbidden = (
+            scheduled.scheduled_spec_decode_tokens,
+            scheduled.num_invalid_spec_tokens,
+        )
         requests: dict[str, Any] = {}
         verified: dict[str, tuple[int, int]] = {}
         undrafted, all_decode = [], True
@@ -198,9 +234,16 @@ class Steps:
             length = len(drafts.get(request_id, ()))
             decodes = num_tokens == 1 + length and request.num_output_tokens > 0
             all_decode &= decodes
-            accepted = len(sampled[index[request_id]]) - 1 if length and sampled and request_id in index else -1
+            accepted = (
+                len(sampled[index[request_id]]) - 1
+                if length and sampled and request_id in index
+                else -1
+            )
             if accepted >= 0:
-                verified[request_id] = length - (forbidden.get(request_id, 0) if forbidden else 0), accepted
+                verified[request_id] = (
+                    length - (forbidden.get(request_id, 0) if forbidden else 0),
+                    accepted,
+                )
             elif decodes:
                 undrafted.append(request_id)
         step.requests, step.verified, step.undrafted = requests, verified, undrafted
@@ -211,7 +254,8 @@ class Steps:
 
     def _hand_on(self, step: Step) -> None:
         step.ended, scheduler = time.perf_counter(), self._scheduler
-        # With nothing left to do the engine waits, and the time to the next step's end is not that step's.
+        # With nothing left to do the engine waits, and the time to the next step's end is not that
+        # step's.
         self._after_pause = not (scheduler.running or scheduler.waiting)
         self._began = None if self._after_pause else step.ended
         if step.num_requests:

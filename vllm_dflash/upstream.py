@@ -1,7 +1,9 @@
-"""Finds and fingerprints the source of another package's classes and functions without importing them.
+"""Finds and fingerprints the source of another package's classes and functions without importing
+them.
 
-vLLM's modules are heavy and touch the device when imported; their text is not. Limits: a name must be defined, or bound by
-``from x import y``, in a module's body (inside ``if`` and ``try`` too) or a class's.
+vLLM's modules are heavy and touch the device when imported; their text is not. Limits: a name must
+be defined, or bound by ``from x import y``, in a module's body (inside ``if`` and ``try`` too) or a
+class's.
 
     pytest tests/unit/test_patching.py tests/unit/test_compat.py
 """
@@ -18,7 +20,8 @@ from typing import cast
 _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _Assigned = ast.Assign | ast.AnnAssign | ast.Import
 _Bound = _Definition | _Assigned | ast.ImportFrom
-# Fields that some Python versions have and others lack, or that say nothing about what the code does.
+# Fields that some Python versions have and others lack, or that say nothing about what the code
+# does.
 _IGNORED_FIELDS = frozenset({"type_params", "type_comment", "type_ignores", "kind"})
 _DIGITS = 16
 
@@ -43,7 +46,8 @@ class Definition:
 
     @property
     def signature(self) -> str:
-        """A function's parameters, such as ``self, scheduled, *, registry=``: their names and order, and which have a default."""
+        """A function's parameters, such as ``self, scheduled, *, registry=``: their names and
+        order, and which have a default."""
         assert isinstance(self.node, ast.FunctionDef | ast.AsyncFunctionDef)
         arguments = self.node.args
         positional = [*arguments.posonlyargs, *arguments.args]
@@ -55,7 +59,10 @@ class Definition:
             names.append(f"*{arguments.vararg.arg}")
         elif arguments.kwonlyargs:
             names.append("*")
-        names += [a.arg + "=" * (default is not None) for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults)]
+        names += [
+            a.arg + "=" * (default is not None)
+            for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults)
+        ]
         return ", ".join([*names, *([f"**{arguments.kwarg.arg}"] if arguments.kwarg else [])])
 
 
@@ -71,7 +78,8 @@ class Sources:
     """Reads module sources, each once. Make one for a check and drop it: syntax trees are large."""
 
     root: Path | None = None
-    """A folder that packages are searched in before Python's own search path, such as an unpacked wheel."""
+    """A folder that packages are searched in before Python's own search path, such as an unpacked
+    wheel."""
     _read: dict[str, _Source] = field(default_factory=dict)
 
     def locate(self, dotted: str) -> Definition:
@@ -112,7 +120,8 @@ class Sources:
         return Definition(module, qualname, cast(_Definition | _Assigned, node))
 
     def has_attribute(self, dotted: str) -> bool:
-        """Whether objects of a class have an attribute ``module:Class.name``: the class defines it, or a method assigns it.
+        """Whether objects of a class have an attribute ``module:Class.name``: the class defines it,
+        or a method assigns it.
 
         Raises:
             SourceNotFoundError: no such class.
@@ -122,7 +131,10 @@ class Sources:
             self.find(dotted)
         except SourceNotFoundError:
             nodes = ast.walk(self.locate(owner).node)
-            return any(isinstance(n, ast.Attribute) and n.attr == name and isinstance(n.ctx, ast.Store) for n in nodes)
+            return any(
+                isinstance(n, ast.Attribute) and n.attr == name and isinstance(n.ctx, ast.Store)
+                for n in nodes
+            )
         return True
 
     def text(self, definition: Definition) -> str:
@@ -141,14 +153,20 @@ class Sources:
         for node in _flatten(source.tree.body):
             if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
                 try:
-                    return self.find(f"{_imported_module(node, module, source.is_package)}:{qualname}")
+                    return self.find(
+                        f"{_imported_module(node, module, source.is_package)}:{qualname}"
+                    )
                 except SourceNotFoundError:
                     continue
         name, _, rest = qualname.partition(".")
         submodule = f"{module}.{name}"
         if not source.is_package or self._spec(submodule) is None:
             raise SourceNotFoundError(f"{module}:{qualname} is not in {module}'s source")
-        return self.find(f"{submodule}:{rest}") if rest else Definition(submodule, "", self._source(submodule).tree)
+        return (
+            self.find(f"{submodule}:{rest}")
+            if rest
+            else Definition(submodule, "", self._source(submodule).tree)
+        )
 
     def _source(self, module: str) -> _Source:
         if module not in self._read:
@@ -159,7 +177,9 @@ class Sources:
             try:
                 tree = ast.parse(text)
             except SyntaxError as error:  # of a newer Python
-                raise SourceNotFoundError(f"{module} cannot be read by this Python: {error}") from None
+                raise SourceNotFoundError(
+                    f"{module} cannot be read by this Python: {error}"
+                ) from None
             self._read[module] = _Source(text, tree, spec.submodule_search_locations is not None)
         return self._read[module]
 
@@ -168,7 +188,8 @@ class Sources:
 
 
 def _find_spec(module: str, root: Path | None) -> ModuleSpec | None:
-    """``importlib.util.find_spec`` would import the parent packages; walking their search paths imports nothing."""
+    """``importlib.util.find_spec`` would import the parent packages; walking their search paths
+    imports nothing."""
     top, *parts = module.split(".")
     try:
         spec = (root and PathFinder.find_spec(top, [str(root)])) or importlib.util.find_spec(top)
@@ -184,11 +205,16 @@ def _find_spec(module: str, root: Path | None) -> ModuleSpec | None:
 
 
 def _last_binding(body: Iterable[ast.stmt], name: str) -> _Bound | None:
-    """What binds the name: code before annotations for type checkers, definitions before assignments such as a fallback's ``f = None``."""
+    """What binds the name: code before annotations for type checkers, definitions before
+    assignments such as a fallback's ``f = None``."""
     for type_checking in (False, True):
         statements = list(_flatten(body, type_checking))
         for kinds in (_Definition | ast.ImportFrom, _Assigned):
-            found = [statement for statement in statements if isinstance(statement, kinds) and name in _names(statement)]
+            found = [
+                statement
+                for statement in statements
+                if isinstance(statement, kinds) and name in _names(statement)
+            ]
             if found:
                 return cast(_Bound, found[-1])
     return None
@@ -202,20 +228,31 @@ def _names(statement: ast.stmt) -> Iterator[str]:
         case ast.Import() | ast.ImportFrom():
             yield from (alias.asname or alias.name for alias in statement.names)
         case ast.Assign():
-            yield from (node.id for target in statement.targets for node in ast.walk(target) if isinstance(node, ast.Name))
+            yield from (
+                node.id
+                for target in statement.targets
+                for node in ast.walk(target)
+                if isinstance(node, ast.Name)
+            )
         case ast.AnnAssign(target=ast.Name()):
             yield cast(ast.Name, statement.target).id
 
 
 def _flatten(body: Iterable[ast.stmt], type_checking: bool = False) -> Iterator[ast.stmt]:
-    """A body's statements, those inside ``if`` and ``try`` too; of ``if TYPE_CHECKING`` only where asked for."""
+    """A body's statements, those inside ``if`` and ``try`` too; of ``if TYPE_CHECKING`` only where
+    asked for."""
     for statement in body:
         if isinstance(statement, ast.If):
             if type_checking or "TYPE_CHECKING" not in ast.dump(statement.test):
                 yield from _flatten(statement.body, type_checking)
             yield from _flatten(statement.orelse, type_checking)
         elif isinstance(statement, ast.Try):
-            for part in (statement.body, *(handler.body for handler in statement.handlers), statement.orelse, statement.finalbody):
+            for part in (
+                statement.body,
+                *(handler.body for handler in statement.handlers),
+                statement.orelse,
+                statement.finalbody,
+            ):
                 yield from _flatten(part, type_checking)
         else:
             yield statement
@@ -230,14 +267,19 @@ def _imported_module(node: ast.ImportFrom, module: str, is_package: bool) -> str
 
 
 def _canonical(node: object) -> str:
-    """``ast.dump`` that says the same on every Python version, without docstrings and empty fields."""
+    """``ast.dump`` that says the same on every Python version, without docstrings and empty
+    fields."""
     if isinstance(node, list):
         return f"[{','.join(map(_canonical, node))}]"
     if not isinstance(node, ast.AST):
         return repr(node)
     fields = []
     for name, value in ast.iter_fields(node):
-        if name == "body" and isinstance(node, _Definition) and ast.get_docstring(node, clean=False) is not None:
+        if (
+            name == "body"
+            and isinstance(node, _Definition)
+            and ast.get_docstring(node, clean=False) is not None
+        ):
             value = value[1:]
         if name not in _IGNORED_FIELDS and value is not None and value != []:
             fields.append(f"{name}={_canonical(value)}")

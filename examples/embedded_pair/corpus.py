@@ -1,9 +1,10 @@
 """The text that the embedded pair is trained on: the source of CPython's own standard library.
 
-The corpus is read from the running interpreter (no download), in sorted order, and split by *file* with a
-hash of its relative path, so that no prompt is ever taken from a file that either training has seen. CPython's
-source is under the PSF licence, which allows this use. Limits: the exact bytes depend on the interpreter's
-version; a distribution that ships no ``test`` packages gives a smaller corpus.
+The corpus is read from the running interpreter (no download), in sorted order, and split by *file*
+with a hash of its relative path, so that no prompt is ever taken from a file that either training
+has seen. CPython's source is under the PSF licence, which allows this use. Limits: the exact bytes
+depend on the interpreter's version; a distribution that ships no ``test`` packages gives a smaller
+corpus.
 
     python examples/embedded_pair/corpus.py            # prints what the corpus holds
 """
@@ -15,7 +16,15 @@ from pathlib import Path
 HELD_OUT_PERCENT = 4
 """Share of the files that neither training sees, in percent."""
 
-_SKIP = {"site-packages", "__pycache__", "lib2to3", "idlelib", "encodings", "bad_coding", "pydoc_data"}
+_SKIP = {
+    "site-packages",
+    "__pycache__",
+    "lib2to3",
+    "idlelib",
+    "encodings",
+    "bad_coding",
+    "pydoc_data",
+}
 _MAX_BYTES = 400_000
 
 
@@ -30,12 +39,17 @@ def is_held_out(name: str) -> bool:
 
 
 def read_files(held_out: bool) -> list[tuple[str, str]]:
-    """All ``(relative name, text)`` of one split, sorted by name; files that are not UTF-8 are left out."""
+    """All ``(relative name, text)`` of one split, sorted by name; files that are not UTF-8 are left
+    out."""
     root = stdlib_root()
     files = []
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
-        if _SKIP & set(path.parts) or path.stat().st_size > _MAX_BYTES or is_held_out(name) != held_out:
+        if (
+            _SKIP & set(path.parts)
+            or path.stat().st_size > _MAX_BYTES
+            or is_held_out(name) != held_out
+        ):
             continue
         try:
             text = path.read_text("utf-8")
@@ -44,11 +58,17 @@ def read_files(held_out: bool) -> list[tuple[str, str]]:
         if len(text) > 200 and text.isascii():
             files.append((name, text))
     if not files:
-        raise FileNotFoundError(f"no Python source under {root}: this interpreter ships without its standard library's source")
+        raise FileNotFoundError(
+            f"no Python source under {root}: this interpreter ships without its standard library's"
+            " source"
+        )
     return files
 
 
 if __name__ == "__main__":
     for split in (False, True):
         found = read_files(split)
-        print(f"held out: {split!s:5}  files: {len(found):5}  characters: {sum(len(t) for _, t in found):,}")
+        print(
+            f"held out: {split!s:5}  files: {len(found):5}  characters:"
+            f" {sum(len(t) for _, t in found):,}"
+        )

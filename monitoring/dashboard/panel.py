@@ -1,4 +1,5 @@
-"""What a panel of the dashboard says: the rows are lists of these, and ``build.py`` turns them into Grafana's JSON.
+"""What a panel of the dashboard says: the rows are lists of these, and ``build.py`` turns them into
+Grafana's JSON.
 
 pytest tests/unit/test_monitoring.py
 """
@@ -21,7 +22,8 @@ def per_second(what: str) -> str:
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel. ``targets`` are (PromQL, legend); ``unit`` is Grafana's id of a unit; ``width`` is of 24 columns."""
+    """One panel. ``targets`` are (PromQL, legend); ``unit`` is Grafana's id of a unit; ``width`` is
+    of 24 columns."""
 
     kind: Kind
     title: str

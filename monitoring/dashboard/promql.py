@@ -1,7 +1,9 @@
-"""PromQL in pieces: rates, means, quantiles and shares of what the dashboard's variables select, none of them ever NaN.
+"""PromQL in pieces: rates, means, quantiles and shares of what the dashboard's variables select,
+none of them ever NaN.
 
-A division by a rate that is zero, an idle server's, is NaN, which Grafana draws as a gap here and as a line there and which no
-comparison of an alert survives. So every denominator is filtered by ``> 0``: idle gives no sample at all.
+A division by a rate that is zero, an idle server's, is NaN, which Grafana draws as a gap here and
+as a line there and which no comparison of an alert survives. So every denominator is filtered by
+``> 0``: idle gives no sample at all.
 
     pytest tests/unit/test_monitoring.py
 """
@@ -24,7 +26,8 @@ def rate(metric: str, by: str = "", where: str = "") -> str:
 
 
 def ratio(numerator: str, denominator: str, on: str | None = None, many: bool = False) -> str:
-    """No sample where the denominator is zero. ``on``: the labels to match by; ``many``: several numerators to one denominator."""
+    """No sample where the denominator is zero. ``on``: the labels to match by; ``many``: several
+    numerators to one denominator."""
     matching = "" if on is None else f" on ({on})" + (" group_left ()" if many else "")
     return f"{numerator} /{matching} ({denominator} > 0)"
 

@@ -1,9 +1,11 @@
-"""A virtual environment with another vLLM release's Python over the kernels of the installed CPU build.
+"""A virtual environment with another vLLM release's Python over the kernels of the installed CPU
+build.
 
-vLLM's CPU build of a new release comes late, or not at all. Its Python runs on the kernels of the release before, as long as they
-have what it calls. The environment shares every other package with the one that runs this file, this package included, so that
-child processes see the same. Limits: models and devices whose kernels are new in that release fail when they are called; nothing
-of its GPU code is run.
+vLLM's CPU build of a new release comes late, or not at all. Its Python runs on the kernels of the
+release before, as long as they have what it calls. The environment shares every other package with
+the one that runs this file, this package included, so that child processes see the same. Limits:
+models and devices whose kernels are new in that release fail when they are called; nothing of its
+GPU code is run.
 
     python tests/compat/overlay.py .compat/vllm-0.33.0    prints the environment's Python
 """
@@ -25,7 +27,8 @@ def main() -> int:
 
 
 def make(source: Path) -> Path:
-    """The Python of the environment, which is made where it is missing or was made from something else."""
+    """The Python of the environment, which is made where it is missing or was made from something
+    else."""
     release = source.name.removeprefix("vllm-")
     shared = Path(sysconfig.get_path("purelib"))
     folder = source.with_name(f"overlay-{release}")
@@ -43,7 +46,9 @@ def make(source: Path) -> Path:
         # "+cpu" is what makes vLLM choose its CPU platform.
         metadata = packages / f"vllm-{release}+cpu.dist-info"
         metadata.mkdir()
-        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {release}+cpu\n")
+        (metadata / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: vllm\nVersion: {release}+cpu\n"
+        )
         # addsitedir, and no mere path, for it also reads what installed this package as editable.
         (packages / "shared.pth").write_text(f"import site; site.addsitedir({str(shared)!r})\n")
         (part / stamp.name).write_text(made_from)

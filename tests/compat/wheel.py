@@ -1,7 +1,9 @@
-"""Fetches the Python source of a vLLM release that is not installed: its wheel from pip's own index, unpacked without its kernels.
+"""Fetches the Python source of a vLLM release that is not installed: its wheel from pip's own
+index, unpacked without its kernels.
 
-The result lies in .compat/vllm-VERSION of the checkout, beside the wheel's metadata. Each step is finished or not there: a wheel
-that is complete is not downloaded anew, an unpacked one not unpacked anew. Nothing is installed, and no GPU is needed.
+The result lies in .compat/vllm-VERSION of the checkout, beside the wheel's metadata. Each step is
+finished or not there: a wheel that is complete is not downloaded anew, an unpacked one not unpacked
+anew. Nothing is installed, and no GPU is needed.
 Limits: needs a wheel for this platform (Linux) in the index that pip is configured with.
 
     python tests/compat/wheel.py              the newest release; prints its folder
@@ -27,8 +29,15 @@ CACHE = Path(__file__).resolve().parents[2] / ".compat"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("versions", nargs="?", default="", help="a range such as '>=0.32,<0.34', or: supported (default: any)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "versions",
+        nargs="?",
+        default="",
+        help="a range such as '>=0.32,<0.34', or: supported (default: any)",
+    )
     versions = parser.parse_args().versions
     print(fetch(newest(SUPPORTED_VLLM if versions == "supported" else versions)))
     return 0
@@ -37,40 +46,66 @@ def main() -> int:
 def newest(versions: str = "") -> Version:
     """The newest release of vLLM in the index that lies in the range."""
     done = _pip(["index", "versions", "vllm", "--only-binary", ":all:"], capture_output=True)
-    found = [Version(text) for text in re.findall(r"[\w.+]+", _after(done.stdout, "Available versions:"))]
+    found = [
+        Version(text) for text in re.findall(r"[\w.+]+", _after(done.stdout, "Available versions:"))
+    ]
     fitting = [version for version in found if version in SpecifierSet(versions)]
     if not fitting:
-        sys.exit(f"the index has no vLLM {versions or 'at all'} for this Python and platform. pip said:\n{done.stdout}{done.stderr}")
+        sys.exit(
+            f"the index has no vLLM {versions or 'at all'} for this Python and platform. pip"
+            f" said:\n{done.stdout}{done.stderr}"
+        )
     return max(fitting)
 
 
 def fetch(version: Version) -> Path:
-    """The folder that holds the release's ``vllm/**/*.py``; downloads and unpacks what is missing."""
+    """The folder that holds the release's ``vllm/**/*.py``; downloads and unpacks what is
+    missing."""
     folder = CACHE / f"vllm-{version}"
     if folder.is_dir():
         return folder
     wheels = CACHE / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
-    print(f"downloading the wheel of vLLM {version}, some 340 MB, of which its Python is kept", file=sys.stderr, flush=True)
+    print(
+        f"downloading the wheel of vLLM {version}, some 340 MB, of which its Python is kept",
+        file=sys.stderr,
+        flush=True,
+    )
     # An older pip does not know the variable and begins again where a download breaks off.
     _pip(
-        ["download", "--no-deps", "--only-binary", ":all:", "--dest", str(wheels), f"vllm=={version}"],
-        stdout=sys.stderr, env=os.environ | {"PIP_RESUME_RETRIES": "5"},
-    )  # fmt: skip
+        [
+            "download",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "--dest",
+            str(wheels),
+            f"vllm=={version}",
+        ],
+        stdout=sys.stderr,
+        env=os.environ | {"PIP_RESUME_RETRIES": "5"},
+    )
     wheel = next(wheels.glob(f"vllm-{version}-*.whl"))
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(part, [name for name in archive.namelist() if name.endswith((".py", "/METADATA"))])
+        archive.extractall(
+            part, [name for name in archive.namelist() if name.endswith((".py", "/METADATA"))]
+        )
     part.rename(folder)
     wheel.unlink()
     return folder
 
 
 def _pip(arguments: list[str], **options: object) -> "subprocess.CompletedProcess[str]":
-    done = subprocess.run([sys.executable, "-m", "pip", *arguments], text=True, check=False, **options)  # type: ignore[call-overload]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *arguments], text=True, check=False, **options
+    )  # type: ignore[call-overload]
     if done.returncode != 0:
-        sys.exit(f"pip {arguments[0]} failed: is there a network, and an index with vLLM?\n{done.stdout or ''}{done.stderr or ''}")
+        sys.exit(
+            f"pip {arguments[0]} failed: is there a network, and an index with"
+            f" vLLM?\n{done.stdout or ''}{done.stderr or ''}"
+        )
     return done  # type: ignore[no-any-return]
 
 

@@ -1,4 +1,5 @@
-"""Ways to break the rule of acceptance inside an engine: a test of lossless sampling that passes under one of them tests nothing.
+"""Ways to break the rule of acceptance inside an engine: a test of lossless sampling that passes
+under one of them tests nothing.
 
 Each takes the ``LLM`` and holds while its context is open.
 """
@@ -15,7 +16,9 @@ def accept_every_draft(llm: Any) -> Iterator[None]:
 
     from vllm_dflash.cpu import verification
 
-    def zeros(num_tokens: int, num_draft_tokens: list[int], generators: dict[int, Any], device: Any) -> Any:
+    def zeros(
+        num_tokens: int, num_draft_tokens: list[int], generators: dict[int, Any], device: Any
+    ) -> Any:
         return torch.zeros(num_tokens, dtype=torch.float64, device=device)
 
     keep = verification.keep_accepted
@@ -27,13 +30,17 @@ def accept_every_draft(llm: Any) -> Iterator[None]:
             row, at = row + count + 1, at + count
         return keep(sampled, drafts, counts)
 
-    with patch("vllm.v1.sample.rejection_sampler.generate_uniform_probs", zeros), patch.object(verification, "keep_accepted", keep_all):
+    with (
+        patch("vllm.v1.sample.rejection_sampler.generate_uniform_probs", zeros),
+        patch.object(verification, "keep_accepted", keep_all),
+    ):
         yield
 
 
 @contextmanager
 def accept_by_the_target_alone(llm: Any) -> Iterator[None]:
-    """Accepts with the target's probability p instead of p / q; what is rejected is still drawn from the rest of p over q."""
+    """Accepts with the target's probability p instead of p / q; what is rejected is still drawn
+    from the rest of p over q."""
     import torch
     from vllm.v1.sample import rejection_sampler
 
@@ -41,7 +48,9 @@ def accept_by_the_target_alone(llm: Any) -> Iterator[None]:
 
     def without_q(output: Any, cu: Any, drafts: Any, draft_probs: Any, *rest: Any) -> None:
         # None after a step whose requests were all greedy.
-        rule(output, cu, drafts, None if draft_probs is None else torch.ones_like(draft_probs), *rest)
+        rule(
+            output, cu, drafts, None if draft_probs is None else torch.ones_like(draft_probs), *rest
+        )
 
     with patch("vllm.v1.sample.rejection_sampler._rejection_random_sample", without_q):
         yield
@@ -52,7 +61,15 @@ def draw_the_rejected_from_the_target(llm: Any) -> Iterator[None]:
     """Draws what takes a rejected draft's place from p, not from what of p is left over q."""
     from vllm_dflash.cpu import verification
 
-    def from_p(max_spec_len: int, counts: Any, cu: Any, draft_token_ids: Any, draft_probs: Any, target_probs: Any, *rest: Any) -> Any:
+    def from_p(
+        max_spec_len: int,
+        counts: Any,
+        cu: Any,
+        draft_token_ids: Any,
+        draft_probs: Any,
+        target_probs: Any,
+        *rest: Any,
+    ) -> Any:
         return target_probs.multinomial(1).flatten().to(draft_token_ids.dtype)
 
     sample, keep, second = verification.Verifier._sample, verification.keep_accepted, []
@@ -80,8 +97,10 @@ def draw_the_rejected_from_the_target(llm: Any) -> Iterator[None]:
 
 @contextmanager
 def probabilities_of_another_position(llm: Any) -> Iterator[None]:
-    """The proposer's probabilities in the reverse order of its drafts: what a wrong view of them would be."""
-    drafter = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.drafter
+    """The proposer's probabilities in the reverse order of its drafts: what a wrong view of them
+    would be."""
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    drafter = executor.driver_worker.worker.model_runner.drafter
     take = drafter.take_last_draft_probs
 
     def flipped() -> Any:
@@ -94,7 +113,8 @@ def probabilities_of_another_position(llm: Any) -> Iterator[None]:
 
 @contextmanager
 def one_temperature_for_all(llm: Any) -> Iterator[None]:
-    """Every draft is verified at the batch's first temperature: requests' settings in the wrong rows."""
+    """Every draft is verified at the batch's first temperature: requests' settings in the wrong
+    rows."""
     from dataclasses import replace
 
     from vllm.v1.sample import rejection_sampler
@@ -108,10 +128,15 @@ def one_temperature_for_all(llm: Any) -> Iterator[None]:
 
     def sample_at_first(self: Any, metadata: Any, logits: Any, sampling: Any) -> Any:
         if sampling.temperature is not None:
-            sampling = replace(sampling, temperature=sampling.temperature[:1].expand_as(sampling.temperature))
+            sampling = replace(
+                sampling, temperature=sampling.temperature[:1].expand_as(sampling.temperature)
+            )
         return sample(self, metadata, logits, sampling)
 
-    with patch("vllm.v1.sample.rejection_sampler.expand_batch_to_tokens", first), patch.object(Verifier, "_sample", sample_at_first):
+    with (
+        patch("vllm.v1.sample.rejection_sampler.expand_batch_to_tokens", first),
+        patch.object(Verifier, "_sample", sample_at_first),
+    ):
         yield
 
 

@@ -1,4 +1,5 @@
-"""Ray clusters for tests: small, with their files in a folder of their own, and ended with the test."""
+"""Ray clusters for tests: small, with their files in a folder of their own, and ended with the
+test."""
 
 import json
 import os
@@ -17,7 +18,8 @@ PLATFORM = str(ROOT / "tests" / "ray_platform")
 
 @contextmanager
 def ray_cluster(*, platform: bool = False, **resources: Any) -> Iterator[None]:
-    """A cluster on this machine that this process is connected to; ``platform`` has vLLM take its logical GPUs for devices."""
+    """A cluster on this machine that this process is connected to; ``platform`` has vLLM take its
+    logical GPUs for devices."""
     import ray
 
     # Its sockets' paths have a limit of 107 characters, which pytest's folders pass.
@@ -27,7 +29,13 @@ def ray_cluster(*, platform: bool = False, **resources: Any) -> Iterator[None]:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [path, before["PYTHONPATH"]]))
     os.environ.pop("RAY_ADDRESS", None)
     try:
-        ray.init(address="local", log_to_driver=False, include_dashboard=False, _temp_dir=folder, **resources)
+        ray.init(
+            address="local",
+            log_to_driver=False,
+            include_dashboard=False,
+            _temp_dir=folder,
+            **resources,
+        )
         yield
     finally:
         ray.shutdown()
@@ -40,8 +48,8 @@ def ray_cluster(*, platform: bool = False, **resources: Any) -> Iterator[None]:
 
 
 def plugin_processes(folder: Path) -> dict[str, bool]:
-    """The running processes that loaded vLLM's plug-ins with ``tests/plugin_report``, by Ray's or vLLM's name for them: whether ours
-    had registered its drafter there."""
+    """The running processes that loaded vLLM's plug-ins with ``tests/plugin_report``, by Ray's or
+    vLLM's name for them: whether ours had registered its drafter there."""
     found = {}
     for path in folder.glob("*.json"):
         try:
@@ -49,5 +57,7 @@ def plugin_processes(folder: Path) -> dict[str, bool]:
         except FileNotFoundError:
             continue
         if title:
-            found[f"{title[:90]} ({path.stem})"] = json.loads(path.read_text())["drafter"].startswith("vllm_dflash.")
+            found[f"{title[:90]} ({path.stem})"] = json.loads(path.read_text())[
+                "drafter"
+            ].startswith("vllm_dflash.")
     return found

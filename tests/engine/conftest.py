@@ -1,4 +1,5 @@
-"""One engine a kind, shared by the tests that look at it: starting one costs more than running it."""
+"""One engine a kind, shared by the tests that look at it: starting one costs more than running
+it."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""Two data-parallel ranks on Ray's backend, driven by AsyncLLM. Run by ``test_cluster_tensor_parallel.py``: OUT TOKENS."""
+"""Two data-parallel ranks on Ray's backend, driven by AsyncLLM. Run by
+``test_cluster_tensor_parallel.py``: OUT TOKENS."""
 
 import asyncio
 import json
@@ -12,9 +13,12 @@ from engine.harness import DRAFTER, TARGET, held_out_prompts  # noqa: E402
 from vllm_dflash.cluster.settings import EngineSettings, engine_args  # noqa: E402
 
 MORE = {
-    "kv_cache_memory_bytes": 1 << 28, "enforce_eager": True, "data_parallel_size": 2, "data_parallel_backend": "ray",
+    "kv_cache_memory_bytes": 1 << 28,
+    "enforce_eager": True,
+    "data_parallel_size": 2,
+    "data_parallel_backend": "ray",
     "distributed_executor_backend": "ray",
-}  # fmt: skip
+}
 
 
 async def main(out: Path, tokens: int) -> None:
@@ -22,16 +26,25 @@ async def main(out: Path, tokens: int) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    settings = EngineSettings(str(TARGET), str(DRAFTER), "cuda", 7, dtype="float32", max_model_len=512, engine_args=MORE)
+    settings = EngineSettings(
+        str(TARGET), str(DRAFTER), "cuda", 7, dtype="float32", max_model_len=512, engine_args=MORE
+    )
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_args(settings)))
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
 
     async def ask(number: int, ids: list[int]) -> Any:
-        stream = engine.generate({"prompt_token_ids": ids}, params, str(number), data_parallel_rank=number % 2)
+        stream = engine.generate(
+            {"prompt_token_ids": ids}, params, str(number), data_parallel_rank=number % 2
+        )
         return [answer async for answer in stream][-1]
 
-    answers = await asyncio.gather(*(ask(number, ids) for number, ids in enumerate(held_out_prompts(8))))
-    report = {"texts": [answer.outputs[0].text for answer in answers], "tokens_by_rank": _tokens_by_rank()}
+    answers = await asyncio.gather(
+        *(ask(number, ids) for number, ids in enumerate(held_out_prompts(8)))
+    )
+    report = {
+        "texts": [answer.outputs[0].text for answer in answers],
+        "tokens_by_rank": _tokens_by_rank(),
+    }
     out.write_text(json.dumps(report))
     engine.shutdown()
 
@@ -41,7 +54,11 @@ def _tokens_by_rank() -> dict[str, float]:
     from prometheus_client import REGISTRY
 
     samples = [sample for family in REGISTRY.collect() for sample in family.samples]
-    return {sample.labels["engine"]: sample.value for sample in samples if sample.name == "vllm:generation_tokens_total"}
+    return {
+        sample.labels["engine"]: sample.value
+        for sample in samples
+        if sample.name == "vllm:generation_tokens_total"
+    }
 
 
 if __name__ == "__main__":

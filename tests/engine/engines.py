@@ -1,4 +1,5 @@
-"""What the scripts that run engines share: starting one, reaching its runner, and answering a list of jobs. Driven by ``harness.run_worker``."""
+"""What the scripts that run engines share: starting one, reaching its runner, and answering a list
+of jobs. Driven by ``harness.run_worker``."""
 
 import gc
 import json
@@ -7,9 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 SETTINGS: dict[str, Any] = {
-    "enforce_eager": True, "dtype": "float32", "max_model_len": 512, "max_num_seqs": 16, "seed": 0, "kv_cache_memory_bytes": 1 << 28,
-    "disable_log_stats": False, "generation_config": "vllm",
-}  # fmt: skip
+    "enforce_eager": True,
+    "dtype": "float32",
+    "max_model_len": 512,
+    "max_num_seqs": 16,
+    "seed": 0,
+    "kv_cache_memory_bytes": 1 << 28,
+    "disable_log_stats": False,
+    "generation_config": "vllm",
+}
 COUNTERS = {
     "drafts": "vllm:spec_decode_num_drafts",
     "draft_tokens": "vllm:spec_decode_num_draft_tokens",
@@ -33,15 +40,28 @@ def model_runner(llm: Any) -> Any:
 
 
 def record_drafts(runner: Any, drafts: list[dict[str, Any]]) -> None:
-    """Wraps the V1 proposer's ``propose``: per request its index, anchor position, anchor token and drafted tokens; and ``skip``, which drafts none."""
+    """Wraps the V1 proposer's ``propose``: per request its index, anchor position, anchor token and
+    drafted tokens; and ``skip``, which drafts none."""
     propose = runner.drafter.propose
 
     def recording(*args: Any, **kwargs: Any) -> Any:
         tokens = propose(*args, **kwargs)
-        lengths, rejected = kwargs["common_attn_metadata"].seq_lens, kwargs["num_rejected_tokens_gpu"]
+        lengths, rejected = (
+            kwargs["common_attn_metadata"].seq_lens,
+            kwargs["num_rejected_tokens_gpu"],
+        )
         anchors = lengths if rejected is None else lengths - rejected
-        rows = zip(runner.input_batch.req_ids, anchors.tolist(), kwargs["next_token_ids"].tolist(), as_list(tokens), strict=True)
-        drafts.extend({"request": int(r.split("-")[0]), "anchor": n, "token": t, "draft": d} for r, n, t, d in rows)
+        rows = zip(
+            runner.input_batch.req_ids,
+            anchors.tolist(),
+            kwargs["next_token_ids"].tolist(),
+            as_list(tokens),
+            strict=True,
+        )
+        drafts.extend(
+            {"request": int(r.split("-")[0]), "anchor": n, "token": t, "draft": d}
+            for r, n, t, d in rows
+        )
         return tokens
 
     runner.drafter.propose = recording
@@ -54,8 +74,18 @@ def record_drafts(runner: Any, drafts: list[dict[str, Any]]) -> None:
 
         def recording_none(features: Any, cad: Any) -> Any:
             inside_prompt = runner.discard_request_mask.np[: cad.num_reqs].tolist()
-            rows = zip(runner.input_batch.req_ids, cad.seq_lens.tolist(), step["tokens"], inside_prompt, strict=True)
-            drafts.extend({"request": int(r.split("-")[0]), "anchor": n, "token": t, "draft": []} for r, n, t, inside in rows if not inside)
+            rows = zip(
+                runner.input_batch.req_ids,
+                cad.seq_lens.tolist(),
+                step["tokens"],
+                inside_prompt,
+                strict=True,
+            )
+            drafts.extend(
+                {"request": int(r.split("-")[0]), "anchor": n, "token": t, "draft": []}
+                for r, n, t, inside in rows
+                if not inside
+            )
             return skip(features, cad)
 
         runner.drafter.skip, runner.propose_draft_token_ids = recording_none, seeing_tokens
@@ -78,11 +108,14 @@ def counted(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """What was counted between two calls of ``counters``."""
     found = {key: after[key] - before[key] for key in after if key != "per_position"}
     first = before["per_position"] or [0] * len(after["per_position"])
-    return found | {"per_position": [b - a for a, b in zip(first, after["per_position"], strict=True)]}
+    return found | {
+        "per_position": [b - a for a, b in zip(first, after["per_position"], strict=True)]
+    }
 
 
 def answer_jobs(run: Callable[[dict[str, Any]], Any]) -> None:
-    """Runs each job of the list on standard input, an engine each, and writes the reports to the file named on the command line."""
+    """Runs each job of the list on standard input, an engine each, and writes the reports to the
+    file named on the command line."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     keep_frozen()
@@ -96,9 +129,11 @@ def answer_jobs(run: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def keep_frozen() -> None:
-    """Takes what is imported out of the garbage collector's sight for good: vLLM collects a dozen times for each engine, half a second each.
+    """Takes what is imported out of the garbage collector's sight for good: vLLM collects a dozen
+    times for each engine, half a second each.
 
-    vLLM freezes a started engine, which could then not be collected, and unfreezes everything at its end; neither happens from now on.
+    vLLM freezes a started engine, which could then not be collected, and unfreezes everything at
+    its end; neither happens from now on.
     """
     gc.collect()
     gc.freeze()

@@ -1,7 +1,10 @@
-"""Starts a test's scripts as forks of one process that has vLLM imported: the import takes longer than most of what they do.
+"""Starts a test's scripts as forks of one process that has vLLM imported: the import takes longer
+than most of what they do.
 
-``start`` is the harness's side; run as a script, this file is that process: it reads a request a line and ends with its standard input.
-A script finds what it would find when started by itself: its arguments, environment, input, output and a process group of its own.
+``start`` is the harness's side; run as a script, this file is that process: it reads a request a
+line and ends with its standard input.
+A script finds what it would find when started by itself: its arguments, environment, input, output
+and a process group of its own.
 """
 
 import json
@@ -17,10 +20,22 @@ from pathlib import Path
 from typing import Any
 
 
-def start(script: Path, arguments: Sequence[str], env: Mapping[str, str], input_path: Path, output_path: Path) -> int:
-    """Runs a Python script beside this process; returns its process id, which is also its process group's."""
+def start(
+    script: Path,
+    arguments: Sequence[str],
+    env: Mapping[str, str],
+    input_path: Path,
+    output_path: Path,
+) -> int:
+    """Runs a Python script beside this process; returns its process id, which is also its process
+    group's."""
     parent = _parent(env["VLLM_ENABLE_V1_MULTIPROCESSING"])
-    request = {"argv": [str(script), *arguments], "env": dict(env), "input": str(input_path), "output": str(output_path)}
+    request = {
+        "argv": [str(script), *arguments],
+        "env": dict(env),
+        "input": str(input_path),
+        "output": str(output_path),
+    }
     assert parent.stdin
     assert parent.stdout
     parent.stdin.write(json.dumps(request) + "\n")
@@ -43,16 +58,30 @@ def wait(pid: int, timeout_s: float) -> None:
 
 @cache
 def _parent(multiprocessing: str) -> "subprocess.Popen[str]":
-    """The process that forks, one for each way of running engines; vLLM reads that variable at its import, others when an engine starts."""
-    env = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing, "VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+    """The process that forks, one for each way of running engines; vLLM reads that variable at its
+    import, others when an engine starts."""
+    env = os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing,
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=env,
+    )
 
 
 def _become(request: dict[str, Any]) -> None:
     """Turns a fork into what it was asked to run."""
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for path, flags, descriptor in ((request["input"], os.O_RDONLY, 0), (request["output"], os.O_WRONLY | os.O_CREAT, 1)):
+    for path, flags, descriptor in (
+        (request["input"], os.O_RDONLY, 0),
+        (request["output"], os.O_WRONLY | os.O_CREAT, 1),
+    ):
         opened = os.open(path, flags, 0o600)
         os.dup2(opened, descriptor)
         os.close(opened)
@@ -61,7 +90,11 @@ def _become(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     sys.argv = request["argv"]
-    added = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
+    added = [
+        path
+        for path in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        if path and path not in sys.path
+    ]
     sys.path[:1] = [str(Path(sys.argv[0]).parent), *added]
 
 

@@ -1,4 +1,5 @@
-"""Starts engines for a test in a process of their own, and turns their reports into what tests compare."""
+"""Starts engines for a test in a process of their own, and turns their reports into what tests
+compare."""
 
 import json
 import os
@@ -15,7 +16,12 @@ from engine import forks
 
 ROOT = Path(__file__).parents[2]
 PAIR = ROOT / "examples" / "embedded_pair"
-TARGET, DRAFTER, DFLARE, PROMPTS = PAIR / "target", PAIR / "dflash", PAIR / "dflare", PAIR / "prompts.jsonl"
+TARGET, DRAFTER, DFLARE, PROMPTS = (
+    PAIR / "target",
+    PAIR / "dflash",
+    PAIR / "dflare",
+    PAIR / "prompts.jsonl",
+)
 
 
 @dataclass(frozen=True)
@@ -40,15 +46,20 @@ class Batch:
 
     @cached_property
     def drafts(self) -> list[tuple[list[int], dict[str, Any]]]:
-        """Each draft with its request's whole committed sequence; drafts past the sequence's end are left out.
+        """Each draft with its request's whole committed sequence; drafts past the sequence's end
+        are left out.
 
-        So are those of a prompt that is not prefilled to its end: vLLM's V1 runner gives them the prompt's last token as anchor,
+        So are those of a prompt that is not prefilled to its end: vLLM's V1 runner gives them the
+        prompt's last token as anchor,
         and throws them away.
         """
         first = min(d["request"] for d in self.report["drafts"])
         found = []
         for draft in self.report["drafts"]:
-            prompt, output = self.prompts[draft["request"] - first], self.tokens[draft["request"] - first]
+            prompt, output = (
+                self.prompts[draft["request"] - first],
+                self.tokens[draft["request"] - first],
+            )
             if len(prompt) <= draft["anchor"] < len(prompt) + len(output):
                 found.append((prompt + output, draft))
         return found
@@ -73,7 +84,8 @@ class Job:
     speculative_config: dict[str, Any] = field(default_factory=dict)
     """Further keys of vLLM's speculative config."""
     adaptive: bool = False
-    """Whether the controller chooses how much to draft and verify; else every draft is whole and verified whole."""
+    """Whether the controller chooses how much to draft and verify; else every draft is whole and
+    verified whole."""
     skip_steps: tuple[int, int] | None = None
     """Steps, from the first to before the second, that run without the drafter."""
 
@@ -84,47 +96,80 @@ class Job:
             "num_speculative_tokens": self.num_speculative_tokens,
         } | self.speculative_config
         return {
-            "target": str(self.target), "speculative_config": speculative if self.drafter else None, "prompts": [list(p) for p in self.prompts],
-            "dtype": self.dtype, "max_tokens": self.max_tokens, "batch_sizes": list(self.batch_sizes), "max_model_len": self.max_model_len,
-            "record": self.record, "logprobs": self.logprobs,
-            "engine_args": {"additional_config": {"dflash": {"adaptive": self.adaptive}}} | self.engine_args, "kv_cache_memory_bytes": self.kv_cache_memory_bytes,
+            "target": str(self.target),
+            "speculative_config": speculative if self.drafter else None,
+            "prompts": [list(p) for p in self.prompts],
+            "dtype": self.dtype,
+            "max_tokens": self.max_tokens,
+            "batch_sizes": list(self.batch_sizes),
+            "max_model_len": self.max_model_len,
+            "record": self.record,
+            "logprobs": self.logprobs,
+            "engine_args": (
+                {"additional_config": {"dflash": {"adaptive": self.adaptive}}} | self.engine_args
+            ),
+            "kv_cache_memory_bytes": self.kv_cache_memory_bytes,
             "skip_steps": self.skip_steps,
-        }  # fmt: skip
+        }
 
 
 def run_engine(
-    target: Path, drafter: Path | None, prompts: Sequence[Sequence[int]], *, env: dict[str, str] | None = None, **changes: Any
+    target: Path,
+    drafter: Path | None,
+    prompts: Sequence[Sequence[int]],
+    *,
+    env: dict[str, str] | None = None,
+    **changes: Any,
 ) -> list[Batch]:
-    """Runs the prompts through one vLLM engine, once for each batch size; ``changes`` are the fields of ``Job``."""
+    """Runs the prompts through one vLLM engine, once for each batch size; ``changes`` are the
+    fields of ``Job``."""
     return run_engines([Job(target, drafter, prompts, **changes)], env=env)[0]
 
 
 def run_engines(jobs: Sequence[Job], *, env: dict[str, str] | None = None) -> list[list[Batch]]:
-    """Runs the jobs one after the other in one new process: what starts slowly, vLLM's imports, is paid once."""
+    """Runs the jobs one after the other in one new process: what starts slowly, vLLM's imports, is
+    paid once."""
     reports = run_worker("worker.py", [job.to_json() for job in jobs], env)
     native = (env or {}).get("VLLM_DFLASH") == "0"
     for job, report in zip(jobs, reports, strict=True):
         if job.drafter is not None:
-            assert report["proposer"].startswith("vllm." if native else "vllm_dflash."), f"drafted by {report['proposer']}"
+            assert report["proposer"].startswith("vllm." if native else "vllm_dflash."), (
+                f"drafted by {report['proposer']}"
+            )
     return [
-        [Batch([list(p) for p in job.prompts], batch, report["coverage"]) for batch in report["batches"]]
+        [
+            Batch([list(p) for p in job.prompts], batch, report["coverage"])
+            for batch in report["batches"]
+        ]
         for job, report in zip(jobs, reports, strict=True)
     ]
 
 
-def run_worker(script: str, jobs: Sequence[dict[str, Any]], env: dict[str, str] | None = None, timeout_s: float = 800) -> list[Any]:
-    """Hands the jobs to a script of this folder that ends in ``engines.answer_jobs``; its reports. It has to leave nothing running."""
+def run_worker(
+    script: str,
+    jobs: Sequence[dict[str, Any]],
+    env: dict[str, str] | None = None,
+    timeout_s: float = 800,
+) -> list[Any]:
+    """Hands the jobs to a script of this folder that ends in ``engines.answer_jobs``; its reports.
+    It has to leave nothing running."""
     with tempfile.TemporaryDirectory() as folder:
-        asked, out, output = (Path(folder, name) for name in ("jobs.json", "reports.json", "output.txt"))
+        asked, out, output = (
+            Path(folder, name) for name in ("jobs.json", "reports.json", "output.txt")
+        )
         asked.write_text(json.dumps(jobs))
-        pid = forks.start(Path(__file__).with_name(script), [str(out)], engine_env(env), asked, output)
+        pid = forks.start(
+            Path(__file__).with_name(script), [str(out)], engine_env(env), asked, output
+        )
         try:
             forks.wait(pid, timeout_s)
         except BaseException:
             os.killpg(pid, signal.SIGKILL)
             raise
         if not out.is_file():
-            raise RuntimeError(f"the engine's process ended without a report:\n{output.read_text()[-6000:]}")
+            raise RuntimeError(
+                f"the engine's process ended without a report:\n{output.read_text()[-6000:]}"
+            )
         wait_until_gone(pid)
         return json.loads(out.read_text())
 
@@ -133,16 +178,24 @@ def engine_env(extra: dict[str, str] | None = None) -> dict[str, str]:
     """An environment for one-process CPU engines, with this checkout's package on the path."""
     return (
         os.environ
-        | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
+        | {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+        }
         | (extra or {})
     )
 
 
 def wait_until_gone(group: int, seconds: float = 20) -> None:
-    """Waits until no process of a process group runs any more; one that has ended and is only not collected yet does not count."""
+    """Waits until no process of a process group runs any more; one that has ended and is only not
+    collected yet does not count."""
     deadline = time.monotonic() + seconds
     while running := [p for p in Path("/proc").glob("[0-9]*/stat") if _runs_in_group(p, group)]:
-        assert time.monotonic() < deadline, f"still running: {[p.with_name('cmdline').read_text().replace(chr(0), ' ') for p in running]}"
+        assert time.monotonic() < deadline, (
+            "still running:"
+            f" {[p.with_name('cmdline').read_text().replace(chr(0), ' ') for p in running]}"
+        )
         time.sleep(0.2)
 
 

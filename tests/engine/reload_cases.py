@@ -1,6 +1,8 @@
-"""Which changes of weights are tried in engines that run, and what has to come of each: the tests' lists, and the documents' table.
+"""Which changes of weights are tried in engines that run, and what has to come of each: the tests'
+lists, and the documents' table.
 
-The table of docs/features.md is what this prints (``test_reload.py``: ``test_the_documents_table``):
+The table of docs/features.md is what this prints (``test_reload.py``:
+``test_the_documents_table``):
 
     python tests/engine/reload_cases.py
 """
@@ -21,42 +23,85 @@ TARGET_KINDS = {
 }
 LOADED = (*TARGET_KINDS, "merged adapter")
 """Kinds that are loaded with the whole checkpoint."""
-WHOLE = ("embedding", "layer norms", "final norm", "query norms", "key norms", "projections", "lm_head")
+WHOLE = (
+    "embedding",
+    "layer norms",
+    "final norm",
+    "query norms",
+    "key norms",
+    "projections",
+    "lm_head",
+)
 """Kinds that may be loaded alone."""
-PAST_LOADERS = ("embedding", "layer norms", "final norm", "query norms", "key norms", "biases", "lm_head")
-"""Of a linear layer's weight vLLM's CPU build keeps the packed form alone, which nothing but a load changes."""
+PAST_LOADERS = (
+    "embedding",
+    "layer norms",
+    "final norm",
+    "query norms",
+    "key norms",
+    "biases",
+    "lm_head",
+)
+"""Of a linear layer's weight vLLM's CPU build keeps the packed form alone, which nothing but a load
+changes."""
 WAYS = ("new storage", "new parameter", "in place")
 SHARED = ("the target's tables", "lm_head")
 DRAFTERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str]]] = {
     "dflash": (
         {"attention_bias": True},
-        {"format": "speculators", "tables": ("embed_tokens.weight", "lm_head.weight"), "mask_embedding": True},
         {
-            "embedding": r"embed_tokens", "mask embedding": r"mask_embedding", "layer norms": r"layernorm", "final norm": r"^norm",
-            "query norms": r"q_norm", "key norms": r"k_norm", "context fusion": r"^fc|hidden_norm", "keys and values": r"[kv]_proj\.weight",
-            "other projections": r"(q|o|gate|up|down)_proj\.weight", "biases": r"_proj\.bias", "lm_head": r"lm_head", "all": r".",
+            "format": "speculators",
+            "tables": ("embed_tokens.weight", "lm_head.weight"),
+            "mask_embedding": True,
+        },
+        {
+            "embedding": r"embed_tokens",
+            "mask embedding": r"mask_embedding",
+            "layer norms": r"layernorm",
+            "final norm": r"^norm",
+            "query norms": r"q_norm",
+            "key norms": r"k_norm",
+            "context fusion": r"^fc|hidden_norm",
+            "keys and values": r"[kv]_proj\.weight",
+            "other projections": r"(q|o|gate|up|down)_proj\.weight",
+            "biases": r"_proj\.bias",
+            "lm_head": r"lm_head",
+            "all": r".",
         },
     ),
     "the target's tables": (
-        {}, {"format": "speculators", "tables": ("embed_tokens.weight", "lm_head.weight")}, {"layers": r"_proj", "lm_head": r"lm_head"},
+        {},
+        {"format": "speculators", "tables": ("embed_tokens.weight", "lm_head.weight")},
+        {"layers": r"_proj", "lm_head": r"lm_head"},
     ),
     "draft vocabulary": (
-        {"draft_vocab_size": 200}, {"format": "speculators"}, {"d2t": r"d2t", "lm_head": r"lm_head", "all": r"."},
+        {"draft_vocab_size": 200},
+        {"format": "speculators"},
+        {"d2t": r"d2t", "lm_head": r"lm_head", "all": r"."},
     ),
     "dflare": (
-        {"kind": "dflare", "attention_bias": True, "target_layer_ids": (0, 1, 2, 3, 4)}, {},
+        {"kind": "dflare", "attention_bias": True, "target_layer_ids": (0, 1, 2, 3, 4)},
+        {},
         {
-            "context fusion": r"layer_fusion|hidden_norm", "context keys and values": r"_proj_target\.weight",
-            "context biases": r"_proj_target\.bias", "key norms": r"k_norm", "all": r".",
+            "context fusion": r"layer_fusion|hidden_norm",
+            "context keys and values": r"_proj_target\.weight",
+            "context biases": r"_proj_target\.bias",
+            "key norms": r"k_norm",
+            "all": r".",
         },
     ),
-}  # fmt: skip
+}
 """By drafter its configuration, its checkpoint's form, and by kind of weight its names."""
 REFUSALS = {
     "NaN": r"NaN or infinity in layers\.1\.mlp\.up_proj\.weight",
     "shape": r"norm\.weight is \[63\] of floats and should be \[64\] of floats.*stay in force",
-    "unknown": r"brings layers\.9\.mlp\.up_proj\.weight, and the running drafter was started without.*stay in force",
-    "missing": r"ended without hidden_norm\.weight, layers\.1\.self_attn\.k_proj\.weight.*stay in force",
+    "unknown": (
+        r"brings layers\.9\.mlp\.up_proj\.weight, and the running drafter was started without.*stay"
+        r" in force"
+    ),
+    "missing": (
+        r"ended without hidden_norm\.weight, layers\.1\.self_attn\.k_proj\.weight.*stay in force"
+    ),
 }
 REFUSING = ("dflash", "dflare")
 """Drafters that updates which do not fit are tried with."""
@@ -68,7 +113,12 @@ TARGET_CASES = (
     + [("sleep and wake", "base"), ("reload", "tied, all"), ("reload", "with LoRA")]
 )
 DRAFTER_CASES = (
-    [(name, "draft update", kind) for name in DRAFTERS for kind in ("base", *DRAFTERS[name][2]) if (name, kind) != SHARED]
+    [
+        (name, "draft update", kind)
+        for name in DRAFTERS
+        for kind in ("base", *DRAFTERS[name][2])
+        if (name, kind) != SHARED
+    ]
     + [("dflash", "draft load", "all"), ("dflash", "draft load", "base")]
     + [(name, "draft update", "after refusals") for name in REFUSING]
 )
@@ -79,7 +129,8 @@ UNCHANGED = "refused by name, nothing changes"
 CLOSED = "nothing changes"
 NOT_RUN = "not run: vLLM's V2 runner on a CPU cannot verify drafts with LoRA"
 PLAIN_IS_WRONG = {*((way, "lm_head") for way in WAYS), ("reload", "tied, all")}
-"""vLLM's CPU build packs the lm_head when it is loaded, and where it is the embedding's not even then."""
+"""vLLM's CPU build packs the lm_head when it is loaded, and where it is the embedding's not even
+then."""
 
 
 def target_result(runner: str, way: str, kind: str) -> str:
@@ -106,14 +157,22 @@ def table() -> str:
     """The cases that have one result in one line, with the result on both runners."""
     lines: dict[tuple[str, ...], list[str]] = {}
     for way, kind in TARGET_CASES:
-        lines.setdefault((_HOW[way], *(target_result(runner, way, kind) for runner in RUNNERS)), []).append(kind)
+        lines.setdefault(
+            (_HOW[way], *(target_result(runner, way, kind) for runner in RUNNERS)), []
+        ).append(kind)
     for name, way, kind in DRAFTER_CASES:
         lines.setdefault((f"{_HOW[way]} ({name})", FRESH, FRESH), []).append(kind)
     for name in REFUSING:
         lines[f"drafter: an update that does not fit ({name})", UNCHANGED, UNCHANGED] = [*REFUSALS]
         lines[f"drafter: an update closed without a start ({name})", CLOSED, CLOSED] = ["nothing"]
-    lines[f"drafter: its {SHARED[1]}, where the target's was equal and vLLM keeps one for both", UNCHANGED, UNCHANGED] = ["lm_head"]
-    rows = [f"| {how} | {', '.join(kinds)} | {v1} | {v2} |" for (how, v1, v2), kinds in lines.items()]
+    lines[
+        f"drafter: its {SHARED[1]}, where the target's was equal and vLLM keeps one for both",
+        UNCHANGED,
+        UNCHANGED,
+    ] = ["lm_head"]
+    rows = [
+        f"| {how} | {', '.join(kinds)} | {v1} | {v2} |" for (how, v1, v2), kinds in lines.items()
+    ]
     return "\n".join(["| change | of | V1 | V2 |", "|---|---|---|---|", *rows]) + "\n"
 
 

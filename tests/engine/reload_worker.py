@@ -1,7 +1,9 @@
-"""Changes weights in engines that run, by every way that there is, and reports what they write and draft after each. Driven by ``reloads.run``.
+"""Changes weights in engines that run, by every way that there is, and reports what they write and
+draft after each. Driven by ``reloads.run``.
 
-Each job names an engine and its steps; a step changes weights, or nothing, and then the prompts are generated, greedy. In an environment
-with ``RUNNER=v2`` the engines are of vLLM's V2 runner, by Triton's interpreter.
+Each job names an engine and its steps; a step changes weights, or nothing, and then the prompts are
+generated, greedy. In an environment with ``RUNNER=v2`` the engines are of vLLM's V2 runner, by
+Triton's interpreter.
 """
 
 import os
@@ -21,26 +23,37 @@ from torch import Tensor
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
 
 
 def read(step: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """A step's tensors: those of its folder, less what it leaves ``out``, and some that are spoilt."""
+    """A step's tensors: those of its folder, less what it leaves ``out``, and some that are
+    spoilt."""
     tensors = load_file(f"{step['path']}/model.safetensors")
     mask = f"{step['path']}/mask_embedding.pt"
     if step.get("mask") and os.path.exists(mask):
         tensors["mask_embedding"] = torch.load(mask)["embedding"]
     for name, how in step.get("spoil", {}).items():
-        tensors[name] = {"nan": lambda t: t * torch.nan, "shape": lambda t: t[:-1], "new": lambda t: torch.zeros(3)}[how](tensors.get(name))
+        tensors[name] = {
+            "nan": lambda t: t * torch.nan,
+            "shape": lambda t: t[:-1],
+            "new": lambda t: torch.zeros(3),
+        }[how](tensors.get(name))
     for name, tensor in tensors.items():
         if name not in step.get("out", ()) and re.search(step.get("only", ""), name):
             yield name, tensor
 
 
 class FromFiles(WeightTransferEngine):
-    """What vLLM's engines for NCCL and CUDA IPC do, with tensors from a file in place of a trainer's."""
+    """What vLLM's engines for NCCL and CUDA IPC do, with tensors from a file in place of a
+    trainer's."""
 
-    def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
+    def __init__(
+        self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module
+    ) -> None:
         super().__init__(config, vllm_config, device, model)
 
     def init_transfer_engine(self, init_info: Any) -> None: ...
@@ -77,8 +90,12 @@ def change(llm: Any, step: dict[str, Any]) -> None:
     elif how == "reload some":
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": read(step)})
     elif how in ("update", "draft update"):
-        llm.collective_rpc("start_weight_update" if how == "update" else "start_draft_weight_update")
-        llm.collective_rpc("update_weights", args=(step | ({"draft": True} if how == "draft update" else {}),))
+        llm.collective_rpc(
+            "start_weight_update" if how == "update" else "start_draft_weight_update"
+        )
+        llm.collective_rpc(
+            "update_weights", args=(step | ({"draft": True} if how == "draft update" else {}),)
+        )
         llm.collective_rpc("finish_weight_update")
     elif how == "close":
         llm.collective_rpc("finish_weight_update")
@@ -102,7 +119,11 @@ def put(model: torch.nn.Module, name: str, tensor: Tensor, how: str) -> None:
     if module.endswith(("q_proj", "k_proj", "v_proj")):
         layer, _, projection = module.rpartition(".")
         attention = model.get_submodule(layer)
-        starts = {"q_proj": 0, "k_proj": attention.q_size, "v_proj": attention.q_size + attention.kv_size}
+        starts = {
+            "q_proj": 0,
+            "k_proj": attention.q_size,
+            "v_proj": attention.q_size + attention.kv_size,
+        }
         module, start = f"{layer}.qkv_proj", starts[projection]
         whole = getattr(model.get_submodule(module), kind).data.clone()
         whole[start : start + len(tensor)] = tensor
@@ -131,8 +152,18 @@ def record_v2(speculator: Any, drafts: list[dict[str, Any]]) -> None:
         if not kwargs.get("dummy_run"):
             masks = speculator.num_speculative_steps
             for row, request in enumerate(batch.req_ids):
-                anchor, token = int(speculator.sample_pos[row * masks]) - 1, int(speculator.input_buffers.input_ids[row * (masks + 1)])
-                drafts.append({"request": int(request.split("-")[0]), "anchor": anchor, "token": token, "draft": tokens[row].tolist()})
+                anchor, token = (
+                    int(speculator.sample_pos[row * masks]) - 1,
+                    int(speculator.input_buffers.input_ids[row * (masks + 1)]),
+                )
+                drafts.append(
+                    {
+                        "request": int(request.split("-")[0]),
+                        "anchor": anchor,
+                        "token": token,
+                        "draft": tokens[row].tolist(),
+                    }
+                )
         return tokens
 
     speculator.propose = recording
@@ -143,15 +174,23 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
 
     speculative = {"method": "dflash", "model": job["drafter"], "num_speculative_tokens": 7}
     llm = start(
-        job["target"], skip_tokenizer_init=True, enable_prefix_caching=False, kv_cache_memory_bytes=1 << 25, max_model_len=128,
-        weight_transfer_config=WeightTransferConfig(backend="files"), additional_config={"dflash": {"adaptive": False}},
-        **({"speculative_config": speculative} if job["drafter"] else {}) | job.get("engine_args", {}),
-    )  # fmt: skip
+        job["target"],
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        kv_cache_memory_bytes=1 << 25,
+        max_model_len=128,
+        weight_transfer_config=WeightTransferConfig(backend="files"),
+        additional_config={"dflash": {"adaptive": False}},
+        **({"speculative_config": speculative} if job["drafter"] else {})
+        | job.get("engine_args", {}),
+    )
     runner, drafts, reports = model_runner(llm), [], []
     if job["drafter"]:
         is_v2 = hasattr(runner, "speculator")
         record_v2(runner.speculator, drafts) if is_v2 else record_drafts(runner, drafts)
-    params = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, detokenize=False)
+    params = SamplingParams(
+        temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, detokenize=False
+    )
     for step in job["steps"]:
         error, first = None, len(drafts)
         try:
@@ -160,8 +199,16 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
             if not step["how"].startswith("draft"):
                 raise
             error = f"{type(problem).__name__}: {problem}"
-        outputs = llm.generate([{"prompt_token_ids": p} for p in job["prompts"]], params, use_tqdm=False)
-        reports.append({"error": error, "tokens": [list(o.outputs[0].token_ids) for o in outputs], "drafts": drafts[first:]})
+        outputs = llm.generate(
+            [{"prompt_token_ids": p} for p in job["prompts"]], params, use_tqdm=False
+        )
+        reports.append(
+            {
+                "error": error,
+                "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+                "drafts": drafts[first:],
+            }
+        )
     return reports
 
 

@@ -1,4 +1,5 @@
-"""Engines whose weights change while they run (``reload_worker.py``): folders with one kind of weight drawn anew, and what is compared."""
+"""Engines whose weights change while they run (``reload_worker.py``): folders with one kind of
+weight drawn anew, and what is compared."""
 
 import json
 import re
@@ -27,7 +28,10 @@ WORKER = "reload_worker.py"
 def redraw(folder: Path, new: Path, pattern: str, seed: int) -> Path:
     """A copy of a checkpoint whose tensors of this kind are other ones; returns its folder."""
     shutil.copytree(folder, new)
-    tensors, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(seed)
+    tensors, generator = (
+        load_file(folder / "model.safetensors"),
+        torch.Generator().manual_seed(seed),
+    )
     names = [name for name in tensors if re.search(pattern, name)]
     for name in names:
         tensor = tensors[name]
@@ -43,17 +47,29 @@ def redraw(folder: Path, new: Path, pattern: str, seed: int) -> Path:
     mask = new / "mask_embedding.pt"
     if mask.exists() and re.search(pattern, "mask_embedding"):
         state = torch.load(mask)
-        torch.save(state | {"embedding": torch.randn(state["embedding"].shape, generator=generator)}, mask)
+        torch.save(
+            state | {"embedding": torch.randn(state["embedding"].shape, generator=generator)}, mask
+        )
         names.append("mask_embedding")
     assert names, f"{folder} has no tensor of {pattern}"
     return new
 
 
-def job(target: Path, drafter: Path | None, steps: Sequence[dict[str, Any]], runner: str = "v1", **engine_args: Any) -> dict[str, Any]:
+def job(
+    target: Path,
+    drafter: Path | None,
+    steps: Sequence[dict[str, Any]],
+    runner: str = "v1",
+    **engine_args: Any,
+) -> dict[str, Any]:
     return {
-        "target": str(target), "drafter": drafter and str(drafter), "steps": [{k: str(v) if isinstance(v, Path) else v for k, v in s.items()} for s in steps],
-        "prompts": PROMPTS, "max_tokens": MAX_TOKENS[runner], "engine_args": engine_args,
-    }  # fmt: skip
+        "target": str(target),
+        "drafter": drafter and str(drafter),
+        "steps": [{k: str(v) if isinstance(v, Path) else v for k, v in s.items()} for s in steps],
+        "prompts": PROMPTS,
+        "max_tokens": MAX_TOKENS[runner],
+        "engine_args": engine_args,
+    }
 
 
 def run(jobs: Sequence[dict[str, Any]], runner: str = "v1") -> list[list[dict[str, Any]]]:
@@ -61,23 +77,44 @@ def run(jobs: Sequence[dict[str, Any]], runner: str = "v1") -> list[list[dict[st
     if runner == "v1":
         return run_worker(WORKER, jobs)
     with tempfile.TemporaryDirectory() as folder:
-        asked, out, output = Path(folder, "jobs.json"), Path(folder, "reports.json"), Path(folder, "output.txt")
+        asked, out, output = (
+            Path(folder, "jobs.json"),
+            Path(folder, "reports.json"),
+            Path(folder, "output.txt"),
+        )
         asked.write_text(json.dumps(jobs))
         command = [sys.executable, str(Path(__file__).with_name(WORKER)), str(out)]
         with asked.open() as stdin, output.open("w") as log:
-            subprocess.run(command, stdin=stdin, stdout=log, stderr=subprocess.STDOUT, env=engine_env({"RUNNER": "v2"}), timeout=900)
+            subprocess.run(
+                command,
+                stdin=stdin,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=engine_env({"RUNNER": "v2"}),
+                timeout=900,
+            )
         if not out.exists():
-            raise RuntimeError(f"the engine's process ended without a report:\n{output.read_text()[-6000:]}")
+            raise RuntimeError(
+                f"the engine's process ended without a report:\n{output.read_text()[-6000:]}"
+            )
         return json.loads(out.read_text())
 
 
 def wrong_drafts(report: dict[str, Any], target: Path, drafter: Path) -> tuple[int, int]:
-    """Of one step's drafted tokens, how many are not the reference's for these weights, and how many there are."""
-    model, oracle = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval(), load_drafter(drafter, torch.float32)
+    """Of one step's drafted tokens, how many are not the reference's for these weights, and how
+    many there are."""
+    model, oracle = (
+        AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval(),
+        load_drafter(drafter, torch.float32),
+    )
     first, wrong, count = min(draft["request"] for draft in report["drafts"]), 0, 0
     for i, prompt in enumerate(PROMPTS):
         sequence = prompt + report["tokens"][i]
-        drafts = [d for d in report["drafts"] if d["request"] - first == i and len(prompt) <= d["anchor"] < len(sequence)]
+        drafts = [
+            d
+            for d in report["drafts"]
+            if d["request"] - first == i and len(prompt) <= d["anchor"] < len(sequence)
+        ]
         expected = replay_drafts(model, oracle, sequence, [d["anchor"] for d in drafts], 7, 128)
         for draft, theirs in zip(drafts, expected, strict=True):
             assert sequence[draft["anchor"]] == draft["token"]

@@ -1,4 +1,5 @@
-"""Starts ``sampling_worker.py``: engines that answer requests with any sampling parameters, several engines a process."""
+"""Starts ``sampling_worker.py``: engines that answer requests with any sampling parameters, several
+engines a process."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,7 +9,8 @@ from typing import Any
 from engine.harness import run_worker
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
-"""The models are so small that a second thread costs more than it does, above all beside other work."""
+"""The models are so small that a second thread costs more than it does, above all beside other
+work."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,8 @@ class Ask:
 
     prompts: Sequence[list[int] | str]
     params: dict[str, Any] | Sequence[dict[str, Any]]
-    """Fields of ``SamplingParams``, for all prompts or one a prompt; ``structured_outputs`` as a dictionary too."""
+    """Fields of ``SamplingParams``, for all prompts or one a prompt; ``structured_outputs`` as a
+    dictionary too."""
     broken: str | None = None
     """A key of ``broken_rules.RULES``: the rule of acceptance that is broken on purpose."""
     draft_probs: bool = False
@@ -37,18 +40,25 @@ class Engine:
     args: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        # Every draft whole and verified whole, unless a test says otherwise: the controller may choose not to draft at all.
-        args: dict[str, Any] = {"model": str(self.target), "additional_config": {"dflash": {"adaptive": False}}} | self.args
+        # Every draft whole and verified whole, unless a test says otherwise: the controller may
+        # choose not to draft at all.
+        args: dict[str, Any] = {
+            "model": str(self.target),
+            "additional_config": {"dflash": {"adaptive": False}},
+        } | self.args
         if self.drafter is not None:
             args["speculative_config"] = {
-                "method": "dflash", "model": str(self.drafter), "num_speculative_tokens": self.num_speculative_tokens,
-            } | self.speculative  # fmt: skip
+                "method": "dflash",
+                "model": str(self.drafter),
+                "num_speculative_tokens": self.num_speculative_tokens,
+            } | self.speculative
         return {"args": args, "asks": [vars(ask) for ask in self.asks]}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for one ``Ask``; ``completions`` holds a list a prompt, of ``n`` dictionaries each."""
+    """What came back for one ``Ask``; ``completions`` holds a list a prompt, of ``n`` dictionaries
+    each."""
 
     completions: list[list[dict[str, Any]]]
     prompt_logprobs: list[Any]
@@ -69,5 +79,7 @@ class Answer:
 
 def run(engines: Sequence[Engine]) -> list[list[Answer]]:
     """Runs the engines one after the other in one new process; returns each one's answers."""
-    reports = run_worker("sampling_worker.py", [engine.to_json() for engine in engines], ENVIRONMENT)
+    reports = run_worker(
+        "sampling_worker.py", [engine.to_json() for engine in engines], ENVIRONMENT
+    )
     return [[Answer(**answer) for answer in answers] for answers in reports]

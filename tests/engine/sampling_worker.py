@@ -1,6 +1,7 @@
 """Answers requests with any sampling parameters. Driven by ``sampling_harness.run``.
 
-A request that vLLM refuses is answered with its message; the engine goes on. One that does not start answers all with its message.
+A request that vLLM refuses is answered with its message; the engine goes on. One that does not
+start answers all with its message.
 """
 
 from collections.abc import Iterator
@@ -21,13 +22,16 @@ def sampling_params(fields: dict[str, Any]) -> Any:
     if "structured_outputs" in fields:
         fields["structured_outputs"] = StructuredOutputsParams(**fields["structured_outputs"])
     if "logit_bias" in fields:
-        fields["logit_bias"] = {int(token): bias for token, bias in fields["logit_bias"].items()}  # JSON has no integer keys
+        fields["logit_bias"] = {
+            int(token): bias for token, bias in fields["logit_bias"].items()
+        }  # JSON has no integer keys
     return SamplingParams(**fields)
 
 
 @contextmanager
 def counted_drafts(llm: Any, wanted: bool) -> Iterator[dict[str, Any]]:
-    """Sums, by draft position and token, how often a token was drafted, how often its probability says, and the variance of that."""
+    """Sums, by draft position and token, how often a token was drafted, how often its probability
+    says, and the variance of that."""
     import torch
 
     sums: dict[str, Any] = {}
@@ -44,7 +48,8 @@ def counted_drafts(llm: Any, wanted: bool) -> Iterator[dict[str, Any]]:
         drafted = torch.tensor(as_list(tokens))
         assert probs.shape[:2] == drafted.shape, (probs.shape, drafted.shape)
         assert torch.allclose(probs.sum(-1), torch.ones(()), atol=1e-4)
-        # A greedy request's drafts are the likeliest tokens, whatever the probabilities beside them say; nothing reads those.
+        # A greedy request's drafts are the likeliest tokens, whatever the probabilities beside them
+        # say; nothing reads those.
         sampled = kwargs["sampling_metadata"].temperature > 0
         p = probs[sampled].double()
         seen = torch.nn.functional.one_hot(drafted[sampled], p.shape[-1])
@@ -60,11 +65,17 @@ def counted_drafts(llm: Any, wanted: bool) -> Iterator[dict[str, Any]]:
 
 
 def completion(output: Any) -> dict[str, Any]:
-    steps = output.logprobs and [{t: [v.logprob, v.rank] for t, v in step.items()} for step in output.logprobs]
+    steps = output.logprobs and [
+        {t: [v.logprob, v.rank] for t, v in step.items()} for step in output.logprobs
+    ]
     return {
-        "token_ids": list(output.token_ids), "text": output.text, "finish_reason": output.finish_reason, "stop_reason": output.stop_reason,
-        "logprobs": steps, "cumulative_logprob": output.cumulative_logprob,
-    }  # fmt: skip
+        "token_ids": list(output.token_ids),
+        "text": output.text,
+        "finish_reason": output.finish_reason,
+        "stop_reason": output.stop_reason,
+        "logprobs": steps,
+        "cumulative_logprob": output.cumulative_logprob,
+    }
 
 
 def answer(llm: Any, ask: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +85,11 @@ def answer(llm: Any, ask: dict[str, Any]) -> dict[str, Any]:
     params = ask["params"]
     before, outputs, error = counters(llm), [], None
     try:
-        params = sampling_params(params) if isinstance(params, dict) else [sampling_params(p) for p in params]
+        params = (
+            sampling_params(params)
+            if isinstance(params, dict)
+            else [sampling_params(p) for p in params]
+        )
         with counted_drafts(llm, ask["draft_probs"]) as sums, RULES[ask["broken"]](llm):
             outputs = llm.generate(prompts, params, use_tqdm=False)
     except (ValueError, VLLMValidationError) as refusal:
@@ -82,16 +97,27 @@ def answer(llm: Any, ask: dict[str, Any]) -> dict[str, Any]:
     return {
         "completions": [[completion(c) for c in o.outputs] for o in outputs],
         "prompt_logprobs": [
-            o.prompt_logprobs and [step and {t: [v.logprob, v.rank] for t, v in step.items()} for step in o.prompt_logprobs] for o in outputs
+            o.prompt_logprobs
+            and [
+                step and {t: [v.logprob, v.rank] for t, v in step.items()}
+                for step in o.prompt_logprobs
+            ]
+            for o in outputs
         ],
         "counters": counted(before, counters(llm)),
         "error": error,
         "draft_probs": sums or None,
-    }  # fmt: skip
+    }
 
 
 def answered_with(error: str) -> dict[str, Any]:
-    return {"completions": [], "prompt_logprobs": [], "counters": {}, "error": error, "draft_probs": None}
+    return {
+        "completions": [],
+        "prompt_logprobs": [],
+        "counters": {},
+        "error": error,
+        "draft_probs": None,
+    }
 
 
 def run(engine: dict[str, Any]) -> list[dict[str, Any]]:

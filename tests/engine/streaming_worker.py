@@ -1,4 +1,5 @@
-"""Streaming-input sessions on ``AsyncLLM``. Driven by ``test_streaming_sessions.py``: each job is an engine and batches of sessions."""
+"""Streaming-input sessions on ``AsyncLLM``. Driven by ``test_streaming_sessions.py``: each job is
+an engine and batches of sessions."""
 
 import asyncio
 import gc
@@ -35,11 +36,15 @@ async def answer(job: dict[str, Any]) -> list[list[list[int]]]:
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    args = {name: value for name, value in SETTINGS.items() if name != "disable_log_stats"} | job["args"]
+    args = {name: value for name, value in SETTINGS.items() if name != "disable_log_stats"} | job[
+        "args"
+    ]
     llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
     try:
         return [
-            await asyncio.gather(*(session(llm, f"{batch}-{i}", each) for i, each in enumerate(sessions)))
+            await asyncio.gather(
+                *(session(llm, f"{batch}-{i}", each) for i, each in enumerate(sessions))
+            )
             for batch, sessions in enumerate(job["batches"])
         ]
     finally:

@@ -1,6 +1,8 @@
-"""Runs engines of one or more ranks and reports outputs, counters and every rank's drafts. Driven by ``test_tensor_parallel.py``.
+"""Runs engines of one or more ranks and reports outputs, counters and every rank's drafts. Driven
+by ``test_tensor_parallel.py``.
 
-Like ``worker.py``, but what it asks of the workers goes through vLLM's ``collective_rpc``: they are processes of their own.
+Like ``worker.py``, but what it asks of the workers goes through vLLM's ``collective_rpc``: they are
+processes of their own.
 """
 
 from typing import Any
@@ -23,15 +25,27 @@ def recorded(worker: Any) -> list[dict[str, Any]]:
 def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import SamplingParams
 
-    settings = {name: job[name] for name in ("dtype", "max_model_len", "kv_cache_memory_bytes", "speculative_config")}
+    settings = {
+        name: job[name]
+        for name in ("dtype", "max_model_len", "kv_cache_memory_bytes", "speculative_config")
+    }
     llm = start(job["target"], skip_tokenizer_init=True, **settings | job["engine_args"])
     drafted = job["speculative_config"] is not None
     proposers = llm.collective_rpc(start_recording) if drafted else []
-    params = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": p} for p in job["prompts"]], params, use_tqdm=False)
+    params = SamplingParams(
+        temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, detokenize=False
+    )
+    outputs = llm.generate(
+        [{"prompt_token_ids": p} for p in job["prompts"]], params, use_tqdm=False
+    )
     counted, ranks = counters(llm), llm.collective_rpc(recorded) if drafted else []
     llm.llm_engine.engine_core.shutdown()
-    return {"tokens": [list(o.outputs[0].token_ids) for o in outputs], "counters": counted, "proposers": proposers, "ranks": ranks}
+    return {
+        "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+        "counters": counted,
+        "proposers": proposers,
+        "ranks": ranks,
+    }
 
 
 if __name__ == "__main__":

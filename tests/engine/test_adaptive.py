@@ -1,4 +1,5 @@
-"""The controller in a real engine: output stays the target's, seeds hold whatever it chooses, and the context is fresh after a time off.
+"""The controller in a real engine: output stays the target's, seeds hold whatever it chooses, and
+the context is fresh after a time off.
 
 pytest -s tests/engine/test_adaptive.py
 """
@@ -17,11 +18,15 @@ ADAPTIVE = {"additional_config": {"dflash": {"adaptive": True}}}
 
 @pytest.fixture(scope="module")
 def batches() -> dict[str, list[Batch]]:
-    """Plain decoding, and the controller under loads that rise and fall: 1, 16, 1 and 4 requests at a time, on one engine."""
+    """Plain decoding, and the controller under loads that rise and fall: 1, 16, 1 and 4 requests at
+    a time, on one engine."""
     prompts = held_out_prompts(16)
     common = {"max_tokens": 64, "batch_sizes": (1, 16, 1, 4)}
     plain, adaptive = run_engines(
-        [EngineJob(TARGET, None, prompts, **common), EngineJob(TARGET, DRAFTER, prompts, adaptive=True, record=True, **common)]
+        [
+            EngineJob(TARGET, None, prompts, **common),
+            EngineJob(TARGET, DRAFTER, prompts, adaptive=True, record=True, **common),
+        ]
     )
     return {"plain": plain, "adaptive": adaptive}
 
@@ -41,15 +46,22 @@ def test_every_draft_is_made_from_the_whole_context(batches: dict[str, list[Batc
 
 
 def test_tau_after_the_load_is_what_it_was_before(batches: dict[str, list[Batch]]) -> None:
-    """Of drafts that are verified as far as it pays; it pays to the end with one request at a time."""
+    """Of drafts that are verified as far as it pays; it pays to the end with one request at a
+    time."""
     before, load, after, _ = batches["adaptive"]
-    print(f"\ntau with one request {before.tau:.2f}, with 16 {load.tau:.2f}, with one again {after.tau:.2f}")
+    print(
+        f"\ntau with one request {before.tau:.2f}, with 16 {load.tau:.2f}, with one again"
+        f" {after.tau:.2f}"
+    )
     assert after.tau > 0.9 * before.tau
 
 
 def test_fewer_drafts_than_the_block_holds() -> None:
-    """A drafter that was trained on whole blocks collapsed in shorter ones: tau 1.04 at K = 3 where 3.2 are possible. Blocks are whole."""
-    batch = run_engine(TARGET, DRAFTER, held_out_prompts(8), num_speculative_tokens=3, max_tokens=64, record=True)[0]
+    """A drafter that was trained on whole blocks collapsed in shorter ones: tau 1.04 at K = 3 where
+    3.2 are possible. Blocks are whole."""
+    batch = run_engine(
+        TARGET, DRAFTER, held_out_prompts(8), num_speculative_tokens=3, max_tokens=64, record=True
+    )[0]
     agreement = compare_drafts(batch, TARGET, DRAFTER, torch.float32, 3)
     assert agreement.differences == []
     assert batch.tau > 2.5
@@ -57,24 +69,32 @@ def test_fewer_drafts_than_the_block_holds() -> None:
 
 @pytest.fixture(scope="module")
 def answers() -> dict[str, list[Answer]]:
-    """Plain and adaptive: requests with seeds (the second twice), and greedy ones that may stop at every third token after ``min_tokens``."""
+    """Plain and adaptive: requests with seeds (the second twice), and greedy ones that may stop at
+    every third token after ``min_tokens``."""
     texts = ["def read_json(path):\n", "class Stack:\n", "import os\n\n\ndef walk(", "for line in "]
-    seeds = Ask(texts * 4, [{"temperature": 1.0, "max_tokens": 48, "ignore_eos": True, "seed": i} for i in range(16)])
+    seeds = Ask(
+        texts * 4,
+        [{"temperature": 1.0, "max_tokens": 48, "ignore_eos": True, "seed": i} for i in range(16)],
+    )
     stop = {"temperature": 0.0, "max_tokens": 48, "stop_token_ids": list(range(0, 4096, 3))}
     stops = Ask(texts * 16, [stop | {"min_tokens": 2 + i // 4} for i in range(64)])
-    adaptive = Engine(TARGET, DRAFTER, [seeds, seeds, stops], num_speculative_tokens=7, args=ADAPTIVE)
+    adaptive = Engine(
+        TARGET, DRAFTER, [seeds, seeds, stops], num_speculative_tokens=7, args=ADAPTIVE
+    )
     plain, ours = run([Engine(TARGET, None, [seeds, stops]), adaptive])
     return {"plain": plain, "ours": ours}
 
 
 def test_a_seed_gives_what_it_gives_without_a_drafter(answers: dict[str, list[Answer]]) -> None:
-    """How much is drafted depends on measured times, so it differs from run to run; what is sampled does not."""
+    """How much is drafted depends on measured times, so it differs from run to run; what is sampled
+    does not."""
     first, again, _ = answers["ours"]
     assert first.tokens == again.tokens == answers["plain"][0].tokens
     assert first.counters["accepted"] > 0
 
 
 def test_min_tokens_reached_by_drafts(answers: dict[str, list[Answer]]) -> None:
-    """vLLM counts committed tokens only, and forbids a stop token after drafts that reach ``min_tokens`` too: short drafts met that often."""
+    """vLLM counts committed tokens only, and forbids a stop token after drafts that reach
+    ``min_tokens`` too: short drafts met that often."""
     assert answers["ours"][2].tokens == answers["plain"][1].tokens
     assert answers["ours"][2].counters["accepted"] > 0

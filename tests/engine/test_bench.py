@@ -1,4 +1,5 @@
-"""``vllm-dflash bench`` on real engines: its figures agree with each other, and a method that cannot run is a row with its reason.
+"""``vllm-dflash bench`` on real engines: its figures agree with each other, and a method that
+cannot run is a row with its reason.
 
 pytest tests/engine/test_bench.py
 """
@@ -18,12 +19,29 @@ REQUESTS, MAX_TOKENS, REPEATS, K = 4, 24, 2, 7
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The embedded pair, two requests at a time: two methods that run, one that vLLM refuses, one that is not installed."""
+    """The embedded pair, two requests at a time: two methods that run, one that vLLM refuses, one
+    that is not installed."""
     out = tmp_path_factory.mktemp("bench") / "out"
-    load = ["--concurrency", "2", "--num-prompts", str(REQUESTS), "--max-tokens", str(MAX_TOKENS), "--repeats", str(REPEATS)]
+    load = [
+        "--concurrency",
+        "2",
+        "--num-prompts",
+        str(REQUESTS),
+        "--max-tokens",
+        str(MAX_TOKENS),
+        "--repeats",
+        str(REPEATS),
+    ]
     methods = f"plain,dflash:{K},dflash:99,suffix"
-    assert main(["bench", "--methods", methods, "--dtype", "float32", "--out", str(out), *load]) == 0
-    assert {path.name for path in out.iterdir()} == {"results.json", "report.md", "report.html", "logs"}
+    assert (
+        main(["bench", "--methods", methods, "--dtype", "float32", "--out", str(out), *load]) == 0
+    )
+    assert {path.name for path in out.iterdir()} == {
+        "results.json",
+        "report.md",
+        "report.html",
+        "logs",
+    }
     return json.loads(Path(out, "results.json").read_text())
 
 
@@ -41,7 +59,9 @@ def test_tokens_and_seconds_agree(results: dict[str, Any]) -> None:
     for run in results["runs"]:
         assert run["tokens"] == REQUESTS * MAX_TOKENS
         assert run["tokens_per_second"] == pytest.approx(run["tokens"] / run["seconds"])
-        assert run["committed"] == run["tokens"] - REQUESTS, "all but the first token of each, which its prompt's step yields"
+        assert run["committed"] == run["tokens"] - REQUESTS, (
+            "all but the first token of each, which its prompt's step yields"
+        )
         # A request lives no longer than the run, and most of the run is its share of two.
         assert run["ttft_p50_ms"] + run["tpot_p50_ms"] * (MAX_TOKENS - 1) < 1000 * run["seconds"]
         assert run["step_ms"] * run["steps"] < 2 * 1000 * run["seconds"]
@@ -58,7 +78,8 @@ def test_plain_decoding_drafts_nothing(results: dict[str, Any]) -> None:
 
 
 def test_counts_of_drafts_agree(results: dict[str, Any]) -> None:
-    """The scheduler's outputs, as they were watched, against vLLM's own counters, and against each other."""
+    """The scheduler's outputs, as they were watched, against vLLM's own counters, and against each
+    other."""
     for run in of(results, f"dflash:{K}"):
         assert run["agrees_with_vllm"]
         assert run["verified"] == K * run["drafts"] == run["accepted"] + run["wasted"]
@@ -85,6 +106,8 @@ def test_each_engine_is_what_it_says(results: dict[str, Any]) -> None:
 def test_methods_that_cannot_run_are_reported(results: dict[str, Any]) -> None:
     refused, missing = results["methods"][2:]
     assert [m["state"] for m in results["methods"]] == ["ran", "ran", "did not run", "did not run"]
-    assert "num_speculative_tokens is 99: this drafter's blocks of 8 hold 1 to 7" in refused["reason"]
+    assert (
+        "num_speculative_tokens is 99: this drafter's blocks of 8 hold 1 to 7" in refused["reason"]
+    )
     assert "pip install arctic-inference" in missing["reason"]
     assert not any(row["method"] in ("dflash:99", "suffix") for row in results["rows"])

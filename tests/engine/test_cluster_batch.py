@@ -1,6 +1,8 @@
-"""A data set over Ray Data: every row once, answered as by one process, figures that add up; poisoned rows, lost actors and resuming.
+"""A data set over Ray Data: every row once, answered as by one process, figures that add up;
+poisoned rows, lost actors and resuming.
 
-Needs ``pip install 'vllm-dflash[ray]'``. 512 rows, a killed driver and 200,000 rows are in ``tests/prove_batch.py``, to be run by hand.
+Needs ``pip install 'vllm-dflash[ray]'``. 512 rows, a killed driver and 200,000 rows are in
+``tests/prove_batch.py``, to be run by hand.
 
     pytest -s tests/engine/test_cluster_batch.py
 """
@@ -25,7 +27,13 @@ from vllm_dflash.files import RunError
 pytest.importorskip("ray", reason="needs Ray: pip install 'vllm-dflash[ray]'")
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 ENGINE = EngineSettings(
-    str(TARGET), str(DRAFTER), "cpu", 7, dtype="float32", max_model_len=512, engine_args={"kv_cache_memory_bytes": 1 << 28, **POISONED}
+    str(TARGET),
+    str(DRAFTER),
+    "cpu",
+    7,
+    dtype="float32",
+    max_model_len=512,
+    engine_args={"kv_cache_memory_bytes": 1 << 28, **POISONED},
 )
 TOKENS = 24
 
@@ -37,13 +45,19 @@ def cluster() -> Iterator[None]:
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for path in sorted(out.glob("part-*.jsonl")) for line in path.read_text().split("\n") if line]
+    return [
+        json.loads(line)
+        for path in sorted(out.glob("part-*.jsonl"))
+        for line in path.read_text().split("\n")
+        if line
+    ]
 
 
 def test_rows_are_those_of_one_process_and_bad_ones_cost_themselves_alone(
     tmp_path: Path, plain_float32: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Among 24 good rows: one that ends its engine, a broken line, one that is too long, and one with a parameter that does not exist.
+    """Among 24 good rows: one that ends its engine, a broken line, one that is too long, and one
+    with a parameter that does not exist.
 
     And the plug-in is loaded in every process of it, the first engine's and the later ones'.
     """
@@ -51,25 +65,40 @@ def test_rows_are_those_of_one_process_and_bad_ones_cost_themselves_alone(
     from transformers import AutoTokenizer
 
     prompts = [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()[:24]]
-    lines = [json.dumps({"id": i, "prompt": prompt, "tags": [i, "mixed"]}) for i, prompt in enumerate(prompts)]
+    lines = [
+        json.dumps({"id": i, "prompt": prompt, "tags": [i, "mixed"]})
+        for i, prompt in enumerate(prompts)
+    ]
     lines.insert(20, json.dumps({"id": "parameter", "prompt": "x", "sampling_params": {"heat": 1}}))
     lines.insert(15, json.dumps({"id": "long", "prompt_token_ids": [5] * 600}))
     lines.insert(9, json.dumps({"id": "deadly", "prompt_token_ids": POISON}))
     lines.insert(4, '{"id": "broken", ')
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     out = tmp_path / "out"
-    job = Job([str(tmp_path / "in.jsonl")], out, ENGINE, {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}, 1, rows_per_part=7)
+    job = Job(
+        [str(tmp_path / "in.jsonl")],
+        out,
+        ENGINE,
+        {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True},
+        1,
+        rows_per_part=7,
+    )
     sums = complete(job, Counting)
 
     processes = json.loads((out / "_batch" / "processes.json").read_text())
     print("", *processes, sep="\n  ")
     assert all(processes.values())
-    assert {kind for kind in ("ray::", "VLLM::EngineCore", "VLLM::Worker") for name in processes if name.startswith(kind)} == {
-        "ray::", "VLLM::EngineCore", "VLLM::Worker",
-    }  # fmt: skip
+    assert {
+        kind
+        for kind in ("ray::", "VLLM::EngineCore", "VLLM::Worker")
+        for name in processes
+        if name.startswith(kind)
+    } == {"ray::", "VLLM::EngineCore", "VLLM::Worker"}
 
     rows = rows_of(out)
-    assert [row.get("id") for row in rows] == [json.loads(line)["id"] if line.endswith("}") else None for line in lines]
+    assert [row.get("id") for row in rows] == [
+        json.loads(line)["id"] if line.endswith("}") else None for line in lines
+    ]
     bad = {row.get("id", row.get("line")): row["error"] for row in rows if row["error"] is not None}
     assert bad.keys() == {"parameter", "long", "deadly", '{"id": "broken", '}
     assert "ended while it answered this row alone" in bad["deadly"]
@@ -79,19 +108,34 @@ def test_rows_are_those_of_one_process_and_bad_ones_cost_themselves_alone(
 
     good = [row for row in rows if row["error"] is None]
     tokenizer = AutoTokenizer.from_pretrained(TARGET)
-    assert [row["completion"] for row in good] == [tokenizer.decode(tokens[:TOKENS]) for tokens in plain_float32[0].tokens[:24]]
-    assert all(row["finish_reason"] == "length" and row["completion_tokens"] == TOKENS and row["tags"][1] == "mixed" for row in good)
+    assert [row["completion"] for row in good] == [
+        tokenizer.decode(tokens[:TOKENS]) for tokens in plain_float32[0].tokens[:24]
+    ]
+    assert all(
+        row["finish_reason"] == "length"
+        and row["completion_tokens"] == TOKENS
+        and row["tags"][1] == "mixed"
+        for row in good
+    )
     assert (sums["rows"], sums["failed"], sums["completion_tokens"]) == (28, 4, 24 * TOKENS)
     print(f"\n{sums['drafts']} drafts, tau {1 + sums['accepted_tokens'] / sums['drafts']:.2f}")
     for name in ("drafts", "draft_tokens", "accepted_tokens"):
         assert sums[name] == sum(row[name] for row in good)
-        # At least: the engines that one row ended had drafted for others, which were then answered anew.
-        assert sum(json.loads(path.read_text())[name] for path in (out / "_batch").glob("counters-*")) >= sums[name] > 0
+        # At least: the engines that one row ended had drafted for others, which were then answered
+        # anew.
+        assert (
+            sum(json.loads(path.read_text())[name] for path in (out / "_batch").glob("counters-*"))
+            >= sums[name]
+            > 0
+        )
 
 
 def test_a_lost_actor_and_a_second_run_lose_and_repeat_nothing(tmp_path: Path) -> None:
-    """Resuming is by files: what is there is counted, not done again; another input or setting is refused."""
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"id": i, "prompt": f"p{i}"}) + "\n" for i in range(500)))
+    """Resuming is by files: what is there is counted, not done again; another input or setting is
+    refused."""
+    (tmp_path / "in.jsonl").write_text(
+        "".join(json.dumps({"id": i, "prompt": f"p{i}"}) + "\n" for i in range(500))
+    )
     out = tmp_path / "out"
     job = Job([str(tmp_path / "in.jsonl")], out, ENGINE, {"max_tokens": 1}, 2, rows_per_part=16)
     (out / "_batch").mkdir(parents=True)
@@ -112,8 +156,13 @@ def test_a_lost_actor_and_a_second_run_lose_and_repeat_nothing(tmp_path: Path) -
 
 
 def test_a_bad_row_costs_itself_alone_and_errors_are_counted(tmp_path: Path) -> None:
-    """Half of a surrogate pair in a field beside the prompt, and deep nesting, once ended the job, and the next run again."""
-    bad = ['{"prompt": "x", "note": "\\ud83d"}', '{"prompt": "y", "note": ' + "[" * 100_000 + "]" * 100_000 + "}", '{"prompt": "wrong"}']
+    """Half of a surrogate pair in a field beside the prompt, and deep nesting, once ended the job,
+    and the next run again."""
+    bad = [
+        '{"prompt": "x", "note": "\\ud83d"}',
+        '{"prompt": "y", "note": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        '{"prompt": "wrong"}',
+    ]
     lines = [json.dumps({"prompt": f"p{i}"}) for i in range(40)]
     (tmp_path / "in.jsonl").write_text("\n".join([*lines[:20], *bad, *lines[20:]]))
     job = Job([str(tmp_path / "in.jsonl")], tmp_path / "out", ENGINE, {}, 1, rows_per_part=4)
@@ -125,7 +174,13 @@ def test_a_bad_row_costs_itself_alone_and_errors_are_counted(tmp_path: Path) -> 
     assert [row["error"] is None for row in rows[19:24]] == [True, True, False, False, True]
     assert complete(replace(job, max_errors=2), StandIn) == sums
     for out in ("out", "new"):
-        with pytest.raises(ClusterError, match=r"rows failed, and --max-errors is 1: their field error in .* Raise --max-errors to go on"):
+        with pytest.raises(
+            ClusterError,
+            match=(
+                r"rows failed, and --max-errors is 1: their field error in .* Raise --max-errors to"
+                r" go on"
+            ),
+        ):
             complete(replace(job, out=tmp_path / out, max_errors=1), StandIn)
 
 
@@ -143,7 +198,9 @@ def test_room_that_is_taken_meanwhile(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
     began = time.monotonic()
     try:
-        with pytest.raises(ClusterError, match="the cluster had room, but 1 replicas did not start within 45 s"):
+        with pytest.raises(
+            ClusterError, match="the cluster had room, but 1 replicas did not start within 45 s"
+        ):
             complete(Job([str(tmp_path / "in.jsonl")], tmp_path / "out", ENGINE, {}, 1), StandIn)
     finally:
         ray.kill(other)
@@ -155,9 +212,14 @@ def test_parquet_in_and_out(tmp_path: Path) -> None:
     import pyarrow.parquet as parquet
 
     parquet.write_table(
-        pa.table({"prompt": [f"p{i}" for i in range(50)], "weight": [0.5] * 50}), tmp_path / "in.parquet", row_group_size=20
+        pa.table({"prompt": [f"p{i}" for i in range(50)], "weight": [0.5] * 50}),
+        tmp_path / "in.parquet",
+        row_group_size=20,
     )
-    complete(Job([str(tmp_path / "in.parquet")], tmp_path / "out", ENGINE, {}, 2, rows_per_part=8), StandIn)
+    complete(
+        Job([str(tmp_path / "in.parquet")], tmp_path / "out", ENGINE, {}, 2, rows_per_part=8),
+        StandIn,
+    )
     table = parquet.read_table(tmp_path / "out")
     assert table.column("completion").to_pylist() == [f"p{i}" for i in range(50)]
     assert table.column("weight").to_pylist() == [0.5] * 50

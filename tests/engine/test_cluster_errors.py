@@ -1,6 +1,8 @@
-"""What a cluster lacks is said within a minute and with the remedy: real nodes, one of which is another machine as far as it can tell.
+"""What a cluster lacks is said within a minute and with the remedy: real nodes, one of which is
+another machine as far as it can tell.
 
-Needs ``pip install 'vllm-dflash[ray]'``; the node that differs needs root, for a file system of its own.
+Needs ``pip install 'vllm-dflash[ray]'``; the node that differs needs root, for a file system of its
+own.
 
     pytest -s tests/engine/test_cluster_errors.py
 """
@@ -39,7 +41,9 @@ def within_a_minute() -> Iterator[None]:
 
 
 def test_no_room() -> None:
-    with pytest.raises(ClusterError, match=r"no room: 9 CPU are needed, 2 CPU of 2 CPU are free .* fewer replicas"):
+    with pytest.raises(
+        ClusterError, match=r"no room: 9 CPU are needed, 2 CPU of 2 CPU are free .* fewer replicas"
+    ):
         connection.check_room(ENGINE.bundles * 9, seconds=5)
     connection.check_room(ENGINE.bundles * 2, seconds=20)
 
@@ -54,8 +58,13 @@ def test_this_node_is_fit() -> None:
 
 
 def test_a_node_with_another_vllm_and_without_the_drafter(tmp_path: Path) -> None:
-    """The second node has a file system of its own, in which an empty folder lies over the drafter, and another vLLM's metadata."""
-    if os.geteuid() != 0 or shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
+    """The second node has a file system of its own, in which an empty folder lies over the drafter,
+    and another vLLM's metadata."""
+    if (
+        os.geteuid() != 0
+        or shutil.which("unshare") is None
+        or subprocess.run(["unshare", "-m", "true"], check=False).returncode
+    ):
         pytest.skip("unshare -m is not allowed here")
     drafter = tmp_path / "drafter"
     shutil.copytree(DRAFTER, drafter)
@@ -64,9 +73,18 @@ def test_a_node_with_another_vllm_and_without_the_drafter(tmp_path: Path) -> Non
     metadata.parent.mkdir(parents=True)
     metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.31.0\n")
     address = ray.get_runtime_context().gcs_address
-    start = f"mount --bind {tmp_path}/empty {drafter} && exec {Path(sys.executable).with_name('ray')} start --address={address} --num-cpus=1 --block"
+    start = (
+        f"mount --bind {tmp_path}/empty {drafter} && exec {Path(sys.executable).with_name('ray')}"
+        f" start --address={address} --num-cpus=1 --block"
+    )
     env = os.environ | {"PYTHONPATH": f"{tmp_path}/site", "RAY_AUTH_MODE": "token"}
-    node = subprocess.Popen(["unshare", "-m", "sh", "-c", start], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    node = subprocess.Popen(
+        ["unshare", "-m", "sh", "-c", start],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         until = time.monotonic() + 45
         while sum(each["Alive"] for each in ray.nodes()) < 2:
@@ -86,8 +104,9 @@ def test_a_node_with_another_vllm_and_without_the_drafter(tmp_path: Path) -> Non
 
 def test_no_cluster_at_the_address() -> None:
     code = (
-        "from vllm_dflash.cluster.connection import connect\nfrom vllm_dflash.cluster.settings import ClusterError, EngineSettings\n"
-        "try:\n    with connect(EngineSettings('org/target', device='cpu'), 1): pass\nexcept ClusterError as error:\n    print(error)\n"
+        "from vllm_dflash.cluster.connection import connect\nfrom vllm_dflash.cluster.settings"
+        " import ClusterError, EngineSettings\ntry:\n    with connect(EngineSettings('org/target',"
+        " device='cpu'), 1): pass\nexcept ClusterError as error:\n    print(error)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -103,10 +122,18 @@ def test_no_cluster_at_the_address() -> None:
 def test_ray_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}')
     code = (
-        "import sys\nsys.modules['ray'] = None\nfrom vllm_dflash.cli import main\n"
-        "raise SystemExit(main(['batch', 'in.jsonl', '--out', 'out', '--target', 'org/target', '--device', 'cpu']))\n"
+        "import sys\nsys.modules['ray'] = None\nfrom vllm_dflash.cli import main\nraise"
+        " SystemExit(main(['batch', 'in.jsonl', '--out', 'out', '--target', 'org/target',"
+        " '--device', 'cpu']))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=tmp_path,
+    )
     assert done.returncode == 1
     assert "Ray is not installed" in done.stderr
     assert "pip install 'vllm-dflash[ray]'" in done.stderr

@@ -1,7 +1,8 @@
-"""``vllm-dflash up`` on a real cluster: it answers as one process does, the plug-in is in every process, it asks for its API
-key, it stops when told, and nothing stays.
+"""``vllm-dflash up`` on a real cluster: it answers as one process does, the plug-in is in every
+process, it asks for its API key, it stops when told, and nothing stays.
 
-One replica; two, a killed one and scaling are in ``tests/prove_serve.py``, to be run by hand. Needs ``pip install 'vllm-dflash[ray]'``.
+One replica; two, a killed one and scaling are in ``tests/prove_serve.py``, to be run by hand. Needs
+``pip install 'vllm-dflash[ray]'``.
 
     pytest -s tests/engine/test_cluster_serve.py
 """
@@ -21,8 +22,15 @@ from prove_serve import BODY, ask, deployment
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'vllm-dflash[ray]'")
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
-KINDS = ("vllm-dflash up", r"ray::\S+vllm-dflash[#:]Replica", r"ray::\S+vllm-dflash[#:]Ingress", "VLLM::EngineCore", "VLLM::Worker")
-"""Processes by their names; Ray calls a replica by its actor's name or, once it has answered, by its class and deployment."""
+KINDS = (
+    "vllm-dflash up",
+    r"ray::\S+vllm-dflash[#:]Replica",
+    r"ray::\S+vllm-dflash[#:]Ingress",
+    "VLLM::EngineCore",
+    "VLLM::Worker",
+)
+"""Processes by their names; Ray calls a replica by its actor's name or, once it has answered, by
+its class and deployment."""
 
 
 KEY = "sk-of-a-test"
@@ -32,16 +40,23 @@ def status(url: str, key: str | None) -> int:
     """What a GET with this API key is answered with."""
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as response:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers=headers), timeout=60
+        ) as response:
             return response.status
     except urllib.error.HTTPError as error:
         return error.code
 
 
-def test_it_answers_from_processes_that_all_have_the_plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_answers_from_processes_that_all_have_the_plug_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoTokenizer
 
-    reports, files = tmp_path / "reports", Path(os.environ.get("TMPDIR", "/tmp"), f"up-{os.getpid()}")
+    reports, files = (
+        tmp_path / "reports",
+        Path(os.environ.get("TMPDIR", "/tmp"), f"up-{os.getpid()}"),
+    )
     reports.mkdir()
     files.mkdir()
     monkeypatch.setenv("VLLM_DFLASH_REPORT", str(reports))
@@ -49,15 +64,25 @@ def test_it_answers_from_processes_that_all_have_the_plug_in(tmp_path: Path, mon
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     with deployment(files, "1") as url:
         prompts = [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()[:4]]
-        answers = [ask(url, BODY | {"prompt": prompt, "ignore_eos": True}, key=KEY)["choices"][0]["text"] for prompt in prompts]
-        for path, key in (("/v1/completions", None), ("/v1/models", "wrong"), ("/tokenize", None), ("/docs", None)):
+        answers = [
+            ask(url, BODY | {"prompt": prompt, "ignore_eos": True}, key=KEY)["choices"][0]["text"]
+            for prompt in prompts
+        ]
+        for path, key in (
+            ("/v1/completions", None),
+            ("/v1/models", "wrong"),
+            ("/tokenize", None),
+            ("/docs", None),
+        ):
             assert status(url + path, key) == 401, path
         assert status(f"{url}/v1/models", KEY) == 200
         processes = plugin_processes(reports)
     print("", *processes, sep="\n  ")
     assert all(processes.values())
     assert [kind for kind in KINDS if not any(re.search(kind, name) for name in processes)] == []
-    assert not [name for name in plugin_processes(reports) if "Worker" in name], "something was left running"
+    assert not [name for name in plugin_processes(reports) if "Worker" in name], (
+        "something was left running"
+    )
     monkeypatch.delenv("PYTHONPATH")
     tokenizer = AutoTokenizer.from_pretrained(TARGET)
     plain = run_engine(TARGET, None, held_out_prompts(4), max_tokens=BODY["max_tokens"])[0]

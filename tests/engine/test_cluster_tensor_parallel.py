@@ -1,7 +1,8 @@
-"""vLLM's Ray executor with a drafter, on logical GPUs (``tests/ray_platform``): the output is one process's.
+"""vLLM's Ray executor with a drafter, on logical GPUs (``tests/ray_platform``): the output is one
+process's.
 
-Tensor parallel 2 goes through ``vllm-dflash batch``'s own path, with a placement group a replica; two data-parallel ranks through vLLM's
-AsyncLLM. Needs ``pip install 'vllm-dflash[ray]'``.
+Tensor parallel 2 goes through ``vllm-dflash batch``'s own path, with a placement group a replica;
+two data-parallel ranks through vLLM's AsyncLLM. Needs ``pip install 'vllm-dflash[ray]'``.
 
     pytest -s tests/engine/test_cluster_tensor_parallel.py
 """
@@ -37,7 +38,10 @@ def expected() -> list[str]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TARGET)
-    return [tokenizer.decode(tokens) for tokens in run_engine(TARGET, None, held_out_prompts(8), max_tokens=TOKENS)[0].tokens]
+    return [
+        tokenizer.decode(tokens)
+        for tokens in run_engine(TARGET, None, held_out_prompts(8), max_tokens=TOKENS)[0].tokens
+    ]
 
 
 def test_two_tensor_parallel_ranks(tmp_path: Path, expected: list[str]) -> None:
@@ -45,11 +49,20 @@ def test_two_tensor_parallel_ranks(tmp_path: Path, expected: list[str]) -> None:
 
     (tmp_path / "in.jsonl").write_text("\n".join(PROMPTS.read_text().splitlines()[:8]))
     engine = EngineSettings(
-        str(TARGET), str(DRAFTER), "cuda", 7, tensor_parallel_size=2, dtype="float32", max_model_len=512, engine_args=ON_CPU
+        str(TARGET),
+        str(DRAFTER),
+        "cuda",
+        7,
+        tensor_parallel_size=2,
+        dtype="float32",
+        max_model_len=512,
+        engine_args=ON_CPU,
     )
     sampling = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
     sums = complete(Job([str(tmp_path / "in.jsonl")], tmp_path / "out", engine, sampling, 1, 8))
-    rows = [json.loads(line) for line in (tmp_path / "out/part-000000.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "out/part-000000.jsonl").read_text().splitlines()
+    ]
     assert [row["error"] for row in rows] == [None] * 8
     assert [row["completion"] for row in rows] == expected
     tau = 1 + sums["accepted_tokens"] / sums["drafts"]
@@ -66,12 +79,21 @@ def test_two_data_parallel_ranks(tmp_path: Path, expected: list[str]) -> None:
 
     address = ray.get_runtime_context().gcs_address
     script = Path(__file__).with_name("data_parallel_worker.py")
-    env = engine_env({"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
+    env = engine_env(
+        {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    )
     out = tmp_path / "out.json"
     done = subprocess.run(
-        [sys.executable, str(script), str(out), str(TOKENS)], env=env, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, str(script), str(out), str(TOKENS)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
-    said = [line for line in done.stderr.splitlines() if "leaked" not in line]  # nanobind's, of Triton's bindings
+    said = [
+        line for line in done.stderr.splitlines() if "leaked" not in line
+    ]  # nanobind's, of Triton's bindings
     assert out.is_file(), "\n".join(said[-60:])
     report = json.loads(out.read_text())
     assert report["texts"] == expected

@@ -1,6 +1,8 @@
-"""The doctor on real pairs: a sound one passes with the tau that is served, spoilt ones fail with the advice that mends them.
+"""The doctor on real pairs: a sound one passes with the tau that is served, spoilt ones fail with
+the advice that mends them.
 
-Also what ``vllm-dflash convert`` writes, in real engines: tables of a drafter's own, in the formats that were not made for them.
+Also what ``vllm-dflash convert`` writes, in real engines: tables of a drafter's own, in the formats
+that were not made for them.
 
     pytest tests/engine/test_doctor.py
 """
@@ -55,16 +57,35 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, P
 
 @pytest.fixture(scope="module")
 def served(random_target: Path, folders: dict[str, tuple[Path, Path]]) -> dict[str, Batch]:
-    """The conversions, and under ``pair`` the embedded pair over the doctor's prompts: one process, an engine each."""
-    jobs = [Job(random_target, converted, random_prompts(8, 512), max_tokens=16, record=True) for _, converted in folders.values()]
-    pair = Job(TARGET, DRAFTER, held_out_prompts(NUM_PROMPTS), max_tokens=MAX_TOKENS, batch_sizes=(8,))
-    return dict(zip([*folders, "pair"], (batches[0] for batches in run_engines([*jobs, pair])), strict=True))
+    """The conversions, and under ``pair`` the embedded pair over the doctor's prompts: one process,
+    an engine each."""
+    jobs = [
+        Job(random_target, converted, random_prompts(8, 512), max_tokens=16, record=True)
+        for _, converted in folders.values()
+    ]
+    pair = Job(
+        TARGET, DRAFTER, held_out_prompts(NUM_PROMPTS), max_tokens=MAX_TOKENS, batch_sizes=(8,)
+    )
+    return dict(
+        zip([*folders, "pair"], (batches[0] for batches in run_engines([*jobs, pair])), strict=True)
+    )
 
 
-def doctor(capsys: pytest.CaptureFixture[str], target: Path, drafter: Path, *more: str) -> tuple[int, dict[str, Any]]:
+def doctor(
+    capsys: pytest.CaptureFixture[str], target: Path, drafter: Path, *more: str
+) -> tuple[int, dict[str, Any]]:
     """The exit status and the report."""
-    limits = ["--num-prompts", str(NUM_PROMPTS), "--max-tokens", str(MAX_TOKENS), "--dtype", "float32"]
-    status = main(["doctor", "--target", str(target), "--draft", str(drafter), "--json", *limits, *more])
+    limits = [
+        "--num-prompts",
+        str(NUM_PROMPTS),
+        "--max-tokens",
+        str(MAX_TOKENS),
+        "--dtype",
+        "float32",
+    ]
+    status = main(
+        ["doctor", "--target", str(target), "--draft", str(drafter), "--json", *limits, *more]
+    )
     return status, json.loads(capsys.readouterr().out)
 
 
@@ -78,8 +99,14 @@ def drafter(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("format", CONVERTED)
-def test_a_conversion_is_served(random_target: Path, folders: dict[str, tuple[Path, Path]], served: dict[str, Batch], format: str) -> None:
-    """Drafts as the source's, by the reference. z-lab's and AngelSlim's own files never hold a draft vocabulary; ours may."""
+def test_a_conversion_is_served(
+    random_target: Path,
+    folders: dict[str, tuple[Path, Path]],
+    served: dict[str, Batch],
+    format: str,
+) -> None:
+    """Drafts as the source's, by the reference. z-lab's and AngelSlim's own files never hold a
+    draft vocabulary; ours may."""
     agreement = compare_drafts(served[format], random_target, folders[format][0], torch.float32, K)
     assert agreement.drafts >= 80
     assert agreement.differences == []
@@ -93,7 +120,9 @@ def test_a_good_pair(capsys: pytest.CaptureFixture[str], served: dict[str, Batch
     assert report["vllm"]["tau"] == pytest.approx(served["pair"].tau, rel=0.01)
     assert report["reference"]["tau"] == pytest.approx(served["pair"].tau, rel=0.02)
     counters = served["pair"].report["counters"]
-    assert report["vllm"]["acceptance"] == pytest.approx([n / counters["drafts"] for n in counters["per_position"]], abs=0.02)
+    assert report["vllm"]["acceptance"] == pytest.approx(
+        [n / counters["drafts"] for n in counters["per_position"]], abs=0.02
+    )
     assert check(report, "outputs")["found"].startswith("equal in plain PyTorch and vLLM, 8 of 8")
     assert any("Expect tau" in line for line in report["advice"])
 
@@ -102,7 +131,10 @@ def test_shuffled_weights(capsys: pytest.CaptureFixture[str], drafter: Path) -> 
     """Every tensor has its name, shape and dtype, so that nothing but acceptance tells."""
     generator = torch.Generator().manual_seed(0)
     tensors = load_file(drafter / "model.safetensors")
-    mixed = {n: t.view(-1)[torch.randperm(t.numel(), generator=generator)].view(t.shape) for n, t in tensors.items()}
+    mixed = {
+        n: t.view(-1)[torch.randperm(t.numel(), generator=generator)].view(t.shape)
+        for n, t in tensors.items()
+    }
     save_file(mixed, drafter / "model.safetensors", metadata={"format": "pt"})
     status, report = doctor(capsys, TARGET, drafter, "--prompts", str(PROMPTS), "--skip-vllm")
     assert status == 1
@@ -112,10 +144,13 @@ def test_shuffled_weights(capsys: pytest.CaptureFixture[str], drafter: Path) -> 
 
 
 def test_one_based_layer_ids(capsys: pytest.CaptureFixture[str], drafter: Path) -> None:
-    """Neighbouring layers are alike, so tau only falls from 3.6 to 3.2: found by comparing, anchor by anchor, not by a threshold."""
+    """Neighbouring layers are alike, so tau only falls from 3.6 to 3.2: found by comparing, anchor
+    by anchor, not by a threshold."""
     path = drafter / "config.json"
     raw = json.loads(path.read_text())
-    raw["dflash_config"]["target_layer_ids"] = [i + 1 for i in raw["dflash_config"]["target_layer_ids"]]
+    raw["dflash_config"]["target_layer_ids"] = [
+        i + 1 for i in raw["dflash_config"]["target_layer_ids"]
+    ]
     path.write_text(json.dumps(raw))
     status, report = doctor(capsys, TARGET, drafter, "--prompts", str(PROMPTS), "--skip-vllm")
     assert status == 1, report
@@ -123,9 +158,13 @@ def test_one_based_layer_ids(capsys: pytest.CaptureFixture[str], drafter: Path) 
     assert "set target_layer_ids to 1, 3, 5, counted from 0" in check(report, "layer ids")["remedy"]
 
 
-def test_a_pair_that_does_not_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path, drafter: Path) -> None:
+def test_a_pair_that_does_not_fit(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, drafter: Path
+) -> None:
     """All that is wrong is said at once, and nothing is run."""
-    status, report = doctor(capsys, make_random_target(tmp_path / "target"), drafter, "--num-speculative-tokens", "9")
+    status, report = doctor(
+        capsys, make_random_target(tmp_path / "target"), drafter, "--num-speculative-tokens", "9"
+    )
     assert status == 1
     wrong = {c["name"] for c in report["checks"] if c["state"] == "error"}
     assert wrong == {"hidden size", "vocabulary", "target layers", "drafted tokens"}
@@ -134,8 +173,11 @@ def test_a_pair_that_does_not_fit(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert report["reference"] is None
 
 
-def test_what_serves_but_is_odd(capsys: pytest.CaptureFixture[str], tmp_path: Path, drafter: Path) -> None:
-    """Another rotary base and a mask token of ordinary text are warnings; another tokenizer and too long a context are errors."""
+def test_what_serves_but_is_odd(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, drafter: Path
+) -> None:
+    """Another rotary base and a mask token of ordinary text are warnings; another tokenizer and too
+    long a context are errors."""
     path = drafter / "config.json"
     raw = json.loads(path.read_text()) | {"rope_theta": 5000.0, "max_position_embeddings": 512}
     raw["dflash_config"]["mask_token_id"] = 300
@@ -150,7 +192,12 @@ def test_what_serves_but_is_odd(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     status, report = doctor(capsys, TARGET, drafter, "--skip-vllm")
     assert status == 1
     states = {c["name"]: c["state"] for c in report["checks"] if c["state"] != "ok"}
-    assert states == {"rotary": "warning", "mask token": "warning", "tokenizer": "error", "context length": "error"}
+    assert states == {
+        "rotary": "warning",
+        "mask token": "warning",
+        "tokenizer": "error",
+        "context length": "error",
+    }
     assert "2 tokens differ" in check(report, "tokenizer")["found"]
     assert "--max-model-len 512 or less" in check(report, "context length")["remedy"]
 
@@ -164,5 +211,10 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
         ('{"prompt_token_ids": [9999]}', "below 4096"),
     ):
         bad.write_text(content)
-        assert main(["doctor", "--target", str(TARGET), "--draft", str(DRAFTER), "--prompts", str(bad)]) == 2
+        assert (
+            main(
+                ["doctor", "--target", str(TARGET), "--draft", str(DRAFTER), "--prompts", str(bad)]
+            )
+            == 2
+        )
         assert words in capsys.readouterr().err

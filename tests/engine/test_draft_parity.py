@@ -23,26 +23,31 @@ def test_trained_float32(dflash_float32: list[Batch], index: int) -> None:
 def test_trained_float32_compiled() -> None:
     """vLLM's default: target and drafter through torch.compile."""
     prompts = held_out_prompts(16)
-    compiled = run_engine(TARGET, DRAFTER, prompts, max_tokens=64, record=True, engine_args={"enforce_eager": False})[0]
+    compiled = run_engine(
+        TARGET, DRAFTER, prompts, max_tokens=64, record=True, engine_args={"enforce_eager": False}
+    )[0]
     agreement = compare_drafts(compiled, TARGET, DRAFTER, torch.float32, 7)
     assert agreement.drafts >= 200
     assert agreement.differences == []
 
 
 def check_bfloat16(batch: Batch, target: Path, drafter: Path) -> None:
-    """Of an engine's drafts in bfloat16 99 % are, outright, those of plain PyTorch that rounds where the engine does; and they are as near to
-    the float32 reference's as the reference's own in bfloat16 are, to 1 %."""
+    """Of an engine's drafts in bfloat16 99 % are, outright, those of plain PyTorch that rounds
+    where the engine does; and they are as near to the float32 reference's as the reference's own in
+    bfloat16 are, to 1 %."""
     served, reference = compare_bfloat16(batch, target, drafter, 7)
     gaps = [f"{gap:.4f}" for gap in sorted(served.differences)]
     print(
-        f"\nbfloat16, {served.tokens} draft tokens that agree with the float32 reference: engine {served.share:.4f}, reference "
-        f"{reference.share:.4f}; relative logit gaps where the engine's do not: {', '.join(gaps)}"
+        f"\nbfloat16, {served.tokens} draft tokens that agree with the float32 reference: engine"
+        f" {served.share:.4f}, reference {reference.share:.4f}; relative logit gaps where the"
+        f" engine's do not: {', '.join(gaps)}"
     )
     assert served.drafts >= 200
     assert served.share >= reference.share - 0.01
     agreement = compare_rounded(batch, target, drafter, 7)
     print(
-        f"with plain PyTorch that rounds alike: {agreement.share:.4f} outright; largest relative gap {max(agreement.differences, default=0):.4f}"
+        f"with plain PyTorch that rounds alike: {agreement.share:.4f} outright; largest relative"
+        f" gap {max(agreement.differences, default=0):.4f}"
     )
     assert agreement.share >= AT_LEAST
     assert agreement.share_beyond(BFLOAT16_GAP) >= 0.99
@@ -53,45 +58,77 @@ def test_trained_bfloat16(dflash_bfloat16: Batch) -> None:
 
 
 @pytest.mark.parametrize("num_speculative_tokens", [7, 3])
-def test_random_weights_float32(random_target: Path, random_drafter: Path, num_speculative_tokens: int) -> None:
-    """Random norms in each layer, GQA, an untied lm_head: a wrong weight anywhere changes drafts."""
+def test_random_weights_float32(
+    random_target: Path, random_drafter: Path, num_speculative_tokens: int
+) -> None:
+    """Random norms in each layer, GQA, an untied lm_head: a wrong weight anywhere changes
+    drafts."""
     batch = run_engine(
-        random_target, random_drafter, random_prompts(16, 512), num_speculative_tokens=num_speculative_tokens, max_tokens=24, record=True
+        random_target,
+        random_drafter,
+        random_prompts(16, 512),
+        num_speculative_tokens=num_speculative_tokens,
+        max_tokens=24,
+        record=True,
     )[0]
-    agreement = compare_drafts(batch, random_target, random_drafter, torch.float32, num_speculative_tokens)
+    agreement = compare_drafts(
+        batch, random_target, random_drafter, torch.float32, num_speculative_tokens
+    )
     assert agreement.drafts >= 200
     assert agreement.differences == []
 
 
 def test_random_weights_bfloat16(random_target: Path, random_drafter: Path) -> None:
     """With random weights the two best logits are often closer than bfloat16 can tell apart."""
-    batch = run_engine(random_target, random_drafter, random_prompts(16, 512), dtype="bfloat16", max_tokens=24, record=True)[0]
+    batch = run_engine(
+        random_target,
+        random_drafter,
+        random_prompts(16, 512),
+        dtype="bfloat16",
+        max_tokens=24,
+        record=True,
+    )[0]
     check_bfloat16(batch, random_target, random_drafter)
 
 
 def test_blocks_end_at_max_model_len(random_target: Path, random_drafter: Path) -> None:
-    """Near the end a block has fewer positions, for that request alone: the others in the batch draft whole blocks.
+    """Near the end a block has fewer positions, for that request alone: the others in the batch
+    draft whole blocks.
 
-    vLLM's own test asks whether the longest sequence leaves room for a whole block. Where it does not, no request gets
-    its context written in that step, and all draft zeros from then on with holes in what they attend to.
+    vLLM's own test asks whether the longest sequence leaves room for a whole block. Where it does
+    not, no request gets its context written in that step, and all draft zeros from then on with
+    holes in what they attend to.
     """
     limit = 64
     long, short = [list(range(2, 52))], random_prompts(6, 512)
     prompts = [p[:20] for p in short] + long
-    batch = run_engine(random_target, random_drafter, prompts, max_tokens=40, max_model_len=limit, record=True)[0]
+    batch = run_engine(
+        random_target, random_drafter, prompts, max_tokens=40, max_model_len=limit, record=True
+    )[0]
     plain = run_engine(random_target, None, prompts, max_tokens=40, max_model_len=limit)[0]
     assert batch.tokens == plain.tokens
     assert len(batch.tokens[-1]) == limit - 50
-    agreement = compare_drafts(batch, random_target, random_drafter, torch.float32, 7, max_model_len=limit)
+    agreement = compare_drafts(
+        batch, random_target, random_drafter, torch.float32, 7, max_model_len=limit
+    )
     assert agreement.differences == []
 
 
 def test_chunked_prefill_and_prefix_cache(random_target: Path, random_drafter: Path) -> None:
-    """A prompt that is prefilled in pieces, and one whose pages come from the prefix cache, leave no hole in the context."""
+    """A prompt that is prefilled in pieces, and one whose pages come from the prefix cache, leave
+    no hole in the context."""
     shared = random_prompts(1, 512)[0][:2] * 140
     prompts = [shared + [i] * 5 for i in range(2, 8)]
     engine_args = {"max_num_batched_tokens": 48, "enable_prefix_caching": True}
-    batches = run_engine(random_target, random_drafter, prompts, max_tokens=16, batch_sizes=(2, 6), record=True, engine_args=engine_args)
+    batches = run_engine(
+        random_target,
+        random_drafter,
+        prompts,
+        max_tokens=16,
+        batch_sizes=(2, 6),
+        record=True,
+        engine_args=engine_args,
+    )
     assert batches[1].report["counters"]["prefix_cache_hits"] >= 6 * 128, (
         "pages of 128 tokens on a CPU: each prompt starts with one at least"
     )
@@ -102,30 +139,43 @@ def test_chunked_prefill_and_prefix_cache(random_target: Path, random_drafter: P
 
 
 def test_tau_equals_the_reference_loop(dflash_float32: list[Batch]) -> None:
-    """Served tau is within 2 % of the reference loop's on the same prompts, at batch 1 and at batch 8."""
+    """Served tau is within 2 % of the reference loop's on the same prompts, at batch 1 and at batch
+    8."""
     from transformers import AutoModelForCausalLM
 
     from vllm_dflash.reference.checkpoint import load_drafter
     from vllm_dflash.reference.decoding import generate
 
-    target, drafter = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32), load_drafter(DRAFTER, torch.float32)
+    target, drafter = (
+        AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32),
+        load_drafter(DRAFTER, torch.float32),
+    )
     prompts = held_out_prompts(24)
     loops = [generate(target, drafter, p, 128, 7) for p in prompts]
-    reference = 1 + sum(s.accepted for g in loops for s in g.steps) / sum(len(g.steps) for g in loops)
+    reference = 1 + sum(s.accepted for g in loops for s in g.steps) / sum(
+        len(g.steps) for g in loops
+    )
     served = run_engine(TARGET, DRAFTER, prompts, batch_sizes=(1, 8))
-    print(f"\ntau: reference loop {reference:.3f}, served {served[0].tau:.3f} at batch 1 and {served[1].tau:.3f} at batch 8")
+    print(
+        f"\ntau: reference loop {reference:.3f}, served {served[0].tau:.3f} at batch 1 and"
+        f" {served[1].tau:.3f} at batch 8"
+    )
     for batch in served:
         assert abs(batch.tau / reference - 1) < 0.02
 
 
 def test_tau_of_the_embedded_pair(dflash_float32: list[Batch]) -> None:
     """Greedy, block size 8, 64 held-out prompts x 128 tokens."""
-    print(f"\ntau of the embedded pair: {', '.join(f'{b.tau:.2f}' for b in dflash_float32)} at batch 1, 4 and 16")
+    print(
+        f"\ntau of the embedded pair: {', '.join(f'{b.tau:.2f}' for b in dflash_float32)} at batch"
+        " 1, 4 and 16"
+    )
     assert all(batch.tau >= 3.5 for batch in dflash_float32)
 
 
 def test_embedded_dflare(dflash_float32: list[Batch], prompts: list[list[int]]) -> None:
-    """The DFlare drafter beside it, conditioned on all eight target layers: drafts, output (the target's own, test_lossless.py) and tau."""
+    """The DFlare drafter beside it, conditioned on all eight target layers: drafts, output (the
+    target's own, test_lossless.py) and tau."""
     batch = run_engine(TARGET, DFLARE, prompts, batch_sizes=(16,), record=True)[0]
     agreement = compare_drafts(batch, TARGET, DFLARE, torch.float32, 7)
     print(f"\ntau of the embedded DFlare: {batch.tau:.2f}, {agreement.tokens} draft tokens")

@@ -1,6 +1,8 @@
-"""vLLM's source with one edited body: what relies on it drops out or is refused, what only runs around it goes on.
+"""vLLM's source with one edited body: what relies on it drops out or is refused, what only runs
+around it goes on.
 
-Each edit is made in a copy that stands before the installed vLLM on the path; links take the place of all other files.
+Each edit is made in a copy that stands before the installed vLLM on the path; links take the place
+of all other files.
 
     pytest tests/engine/test_edited_vllm.py
 """
@@ -29,7 +31,8 @@ NOT_LOUDER = QWEN3, "self.o_proj(attn_output)", "self.o_proj(attn_output * 0.9)"
 
 
 def edited(folder: Path, *edits: tuple[str, str, str]) -> dict[str, str]:
-    """An environment whose vLLM differs from the installed one by ``edits``: file, what is replaced once, and by what."""
+    """An environment whose vLLM differs from the installed one by ``edits``: file, what is replaced
+    once, and by what."""
     spec = find_spec("vllm")
     assert spec is not None
     assert spec.origin is not None
@@ -61,18 +64,34 @@ def _link(source: Path, place: Path) -> None:
 
 
 def status(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "vllm_dflash.cli", "status"], env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "vllm_dflash.cli", "status"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
-def run(env: dict[str, str], folder: Path, *drafters: Path | None, **changes: Any) -> list[dict[str, Any]]:
-    """An engine for each drafter; a process of its own, as the harness's has imported vLLM already."""
+def run(
+    env: dict[str, str], folder: Path, *drafters: Path | None, **changes: Any
+) -> list[dict[str, Any]]:
+    """An engine for each drafter; a process of its own, as the harness's has imported vLLM
+    already."""
     prompts = held_out_prompts(3)
-    jobs = [Job(TARGET, drafter, prompts, max_tokens=24, **changes).to_json() for drafter in drafters]
+    jobs = [
+        Job(TARGET, drafter, prompts, max_tokens=24, **changes).to_json() for drafter in drafters
+    ]
     out = folder / "reports.json"
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("worker.py")), str(out)], input=json.dumps(jobs), env=env, capture_output=True,
-        text=True, check=False, timeout=400,
-    )  # fmt: skip
+        [sys.executable, str(Path(__file__).with_name("worker.py")), str(out)],
+        input=json.dumps(jobs),
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
     if done.returncode != 0:
         raise RuntimeError(done.stdout + done.stderr)
     reports = json.loads(out.read_text())
@@ -114,19 +133,30 @@ def test_an_edited_rejection_sampler_is_refused_and_plain_serving_works(tmp_path
     assert "RejectionSampler, whose source has changed" in said.stdout
     (plain,) = run(env, tmp_path, None)
     assert len(tokens(plain)) == 3
-    with pytest.raises(RuntimeError, match=r"(?s)supports vLLM .*RejectionSampler, whose source has changed"):
+    with pytest.raises(
+        RuntimeError, match=r"(?s)supports vLLM .*RejectionSampler, whose source has changed"
+    ):
         run(env, tmp_path, DRAFTER)
 
 
 def test_an_edited_constructor_of_the_scheduler_and_comments_change_nothing(tmp_path: Path) -> None:
-    """Every part stays, metrics too, which stand around that constructor; and comments are no code."""
+    """Every part stays, metrics too, which stand around that constructor; and comments are no
+    code."""
     before = status(engine_env()).stdout
     old = "self.vllm_config = vllm_config\n"
     env = edited(
         tmp_path,
         (SCHEDULER, old, f"{old}        self.was_edited = True\n"),
-        (QWEN3, "output, _ = self.o_proj(attn_output)", "output, _ = self.o_proj(attn_output)  # as it was"),
-        (SAMPLER, "class RejectionSampler(nn.Module):", "# as it was\nclass RejectionSampler(nn.Module):"),
+        (
+            QWEN3,
+            "output, _ = self.o_proj(attn_output)",
+            "output, _ = self.o_proj(attn_output)  # as it was",
+        ),
+        (
+            SAMPLER,
+            "class RejectionSampler(nn.Module):",
+            "# as it was\nclass RejectionSampler(nn.Module):",
+        ),
     )
     said = status(env)
     assert said.stdout == before

@@ -1,7 +1,8 @@
-"""vLLM's request features with a drafter: greedy float32 output equals plain vLLM's token for token, or vLLM's refusal is passed on.
+"""vLLM's request features with a drafter: greedy float32 output equals plain vLLM's token for
+token, or vLLM's refusal is passed on.
 
-Two engines on the embedded pair, without and with the drafter, are asked the same; a third prefills prompts in chunks. Every test
-that compares also sees that drafts were made and accepted meanwhile.
+Two engines on the embedded pair, without and with the drafter, are asked the same; a third prefills
+prompts in chunks. Every test that compares also sees that drafts were made and accepted meanwhile.
 
     pytest -s tests/engine/test_features.py
 """
@@ -24,9 +25,14 @@ PENALTIES = {"presence_penalty": 1.0, "frequency_penalty": 0.6, "repetition_pena
 BAD_WORDS = ["self", "return", " = ", "assert", "(self"]
 ALLOWED = [t for t in range(4096) if t % 3]
 SCHEMA = {
-    "type": "object", "required": ["name", "kind"], "additionalProperties": False,
-    "properties": {"name": {"type": "string", "maxLength": 12}, "kind": {"enum": ["class", "function", "module"]}},
-}  # fmt: skip
+    "type": "object",
+    "required": ["name", "kind"],
+    "additionalProperties": False,
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "kind": {"enum": ["class", "function", "module"]},
+    },
+}
 REGEX, CHOICES = (
     r"def [a-z]{3,8}_[a-z]{3,8}\(self\):\n    return (None|True|False)",
     ["self.assertEqual(result, expected)", "return self.value", "raise ValueError(message)"],
@@ -44,7 +50,10 @@ def greedy(**fields: Any) -> dict[str, Any]:
 def up_to_the_limit() -> list[list[int]]:
     """Prompts that leave 1 to 20 positions before ``MAX_MODEL_LEN``."""
     text = [token for prompt in held_out_prompts(40) for token in prompt]
-    return [text[i : i + MAX_MODEL_LEN - left] for i, left in enumerate((1, 2, 3, 5, 7, 8, 9, 10, 15, 16, 17, 20))]
+    return [
+        text[i : i + MAX_MODEL_LEN - left]
+        for i, left in enumerate((1, 2, 3, 5, 7, 8, 9, 10, 15, 16, 17, 20))
+    ]
 
 
 def structured(name: str) -> dict[str, Any]:
@@ -54,8 +63,12 @@ def structured(name: str) -> dict[str, Any]:
 def asks() -> dict[str, Ask]:
     """What both engines are asked."""
     every_one = [greedy(**{name: value}) for name, value in PENALTIES.items()] + [
-        greedy(bad_words=BAD_WORDS), greedy(allowed_token_ids=ALLOWED), greedy(stop=STOPS), SEEDED | {"seed": 3}, structured("regex"),
-    ]  # fmt: skip
+        greedy(bad_words=BAD_WORDS),
+        greedy(allowed_token_ids=ALLOWED),
+        greedy(stop=STOPS),
+        SEEDED | {"seed": 3},
+        structured("regex"),
+    ]
     found = {
         "plain": Ask(TEXTS, GREEDY),
         **{name: Ask(TEXTS, greedy(**{name: value})) for name, value in PENALTIES.items()},
@@ -66,11 +79,18 @@ def asks() -> dict[str, Ask]:
         "logprobs": Ask(TEXTS, greedy(logprobs=5)),
         "prompt_logprobs": Ask(TEXTS, greedy(prompt_logprobs=3)),
         "logprobs of all tokens": Ask(TEXTS[:2], greedy(logprobs=-1, max_tokens=12)),
-        "logprobs, seeded": Ask(TEXTS, [SEEDED | {"seed": 3 + i, "logprobs": i % 3} for i in range(COUNT)]),
-        "logprob_token_ids": Ask(TEXTS, [greedy(logprob_token_ids=[5, 200 + i]) if i % 2 else GREEDY for i in range(COUNT)]),
+        "logprobs, seeded": Ask(
+            TEXTS, [SEEDED | {"seed": 3 + i, "logprobs": i % 3} for i in range(COUNT)]
+        ),
+        "logprob_token_ids": Ask(
+            TEXTS,
+            [greedy(logprob_token_ids=[5, 200 + i]) if i % 2 else GREEDY for i in range(COUNT)],
+        ),
         "repetition_detection": Ask(TEXTS, greedy(max_tokens=128, repetition_detection=REPETITION)),
         "stop": Ask(TEXTS, greedy(stop=STOPS)),
-        "include_stop_str_in_output": Ask(TEXTS, greedy(stop=STOPS, include_stop_str_in_output=True)),
+        "include_stop_str_in_output": Ask(
+            TEXTS, greedy(stop=STOPS, include_stop_str_in_output=True)
+        ),
         "eos": Ask(TEXTS, greedy(ignore_eos=False, allowed_token_ids=[EOS, *range(200, 208)])),
         "ignore_eos": Ask(TEXTS, greedy(allowed_token_ids=[EOS, *range(200, 208)])),
         "max_model_len": Ask(up_to_the_limit(), greedy()),
@@ -105,7 +125,11 @@ def answers(stop_token: int) -> dict[str, dict[str, Answer]]:
     chunked = {name: common[name] for name in ("plain", "seed", "all at once")}
     args = {"max_model_len": MAX_MODEL_LEN, "max_num_batched_tokens": 4096, "max_logprobs": -1}
     names = {"plain": common, "ours": common, "chunked": chunked}
-    names |= {f"{engine}{name}": {"regex": common["regex"]} for name in BACKENDS for engine in ("", "plain ")}
+    names |= {
+        f"{engine}{name}": {"regex": common["regex"]}
+        for name in BACKENDS
+        for engine in ("", "plain ")
+    }
     names["logits processor"] = {"plain": common["plain"]}
     changes: dict[str, dict[str, Any]] = {
         "chunked": {"max_num_batched_tokens": 80, "enable_prefix_caching": False},
@@ -114,21 +138,30 @@ def answers(stop_token: int) -> dict[str, dict[str, Answer]]:
     for name in BACKENDS:
         changes[name] = changes[f"plain {name}"] = {"structured_outputs_config": {"backend": name}}
     engines = [
-        Engine(TARGET, None if name.startswith("plain") else DRAFTER, list(asked.values()), args=args | changes.get(name, {}))
+        Engine(
+            TARGET,
+            None if name.startswith("plain") else DRAFTER,
+            list(asked.values()),
+            args=args | changes.get(name, {}),
+        )
         for name, asked in names.items()
-    ]  # fmt: skip
-    return {name: dict(zip(names[name], found, strict=True)) for name, found in zip(names, run(engines), strict=True)}
+    ]
+    return {
+        name: dict(zip(names[name], found, strict=True))
+        for name, found in zip(names, run(engines), strict=True)
+    }
 
 
 def same(answers: dict[str, dict[str, Answer]], name: str) -> Answer:
-    """Our answer, after a look that it is plain vLLM's, whole, and that drafts were accepted on the way."""
+    """Our answer, after a look that it is plain vLLM's, whole, and that drafts were accepted on the
+    way."""
     plain, ours = answers["plain"][name], answers["ours"][name]
     assert plain.error is None
     assert ours.error is None
     for a, b in zip(plain.completions, ours.completions, strict=True):
-        assert [{k: c[k] for k in ("token_ids", "text", "finish_reason", "stop_reason")} for c in b] == [
-            {k: c[k] for k in ("token_ids", "text", "finish_reason", "stop_reason")} for c in a
-        ]
+        assert [
+            {k: c[k] for k in ("token_ids", "text", "finish_reason", "stop_reason")} for c in b
+        ] == [{k: c[k] for k in ("token_ids", "text", "finish_reason", "stop_reason")} for c in a]
     assert ours.counters["accepted"] > 0
     print(f"{name}: {ours.accepted_share:.2f} accepted a draft")
     return ours
@@ -149,10 +182,15 @@ def test_penalties(answers: dict[str, dict[str, Answer]], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["logit_bias", "min_p"])
-def test_logit_bias_and_min_p_are_refused_by_vllm(answers: dict[str, dict[str, Answer]], name: str) -> None:
+def test_logit_bias_and_min_p_are_refused_by_vllm(
+    answers: dict[str, dict[str, Answer]], name: str
+) -> None:
     """With any speculative method; the request alone fails."""
     assert answers["plain"][name].error is None
-    assert "min_p and logit_bias sampling parameters are not yet supported with speculative decoding" in str(answers["ours"][name].error)
+    assert (
+        "min_p and logit_bias sampling parameters are not yet supported with speculative decoding"
+        in str(answers["ours"][name].error)
+    )
 
 
 def test_bad_words(answers: dict[str, dict[str, Answer]]) -> None:
@@ -162,7 +200,9 @@ def test_bad_words(answers: dict[str, dict[str, Answer]]) -> None:
 
 
 def test_allowed_token_ids(answers: dict[str, dict[str, Answer]]) -> None:
-    assert {token for (tokens,) in same(answers, "allowed_token_ids").tokens for token in tokens} <= set(ALLOWED)
+    assert {
+        token for (tokens,) in same(answers, "allowed_token_ids").tokens for token in tokens
+    } <= set(ALLOWED)
 
 
 def assert_close(ours: dict[str, list], plain: dict[str, list]) -> None:
@@ -172,11 +212,16 @@ def assert_close(ours: dict[str, list], plain: dict[str, list]) -> None:
         assert ours[token] == [pytest.approx(logprob, abs=2e-3), rank]
 
 
-def same_logprobs(answers: dict[str, dict[str, Answer]], name: str) -> list[list[dict[str, list]] | None]:
-    """Our log probabilities, a list a prompt with an entry a token, after a look that they are plain vLLM's."""
+def same_logprobs(
+    answers: dict[str, dict[str, Answer]], name: str
+) -> list[list[dict[str, list]] | None]:
+    """Our log probabilities, a list a prompt with an entry a token, after a look that they are
+    plain vLLM's."""
     same(answers, name)
     found = []
-    for (plain,), (ours,) in zip(answers["plain"][name].completions, answers["ours"][name].completions, strict=True):
+    for (plain,), (ours,) in zip(
+        answers["plain"][name].completions, answers["ours"][name].completions, strict=True
+    ):
         found.append(ours["logprobs"])
         if not plain["logprobs"]:
             assert not ours["logprobs"]
@@ -198,12 +243,20 @@ def test_logprobs(answers: dict[str, dict[str, Answer]], name: str) -> None:
 def test_logprob_token_ids(answers: dict[str, dict[str, Answer]]) -> None:
     """vLLM's rejection sampler drops them: with drafts such a request had no log probabilities."""
     found = same_logprobs(answers, "logprob_token_ids")
-    assert all({"5", str(200 + i)} <= entry.keys() for i in range(1, COUNT, 2) for entry in found[i] or [{}])
+    assert all(
+        {"5", str(200 + i)} <= entry.keys()
+        for i in range(1, COUNT, 2)
+        for entry in found[i] or [{}]
+    )
 
 
 def test_repetition_detection(answers: dict[str, dict[str, Answer]]) -> None:
     """A repetition that ends among accepted drafts ends the request there."""
-    ended = [c for (c,) in same(answers, "repetition_detection").completions if c["finish_reason"] != "length"]
+    ended = [
+        c
+        for (c,) in same(answers, "repetition_detection").completions
+        if c["finish_reason"] != "length"
+    ]
     assert ended
     print({c["finish_reason"] for c in ended}, {str(c["stop_reason"]) for c in ended})
 
@@ -211,7 +264,9 @@ def test_repetition_detection(answers: dict[str, dict[str, Answer]]) -> None:
 def test_prompt_logprobs(answers: dict[str, dict[str, Answer]]) -> None:
     same(answers, "prompt_logprobs")
     for plain, ours in zip(
-        answers["plain"]["prompt_logprobs"].prompt_logprobs, answers["ours"]["prompt_logprobs"].prompt_logprobs, strict=True
+        answers["plain"]["prompt_logprobs"].prompt_logprobs,
+        answers["ours"]["prompt_logprobs"].prompt_logprobs,
+        strict=True,
     ):
         assert ours[0] is plain[0] is None
         for a, b in zip(ours[1:], plain[1:], strict=True):
@@ -219,22 +274,35 @@ def test_prompt_logprobs(answers: dict[str, dict[str, Answer]]) -> None:
 
 
 def test_stop_strings(answers: dict[str, dict[str, Answer]]) -> None:
-    """A stop string that ends inside a block of accepted tokens cuts the text, and what was accepted after it is dropped."""
+    """A stop string that ends inside a block of accepted tokens cuts the text, and what was
+    accepted after it is dropped."""
     stopped = [c for (c,) in same(answers, "stop").completions if c["finish_reason"] == "stop"]
     assert len(stopped) > COUNT // 2
-    assert all(c["stop_reason"] in STOPS and not any(s in c["text"] for s in STOPS) for c in stopped)
+    assert all(
+        c["stop_reason"] in STOPS and not any(s in c["text"] for s in STOPS) for c in stopped
+    )
 
 
 def test_include_stop_str_in_output(answers: dict[str, dict[str, Answer]]) -> None:
-    stopped = [c for (c,) in same(answers, "include_stop_str_in_output").completions if c["finish_reason"] == "stop"]
+    stopped = [
+        c
+        for (c,) in same(answers, "include_stop_str_in_output").completions
+        if c["finish_reason"] == "stop"
+    ]
     assert len(stopped) > COUNT // 2
     assert all(c["text"].endswith(c["stop_reason"]) for c in stopped)
 
 
 def test_stop_token_ids(answers: dict[str, dict[str, Answer]], stop_token: int) -> None:
-    stopped = [c for (c,) in same(answers, "stop_token_ids").completions if c["finish_reason"] == "stop"]
+    stopped = [
+        c for (c,) in same(answers, "stop_token_ids").completions if c["finish_reason"] == "stop"
+    ]
     assert len(stopped) >= COUNT // 2
-    assert all(c["token_ids"].index(stop_token) == len(c["token_ids"]) - 1 and c["stop_reason"] == stop_token for c in stopped)
+    assert all(
+        c["token_ids"].index(stop_token) == len(c["token_ids"]) - 1
+        and c["stop_reason"] == stop_token
+        for c in stopped
+    )
 
 
 def test_min_tokens(answers: dict[str, dict[str, Answer]], stop_token: int) -> None:
@@ -257,42 +325,59 @@ def test_ignore_eos(answers: dict[str, dict[str, Answer]]) -> None:
 
 
 def test_last_tokens_before_max_model_len(answers: dict[str, dict[str, Answer]]) -> None:
-    """With 1 to 20 positions left a block does not fit, and the output is still plain vLLM's to the last token."""
+    """With 1 to 20 positions left a block does not fit, and the output is still plain vLLM's to the
+    last token."""
     ours = same(answers, "max_model_len")
-    lengths = [len(prompt) + len(tokens) for prompt, (tokens,) in zip(up_to_the_limit(), ours.tokens, strict=True)]
+    lengths = [
+        len(prompt) + len(tokens)
+        for prompt, (tokens,) in zip(up_to_the_limit(), ours.tokens, strict=True)
+    ]
     assert lengths == [MAX_MODEL_LEN] * len(lengths)
     assert all(c["finish_reason"] == "length" for (c,) in ours.completions)
 
 
 @pytest.mark.parametrize("name", STRUCTURED)
 def test_structured_output(answers: dict[str, dict[str, Answer]], name: str) -> None:
-    """vLLM cuts a draft at its first token that the grammar forbids; what is left is verified under the grammar."""
+    """vLLM cuts a draft at its first token that the grammar forbids; what is left is verified under
+    the grammar."""
     for (completion,) in same(answers, name).completions:
         text = completion["text"]
         if name == "choice":
             assert text in CHOICES
         elif completion["finish_reason"] == "stop":
-            assert re.fullmatch(REGEX, text) if name == "regex" else json.loads(text)["kind"] in ("class", "function", "module")
+            assert (
+                re.fullmatch(REGEX, text)
+                if name == "regex"
+                else json.loads(text)["kind"] in ("class", "function", "module")
+            )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_structured_output_backends(answers: dict[str, dict[str, Answer]], backend: str) -> None:
-    """Plain with the same backend: of two tokens that the grammar allows, not all backends allow both."""
+    """Plain with the same backend: of two tokens that the grammar allows, not all backends allow
+    both."""
     ours, plain = answers[backend]["regex"], answers[f"plain {backend}"]["regex"]
     assert ours.error is plain.error is None
     assert ours.tokens == plain.tokens
     assert ours.counters["accepted"] > 0
 
 
-def test_custom_logits_processors_are_refused_by_vllm(answers: dict[str, dict[str, Answer]]) -> None:
+def test_custom_logits_processors_are_refused_by_vllm(
+    answers: dict[str, dict[str, Answer]],
+) -> None:
     """With any speculative method, when the engine starts."""
     error = answers["logits processor"]["plain"].error
-    assert "Custom logits processors are not supported when speculative decoding is enabled" in str(error)
+    assert "Custom logits processors are not supported when speculative decoding is enabled" in str(
+        error
+    )
 
 
 def test_all_at_once(answers: dict[str, dict[str, Answer]]) -> None:
-    """Eight requests with eight different settings in one batch: nobody gets his neighbour's. The seeded one has a test of its own."""
-    plain, ours, chunked = (answers[engine]["all at once"] for engine in ("plain", "ours", "chunked"))
+    """Eight requests with eight different settings in one batch: nobody gets his neighbour's. The
+    seeded one has a test of its own."""
+    plain, ours, chunked = (
+        answers[engine]["all at once"] for engine in ("plain", "ours", "chunked")
+    )
     seeded = 6
     for row in range(COUNT):
         if row != seeded:
@@ -304,21 +389,25 @@ def test_all_at_once(answers: dict[str, dict[str, Answer]]) -> None:
 def test_a_seed_gives_the_same_again(answers: dict[str, dict[str, Answer]]) -> None:
     """In a batch of eight, alone, and as one of ``n``; another seed gives something else."""
     ours = answers["ours"]
-    assert ours["seed"].tokens[0] == ours["seed, one at a time"].tokens[0] == [ours["n"].tokens[0][0]]
+    assert (
+        ours["seed"].tokens[0] == ours["seed, one at a time"].tokens[0] == [ours["n"].tokens[0][0]]
+    )
     assert all(a != b for a, b in zip(ours["seed"].tokens, ours["other seed"].tokens, strict=True))
     assert ours["seed"].counters["accepted"] > 0
 
 
 def test_top_k_alone_in_a_step(answers: dict[str, dict[str, Answer]]) -> None:
-    """A request with top_k and no top_p, alone in the batch, ended the CPU engine: its prompt's step verifies no drafts, and the
-    maximum of an empty tensor of top-k is an error. ``patches/v1_no_drafts.py`` has the cure."""
+    """A request with top_k and no top_p, alone in the batch, ended the CPU engine: its prompt's
+    step verifies no drafts, and the maximum of an empty tensor of top-k is an error.
+    ``patches/v1_no_drafts.py`` has the cure."""
     assert len(answers["ours"]["top_k, one at a time"].tokens[0][0]) == SEEDED["max_tokens"]
 
 
 def test_a_seed_and_a_prompt_in_chunks(answers: dict[str, dict[str, Answer]]) -> None:
-    """A request with a seed and temperature above 0 whose prompt is prefilled in chunks ended the CPU engine: "CPU Generator does
-    not use offset". vLLM samples a token after every chunk, throws it away, and takes the random numbers back by moving the
-    generator's offset, which only CUDA's generators have. ``patches/v1_cpu_seeds.py`` has the cure. Tokens do not depend on the chunks.
+    """A request with a seed and temperature above 0 whose prompt is prefilled in chunks ended the
+    CPU engine: "CPU Generator does not use offset". vLLM samples a token after every chunk, throws
+    it away, and takes the random numbers back by moving the generator's offset, which only CUDA's
+    generators have. ``patches/v1_cpu_seeds.py`` has the cure. Tokens do not depend on the chunks.
     """
     whole, chunked = answers["ours"]["seed"], answers["chunked"]["seed"]
     assert chunked.error is None
@@ -326,8 +415,11 @@ def test_a_seed_and_a_prompt_in_chunks(answers: dict[str, dict[str, Answer]]) ->
     assert answers["chunked"]["plain"].tokens == answers["plain"]["plain"].tokens
 
 
-def test_a_seed_gives_what_it_gives_without_a_drafter(answers: dict[str, dict[str, Answer]]) -> None:
-    """Token for token: the noise of an output token depends on the seed and on its place alone, however many tokens were verified with it."""
+def test_a_seed_gives_what_it_gives_without_a_drafter(
+    answers: dict[str, dict[str, Answer]],
+) -> None:
+    """Token for token: the noise of an output token depends on the seed and on its place alone,
+    however many tokens were verified with it."""
     plain, ours = answers["plain"]["seed"], answers["ours"]["seed"]
     assert ours.tokens == plain.tokens
     assert ours.counters["accepted"] > 0

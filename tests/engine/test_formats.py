@@ -1,6 +1,8 @@
-"""Every kind and shape of drafter, in a real V1 engine, against the plain PyTorch reference: draft parity and lossless output.
+"""Every kind and shape of drafter, in a real V1 engine, against the plain PyTorch reference: draft
+parity and lossless output.
 
-Random weights, random norms, GQA, an untied lm_head: whatever is read wrongly from a checkpoint changes drafts.
+Random weights, random norms, GQA, an untied lm_head: whatever is read wrongly from a checkpoint
+changes drafts.
 
     pytest tests/engine/test_formats.py
 """
@@ -30,21 +32,28 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 @pytest.fixture(scope="module")
 def drafters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("variants")
-    return {name: variant.make(folder / name.replace(" ", "-")) for name, variant in VARIANTS.items()}
+    return {
+        name: variant.make(folder / name.replace(" ", "-")) for name, variant in VARIANTS.items()
+    }
 
 
 @pytest.fixture(scope="module")
 def served(random_target: Path, drafters: dict[str, Path]) -> dict[str, Batch]:
     """Each drafter in an engine of its own, and under ``plain`` the target without one."""
     prompts = random_prompts(16, 512)
-    jobs = [Job(random_target, folder, prompts, max_tokens=24, record=True) for folder in drafters.values()]
+    jobs = [
+        Job(random_target, folder, prompts, max_tokens=24, record=True)
+        for folder in drafters.values()
+    ]
     plain = Job(random_target, None, prompts, max_tokens=24)
     batches = run_engines([*jobs, plain])
     return dict(zip([*drafters, "plain"], (b[0] for b in batches), strict=True))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_drafts_are_the_references(random_target: Path, drafters: dict[str, Path], served: dict[str, Batch], name: str) -> None:
+def test_drafts_are_the_references(
+    random_target: Path, drafters: dict[str, Path], served: dict[str, Batch], name: str
+) -> None:
     agreement = compare_drafts(served[name], random_target, drafters[name], torch.float32, 7)
     assert agreement.drafts >= 200
     assert agreement.differences == []
@@ -52,16 +61,26 @@ def test_drafts_are_the_references(random_target: Path, drafters: dict[str, Path
 
 
 def test_the_variants_differ(served: dict[str, Batch]) -> None:
-    """No two checkpoints draft alike: a setting that changed nothing here would not be tested by the parity above."""
+    """No two checkpoints draft alike: a setting that changed nothing here would not be tested by
+    the parity above."""
     first = [d["draft"] for d in served["dflash"].report["drafts"]]
-    same = [name for name in VARIANTS if name != "dflash" and [d["draft"] for d in served[name].report["drafts"]] == first]
+    same = [
+        name
+        for name in VARIANTS
+        if name != "dflash" and [d["draft"] for d in served[name].report["drafts"]] == first
+    ]
     assert same == ["dflash speculators"]
 
 
 @pytest.mark.parametrize("name", ["dflash sliding causal", "dflash mixed", "dflare"])
-def test_near_max_model_len(random_target: Path, drafters: dict[str, Path], near_the_end: dict[str, Batch], name: str) -> None:
-    """Windows and causal masks hold where a block is cut at ``max_model_len`` too: its rows are those of its positions."""
-    agreement = compare_drafts(near_the_end[name], random_target, drafters[name], torch.float32, 7, max_model_len=LIMIT)
+def test_near_max_model_len(
+    random_target: Path, drafters: dict[str, Path], near_the_end: dict[str, Batch], name: str
+) -> None:
+    """Windows and causal masks hold where a block is cut at ``max_model_len`` too: its rows are
+    those of its positions."""
+    agreement = compare_drafts(
+        near_the_end[name], random_target, drafters[name], torch.float32, 7, max_model_len=LIMIT
+    )
     assert agreement.drafts >= 100
     assert agreement.differences == []
 
@@ -70,19 +89,32 @@ def test_near_max_model_len(random_target: Path, drafters: dict[str, Path], near
 def near_the_end(random_target: Path, drafters: dict[str, Path]) -> dict[str, Batch]:
     prompts = [prompt[: LIMIT - 16 - i] for i, prompt in enumerate([list(range(2, 2 + LIMIT))] * 8)]
     names = ["dflash sliding causal", "dflash mixed", "dflare"]
-    jobs = [Job(random_target, drafters[name], prompts, max_tokens=32, max_model_len=LIMIT, record=True) for name in names]
+    jobs = [
+        Job(random_target, drafters[name], prompts, max_tokens=32, max_model_len=LIMIT, record=True)
+        for name in names
+    ]
     return dict(zip(names, (b[0] for b in run_engines(jobs)), strict=True))
 
 
 @pytest.fixture(scope="module")
-def users_kinds(random_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, Path], dict[str, Batch]]]:
-    """Drafters of the kinds of docs/kinds.md, and what was served with each, and without, where they are installed."""
+def users_kinds(
+    random_target: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[dict[str, Path], dict[str, Batch]]]:
+    """Drafters of the kinds of docs/kinds.md, and what was served with each, and without, where
+    they are installed."""
     folder = tmp_path_factory.mktemp("kinds")
     (folder / "site").mkdir()
     with on_path(install(folder / "site")):
-        made = {name: make_random_drafter(folder / name, config=random_drafter_config(kind=name)) for name in NAMES}
+        made = {
+            name: make_random_drafter(folder / name, config=random_drafter_config(kind=name))
+            for name in NAMES
+        }
         weights = load_file(made["norepeat"] / "model.safetensors")
-        save_file(weights | {"head.penalty": torch.tensor([1.5])}, made["norepeat"] / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            weights | {"head.penalty": torch.tensor([1.5])},
+            made["norepeat"] / "model.safetensors",
+            metadata={"format": "pt"},
+        )
         jobs = [
             Job(
                 random_target,
@@ -94,26 +126,41 @@ def users_kinds(random_target: Path, tmp_path_factory: pytest.TempPathFactory) -
             )
             for name in NAMES
         ]
-        path = os.pathsep.join([str(folder / "site"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        path = os.pathsep.join([str(folder / "site"), os.environ.get("PYTHONPATH", "")]).rstrip(
+            os.pathsep
+        )
         plain = Job(random_target, None, random_prompts(8, 512), max_tokens=16)
         batches = run_engines([*jobs, plain], env={"PYTHONPATH": path})
         yield made, dict(zip([*made, "plain"], (b[0] for b in batches), strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_users_kind(random_target: Path, users_kinds: tuple[dict[str, Path], dict[str, Batch]], name: str) -> None:
+def test_a_users_kind(
+    random_target: Path, users_kinds: tuple[dict[str, Path], dict[str, Batch]], name: str
+) -> None:
     """A kind in one file of another package is served, and drafts what its own reference drafts."""
     drafters, batches = users_kinds
     agreement = compare_drafts(batches[name], random_target, drafters[name], torch.float32, 8)
     assert agreement.drafts >= 80
     assert agreement.differences == []
     assert batches[name].tokens == batches["plain"].tokens
-    repeats = sum(a == b for _, d in batches[name].drafts for a, b in pairwise([d["token"], *d["draft"]]))
+    repeats = sum(
+        a == b for _, d in batches[name].drafts for a, b in pairwise([d["token"], *d["draft"]])
+    )
     print(f"\n{name}: {agreement.drafts} drafts, {repeats} tokens drafted twice in a row")
 
 
 def _has_kernel() -> bool:
-    return subprocess.run([sys.executable, "-c", _LOOK], env=engine_env(), check=True, capture_output=True, text=True).stdout == "True"
+    return (
+        subprocess.run(
+            [sys.executable, "-c", _LOOK],
+            env=engine_env(),
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        == "True"
+    )
 
 
 _LOOK = """
@@ -126,19 +173,36 @@ print(hasattr(torch.ops._C, "cpu_gemm_wna16"), end="")
 
 @pytest.mark.parametrize("kind", ["dflash", "dflare"])
 def test_quantized_weights(random_target: Path, tmp_path: Path, kind: str) -> None:
-    """4-bit weights on vLLM's own kernels draft as the same weights written out do, as far as bfloat16 tells.
+    """4-bit weights on vLLM's own kernels draft as the same weights written out do, as far as
+    bfloat16 tells.
 
-    The kernel rounds elsewhere than plain PyTorch, and random drafters' best logits are close: 94 % agree outright, and a
-    checkpoint that is read wrongly agrees in a third of its tokens at most. A build without the kernel refuses the drafter at load.
+    The kernel rounds elsewhere than plain PyTorch, and random drafters' best logits are close: 94 %
+    agree outright, and a checkpoint that is read wrongly agrees in a third of its tokens at most. A
+    build without the kernel refuses the drafter at load.
     """
     config = random_drafter_config(kind=kind, intermediate_size=128)
     drafter = make_random_drafter(tmp_path / "drafter", config=config)
     quantize(drafter, tmp_path / "packed", tmp_path / "written-out")
     if not _has_kernel():
-        with pytest.raises(RuntimeError, match=r"4-bit weights.*AVX-512.*serve a drafter with 16-bit weights"):
-            run_engine(random_target, tmp_path / "packed", random_prompts(1, 512), max_tokens=2, dtype="bfloat16")
+        with pytest.raises(
+            RuntimeError, match=r"4-bit weights.*AVX-512.*serve a drafter with 16-bit weights"
+        ):
+            run_engine(
+                random_target,
+                tmp_path / "packed",
+                random_prompts(1, 512),
+                max_tokens=2,
+                dtype="bfloat16",
+            )
         return
-    batch = run_engine(random_target, tmp_path / "packed", random_prompts(16, 512), max_tokens=24, dtype="bfloat16", record=True)[0]
+    batch = run_engine(
+        random_target,
+        tmp_path / "packed",
+        random_prompts(16, 512),
+        max_tokens=24,
+        dtype="bfloat16",
+        record=True,
+    )[0]
     agreement = compare_drafts(batch, random_target, tmp_path / "written-out", torch.bfloat16, 7)
     print(f"\n4-bit {kind}: {agreement.share:.4f} of {agreement.tokens} tokens agree")
     assert agreement.drafts >= 200

@@ -1,4 +1,5 @@
-"""A part of the differential fuzzer with a seed that does not change: random requests, plain decoding against drafts, no difference.
+"""A part of the differential fuzzer with a seed that does not change: random requests, plain
+decoding against drafts, no difference.
 
 pytest -s tests/engine/test_fuzz.py
 python tests/fuzz_differential.py --minutes 30       (much longer, and anything it may draw)
@@ -31,13 +32,22 @@ def settings(**changes: Any) -> dict[str, Any]:
     return found | changes
 
 
-COMMON = {"logprobs_mode": "raw_logprobs", "structured_outputs_config": {"backend": "auto"}, "enable_lora": False}
+COMMON = {
+    "logprobs_mode": "raw_logprobs",
+    "structured_outputs_config": {"backend": "auto"},
+    "enable_lora": False,
+}
 FEW_PAGES = {"block_size": 32, "num_gpu_blocks_override": 18}
 """So many that running requests are preempted."""
 ENGINES = {
-    "embedded": [settings(plan="random", args=FEW_PAGES), settings(plan="adaptive", asynchronous=True, num_speculative_tokens=5)],
+    "embedded": [
+        settings(plan="random", args=FEW_PAGES),
+        settings(plan="adaptive", asynchronous=True, num_speculative_tokens=5),
+    ],
     "dflare": [settings(plan="random", args={"max_num_batched_tokens": 64})],
-    "llama": [settings(plan="random", num_speculative_tokens=3, args={"scheduling_policy": "priority"})],
+    "llama": [
+        settings(plan="random", num_speculative_tokens=3, args={"scheduling_policy": "priority"})
+    ],
 }
 
 
@@ -64,7 +74,8 @@ def test_no_difference(tally: Tally) -> None:
 
 
 def test_a_fault_is_found(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """With every draft verified at the temperature of the batch's first request the fuzzer finds differences."""
+    """With every draft verified at the temperature of the batch's first request the fuzzer finds
+    differences."""
     folder = tmp_path_factory.mktemp("fault")
     fuzzer = Fuzzer("embedded", PAIRS["embedded"](folder), folder)
     fuzzer.most_shrunk = 0  # ``test_fuzzing.py`` sees to that

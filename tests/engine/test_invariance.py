@@ -1,7 +1,10 @@
-"""A drafter that computes the same function must be served the same acceptance, however its weights are written.
+"""A drafter that computes the same function must be served the same acceptance, however its weights
+are written.
 
-Scaling a layer's k_norm by a factor and its q_norm by the inverse leaves every attention score as it is. vLLM's own
-CPU path fails this: one ``rms_norm`` call for all layers applies layer 0's k_norm to each of them, nothing errors,
+Scaling a layer's k_norm by a factor and its q_norm by the inverse leaves every attention score as
+it is. vLLM's own
+CPU path fails this: one ``rms_norm`` call for all layers applies layer 0's k_norm to each of them,
+nothing errors,
 and only acceptance falls.
 """
 
@@ -33,7 +36,10 @@ def rescaled(drafter: Path, folder: Path) -> Path:
 
 def test_served_tau_stays(tmp_path: Path) -> None:
     prompts, scaled = held_out_prompts(16), rescaled(DRAFTER, tmp_path / "scaled")
-    jobs = {"as trained": Job(TARGET, DRAFTER, prompts, max_tokens=96), "rescaled": Job(TARGET, scaled, prompts, max_tokens=96)}
+    jobs = {
+        "as trained": Job(TARGET, DRAFTER, prompts, max_tokens=96),
+        "rescaled": Job(TARGET, scaled, prompts, max_tokens=96),
+    }
     tau = {
         (who, which): batches[0].tau
         for who, env in (("ours", {}), ("native", {"VLLM_DFLASH": "0"}))

@@ -1,4 +1,5 @@
-"""A target whose embedding and lm_head have more rows than its tokenizer, and a drafter without those rows: served right.
+"""A target whose embedding and lm_head have more rows than its tokenizer, and a drafter without
+those rows: served right.
 
 Such a pair (MiMo: 152,576 rows against 152,064, vLLM 46435) was refused as one of another target.
 
@@ -26,14 +27,19 @@ ROWS, PADDED = 4096, 4608
 
 @pytest.fixture(scope="module")
 def padded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded target with rows of noise behind its vocabulary; those of the lm_head are never the best."""
+    """The embedded target with rows of noise behind its vocabulary; those of the lm_head are never
+    the best."""
     folder = Path(shutil.copytree(TARGET, tmp_path_factory.mktemp("padded") / "target"))
     path = folder / "model.safetensors"
     tensors = load_file(path)
     for name, tensor in tensors.items():
         if tensor.shape[0] == ROWS and ("embed_tokens" in name or "lm_head" in name):
-            noise = torch.randn(PADDED - ROWS, tensor.shape[1], generator=torch.Generator().manual_seed(0))
-            tensors[name] = torch.cat([tensor, (noise * tensor.float().std() * 0.05).to(tensor.dtype)])
+            noise = torch.randn(
+                PADDED - ROWS, tensor.shape[1], generator=torch.Generator().manual_seed(0)
+            )
+            tensors[name] = torch.cat(
+                [tensor, (noise * tensor.float().std() * 0.05).to(tensor.dtype)]
+            )
     save_file(tensors, path, metadata={"format": "pt"})
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | {"vocab_size": PADDED}))
@@ -56,8 +62,11 @@ def test_the_output_is_plain_decodings(batches: dict[str, Batch]) -> None:
 
 
 def test_as_much_is_accepted_as_without_padding(batches: dict[str, Batch]) -> None:
-    """Embedding and lm_head come from the padded target; vLLM's own V2 runner once shared neither, and nothing was accepted."""
-    assert batches["unpadded"].tokens == batches["drafts"].tokens, "the noise was never the best token"
+    """Embedding and lm_head come from the padded target; vLLM's own V2 runner once shared neither,
+    and nothing was accepted."""
+    assert batches["unpadded"].tokens == batches["drafts"].tokens, (
+        "the noise was never the best token"
+    )
     assert batches["drafts"].tau == pytest.approx(batches["unpadded"].tau, abs=0.01)
     assert batches["drafts"].tau > 2
 
@@ -75,6 +84,12 @@ def test_what_does_not_go_with_padding(padded: Path, tmp_path: Path) -> None:
 
 def test_without_a_tokenizer_it_is_not_known_to_fit(padded: Path, tmp_path: Path) -> None:
     configure(padded, DRAFTER)
-    bare = Path(shutil.copytree(padded, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "vocab*", "merges*")))
+    bare = Path(
+        shutil.copytree(
+            padded,
+            tmp_path / "bare",
+            ignore=shutil.ignore_patterns("tokenizer*", "vocab*", "merges*"),
+        )
+    )
     with pytest.raises(ValueError, match=r"vocab_size is 4608, the drafter's is 4096"):
         configure(bare, DRAFTER)

@@ -1,4 +1,5 @@
-"""``vllm serve`` with the flag, over real HTTP; and ordinary serving, which the plug-in never touches."""
+"""``vllm serve`` with the flag, over real HTTP; and ordinary serving, which the plug-in never
+touches."""
 
 import json
 import os
@@ -17,14 +18,25 @@ from typing import Any
 
 import pytest
 
-from engine.harness import DRAFTER, TARGET, Batch, engine_env, held_out_prompts, run_engine, wait_until_gone
+from engine.harness import (
+    DRAFTER,
+    TARGET,
+    Batch,
+    engine_env,
+    held_out_prompts,
+    run_engine,
+    wait_until_gone,
+)
 
 pytestmark = pytest.mark.engine
 
 
 @contextmanager
-def server(*flags: str, env: dict[str, str] | None = None, model: Path = TARGET, ends_itself: bool = False) -> Iterator[int]:
-    """A running ``vllm serve`` on the embedded target in float32; yields its port. Nothing of it is left running.
+def server(
+    *flags: str, env: dict[str, str] | None = None, model: Path = TARGET, ends_itself: bool = False
+) -> Iterator[int]:
+    """A running ``vllm serve`` on the embedded target in float32; yields its port. Nothing of it is
+    left running.
 
     ``ends_itself``: the test kills a part of it, and the rest has to end without being told.
     """
@@ -32,14 +44,34 @@ def server(*flags: str, env: dict[str, str] | None = None, model: Path = TARGET,
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     command = [
-        str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
-        "--served-model-name", "embedded", "--enforce-eager", "--max-model-len", "512", "--kv-cache-memory-bytes", str(1 << 28),
-        "--generation-config", "vllm", *flags,
-    ]  # fmt: skip
+        str(Path(sys.executable).with_name("vllm")),
+        "serve",
+        str(model),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--served-model-name",
+        "embedded",
+        "--enforce-eager",
+        "--max-model-len",
+        "512",
+        "--kv-cache-memory-bytes",
+        str(1 << 28),
+        "--generation-config",
+        "vllm",
+        *flags,
+    ]
     # A pipe that nobody reads would stop the server once it is full of its log of requests.
     log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (as long as the server: closed with it)
     process = subprocess.Popen(
-        command, env=engine_env({"VLLM_ENABLE_V1_MULTIPROCESSING": "1", **(env or {})}), stdout=log, stderr=log, start_new_session=True
+        command,
+        env=engine_env({"VLLM_ENABLE_V1_MULTIPROCESSING": "1", **(env or {})}),
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
     )
     try:
         deadline = time.monotonic() + 240
@@ -65,38 +97,67 @@ def server(*flags: str, env: dict[str, str] | None = None, model: Path = TARGET,
 
 def request(port: int, path: str, body: dict[str, Any] | None = None) -> str:
     data = None if body is None else json.dumps(body).encode()
-    call = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+    call = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(call, timeout=120) as response:
         return response.read().decode()
 
 
 def metric(port: int, name: str) -> float:
-    return sum(float(line.rpartition(" ")[2]) for line in request(port, "/metrics").splitlines() if line.startswith(name + "{"))
+    return sum(
+        float(line.rpartition(" ")[2])
+        for line in request(port, "/metrics").splitlines()
+        if line.startswith(name + "{")
+    )
 
 
 def test_completion_over_http(tmp_path: Path) -> None:
-    """The flag is all it takes; the answer is the one that plain decoding gives, and the drafter's acceptance is in ``/metrics``.
+    """The flag is all it takes; the answer is the one that plain decoding gives, and the drafter's
+    acceptance is in ``/metrics``.
 
     Beside it the traffic recorder, asked for: the line that it writes is one that training reads.
     """
     prompt = held_out_prompts(1)[0]
     expected = run_engine(TARGET, None, [prompt], max_tokens=96)[0].tokens[0]
-    speculative = json.dumps({"method": "dflash", "model": str(DRAFTER), "num_speculative_tokens": 7})
+    speculative = json.dumps(
+        {"method": "dflash", "model": str(DRAFTER), "num_speculative_tokens": 7}
+    )
     recorder = ("--middleware", "vllm_dflash.training.recorder.TrafficRecorder")
-    with server("--speculative-config", speculative, *recorder, env={"VLLM_DFLASH_RECORD": str(tmp_path)}) as port:
-        body = {"model": "embedded", "prompt": prompt, "max_tokens": 96, "temperature": 0, "return_token_ids": True}
+    with server(
+        "--speculative-config", speculative, *recorder, env={"VLLM_DFLASH_RECORD": str(tmp_path)}
+    ) as port:
+        body = {
+            "model": "embedded",
+            "prompt": prompt,
+            "max_tokens": 96,
+            "temperature": 0,
+            "return_token_ids": True,
+        }
         answer = json.loads(request(port, "/v1/completions", body))
         assert answer["choices"][0]["token_ids"] == expected
-        drafts, accepted = metric(port, "vllm:spec_decode_num_drafts_total"), metric(port, "vllm:spec_decode_num_accepted_tokens_total")
+        drafts, accepted = (
+            metric(port, "vllm:spec_decode_num_drafts_total"),
+            metric(port, "vllm:spec_decode_num_accepted_tokens_total"),
+        )
     print(f"served over HTTP: {drafts:.0f} drafts, tau {1 + accepted / drafts:.2f}")
     assert drafts > 0
     assert accepted > 0
-    recorded = [json.loads(line) for path in tmp_path.iterdir() for line in path.read_text().splitlines()]
-    assert recorded == [{"prompt_token_ids": prompt, "response": answer["choices"][0]["text"], "finish_reason": "length"}]
+    recorded = [
+        json.loads(line) for path in tmp_path.iterdir() for line in path.read_text().splitlines()
+    ]
+    assert recorded == [
+        {
+            "prompt_token_ids": prompt,
+            "response": answer["choices"][0]["text"],
+            "finish_reason": "length",
+        }
+    ]
 
 
 def test_ordinary_serving_is_not_touched(plain_float32: list[Batch]) -> None:
-    """Without a speculative config the engine's output is that of an engine with the plug-in switched off."""
+    """Without a speculative config the engine's output is that of an engine with the plug-in
+    switched off."""
     prompts = held_out_prompts(8)
     off = run_engine(TARGET, None, prompts, env={"VLLM_DFLASH": "0"})[0]
     assert off.tokens == plain_float32[2].tokens[:8]
@@ -104,5 +165,7 @@ def test_ordinary_serving_is_not_touched(plain_float32: list[Batch]) -> None:
 
 def test_switched_off_vllm_drafts_itself(random_target: Path, random_drafter: Path) -> None:
     """With ``VLLM_DFLASH=0`` the drafts are vLLM's own: the harness asserts whose proposer ran."""
-    batch = run_engine(random_target, random_drafter, [[5, 6, 7, 8]], max_tokens=8, env={"VLLM_DFLASH": "0"})[0]
+    batch = run_engine(
+        random_target, random_drafter, [[5, 6, 7, 8]], max_tokens=8, env={"VLLM_DFLASH": "0"}
+    )[0]
     assert batch.report["counters"]["drafts"] > 0

@@ -1,6 +1,8 @@
-"""One ``vllm serve`` with a drafter and two API servers, over real HTTP: each feature of the server gives what it gives without one.
+"""One ``vllm serve`` with a drafter and two API servers, over real HTTP: each feature of the server
+gives what it gives without one.
 
-The server has prefix caching, LoRA and a chat template on together. Expected tokens are plain decoding's, offline.
+The server has prefix caching, LoRA and a chat template on together. Expected tokens are plain
+decoding's, offline.
 
     pytest -s tests/engine/test_server_features.py
 """
@@ -20,7 +22,16 @@ from typing import Any
 
 import pytest
 
-from engine.harness import DRAFTER, PROMPTS, TARGET, Batch, Job, engine_env, held_out_prompts, run_engines
+from engine.harness import (
+    DRAFTER,
+    PROMPTS,
+    TARGET,
+    Batch,
+    Job,
+    engine_env,
+    held_out_prompts,
+    run_engines,
+)
 from engine.test_serve import metric, request, server
 from lora import make_adapter, merge
 
@@ -42,7 +53,8 @@ class Served:
 
 @dataclass
 class Expected:
-    """Offline engines: the target without a drafter, and the target with the adapter merged, without and with one."""
+    """Offline engines: the target without a drafter, and the target with the adapter merged,
+    without and with one."""
 
     plain: Batch
     merged: Batch
@@ -57,7 +69,10 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(adapter: Path) -> Expected:
     merged, prompts = merge(adapter.with_name("merged"), TARGET, adapter), held_out_prompts(COUNT)
-    jobs = [Job(target, drafter, prompts, max_tokens=MAX_TOKENS) for target, drafter in ((TARGET, None), (merged, None), (merged, DRAFTER))]
+    jobs = [
+        Job(target, drafter, prompts, max_tokens=MAX_TOKENS)
+        for target, drafter in ((TARGET, None), (merged, None), (merged, DRAFTER))
+    ]
     return Expected(*(batches[0] for batches in run_engines(jobs)))
 
 
@@ -66,31 +81,61 @@ def served(adapter: Path) -> Iterator[Served]:
     with ExitStack() as stack:
         port = stack.enter_context(
             server(
-                "--speculative-config", json.dumps(SPECULATIVE), "--api-server-count", "2", "--enable-lora", "--max-lora-rank", "8", "--lora-modules",
-                f"adapter={adapter}", "--chat-template", CHAT_TEMPLATE, "--disable-uvicorn-access-log",
+                "--speculative-config",
+                json.dumps(SPECULATIVE),
+                "--api-server-count",
+                "2",
+                "--enable-lora",
+                "--max-lora-rank",
+                "8",
+                "--lora-modules",
+                f"adapter={adapter}",
+                "--chat-template",
+                CHAT_TEMPLATE,
+                "--disable-uvicorn-access-log",
                 # Whole drafts: their tau is compared with offline engines'.
-                "--additional-config", json.dumps({"dflash": {"adaptive": False}}),
+                "--additional-config",
+                json.dumps({"dflash": {"adaptive": False}}),
             )
-        )  # fmt: skip
+        )
         yield Served(port, stack.close)
 
 
 def body(prompt: str | list[int], **fields: Any) -> dict[str, Any]:
     """A greedy completion."""
-    common = {"model": "embedded", "max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    common = {
+        "model": "embedded",
+        "max_tokens": MAX_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
     return common | {"prompt": prompt} | fields
 
 
 def complete(port: int, prompt: str | list[int], **fields: Any) -> list[int]:
-    return json.loads(request(port, "/v1/completions", body(prompt, **fields)))["choices"][0]["token_ids"]
+    return json.loads(request(port, "/v1/completions", body(prompt, **fields)))["choices"][0][
+        "token_ids"
+    ]
 
 
-def stream(port: int, prompt: str | list[int], chunks: int | None = None, **fields: Any) -> list[int]:
+def stream(
+    port: int, prompt: str | list[int], chunks: int | None = None, **fields: Any
+) -> list[int]:
     """A streamed completion; with ``chunks`` the connection is closed after so many of them."""
     connection, tokens = http.client.HTTPConnection("127.0.0.1", port, timeout=120), []
-    connection.request("POST", "/v1/completions", json.dumps(body(prompt, stream=True, **fields)), {"Content-Type": "application/json"})
+    connection.request(
+        "POST",
+        "/v1/completions",
+        json.dumps(body(prompt, stream=True, **fields)),
+        {"Content-Type": "application/json"},
+    )
     response, seen = connection.getresponse(), 0
-    while (line := response.readline()) and line.strip() != b"data: [DONE]" and (chunks is None or seen < chunks):
+    while (
+        (line := response.readline())
+        and line.strip() != b"data: [DONE]"
+        and (chunks is None or seen < chunks)
+    ):
         if line.startswith(b"data: "):
             seen += 1
             tokens += json.loads(line[6:])["choices"][0]["token_ids"]
@@ -100,7 +145,8 @@ def stream(port: int, prompt: str | list[int], chunks: int | None = None, **fiel
 
 
 def counted(port: int, run: Callable[[], Any]) -> tuple[float, float]:
-    """Drafts and accepted tokens that ``/metrics`` counted while ``run`` ran and until the server was idle."""
+    """Drafts and accepted tokens that ``/metrics`` counted while ``run`` ran and until the server
+    was idle."""
     before = metric(port, DRAFTS), metric(port, ACCEPTED)
     run()
     wait_until_idle(port)
@@ -141,7 +187,8 @@ def test_chat(served: Served, expected: Expected) -> None:
 
 
 def test_arrivals_and_aborts(served: Served, expected: Expected) -> None:
-    """Requests come while others run, and a third of the clients hang up: the others' answers stay, and nothing keeps running."""
+    """Requests come while others run, and a third of the clients hang up: the others' answers stay,
+    and nothing keeps running."""
     prompts = held_out_prompts(COUNT)
 
     def ask(i: int) -> list[int] | None:
@@ -154,7 +201,10 @@ def test_arrivals_and_aborts(served: Served, expected: Expected) -> None:
     with ThreadPoolExecutor(24) as pool:
         answers = list(pool.map(ask, range(24)))
     assert sum(answer is None for answer in answers) == 8
-    assert all(answer is None or answer == expected.plain.tokens[i % COUNT] for i, answer in enumerate(answers))
+    assert all(
+        answer is None or answer == expected.plain.tokens[i % COUNT]
+        for i, answer in enumerate(answers)
+    )
     wait_until_idle(served.port)
     request(served.port, "/health")
     assert complete(served.port, prompts[0]) == expected.plain.tokens[0]
@@ -165,7 +215,11 @@ def test_structured_output(served: Served) -> None:
 
     def ask() -> None:
         pattern = r"def [a-z]{3,8}_[a-z]{3,8}\(self\):\n    return (None|True|False)"
-        answer = request(served.port, "/v1/completions", body(TEXTS[0], structured_outputs={"regex": pattern}, ignore_eos=False))
+        answer = request(
+            served.port,
+            "/v1/completions",
+            body(TEXTS[0], structured_outputs={"regex": pattern}, ignore_eos=False),
+        )
         text = json.loads(answer)["choices"][0]["text"]
         assert re.fullmatch(pattern, text), text
         schema = {
@@ -175,10 +229,18 @@ def test_structured_output(served: Served) -> None:
             "additionalProperties": False,
         }
         chat = {
-            "model": "embedded", "messages": [{"role": "user", "content": TEXTS[1]}], "max_tokens": 64, "temperature": 0,
-            "response_format": {"type": "json_schema", "json_schema": {"name": "kind", "schema": schema}},
-        }  # fmt: skip
-        content = json.loads(request(served.port, "/v1/chat/completions", chat))["choices"][0]["message"]["content"]
+            "model": "embedded",
+            "messages": [{"role": "user", "content": TEXTS[1]}],
+            "max_tokens": 64,
+            "temperature": 0,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "kind", "schema": schema},
+            },
+        }
+        content = json.loads(request(served.port, "/v1/chat/completions", chat))["choices"][0][
+            "message"
+        ]["content"]
         assert json.loads(content)["kind"] in ("class", "module")
 
     drafts, _ = counted(served.port, ask)
@@ -186,10 +248,12 @@ def test_structured_output(served: Served) -> None:
 
 
 def test_lora(served: Served, expected: Expected) -> None:
-    """With the adapter the output is that of the merged weights, and so is tau: the drafter is conditioned on the adapter's states.
+    """With the adapter the output is that of the merged weights, and so is tau: the drafter is
+    conditioned on the adapter's states.
 
-    The drafter shares the target's embedding, which vLLM wraps for LoRA. The wrapper goes by the target's rows: the first request with
-    an adapter killed the engine, and on a batch of the same length the block's tokens would have had other rows' adapters.
+    The drafter shares the target's embedding, which vLLM wraps for LoRA. The wrapper goes by the
+    target's rows: the first request with an adapter killed the engine, and on a batch of the same
+    length the block's tokens would have had other rows' adapters.
     """
     prompts, answers = held_out_prompts(COUNT), []
 
@@ -206,7 +270,8 @@ def test_lora(served: Served, expected: Expected) -> None:
 
 
 def test_prefix_cache(served: Served) -> None:
-    """Prompts whose pages are in the prefix cache: the same answers, and tau within 2 % of the cold one."""
+    """Prompts whose pages are in the prefix cache: the same answers, and tau within 2 % of the cold
+    one."""
     text = [token for prompt in held_out_prompts(60) for token in prompt]
     prompts = [text[300 * i : 300 * i + 300] for i in range(6)]
     answers: list[list[int]] = []
@@ -218,47 +283,100 @@ def test_prefix_cache(served: Served) -> None:
     (cold_drafts, cold), (warm_drafts, warm) = counted(served.port, ask), counted(served.port, ask)
     hits = metric(served.port, "vllm:prefix_cache_hits_total") - hits
     cold_tau, warm_tau = 1 + cold / cold_drafts, 1 + warm / warm_drafts
-    print(f"\nprefix cache: tau {cold_tau:.3f} cold, {warm_tau:.3f} warm; {hits:.0f} of {300 * 6} prompt tokens from the cache")
+    print(
+        f"\nprefix cache: tau {cold_tau:.3f} cold, {warm_tau:.3f} warm; {hits:.0f} of {300 * 6}"
+        " prompt tokens from the cache"
+    )
     assert hits >= 6 * 256, "pages of 128 tokens on a CPU: two of each prompt"
     assert answers[:6] == answers[6:]
     assert abs(warm_tau / cold_tau - 1) < 0.02
 
 
 def test_sleep_mode_is_refused_on_a_cpu() -> None:
-    """vLLM has sleep mode on GPUs only and says so before anything starts, with a drafter as without."""
+    """vLLM has sleep mode on GPUs only and says so before anything starts, with a drafter as
+    without."""
     from vllm.engine.arg_utils import EngineArgs
 
     with pytest.raises(ValueError, match="Sleep mode is not supported on current platform"):
-        EngineArgs(str(TARGET), enable_sleep_mode=True, speculative_config=dict(SPECULATIVE), max_model_len=512).create_engine_config()
+        EngineArgs(
+            str(TARGET),
+            enable_sleep_mode=True,
+            speculative_config=dict(SPECULATIVE),
+            max_model_len=512,
+        ).create_engine_config()
 
 
 def test_bench_serve(served: Served, tmp_path: Path) -> None:
-    """``vllm bench serve`` as a client: every request completes, and its report has the acceptance."""
+    """``vllm bench serve`` as a client: every request completes, and its report has the
+    acceptance."""
     command = [
-        str(Path(sys.executable).with_name("vllm")), "bench", "serve", "--host", "127.0.0.1", "--port", str(served.port),
-        "--endpoint", "/v1/completions", "--model", "embedded", "--tokenizer", str(TARGET), "--dataset-name", "random",
-        "--random-input-len", "32", "--random-output-len", "16", "--num-prompts", "8", "--temperature", "0", "--ignore-eos",
-        "--save-result", "--result-dir", str(tmp_path), "--result-filename", "bench.json",
-    ]  # fmt: skip
-    done = subprocess.run(command, env=engine_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=180, check=False)
+        str(Path(sys.executable).with_name("vllm")),
+        "bench",
+        "serve",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(served.port),
+        "--endpoint",
+        "/v1/completions",
+        "--model",
+        "embedded",
+        "--tokenizer",
+        str(TARGET),
+        "--dataset-name",
+        "random",
+        "--random-input-len",
+        "32",
+        "--random-output-len",
+        "16",
+        "--num-prompts",
+        "8",
+        "--temperature",
+        "0",
+        "--ignore-eos",
+        "--save-result",
+        "--result-dir",
+        str(tmp_path),
+        "--result-filename",
+        "bench.json",
+    ]
+    done = subprocess.run(
+        command,
+        env=engine_env(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=180,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-4000:]
     result = json.loads((tmp_path / "bench.json").read_text())
     assert result["completed"] == 8
     assert result["spec_decode_acceptance_length"] >= 1
-    print("\n".join(line for line in done.stdout.splitlines() if "cceptance" in line or "raft" in line))
+    print(
+        "\n".join(
+            line for line in done.stdout.splitlines() if "cceptance" in line or "raft" in line
+        )
+    )
 
 
 def test_metrics(served: Served) -> None:
-    """``/metrics`` of either API server counts drafts, draft tokens and accepted tokens, these by position too."""
+    """``/metrics`` of either API server counts drafts, draft tokens and accepted tokens, these by
+    position too."""
     metrics = request(served.port, "/metrics")
     for name in ("drafts", "draft_tokens", "accepted_tokens"):
         assert metric(served.port, f"vllm:spec_decode_num_{name}_total") > 0
-    positions = set(re.findall(r'vllm:spec_decode_num_accepted_tokens_per_pos_total\{[^}]*position="(\d+)"', metrics))
+    positions = set(
+        re.findall(
+            r'vllm:spec_decode_num_accepted_tokens_per_pos_total\{[^}]*position="(\d+)"', metrics
+        )
+    )
     assert positions == {str(i) for i in range(7)}
 
 
 def test_shutdown(served: Served) -> None:
-    """SIGTERM ends the server with both API servers, the engine and the worker. The last test: it stops the shared server."""
+    """SIGTERM ends the server with both API servers, the engine and the worker. The last test: it
+    stops the shared server."""
     served.stop()
     with pytest.raises(OSError, match="refused"):
         request(served.port, "/health")

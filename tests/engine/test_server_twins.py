@@ -1,7 +1,8 @@
-"""A server with drafts and one without, asked the same over HTTP; and how one with drafts ends when a part of it is killed.
+"""A server with drafts and one without, asked the same over HTTP; and how one with drafts ends when
+a part of it is killed.
 
-The drafter comes as a folder in speculators' format that names its target: ``vllm serve FOLDER``, no flag. Both servers share one
-``PROMETHEUS_MULTIPROC_DIR``.
+The drafter comes as a folder in speculators' format that names its target: ``vllm serve FOLDER``,
+no flag. Both servers share one ``PROMETHEUS_MULTIPROC_DIR``.
 
     pytest -s tests/engine/test_server_twins.py
 """
@@ -29,26 +30,51 @@ from vllm_dflash.tools.convert import convert
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 TEXTS = [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()[:4]]
 FLAGS = (
-    "--enable-auto-tool-choice", "--tool-call-parser", "pythonic", "--enable-prompt-tokens-details", "--reasoning-parser", "granite",
-    # This parser takes all for reasoning until it ends, and vLLM's grammars, tools' too, begin only then.
-    "--structured-outputs-config", json.dumps({"enable_in_reasoning": True}),
-)  # fmt: skip
+    "--enable-auto-tool-choice",
+    "--tool-call-parser",
+    "pythonic",
+    "--enable-prompt-tokens-details",
+    "--reasoning-parser",
+    "granite",
+    # This parser takes all for reasoning until it ends, and vLLM's grammars, tools' too, begin only
+    # then.
+    "--structured-outputs-config",
+    json.dumps({"enable_in_reasoning": True}),
+)
 GREEDY: dict[str, Any] = {"model": "embedded", "temperature": 0}
 PARAMETERS = {
-    "type": "object", "properties": {"kind": {"enum": ["class", "module"]}, "private": {"type": "boolean"}},
-    "required": ["kind", "private"], "additionalProperties": False,
-}  # fmt: skip
-TOOLS = [{"type": "function", "function": {"name": "define", "description": "Defines a name.", "parameters": PARAMETERS}}]
+    "type": "object",
+    "properties": {"kind": {"enum": ["class", "module"]}, "private": {"type": "boolean"}},
+    "required": ["kind", "private"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "define", "description": "Defines a name.", "parameters": PARAMETERS},
+    }
+]
 CONVERSATION = [
-    {"role": "system", "content": "import json"}, {"role": "user", "content": "import os"},
-    {"role": "assistant", "content": "import sys"}, {"role": "user", "content": TEXTS[0]},
-]  # fmt: skip
+    {"role": "system", "content": "import json"},
+    {"role": "user", "content": "import os"},
+    {"role": "assistant", "content": "import sys"},
+    {"role": "user", "content": TEXTS[0]},
+]
 THOUGHT = r"Here is my thought process: [a-z ]{8,16}\. Here is my response: [a-z ]{4,12}\."
 """What the reasoning parser takes apart; the pair would not write it of itself."""
 NOT_COMPARED = {
-    "id", "created", "created_at", "completed_at", "item_id", "call_id", "request_id", "response_id", "system_fingerprint",
-}  # fmt: skip
-"""What differs between any two answers: names and times, and a digest of the server's configuration."""
+    "id",
+    "created",
+    "created_at",
+    "completed_at",
+    "item_id",
+    "call_id",
+    "request_id",
+    "response_id",
+    "system_fingerprint",
+}
+"""What differs between any two answers: names and times, and a digest of the server's
+configuration."""
 
 
 def user(text: str) -> list[dict[str, str]]:
@@ -60,18 +86,48 @@ ASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": (CHAT, {"messages": user(TEXTS[0]), "max_tokens": 48}),
     "conversation": (CHAT, {"messages": CONVERSATION, "max_tokens": 48}),
     "n and logprobs": (
-        CHAT, {"messages": user(TEXTS[1]), "max_tokens": 24, "n": 2, "temperature": 0.8, "seed": 7, "logprobs": True, "top_logprobs": 2},
+        CHAT,
+        {
+            "messages": user(TEXTS[1]),
+            "max_tokens": 24,
+            "n": 2,
+            "temperature": 0.8,
+            "seed": 7,
+            "logprobs": True,
+            "top_logprobs": 2,
+        },
     ),
     "a named tool": (
-        CHAT, {"messages": user(TEXTS[2]), "max_tokens": 64, "tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "define"}}},
+        CHAT,
+        {
+            "messages": user(TEXTS[2]),
+            "max_tokens": 64,
+            "tools": TOOLS,
+            "tool_choice": {"type": "function", "function": {"name": "define"}},
+        },
     ),
-    "a required tool": (CHAT, {"messages": user(TEXTS[3]), "max_tokens": 96, "tools": TOOLS, "tool_choice": "required"}),
-    "tools, as it likes": (CHAT, {"messages": user(TEXTS[0]), "max_tokens": 32, "tools": TOOLS, "tool_choice": "auto"}),
-    "reasoning": (CHAT, {"messages": user(TEXTS[0]), "max_tokens": 64, "structured_outputs": {"regex": THOUGHT}}),
-    "completion": (COMPLETION, {"prompt": TEXTS[1], "max_tokens": 40, "stop": ["return"], "logprobs": 2, "echo": True}),
+    "a required tool": (
+        CHAT,
+        {"messages": user(TEXTS[3]), "max_tokens": 96, "tools": TOOLS, "tool_choice": "required"},
+    ),
+    "tools, as it likes": (
+        CHAT,
+        {"messages": user(TEXTS[0]), "max_tokens": 32, "tools": TOOLS, "tool_choice": "auto"},
+    ),
+    "reasoning": (
+        CHAT,
+        {"messages": user(TEXTS[0]), "max_tokens": 64, "structured_outputs": {"regex": THOUGHT}},
+    ),
+    "completion": (
+        COMPLETION,
+        {"prompt": TEXTS[1], "max_tokens": 40, "stop": ["return"], "logprobs": 2, "echo": True},
+    ),
     "response": (RESPONSE, {"input": TEXTS[2], "max_output_tokens": 40}),
-    "response to a conversation": (RESPONSE, {"instructions": "import os", "input": user(TEXTS[3]), "max_output_tokens": 40}),
-}  # fmt: skip
+    "response to a conversation": (
+        RESPONSE,
+        {"instructions": "import os", "input": user(TEXTS[3]), "max_output_tokens": 40},
+    ),
+}
 
 
 @dataclass
@@ -91,13 +147,18 @@ def drafter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def drafted(drafter: Path, **more: Any) -> Iterator[int]:
     adaptive = json.dumps({"dflash": {"adaptive": False}})
-    with server(*FLAGS, "--tokenizer", str(TARGET), "--additional-config", adaptive, model=drafter, **more) as port:
+    with server(
+        *FLAGS, "--tokenizer", str(TARGET), "--additional-config", adaptive, model=drafter, **more
+    ) as port:
         yield port
 
 
 @pytest.fixture(scope="module")
 def twins(drafter: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twins]:
-    env = {"VLLM_SERVER_DEV_MODE": "1", "PROMETHEUS_MULTIPROC_DIR": str(tmp_path_factory.mktemp("metrics"))}
+    env = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "PROMETHEUS_MULTIPROC_DIR": str(tmp_path_factory.mktemp("metrics")),
+    }
     with server(*FLAGS, env=env) as plain, drafted(drafter, env=env) as ours:
         yield Twins(plain, ours)
 
@@ -120,7 +181,11 @@ def events(port: int, name: str, **more: Any) -> list[dict[str, Any]]:
     """A streamed answer's events."""
     path, body = ASKS[name]
     lines = request(port, path, GREEDY | body | {"stream": True} | more).splitlines()
-    return [json.loads(line[6:]) for line in lines if line.startswith("data: ") and line != "data: [DONE]"]
+    return [
+        json.loads(line[6:])
+        for line in lines
+        if line.startswith("data: ") and line != "data: [DONE]"
+    ]
 
 
 @pytest.mark.parametrize("name", ASKS)
@@ -141,14 +206,23 @@ def test_answers_are_plain_decodings(twins: Twins, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["chat", "conversation", "a named tool"])
 def test_streamed_answers(twins: Twins, name: str) -> None:
-    """What a stream's pieces come to, and its usage figures; there are fewer pieces, as several tokens come at once."""
+    """What a stream's pieces come to, and its usage figures; there are fewer pieces, as several
+    tokens come at once."""
 
     def whole(port: int) -> tuple[str, str, Any, Any]:
         pieces = events(port, name, stream_options={"include_usage": True})
         deltas = [choice["delta"] for piece in pieces for choice in piece["choices"]]
         calls = [call for delta in deltas for call in delta.get("tool_calls") or []]
-        text, arguments = ("".join(d.get("content") or "" for d in deltas), "".join(c["function"].get("arguments") or "" for c in calls))
-        ends = [choice["finish_reason"] for piece in pieces for choice in piece["choices"] if choice["finish_reason"]]
+        text, arguments = (
+            "".join(d.get("content") or "" for d in deltas),
+            "".join(c["function"].get("arguments") or "" for c in calls),
+        )
+        ends = [
+            choice["finish_reason"]
+            for piece in pieces
+            for choice in piece["choices"]
+            if choice["finish_reason"]
+        ]
         return text, arguments, ends, [piece["usage"] for piece in pieces if piece.get("usage")]
 
     plain, ours = whole(twins.plain), whole(twins.drafted)
@@ -203,7 +277,9 @@ def test_metrics_of_two_servers_in_one_folder(twins: Twins) -> None:
 def root_of(port: int) -> int:
     """The first process of the server that listens on a port."""
     (root,) = [
-        int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if f"--port {port} " in _text(path).replace("\0", " ")
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if f"--port {port} " in _text(path).replace("\0", " ")
     ]
     return root
 
@@ -213,7 +289,10 @@ def descendants(name: str, port: int) -> list[int]:
     stats = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         if fields := _text(stat).rpartition(")")[2].split():
-            stats[int(stat.parent.name)] = (int(fields[1]), _text(stat.parent / "cmdline").replace("\0", " "))
+            stats[int(stat.parent.name)] = (
+                int(fields[1]),
+                _text(stat.parent / "cmdline").replace("\0", " "),
+            )
     found, todo = [], [root_of(port)]
     while todo:
         parent = todo.pop()
@@ -233,7 +312,8 @@ def _text(path: Path) -> str:
 
 @pytest.mark.parametrize("name", ["EngineCore", "Worker"])
 def test_a_killed_part_ends_the_server(drafter: Path, name: str) -> None:
-    """SIGKILL of the engine's process, or of its worker, under load: clients get an error and nothing is left running."""
+    """SIGKILL of the engine's process, or of its worker, under load: clients get an error and
+    nothing is left running."""
     with drafted(drafter, ends_itself=True) as port, ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(ask, port, "chat", max_tokens=300, ignore_eos=True) for _ in range(4)]
         time.sleep(0.2)
@@ -241,4 +321,6 @@ def test_a_killed_part_ends_the_server(drafter: Path, name: str) -> None:
         os.kill(victim, signal.SIGKILL)
         for each in asked:
             error = each.exception(60)
-            assert error is None or isinstance(error, (urllib.error.URLError, ConnectionError, OSError)), error
+            assert error is None or isinstance(
+                error, (urllib.error.URLError, ConnectionError, OSError)
+            ), error

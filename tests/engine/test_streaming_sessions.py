@@ -1,4 +1,5 @@
-"""Streaming-input sessions (``AsyncLLM`` with an async generator of ``StreamingInput``): output equals plain decoding's.
+"""Streaming-input sessions (``AsyncLLM`` with an async generator of ``StreamingInput``): output
+equals plain decoding's.
 
 pytest -s tests/engine/test_streaming_sessions.py
 """
@@ -15,17 +16,28 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 def test_sessions_go_on_as_without_drafts() -> None:
     """Alone and four at a time, three inputs a session.
 
-    Under synchronous scheduling vLLM left drafts that were accepted past an output's end counted as computed. The session's next
-    input then kept the last output token, which plain decoding drops, and took the cache of the dropped drafts for its own first
-    tokens': other text from there on, with vLLM's own dflash too. ``patches/streaming_sessions.py`` has the cure.
+    Under synchronous scheduling vLLM left drafts that were accepted past an output's end counted as
+    computed. The session's next input then kept the last output token, which plain decoding drops,
+    and took the cache of the dropped drafts for its own first tokens': other text from there on,
+    with vLLM's own dflash too. ``patches/streaming_sessions.py`` has the cure.
     """
     prompts = [prompt[:40] for prompt in held_out_prompts(12)]
     sessions = [
-        {"prompts": prompts[3 * i : 3 * i + 3], "params": {"max_tokens": 10 + i, "ignore_eos": True, "temperature": 0.0}} for i in range(4)
+        {
+            "prompts": prompts[3 * i : 3 * i + 3],
+            "params": {"max_tokens": 10 + i, "ignore_eos": True, "temperature": 0.0},
+        }
+        for i in range(4)
     ]
-    args: dict[str, Any] = {"model": str(TARGET), "additional_config": {"dflash": {"adaptive": False}}}
+    args: dict[str, Any] = {
+        "model": str(TARGET),
+        "additional_config": {"dflash": {"adaptive": False}},
+    }
     speculative = {"method": "dflash", "model": str(DRAFTER), "num_speculative_tokens": 7}
-    jobs = [{"args": args | more, "batches": [sessions[:1], sessions]} for more in ({}, {"speculative_config": speculative})]
+    jobs = [
+        {"args": args | more, "batches": [sessions[:1], sessions]}
+        for more in ({}, {"speculative_config": speculative})
+    ]
     plain, ours = run_worker("streaming_worker.py", jobs, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
     assert [len(tokens) for tokens in plain[1]] == [30, 33, 36, 39]
     assert ours == plain

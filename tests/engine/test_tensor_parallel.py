@@ -1,6 +1,8 @@
-"""Two tensor-parallel ranks on a CPU draft what one rank drafts and what plain PyTorch drafts; the output is plain decoding's.
+"""Two tensor-parallel ranks on a CPU draft what one rank drafts and what plain PyTorch drafts; the
+output is plain decoding's.
 
-Drafters with two KV heads (one a rank) and with one (a copy on each rank), DFlash and DFlare, the last with tables of its own.
+Drafters with two KV heads (one a rank) and with one (a copy on each rank), DFlash and DFlare, the
+last with tables of its own.
 
     pytest -s tests/engine/test_tensor_parallel.py
 """
@@ -18,11 +20,17 @@ from targets import FAMILIES
 from variants import Variant
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
-_ALL_LAYERS: dict[str, Any] = {"target_layer_ids": (0, 1, 2, 3, 4), "kind": "dflare", "attention_bias": True}
+_ALL_LAYERS: dict[str, Any] = {
+    "target_layer_ids": (0, 1, 2, 3, 4),
+    "kind": "dflare",
+    "attention_bias": True,
+}
 RANDOM = {
     "dflare": Variant(_ALL_LAYERS, mask_embedding=True),
     "dflare one kv head": Variant(
-        _ALL_LAYERS | {"num_key_value_heads": 1, "draft_vocab_size": 300}, format="speculators", tables=("embed_tokens.weight",)
+        _ALL_LAYERS | {"num_key_value_heads": 1, "draft_vocab_size": 300},
+        format="speculators",
+        tables=("embed_tokens.weight",),
     ),
 }
 TRAINED = "dflash, the embedded pair"
@@ -35,27 +43,48 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
     """Target, drafter and prompts, by name."""
     folder = tmp_path_factory.mktemp("sharded")
     target, prompts = FAMILIES["llama"].make(folder / "target"), random_prompts(8, 512)
-    found = {name: (target, variant.make(folder / name.replace(" ", "-")), prompts) for name, variant in RANDOM.items()}
+    found = {
+        name: (target, variant.make(folder / name.replace(" ", "-")), prompts)
+        for name, variant in RANDOM.items()
+    }
     return found | {TRAINED: (TARGET, DRAFTER, held_out_prompts(8))}
 
 
 @pytest.fixture(scope="module")
 def reports(pairs: Pairs) -> dict[tuple[str, int], dict]:
-    """What each engine reports, by name and ranks; with 0 ranks the target on one, without a drafter."""
+    """What each engine reports, by name and ranks; with 0 ranks the target on one, without a
+    drafter."""
     jobs = {}
     for name, (target, drafter, prompts) in pairs.items():
         jobs[name, 0] = Job(target, None, prompts, max_tokens=24)
         jobs[name, 1] = Job(target, drafter, prompts, max_tokens=24)
-        jobs[name, 2] = Job(target, drafter, prompts, max_tokens=24, engine_args={"tensor_parallel_size": 2})
-    return dict(zip(jobs, run_worker("tensor_parallel_worker.py", [job.to_json() for job in jobs.values()]), strict=True))
+        jobs[name, 2] = Job(
+            target, drafter, prompts, max_tokens=24, engine_args={"tensor_parallel_size": 2}
+        )
+    return dict(
+        zip(
+            jobs,
+            run_worker("tensor_parallel_worker.py", [job.to_json() for job in jobs.values()]),
+            strict=True,
+        )
+    )
 
 
 def batch(report: dict[str, Any], prompts: list[list[int]]) -> Batch:
-    return Batch(prompts, {"tokens": report["tokens"], "counters": report["counters"], "drafts": (report["ranks"] or [[]])[0]})
+    return Batch(
+        prompts,
+        {
+            "tokens": report["tokens"],
+            "counters": report["counters"],
+            "drafts": (report["ranks"] or [[]])[0],
+        },
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_output_and_counters_do_not_depend_on_the_ranks(pairs: Pairs, reports: dict[tuple[str, int], dict], name: str) -> None:
+def test_output_and_counters_do_not_depend_on_the_ranks(
+    pairs: Pairs, reports: dict[tuple[str, int], dict], name: str
+) -> None:
     plain, one, two = (reports[name, ranks] for ranks in range(3))
     assert len(two["ranks"]) == 2
     assert all(module.startswith("vllm_dflash.") for module in two["proposers"])
@@ -64,12 +93,15 @@ def test_output_and_counters_do_not_depend_on_the_ranks(pairs: Pairs, reports: d
     assert two["counters"] == one["counters"]
     tau = batch(two, pairs[name][2]).tau
     print(f"\n{name}: {two['counters']['drafts']:.0f} drafts, tau {tau:.3f} on one rank and on two")
-    # Random drafters are hardly ever right: what acceptance does on two ranks is the trained pair's to show.
+    # Random drafters are hardly ever right: what acceptance does on two ranks is the trained pair's
+    # to show.
     assert tau > 2 or name != TRAINED
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_both_ranks_draft_what_the_reference_drafts(pairs: Pairs, reports: dict[tuple[str, int], dict], name: str) -> None:
+def test_both_ranks_draft_what_the_reference_drafts(
+    pairs: Pairs, reports: dict[tuple[str, int], dict], name: str
+) -> None:
     target, drafter, prompts = pairs[name]
     first, second = reports[name, 2]["ranks"]
     assert first == second
@@ -79,15 +111,20 @@ def test_both_ranks_draft_what_the_reference_drafts(pairs: Pairs, reports: dict[
 
 
 def test_pipeline_parallelism_is_refused(random_target: Path, random_drafter: Path) -> None:
-    """When the configuration is made: the drafter shares the target's embedding, which another stage would hold."""
+    """When the configuration is made: the drafter shares the target's embedding, which another
+    stage would hold."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
     speculative = {"method": "dflash", "model": str(random_drafter), "num_speculative_tokens": 7}
     arguments = EngineArgs(
-        str(random_target), speculative_config=speculative, skip_tokenizer_init=True, max_model_len=256, pipeline_parallel_size=2,
+        str(random_target),
+        speculative_config=speculative,
+        skip_tokenizer_init=True,
+        max_model_len=256,
+        pipeline_parallel_size=2,
         distributed_executor_backend="mp",
-    )  # fmt: skip
+    )
     with pytest.raises(ValueError, match="set pipeline_parallel_size to 1"):
         arguments.create_engine_config()

@@ -1,8 +1,10 @@
-"""``thinking_token_budget``: the end of thinking is forced where plain decoding forces it, in the request that asked for it.
+"""``thinking_token_budget``: the end of thinking is forced where plain decoding forces it, in the
+request that asked for it.
 
-With drafts vLLM's own verification overshoots the budget by up to three tokens, and forces the end into the output of neighbours
-that have none (its issue 39573). Both engines, and one that samples its drafts, on the embedded pair; brackets, or a line's end and
-a phrase of several tokens, are taken for the marks of thinking.
+With drafts vLLM's own verification overshoots the budget by up to three tokens, and forces the end
+into the output of neighbours that have none (its issue 39573). Both engines, and one that samples
+its drafts, on the embedded pair; brackets, or a line's end and a phrase of several tokens, are
+taken for the marks of thinking.
 
     pytest -s tests/engine/test_thinking_budget.py
 """
@@ -26,31 +28,55 @@ def asks() -> dict[str, Ask]:
     budgets = [None if i % 3 == 2 else i % 9 for i in range(COUNT)]
     without = [common | GREEDY for _ in budgets]
     return {
-        "greedy": Ask(prompts, [each | {"thinking_token_budget": b} for each, b in zip(without, budgets, strict=True)]),
-        "seeded": Ask(prompts, [common | {"temperature": 0.8, "seed": i, "thinking_token_budget": b} for i, b in enumerate(budgets)]),
+        "greedy": Ask(
+            prompts,
+            [each | {"thinking_token_budget": b} for each, b in zip(without, budgets, strict=True)],
+        ),
+        "seeded": Ask(
+            prompts,
+            [
+                common | {"temperature": 0.8, "seed": i, "thinking_token_budget": b}
+                for i, b in enumerate(budgets)
+            ],
+        ),
         "none": Ask(prompts, without),
     }
 
 
 @pytest.fixture(scope="module")
 def answers() -> dict[tuple[str, str], dict[str, Answer]]:
-    """By marks and engine, what came back for each ``Ask``; sampled drafts follow other random numbers, so those are asked greedy only."""
+    """By marks and engine, what came back for each ``Ask``; sampled drafts follow other random
+    numbers, so those are asked greedy only."""
     kinds: dict[str, tuple[Any, dict[str, Any], list[str]]] = {
-        "plain": (None, {}, list(asks())), "ours": (DRAFTER, {}, list(asks())),
+        "plain": (None, {}, list(asks())),
+        "ours": (DRAFTER, {}, list(asks())),
         "sampled drafts": (DRAFTER, {"draft_sample_method": "probabilistic"}, ["greedy"]),
-    }  # fmt: skip
+    }
     wanted = {(marks, kind): kinds[kind] for marks in MARKS for kind in kinds}
     engines = []
     for (marks, _), (drafter, speculative, names) in wanted.items():
         start, end = MARKS[marks]
         args = {"reasoning_config": {"reasoning_start_str": start, "reasoning_end_str": end}}
-        engines.append(Engine(TARGET, drafter, [asks()[name] for name in names], speculative=speculative, args=args))
-    return {key: dict(zip(wanted[key][2], found, strict=True)) for key, found in zip(wanted, run(engines), strict=True)}
+        engines.append(
+            Engine(
+                TARGET,
+                drafter,
+                [asks()[name] for name in names],
+                speculative=speculative,
+                args=args,
+            )
+        )
+    return {
+        key: dict(zip(wanted[key][2], found, strict=True))
+        for key, found in zip(wanted, run(engines), strict=True)
+    }
 
 
 @pytest.mark.parametrize("marks", MARKS)
 @pytest.mark.parametrize("name", ["greedy", "seeded"])
-def test_output_is_plain_decodings(answers: dict[tuple[str, str], dict[str, Answer]], marks: str, name: str) -> None:
+def test_output_is_plain_decodings(
+    answers: dict[tuple[str, str], dict[str, Answer]], marks: str, name: str
+) -> None:
     plain, ours = answers[marks, "plain"][name], answers[marks, "ours"][name]
     assert plain.error is ours.error is None
     assert ours.tokens == plain.tokens

@@ -1,6 +1,8 @@
-"""From a target to a proven drafter with real engines: the example at a small scale, killed on the way, and another family.
+"""From a target to a proven drafter with real engines: the example at a small scale, killed on the
+way, and another family.
 
-The trainer's tau, the reference loop's and vLLM's are the same figure in float32, for Qwen3 and for Llama.
+The trainer's tau, the reference loop's and vLLM's are the same figure in float32, for Qwen3 and for
+Llama.
 """
 
 import json
@@ -26,15 +28,48 @@ from vllm_dflash.weights import read_mask_embedding
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
-SMALL = ["--response-tokens", "48", "--shard-size", "24", "--held-out", "8", "--prove-prompts", "8", "--prove-tokens", "32", "--batch-size", "8", "--anchors", "16", "--lr", "1e-2", "--eval-prompts", "2", "--num-seqs", "24"]  # fmt: skip
+SMALL = [
+    "--response-tokens",
+    "48",
+    "--shard-size",
+    "24",
+    "--held-out",
+    "8",
+    "--prove-prompts",
+    "8",
+    "--prove-tokens",
+    "32",
+    "--batch-size",
+    "8",
+    "--anchors",
+    "16",
+    "--lr",
+    "1e-2",
+    "--eval-prompts",
+    "2",
+    "--num-seqs",
+    "24",
+]
 
 
 def example(out: Path) -> subprocess.Popen[str]:
-    env = engine_env({"OUT": str(out), "STEPS": "50", "PROMPTS": "72", "SERVE": "no", "BIN": str(Path(sys.executable).parent)})
+    env = engine_env(
+        {
+            "OUT": str(out),
+            "STEPS": "50",
+            "PROMPTS": "72",
+            "SERVE": "no",
+            "BIN": str(Path(sys.executable).parent),
+        }
+    )
     return subprocess.Popen(
-        ["bash", str(ROOT / "examples" / "train_tiny.sh"), *SMALL], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        ["bash", str(ROOT / "examples" / "train_tiny.sh"), *SMALL],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         start_new_session=True,
-    )  # fmt: skip
+    )
 
 
 def agreed(run: Path, rows: int) -> dict:
@@ -49,7 +84,8 @@ def agreed(run: Path, rows: int) -> dict:
 
 
 def test_the_example_killed_while_the_target_answers(tmp_path: Path) -> None:
-    """The first command dies between two shards and takes its engine along; the second does the rest, with the answers of plain decoding."""
+    """The first command dies between two shards and takes its engine along; the second does the
+    rest, with the answers of plain decoding."""
     first = example(tmp_path)
     while not (tmp_path / "run" / "generate" / "shard-00000.json").exists():
         assert first.poll() is None, first.stdout.read()
@@ -58,7 +94,9 @@ def test_the_example_killed_while_the_target_answers(tmp_path: Path) -> None:
     first.communicate()
     wait_until_gone(first.pid)
     kept = (tmp_path / "run" / "generate" / "shard-00000.safetensors").stat().st_mtime_ns
-    assert not (tmp_path / "run" / "generate" / "shard-00002.json").exists(), "too late: all was answered"
+    assert not (tmp_path / "run" / "generate" / "shard-00002.json").exists(), (
+        "too late: all was answered"
+    )
     second = example(tmp_path)
     said, _ = second.communicate(timeout=300)
     assert second.returncode == 0, said
@@ -67,32 +105,77 @@ def test_the_example_killed_while_the_target_answers(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32)
     for index in (0, 2):
         one = Shard(shard_path(run / "generate", index))[5]
-        prompt, answer = one.tokens[: one.prompt_length].tolist(), one.tokens[one.prompt_length :].tolist()
+        prompt, answer = (
+            one.tokens[: one.prompt_length].tolist(),
+            one.tokens[one.prompt_length :].tolist(),
+        )
         assert answer == generate(model, None, prompt, 48, 0).tokens
     found = agreed(run, 2)
     assert found["trainer_tau"] > 1.05
     assert {row["same_text"] for row in found["rows"]} == {8}
     assert DrafterConfig.from_pretrained(run / "drafter").block_size == 8
     card = (run / "drafter" / "README.md").read_text()
-    for words in ("| vLLM |", "72 prompts (prompts.jsonl)", "50 steps of 8 sequences x 16 blocks", "the tokenizer's mask token"):
+    for words in (
+        "| vLLM |",
+        "72 prompts (prompts.jsonl)",
+        "50 steps of 8 sequences x 16 blocks",
+        "the tokenizer's mask token",
+    ):
         assert words in card
     gains_nothing = found["rows"][-1]["tau"] < 1.1
-    assert ("warning: tau is" in said, "It gains nothing yet" in card) == (gains_nothing, gains_nothing)
+    assert ("warning: tau is" in said, "It gains nothing yet" in card) == (
+        gains_nothing,
+        gains_nothing,
+    )
     assert "they agree within 2%" in said
     assert (run / "train" / "curves.svg").read_text().count("<svg") == 1
 
 
 def test_without_prompts_killed_while_the_target_writes_them(tmp_path: Path) -> None:
-    """The road without data, on a target without a header in its template; tests/prove_train.py is the same on a real chat model."""
+    """The road without data, on a target without a header in its template; tests/prove_train.py is
+    the same on a real chat model."""
     command = [
-        str(Path(sys.executable).with_name("vllm-dflash")), "train", "--target", str(TARGET), "--prompts", "self:24", "--out", str(tmp_path),
-        "--dtype", "float32", *SMALL, "--shard-size", "8", "--num-seqs", "8", "--self-most-tokens", "24", "--self-repetition", "1", "--response-tokens", "16",
-        "--prove-tokens", "8", "--steps", "3", "--block-size", "4", "--kind", "dflash", "--mask-embedding", "--skip-vllm",
-    ]  # fmt: skip
+        str(Path(sys.executable).with_name("vllm-dflash")),
+        "train",
+        "--target",
+        str(TARGET),
+        "--prompts",
+        "self:24",
+        "--out",
+        str(tmp_path),
+        "--dtype",
+        "float32",
+        *SMALL,
+        "--shard-size",
+        "8",
+        "--num-seqs",
+        "8",
+        "--self-most-tokens",
+        "24",
+        "--self-repetition",
+        "1",
+        "--response-tokens",
+        "16",
+        "--prove-tokens",
+        "8",
+        "--steps",
+        "3",
+        "--block-size",
+        "4",
+        "--kind",
+        "dflash",
+        "--mask-embedding",
+        "--skip-vllm",
+    ]
 
     def start() -> subprocess.Popen[str]:
         return subprocess.Popen(
-            command, env=engine_env({}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            command,
+            env=engine_env({}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
 
     first, part = start(), tmp_path / "prompts" / "shard-00000"
@@ -109,29 +192,51 @@ def test_without_prompts_killed_while_the_target_writes_them(tmp_path: Path) -> 
     assert second.returncode == 0, said
     assert part.with_suffix(".safetensors").stat().st_mtime_ns == kept
     assert "24 prompts of" in said
-    rows = [json.loads(line) for line in (tmp_path / "prompts" / "prompts.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "prompts" / "prompts.jsonl").read_text().splitlines()
+    ]
     assert len({row["messages"][0]["content"] for row in rows}) == 24
     agreed(tmp_path, 1)
     assert (tmp_path / "drafter" / "mask_embedding.pt").is_file()
     card = (tmp_path / "drafter" / "README.md").read_text()
-    for words in ("24 that the target wrote itself at temperature 1, top_p 1", "its embedding is the drafter's own (mask_embedding.pt)"):
+    for words in (
+        "24 that the target wrote itself at temperature 1, top_p 1",
+        "its embedding is the drafter's own (mask_embedding.pt)",
+    ):
         assert words in card
 
 
 def test_llama(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A DFlare drafter for a target of another family, with a mask embedding of its own, exported in speculators' format."""
+    """A DFlare drafter for a target of another family, with a mask embedding of its own, exported
+    in speculators' format."""
     target = make_target(tmp_path / "target")
     held_out, ids = held_out_file(tmp_path / "held-out.jsonl", 8)
     prompts = answered_prompts(target, tmp_path / "prompts.jsonl", 24, 40)
     chosen = settings(
-        target, prompts, tmp_path / "run", held_out_prompts=str(held_out), held_out=8, prove_prompts=8, prove_tokens=40, steps=40, kind="dflare",
-        format="speculators", response_tokens=40, cache=False, mask_embedding=True,
-    )  # fmt: skip
+        target,
+        prompts,
+        tmp_path / "run",
+        held_out_prompts=str(held_out),
+        held_out=8,
+        prove_prompts=8,
+        prove_tokens=40,
+        steps=40,
+        kind="dflare",
+        format="speculators",
+        response_tokens=40,
+        cache=False,
+        mask_embedding=True,
+    )
     answer_held_out(chosen, ids)
     assert run_stages(chosen, STAGES), capsys.readouterr().out
     assert agreed(tmp_path / "run", 2)["trainer_tau"] > 1.5
     config = DrafterConfig.from_pretrained(tmp_path / "run" / "drafter")
     assert (config.format, config.kind) == ("speculators", "dflare")
     trained = read_mask_embedding(tmp_path / "run" / "drafter", config)
-    row = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).get_input_embeddings().weight[config.mask_token_id]
+    row = (
+        AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+        .get_input_embeddings()
+        .weight[config.mask_token_id]
+    )
     assert not torch.allclose(trained, row, atol=0.01)

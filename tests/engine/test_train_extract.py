@@ -1,4 +1,5 @@
-"""Features by vLLM's own hidden-state extraction are those of transformers, to rounding, and train the same drafter."""
+"""Features by vLLM's own hidden-state extraction are those of transformers, to rounding, and train
+the same drafter."""
 
 from pathlib import Path
 
@@ -21,7 +22,9 @@ def read(chosen: Settings) -> list[torch.Tensor]:
     """Every sequence's features, as training reads them."""
     found = target.find_target(chosen)
     config, data = drafter.plan(chosen, found)[0], generate.sequences(chosen)
-    reader = features.Features(chosen, data, config, found, target.load_target(found, chosen, "cpu"))
+    reader = features.Features(
+        chosen, data, config, found, target.load_target(found, chosen, "cpu")
+    )
     rows = [data[i].tokens for i in range(len(data))]
     return [reader([i], features.padded([row]))[0] for i, row in enumerate(rows)]
 
@@ -33,7 +36,14 @@ def test_they_agree_with_transformers(tmp_path: Path) -> None:
     prompts = answered_prompts(model, tmp_path / "prompts.jsonl", 20, 12)
     runs = {}
     for how in ("transformers", "vllm"):
-        chosen = settings(model, prompts, tmp_path / how, held_out_prompts=str(held_out), target_layer_ids=LAYERS, extract_with=how)
+        chosen = settings(
+            model,
+            prompts,
+            tmp_path / how,
+            held_out_prompts=str(held_out),
+            target_layer_ids=LAYERS,
+            extract_with=how,
+        )
         answer_held_out(chosen, ids)
         runs[how] = chosen
     run_stages(runs["transformers"], ("generate", "features"))
@@ -45,4 +55,13 @@ def test_they_agree_with_transformers(tmp_path: Path) -> None:
         assert ours.shape[1] == len(LAYERS) * 64
         assert torch.allclose(ours, theirs, atol=1e-4)
     with pytest.raises(RunError, match=r"extract_with 'vllm' \(now 'transformers'\)"):
-        run_stages(settings(model, prompts, tmp_path / "vllm", held_out_prompts=str(held_out), target_layer_ids=LAYERS), ("features",))
+        run_stages(
+            settings(
+                model,
+                prompts,
+                tmp_path / "vllm",
+                held_out_prompts=str(held_out),
+                target_layer_ids=LAYERS,
+            ),
+            ("features",),
+        )

@@ -1,4 +1,5 @@
-"""The stage generate by Ray Data: the shards of one engine on this machine, which are plain greedy decoding."""
+"""The stage generate by Ray Data: the shards of one engine on this machine, which are plain greedy
+decoding."""
 
 from pathlib import Path
 
@@ -27,16 +28,29 @@ def test_shards_from_ray_data(tmp_path: Path) -> None:
     prompts = random_prompts(6, VOCAB)
     written = write_prompts(tmp_path / "prompts.jsonl", ({"prompt_token_ids": p} for p in prompts))
     chosen = settings(
-        target, written, tmp_path / "run", held_out_prompts=str(held_out), shard_size=2, response_tokens=6, engines_on_ray=True
+        target,
+        written,
+        tmp_path / "run",
+        held_out_prompts=str(held_out),
+        shard_size=2,
+        response_tokens=6,
+        engines_on_ray=True,
     )
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     plain = [generate(model, None, p, 6, VOCAB - 1).tokens for p in prompts]
     kept = shard_path(folder_of(chosen), 1)
-    write_sequences(kept, [([*p, *a], len(p)) for p, a in zip(prompts[2:4], plain[2:4], strict=True)])
+    write_sequences(
+        kept, [([*p, *a], len(p)) for p, a in zip(prompts[2:4], plain[2:4], strict=True)]
+    )
     before = kept.stat().st_mtime_ns
     run_stages(chosen, ("generate",))
     assert kept.stat().st_mtime_ns == before
-    found = [shard[i] for n in range(3) for shard in [Shard(shard_path(folder_of(chosen), n))] for i in range(len(shard))]
+    found = [
+        shard[i]
+        for n in range(3)
+        for shard in [Shard(shard_path(folder_of(chosen), n))]
+        for i in range(len(shard))
+    ]
     assert [sample.tokens[: sample.prompt_length].tolist() for sample in found] == prompts
     for sample, expected in zip(found, plain, strict=True):
         assert sample.tokens[sample.prompt_length :].tolist() == expected
@@ -45,5 +59,10 @@ def test_shards_from_ray_data(tmp_path: Path) -> None:
 def test_a_cluster_without_enough_gpus() -> None:
     assert _gpus_each(2, 4, 8) == 2
     assert _gpus_each(2, 4, 0) is None
-    with pytest.raises(TrainingError, match="engines 8 x tensor_parallel_size 2 need 16 GPUs, and the cluster has 8: lower engines"):
+    with pytest.raises(
+        TrainingError,
+        match=(
+            "engines 8 x tensor_parallel_size 2 need 16 GPUs, and the cluster has 8: lower engines"
+        ),
+    ):
         _gpus_each(2, 8, 8)

@@ -1,8 +1,11 @@
-"""vLLM's features beside our drafter in the V2 model runner, on a CPU: the output is plain decoding's, the drafts are the reference's.
+"""vLLM's features beside our drafter in the V2 model runner, on a CPU: the output is plain
+decoding's, the drafts are the reference's.
 
-A position for which no draft K/V was written, or another request's K/V, changes a random drafter's drafts, so that the plain
-PyTorch reference finds it. One process; each engine's requests are listed with it.
-Not tested here, for the interpreter has none of it: CUDA graphs, asynchronous scheduling, tensor parallelism, LoRA.
+A position for which no draft K/V was written, or another request's K/V, changes a random drafter's
+drafts, so that the plain PyTorch reference finds it. One process; each engine's requests are listed
+with it.
+Not tested here, for the interpreter has none of it: CUDA graphs, asynchronous scheduling, tensor
+parallelism, LoRA.
 
     pytest tests/engine/test_v2_features.py
 """
@@ -27,9 +30,26 @@ MAX_MODEL_LEN = 128
 PAGE = 32
 """Tokens in a page of the KV cache."""
 PLAIN, DFLASH, SLIDING, PLAIN_LONG, TIGHT, TIGHT_SLIDING, ZERO, PLAIN_TEXT, TEXT = range(9)
-"""The jobs: many features at once; a KV cache too small for the requests; steps with K = 0; structured output. SLIDING's drafter is
-DFlare with a full and two sliding layers, which have KV cache groups of their own."""
-GREEDY, COLD, SEVERAL, LATE, LONG, SEEDED, PENALISED, LAST, ABORTED, SEEDED_AGAIN, NEW, WARM, WARM_SCRIPTED, TURN, LONG_TURN = range(15)
+"""The jobs: many features at once; a KV cache too small for the requests; steps with K = 0;
+structured output. SLIDING's drafter is DFlare with a full and two sliding layers, which have KV
+cache groups of their own."""
+(
+    GREEDY,
+    COLD,
+    SEVERAL,
+    LATE,
+    LONG,
+    SEEDED,
+    PENALISED,
+    LAST,
+    ABORTED,
+    SEEDED_AGAIN,
+    NEW,
+    WARM,
+    WARM_SCRIPTED,
+    TURN,
+    LONG_TURN,
+) = range(15)
 """The prompts of the first three jobs; the even ones accept scripted drafts."""
 DRAFT_AT_MOST = 2
 """In job ZERO, steps of more requests draft nothing."""
@@ -37,17 +57,34 @@ DRAFT_AT_MOST = 2
 
 def _many(target: str, random: Random) -> dict[str, Any]:
     lengths = {
-        GREEDY: 100, COLD: 70, SEVERAL: 40, LATE: 1, LONG: 20, SEEDED: 60, PENALISED: 12, LAST: 115, ABORTED: 50, TURN: 5, LONG_TURN: 9,
-    }  # fmt: skip
+        GREEDY: 100,
+        COLD: 70,
+        SEVERAL: 40,
+        LATE: 1,
+        LONG: 20,
+        SEEDED: 60,
+        PENALISED: 12,
+        LAST: 115,
+        ABORTED: 50,
+        TURN: 5,
+        LONG_TURN: 9,
+    }
     made = {i: [random.randrange(2, 500) for _ in range(length)] for i, length in lengths.items()}
-    made |= {SEEDED_AGAIN: made[SEEDED], NEW: made[PENALISED], WARM: made[COLD], WARM_SCRIPTED: made[GREEDY]}
+    made |= {
+        SEEDED_AGAIN: made[SEEDED],
+        NEW: made[PENALISED],
+        WARM: made[COLD],
+        WARM_SCRIPTED: made[GREEDY],
+    }
     seeded = dict(temperature=0.8, seed=5)
     requests = {
         SEVERAL: Request(dict(temperature=1.0, seed=7, n=2)),
         LATE: Request(arrives=4),
         LONG: Request(dict(max_tokens=90, logprobs=3)),
         SEEDED: Request(seeded),
-        PENALISED: Request(dict(repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.5)),
+        PENALISED: Request(
+            dict(repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.5)
+        ),
         LAST: Request(dict(max_tokens=50)),
         ABORTED: Request(aborted=8),
         SEEDED_AGAIN: Request(seeded, wave=1),
@@ -58,42 +95,78 @@ def _many(target: str, random: Random) -> dict[str, Any]:
         LONG_TURN: Request(wave=1, follows=LONG),
     }
     return dict(
-        target=target, prompts=[made[i] for i in range(len(made))], requests=requests, max_tokens=14, max_model_len=MAX_MODEL_LEN,
-        max_num_batched_tokens=160, max_num_seqs=12, engine_args=dict(block_size=PAGE, enable_prefix_caching=True),
-    )  # fmt: skip
+        target=target,
+        prompts=[made[i] for i in range(len(made))],
+        requests=requests,
+        max_tokens=14,
+        max_model_len=MAX_MODEL_LEN,
+        max_num_batched_tokens=160,
+        max_num_seqs=12,
+        engine_args=dict(block_size=PAGE, enable_prefix_caching=True),
+    )
 
 
 @pytest.fixture(scope="module")
 def runs(random_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder, random = tmp_path_factory.mktemp("features"), Random(2)
-    dflash, sliding = (str(VARIANTS[name].make(folder / name)) for name in ("dflash", "dflare mixed"))
+    dflash, sliding = (
+        str(VARIANTS[name].make(folder / name)) for name in ("dflash", "dflare mixed")
+    )
     many = _many(str(random_target), random)
     prompts = [[random.randrange(2, 500) for _ in range(length)] for length in (60, 50, 40, 30, 7)]
-    long = {3: Request(dict(max_tokens=12)), 2: Request(dict(max_tokens=16)), 4: Request(wave=1, follows=3)}
+    long = {
+        3: Request(dict(max_tokens=12)),
+        2: Request(dict(max_tokens=16)),
+        4: Request(wave=1, follows=3),
+    }
     shared: dict[str, Any] = dict(
-        target=str(random_target), prompts=prompts, requests=long, max_tokens=40, max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=64,
+        target=str(random_target),
+        prompts=prompts,
+        requests=long,
+        max_tokens=40,
+        max_model_len=MAX_MODEL_LEN,
+        max_num_batched_tokens=64,
         max_num_seqs=4,
-    )  # fmt: skip
-    # A page of the target's five layers and the drafter's three: keys and values of two heads of 32 elements, float32.
+    )
+    # A page of the target's five layers and the drafter's three: keys and values of two heads of 32
+    # elements, float32.
     page_bytes = 8 * PAGE * 2 * 2 * 32 * 4
     cached = dict(block_size=PAGE, enable_prefix_caching=True)
     speculative = dict(drafter=sliding, script_from=PLAIN_LONG)
-    schedule = {"num_speculative_tokens_per_batch_size": [[1, DRAFT_AT_MOST, K], [DRAFT_AT_MOST + 1, 4, 0]]}
+    schedule = {
+        "num_speculative_tokens_per_batch_size": [[1, DRAFT_AT_MOST, K], [DRAFT_AT_MOST + 1, 4, 0]]
+    }
     text: dict[str, Any] = dict(
-        target=str(TARGET), prompts=held_out_prompts(3), max_tokens=24, max_num_seqs=4, engine_args={"skip_tokenizer_init": False},
+        target=str(TARGET),
+        prompts=held_out_prompts(3),
+        max_tokens=24,
+        max_num_seqs=4,
+        engine_args={"skip_tokenizer_init": False},
         requests={
             i: Request(dict(structured_outputs=form, detokenize=True, ignore_eos=False))
-            for i, form in enumerate([{"regex": r"[a-z]{3}( [a-z]{4})+\."}, {"choice": ["return None", "return self"]}])
+            for i, form in enumerate(
+                [{"regex": r"[a-z]{3}( [a-z]{4})+\."}, {"choice": ["return None", "return self"]}]
+            )
         },
-    )  # fmt: skip
+    )
     jobs = [
         Job(**many),
         Job(**many, drafter=dflash, script_from=PLAIN),
-        # By default vLLM keeps a sliding layer's pages at a prompt's end only, and a hit is as long as the shortest group's.
-        Job(**many | dict(engine_args=cached | dict(prefix_cache_retention_interval=PAGE)), drafter=sliding, script_from=PLAIN),
+        # By default vLLM keeps a sliding layer's pages at a prompt's end only, and a hit is as long
+        # as the shortest group's.
+        Job(
+            **many | dict(engine_args=cached | dict(prefix_cache_retention_interval=PAGE)),
+            drafter=sliding,
+            script_from=PLAIN,
+        ),
         Job(**shared, engine_args=cached),
-        Job(**shared | speculative | dict(drafter=dflash), engine_args=dict(block_size=PAGE, kv_cache_memory_bytes=8 * page_bytes)),
-        Job(**shared, **speculative, engine_args=cached | dict(kv_cache_memory_bytes=6 * page_bytes)),
+        Job(
+            **shared | speculative | dict(drafter=dflash),
+            engine_args=dict(block_size=PAGE, kv_cache_memory_bytes=8 * page_bytes),
+        ),
+        Job(
+            **shared, **speculative, engine_args=cached | dict(kv_cache_memory_bytes=6 * page_bytes)
+        ),
         Job(**shared, **speculative, engine_args=cached, speculative_config=schedule),
         Job(**text),
         Job(**text, drafter=str(DRAFTER)),
@@ -112,17 +185,27 @@ def test_every_draft_is_the_references(runs: Runs, run: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("run", "plain"), [(DFLASH, PLAIN), (SLIDING, PLAIN), (TIGHT, PLAIN_LONG), (TIGHT_SLIDING, PLAIN_LONG), (ZERO, PLAIN_LONG)]
+    ("run", "plain"),
+    [
+        (DFLASH, PLAIN),
+        (SLIDING, PLAIN),
+        (TIGHT, PLAIN_LONG),
+        (TIGHT_SLIDING, PLAIN_LONG),
+        (ZERO, PLAIN_LONG),
+    ],
 )
 def test_greedy_output_is_plain_decodings(runs: Runs, run: int, plain: int) -> None:
     ours, expected = runs.results[run].outputs, runs.results[plain].outputs
     sampled = {SEVERAL, SEEDED, SEEDED_AGAIN} if plain == PLAIN else set()
-    assert [o for i, o in enumerate(ours) if i not in sampled] == [o for i, o in enumerate(expected) if i not in sampled]
+    assert [o for i, o in enumerate(ours) if i not in sampled] == [
+        o for i, o in enumerate(expected) if i not in sampled
+    ]
 
 
 @both
 def test_prefix_caching(runs: Runs, run: int) -> None:
-    """A prompt that the cache holds drafts, at every anchor, what it drafted when it was new: the draft layers' pages are kept."""
+    """A prompt that the cache holds drafts, at every anchor, what it drafted when it was new: the
+    draft layers' pages are kept."""
     assert runs.results[run].cached_tokens[COLD] == 0
     assert min(runs.results[run].cached_tokens[i] for i in (WARM, WARM_SCRIPTED, TURN)) >= PAGE
     cold, warm = ({d.anchor: d.tokens for d in runs.results[run].drafts[i]} for i in (COLD, WARM))
@@ -134,7 +217,8 @@ def test_prefix_caching(runs: Runs, run: int) -> None:
 
 @both
 def test_prefix_caching_of_generated_tokens(runs: Runs, run: int) -> None:
-    """The next turn of a conversation finds pages that were filled while drafts were accepted and rejected."""
+    """The next turn of a conversation finds pages that were filled while drafts were accepted and
+    rejected."""
     assert runs.results[run].cached_tokens[LONG_TURN] > len(runs.results[run].prompts[LONG])
     assert runs.differences(run, only=[LONG_TURN]) == []
 
@@ -148,13 +232,21 @@ def test_chunked_prefill(runs: Runs, run: int) -> None:
 @both
 def test_last_tokens_before_max_model_len(runs: Runs, run: int) -> None:
     """A request that fills ``max_model_len``, in a batch with shorter ones."""
-    assert len(runs.results[run].prompts[LAST]) + len(runs.results[run].outputs[LAST]) == MAX_MODEL_LEN
-    assert runs.differences(run, lambda prompt, draft: draft.anchor + K >= MAX_MODEL_LEN, only=[LAST, TURN]) == []
+    assert (
+        len(runs.results[run].prompts[LAST]) + len(runs.results[run].outputs[LAST]) == MAX_MODEL_LEN
+    )
+    assert (
+        runs.differences(
+            run, lambda prompt, draft: draft.anchor + K >= MAX_MODEL_LEN, only=[LAST, TURN]
+        )
+        == []
+    )
 
 
 @both
 def test_one_token_prompt_beside_running_requests(runs: Runs, run: int) -> None:
-    """vLLM pads such a request's first step with K drafts that do not exist; they leave no context behind."""
+    """vLLM pads such a request's first step with K drafts that do not exist; they leave no context
+    behind."""
     assert runs.differences(run, only=[LATE]) == []
 
 
@@ -168,7 +260,8 @@ def test_several_completions(runs: Runs, run: int) -> None:
 
 @both
 def test_temperature_with_seed(runs: Runs, run: int) -> None:
-    """The same seed gives the same output, also from a warm prefix cache and beside other requests."""
+    """The same seed gives the same output, also from a warm prefix cache and beside other
+    requests."""
     outputs = runs.results[run].outputs
     assert outputs[SEEDED] == outputs[SEEDED_AGAIN]
     assert runs.differences(run, only=[SEEDED, SEEDED_AGAIN]) == []
@@ -187,12 +280,15 @@ def test_logprobs(runs: Runs, run: int) -> None:
     assert len(ours) == len(plain) == 90
     for position, expected in zip(ours, plain, strict=True):
         assert [token for token, _ in position] == [token for token, _ in expected]
-        assert [value for _, value in position] == pytest.approx([value for _, value in expected], abs=1e-4)
+        assert [value for _, value in position] == pytest.approx(
+            [value for _, value in expected], abs=1e-4
+        )
 
 
 @both
 def test_abort_in_mid_flight(runs: Runs, run: int) -> None:
-    """What an aborted request leaves behind in the batch's tables and in the KV cache touches nobody."""
+    """What an aborted request leaves behind in the batch's tables and in the KV cache touches
+    nobody."""
     assert runs.results[run].completions[ABORTED] == []
     assert runs.results[run].drafts[ABORTED]
     assert runs.differences(run, only=[NEW]) == []
@@ -200,15 +296,26 @@ def test_abort_in_mid_flight(runs: Runs, run: int) -> None:
 
 @tight
 def test_preemption(runs: Runs, run: int) -> None:
-    """A request that lost its pages in mid-decoding and was computed anew, or found some of them in the prefix cache."""
-    lost = {prompt: length for prompt, length in runs.results[run].preempted if length > len(runs.results[run].prompts[prompt])}
+    """A request that lost its pages in mid-decoding and was computed anew, or found some of them in
+    the prefix cache."""
+    lost = {
+        prompt: length
+        for prompt, length in runs.results[run].preempted
+        if length > len(runs.results[run].prompts[prompt])
+    }
     assert lost
     for prompt, length in lost.items():
-        assert runs.differences(run, lambda _, draft, length=length: draft.anchor >= length, only=[prompt]) == []
+        assert (
+            runs.differences(
+                run, lambda _, draft, length=length: draft.anchor >= length, only=[prompt]
+            )
+            == []
+        )
 
 
 def test_steps_that_draft_nothing(runs: Runs) -> None:
-    """With K = 0 the context is written all the same: later drafts, and those of the next turn on the same pages, are whole."""
+    """With K = 0 the context is written all the same: later drafts, and those of the next turn on
+    the same pages, are whole."""
     undrafted: set[int] = set()
     after = []
     for i in range(len(runs.jobs[ZERO].prompts)):
@@ -219,9 +326,14 @@ def test_steps_that_draft_nothing(runs: Runs) -> None:
                     after += [(i, other.anchor)] if other.num_reqs <= DRAFT_AT_MOST else []
     assert undrafted == {1}
     assert after, "no request went from K = 0 to K = 7"
-    assert runs.results[ZERO].cached_tokens[4] >= PAGE or len(runs.results[ZERO].prompts[4]) < 2 * PAGE
+    assert (
+        runs.results[ZERO].cached_tokens[4] >= PAGE or len(runs.results[ZERO].prompts[4]) < 2 * PAGE
+    )
     for i, anchor in after:
-        assert runs.differences(ZERO, lambda _, draft, anchor=anchor: draft.anchor >= anchor, only=[i]) == []
+        assert (
+            runs.differences(ZERO, lambda _, draft, anchor=anchor: draft.anchor >= anchor, only=[i])
+            == []
+        )
     assert runs.differences(ZERO, only=[4]) == []
 
 

@@ -1,6 +1,8 @@
-"""DFlare and the other shapes of drafters in vLLM's V2 model runner, on a CPU, against the plain PyTorch reference and the V1 runner.
+"""DFlare and the other shapes of drafters in vLLM's V2 model runner, on a CPU, against the plain
+PyTorch reference and the V1 runner.
 
-One process of V2 engines and, beside it, one of V1 engines, all on the same prompts: some are prefilled in chunks, and every
+One process of V2 engines and, beside it, one of V1 engines, all on the same prompts: some are
+prefilled in chunks, and every
 second one ends at ``max_model_len``.
 
     pytest tests/engine/test_v2_formats.py
@@ -26,10 +28,18 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1000)]
 K = 7
 MAX_MODEL_LEN = 128
 PAGE = 32
-"""Tokens in a page of the KV cache: a window of 24 leaves pages behind, which are freed and taken by others."""
+"""Tokens in a page of the KV cache: a window of 24 leaves pages behind, which are freed and taken
+by others."""
 NAMES = (
-    "dflash", "dflare", "dflare mixed", "dflare speculators", "dflash mixed causal", "dflash sliding", "dflash own tables", "dflash yarn",
-)  # fmt: skip
+    "dflash",
+    "dflare",
+    "dflare mixed",
+    "dflare speculators",
+    "dflash mixed causal",
+    "dflash sliding",
+    "dflash own tables",
+    "dflash yarn",
+)
 SLIDING = ("dflare mixed", "dflash mixed causal", "dflash sliding")
 ON_BOTH_RUNNERS = ("dflash", "dflare")
 BFLOAT16 = len(NAMES) + 1
@@ -37,30 +47,64 @@ BFLOAT16 = len(NAMES) + 1
 
 
 @pytest.fixture(scope="module")
-def both(random_target: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Runs, dict[str, harness.Batch]]:
+def both(
+    random_target: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Runs, dict[str, harness.Batch]]:
     """The V2 engines' runs, and what the V1 engines did on the same prompts."""
     folder = tmp_path_factory.mktemp("variants")
     drafters = {name: VARIANTS[name].make(folder / name.replace(" ", "-")) for name in NAMES}
     random = Random(1)
-    prompts = [[random.randrange(2, 500) for _ in range(length)] for length in (3, 110, 40, 113, 71, 119, 1, 108)]
+    prompts = [
+        [random.randrange(2, 500) for _ in range(length)]
+        for length in (3, 110, 40, 113, 71, 119, 1, 108)
+    ]
     shared: dict[str, Any] = dict(
-        target=str(random_target), prompts=prompts, max_tokens=20, max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=192,
-        max_num_seqs=8, engine_args={"block_size": PAGE},
-    )  # fmt: skip
-    jobs = [Job(**shared), *(Job(**shared, drafter=str(drafter), script_from=0) for drafter in drafters.values())]
-    # Another drafter and more prompts: of the first, whose sequences repeat, the two best logits tie in one token of forty.
-    another = make_random_drafter(folder / "another", config=random_drafter_config(**VARIANTS["dflare"].changes), seed=2)
-    jobs.append(Job(**shared | dict(drafter=str(another), dtype="bfloat16", prompts=random_prompts(16, 512), max_num_seqs=16)))
+        target=str(random_target),
+        prompts=prompts,
+        max_tokens=20,
+        max_model_len=MAX_MODEL_LEN,
+        max_num_batched_tokens=192,
+        max_num_seqs=8,
+        engine_args={"block_size": PAGE},
+    )
+    jobs = [
+        Job(**shared),
+        *(Job(**shared, drafter=str(drafter), script_from=0) for drafter in drafters.values()),
+    ]
+    # Another drafter and more prompts: of the first, whose sequences repeat, the two best logits
+    # tie in one token of forty.
+    another = make_random_drafter(
+        folder / "another", config=random_drafter_config(**VARIANTS["dflare"].changes), seed=2
+    )
+    jobs.append(
+        Job(
+            **shared
+            | dict(
+                drafter=str(another),
+                dtype="bfloat16",
+                prompts=random_prompts(16, 512),
+                max_num_seqs=16,
+            )
+        )
+    )
     v1_jobs = [
         harness.Job(
-            random_target, drafters[name], prompts, max_tokens=20, max_model_len=MAX_MODEL_LEN, record=True, engine_args={"block_size": PAGE}
+            random_target,
+            drafters[name],
+            prompts,
+            max_tokens=20,
+            max_model_len=MAX_MODEL_LEN,
+            record=True,
+            engine_args={"block_size": PAGE},
         )
         for name in ON_BOTH_RUNNERS
-    ]  # fmt: skip
+    ]
     with ThreadPoolExecutor() as pool:
         v1 = pool.submit(harness.run_engines, v1_jobs)
         runs = Runs(jobs, run_engines(jobs))
-        return runs, {name: batches[0] for name, batches in zip(ON_BOTH_RUNNERS, v1.result(), strict=True)}
+        return runs, {
+            name: batches[0] for name, batches in zip(ON_BOTH_RUNNERS, v1.result(), strict=True)
+        }
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +114,8 @@ def runs(both: tuple[Runs, dict[str, harness.Batch]]) -> Runs:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_drafts_are_the_references(runs: Runs, name: str) -> None:
-    """Scripted acceptance in half of the requests, so that steps commit 1 to K + 1 tokens; output as without a drafter."""
+    """Scripted acceptance in half of the requests, so that steps commit 1 to K + 1 tokens; output
+    as without a drafter."""
     run = 1 + NAMES.index(name)
     assert len(runs.compare(run)) >= 70
     assert runs.differences(run) == []
@@ -79,21 +124,34 @@ def test_drafts_are_the_references(runs: Runs, name: str) -> None:
 
 @pytest.mark.parametrize("name", SLIDING)
 def test_sliding_drafts_near_max_model_len(runs: Runs, name: str) -> None:
-    """A block reached past ``max_model_len``, its sequence was cut there, and attention counts a window and a causal mask from
-    the sequence's end: for every query they were off by what was cut. Only drafts of the last K positions were wrong."""
-    assert runs.differences(1 + NAMES.index(name), lambda prompt, draft: draft.anchor + K >= MAX_MODEL_LEN) == []
+    """A block reached past ``max_model_len``, its sequence was cut there, and attention counts a
+    window and a causal mask from the sequence's end: for every query they were off by what was cut.
+    Only drafts of the last K positions were wrong.
+    """
+    assert (
+        runs.differences(
+            1 + NAMES.index(name), lambda prompt, draft: draft.anchor + K >= MAX_MODEL_LEN
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize("name", SLIDING)
 def test_sliding_layers_have_a_cache_of_their_own(runs: Runs, name: str) -> None:
-    """Groups of their own for sliding layers: pages that a window has left are freed. Drafts stay right after that."""
+    """Groups of their own for sliding layers: pages that a window has left are freed. Drafts stay
+    right after that."""
     run = 1 + NAMES.index(name)
     assert runs.results[run].kv_cache_groups > 1
     assert runs.differences(run, lambda prompt, draft: draft.anchor >= 24 + PAGE) == []
 
 
 def test_dflare_after_a_chunk_of_the_prompt(runs: Runs) -> None:
-    assert runs.differences(1 + NAMES.index("dflare"), lambda prompt, draft: draft.anchor < len(prompt)) == []
+    assert (
+        runs.differences(
+            1 + NAMES.index("dflare"), lambda prompt, draft: draft.anchor < len(prompt)
+        )
+        == []
+    )
 
 
 def test_bfloat16_dflare_drafts_are_the_references(runs: Runs) -> None:
@@ -123,6 +181,10 @@ def test_v1_and_v2_draft_the_same(both: tuple[Runs, dict[str, harness.Batch]], n
 
 
 def test_the_variants_differ(runs: Runs) -> None:
-    """No two checkpoints draft alike: what a setting changes is not tested where it changes nothing."""
-    drafted = [str([[draft.tokens for draft in drafts] for drafts in runs.results[1 + i].drafts]) for i in range(len(NAMES))]
+    """No two checkpoints draft alike: what a setting changes is not tested where it changes
+    nothing."""
+    drafted = [
+        str([[draft.tokens for draft in drafts] for drafts in runs.results[1 + i].drafts])
+        for i in range(len(NAMES))
+    ]
     assert len(set(drafted)) == len(NAMES)

@@ -1,7 +1,9 @@
-"""Runs vLLM's V2 model runner, which needs Triton, on a CPU: its kernels go through Triton's interpreter.
+"""Runs vLLM's V2 model runner, which needs Triton, on a CPU: its kernels go through Triton's
+interpreter.
 
-The interpreter is chosen when Triton is imported and the runner when vLLM is, so these engines have a process of their own:
-``run_engines(jobs)`` starts this file as a script, which reads jobs and writes what each engine drafted and put out.
+The interpreter is chosen when Triton is imported and the runner when vLLM is, so these engines have
+a process of their own: ``run_engines(jobs)`` starts this file as a script, which reads jobs and
+writes what each engine drafted and put out.
 Limits: about 0.1 to 0.5 s per engine step on a toy model; nothing here is fit for timing.
 
     pytest tests/engine/test_v2.py
@@ -25,12 +27,14 @@ from vllm_dflash.compat import v2_skips_drafts
 
 @dataclass(frozen=True)
 class Request:
-    """What differs for one prompt from a greedy request that is there from the start and runs to its end."""
+    """What differs for one prompt from a greedy request that is there from the start and runs to
+    its end."""
 
     sampling: dict[str, Any] = field(default_factory=dict)
     """Fields of SamplingParams."""
     wave: int = 0
-    """Waves run one after the other: a later one starts when the one before has no unfinished request."""
+    """Waves run one after the other: a later one starts when the one before has no unfinished
+    request."""
     arrives: int = 0
     """Engine steps of its wave before it is added."""
     aborted: int | None = None
@@ -53,13 +57,14 @@ class Job:
     max_num_batched_tokens: int = 512
     max_num_seqs: int = 32
     script_from: int | None = None
-    """An earlier job of the same call, of the same prompts. Where given, every second prompt's drafts have their first 0 to K
-    tokens (drawn at random) replaced by that job's output after recording, so that an untrained drafter's steps accept and
-    reject in all lengths."""
+    """An earlier job of the same call, of the same prompts. Where given, every second prompt's
+    drafts have their first 0 to K tokens (drawn at random) replaced by that job's output after
+    recording, so that an untrained drafter's steps accept and reject in all lengths."""
     speculative_config: dict[str, Any] = field(default_factory=dict)
     """Further keys of vLLM's speculative config."""
     adaptive: bool = False
-    """Whether our controller chooses how much to draft and verify; else every draft is whole and verified whole."""
+    """Whether our controller chooses how much to draft and verify; else every draft is whole and
+    verified whole."""
     engine_args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of LLM, or others than here."""
     requests: dict[int, Request] = field(default_factory=dict)
@@ -68,7 +73,10 @@ class Job:
     @classmethod
     def read(cls, raw: dict[str, Any]) -> "Job":
         """From JSON, whose keys are strings."""
-        return cls(**raw | {"requests": {int(i): Request(**request) for i, request in raw["requests"].items()}})
+        return cls(
+            **raw
+            | {"requests": {int(i): Request(**request) for i, request in raw["requests"].items()}}
+        )
 
 
 @dataclass(frozen=True)
@@ -106,41 +114,59 @@ class Result:
     prompts: list[list[int]] = field(default_factory=list)
     """As they were run: see ``Request.follows``."""
     preempted: list[tuple[int, int]] = field(default_factory=list)
-    """(prompt, length of its sequence) for each request that lost its KV cache to another and was resumed later."""
+    """(prompt, length of its sequence) for each request that lost its KV cache to another and was
+    resumed later."""
     kv_cache_groups: int = 1
 
 
 def run_engines(jobs: Sequence[Job], timeout_s: float = 900) -> list[Result]:
-    """Runs the jobs one after the other in one new process; raises with the end of its output where it fails."""
+    """Runs the jobs one after the other in one new process; raises with the end of its output where
+    it fails."""
     with tempfile.TemporaryDirectory() as scratch:
         question, answer = Path(scratch, "jobs.json"), Path(scratch, "results.json")
         question.write_text(json.dumps([asdict(job) for job in jobs]))
         command = [sys.executable, __file__, str(question), str(answer)]
         with Path(scratch, "output.txt").open("w+") as output:
             try:
-                ended = subprocess.run(command, cwd=scratch, stdout=output, stderr=subprocess.STDOUT, timeout=timeout_s).returncode
+                ended = subprocess.run(
+                    command, cwd=scratch, stdout=output, stderr=subprocess.STDOUT, timeout=timeout_s
+                ).returncode
             except subprocess.TimeoutExpired:
                 ended = f"no result after {timeout_s:.0f} s"
             if ended:
                 output.seek(0)
-                raise RuntimeError(f"the engine process ended with {ended}:\n{output.read()[-6000:]}")
+                raise RuntimeError(
+                    f"the engine process ended with {ended}:\n{output.read()[-6000:]}"
+                )
         results = json.loads(answer.read_text())
-    return [Result(**{**raw, "drafts": [[Draft(**d) for d in drafts] for drafts in raw["drafts"]]}) for raw in results]
+    return [
+        Result(**{**raw, "drafts": [[Draft(**d) for d in drafts] for drafts in raw["drafts"]]})
+        for raw in results
+    ]
 
 
 def use_interpreter() -> None:
-    """Readies this process for the V2 runner on a CPU; must come before the first import of vLLM."""
+    """Readies this process for the V2 runner on a CPU; must come before the first import of
+    vLLM."""
     if "vllm" in sys.modules:
-        raise RuntimeError("vLLM is already imported: it has chosen its runner. Start a process of its own")
-    os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    # One thread, pinned to no core: a toy gains nothing by more, and beside other work pinned threads wait for each other.
+        raise RuntimeError(
+            "vLLM is already imported: it has chosen its runner. Start a process of its own"
+        )
+    os.environ |= {
+        "TRITON_INTERPRET": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    # One thread, pinned to no core: a toy gains nothing by more, and beside other work pinned
+    # threads wait for each other.
     os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     from triton.backends import Backend, backends
     from triton.backends.compiler import BaseBackend
     from triton.backends.driver import DriverBase
 
     class InterpretedDriver(DriverBase):
-        """vLLM takes Triton for absent unless a driver is active; the interpreter itself asks the driver for nothing."""
+        """vLLM takes Triton for absent unless a driver is active; the interpreter itself asks the
+        driver for nothing."""
 
         @classmethod
         def is_active(cls) -> bool:
@@ -165,20 +191,25 @@ def use_interpreter() -> None:
 
 
 def _let_masks_be_integers() -> None:
-    """The mask that vLLM's grammar kernel stores under is one of integers to the interpreter, whose store takes bools only."""
+    """The mask that vLLM's grammar kernel stores under is one of integers to the interpreter, whose
+    store takes bools only."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     store = InterpreterBuilder.create_masked_store
 
     def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, cache_policy: Any) -> Any:
-        return store(self, ptrs, value, TensorHandle(mask.data.astype(bool), mask.dtype), cache_policy)
+        return store(
+            self, ptrs, value, TensorHandle(mask.data.astype(bool), mask.dtype), cache_policy
+        )
 
     InterpreterBuilder.create_masked_store = create_masked_store
 
 
 def _interpret_faster() -> None:
-    """Two thirds of the interpreter's time is none of the kernels' work: it patches Triton's language anew for each call of a device
-    function, checks every integer sum for overflow in 64 bits, and builds a table of dtypes for each lookup."""
+    """Two thirds of the interpreter's time is none of the kernels' work: it patches Triton's
+    language anew for each call of a device function, checks every integer sum for overflow in 64
+    bits, and builds a table of dtypes for each lookup.
+    """
     from triton import language
     from triton.runtime import interpreter
 
@@ -192,7 +223,9 @@ def _interpret_faster() -> None:
         return interpreter._LangPatchScope()
 
     interpreter._patch_lang = patch_once
-    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
+        sanitize_overflow=False
+    )
     look_up = interpreter._get_np_dtype
     dtypes: dict[str, Any] = {}
 
@@ -210,12 +243,23 @@ def _serve(job: Job, script: list[list[int]] | None) -> Result:
 
     settings = None
     if job.drafter:
-        settings = {"method": "dflash", "model": job.drafter, "num_speculative_tokens": job.num_speculative_tokens} | job.speculative_config
+        settings = {
+            "method": "dflash",
+            "model": job.drafter,
+            "num_speculative_tokens": job.num_speculative_tokens,
+        } | job.speculative_config
     arguments: dict[str, Any] = dict(
-        dtype=job.dtype, max_model_len=job.max_model_len, max_num_batched_tokens=job.max_num_batched_tokens, max_num_seqs=job.max_num_seqs,
-        enforce_eager=True, skip_tokenizer_init=True, enable_prefix_caching=False, kv_cache_memory_bytes=64 << 20, seed=0,
+        dtype=job.dtype,
+        max_model_len=job.max_model_len,
+        max_num_batched_tokens=job.max_num_batched_tokens,
+        max_num_seqs=job.max_num_seqs,
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        kv_cache_memory_bytes=64 << 20,
+        seed=0,
         additional_config={"dflash": {"adaptive": job.adaptive}},
-    )  # fmt: skip
+    )
     llm = LLM(job.target, speculative_config=settings, **arguments | job.engine_args)
     core = llm.llm_engine.engine_core.engine_core
     runner = core.model_executor.driver_worker.worker.model_runner
@@ -227,10 +271,18 @@ def _serve(job: Job, script: list[list[int]] | None) -> Result:
         for i, request in enumerate(requests):
             if request.wave == wave and request.follows is not None:
                 before = finished[request.follows]
-                job.prompts[i] = [*before.prompt_token_ids, *before.outputs[0].token_ids, *job.prompts[i]]
-        _run_wave(llm.llm_engine, job, {i: r for i, r in enumerate(requests) if r.wave == wave}, finished)
+                job.prompts[i] = [
+                    *before.prompt_token_ids,
+                    *before.outputs[0].token_ids,
+                    *job.prompts[i],
+                ]
+        _run_wave(
+            llm.llm_engine, job, {i: r for i, r in enumerate(requests) if r.wave == wave}, finished
+        )
     outputs = [finished.get(i) for i in range(len(requests))]
-    completions = [[list(c.token_ids) for c in output.outputs] if output else [] for output in outputs]
+    completions = [
+        [list(c.token_ids) for c in output.outputs] if output else [] for output in outputs
+    ]
     return Result(
         outputs=[found[0] if found else [] for found in completions],
         drafts=recorder.drafts if recorder else [],
@@ -247,7 +299,9 @@ def _serve(job: Job, script: list[list[int]] | None) -> Result:
     )
 
 
-def _run_wave(engine: Any, job: Job, requests: dict[int, Request], finished: dict[int, Any]) -> None:
+def _run_wave(
+    engine: Any, job: Job, requests: dict[int, Request], finished: dict[int, Any]
+) -> None:
     """Steps the engine until these requests are done; fills ``finished`` with their outputs."""
     from vllm import SamplingParams, TokensPrompt
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
@@ -257,11 +311,21 @@ def _run_wave(engine: Any, job: Job, requests: dict[int, Request], finished: dic
     while waiting or engine.has_unfinished_requests():
         for i, request in list(waiting.items()):
             if request.arrives <= steps:
-                shared = dict(temperature=0, max_tokens=job.max_tokens, ignore_eos=True, detokenize=False)
-                sampling = shared | dict(output_kind=RequestOutputKind.FINAL_ONLY) | request.sampling
+                shared = dict(
+                    temperature=0, max_tokens=job.max_tokens, ignore_eos=True, detokenize=False
+                )
+                sampling = (
+                    shared | dict(output_kind=RequestOutputKind.FINAL_ONLY) | request.sampling
+                )
                 if "structured_outputs" in sampling:
-                    sampling["structured_outputs"] = StructuredOutputsParams(**sampling["structured_outputs"])
-                engine.add_request(str(i), TokensPrompt(prompt_token_ids=job.prompts[i]), SamplingParams(**sampling))
+                    sampling["structured_outputs"] = StructuredOutputsParams(
+                        **sampling["structured_outputs"]
+                    )
+                engine.add_request(
+                    str(i),
+                    TokensPrompt(prompt_token_ids=job.prompts[i]),
+                    SamplingParams(**sampling),
+                )
                 del waiting[i]
         for output in engine.step():
             if output.finished:
@@ -285,13 +349,17 @@ def _record_preemptions(scheduler: Any) -> list[tuple[int, int]]:
 
 
 def _prompt(request_id: str) -> tuple[int, int]:
-    """A request's prompt and completion: vLLM names completions of one prompt "0_3-...", "1_3-..."; a lone one "3-..."."""
+    """A request's prompt and completion: vLLM names completions of one prompt "0_3-...", "1_3-...";
+    a lone one "3-..."."""
     completion, _, name = request_id.rpartition("_")
     return int(name.split("-")[0]), int(completion or 0)
 
 
 def _logprobs(completion: Any) -> list[list[tuple[int, float]]]:
-    return [[(token, found.logprob) for token, found in position.items()] for position in completion.logprobs or []]
+    return [
+        [(token, found.logprob) for token, found in position.items()]
+        for position in completion.logprobs or []
+    ]
 
 
 def _name(thing: Any) -> str | None:
@@ -299,7 +367,8 @@ def _name(thing: Any) -> str | None:
 
 
 class _Recorder:
-    """Stands before the speculator's ``propose``: notes each draft, and scripts it where there is a script."""
+    """Stands before the speculator's ``propose``: notes each draft, and scripts it where there is a
+    script."""
 
     def __init__(self, speculator: Any, job: Job, script: list[list[int]] | None) -> None:
         self.speculator, self.job, self.script, self.steps = speculator, job, script, 0
@@ -310,7 +379,8 @@ class _Recorder:
 
     def __call__(self, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
         draft_tokens = self.propose(input_batch, *args, **kwargs)
-        # Where no draft is asked for, vLLM 0.32 drafts and 0.33 does not: its buffer holds an earlier step's tokens, or none.
+        # Where no draft is asked for, vLLM 0.32 drafts and 0.33 does not: its buffer holds an
+        # earlier step's tokens, or none.
         if kwargs.get("dummy_run") or (kwargs["num_speculative_tokens"] == 0 and v2_skips_drafts()):
             return draft_tokens
         self.steps += 1
@@ -319,7 +389,15 @@ class _Recorder:
             prompt, completion = _prompt(request)
             anchor = int(self.speculator.sample_pos[row * num_drafted]) - 1
             anchor_token = int(self.speculator.input_buffers.input_ids[row * (num_drafted + 1)])
-            self.drafts[prompt].append(Draft(anchor, anchor_token, draft_tokens[row].tolist(), input_batch.num_reqs, completion))
+            self.drafts[prompt].append(
+                Draft(
+                    anchor,
+                    anchor_token,
+                    draft_tokens[row].tolist(),
+                    input_batch.num_reqs,
+                    completion,
+                )
+            )
             if self.script and prompt % 2 == 0:
                 known = (self.job.prompts[prompt] + self.script[prompt])[anchor + 1 :]
                 for k, token in enumerate(known[: self.random.randint(0, num_drafted)]):
@@ -342,7 +420,13 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     for raw in json.loads(question.read_text()):
         job = Job.read(raw)
-        results.append(asdict(_serve(job, None if job.script_from is None else results[job.script_from]["outputs"])))
+        results.append(
+            asdict(
+                _serve(
+                    job, None if job.script_from is None else results[job.script_from]["outputs"]
+                )
+            )
+        )
         gc.collect()
         cleanup_dist_env_and_memory()
     answer.write_text(json.dumps(results))

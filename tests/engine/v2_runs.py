@@ -1,5 +1,5 @@
-"""What engines under ``v2_interpreter`` drafted, beside plain PyTorch's drafts at the same anchors: the reference's in float32, those of
-``rounding`` in bfloat16."""
+"""What engines under ``v2_interpreter`` drafted, beside plain PyTorch's drafts at the same anchors:
+the reference's in float32, those of ``rounding`` in bfloat16."""
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -43,21 +43,41 @@ class Runs:
     compared: dict[int, list[tuple[int, Draft, list[Pair]]]] = field(default_factory=dict)
     """What ``compare`` has found for a run: prompt, draft, pairs."""
 
-    def drafts(self, run: int, only: Collection[int] | None = None) -> Iterator[tuple[list[int], list[int], list[Draft]]]:
-        """Per finished completion (of the prompts ``only``): prompt, committed sequence, drafts whose anchors are part of it."""
+    def drafts(
+        self, run: int, only: Collection[int] | None = None
+    ) -> Iterator[tuple[list[int], list[int], list[Draft]]]:
+        """Per finished completion (of the prompts ``only``): prompt, committed sequence, drafts
+        whose anchors are part of it."""
         result = self.results[run]
-        for i, (prompt, completions, drafts) in enumerate(zip(result.prompts, result.completions, result.drafts, strict=True)):
+        for i, (prompt, completions, drafts) in enumerate(
+            zip(result.prompts, result.completions, result.drafts, strict=True)
+        ):
             if only is None or i in only:
                 for number, output in enumerate(completions):
                     tokens = prompt + output
-                    yield prompt, tokens, [draft for draft in drafts if draft.completion == number and draft.anchor < len(tokens)]
+                    yield (
+                        prompt,
+                        tokens,
+                        [
+                            draft
+                            for draft in drafts
+                            if draft.completion == number and draft.anchor < len(tokens)
+                        ],
+                    )
 
-    def compare(self, run: int, select: Select = lambda prompt, draft: True, only: Collection[int] | None = None) -> list[list[Pair]]:
+    def compare(
+        self,
+        run: int,
+        select: Select = lambda prompt, draft: True,
+        only: Collection[int] | None = None,
+    ) -> list[list[Pair]]:
         """Every selected draft, token by token, beside the reference's draft at the same anchor."""
         if run not in self.compared:
             self.compared[run] = list(self._compare(run))
         return [
-            pairs for i, draft, pairs in self.compared[run] if (only is None or i in only) and select(self.results[run].prompts[i], draft)
+            pairs
+            for i, draft, pairs in self.compared[run]
+            if (only is None or i in only) and select(self.results[run].prompts[i], draft)
         ]
 
     def _compare(self, run: int) -> Iterator[tuple[int, Draft, list[Pair]]]:
@@ -69,11 +89,27 @@ class Runs:
                 references = replay(tokens, anchors, job.num_speculative_tokens, job.max_model_len)
                 for served, reference in zip(drafts, references, strict=True):
                     assert served.anchor_token == tokens[served.anchor]
-                    # The reference drafts no further than max_model_len; the engine's tokens past it are never scheduled.
-                    yield i, served, [Pair(*row) for row in zip(served.tokens, reference.tokens, reference.gaps, reference.tops)]
+                    # The reference drafts no further than max_model_len; the engine's tokens past
+                    # it are never scheduled.
+                    yield (
+                        i,
+                        served,
+                        [
+                            Pair(*row)
+                            for row in zip(
+                                served.tokens, reference.tokens, reference.gaps, reference.tops
+                            )
+                        ],
+                    )
 
-    def differences(self, run: int, select: Select = lambda prompt, draft: True, only: Collection[int] | None = None) -> list[Pair]:
-        """The selected drafts' tokens that are not the reference's; an error where no token was selected."""
+    def differences(
+        self,
+        run: int,
+        select: Select = lambda prompt, draft: True,
+        only: Collection[int] | None = None,
+    ) -> list[Pair]:
+        """The selected drafts' tokens that are not the reference's; an error where no token was
+        selected."""
         pairs = [pair for draft in self.compare(run, select, only) for pair in draft]
         assert pairs, "no drafted token was selected: nothing would be tested"
         return [pair for pair in pairs if pair.served != pair.reference]
@@ -85,7 +121,11 @@ def _oracle(job: Job) -> Callable[..., list[Any]]:
     target, drafter = Path(job.target), Path(job.drafter)
     if job.dtype == "bfloat16":
         kernels = Kernels.here(norm_context_keys=False)
-        return partial(replay_rounded, RoundedTarget(target, kernels), RoundedDrafter(drafter, kernels))
+        return partial(
+            replay_rounded, RoundedTarget(target, kernels), RoundedDrafter(drafter, kernels)
+        )
     return partial(
-        replay_drafts, AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval(), load_drafter(drafter, torch.float32)
+        replay_drafts,
+        AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval(),
+        load_drafter(drafter, torch.float32),
     )

@@ -1,7 +1,8 @@
-"""Runs engines over batches of prompts, greedy, and reports what they did. Driven by ``harness.run_engines``.
+"""Runs engines over batches of prompts, greedy, and reports what they did. Driven by
+``harness.run_engines``.
 
-Each job names the target, the drafter, the settings and the batches; the report holds the tokens, vLLM's own counters for each
-batch and, if asked for, every draft made inside the engine.
+Each job names the target, the drafter, the settings and the batches; the report holds the tokens,
+vLLM's own counters for each batch and, if asked for, every draft made inside the engine.
 """
 
 import time
@@ -11,7 +12,8 @@ from engines import answer_jobs, counted, counters, model_runner, record_drafts,
 
 
 def skip_drafting(llm: Any, steps: range) -> None:
-    """Leaves the drafter out of these steps, counted from the first, as a bug or a race would: nothing drafted, nothing written."""
+    """Leaves the drafter out of these steps, counted from the first, as a bug or a race would:
+    nothing drafted, nothing written."""
     import torch
 
     drafter = model_runner(llm).drafter
@@ -19,7 +21,9 @@ def skip_drafting(llm: Any, steps: range) -> None:
 
     def skipping(*args: Any, **kwargs: Any) -> Any:
         if next(count) in steps:
-            return torch.zeros(len(kwargs["next_token_ids"]), kwargs["num_speculative_tokens"], dtype=torch.int64)
+            return torch.zeros(
+                len(kwargs["next_token_ids"]), kwargs["num_speculative_tokens"], dtype=torch.int64
+            )
         return propose(*args, **kwargs)
 
     drafter.propose = skipping
@@ -29,22 +33,34 @@ def coverage(llm: Any) -> dict[str, int]:
     """The proposer's counts of context positions; empty for a proposer that is not ours."""
     from vllm_dflash.drafting.v1 import DFlashProposer, context_counts
 
-    return llm.collective_rpc(context_counts)[0] if isinstance(getattr(model_runner(llm), "drafter", None), DFlashProposer) else {}
+    return (
+        llm.collective_rpc(context_counts)[0]
+        if isinstance(getattr(model_runner(llm), "drafter", None), DFlashProposer)
+        else {}
+    )
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import SamplingParams
 
-    speculative = {"speculative_config": job["speculative_config"]} if job["speculative_config"] else {}
+    speculative = (
+        {"speculative_config": job["speculative_config"]} if job["speculative_config"] else {}
+    )
     settings = {name: job[name] for name in ("dtype", "max_model_len", "kv_cache_memory_bytes")}
-    llm = start(job["target"], skip_tokenizer_init=True, **settings | job["engine_args"] | speculative)
+    llm = start(
+        job["target"], skip_tokenizer_init=True, **settings | job["engine_args"] | speculative
+    )
     drafts: list[dict[str, Any]] = []
     if job.get("skip_steps"):
         skip_drafting(llm, range(*job["skip_steps"]))
     if job.get("record"):
         record_drafts(model_runner(llm), drafts)
     params = SamplingParams(
-        temperature=0, max_tokens=job["max_tokens"], ignore_eos=job.get("ignore_eos", True), logprobs=job.get("logprobs"), detokenize=False
+        temperature=0,
+        max_tokens=job["max_tokens"],
+        ignore_eos=job.get("ignore_eos", True),
+        logprobs=job.get("logprobs"),
+        detokenize=False,
     )
     batches = []
     for size in job["batch_sizes"]:
@@ -57,11 +73,22 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             tokens += [list(o.outputs[0].token_ids) for o in outputs]
             if job.get("logprobs"):
                 logprobs += [
-                    [sorted((v.logprob for v in step.values()), reverse=True)[:2] for step in o.outputs[0].logprobs] for o in outputs
+                    [
+                        sorted((v.logprob for v in step.values()), reverse=True)[:2]
+                        for step in o.outputs[0].logprobs
+                    ]
+                    for o in outputs
                 ]
         delta = counted(before, counters(llm))
         batches.append(
-            {"size": size, "tokens": tokens, "seconds": seconds, "drafts": drafts[first:], "logprobs": logprobs, "counters": delta}
+            {
+                "size": size,
+                "tokens": tokens,
+                "seconds": seconds,
+                "drafts": drafts[first:],
+                "logprobs": logprobs,
+                "counters": delta,
+            }
         )
     return {
         "batches": batches,

@@ -1,4 +1,5 @@
-"""The driver's end of a ``serving.py`` process: starting it, engine after engine in it, and starting it again when it ended."""
+"""The driver's end of a ``serving.py`` process: starting it, engine after engine in it, and
+starting it again when it ended."""
 
 import json
 import subprocess
@@ -18,7 +19,11 @@ class Child:
     """One ``serving.py`` process, started again after it ended."""
 
     def __init__(self, name: str, folder: Path, env: dict[str, str] | None = None) -> None:
-        self._results, self._log, self._env = folder / f"{name}.jsonl", folder / f"{name}.log", env or {}
+        self._results, self._log, self._env = (
+            folder / f"{name}.jsonl",
+            folder / f"{name}.log",
+            env or {},
+        )
         self._process: subprocess.Popen[str] | None = None
         self._started: dict[str, Any] = {}
 
@@ -31,9 +36,20 @@ class Child:
             script = tests / "fuzzing" / "serving.py"
             paths = [str(tests / "quick_start"), str(tests), str(tests.parent)]
             self._process = subprocess.Popen(
-                [sys.executable, str(script), str(self._results)], stdin=subprocess.PIPE, text=True, stdout=self._log.open("a"),
-                stderr=subprocess.STDOUT, env=engine_env({"OMP_NUM_THREADS": "1", "VLLM_WORKER_MULTIPROCESSING_METHOD": "fork", "PYTHONPATH": ":".join(paths)} | self._env),
-            )  # fmt: skip
+                [sys.executable, str(script), str(self._results)],
+                stdin=subprocess.PIPE,
+                text=True,
+                stdout=self._log.open("a"),
+                stderr=subprocess.STDOUT,
+                env=engine_env(
+                    {
+                        "OMP_NUM_THREADS": "1",
+                        "VLLM_WORKER_MULTIPROCESSING_METHOD": "fork",
+                        "PYTHONPATH": ":".join(paths),
+                    }
+                    | self._env
+                ),
+            )
             self._reader = self._results.open()
         self.send(do="start", **engine)
         self.read()
@@ -45,13 +61,18 @@ class Child:
         self._process.stdin.flush()
 
     def read(self, seconds: float = 400) -> dict[str, Any]:
-        """The answer to what was sent last. Raises Crash; the engine is then started again at the next ``start`` or ``restart``."""
+        """The answer to what was sent last. Raises Crash; the engine is then started again at the
+        next ``start`` or ``restart``."""
         assert self._process is not None
         text, deadline = "", time.monotonic() + seconds
         while not text.endswith("\n"):
             text += self._reader.readline()
             if not text and (self._process.poll() is not None or time.monotonic() > deadline):
-                how = "hung" if self._process.poll() is None else f"ended with {self._process.returncode}"
+                how = (
+                    "hung"
+                    if self._process.poll() is None
+                    else f"ended with {self._process.returncode}"
+                )
                 self.end()
                 raise Crash(f"the process {how}:\n{self._log.read_text()[-3000:]}")
             time.sleep(0 if text else 0.01)

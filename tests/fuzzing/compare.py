@@ -3,36 +3,56 @@
 from typing import Any
 
 LOGPROB = 2e-3
-"""Nats by which a log-probability may differ, as in ``test_features.py``: float32, in batches of other shapes."""
+"""Nats by which a log-probability may differ, as in ``test_features.py``: float32, in batches of
+other shapes."""
 RANKED = 1e-4
 """Tokens whose log-probabilities are nearer to each other may change ranks."""
 
 
 def difference(request: dict[str, Any], plain: dict[str, Any], ours: dict[str, Any]) -> str | None:
-    """What is not alike, in words; None where all is. Of an aborted request what came is the beginning of plain's."""
+    """What is not alike, in words; None where all is. Of an aborted request what came is the
+    beginning of plain's."""
     if "error" in plain or "error" in ours:
         errors = plain.get("error"), ours.get("error")
-        return None if errors[0] == errors[1] else f"refused: plain {errors[0]!r}, with drafts {errors[1]!r}"
+        return (
+            None
+            if errors[0] == errors[1]
+            else f"refused: plain {errors[0]!r}, with drafts {errors[1]!r}"
+        )
     if not ours["finished"] and "aborted_after" not in request:
         return "never finished"
     if not ours["finished"] and not ours["completions"]:
         return None  # aborted before anything came
     if plain.get("num_prompt_tokens") != ours.get("num_prompt_tokens"):
-        return f"prompt tokens: plain {plain.get('num_prompt_tokens')}, with drafts {ours.get('num_prompt_tokens')}"
+        return (
+            f"prompt tokens: plain {plain.get('num_prompt_tokens')}, with drafts"
+            f" {ours.get('num_prompt_tokens')}"
+        )
     if ours["finished"] and plain["completions"].keys() != ours["completions"].keys():
-        return f"completions: plain {sorted(plain['completions'])}, with drafts {sorted(ours['completions'])}"
+        return (
+            f"completions: plain {sorted(plain['completions'])}, with drafts"
+            f" {sorted(ours['completions'])}"
+        )
     for index, completion in ours["completions"].items():
-        found = _in_completion(plain["completions"][index], completion, completion["finish_reason"] in (None, "abort"))
+        found = _in_completion(
+            plain["completions"][index], completion, completion["finish_reason"] in (None, "abort")
+        )
         if found:
             return found if len(plain["completions"]) == 1 else f"completion {index}: {found}"
-    if ours.get("prompt_logprobs") is not None or (ours["finished"] and plain.get("prompt_logprobs") is not None):
-        return _in_logprobs("prompt_logprobs", plain.get("prompt_logprobs"), ours.get("prompt_logprobs"))
+    if ours.get("prompt_logprobs") is not None or (
+        ours["finished"] and plain.get("prompt_logprobs") is not None
+    ):
+        return _in_logprobs(
+            "prompt_logprobs", plain.get("prompt_logprobs"), ours.get("prompt_logprobs")
+        )
     return None
 
 
 def first_difference(plain: list[int], ours: list[int]) -> int | None:
     """The place of the first token that is not alike."""
-    return next((i for i in range(max(len(plain), len(ours))) if plain[i : i + 1] != ours[i : i + 1]), None)
+    return next(
+        (i for i in range(max(len(plain), len(ours))) if plain[i : i + 1] != ours[i : i + 1]), None
+    )
 
 
 def _in_completion(plain: dict[str, Any], ours: dict[str, Any], is_part: bool) -> str | None:
@@ -40,19 +60,29 @@ def _in_completion(plain: dict[str, Any], ours: dict[str, Any], is_part: bool) -
     length = len(ours["token_ids"]) if is_part else None
     at = first_difference(plain["token_ids"][:length], ours["token_ids"])
     if at is not None:
-        pair = [c["token_ids"][at] if at < len(c["token_ids"]) else f"the end ({c['finish_reason']})" for c in (plain, ours)]
+        pair = [
+            c["token_ids"][at] if at < len(c["token_ids"]) else f"the end ({c['finish_reason']})"
+            for c in (plain, ours)
+        ]
         return f"token {at}: plain {pair[0]}, with drafts {pair[1]}"
-    found = _in_logprobs("logprobs", plain["logprobs"] and plain["logprobs"][:length], ours["logprobs"])
+    found = _in_logprobs(
+        "logprobs", plain["logprobs"] and plain["logprobs"][:length], ours["logprobs"]
+    )
     if found:
         return found
     if is_part:
-        return None if plain["text"].startswith(ours["text"]) else f"text: plain {plain['text']!r}, with drafts {ours['text']!r}"
+        return (
+            None
+            if plain["text"].startswith(ours["text"])
+            else f"text: plain {plain['text']!r}, with drafts {ours['text']!r}"
+        )
     for name in ("text", "finish_reason", "stop_reason"):
         if plain[name] != ours[name]:
             return f"{name}: plain {plain[name]!r}, with drafts {ours[name]!r}"
     sums = plain["cumulative_logprob"], ours["cumulative_logprob"]
     if (sums[0] is None) != (sums[1] is None) or (
-        sums[0] is not None and abs(sums[0] - sums[1]) > LOGPROB * (1 + len(ours["token_ids"]) ** 0.5)
+        sums[0] is not None
+        and abs(sums[0] - sums[1]) > LOGPROB * (1 + len(ours["token_ids"]) ** 0.5)
     ):
         return f"cumulative_logprob: plain {sums[0]}, with drafts {sums[1]}"
     return None
@@ -60,7 +90,11 @@ def _in_completion(plain: dict[str, Any], ours: dict[str, Any], is_part: bool) -
 
 def _in_logprobs(name: str, plain: list[Any] | None, ours: list[Any] | None) -> str | None:
     if not plain or not ours:
-        return None if not plain and not ours else f"{name}: plain {bool(plain)}, with drafts {bool(ours)}"
+        return (
+            None
+            if not plain and not ours
+            else f"{name}: plain {bool(plain)}, with drafts {bool(ours)}"
+        )
     if len(plain) != len(ours):
         return f"{name}: plain has {len(plain)} positions, with drafts {len(ours)}"
     for at, (a, b) in enumerate(zip(plain, ours, strict=True)):

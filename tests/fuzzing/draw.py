@@ -1,4 +1,5 @@
-"""Random engines and random requests, as JSON: what the differential fuzzer asks. Pure; one seed draws the same again."""
+"""Random engines and random requests, as JSON: what the differential fuzzer asks. Pure; one seed
+draws the same again."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -7,18 +8,42 @@ from typing import Any
 
 MAX_MODEL_LEN = 512
 REFUSED = ("min_p", "logit_bias")
-"""Fields that vLLM refuses with any speculative method (docs/features.md): the request alone fails, and its neighbours go on."""
+"""Fields that vLLM refuses with any speculative method (docs/features.md): the request alone fails,
+and its neighbours go on."""
 KNOWN = ("thinking_token_budget", "logprob_token_ids")
-"""Fields that vLLM itself answers wrongly, without a drafter or with any (docs/features.md); drawn only where asked for by name."""
+"""Fields that vLLM itself answers wrongly, without a drafter or with any (docs/features.md); drawn
+only where asked for by name."""
 _SCHEMAS: list[dict[str, Any]] = [
-    {"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}, "n": {"type": "integer"}}, "required": ["name", "n"]},
+    {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 8}, "n": {"type": "integer"}},
+        "required": ["name", "n"],
+    },
     {"type": "array", "items": {"enum": ["a", "bc", "self"]}, "minItems": 1, "maxItems": 4},
-    {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False},
+    {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}},
+        "required": ["ok"],
+        "additionalProperties": False,
+    },
 ]
-_REGEXES = [r"def [a-z]{3,8}_[a-z]{3,8}\(self\):\n    return (None|True|False)", r"[0-9]{2,6}", r"(self\.|return )[a-z]+"]
-_CHOICES = [["self.assertEqual(result, expected)", "return self.value", "raise ValueError(message)"], ["a", "ab", "abc"]]
-_GRAMMARS = ['start: "self" ("." NAME)+ "\\n"\nNAME: /[a-z]{1,6}/\n', 'start: "x" | "(" start ")"\n']
-_TAG = '{"structures": [{"begin": "def", "schema": {"type": "string"}, "end": "end"}], "triggers": ["def"]}'
+_REGEXES = [
+    r"def [a-z]{3,8}_[a-z]{3,8}\(self\):\n    return (None|True|False)",
+    r"[0-9]{2,6}",
+    r"(self\.|return )[a-z]+",
+]
+_CHOICES = [
+    ["self.assertEqual(result, expected)", "return self.value", "raise ValueError(message)"],
+    ["a", "ab", "abc"],
+]
+_GRAMMARS = [
+    'start: "self" ("." NAME)+ "\\n"\nNAME: /[a-z]{1,6}/\n',
+    'start: "x" | "(" start ")"\n',
+]
+_TAG = (
+    '{"structures": [{"begin": "def", "schema": {"type": "string"}, "end": "end"}], "triggers":'
+    ' ["def"]}'
+)
 
 
 @dataclass(frozen=True)
@@ -34,14 +59,17 @@ class Corpus:
 def draw_common(rng: random.Random) -> dict[str, Any]:
     """Settings of both engines: those that change what a request is answered."""
     return {
-        "logprobs_mode": rng.choice(["raw_logprobs"] * 5 + ["processed_logprobs", "raw_logits", "processed_logits"]),
+        "logprobs_mode": rng.choice(
+            ["raw_logprobs"] * 5 + ["processed_logprobs", "raw_logits", "processed_logits"]
+        ),
         "structured_outputs_config": {"backend": rng.choice(["auto", "auto", "guidance"])},
         "enable_lora": rng.random() < 0.12,
     }
 
 
 def draw_settings(rng: random.Random) -> dict[str, Any]:
-    """Settings of the engine that drafts, which may change nothing: ``args`` for vLLM, and how it is driven."""
+    """Settings of the engine that drafts, which may change nothing: ``args`` for vLLM, and how it
+    is driven."""
     block_size = rng.choice([None, None, 32, 64])
     pages = -(-MAX_MODEL_LEN // (block_size or 128))
     args: dict[str, Any] = {
@@ -67,20 +95,29 @@ def draw_settings(rng: random.Random) -> dict[str, Any]:
     }
 
 
-def draw_round(rng: random.Random, corpus: Corpus, settings: dict[str, Any], include: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The requests that one engine gets at a time, 1 to 24; ``settings``: its own and those that it shares with the other."""
+def draw_round(
+    rng: random.Random, corpus: Corpus, settings: dict[str, Any], include: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """The requests that one engine gets at a time, 1 to 24; ``settings``: its own and those that it
+    shares with the other."""
     size = rng.choice([1, 4, 16, 24, 24])
     shared = [list(rng.choice(corpus.prompts)) + list(rng.choice(corpus.prompts)) for _ in range(2)]
     requests = [_draw_request(rng, corpus, shared, i, settings, include) for i in range(size)]
     if settings.get("enable_lora") and rng.random() < 0.8:
-        # All or none: on a CPU vLLM gives the last adapter to those without one that are in a step with it, with a drafter as without.
+        # All or none: on a CPU vLLM gives the last adapter to those without one that are in a step
+        # with it, with a drafter as without.
         requests = [request | {"lora": True} for request in requests]
     return requests
 
 
 def _draw_request(
-    rng: random.Random, corpus: Corpus, shared: list[list[int]], number: int, settings: dict[str, Any], include: Sequence[str]
-) -> dict[str, Any]:  # fmt: skip
+    rng: random.Random,
+    corpus: Corpus,
+    shared: list[list[int]],
+    number: int,
+    settings: dict[str, Any],
+    include: Sequence[str],
+) -> dict[str, Any]:
     prompt = _draw_prompt(rng, corpus, shared)
     params: dict[str, Any] = {"max_tokens": rng.choice([1, 2, 3, 5, 8, 9, 16, 24, 24, 40, 64])}
     if rng.random() < 0.05:
@@ -94,7 +131,12 @@ def _draw_request(
             if value is not None:
                 params[name] = value
     _leave_out(params, settings.get("enable_lora", False))
-    request: dict[str, Any] = {"id": number, "prompt": prompt, "params": params, "arrives": rng.choice([0, 0, rng.randint(0, 40)])}
+    request: dict[str, Any] = {
+        "id": number,
+        "prompt": prompt,
+        "params": params,
+        "arrives": rng.choice([0, 0, rng.randint(0, 40)]),
+    }
     request["stream"] = rng.choice(["final", "final", "cumulative", "delta"])
     if rng.random() < 0.08:
         request |= {"aborted_after": rng.randint(0, 25), "stream": "cumulative"}
@@ -112,26 +154,44 @@ def _draw_prompt(rng: random.Random, corpus: Corpus, shared: list[list[int]]) ->
         return [rng.randrange(2, corpus.vocab) for _ in range(rng.choice([1, 1, 2, 3, 20]))]
     start = rng.choice(shared)[: rng.randint(1, 300)] if kind < 0.45 else []
     own = list(rng.choice(corpus.prompts))[: rng.choice([rng.randint(1, 120), 400])]
-    return [*start, *own, *[rng.randrange(2, corpus.vocab) for _ in range(rng.choice([0, 0, 0, rng.randint(1, 6)]))]][:400]
+    return [
+        *start,
+        *own,
+        *[rng.randrange(2, corpus.vocab) for _ in range(rng.choice([0, 0, 0, rng.randint(1, 6)]))],
+    ][:400]
 
 
 def _draw_sampling(rng: random.Random, params: dict[str, Any], seeds_hold: bool) -> None:
-    """Greedy, sampled with a seed, or sampled without: the last is compared with nothing, and so are seeds that fix no output."""
-    kind = rng.choices(["greedy", "seeded", "free"], [0.5, 0.4, 0.1] if seeds_hold else [0.7, 0.1, 0.2])[0]
+    """Greedy, sampled with a seed, or sampled without: the last is compared with nothing, and so
+    are seeds that fix no output."""
+    kind = rng.choices(
+        ["greedy", "seeded", "free"], [0.5, 0.4, 0.1] if seeds_hold else [0.7, 0.1, 0.2]
+    )[0]
     params["temperature"] = 0.0 if kind == "greedy" else rng.choice([0.02, 0.3, 0.7, 1.0, 1.3, 2.0])
     if kind != "greedy":
-        params |= {"top_p": rng.choice([1.0, 1.0, 0.9, 0.5, 0.01]), "top_k": rng.choice([0, 0, -1, 1, 5, 50])}
+        params |= {
+            "top_p": rng.choice([1.0, 1.0, 0.9, 0.5, 0.01]),
+            "top_k": rng.choice([0, 0, -1, 1, 5, 50]),
+        }
     if kind == "seeded":
-        params |= {"seed": rng.choice([0, 1, 7, 2**31, 2**62, -5, rng.randrange(1 << 20)]), "n": rng.choice([1, 1, 1, 2, 3])}
+        params |= {
+            "seed": rng.choice([0, 1, 7, 2**31, 2**62, -5, rng.randrange(1 << 20)]),
+            "n": rng.choice([1, 1, 1, 2, 3]),
+        }
 
 
 def _structured(rng: random.Random, *_: Any) -> dict[str, Any]:
     found: dict[str, Any] = rng.choice(
         [
-            {"json": rng.choice(_SCHEMAS)}, {"json": rng.choice(_SCHEMAS)}, {"regex": rng.choice(_REGEXES)}, {"choice": rng.choice(_CHOICES)},
-            {"grammar": rng.choice(_GRAMMARS)}, {"json_object": True}, {"structural_tag": _TAG},
+            {"json": rng.choice(_SCHEMAS)},
+            {"json": rng.choice(_SCHEMAS)},
+            {"regex": rng.choice(_REGEXES)},
+            {"choice": rng.choice(_CHOICES)},
+            {"grammar": rng.choice(_GRAMMARS)},
+            {"json_object": True},
+            {"structural_tag": _TAG},
         ]
-    )  # fmt: skip
+    )
     return found
 
 
@@ -166,12 +226,18 @@ _FIELDS: dict[str, tuple[float, Draw]] = {
     "flat_logprobs": (0.05, lambda *_: True),
     "prompt_logprobs": (0.06, lambda r, *_: r.choice([0, 1, 5])),
     "allowed_token_ids": (0.06, lambda r, c, *_: _tokens(r, c, 2, 60)),
-    "bad_words": (0.1, lambda r, c, *_: [w for w in (_part(r, c, 6) for _ in range(4)) if w.strip()] or None),
+    "bad_words": (
+        0.1,
+        lambda r, c, *_: [w for w in (_part(r, c, 6) for _ in range(4)) if w.strip()] or None,
+    ),
     "structured_outputs": (0.15, _structured),
     "detokenize": (0.04, lambda *_: False),
     "skip_special_tokens": (0.08, lambda *_: False),
     "spaces_between_special_tokens": (0.05, lambda *_: False),
-    "repetition_detection": (0.06, lambda r, *_: {"max_pattern_size": r.choice([1, 3, 8]), "min_count": r.choice([2, 3])}),
+    "repetition_detection": (
+        0.06,
+        lambda r, *_: {"max_pattern_size": r.choice([1, 3, 8]), "min_count": r.choice([2, 3])},
+    ),
     "extra_args": (0.04, lambda *_: {"anything": [1, "two"]}),
     "skip_reading_prefix_cache": (0.05, lambda r, *_: r.random() < 0.5),
     "stream_interval": (0.05, lambda r, *_: r.randint(1, 4)),
@@ -183,12 +249,15 @@ _FIELDS: dict[str, tuple[float, Draw]] = {
 
 
 def _leave_out(params: dict[str, Any], has_lora: bool) -> None:
-    """Takes out what vLLM refuses in any engine, for it would be the same refusal again and again, and what ends any of its engines."""
+    """Takes out what vLLM refuses in any engine, for it would be the same refusal again and again,
+    and what ends any of its engines."""
     if has_lora:
-        # On a CPU vLLM's adapter of the logits counts a step's requests, and prompt positions are more or fewer: an error.
+        # On a CPU vLLM's adapter of the logits counts a step's requests, and prompt positions are
+        # more or fewer: an error.
         params.pop("prompt_logprobs", None)
     if "prompt_logprobs" in params and params.get("skip_reading_prefix_cache") is False:
-        # vLLM fills in no log-probabilities of a prompt's cached part: memory as it was, in any engine, and ids that no tokenizer takes.
+        # vLLM fills in no log-probabilities of a prompt's cached part: memory as it was, in any
+        # engine, and ids that no tokenizer takes.
         del params["skip_reading_prefix_cache"]
     if params.get("stop") and params.get("detokenize") is False:
         del params["detokenize"]
@@ -201,4 +270,6 @@ def _leave_out(params: dict[str, Any], has_lora: bool) -> None:
 def is_compared(request: dict[str, Any], settings: dict[str, Any]) -> bool:
     """Whether a request has but one right answer."""
     params = request["params"]
-    return params["temperature"] == 0 or ("seed" in params and settings["draft_sample_method"] == "greedy")
+    return params["temperature"] == 0 or (
+        "seed" in params and settings["draft_sample_method"] == "greedy"
+    )

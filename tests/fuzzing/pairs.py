@@ -26,11 +26,16 @@ def _tokenizer() -> "object":
 def _embedded(drafter: Path) -> Pair:
     tokenizer = _tokenizer()
     texts = [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()]
-    return Pair(TARGET, drafter, Corpus([tokenizer(text)["input_ids"] for text in texts], texts, len(tokenizer)))
+    return Pair(
+        TARGET,
+        drafter,
+        Corpus([tokenizer(text)["input_ids"] for text in texts], texts, len(tokenizer)),
+    )
 
 
 def _random_pair(family: str, kind: str, folder: Path) -> Pair:
-    """A random target of another family, with the embedded pair's tokenizer, and a drafter trained for a moment on its text."""
+    """A random target of another family, with the embedded pair's tokenizer, and a drafter trained
+    for a moment on its text."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -42,18 +47,24 @@ def _random_pair(family: str, kind: str, folder: Path) -> Pair:
     tokenizer = _tokenizer()
     vocab = len(tokenizer)
     layers = (0, 2, 4) if kind == "dflash" else (0, 1, 2, 3, 4)
-    target = FAMILIES[family].make(folder / "target", scale=0.25, vocab_size=vocab, eos_token_id=0, spoken=vocab)
+    target = FAMILIES[family].make(
+        folder / "target", scale=0.25, vocab_size=vocab, eos_token_id=0, spoken=vocab
+    )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TARGET / name, target / name)
     rng = random.Random(0)
     prompts = [[rng.randrange(2, vocab) for _ in range(4)] for _ in range(24)]
-    config = random_drafter_config(vocab_size=vocab, kind=kind, target_layer_ids=layers, num_target_layers=None)
+    config = random_drafter_config(
+        vocab_size=vocab, kind=kind, target_layer_ids=layers, num_target_layers=None
+    )
     drafter = train_briefly(target, folder / "drafter", config, prompts, 40, steps=60)
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     known = [[*p, *generate(model, None, p, 40, 0).tokens] for p in prompts]
     # Most prompts are beginnings of what the drafter knows: there its drafts are accepted.
     beginnings = [text[: rng.randint(4, 12)] for text in known for _ in range(3)]
-    return Pair(target, drafter, Corpus(known + beginnings, [tokenizer.decode(p) for p in known], vocab))
+    return Pair(
+        target, drafter, Corpus(known + beginnings, [tokenizer.decode(p) for p in known], vocab)
+    )
 
 
 PAIRS: dict[str, Callable[[Path], Pair]] = {

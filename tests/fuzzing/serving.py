@@ -1,6 +1,8 @@
-"""One engine after the other in a process of its own, driven by lines of JSON: ``fuzz_differential.py`` has the other end.
+"""One engine after the other in a process of its own, driven by lines of JSON:
+``fuzz_differential.py`` has the other end.
 
-A line on standard input starts an engine or hands it a round of requests; the answer is a line in the file named on the command line.
+A line on standard input starts an engine or hands it a round of requests; the answer is a line in
+the file named on the command line.
 """
 
 import asyncio
@@ -9,20 +11,34 @@ import json
 import random
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 SETTINGS: dict[str, Any] = {
-    "enforce_eager": True, "dtype": "float32", "seed": 0, "kv_cache_memory_bytes": 1 << 28, "disable_log_stats": False,
-    "generation_config": "vllm", "max_logprobs": -1,
-}  # fmt: skip
-COUNTERS = ("num_preemptions", "spec_decode_num_drafts", "spec_decode_num_accepted_tokens", "prefix_cache_hits")
+    "enforce_eager": True,
+    "dtype": "float32",
+    "seed": 0,
+    "kv_cache_memory_bytes": 1 << 28,
+    "disable_log_stats": False,
+    "generation_config": "vllm",
+    "max_logprobs": -1,
+}
+COUNTERS = (
+    "num_preemptions",
+    "spec_decode_num_drafts",
+    "spec_decode_num_accepted_tokens",
+    "prefix_cache_hits",
+)
 
 
 def sampling_params(request: dict[str, Any]) -> Any:
     from vllm import SamplingParams
-    from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, StructuredOutputsParams
+    from vllm.sampling_params import (
+        RepetitionDetectionParams,
+        RequestOutputKind,
+        StructuredOutputsParams,
+    )
 
     fields = dict(request["params"])
     if "structured_outputs" in fields:
@@ -31,7 +47,11 @@ def sampling_params(request: dict[str, Any]) -> Any:
         fields["repetition_detection"] = RepetitionDetectionParams(**fields["repetition_detection"])
     if "logit_bias" in fields:
         fields["logit_bias"] = {int(token): bias for token, bias in fields["logit_bias"].items()}
-    kinds = {"final": RequestOutputKind.FINAL_ONLY, "cumulative": RequestOutputKind.CUMULATIVE, "delta": RequestOutputKind.DELTA}
+    kinds = {
+        "final": RequestOutputKind.FINAL_ONLY,
+        "cumulative": RequestOutputKind.CUMULATIVE,
+        "delta": RequestOutputKind.DELTA,
+    }
     return SamplingParams(**fields, output_kind=kinds[request.get("stream", "final")])
 
 
@@ -40,7 +60,10 @@ def prompt(request: dict[str, Any], adapter: str | None) -> dict[str, Any]:
     from vllm import TextPrompt, TokensPrompt
     from vllm.lora.request import LoRARequest
 
-    found: dict[str, Any] = {"prompt": TokensPrompt(prompt_token_ids=request["prompt"]), "priority": request.get("priority", 0)}
+    found: dict[str, Any] = {
+        "prompt": TokensPrompt(prompt_token_ids=request["prompt"]),
+        "priority": request.get("priority", 0),
+    }
     if adapter and request.get("lora"):
         found["lora_request"] = LoRARequest("adapter", 1, adapter)
     if "text" in request:
@@ -68,23 +91,41 @@ class Answers:
             found["prompt_logprobs"] = [_step(step) for step in output.prompt_logprobs]
         for completion in output.outputs:
             new = {
-                "token_ids": list(completion.token_ids), "text": completion.text, "finish_reason": completion.finish_reason,
-                "stop_reason": completion.stop_reason, "cumulative_logprob": completion.cumulative_logprob,
-                "logprobs": None if completion.logprobs is None else [_step(step) for step in completion.logprobs],
-            }  # fmt: skip
+                "token_ids": list(completion.token_ids),
+                "text": completion.text,
+                "finish_reason": completion.finish_reason,
+                "stop_reason": completion.stop_reason,
+                "cumulative_logprob": completion.cumulative_logprob,
+                "logprobs": (
+                    None
+                    if completion.logprobs is None
+                    else [_step(step) for step in completion.logprobs]
+                ),
+            }
             old = found["completions"].get(completion.index)
             if old is not None and self._stream[request_id] == "delta":
                 for name in ("token_ids", "text", "logprobs"):
-                    new[name] = old[name] if new[name] is None else new[name] if old[name] is None else old[name] + new[name]
+                    new[name] = (
+                        old[name]
+                        if new[name] is None
+                        else new[name]
+                        if old[name] is None
+                        else old[name] + new[name]
+                    )
             found["completions"][completion.index] = new
 
 
 def _step(step: Any) -> dict[int, tuple[float, int | None, str | None]] | None:
-    """One position's log-probabilities by token, each with its rank and its text; what is impossible is left out."""
-    return step and {t: (v.logprob, v.rank, v.decoded_token) for t, v in step.items() if v.logprob > -1e30}
+    """One position's log-probabilities by token, each with its rank and its text; what is
+    impossible is left out."""
+    return step and {
+        t: (v.logprob, v.rank, v.decoded_token) for t, v in step.items() if v.logprob > -1e30
+    }
 
 
-def run_round(llm: Any, requests: list[dict[str, Any]], adapter: str | None) -> dict[int, dict[str, Any]]:
+def run_round(
+    llm: Any, requests: list[dict[str, Any]], adapter: str | None
+) -> dict[int, dict[str, Any]]:
     """All of the requests, each arriving and maybe aborted at its engine step."""
     from vllm.exceptions import VLLMValidationError
 
@@ -94,7 +135,9 @@ def run_round(llm: Any, requests: list[dict[str, Any]], adapter: str | None) -> 
         while waiting and waiting[0]["arrives"] <= step:
             request = waiting.pop(0)
             try:
-                engine.add_request(str(request["id"]), params=sampling_params(request), **prompt(request, adapter))
+                engine.add_request(
+                    str(request["id"]), params=sampling_params(request), **prompt(request, adapter)
+                )
             except (ValueError, VLLMValidationError) as refusal:
                 answers.refuse(request["id"], refusal)
                 continue
@@ -106,12 +149,18 @@ def run_round(llm: Any, requests: list[dict[str, Any]], adapter: str | None) -> 
         for output in engine.step():
             answers.take(int(output.request_id), output)
         step += 1
-        assert step < 20_000, f"never done: {[r['id'] for r in requests if not answers.found.get(r['id'], {}).get('finished')]}"
+        assert step < 20_000, (
+            "never done:"
+            f" {[r['id'] for r in requests if not answers.found.get(r['id'], {}).get('finished')]}"
+        )
     return answers.found
 
 
-async def run_round_async(llm: Any, requests: list[dict[str, Any]], adapter: str | None) -> dict[int, dict[str, Any]]:
-    """The same on ``AsyncLLM``: arrivals by the clock, and an aborted request's client hangs up after so many outputs."""
+async def run_round_async(
+    llm: Any, requests: list[dict[str, Any]], adapter: str | None
+) -> dict[int, dict[str, Any]]:
+    """The same on ``AsyncLLM``: arrivals by the clock, and an aborted request's client hangs up
+    after so many outputs."""
     from vllm.exceptions import VLLMValidationError
 
     answers = Answers(requests)
@@ -121,7 +170,12 @@ async def run_round_async(llm: Any, requests: list[dict[str, Any]], adapter: str
         seen = 0
         try:
             given = prompt(request, adapter)
-            stream = llm.generate(given.pop("prompt"), sampling_params(request), f"{request['id']}-{random.random()}", **given)
+            stream = llm.generate(
+                given.pop("prompt"),
+                sampling_params(request),
+                f"{request['id']}-{random.random()}",
+                **given,
+            )
             async for output in stream:
                 answers.take(request["id"], output)
                 seen += 1
@@ -135,26 +189,37 @@ async def run_round_async(llm: Any, requests: list[dict[str, Any]], adapter: str
 
 
 def draft_at_random(seed: int) -> None:
-    """The controller's choices by dice: whether a step drafts, and how much of each draft is verified."""
+    """The controller's choices by dice: whether a step drafts, and how much of each draft is
+    verified."""
     from vllm_dflash.adaptive.controller import Controller, Plan
 
     rng = random.Random(seed)
+
+    def lengths(
+        self: Any, requests: Sequence[str], plan: Any, confidences: Any = None
+    ) -> dict[str, int]:
+        return {
+            r: rng.choice([0, 1, self.max_draft, rng.randint(0, self.max_draft)]) for r in requests
+        }
+
     Controller.kept_plan = lambda self, num_reqs: None  # type: ignore[method-assign]
-    Controller.plan = lambda self, requests, num_context=0: Plan(self.max_draft if rng.random() < 0.75 else 0)  # type: ignore[method-assign]
-    Controller.lengths = lambda self, requests, plan, confidences=None: {  # type: ignore[method-assign]
-        r: rng.choice([0, 1, self.max_draft, rng.randint(0, self.max_draft)]) for r in requests
-    }
+    Controller.plan = lambda self, requests, num_context=0: Plan(
+        self.max_draft if rng.random() < 0.75 else 0
+    )  # type: ignore[method-assign]
+    Controller.lengths = lengths  # type: ignore[method-assign]
 
 
 @contextmanager
 def noise_on_logits(llm: Any, size: float) -> Iterator[None]:
-    """Adds up to ``size`` to each of the target's logits: what plain decoding writes then was within so much of being written."""
+    """Adds up to ``size`` to each of the target's logits: what plain decoding writes then was
+    within so much of being written."""
     if not size:
         yield
         return
     import torch
 
-    model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    model = executor.driver_worker.worker.model_runner.model
     original, generator = model.compute_logits, torch.Generator().manual_seed(0)
 
     def noisy(*args: Any, **kwargs: Any) -> Any:
@@ -179,13 +244,20 @@ class Server:
         self._counters: dict[str, float] = {}
         self.adapter: str | None = None
         self._fault = ExitStack()
-        self._controller = {name: vars(Controller)[name] for name in ("kept_plan", "plan", "lengths")}
+        self._controller = {
+            name: vars(Controller)[name] for name in ("kept_plan", "plan", "lengths")
+        }
 
     def start(
-        self, args: dict[str, Any], asynchronous: bool = False, plan_seed: int | None = None, adapter: str | None = None,
+        self,
+        args: dict[str, Any],
+        asynchronous: bool = False,
+        plan_seed: int | None = None,
+        adapter: str | None = None,
         fault: str | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
-        """``adapter``: the LoRA of the requests that want one. ``fault``: a key of ``broken_rules.RULES``, to see whether it is found."""
+    ) -> dict[str, Any]:
+        """``adapter``: the LoRA of the requests that want one. ``fault``: a key of
+        ``broken_rules.RULES``, to see whether it is found."""
         from vllm import LLM, AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -214,13 +286,21 @@ class Server:
 
     def run(self, requests: list[dict[str, Any]], noise: float = 0.0) -> dict[str, Any]:
         if self.loop is not None:
-            return {"answers": self.loop.run_until_complete(run_round_async(self.llm, requests, self.adapter)), "counters": {}}
+            return {
+                "answers": self.loop.run_until_complete(
+                    run_round_async(self.llm, requests, self.adapter)
+                ),
+                "counters": {},
+            }
         with noise_on_logits(self.llm, noise):
             answers = run_round(self.llm, requests, self.adapter)
         metrics = {m.name: getattr(m, "value", 0) for m in self.llm.get_metrics()}
         counters = {name: metrics.get(f"vllm:{name}", 0) for name in COUNTERS}
         before, self._counters = self._counters, counters
-        return {"answers": answers, "counters": {name: value - before.get(name, 0) for name, value in counters.items()}}
+        return {
+            "answers": answers,
+            "counters": {name: value - before.get(name, 0) for name, value in counters.items()},
+        }
 
     def stop(self) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory

@@ -1,4 +1,5 @@
-"""From a round in which a request's answer differs to the least that still differs. Pure: ``differs`` runs the engines."""
+"""From a round in which a request's answer differs to the least that still differs. Pure:
+``differs`` runs the engines."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,8 @@ MOST_TRIES = 40
 
 
 def shrink(requests: Requests, wanted: int, differs: Callable[[Requests, int], bool]) -> Requests:
-    """The fewest requests found, with the fewest parameters, in which that of id ``wanted`` still differs; all where it does not again."""
+    """The fewest requests found, with the fewest parameters, in which that of id ``wanted`` still
+    differs; all where it does not again."""
     left = MOST_TRIES
 
     def still(tried: Requests) -> bool:
@@ -26,13 +28,17 @@ def shrink(requests: Requests, wanted: int, differs: Callable[[Requests, int], b
     return _simpler(requests, wanted, still)
 
 
-def _fewer_neighbours(requests: Requests, wanted: int, still: Callable[[Requests], bool]) -> Requests:
+def _fewer_neighbours(
+    requests: Requests, wanted: int, still: Callable[[Requests], bool]
+) -> Requests:
     """Leaves out ever smaller parts of the neighbours."""
     part = len(requests) // 2
     while part:
         at = 0
         while at < len(requests):
-            tried = [r for i, r in enumerate(requests) if r["id"] == wanted or not at <= i < at + part]
+            tried = [
+                r for i, r in enumerate(requests) if r["id"] == wanted or not at <= i < at + part
+            ]
             if len(tried) < len(requests) and still(tried):
                 requests = tried
             else:
@@ -50,10 +56,19 @@ def _simpler(requests: Requests, wanted: int, still: Callable[[Requests], bool])
     for request_id in [r["id"] for r in requests]:
         for name in [*requests[0].keys(), *_fields(requests)]:
             current = next(r for r in requests if r["id"] == request_id)
-            if name in current and name not in ("id", "prompt", "params", "arrives", "text", "truncate_prompt_tokens"):
+            if name in current and name not in (
+                "id",
+                "prompt",
+                "params",
+                "arrives",
+                "text",
+                "truncate_prompt_tokens",
+            ):
                 new = {k: v for k, v in current.items() if k != name}
             elif name in current["params"] and name not in ("temperature", "max_tokens"):
-                new = current | {"params": {k: v for k, v in current["params"].items() if k != name}}
+                new = current | {
+                    "params": {k: v for k, v in current["params"].items() if k != name}
+                }
             else:
                 continue
             if still(replaced(current, new)):

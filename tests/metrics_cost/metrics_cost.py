@@ -1,8 +1,10 @@
-"""Test only: a vLLM plug-in that switches our metrics off and on every few steps of a running engine and notes what each step took.
+"""Test only: a vLLM plug-in that switches our metrics off and on every few steps of a running
+engine and notes what each step took.
 
-What is off is all that they do in the engine's process and in its worker's, which share the switch: without a count there is nothing to write
-either. Used by ``prove_metrics_cost.py``: put this folder on PYTHONPATH and name a file in VLLM_DFLASH_STEPS, a line of which is
-``on requests seconds`` for a step.
+What is off is all that they do in the engine's process and in its worker's, which share the switch:
+without a count there is nothing to write either. Used by ``prove_metrics_cost.py``: put this folder
+on PYTHONPATH and name a file in VLLM_DFLASH_STEPS, a line of which is ``on requests seconds`` for a
+step.
 """
 
 import functools
@@ -35,7 +37,11 @@ def switch() -> None:
     from vllm_dflash.steps import Steps
 
     EngineRecord.observe = _switched_off(EngineRecord.observe, on)
-    Steps.around_update = _switched(Steps.around_update, on, lambda steps: all(isinstance(o, EngineRecord) for o in steps._observers))
+    Steps.around_update = _switched(
+        Steps.around_update,
+        on,
+        lambda steps: all(isinstance(o, EngineRecord) for o in steps._observers),
+    )
     DrafterRecord.watch = _switched(DrafterRecord.watch, on, lambda record: True)
     EngineCore.step = _timed(EngineCore.step, path, on)
 

@@ -1,4 +1,5 @@
-"""Every replacement in vLLM is on record: nothing else sets an attribute of a foreign object, and each record can be taken back."""
+"""Every replacement in vLLM is on record: nothing else sets an attribute of a foreign object, and
+each record can be taken back."""
 
 import ast
 import textwrap
@@ -32,8 +33,13 @@ def build() -> "Part":
 
 
 def stores(body: str) -> list[str]:
-    """What the rule says of a function's body; the names are those of ``OURS``, and ``holder`` and ``runner`` its parameters."""
-    source = OURS + "\ndef f(holder: Holder, runner: Any, module: Any) -> None:\n" + textwrap.indent(textwrap.dedent(body), "    ")
+    """What the rule says of a function's body; the names are those of ``OURS``, and ``holder`` and
+    ``runner`` its parameters."""
+    source = (
+        OURS
+        + "\ndef f(holder: Holder, runner: Any, module: Any) -> None:\n"
+        + textwrap.indent(textwrap.dedent(body), "    ")
+    )
     parts = "class Part:\n    x: int\n    def twin(self) -> 'Part': ...\n"
     trees = {Path("package/parts.py"): ast.parse(parts), Path("package/use.py"): ast.parse(source)}
     return list(foreign.foreign_stores(foreign.Package(trees)))
@@ -88,20 +94,30 @@ def test_the_rule_lets_stores_into_our_own_objects_be(body: str) -> None:
 
 
 def test_outside_of_patches_no_attribute_of_a_foreign_object_is_set() -> None:
-    """The rule stands in ``foreign.py``. The metrics, the verifier and the target's forward were once put in place from everywhere."""
+    """The rule stands in ``foreign.py``. The metrics, the verifier and the target's forward were
+    once put in place from everywhere."""
     assert list(foreign.foreign_stores(foreign.read(ROOT / "vllm_dflash"))) == []
 
 
 def test_every_class_of_vllms_that_we_extend_or_repeat_is_named_in_a_record() -> None:
-    """Extended: a base of a class of ours. Repeated: code that asks by identity whether an object's class is vLLM's very own."""
+    """Extended: a base of a class of ours. Repeated: code that asks by identity whether an object's
+    class is vLLM's very own."""
     sources, used = Sources(), {}
     for path in sorted((ROOT / "vllm_dflash").rglob("*.py")):
         for name in _extended_or_repeated(ast.parse(path.read_text())):
             used.setdefault(name, path.relative_to(ROOT))
     assert "vllm.v1.sample.rejection_sampler:RejectionSampler" in used
     assert "vllm.model_executor.models.qwen3:Qwen3Model" in used
-    named = {_class_of(sources, key) for record in ALL for key in (*record.fingerprints, *record.signatures)}
-    missing = [f"{path}: {name}" for name, path in used.items() if not named & set(_with_bases(sources, name))]
+    named = {
+        _class_of(sources, key)
+        for record in ALL
+        for key in (*record.fingerprints, *record.signatures)
+    }
+    missing = [
+        f"{path}: {name}"
+        for name, path in used.items()
+        if not named & set(_with_bases(sources, name))
+    ]
     assert missing == []
 
 
@@ -129,7 +145,9 @@ def _extended_or_repeated(tree: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.ClassDef):
             for base in node.bases:
                 yield from names(base)
-        if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Is | ast.IsNot | ast.In | ast.NotIn):
+        if isinstance(node, ast.Compare) and isinstance(
+            node.ops[0], ast.Is | ast.IsNot | ast.In | ast.NotIn
+        ):
             for side in node.comparators:
                 yield from names(side)
 

@@ -19,7 +19,13 @@ from vllm_dflash.patching import PatchSet
 from vllm_dflash.supported import SUPPORTED_VLLM, installed_vllm
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = ("VLLM_DFLASH", "VLLM_DFLASH_PROBLEM", "VLLM_DFLASH_LEFT_OUT", "VLLM_DFLASH_CPU_FIXES", "VLLM_PLUGINS")
+OURS = (
+    "VLLM_DFLASH",
+    "VLLM_DFLASH_PROBLEM",
+    "VLLM_DFLASH_LEFT_OUT",
+    "VLLM_DFLASH_CPU_FIXES",
+    "VLLM_PLUGINS",
+)
 STATES = """
 import sys
 from vllm_dflash.plugin import patch_set
@@ -44,7 +50,8 @@ except ValueError as error:
 
 
 def run_and_serve_plain(code: str, folder: Path) -> str:
-    """Runs the code, then configures a target without a drafter, which must go on, and with one, which must be refused: all it says."""
+    """Runs the code, then configures a target without a drafter, which must go on, and with one,
+    which must be refused: all it says."""
     target = make_random_target(folder / "target")
     drafter = make_random_drafter(folder / "dflash")
     done = run(code + PLAIN_GOES_ON.format(target=str(target), drafter=str(drafter)))
@@ -54,10 +61,18 @@ def run_and_serve_plain(code: str, folder: Path) -> str:
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python code in a process whose environment has none of our or vLLM's plug-in variables but these."""
+    """Runs Python code in a process whose environment has none of our or vLLM's plug-in variables
+    but these."""
     inherited = {name: value for name, value in os.environ.items() if name not in OURS}
     command = [sys.executable, "-c", STATES + code]
-    done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run(
+        command,
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -70,9 +85,16 @@ def test_the_patch_fits_the_installed_vllm(patch):
 
 
 def test_every_patch_file_is_in_the_list_and_in_the_table():
-    files = {path.stem for path in (ROOT / "patches").glob("*.py")} - {"__init__", "place", "on_import"}
+    files = {path.stem for path in (ROOT / "patches").glob("*.py")} - {
+        "__init__",
+        "place",
+        "on_import",
+    }
     modules = {stem: importlib.import_module(f"vllm_dflash.patches.{stem}") for stem in files}
-    records = {stem: getattr(module, "PATCHES", None) or (module.PATCH,) for stem, module in modules.items()}
+    records = {
+        stem: getattr(module, "PATCHES", None) or (module.PATCH,)
+        for stem, module in modules.items()
+    }
     assert {record for known in records.values() for record in known} == set(ALL)
     table = (ROOT / "patches" / "README.md").read_text()
     for stem, known in records.items():
@@ -120,7 +142,8 @@ assert set(states().values()) - {"not needed"} == {"off"}, states()
 
 
 def test_every_record_is_applied_and_taken_back():
-    """Classes by the objects that stand in their places, single objects by stand-ins of vLLM's own classes."""
+    """Classes by the objects that stand in their places, single objects by stand-ins of vLLM's own
+    classes."""
     run("""
 import functools, importlib
 from types import SimpleNamespace
@@ -187,7 +210,8 @@ assert set(states().values()) == {"off"} | ({"not needed"} if unneeded else set(
 
 
 def test_a_scheduler_is_watched_once_by_all_who_ask():
-    """Also again after the records were taken back; where another plug-in has replaced the method, nobody watches it."""
+    """Also again after the records were taken back; where another plug-in has replaced the method,
+    nobody watches it."""
     run("""
 from types import SimpleNamespace
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -226,7 +250,8 @@ assert other.update_from_output is foreign and "schedule" not in vars(other)
 
 
 def test_another_plug_ins_replacement_is_named_and_plain_serving_goes_on(tmp_path):
-    """One that is there before ours, one that comes with a module's late import, and one in an object."""
+    """One that is there before ours, one that comes with a module's late import, and one in an
+    object."""
     for when in ("before", "late"):
         output = run_and_serve_plain(
             f"""
@@ -282,8 +307,11 @@ assert sorted(name for name, state in states().items() if state == "switched off
 """)
 
 
-def test_an_unsupported_vllm_is_left_alone_with_one_warning_and_only_our_method_is_refused(tmp_path):
-    """Two kinds of unsupported: a version out of range, and a supported one whose source is not what we know.
+def test_an_unsupported_vllm_is_left_alone_with_one_warning_and_only_our_method_is_refused(
+    tmp_path,
+):
+    """Two kinds of unsupported: a version out of range, and a supported one whose source is not
+    what we know.
 
     vLLM inspects a lazily registered class in a child process and passes on what the child wrote.
     """
@@ -309,7 +337,11 @@ os.environ["VLLM_DFLASH_PROBLEM"] = "1"
     assert output.count("supports vLLM >=0.32,<0.34, and found 0.34.1") == 1
     assert output.count("cannot patch vLLM") == 1
     assert "vllm.v1.spec_decode.dflash:DFlashProposer, whose source has changed" in output
-    assert re.search(r"RuntimeError: vllm-dflash supports vLLM >=0\.32,<0\.34, and found 0\.3[23].*VLLM_DFLASH=0", output)
+    assert re.search(
+        r"RuntimeError: vllm-dflash supports vLLM >=0\.32,<0\.34, and found"
+        r" 0\.3[23].*VLLM_DFLASH=0",
+        output,
+    )
 
 
 def test_what_other_devices_import_looks_up_no_kernel_that_only_a_cpu_has():

@@ -1,6 +1,8 @@
-"""Test only: a vLLM plug-in that leaves a file for each process that loads plug-ins, named by its pid, with what ours has done there.
+"""Test only: a vLLM plug-in that leaves a file for each process that loads plug-ins, named by its
+pid, with what ours has done there.
 
-Put this folder on PYTHONPATH (its dist-info makes it a distribution) and name a folder in VLLM_DFLASH_REPORT.
+Put this folder on PYTHONPATH (its dist-info makes it a distribution) and name a folder in
+VLLM_DFLASH_REPORT.
 """
 
 import json
@@ -13,7 +15,8 @@ SWITCH = "VLLM_DFLASH_REPORT"
 
 
 def report() -> None:
-    """The entry point. It looks for a minute, for plug-ins load in no certain order, and ours may take a while."""
+    """The entry point. It looks for a minute, for plug-ins load in no certain order, and ours may
+    take a while."""
     if SWITCH in os.environ:
         threading.Thread(target=_watch, daemon=True).start()
 

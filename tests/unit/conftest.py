@@ -1,7 +1,9 @@
-"""`make unit`: the tests of this folder that do without vLLM, whose import alone takes longer than most of them.
+"""`make unit`: the tests of this folder that do without vLLM, whose import alone takes longer than
+most of them.
 
-A file that cannot be imported without vLLM says ``pytestmark = pytest.mark.vllm``; a test that asks it, or that takes more than a
-second or two, is marked ``vllm`` or ``slow``. In `make unit` those are left out, and an import of vLLM by any other test fails it.
+A file that cannot be imported without vLLM says ``pytestmark = pytest.mark.vllm``; a test that asks
+it, or that takes more than a second or two, is marked ``vllm`` or ``slow``. In `make unit` those
+are left out, and an import of vLLM by any other test fails it.
 """
 
 import sys
@@ -13,16 +15,22 @@ from types import ModuleType
 import pytest
 
 _WHOLE_FILE = "\npytestmark = pytest.mark.vllm\n"
-_REMEDY = "mark the test `@pytest.mark.vllm` (a file that cannot be imported without: `pytestmark = pytest.mark.vllm`), or do without"
+_REMEDY = (
+    "mark the test `@pytest.mark.vllm` (a file that cannot be imported without: `pytestmark ="
+    " pytest.mark.vllm`), or do without"
+)
 
 
 class _Guard:
-    """Refuses to run vLLM's code in this process: the test that imports it fails, and no later one. Where vLLM lies may be asked."""
+    """Refuses to run vLLM's code in this process: the test that imports it fails, and no later one.
+    Where vLLM lies may be asked."""
 
     def __init__(self) -> None:
         self.asked = False
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path, target) if name == "vllm" else None
         if spec is not None:
             spec.loader = self
@@ -40,7 +48,11 @@ _guard = _Guard()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--pure", action="store_true", help="leave out what is marked vllm or slow, and refuse vLLM's import")
+    parser.addoption(
+        "--pure",
+        action="store_true",
+        help="leave out what is marked vllm or slow, and refuse vLLM's import",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,7 +72,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("pure", False):
-        left_out = [item for item in items if item.get_closest_marker("vllm") or item.get_closest_marker("slow")]
+        left_out = [
+            item
+            for item in items
+            if item.get_closest_marker("vllm") or item.get_closest_marker("slow")
+        ]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
 

@@ -1,4 +1,5 @@
-"""The controller against what is best in hindsight, on servers in numbers (``tests/simulation.py``): two cores, and a large GPU."""
+"""The controller against what is best in hindsight, on servers in numbers
+(``tests/simulation.py``): two cores, and a large GPU."""
 
 import pytest
 
@@ -7,7 +8,11 @@ from vllm_dflash.adaptive.acceptance import Acceptance, round_rows
 from vllm_dflash.adaptive.controller import Controller
 from vllm_dflash.adaptive.cost import StepCost, Work
 
-RATES = {"good": [0.8, 0.78, 0.76, 0.74, 0.72, 0.7, 0.68], "fair": [0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.3], "bad": [0.01] * 7}
+RATES = {
+    "good": [0.8, 0.78, 0.76, 0.74, 0.72, 0.7, 0.68],
+    "fair": [0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.3],
+    "bad": [0.01] * 7,
+}
 
 
 @pytest.mark.slow
@@ -24,21 +29,31 @@ def test_close_to_the_best_fixed_choice(cost, rates: str, num_reqs: int) -> None
 
 @pytest.mark.parametrize("seed", range(8))
 def test_bad_luck_does_not_last(seed: int) -> None:
-    """One request, and drafting pays little: a few drafts with bad luck must not end it for good."""
+    """One request, and drafting pays little: a few drafts with bad luck must not end it for
+    good."""
     batches = [{"r0": RATES["fair"]}] * 2000
-    best = max(Server(two_cores, noise=0.08, held_up=0.01, seed=seed).fixed(k, batches) for k in range(1, 4))
+    best = max(
+        Server(two_cores, noise=0.08, held_up=0.01, seed=seed).fixed(k, batches)
+        for k in range(1, 4)
+    )
     assert Server(two_cores, noise=0.08, held_up=0.01, seed=seed).adaptive(batches) > 0.95 * best
 
 
 def test_catching_up_is_paid_for_and_is_not_what_drafting_costs() -> None:
-    """The first draft after steps without writes the context of them all and takes five times as long; the next ones do not."""
+    """The first draft after steps without writes the context of them all and takes five times as
+    long; the next ones do not."""
     controller, requests, drafted = Controller(7, 8), [f"r{i}" for i in range(8)], 0
     lost: list[float] = []
     for _ in range(1200):
         now = controller.plan(requests).num_draft_tokens
         work, writes_backlog = Work(8, 8 + 8 * drafted, 64 if now else 0), bool(now and not drafted)
         seconds = two_cores(work) * (5 if writes_backlog else 1)
-        controller.observe(work, seconds, dict.fromkeys(requests, (drafted, 0)) if drafted else {}, writes_backlog=writes_backlog)
+        controller.observe(
+            work,
+            seconds,
+            dict.fromkeys(requests, (drafted, 0)) if drafted else {},
+            writes_backlog=writes_backlog,
+        )
         lost.append(seconds - two_cores(Work(8, 8, 0)))
         drafted = now
     draft = Work(8, 8, 64)
@@ -49,7 +64,8 @@ def test_catching_up_is_paid_for_and_is_not_what_drafting_costs() -> None:
 @pytest.mark.parametrize("num_reqs", [1, 2, 4, 8])
 @pytest.mark.parametrize("rates", ["good", "fair"])
 def test_a_machine_that_others_share(rates: str, num_reqs: int) -> None:
-    """Its pace changes by up to two thirds every some 60 steps: what is measured at one pace is not held against what was at another."""
+    """Its pace changes by up to two thirds every some 60 steps: what is measured at one pace is not
+    held against what was at another."""
     batches = [{f"r{i}": RATES[rates] for i in range(num_reqs)}] * 1500
     server = Server(two_cores, noise=0.08, held_up=0.01, drift=0.6)
     best = max(server.fixed(k, batches) for k in (0, 7))
@@ -65,7 +81,8 @@ def test_each_request_has_its_own_length() -> None:
 
 @pytest.mark.slow
 def test_the_drafters_confidence_is_used() -> None:
-    """Drafts differ, the drafter says how, and it thinks too well of itself: verifying each as far as it pays beats every fixed K."""
+    """Drafts differ, the drafter says how, and it thinks too well of itself: verifying each as far
+    as it pays beats every fixed K."""
     batches = [{f"r{i}": RATES["good"] for i in range(32)}] * 1000
     best = max(Server(large_gpu, spread=2.0, noise=0.05).fixed(k, batches) for k in range(8))
     assert Server(large_gpu, spread=2.0, noise=0.05, confident=True).adaptive(batches) > 1.01 * best
@@ -73,7 +90,8 @@ def test_the_drafters_confidence_is_used() -> None:
 
 
 def test_confidence_is_calibrated() -> None:
-    """A drafter that is sure of everything and right half the time is taken at half, also at a position that was never reached."""
+    """A drafter that is sure of everything and right half the time is taken at half, also at a
+    position that was never reached."""
     acceptance = Acceptance(2)
     for i in range(400):
         acceptance.observe("a", verified=1, accepted=i % 2, confidences=[0.95])
@@ -82,7 +100,8 @@ def test_confidence_is_calibrated() -> None:
 
 
 def test_off_under_load_and_back() -> None:
-    """The load swings from 1 request to 32 and back: each phase has the K that is best for it, none among them."""
+    """The load swings from 1 request to 32 and back: each phase has the K that is best for it, none
+    among them."""
     controller, server = Controller(7, 8), Server(two_cores, noise=0.05)
     for _ in range(2):
         for num_reqs, drafts in ((1, True), (32, False)):
@@ -93,7 +112,8 @@ def test_off_under_load_and_back() -> None:
 
 
 def test_a_pause_buys_no_trials() -> None:
-    """The time of a step in which the process was stopped for three seconds is not time that trials may cost a share of."""
+    """The time of a step in which the process was stopped for three seconds is not time that trials
+    may cost a share of."""
 
     def trials(pause: float) -> int:
         controller, requests, found = Controller(7, 8), [f"r{i}" for i in range(8)], 0
@@ -102,7 +122,11 @@ def test_a_pause_buys_no_trials() -> None:
             plan = controller.plan(requests)
             found += plan.why == "trial"
             work = Work(8, 8 + 8 * drafted, 64 if plan.num_draft_tokens else 0)
-            controller.observe(work, two_cores(work) + (pause if step % 40 == 39 else 0.0), dict.fromkeys(requests, (drafted, 0)))
+            controller.observe(
+                work,
+                two_cores(work) + (pause if step % 40 == 39 else 0.0),
+                dict.fromkeys(requests, (drafted, 0)),
+            )
             drafted = plan.num_draft_tokens
         return found
 
@@ -121,7 +145,8 @@ def test_cost_recovers_the_line() -> None:
 
 
 def test_a_slower_machine_is_slower_at_all_it_does() -> None:
-    """Steps without drafts, the only ones of late, take half as long again: so will one that drafts, and when both recover both are cheap again."""
+    """Steps without drafts, the only ones of late, take half as long again: so will one that
+    drafts, and when both recover both are cheap again."""
     cost, plain, draft = StepCost(), Work(2, 2, 0), Work(2, 16, 16)
     for work, pace, times in ((plain, 1.0, 9), (draft, 1.0, 9), (plain, 1.5, 40)):
         for _ in range(times):
@@ -133,7 +158,8 @@ def test_a_slower_machine_is_slower_at_all_it_does() -> None:
 
 
 def test_steps_that_cannot_be_measured() -> None:
-    """Prompts in every step, for as long as one likes: there is a plan, of first steps again and again."""
+    """Prompts in every step, for as long as one likes: there is a plan, of first steps again and
+    again."""
     controller = Controller(7, 8)
     for _ in range(50):
         assert controller.plan(["a", "b"]).why == "first"
@@ -149,7 +175,8 @@ def test_a_step_whose_kernels_are_made_tells_nothing_of_its_kind() -> None:
 
 
 def test_acceptance_is_conditional() -> None:
-    """A position counts only where it was reached: two of three accepted say nothing about a fourth."""
+    """A position counts only where it was reached: two of three accepted say nothing about a
+    fourth."""
     acceptance = Acceptance(4)
     for _ in range(400):
         acceptance.observe("a", verified=3, accepted=2)
@@ -161,7 +188,8 @@ def test_acceptance_is_conditional() -> None:
 
 
 def test_groups_are_learned_apart() -> None:
-    """What sampled requests reject says nothing of greedy ones; a batch of both is expected to do as its parts, by their numbers."""
+    """What sampled requests reject says nothing of greedy ones; a batch of both is expected to do
+    as its parts, by their numbers."""
     acceptance = Acceptance(2, group=lambda name: name[0])
     for _ in range(100):
         for name, accepted in (("s1", 0), ("g1", 2)):
@@ -179,12 +207,15 @@ def test_groups_are_learned_apart() -> None:
 
 
 def test_a_kind_of_request_that_is_new_is_weighed_at_once() -> None:
-    """The plan stands while nothing is learned; the first, second, fourth ... draft of a group has it made anew."""
+    """The plan stands while nothing is learned; the first, second, fourth ... draft of a group has
+    it made anew."""
     controller = Controller(2, 3, group=lambda name: name[0])
     for step in range(200):
         plan = controller.plan(["a"])
         work = Work(1, 1 + plan.num_draft_tokens, 3 if plan.num_draft_tokens else 0)
-        controller.observe(work, two_cores(work), {"a": (plan.num_draft_tokens, plan.num_draft_tokens)})
+        controller.observe(
+            work, two_cores(work), {"a": (plan.num_draft_tokens, plan.num_draft_tokens)}
+        )
         if step > 100 and controller.kept_plan(1) is not None:
             break
     assert controller.kept_plan(1) is not None
@@ -195,9 +226,21 @@ def test_a_kind_of_request_that_is_new_is_weighed_at_once() -> None:
 
 def test_rows_come_in_round_numbers() -> None:
     """Four numbers an octave, and the likeliest tokens are the ones that stay."""
-    assert [round_rows(n) for n in (1, 7, 8, 15, 17, 31, 33, 62, 130)] == [1, 7, 8, 16, 16, 32, 32, 64, 128]
+    assert [round_rows(n) for n in (1, 7, 8, 15, 17, 31, 33, 62, 130)] == [
+        1,
+        7,
+        8,
+        16,
+        16,
+        32,
+        32,
+        64,
+        128,
+    ]
     acceptance, requests = Acceptance(7), [f"r{i}" for i in range(16)]
-    confidences = {name: [0.99 - 0.05 * i - 0.001 * n for i in range(7)] for n, name in enumerate(requests)}
+    confidences = {
+        name: [0.99 - 0.05 * i - 0.001 * n for i in range(7)] for n, name in enumerate(requests)
+    }
     for threshold in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7):
         lengths = acceptance.lengths(requests, 7, threshold, confidences)
         rows = len(requests) + sum(lengths.values())
@@ -206,4 +249,6 @@ def test_rows_come_in_round_numbers() -> None:
         kept = [p for name in requests for p in survival[name][: lengths[name]]]
         left = [p for name in requests for p in survival[name][lengths[name] :]]
         assert not kept or not left or min(kept) >= max(left)
-    assert sum(acceptance.lengths(requests, 7, 0.0, confidences).values()) == 7 * 16, "all where all pay"
+    assert sum(acceptance.lengths(requests, 7, 0.0, confidences).values()) == 7 * 16, (
+        "all where all pay"
+    )

@@ -20,17 +20,31 @@ class Controller:
     block_size: int = 8
     seen: list[Any] = field(default_factory=list)
 
-    def observe(self, work: Work | None, seconds: float, outcomes: Any, confidences: Any, stands_for: int, writes_backlog: bool) -> None:
+    def observe(
+        self,
+        work: Work | None,
+        seconds: float,
+        outcomes: Any,
+        confidences: Any,
+        stands_for: int,
+        writes_backlog: bool,
+    ) -> None:
         self.seen.append((work, seconds, outcomes, confidences, stands_for, writes_backlog))
 
 
-def learn(*steps: tuple[Any, Any], synchronous: bool = True, why: str = "best", **attributes: Any) -> list[Any]:
+def learn(
+    *steps: tuple[Any, Any], synchronous: bool = True, why: str = "best", **attributes: Any
+) -> list[Any]:
     """What a controller gets of steps that are scheduled and ran one after the other."""
     scheduler = scheduler_of({"a": 3, "b": 4}, **attributes)
-    record, learner = Steps(scheduler), Learner(controller := Controller(), synchronous)  # type: ignore[arg-type]
+    controller: Any = Controller()
+    record, learner = Steps(scheduler), Learner(controller, synchronous)
     record.add(learner)
     learner.plan = Plan(0, why=why)
-    schedule, update = record.around_schedule(scheduler.schedule), record.around_update(scheduler.update)
+    schedule, update = (
+        record.around_schedule(scheduler.schedule),
+        record.around_update(scheduler.update),
+    )
     for scheduled, ran in steps:
         schedule()
         update(scheduled, ran)
@@ -38,15 +52,21 @@ def learn(*steps: tuple[Any, Any], synchronous: bool = True, why: str = "best", 
 
 
 def plain(k: int = 0, **changed: Any) -> tuple[Any, Any]:
-    return scheduled_of({"a": 1, "b": 1}, k=k, num_output_tokens=[3, 4], **changed), ran_of({"a": [1], "b": [1]})
+    return scheduled_of({"a": 1, "b": 1}, k=k, num_output_tokens=[3, 4], **changed), ran_of(
+        {"a": [1], "b": [1]}
+    )
 
 
 SPECULATIVE = (
     scheduled_of(
-        {"a": 4, "b": 3}, k=7, num_output_tokens=[3, 4], drafts={"a": [7, 8, 9], "b": [1, 2]}, num_invalid_spec_tokens={"b": 1}
+        {"a": 4, "b": 3},
+        k=7,
+        num_output_tokens=[3, 4],
+        drafts={"a": [7, 8, 9], "b": [1, 2]},
+        num_invalid_spec_tokens={"b": 1},
     ),
     ran_of({"a": [7, 8, 4], "b": [5]}),
-)  # fmt: skip
+)
 PROMPT = scheduled_of({"a": 1, "b": 9}, k=7, num_output_tokens=[3]), ran_of({"a": [1], "b": [1]})
 
 
@@ -59,10 +79,13 @@ def test_where_a_step_began(last_end: float | None, scheduled_at: float, began: 
     # After idling there was work when it was first scheduled, or before.
     step = Step(plain()[0], 0, scheduled_at, last_end or 3.9, last_end is None)
     step.ended = scheduled_at + 0.1
-    assert Learner(Controller(), is_synchronous=True)._began(step) == began  # type: ignore[arg-type]
+    controller: Any = Controller()
+    assert Learner(controller, is_synchronous=True)._began(step) == began
 
 
-def test_an_asynchronous_step_began_when_the_one_before_ended_and_tells_nothing_after_idling() -> None:
+def test_an_asynchronous_step_began_when_the_one_before_ended_and_tells_nothing_after_idling() -> (
+    None
+):
     seen = learn(SPECULATIVE, SPECULATIVE, synchronous=False)
     assert [work is None for work, *_ in seen] == [True, False]
     assert seen[1][1] > 0
@@ -70,7 +93,9 @@ def test_an_asynchronous_step_began_when_the_one_before_ended_and_tells_nothing_
 
 def test_a_speculative_step() -> None:
     known = {"a": [0.9, 0.8, 0.7]}
-    [(work, seconds, outcomes, confidences, stands_for, writes_backlog)] = learn(SPECULATIVE, confidences=known)
+    [(work, seconds, outcomes, confidences, stands_for, writes_backlog)] = learn(
+        SPECULATIVE, confidences=known
+    )
     assert work == Work(num_reqs=2, num_tokens=7, draft_rows=16, num_context=3 + 4 + 7)
     assert seconds > 0
     assert outcomes == {"a": (3, 2), "b": (1, 0)}
@@ -78,7 +103,9 @@ def test_a_speculative_step() -> None:
     assert (stands_for, writes_backlog) == (1, True)
 
 
-@pytest.mark.parametrize("step", [PROMPT, plain(), plain(k=7)], ids=["a prompt", "no draft", "the first draft"])
+@pytest.mark.parametrize(
+    "step", [PROMPT, plain(), plain(k=7)], ids=["a prompt", "no draft", "the first draft"]
+)
 def test_no_outcomes_where_nothing_is_verified(step: tuple[Any, Any]) -> None:
     [(_, _, outcomes, _, _, _)] = learn(step, why="trial")
     assert outcomes == {}
@@ -93,12 +120,16 @@ def test_a_step_with_a_prompt_or_an_ended_request_tells_no_cost() -> None:
 
 def test_of_steps_that_neither_draft_nor_verify_one_in_four_is_looked_at() -> None:
     seen = learn(*[plain()] * 9)
-    assert [(work, stands_for) for work, _, _, _, stands_for, _ in seen] == [(Work(2, 2, 0, 9), 4)] * 2
+    assert [(work, stands_for) for work, _, _, _, stands_for, _ in seen] == [
+        (Work(2, 2, 0, 9), 4)
+    ] * 2
     assert len(learn(*[plain()] * 9, why="trial")) == 9
 
 
 def test_the_first_step_that_drafts_again_catches_up() -> None:
-    assert [seen[-1] for seen in learn(plain(k=7), plain(k=7), plain(), plain(k=7), why="trial")] == [True, False, False, True]
+    assert [
+        seen[-1] for seen in learn(plain(k=7), plain(k=7), plain(), plain(k=7), why="trial")
+    ] == [True, False, False, True]
 
 
 def test_033_drafts_nothing_where_it_says_so() -> None:

@@ -1,4 +1,5 @@
-"""Our scheduler where its controller has failed, or could not watch: as without one, apart from an engine."""
+"""Our scheduler where its controller has failed, or could not watch: as without one, apart from an
+engine."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -19,16 +20,27 @@ pytestmark = pytest.mark.vllm
 
 @pytest.mark.parametrize("ours", [AdaptiveScheduler, AdaptiveAsyncScheduler])
 def test_without_a_controller_drafts_are_whole(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """K stays as vLLM has it, nothing is asked of the controller, and drafts go to vLLM as they came."""
+    """K stays as vLLM has it, nothing is asked of the controller, and drafts go to vLLM as they
+    came."""
     taken: list[Any] = []
     for theirs in (Scheduler, AsyncScheduler):
-        monkeypatch.setattr(theirs, "_update_after_schedule", lambda self, output: taken.append(output.num_spec_tokens_to_schedule))
-    monkeypatch.setattr(Scheduler, "update_draft_token_ids", lambda self, ids: taken.append(ids.draft_token_ids))
+        monkeypatch.setattr(
+            theirs,
+            "_update_after_schedule",
+            lambda self, output: taken.append(output.num_spec_tokens_to_schedule),
+        )
+    monkeypatch.setattr(
+        Scheduler, "update_draft_token_ids", lambda self, ids: taken.append(ids.draft_token_ids)
+    )
     scheduler = ours.__new__(ours)
     scheduler.controller, scheduler._confidences = None, {"a": [0.5]}
     scheduler._learner = Learner(Controller(7, 8), scheduler._is_synchronous)
     scheduler._learner.close()
     scheduler._update_after_schedule(SimpleNamespace(num_spec_tokens_to_schedule=7))
-    assert (scheduler.plan.num_draft_tokens, scheduler.plan.threshold, scheduler.confidences) == (7, 0.0, None)
+    assert (scheduler.plan.num_draft_tokens, scheduler.plan.threshold, scheduler.confidences) == (
+        7,
+        0.0,
+        None,
+    )
     scheduler.update_draft_token_ids(DraftTokenIds(["a"], [[1, 2, 3]]))
     assert taken == [7, [[1, 2, 3]]]

@@ -1,4 +1,5 @@
-"""What was measured wrong once is measured again: within how many steps the controller comes back, for every figure that it keeps.
+"""What was measured wrong once is measured again: within how many steps the controller comes back,
+for every figure that it keeps.
 
 pytest tests/unit/test_adaptive_stale.py
 """
@@ -15,13 +16,20 @@ from vllm_dflash.adaptive.cost import STALE, Work
 GOOD, BAD = [0.8, 0.78, 0.76, 0.74, 0.72, 0.7, 0.68], [0.01] * 7
 PLAIN = two_cores(Work(1, 1, 0))
 RETURN = round(_SAVED / EXPLORATION) + 3 * STALE
-"""Steps within which a wrong figure has to be seen through: the longest patience, and what the trials after it take."""
+"""Steps within which a wrong figure has to be seen through: the longest patience, and what the
+trials after it take."""
 
 
 class Run:
-    """One engine's steps; ``wrong`` gives what was measured in place of the true seconds, by step and what it computed."""
+    """One engine's steps; ``wrong`` gives what was measured in place of the true seconds, by step
+    and what it computed."""
 
-    def __init__(self, wrong: Callable[[int, Work, float], float], num_reqs: int = 1, cost: Callable[[Work], float] = two_cores) -> None:
+    def __init__(
+        self,
+        wrong: Callable[[int, Work, float], float],
+        num_reqs: int = 1,
+        cost: Callable[[Work], float] = two_cores,
+    ) -> None:
         self.controller, self.wrong, self.cost = Controller(7, 8), wrong, cost
         self.requests, self.random = [f"r{i}" for i in range(num_reqs)], np.random.default_rng(0)
         self.lengths: dict[str, int] = {}
@@ -44,7 +52,9 @@ class Run:
             work = Work(num_reqs, num_reqs + verified, 8 * num_reqs if plan.num_draft_tokens else 0)
             seconds = self.cost(work)
             self.seconds += seconds
-            self.controller.observe(None if prompts else work, self.wrong(self.step, work, seconds), outcomes)
+            self.controller.observe(
+                None if prompts else work, self.wrong(self.step, work, seconds), outcomes
+            )
             self.lengths = self.controller.lengths(self.requests, plan)
             self.step += 1
             self.plans.append(plan)
@@ -57,14 +67,18 @@ def drafting(plans: list[Plan]) -> float:
 
 
 def slow(last: int, factor: float, drafts: bool) -> Callable[[int, Work, float], float]:
-    """Up to step ``last`` those with the drafter, or those without, take ``factor`` times as long."""
-    return lambda step, work, seconds: seconds * (factor if step < last and bool(work.draft_rows) == drafts else 1)
+    """Up to step ``last`` those with the drafter, or those without, take ``factor`` times as
+    long."""
+    return lambda step, work, seconds: (
+        seconds * (factor if step < last and bool(work.draft_rows) == drafts else 1)
+    )
 
 
 @pytest.mark.parametrize("factor", [16, 200, 6000], ids=["482 ms", "6 s", "three minutes"])
 @pytest.mark.parametrize("num_reqs", [1, 4])
 def test_first_drafts_that_were_slow(factor: float, num_reqs: int) -> None:
-    """First drafts of 482 ms beside plain steps of 29: drafting stayed off for 2,950 choices, for no budget paid for such a step."""
+    """First drafts of 482 ms beside plain steps of 29: drafting stayed off for 2,950 choices, for
+    no budget paid for such a step."""
     run = Run(slow(8, factor, drafts=True), num_reqs)
     run.run(RETURN)
     assert drafting(run.run(200)) > 0.9
@@ -72,14 +86,16 @@ def test_first_drafts_that_were_slow(factor: float, num_reqs: int) -> None:
 
 @pytest.mark.parametrize("factor", [16, 6000])
 def test_first_plain_steps_that_were_slow(factor: float) -> None:
-    """Drafts that bring nothing were made for ever, as no budget paid for a plain step to be measured again."""
+    """Drafts that bring nothing were made for ever, as no budget paid for a plain step to be
+    measured again."""
     run = Run(slow(9, factor, drafts=False))
     run.run(RETURN, BAD)
     assert drafting(run.run(400, BAD)) < 0.1
 
 
 def test_a_batch_size_that_was_seen_once() -> None:
-    """Its first drafts were slow; then the server had one request for long, and now has as many as then."""
+    """Its first drafts were slow; then the server had one request for long, and now has as many as
+    then."""
     run = Run(slow(8, 16, drafts=True), 4)
     run.run(10)
     many, run.requests = run.requests, ["r0"]
@@ -90,8 +106,11 @@ def test_a_batch_size_that_was_seen_once() -> None:
 
 
 def test_whole_drafts_that_were_slow_once() -> None:
-    """Steps that verified more than three tokens were slow for a while: shorter drafts were verified for good, none longer was tried."""
-    run = Run(lambda step, work, seconds: seconds * (12 if step < 60 and work.num_tokens > 4 else 1))
+    """Steps that verified more than three tokens were slow for a while: shorter drafts were
+    verified for good, none longer was tried."""
+    run = Run(
+        lambda step, work, seconds: seconds * (12 if step < 60 and work.num_tokens > 4 else 1)
+    )
     run.run(1500)
     # The mean of what is verified, against what is best: all or nearly all of the draft.
     before = run.tokens, run.seconds
@@ -114,7 +133,8 @@ def test_text_that_the_drafter_did_not_know() -> None:
 @pytest.mark.parametrize("at", [0, 3, 6, 8, 12, 40, 300])
 @pytest.mark.parametrize("rates", [GOOD, BAD], ids=["good", "bad"])
 def test_a_process_that_was_suspended(at: int, rates: list[float]) -> None:
-    """One step of three hours, whichever it is: it decides nothing for good, and buys no hours of trials."""
+    """One step of three hours, whichever it is: it decides nothing for good, and buys no hours of
+    trials."""
     run = Run(lambda step, work, seconds: seconds + (10800.0 if step == at else 0.0))
     run.run(at + RETURN, rates)
     share = drafting(run.run(400, rates))
@@ -123,7 +143,8 @@ def test_a_process_that_was_suspended(at: int, rates: list[float]) -> None:
 
 @pytest.mark.parametrize("rates", [GOOD, BAD], ids=["good", "bad"])
 def test_a_machine_that_was_slow_at_first(rates: list[float]) -> None:
-    """All of the first 60 steps took a minute: the pace follows, what drafting is worth does not change."""
+    """All of the first 60 steps took a minute: the pace follows, what drafting is worth does not
+    change."""
     run = Run(lambda step, work, seconds: 60.0 if step < 60 else seconds)
     run.run(60 + RETURN, rates)
     share = drafting(run.run(400, rates))
@@ -131,7 +152,8 @@ def test_a_machine_that_was_slow_at_first(rates: list[float]) -> None:
 
 
 def test_a_trial_that_was_held_up_too() -> None:
-    """The first steps and the first trial were slow: the next trial comes within the bound, with each owed at most its rows' price."""
+    """The first steps and the first trial were slow: the next trial comes within the bound, with
+    each owed at most its rows' price."""
     run = Run(slow(STALE + 80, 6000, drafts=True))
     bound = round(4 * 8 / EXPLORATION) + 2 * STALE
     run.run(STALE + 80)
@@ -147,7 +169,11 @@ def test_the_controller_says_why_it_is_off_and_when_it_tries_again() -> None:
         while True:
             run.run(1, BAD)
             status = run.controller.status()
-            if status.next_trial is not None and status.next_trial > told * 2 and run.plans[-1].why == "best":
+            if (
+                status.next_trial is not None
+                and status.next_trial > told * 2
+                and run.plans[-1].why == "best"
+            ):
                 break
         assert not status.drafting
         assert status.measured is not None
@@ -160,10 +186,16 @@ def test_the_controller_says_why_it_is_off_and_when_it_tries_again() -> None:
     assert (known.controller.status().drafting, known.controller.status().why) == (True, "pays")
     slow_run = Run(slow(10**6, 16, drafts=True))
     slow_run.run(100)
-    assert (slow_run.controller.status().drafting, slow_run.controller.status().why) == (False, "slow")
+    assert (slow_run.controller.status().drafting, slow_run.controller.status().why) == (
+        False,
+        "slow",
+    )
     unknown = Run(lambda step, work, seconds: seconds)
     unknown.run(600, BAD)
-    assert (unknown.controller.status().drafting, unknown.controller.status().why) == (False, "rejected")
+    assert (unknown.controller.status().drafting, unknown.controller.status().why) == (
+        False,
+        "rejected",
+    )
 
 
 def test_prompts_in_every_step_for_long() -> None:
@@ -175,8 +207,12 @@ def test_prompts_in_every_step_for_long() -> None:
 
 @pytest.mark.parametrize("factor", [3, 7])
 def test_drafts_that_are_slow_in_truth(factor: float) -> None:
-    """What a trial loses is owed: on credit or not, they lose no more than their share after the first steps."""
-    run = Run(lambda step, work, seconds: seconds, cost=lambda work: two_cores(work) * (factor if work.draft_rows else 1))
+    """What a trial loses is owed: on credit or not, they lose no more than their share after the
+    first steps."""
+    run = Run(
+        lambda step, work, seconds: seconds,
+        cost=lambda work: two_cores(work) * (factor if work.draft_rows else 1),
+    )
     run.run(200)
     before = run.tokens, run.seconds
     run.run(10000)

@@ -1,4 +1,5 @@
-"""docs/architecture.md: its links lead to the definitions that it names, and it answers four questions of a newcomer."""
+"""docs/architecture.md: its links lead to the definitions that it names, and it answers four
+questions of a newcomer."""
 
 import ast
 import re

@@ -12,7 +12,12 @@ def test_the_default_set():
     assert [m.name for m in methods] == ["plain", "dflash", "native", "ngram"]
     dflash = {"method": "dflash", "model": "/one", "num_speculative_tokens": 7}
     assert [m.speculative_config for m in methods[:3]] == [None, dflash, dflash]
-    assert [m.additional_config for m in methods] == [None, {"dflash": {"adaptive": False}}, None, None]
+    assert [m.additional_config for m in methods] == [
+        None,
+        {"dflash": {"adaptive": False}},
+        None,
+        None,
+    ]
 
 
 def test_only_ours_run_with_the_plug_in():
@@ -25,13 +30,21 @@ def test_k_and_drafter():
     assert (short.drafter, short.num_speculative_tokens) == ("one", 3)
     assert (other.speculative_config or {})["model"] == "/two"
     assert other.num_speculative_tokens == 15
-    assert (native.speculative_config or {}) == {"method": "dflash", "model": "/two", "num_speculative_tokens": 5}
+    assert (native.speculative_config or {}) == {
+        "method": "dflash",
+        "model": "/two",
+        "num_speculative_tokens": 5,
+    }
 
 
 def test_suffix_remembers_no_earlier_answers():
-    """A repeat asks for the same text again; with the memory of it the second repeat measures copying."""
+    """A repeat asks for the same text again; with the memory of it the second repeat measures
+    copying."""
     suffix, longer = parse_methods("suffix,suffix:8", {})
-    assert suffix.speculative_config == {"method": "suffix", "suffix_decoding_max_cached_requests": 0}
+    assert suffix.speculative_config == {
+        "method": "suffix",
+        "suffix_decoding_max_cached_requests": 0,
+    }
     assert (longer.speculative_config or {})["num_speculative_tokens"] == 8
 
 

@@ -80,20 +80,49 @@ def test_without_a_checkout(capsys, tmp_path, monkeypatch):
 
 def test_more_of_the_speculative_config():
     """Of all methods that have one."""
-    drafted = Method("a", "native", speculative_config={"method": "dflash", "model": "D", "num_speculative_tokens": 7})
-    plan = plans.Plan("T", [Method("plain", "plain"), drafted], [Point("p", None, 0.0, 1, 8)], {}, 8, 1, "float32", 64, {}, {"x": 1})
+    drafted = Method(
+        "a",
+        "native",
+        speculative_config={"method": "dflash", "model": "D", "num_speculative_tokens": 7},
+    )
+    plan = plans.Plan(
+        "T",
+        [Method("plain", "plain"), drafted],
+        [Point("p", None, 0.0, 1, 8)],
+        {},
+        8,
+        1,
+        "float32",
+        64,
+        {},
+        {"x": 1},
+    )
     plain, native = (engine_settings(plan, method)["engine_args"] for method in plan.methods)
     assert "speculative_config" not in plain
-    assert native["speculative_config"] == {"method": "dflash", "model": "D", "num_speculative_tokens": 7, "x": 1}
+    assert native["speculative_config"] == {
+        "method": "dflash",
+        "model": "D",
+        "num_speculative_tokens": 7,
+        "x": 1,
+    }
 
 
 def test_engines_differ_in_the_method_alone():
     """The user's additional_config stays, beside what switches the controller."""
     both = {"additional_config": {"of": "the user", "dflash": {}}, "block_size": 32}
-    methods = [Method("plain", "plain"), Method("a", "adaptive", additional_config={"dflash": {"adaptive": True}})]
-    plan = plans.Plan("T", methods, [Point("p", None, 0.0, c, 8) for c in (1, 4)], {}, 8, 1, "float32", 64, both)
+    methods = [
+        Method("plain", "plain"),
+        Method("a", "adaptive", additional_config={"dflash": {"adaptive": True}}),
+    ]
+    plan = plans.Plan(
+        "T", methods, [Point("p", None, 0.0, c, 8) for c in (1, 4)], {}, 8, 1, "float32", 64, both
+    )
     plain, adaptive = (engine_settings(plan, method)["engine_args"] for method in plan.methods)
     assert adaptive.pop("additional_config") == {"of": "the user", "dflash": {"adaptive": True}}
     assert plain.pop("additional_config") == both["additional_config"]
     assert json.dumps(plain) == json.dumps(adaptive)
-    assert (plain["max_num_seqs"], plain["enable_prefix_caching"], plain["block_size"]) == (4, False, 32)
+    assert (plain["max_num_seqs"], plain["enable_prefix_caching"], plain["block_size"]) == (
+        4,
+        False,
+        32,
+    )

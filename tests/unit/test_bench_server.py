@@ -21,9 +21,15 @@ vllm:num_preemptions_total{engine="0",model_name="m"} 1.0
 vllm:num_requests_running{engine="0",model_name="m"} 0.0
 """
 RESULT = {
-    "duration": 2.0, "completed": 4, "total_output_tokens": 50, "output_throughput": 25.0, "p50_ttft_ms": 1.0, "p95_ttft_ms": 2.0,
-    "p50_tpot_ms": 3.0, "p95_tpot_ms": 4.0,
-}  # fmt: skip
+    "duration": 2.0,
+    "completed": 4,
+    "total_output_tokens": 50,
+    "output_throughput": 25.0,
+    "p50_ttft_ms": 1.0,
+    "p95_ttft_ms": 2.0,
+    "p50_tpot_ms": 3.0,
+    "p95_tpot_ms": 4.0,
+}
 NOTHING = {"per_position": {}}
 
 
@@ -42,7 +48,8 @@ def test_whole_drafts_have_conditional_acceptance():
 
 
 def test_drafts_of_any_length_have_none():
-    """Of 20 drafts only 59 tokens were verified: how many drafts had a third one the counters do not tell."""
+    """Of 20 drafts only 59 tokens were verified: how many drafts had a third one the counters do
+    not tell."""
     run = measured(RESULT, NOTHING, counters(METRICS.replace("} 60.0", "} 59.0")))
     assert run["tau"] == 2.5
     assert run["reached"] == []

@@ -16,7 +16,13 @@ class FakeEngine:
 
     def __init__(self, log, name, fails_at=None, outputs="same", slices=1):
         self.slices = slices
-        self.log, self.name, self.fails_at, self.outputs, self.runs = log, name, fails_at, outputs, 0
+        self.log, self.name, self.fails_at, self.outputs, self.runs = (
+            log,
+            name,
+            fails_at,
+            outputs,
+            0,
+        )
 
     def run(self, job, on_request):
         self.runs += 1
@@ -39,7 +45,8 @@ def sweep(engines, points=POINTS, repeats=2):
 
 
 def test_methods_take_turns():
-    """Within a repeat and point each has one turn, and over repeats and points each begins equally often."""
+    """Within a repeat and point each has one turn, and over repeats and points each begins equally
+    often."""
     order = list(turns(3, ["a", "b", "c"], range(1, 6)))
     assert len(set(order)) == len(order) == 3 * 3 * 6
     starts = Counter(turn.method for turn in order[::3])
@@ -52,10 +59,29 @@ def test_methods_take_turns():
 
 def test_methods_run_slice_by_slice():
     log, again = [], "next slice"
-    sweep({"plain": FakeEngine(log, "plain", slices=2), "dflash": FakeEngine(log, "dflash", slices=3)}, points=POINTS[:1], repeats=1)
+    sweep(
+        {
+            "plain": FakeEngine(log, "plain", slices=2),
+            "dflash": FakeEngine(log, "dflash", slices=3),
+        },
+        points=POINTS[:1],
+        repeats=1,
+    )
     names = [(name, what if what == again else "first") for name, what, *_ in log]
-    warm_up = [("plain", "first"), ("dflash", "first"), ("plain", again), ("dflash", again), ("dflash", again)]
-    other_first = [("dflash", "first"), ("plain", "first"), ("dflash", again), ("plain", again), ("dflash", again)]
+    warm_up = [
+        ("plain", "first"),
+        ("dflash", "first"),
+        ("plain", again),
+        ("dflash", again),
+        ("dflash", again),
+    ]
+    other_first = [
+        ("dflash", "first"),
+        ("plain", "first"),
+        ("dflash", again),
+        ("plain", again),
+        ("dflash", again),
+    ]
     assert names == warm_up + other_first
 
 
@@ -65,7 +91,9 @@ def test_the_warm_up_is_not_recorded():
     assert repeats == [1, 2]
     assert {run["repeat"] for run in record.runs} == {1, 2}
     assert len(record.runs) == 2 * len(POINTS)
-    assert log[:3] == [("plain", 4, 1, 0.0), ("plain", 4, 2, 0.0), ("plain", 4, 1, 1.0)], "a wave of requests a point"
+    assert log[:3] == [("plain", 4, 1, 0.0), ("plain", 4, 2, 0.0), ("plain", 4, 1, 1.0)], (
+        "a wave of requests a point"
+    )
     assert log[3:6] == [("plain", 8, 1, 0.0), ("plain", 8, 2, 0.0), ("plain", 8, 1, 1.0)]
 
 
@@ -89,24 +117,31 @@ def test_a_swing_runs_all_its_phases_in_one_job():
 
 def test_a_method_that_dies_leaves_the_others():
     log = []
-    record, repeats = sweep({"plain": FakeEngine(log, "plain"), "bad": FakeEngine(log, "bad", fails_at=5)})
+    record, repeats = sweep(
+        {"plain": FakeEngine(log, "plain"), "bad": FakeEngine(log, "bad", fails_at=5)}
+    )
     assert repeats == [1, 2]
     assert str(record.failures["bad"]) == "ended with signal SIGSEGV"
     assert record.failures["bad"].tail == "its last words"
     assert sum(run["method"] == "plain" for run in record.runs) == 6
-    assert sum(run["method"] == "bad" for run in record.runs) == 1, "three warm-ups and one run, then it died"
+    assert sum(run["method"] == "bad" for run in record.runs) == 1, (
+        "three warm-ups and one run, then it died"
+    )
     assert sum(name == "bad" for name, *_ in log) == 5
 
 
 @pytest.mark.parametrize("first", ["plain", "other"])
 def test_outputs_are_compared_whoever_comes_first(first):
     engines = {
-        name: FakeEngine([], name, outputs="same" if name == "plain" else "else") for name in sorted(["plain", "other"], key=first.__ne__)
+        name: FakeEngine([], name, outputs="same" if name == "plain" else "else")
+        for name in sorted(["plain", "other"], key=first.__ne__)
     }
     record, _ = sweep(engines)
     for run in record.runs:
         greedy = POINTS[run["point"]].temperature == 0
-        assert run.get("differing_from_plain") == (8 if greedy and run["method"] == "other" else None)
+        assert run.get("differing_from_plain") == (
+            8 if greedy and run["method"] == "other" else None
+        )
         assert run.get("differing_from_own_first") == (0 if greedy else None)
         assert "outputs" not in run
 

@@ -4,7 +4,15 @@ import json
 
 import pytest
 
-from vllm_dflash.evaluation.workload import Lengths, PromptSet, dataset_prompts, default_num_prompts, file_prompts, points, random_prompts
+from vllm_dflash.evaluation.workload import (
+    Lengths,
+    PromptSet,
+    dataset_prompts,
+    default_num_prompts,
+    file_prompts,
+    points,
+    random_prompts,
+)
 from vllm_dflash.prompts import PromptError
 
 LINES = {
@@ -30,7 +38,9 @@ class Tokenizer:
 
 
 def write(path, *lines):
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    path.write_text(
+        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n"
+    )
     return str(path)
 
 
@@ -47,11 +57,19 @@ def test_requests_generate_different_numbers_of_tokens():
 def test_datasets(tmp_path, name):
     path = write(tmp_path / "set.jsonl", LINES[name], "", LINES[name])
     assert dataset_prompts(name, path, Tokenizer(), 256) == PromptSet(name, [[97, 98, 99]] * 2)
-    assert dataset_prompts(name, path, Tokenizer("a template"), 256).prompts[0] == [60, 97, 98, 99, 62]
+    assert dataset_prompts(name, path, Tokenizer("a template"), 256).prompts[0] == [
+        60,
+        97,
+        98,
+        99,
+        62,
+    ]
 
 
 def test_mbpp_by_its_other_field(tmp_path):
-    assert dataset_prompts("mbpp", write(tmp_path / "m.jsonl", {"prompt": "abc"}), Tokenizer(), 256).prompts == [[97, 98, 99]]
+    assert dataset_prompts(
+        "mbpp", write(tmp_path / "m.jsonl", {"prompt": "abc"}), Tokenizer(), 256
+    ).prompts == [[97, 98, 99]]
 
 
 @pytest.mark.parametrize(
@@ -65,12 +83,21 @@ def test_mbpp_by_its_other_field(tmp_path):
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
     with pytest.raises(PromptError, match=message):
-        dataset_prompts("gsm8k", write(tmp_path / "set.jsonl", LINES["gsm8k"], line), Tokenizer(), 256)
+        dataset_prompts(
+            "gsm8k", write(tmp_path / "set.jsonl", LINES["gsm8k"], line), Tokenizer(), 256
+        )
 
 
 def test_our_own_form(tmp_path):
-    path = write(tmp_path / "mine.jsonl", {"prompt": "abc"}, {"messages": [{"role": "user", "content": "d"}]}, {"prompt_token_ids": [5, 6]})
-    assert file_prompts(path, Tokenizer(), 256) == PromptSet("mine", [[97, 98, 99], [60, 100, 62], [5, 6]])
+    path = write(
+        tmp_path / "mine.jsonl",
+        {"prompt": "abc"},
+        {"messages": [{"role": "user", "content": "d"}]},
+        {"prompt_token_ids": [5, 6]},
+    )
+    assert file_prompts(path, Tokenizer(), 256) == PromptSet(
+        "mine", [[97, 98, 99], [60, 100, 62], [5, 6]]
+    )
     with pytest.raises(PromptError, match=r"line 1: give prompt"):
         file_prompts(write(tmp_path / "bad.jsonl", {"prompt_token_ids": [256]}), Tokenizer(), 256)
 

@@ -1,7 +1,10 @@
-"""Broken configs, generated: each is refused with a DrafterConfigError that names the field and a remedy.
+"""Broken configs, generated: each is refused with a DrafterConfigError that names the field and a
+remedy.
 
-For every format each field is left out, given every wrong type and values out of range. Nothing else than a
-DrafterConfigError may come out: a KeyError or a TypeError from the depth of a loader tells a user nothing.
+For every format each field is left out, given every wrong type and values out of range. Nothing
+else than a
+DrafterConfigError may come out: a KeyError or a TypeError from the depth of a loader tells a user
+nothing.
 
     pytest tests/unit/test_broken_configs.py
 """
@@ -20,49 +23,108 @@ from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import write
 
 MISSING = "(missing)"
-_WRONG_TYPES: list[Any] = ["x", "", 1.5, [1], [], [None], {"a": 1}, {}, True, False, math.nan, math.inf, -1, 0, 10**18]
+_WRONG_TYPES: list[Any] = [
+    "x",
+    "",
+    1.5,
+    [1],
+    [],
+    [None],
+    {"a": 1},
+    {},
+    True,
+    False,
+    math.nan,
+    math.inf,
+    -1,
+    0,
+    10**18,
+]
 
 
 def _template(format: str) -> dict[str, Any]:
     """A config.json with every optional field in use."""
     config = random_drafter_config(
-        sliding_windows=(24, None, 24), draft_vocab_size=200, quantization_config={"quant_method": "fp8"},
+        sliding_windows=(24, None, 24),
+        draft_vocab_size=200,
+        quantization_config={"quant_method": "fp8"},
         rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
-    )  # fmt: skip
+    )
     if format == "AngelSlim":
         config = config.with_(kind="dflare")
     return write(config, format, verifier="target")
 
 
-# Per field, the values that are legal there, written by hand. Everything else of the lists above has to be refused.
+# Per field, the values that are legal there, written by hand. Everything else of the lists above
+# has to be refused.
 _OPTIONAL = [None, MISSING]
 _FLAG = [*_OPTIONAL, True, False]
 _LEGAL_EVERYWHERE: dict[str, list[Any]] = {
-    "hidden_size": [], "intermediate_size": [], "num_hidden_layers": [], "num_attention_heads": [], "num_key_value_heads": [],
-    "vocab_size": [], "max_position_embeddings": [], "block_size": [],
-    "head_dim": _OPTIONAL, "rms_norm_eps": _OPTIONAL, "attention_bias": _FLAG, "rope_theta": [*_OPTIONAL, 1.5, 10**18],
-    "rope_scaling": [*_OPTIONAL, {}], "rope_scaling.rope_type": [], "rope_scaling.factor": [1.5, 10**18],
-    "rope_scaling.original_max_position_embeddings": [], "hidden_act": [MISSING], "layer_types": _OPTIONAL, "use_sliding_window": [*_OPTIONAL, True],
+    "hidden_size": [],
+    "intermediate_size": [],
+    "num_hidden_layers": [],
+    "num_attention_heads": [],
+    "num_key_value_heads": [],
+    "vocab_size": [],
+    "max_position_embeddings": [],
+    "block_size": [],
+    "head_dim": _OPTIONAL,
+    "rms_norm_eps": _OPTIONAL,
+    "attention_bias": _FLAG,
+    "rope_theta": [*_OPTIONAL, 1.5, 10**18],
+    "rope_scaling": [*_OPTIONAL, {}],
+    "rope_scaling.rope_type": [],
+    "rope_scaling.factor": [1.5, 10**18],
+    "rope_scaling.original_max_position_embeddings": [],
+    "hidden_act": [MISSING],
+    "layer_types": _OPTIONAL,
+    "use_sliding_window": [*_OPTIONAL, True],
     "sliding_window": [],
-}  # fmt: skip
+}
 _LEGAL_OUTSIDE: dict[str, list[Any]] = {
-    "draft_vocab_size": _OPTIONAL, "num_target_layers": _OPTIONAL, "dtype": _OPTIONAL, "quantization_config": _OPTIONAL,
+    "draft_vocab_size": _OPTIONAL,
+    "num_target_layers": _OPTIONAL,
+    "dtype": _OPTIONAL,
+    "quantization_config": _OPTIONAL,
     "quantization_config.quant_method": [],
-}  # fmt: skip
-_PLAIN = _LEGAL_EVERYWHERE | _LEGAL_OUTSIDE | {
-    "architectures": [], "dflash_config": [], "dflash_config.mask_token_id": [0], "dflash_config.target_layer_ids": [[1]],
-    "dflash_config.causal": [None, MISSING, False],
-    # transformers reads these two formats at vLLM's start, and takes null for none of these.
-    "head_dim": [MISSING], "rms_norm_eps": [MISSING], "attention_bias": [MISSING, True, False], "use_sliding_window": [MISSING, True],
-}  # fmt: skip
+}
+_PLAIN = (
+    _LEGAL_EVERYWHERE
+    | _LEGAL_OUTSIDE
+    | {
+        "architectures": [],
+        "dflash_config": [],
+        "dflash_config.mask_token_id": [0],
+        "dflash_config.target_layer_ids": [[1]],
+        "dflash_config.causal": [None, MISSING, False],
+        # transformers reads these two formats at vLLM's start, and takes null for none of these.
+        "head_dim": [MISSING],
+        "rms_norm_eps": [MISSING],
+        "attention_bias": [MISSING, True, False],
+        "use_sliding_window": [MISSING, True],
+    }
+)
 LEGAL: dict[str, dict[str, list[Any]]] = {
     "z-lab": _PLAIN,
     "AngelSlim": _PLAIN,
-    "speculators": {f"transformer_layer_config.{name}": values for name, values in _LEGAL_EVERYWHERE.items() if name != "block_size"} | _LEGAL_OUTSIDE | {
-        "speculators_model_type": [], "transformer_layer_config": [], "mask_token_id": [0], "aux_hidden_state_layer_ids": [[1]],
-        "sample_from_anchor": [*_OPTIONAL, False, 0], "sliding_window_non_causal": _FLAG, "block_size": [],
-    },
-}  # fmt: skip
+    "speculators": (
+        {
+            f"transformer_layer_config.{name}": values
+            for name, values in _LEGAL_EVERYWHERE.items()
+            if name != "block_size"
+        }
+        | _LEGAL_OUTSIDE
+        | {
+            "speculators_model_type": [],
+            "transformer_layer_config": [],
+            "mask_token_id": [0],
+            "aux_hidden_state_layer_ids": [[1]],
+            "sample_from_anchor": [*_OPTIONAL, False, 0],
+            "sliding_window_non_causal": _FLAG,
+            "block_size": [],
+        }
+    ),
+}
 
 
 def _is_legal(value: Any, legal: list[Any]) -> bool:
@@ -98,7 +160,8 @@ def test_the_templates_are_sound(format: str) -> None:
 
 @pytest.mark.parametrize(("format", "path", "values", "legal"), _broken_configs())
 def test_a_broken_field(format: str, path: str, values: list[Any], legal: list[Any]) -> None:
-    """``dtype = []`` was once read as bfloat16, ``rms_norm_eps = Infinity`` as it stands, a missing yarn factor ended in vLLM's KeyError."""
+    """``dtype = []`` was once read as bfloat16, ``rms_norm_eps = Infinity`` as it stands, a missing
+    yarn factor ended in vLLM's KeyError."""
     assert len(values) >= 10, "a field with so many legal values is not tested"
     for value in values:
         with pytest.raises(DrafterConfigError) as error:
@@ -140,15 +203,24 @@ _SHOWN_BY = {
         ("rope_scaling", {"factor": 2.0}, "no rope_type"),
         ("rope_scaling", {"rope_type": "mrope"}, "mrope"),
         ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, "low_freq_factor"),
-        ("rope_scaling", {"rope_type": "longrope", "original_max_position_embeddings": 64, "short_factor": 1.0}, "short_factor"),
+        (
+            "rope_scaling",
+            {"rope_type": "longrope", "original_max_position_embeddings": 64, "short_factor": 1.0},
+            "short_factor",
+        ),
         ("num_hidden_layers", 10**9, "num_hidden_layers"),
         ("rms_norm_eps", 2.0, "rms_norm_eps"),
     ],
 )
 def test_a_value_out_of_range(format: str, field: str, value: Any, words: str) -> None:
-    spelled = {"layer_ids": "aux_hidden_state_layer_ids"} if format == "speculators" else {
-        "layer_ids": "dflash_config.target_layer_ids", "mask_token_id": "dflash_config.mask_token_id"
-    }  # fmt: skip
+    spelled = (
+        {"layer_ids": "aux_hidden_state_layer_ids"}
+        if format == "speculators"
+        else {
+            "layer_ids": "dflash_config.target_layer_ids",
+            "mask_token_id": "dflash_config.mask_token_id",
+        }
+    )
     path = spelled.get(field, field)
     if format == "speculators" and path in _LEGAL_EVERYWHERE and path != "block_size":
         path = f"transformer_layer_config.{path}"
@@ -161,9 +233,20 @@ def test_a_value_out_of_range(format: str, field: str, value: Any, words: str) -
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b"null", b"3", b'"dflash"', b"{", b"\xff\xfe{}", b"[" * 100_000, b"version https://git-lfs.github.com/spec/v1\n"],
+    "content",
+    [
+        b"",
+        b"[]",
+        b"null",
+        b"3",
+        b'"dflash"',
+        b"{",
+        b"\xff\xfe{}",
+        b"[" * 100_000,
+        b"version https://git-lfs.github.com/spec/v1\n",
+    ],
     ids=["empty", "list", "null", "number", "string", "cut", "no UTF-8", "nested", "LFS pointer"],
-)  # fmt: skip
+)
 def test_a_config_file_that_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
     refused(tmp_path, "config.json")

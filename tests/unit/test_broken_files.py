@@ -1,4 +1,5 @@
-"""Files of a checkpoint that are no files, or endless, or under names that cannot be: refused, and never waited for.
+"""Files of a checkpoint that are no files, or endless, or under names that cannot be: refused, and
+never waited for.
 
 A pipe as a config.json hung ``inspect`` and vLLM's start; a link to /dev/zero filled the memory.
 
@@ -39,7 +40,13 @@ _KINDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "dangling": (lambda path: path.symlink_to("nowhere"), "is a link to nothing"),
     "loop": (lambda path: path.symlink_to(path.name), "cannot be looked at"),
 }
-_FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "mask_embedding.pt", "model-00001-of-00002.safetensors"]
+_FILES = [
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "mask_embedding.pt",
+    "model-00001-of-00002.safetensors",
+]
 
 
 @pytest.mark.timeout(60)
@@ -74,12 +81,16 @@ def _with(folder: Path, kind: str, name: str) -> Path:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("x" * 300 + ".safetensors", "cannot be looked at (File name too long)"), ("a\0b.safetensors", "cannot be looked at"),
-        ("../model.safetensors", "not files of this folder: ../model.safetensors"), ("/dev/zero", "not files of this folder"),
-        ("weights.bin", "not files of this folder"), ("", "not files of this folder"), ("\x1b[2J.safetensors", "not there: \\x1b[2J"),
+        ("x" * 300 + ".safetensors", "cannot be looked at (File name too long)"),
+        ("a\0b.safetensors", "cannot be looked at"),
+        ("../model.safetensors", "not files of this folder: ../model.safetensors"),
+        ("/dev/zero", "not files of this folder"),
+        ("weights.bin", "not files of this folder"),
+        ("", "not files of this folder"),
+        ("\x1b[2J.safetensors", "not there: \\x1b[2J"),
     ],
     ids=["long", "null", "above", "absolute", "no safetensors", "empty", "escape"],
-)  # fmt: skip
+)
 def test_a_shard_name_that_is_none(tmp_path: Path, name: str, words: str) -> None:
     folder = make_random_drafter(tmp_path / "d")
     index = shard(folder)
@@ -89,7 +100,12 @@ def test_a_shard_name_that_is_none(tmp_path: Path, name: str, words: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("config.json", 1 << 40), ("model.safetensors.index.json", 1 << 40), ("mask_embedding.pt", 1 << 40)]
+    ("name", "size"),
+    [
+        ("config.json", 1 << 40),
+        ("model.safetensors.index.json", 1 << 40),
+        ("mask_embedding.pt", 1 << 40),
+    ],
 )
 def test_a_file_that_is_too_large(tmp_path: Path, name: str, size: int) -> None:
     """A terabyte that takes no room on the disk: it was read whole."""
@@ -101,11 +117,16 @@ def test_a_file_that_is_too_large(tmp_path: Path, name: str, size: int) -> None:
 
 def test_escape_codes_are_printed_as_such(tmp_path: Path) -> None:
     folder = make_random_drafter(tmp_path / "d")
-    edit(folder, lambda tensors: tensors.update({"fc\x1b]0;owned\x07.weight": tensors.pop("fc.weight")}))
+    edit(
+        folder,
+        lambda tensors: tensors.update({"fc\x1b]0;owned\x07.weight": tensors.pop("fc.weight")}),
+    )
     message = refused(folder, "unexpected: fc\\x1b]0;owned\\x07.weight")
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
-        json.dumps(raw | {"\x1b[31mkey": 1, "quantization_config": {"quant_method": "fp8", "a": "\x1b[2J"}})
+        json.dumps(
+            raw | {"\x1b[31mkey": 1, "quantization_config": {"quant_method": "fp8", "a": "\x1b[2J"}}
+        )
     )
     text = as_text(inspect_checkpoint(folder))
     assert "\x1b" not in text + message

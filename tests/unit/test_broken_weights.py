@@ -1,4 +1,5 @@
-"""Broken weights, generated: each checkpoint is refused with a DrafterConfigError that names the tensor or file and a remedy.
+"""Broken weights, generated: each checkpoint is refused with a DrafterConfigError that names the
+tensor or file and a remedy.
 
 Tensors are dropped, renamed, reshaped, poisoned and mistyped; files are cut, emptied and replaced.
 
@@ -30,15 +31,25 @@ from vllm_dflash.weights import check_finite
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "z-lab": {},
     "AngelSlim": {"config": {"kind": "dflare"}},
-    "speculators dflash": {"config": {"draft_vocab_size": 200}, "format": "speculators", "mask_embedding": True},
-    "speculators dflare": {"config": {"kind": "dflare", "draft_vocab_size": 200}, "format": "speculators", "mask_embedding": True},
+    "speculators dflash": {
+        "config": {"draft_vocab_size": 200},
+        "format": "speculators",
+        "mask_embedding": True,
+    },
+    "speculators dflare": {
+        "config": {"kind": "dflare", "draft_vocab_size": 200},
+        "format": "speculators",
+        "mask_embedding": True,
+    },
 }
 
 
 @pytest.fixture(params=CHECKPOINTS)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     made = dict(CHECKPOINTS[request.param])
-    return make_random_drafter(tmp_path / "drafter", config=random_drafter_config(**made.pop("config", {})), **made)
+    return make_random_drafter(
+        tmp_path / "drafter", config=random_drafter_config(**made.pop("config", {})), **made
+    )
 
 
 def test_these_checkpoints_are_sound(folder: Path) -> None:
@@ -58,16 +69,25 @@ def test_tensors_dropped_renamed_reshaped(folder: Path) -> None:
         # lm_head alone may be absent, but not beside a d2t.
         refused(folder, "missing", name)
     for name in needed[:4]:
-        save_file({(n if n != name else f"old.{n}"): t for n, t in whole.items()}, folder / "model.safetensors")
+        save_file(
+            {(n if n != name else f"old.{n}"): t for n, t in whole.items()},
+            folder / "model.safetensors",
+        )
         refused(folder, f"missing: {name}", f"unexpected: old.{name}")
     for name in needed:
-        save_file({n: (t if n != name else t[: len(t) // 2].clone()) for n, t in whole.items()}, folder / "model.safetensors")
+        save_file(
+            {n: t if n != name else t[: len(t) // 2].clone() for n, t in whole.items()},
+            folder / "model.safetensors",
+        )
         refused(folder, f"{name} is [", "should be")
 
 
 def test_a_tensor_under_two_names(folder: Path) -> None:
     """A prefix is taken off when names are read; which of the two won was chance."""
-    edit(folder, lambda tensors: tensors.update({"model.norm.weight": tensors["norm.weight"].clone()}))
+    edit(
+        folder,
+        lambda tensors: tensors.update({"model.norm.weight": tensors["norm.weight"].clone()}),
+    )
     refused(folder, "two names", "model.norm.weight")
 
 
@@ -79,20 +99,35 @@ def test_a_value_that_is_no_number(folder: Path, name: str, value: float) -> Non
 
 
 def test_a_tensor_of_another_dtype(folder: Path) -> None:
-    edit(folder, lambda tensors: tensors.update({"norm.weight": tensors["norm.weight"].to(torch.int64)}))
+    edit(
+        folder,
+        lambda tensors: tensors.update({"norm.weight": tensors["norm.weight"].to(torch.int64)}),
+    )
     refused(folder, "norm.weight is I64")
 
 
-@pytest.mark.parametrize("content", [b"", b"\x00" * 8, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", None, 9])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x00" * 8,
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        None,
+        9,
+    ],
+)
 def test_a_weight_file_that_is_none(folder: Path, content: bytes | int | None) -> None:
     path = folder / "model.safetensors"
     whole = path.read_bytes()
-    path.write_bytes(whole[:-1] if content is None else whole[:content] if isinstance(content, int) else content)
+    path.write_bytes(
+        whole[:-1] if content is None else whole[:content] if isinstance(content, int) else content
+    )
     refused(folder, "model.safetensors cannot be read")
 
 
 def test_no_weights_or_too_many(folder: Path) -> None:
-    """vLLM reads every safetensors file of the folder: a second one overwrote tensors of the first in silence."""
+    """vLLM reads every safetensors file of the folder: a second one overwrote tensors of the first
+    in silence."""
     stray = folder / "old.safetensors"
     save_file({"norm.weight": torch.ones(64)}, stray)
     refused(folder, "old.safetensors", "beside model.safetensors")
@@ -102,9 +137,19 @@ def test_no_weights_or_too_many(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"norm.weight": 5}}', '{"weight_map": {"a": ["b"]}}',
-                '{"weight_map": {"norm.weight": "../model.safetensors"}}', '{"weight_map": {"norm.weight": "nowhere.safetensors"}}'],
-)  # fmt: skip
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"norm.weight": 5}}',
+        '{"weight_map": {"a": ["b"]}}',
+        '{"weight_map": {"norm.weight": "../model.safetensors"}}',
+        '{"weight_map": {"norm.weight": "nowhere.safetensors"}}',
+    ],
+)
 def test_a_bad_index(folder: Path, content: str) -> None:
     shard(folder).write_text(content)
     refused(folder, "model.safetensors.index.json")
@@ -115,27 +160,41 @@ def test_shards_that_are_absent_cut_or_overlap(folder: Path) -> None:
     second = folder / "model-00002-of-00002.safetensors"
     whole = second.read_bytes()
     first = load_file(folder / "model-00001-of-00002.safetensors")
-    save_file(load_file(second) | {"norm.weight": torch.ones(64)} | dict(list(first.items())[:1]), second)
+    save_file(
+        load_file(second) | {"norm.weight": torch.ones(64)} | dict(list(first.items())[:1]), second
+    )
     refused(folder, next(iter(first)), "another file")
     second.write_bytes(whole[:100])
     refused(folder, second.name, "cannot be read")
     second.unlink()
     refused(folder, second.name, "not there")
     places = json.loads(index.read_text())["weight_map"]
-    index.write_text(json.dumps({"weight_map": {name: file for name, file in places.items() if file != second.name}}))
+    index.write_text(
+        json.dumps(
+            {"weight_map": {name: file for name, file in places.items() if file != second.name}}
+        )
+    )
     refused(folder, "missing")
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda ids: ids + 600, lambda ids: ids - 600, lambda ids: -torch.arange(len(ids)), lambda ids: ids.float(), lambda ids: ids.bool(),
+        lambda ids: ids + 600,
+        lambda ids: ids - 600,
+        lambda ids: -torch.arange(len(ids)),
+        lambda ids: ids.float(),
+        lambda ids: ids.bool(),
         lambda ids: ids * 0.5,
     ],
     ids=["beyond", "negative", "not distinct", "float", "bool", "half"],
-)  # fmt: skip
-def test_a_bad_draft_vocabulary(tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    folder = make_random_drafter(tmp_path / "d", config=random_drafter_config(draft_vocab_size=200), format="speculators")
+)
+def test_a_bad_draft_vocabulary(
+    tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    folder = make_random_drafter(
+        tmp_path / "d", config=random_drafter_config(draft_vocab_size=200), format="speculators"
+    )
     edit(folder, lambda tensors: tensors.update(d2t=change(tensors["d2t"])))
     refused(folder, "d2t")
 
@@ -189,20 +248,38 @@ def test_eight_bit_floats_are_looked_at() -> None:
 
 _THROUGH_VLLM: dict[str, tuple[dict[str, Any], Callable[[Path], object], list[str]]] = {
     "poisoned mask embedding": (
-        {"mask_embedding": True}, lambda f: torch.save(_embedding(embedding=torch.full((64,), math.nan)), f / "mask_embedding.pt"),
+        {"mask_embedding": True},
+        lambda f: torch.save(
+            _embedding(embedding=torch.full((64,), math.nan)), f / "mask_embedding.pt"
+        ),
         ["mask_embedding.pt", "finite"],
     ),
     "d2t out of range": (
         {"config": random_drafter_config(draft_vocab_size=200), "format": "speculators"},
-        lambda f: edit(f, lambda t: t.update(d2t=t["d2t"] + 600)), ["d2t", "came with"],
+        lambda f: edit(f, lambda t: t.update(d2t=t["d2t"] + 600)),
+        ["d2t", "came with"],
     ),
-    "integer weights": ({}, lambda f: edit(f, lambda t: t.update({"norm.weight": t["norm.weight"].long()})), ["norm.weight is I64"]),
-    "a stray file": ({}, lambda f: save_file({"norm.weight": torch.ones(64)}, f / "old.safetensors"), ["old.safetensors", "remove"]),
+    "integer weights": (
+        {},
+        lambda f: edit(f, lambda t: t.update({"norm.weight": t["norm.weight"].long()})),
+        ["norm.weight is I64"],
+    ),
+    "a stray file": (
+        {},
+        lambda f: save_file({"norm.weight": torch.ones(64)}, f / "old.safetensors"),
+        ["old.safetensors", "remove"],
+    ),
     "a layer twice": (
-        {}, lambda f: edit_config(f, dflash_config={"mask_token_id": 1, "target_layer_ids": [1, 2, 2]}), ["target_layer_ids", "each layer once"],
+        {},
+        lambda f: edit_config(f, dflash_config={"mask_token_id": 1, "target_layer_ids": [1, 2, 2]}),
+        ["target_layer_ids", "each layer once"],
     ),
-    "a block size that is a text": ({}, lambda f: edit_config(f, block_size="8"), ["block_size is '8'", "came with"]),
-}  # fmt: skip
+    "a block size that is a text": (
+        {},
+        lambda f: edit_config(f, block_size="8"),
+        ["block_size is '8'", "came with"],
+    ),
+}
 
 
 @pytest.mark.vllm
@@ -223,20 +300,34 @@ _OVERFLOWS = {torch.float16: 1e5, torch.bfloat16: 3.4e38, torch.float32: 1e300}
 
 
 @pytest.mark.parametrize("dtype", _OVERFLOWS, ids=str)
-@pytest.mark.parametrize("name", ["norm.weight", "layers.1.mlp.up_proj.weight", "mask_embedding.pt"])
-def test_a_number_that_the_serving_dtype_has_not(tmp_path: Path, dtype: torch.dtype, name: str) -> None:
-    """1e300 in float64 is finite, and infinite once it is loaded: called sound, it served at tau 1.00 in place of 3.93."""
-    folder = make_random_drafter(tmp_path / "d", config=random_drafter_config(dtype=str(dtype).removeprefix("torch.")))
+@pytest.mark.parametrize(
+    "name", ["norm.weight", "layers.1.mlp.up_proj.weight", "mask_embedding.pt"]
+)
+def test_a_number_that_the_serving_dtype_has_not(
+    tmp_path: Path, dtype: torch.dtype, name: str
+) -> None:
+    """1e300 in float64 is finite, and infinite once it is loaded: called sound, it served at tau
+    1.00 in place of 3.93."""
+    folder = make_random_drafter(
+        tmp_path / "d", config=random_drafter_config(dtype=str(dtype).removeprefix("torch."))
+    )
     huge = torch.full((64,), _OVERFLOWS[dtype], dtype=torch.float64)
     if name == "mask_embedding.pt":
         torch.save(_embedding(embedding=huge), folder / name)
     else:
-        edit(folder, lambda tensors: tensors.update({name: tensors[name].double().index_fill_(0, torch.tensor([1]), huge[0].item())}))
+        edit(
+            folder,
+            lambda tensors: tensors.update(
+                {name: tensors[name].double().index_fill_(0, torch.tensor([1]), huge[0].item())}
+            ),
+        )
     words = [name, "would become infinite", str(dtype).removeprefix("torch.")]
     with pytest.raises(DrafterConfigError) as error:
         load_drafter(folder, dtype)
     assert all(word in str(error.value) for word in words), error.value
-    assert any(all(word in problem for word in words) for problem in inspect_checkpoint(folder).problems)
+    assert any(
+        all(word in problem for word in words) for problem in inspect_checkpoint(folder).problems
+    )
     wider = {torch.float16: "bfloat16", torch.bfloat16: None, torch.float32: None}[dtype]
     if wider is not None:
         assert inspect_checkpoint(folder, dtype=wider).problems == []
@@ -244,7 +335,8 @@ def test_a_number_that_the_serving_dtype_has_not(tmp_path: Path, dtype: torch.dt
 
 
 def test_quantized_weights_are_judged_with_their_scales() -> None:
-    """A scale is kept in float32, but weight times scale is what is multiplied with, in the serving dtype."""
+    """A scale is kept in float32, but weight times scale is what is multiplied with, in the serving
+    dtype."""
     weight = torch.full((4, 4), 448.0).to(torch.float8_e4m3fn)
     sound = {"a.q_proj.weight": weight, "a.q_proj.weight_scale": torch.tensor([100.0])}
     check_finite(sound, torch.float16)
@@ -257,7 +349,8 @@ def test_quantized_weights_are_judged_with_their_scales() -> None:
 @pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2", "C64", "ZZ"])
 @pytest.mark.parametrize("name", ["norm.weight", "layers.0.mlp.up_proj.weight", "t2d"])
 def test_a_dtype_that_torch_has_no_arithmetic_for(tmp_path: Path, dtype: str, name: str) -> None:
-    """safetensors knows F4 and F6: reading them ended in its own error, and a t2d of them in none."""
+    """safetensors knows F4 and F6: reading them ended in its own error, and a t2d of them in
+    none."""
     folder = make_random_drafter(tmp_path / "d")
     if name == "t2d":
         edit(folder, lambda tensors: tensors.update(t2d=torch.ones(64)))
@@ -267,11 +360,18 @@ def test_a_dtype_that_torch_has_no_arithmetic_for(tmp_path: Path, dtype: str, na
     header = json.loads(data[8 : 8 + size])
     header[name] |= {"dtype": dtype}
     bits = {"F4": 4, "C64": 64, "ZZ": 32}.get(dtype, 6)
-    header[name]["shape"] = [(header[name]["data_offsets"][1] - header[name]["data_offsets"][0]) * 8 // bits]
+    header[name]["shape"] = [
+        (header[name]["data_offsets"][1] - header[name]["data_offsets"][0]) * 8 // bits
+    ]
     packed = json.dumps(header).encode()
     path.write_bytes(len(packed).to_bytes(8, "little") + packed + data[8 + size :])
     refused(
-        folder, "cannot be read" if dtype == "ZZ" or (dtype.startswith("F6") and _left_over(header[name], bits)) else f"{name} is {dtype}"
+        folder,
+        (
+            "cannot be read"
+            if dtype == "ZZ" or (dtype.startswith("F6") and _left_over(header[name], bits))
+            else f"{name} is {dtype}"
+        ),
     )
 
 
@@ -287,22 +387,37 @@ def _left_over(entry: dict[str, Any], bits: int) -> bool:
         (lambda: torch.ones(64).to_sparse(), "a sparse tensor"),
         (lambda: torch.ones(8, 8).to_sparse_csr(), "a sparse tensor"),
         (lambda: torch.nested.nested_tensor([torch.ones(32), torch.ones(32)]), "a nested tensor"),
-        (lambda: torch.nested.nested_tensor([torch.ones(32), torch.ones(32)], layout=torch.jagged), "a nested tensor"),
-        (lambda: torch.quantize_per_tensor(torch.ones(64), 0.1, 0, torch.qint8), "a quantized tensor"),
+        (
+            lambda: torch.nested.nested_tensor(
+                [torch.ones(32), torch.ones(32)], layout=torch.jagged
+            ),
+            "a nested tensor",
+        ),
+        (
+            lambda: torch.quantize_per_tensor(torch.ones(64), 0.1, 0, torch.qint8),
+            "a quantized tensor",
+        ),
         (lambda: torch.ones(64, dtype=torch.complex64), "a tensor of complex64"),
         (lambda: torch.ones(1).expand(10**12), "64 elements"),
     ],
     ids=["meta", "sparse", "csr", "nested", "jagged", "quantized", "complex", "expanded"],
 )
-def test_a_mask_embedding_of_another_kind(tmp_path: Path, make: Callable[[], torch.Tensor], words: str) -> None:
-    """torch saves and loads them all; looking at one ended in NotImplementedError, a meta tensor served what was in memory."""
+def test_a_mask_embedding_of_another_kind(
+    tmp_path: Path, make: Callable[[], torch.Tensor], words: str
+) -> None:
+    """torch saves and loads them all; looking at one ended in NotImplementedError, a meta tensor
+    served what was in memory."""
     folder = make_random_drafter(tmp_path / "d", mask_embedding=True)
     for state in (make(), _embedding(embedding=make()), _embedding(mask_token_id=make())):
         torch.save(state, folder / "mask_embedding.pt")
         refused(
             folder,
             "mask_embedding.pt",
-            words if not isinstance(state, dict) or isinstance(state["mask_token_id"], int) else "mask_token_id",
+            (
+                words
+                if not isinstance(state, dict) or isinstance(state["mask_token_id"], int)
+                else "mask_token_id"
+            ),
         )
 
 
@@ -310,17 +425,42 @@ def test_a_mask_embedding_of_another_kind(tmp_path: Path, make: Callable[[], tor
 @pytest.mark.engine
 @pytest.mark.timeout(300)
 def test_a_poisoned_weight_ends_the_server(random_target: Path, tmp_path: Path) -> None:
-    """Headers do not show NaN, so this one is found while weights are loaded, in the engine's process; all of them end."""
+    """Headers do not show NaN, so this one is found while weights are loaded, in the engine's
+    process; all of them end."""
     folder = make_random_drafter(tmp_path / "d")
     edit(folder, lambda tensors: tensors["layers.1.mlp.up_proj.weight"][0].fill_(math.nan))
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(random_target), "--skip-tokenizer-init", "--max-model-len", "128"]
-    speculative = json.dumps({"method": "dflash", "model": str(folder), "num_speculative_tokens": 5})
+    command = [
+        str(Path(sys.executable).with_name("vllm")),
+        "serve",
+        str(random_target),
+        "--skip-tokenizer-init",
+        "--max-model-len",
+        "128",
+    ]
+    speculative = json.dumps(
+        {"method": "dflash", "model": str(folder), "num_speculative_tokens": 5}
+    )
     server = subprocess.Popen(
-        [*command, "--port", "0", "--enforce-eager", "--kv-cache-memory-bytes", str(1 << 26), "--speculative-config", speculative],
-        env=engine_env({"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [
+            *command,
+            "--port",
+            "0",
+            "--enforce-eager",
+            "--kv-cache-memory-bytes",
+            str(1 << 26),
+            "--speculative-config",
+            speculative,
+        ],
+        env=engine_env({"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         start_new_session=True,
-    )  # fmt: skip
+    )
     output, _ = server.communicate(timeout=280)
     assert server.returncode != 0
-    assert "the weights hold NaN or infinity in layers.1.mlp.up_proj.weight: fetch the checkpoint again" in output
+    assert (
+        "the weights hold NaN or infinity in layers.1.mlp.up_proj.weight: fetch the checkpoint"
+        " again" in output
+    )
     wait_until_gone(server.pid)

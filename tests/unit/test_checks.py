@@ -1,4 +1,5 @@
-"""What a user of ``LLM`` or ``vllm serve`` reads when the drafter does not fit: through vLLM's own configuration, no process started."""
+"""What a user of ``LLM`` or ``vllm serve`` reads when the drafter does not fit: through vLLM's own
+configuration, no process started."""
 
 import json
 from pathlib import Path
@@ -24,12 +25,20 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configure(target: Path, drafter: Path, k: int = 7, max_model_len: int = MAX_MODEL_LEN) -> Any:
-    """vLLM's configuration of the pair, as ``LLM`` and ``vllm serve`` make it, with the plug-in loaded by its entry point."""
+    """vLLM's configuration of the pair, as ``LLM`` and ``vllm serve`` make it, with the plug-in
+    loaded by its entry point."""
     from vllm.engine.arg_utils import EngineArgs
 
-    speculative: dict[str, Any] = {"method": "dflash", "model": str(drafter), "num_speculative_tokens": k}
+    speculative: dict[str, Any] = {
+        "method": "dflash",
+        "model": str(drafter),
+        "num_speculative_tokens": k,
+    }
     return EngineArgs(
-        model=str(target), skip_tokenizer_init=True, speculative_config=speculative, max_model_len=max_model_len
+        model=str(target),
+        skip_tokenizer_init=True,
+        speculative_config=speculative,
+        max_model_len=max_model_len,
     ).create_engine_config()
 
 
@@ -45,14 +54,35 @@ def test_a_pair_that_fits_is_accepted(target, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size": 32}, "the target's hidden_size is 64, the drafter's is 32: this drafter was trained for another target"),
-        ({"vocab_size": 500}, "the target's vocab_size is 512, the drafter's is 500: this drafter was trained for another target"),
-        ({"num_target_layers": 6}, "num_target_layers.* is 5, the drafter's is 6: this drafter was trained for another target"),
+        (
+            {"hidden_size": 32},
+            (
+                "the target's hidden_size is 64, the drafter's is 32: this drafter was trained for"
+                " another target"
+            ),
+        ),
+        (
+            {"vocab_size": 500},
+            (
+                "the target's vocab_size is 512, the drafter's is 500: this drafter was trained for"
+                " another target"
+            ),
+        ),
+        (
+            {"num_target_layers": 6},
+            (
+                "num_target_layers.* is 5, the drafter's is 6: this drafter was trained for another"
+                " target"
+            ),
+        ),
         ({"target_layer_ids": (1, 7)}, r"target_layer_ids \[7\] are outside the target's 5 layers"),
         ({"mask_token_id": 512}, "mask_token_id 512 is outside the vocabulary of 512 tokens"),
         (
             {"max_position_embeddings": 128},
-            "max_model_len is 256, .* end at max_position_embeddings = 128: start vLLM with --max-model-len 128",
+            (
+                "max_model_len is 256, .* end at max_position_embeddings = 128: start vLLM with"
+                " --max-model-len 128"
+            ),
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -64,7 +94,11 @@ def test_a_drafter_for_another_target_is_refused(target, tmp_path, changes, mess
 
 
 @pytest.mark.parametrize(
-    ("k", "message"), [(8, "num_speculative_tokens is 8: .* Set num_speculative_tokens to 7 or less"), (0, "greater than 0")]
+    ("k", "message"),
+    [
+        (8, "num_speculative_tokens is 8: .* Set num_speculative_tokens to 7 or less"),
+        (0, "greater than 0"),
+    ],
 )
 def test_a_number_of_tokens_that_no_block_holds_is_refused(target, tmp_path, k, message):
     """Zero never reaches us: vLLM refuses it, naming the field."""
@@ -84,7 +118,12 @@ def test_eager_is_advised_once_on_a_cpu(target, tmp_path, monkeypatch):
 
     def advice(speculative_config: Any, **more: Any) -> int:
         said.clear()
-        args = EngineArgs(model=str(target), skip_tokenizer_init=True, max_model_len=MAX_MODEL_LEN, speculative_config=speculative_config)
+        args = EngineArgs(
+            model=str(target),
+            skip_tokenizer_init=True,
+            max_model_len=MAX_MODEL_LEN,
+            speculative_config=speculative_config,
+        )
         for name, value in more.items():
             setattr(args, name, value)
         args.create_engine_config()
@@ -110,7 +149,12 @@ def test_a_whole_block_is_the_default(target, tmp_path):
     from vllm.engine.arg_utils import EngineArgs
 
     speculative = {"method": "dflash", "model": str(make_random_drafter(tmp_path / "dflash"))}
-    config = EngineArgs(model=str(target), skip_tokenizer_init=True, speculative_config=speculative, max_model_len=MAX_MODEL_LEN)
+    config = EngineArgs(
+        model=str(target),
+        skip_tokenizer_init=True,
+        speculative_config=speculative,
+        max_model_len=MAX_MODEL_LEN,
+    )
     assert config.create_engine_config().speculative_config.num_speculative_tokens == 7
 
 
@@ -124,37 +168,58 @@ def test_a_wrong_type_is_refused_with_a_remedy(target, tmp_path):
 
 
 def test_installed_logits_processors_are_refused(tmp_path, monkeypatch):
-    """vLLM applies logits processors of its entry point group to every request, and on the V1 runner to none beside a drafter: the
-    output was another than without one, and nothing said so."""
+    """vLLM applies logits processors of its entry point group to every request, and on the V1
+    runner to none beside a drafter: the output was another than without one, and nothing said
+    so."""
     check_logits_processors()
     folder = tmp_path / "banner-1.0.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: banner\nVersion: 1.0\n")
-    (folder / "entry_points.txt").write_text("[vllm.logits_processors]\nbanner = banner:Processor\n")
+    (folder / "entry_points.txt").write_text(
+        "[vllm.logits_processors]\nbanner = banner:Processor\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(DrafterConfigError, match=r"banner \(banner:Processor\).*Uninstall them, serve without a drafter"):
+    with pytest.raises(
+        DrafterConfigError,
+        match=r"banner \(banner:Processor\).*Uninstall them, serve without a drafter",
+    ):
         check_logits_processors()
 
 
-@pytest.mark.parametrize(("v2", "on_cpu", "refused"), [(False, False, True), (True, False, False), (False, True, False)])
-def test_requests_that_vllms_own_verification_gets_wrong_are_refused(target, tmp_path, monkeypatch, v2, on_cpu, refused):
-    """On a GPU with the V1 runner, where vLLM's rejection sampler verifies: a thinking budget is overshot there, and log probabilities
-    of chosen tokens are lost."""
+@pytest.mark.parametrize(
+    ("v2", "on_cpu", "refused"), [(False, False, True), (True, False, False), (False, True, False)]
+)
+def test_requests_that_vllms_own_verification_gets_wrong_are_refused(
+    target, tmp_path, monkeypatch, v2, on_cpu, refused
+):
+    """On a GPU with the V1 runner, where vLLM's rejection sampler verifies: a thinking budget is
+    overshot there, and log probabilities of chosen tokens are lost."""
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
     from vllm.platforms import current_platform
     from vllm_dflash.patches.request_params import PATCH
 
     config = SimpleNamespace(
-        speculative_config=configure(target, make_random_drafter(tmp_path / "dflash")).speculative_config, use_v2_model_runner=v2
+        speculative_config=configure(
+            target, make_random_drafter(tmp_path / "dflash")
+        ).speculative_config,
+        use_v2_model_runner=v2,
     )
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: on_cpu)
     validate = PATCH.replace(lambda self, params: "vLLM's")
     assert validate(SimpleNamespace(vllm_config=config), SamplingParams(temperature=0)) == "vLLM's"
     for field in ({"thinking_token_budget": 3}, {"logprob_token_ids": [5]}):
-        for engine, expected in ((config, refused), (SimpleNamespace(speculative_config=None, use_v2_model_runner=v2), False)):
+        for engine, expected in (
+            (config, refused),
+            (SimpleNamespace(speculative_config=None, use_v2_model_runner=v2), False),
+        ):
             if expected:
-                with pytest.raises(VLLMValidationError, match="VLLM_USE_V2_MODEL_RUNNER=1, or without a drafter"):
+                with pytest.raises(
+                    VLLMValidationError, match="VLLM_USE_V2_MODEL_RUNNER=1, or without a drafter"
+                ):
                     validate(SimpleNamespace(vllm_config=engine), SamplingParams(**field))
             else:
-                assert validate(SimpleNamespace(vllm_config=engine), SamplingParams(**field)) == "vLLM's"
+                assert (
+                    validate(SimpleNamespace(vllm_config=engine), SamplingParams(**field))
+                    == "vLLM's"
+                )

@@ -1,4 +1,5 @@
-"""The API key of ``vllm-dflash up``: where it comes from, who is let in, and that it is not in the configuration."""
+"""The API key of ``vllm-dflash up``: where it comes from, who is let in, and that it is not in the
+configuration."""
 
 import argparse
 import asyncio
@@ -17,12 +18,21 @@ KEY = "sk-a-long-one"
 
 
 def asked(*headers: tuple[bytes, bytes], **more: Any) -> dict[str, Any]:
-    return {"type": "http", "method": "POST", "path": "/v1/completions", "headers": list(headers)} | more
+    return {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "headers": list(headers),
+    } | more
 
 
 def test_the_flag_wins_over_the_variable() -> None:
     assert digest_of(None, {}) is None
-    assert digest_of(KEY, {VARIABLE: "another"}) == digest_of(None, {VARIABLE: KEY}) != digest_of("another", {})
+    assert (
+        digest_of(KEY, {VARIABLE: "another"})
+        == digest_of(None, {VARIABLE: KEY})
+        != digest_of("another", {})
+    )
 
 
 @pytest.mark.parametrize("key", ["", " ", "two words", "schl\u00fcssel", "line\n"])
@@ -95,7 +105,8 @@ def test_the_configuration_holds_the_digest_alone(monkeypatch: pytest.MonkeyPatc
 
 
 def test_ray_is_not_given_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's variables go to all nodes by Ray's runtime environment, which Serve's log and dashboard show: the key stood there."""
+    """vLLM's variables go to all nodes by Ray's runtime environment, which Serve's log and
+    dashboard show: the key stood there."""
     monkeypatch.setenv(VARIABLE, KEY)
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
     found = variables(EngineSettings("t"))

@@ -1,7 +1,8 @@
 """The KubeRay manifests: what they hold of ours is what the commands print and take today.
 
 Against KubeRay's own schemas (its CRDs, of which no copy is kept here) they are checked by hand:
-    git clone --depth 1 https://github.com/ray-project/kuberay && KUBERAY=kuberay pytest tests/unit/test_cluster_manifests.py
+    git clone --depth 1 https://github.com/ray-project/kuberay && KUBERAY=kuberay pytest
+    tests/unit/test_cluster_manifests.py
 """
 
 import argparse
@@ -29,15 +30,22 @@ def test_the_services_config_is_what_up_prints() -> None:
     line = next(line for line in text.splitlines() if "--print-config" in line)
     parser = argparse.ArgumentParser()
     command.add_up_flags(parser)
-    printed = as_yaml(serving_of(parser.parse_args(shlex.split(line.partition("vllm-dflash up")[2]))))
+    printed = as_yaml(
+        serving_of(parser.parse_args(shlex.split(line.partition("vllm-dflash up")[2])))
+    )
     assert documents("rayservice.yaml")[0]["spec"]["serveConfigV2"] == printed
 
 
 @pytest.mark.slow
 def test_the_services_config_is_one_for_ray() -> None:
-    schema = pytest.importorskip("ray.serve.schema", reason="needs Ray: pip install 'vllm-dflash[ray]'")
+    schema = pytest.importorskip(
+        "ray.serve.schema", reason="needs Ray: pip install 'vllm-dflash[ray]'"
+    )
     config = yaml.safe_load(documents("rayservice.yaml")[0]["spec"]["serveConfigV2"])
-    assert schema.ServeDeploySchema(**config).applications[0].import_path == "ray.serve.llm:build_openai_app"
+    assert (
+        schema.ServeDeploySchema(**config).applications[0].import_path
+        == "ray.serve.llm:build_openai_app"
+    )
 
 
 def test_the_jobs_entrypoint_parses() -> None:
@@ -47,7 +55,10 @@ def test_the_jobs_entrypoint_parses() -> None:
     command.add_batch_flags(parser)
     args = parser.parse_args(entrypoint[2:])
     assert command.settings_of(args).draft == "z-lab/Qwen3-8B-DFlash-b16"
-    assert args.replicas == documents("rayjob.yaml")[0]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"]
+    assert (
+        args.replicas
+        == documents("rayjob.yaml")[0]["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"]
+    )
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -55,18 +66,23 @@ def test_against_kuberays_schemas(name: str) -> None:
     folder = os.environ.get("KUBERAY")
     if not folder:
         pytest.skip("KUBERAY names no checkout of KubeRay")
-    jsonschema = pytest.importorskip("jsonschema", reason="needs jsonschema, which comes with ray[default]")
+    jsonschema = pytest.importorskip(
+        "jsonschema", reason="needs jsonschema, which comes with ray[default]"
+    )
     for document in documents(name):
         if document["apiVersion"] != "ray.io/v1":
             continue
-        crd = Path(folder, "ray-operator/config/crd/bases", f"ray.io_{document['kind'].lower()}s.yaml")
+        crd = Path(
+            folder, "ray-operator/config/crd/bases", f"ray.io_{document['kind'].lower()}s.yaml"
+        )
         versions = yaml.safe_load(crd.read_text())["spec"]["versions"]
         schema = next(v["schema"]["openAPIV3Schema"] for v in versions if v["name"] == "v1")
         jsonschema.Draft202012Validator(_strict(schema)).validate(document)
 
 
 def _strict(schema: Any) -> Any:
-    """As the API server checks with ``--validate=strict``: a field that the schema does not have is an error."""
+    """As the API server checks with ``--validate=strict``: a field that the schema does not have is
+    an error."""
     if isinstance(schema, list):
         return [_strict(each) for each in schema]
     if not isinstance(schema, dict):

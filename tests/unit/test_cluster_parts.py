@@ -25,7 +25,10 @@ def all_rows(found: parts.Input) -> list[dict[str, Any]]:
 
 def test_every_line_once_and_in_order(tmp_path: Path) -> None:
     """Two files, empty lines, other than ASCII, and no line end at the end of a file."""
-    first = lines(tmp_path / "a.jsonl", *(json.dumps({"prompt": f"é{i}", "id": i}, ensure_ascii=False) + "\n\n" for i in range(5)))
+    first = lines(
+        tmp_path / "a.jsonl",
+        *(json.dumps({"prompt": f"é{i}", "id": i}, ensure_ascii=False) + "\n\n" for i in range(5)),
+    )
     second = lines(tmp_path / "b.jsonl", '{"prompt": "x", "id": 5}\r\n', '{"prompt": "y", "id": 6}')
     found = parts.index([first, second], 2)
     assert [part.rows for part in found.parts] == [2, 2, 1, 2]
@@ -46,7 +49,9 @@ def test_a_broken_line_is_a_row_that_says_where_it_is(tmp_path: Path) -> None:
 def test_output_is_read_back_and_holds_the_input(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", '{"prompt": "x", "tags": [1, "two"]}\n', "broken\n")
     (part,) = parts.index([path], 8).parts
-    parts.write(part, tmp_path, [row | failed(problem or "no") for row, problem in parts.read(part)])
+    parts.write(
+        part, tmp_path, [row | failed(problem or "no") for row, problem in parts.read(part)]
+    )
     assert part.name == "part-000000.jsonl"
     assert [row["error"][:6] for row in parts.read_output(part, tmp_path)] == ["no", "line 2"]
     assert parts.read_output(part, tmp_path)[0]["tags"] == [1, "two"]
@@ -55,7 +60,12 @@ def test_output_is_read_back_and_holds_the_input(tmp_path: Path) -> None:
 def test_parquet_keeps_types_over_parts_and_row_groups(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow", reason="pyarrow comes with vllm-dflash[ray]")
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow comes with vllm-dflash[ray]")
-    table = pa.table({"prompt": [f"p{i}" for i in range(10)], "score": pa.array([None] * 9 + [1.5], pa.float32())})
+    table = pa.table(
+        {
+            "prompt": [f"p{i}" for i in range(10)],
+            "score": pa.array([None] * 9 + [1.5], pa.float32()),
+        }
+    )
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=4)
     found = parts.index([str(tmp_path / "a.parquet")], 3)
     assert [part.rows for part in found.parts] == [3, 3, 3, 1]
@@ -84,7 +94,9 @@ def test_another_input_has_another_fingerprint(tmp_path: Path) -> None:
         (["empty.jsonl"], "no rows"),
     ],
 )
-def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], message: str) -> None:
+def test_refusals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], message: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty.jsonl").write_text("\n")
     with pytest.raises(ClusterError, match=message):
@@ -109,24 +121,38 @@ DEEP = '{"prompt": "x", "note": ' + "[" * 100_000 + "]" * 100_000 + "}"
         ('{"\\udc00": 1, "prompt": "x"}', None),
         ('{"prompt": "x", "note": ' + "1" * 5000 + "}", "is no JSON"),
         (DEEP, "is no JSON"),
-        *(('{"prompt": "x", "note": ' + "[" * depth + "]" * depth + "}", None if depth < 200 else "?") for depth in range(100, 1100, 50)),
+        *(
+            (
+                '{"prompt": "x", "note": ' + "[" * depth + "]" * depth + "}",
+                None if depth < 200 else "?",
+            )
+            for depth in range(100, 1100, 50)
+        ),
         ('{"prompt": "x", "note": NaN, "other": 1e999}', None),
         ('{"prompt": "\\u0000"}', None),
     ],
-)  # fmt: skip
-def test_a_row_that_is_hard_to_write_costs_itself_alone(tmp_path: Path, line: str, problem: str | None) -> None:
-    """Half of a surrogate pair once ended the job in ``encode``, and deep nesting in a RecursionError, and the next run again.
+)
+def test_a_row_that_is_hard_to_write_costs_itself_alone(
+    tmp_path: Path, line: str, problem: str | None
+) -> None:
+    """Half of a surrogate pair once ended the job in ``encode``, and deep nesting in a
+    RecursionError, and the next run again.
 
-    Depths that the parser takes and the encoder may not are either answered and written as they came, or rows with an error.
+    Depths that the parser takes and the encoder may not are either answered and written as they
+    came, or rows with an error.
     """
     path = lines(tmp_path / "in.jsonl", '{"prompt": "a"}\n', line + "\n", '{"prompt": "b"}\n')
     (part,) = parts.index([path], 8).parts
-    parts.write(part, tmp_path, [row | failed(problem or "unanswered") for row, problem in parts.read(part)])
+    parts.write(
+        part, tmp_path, [row | failed(problem or "unanswered") for row, problem in parts.read(part)]
+    )
     out = parts.read_output(part, tmp_path)
     assert [row["error"] for row in (out[0], out[2])] == ["unanswered"] * 2
     assert problem == "?" or (problem or "unanswered") in out[1]["error"]
     if out[1]["error"] == "unanswered":
-        assert str(json.loads(line)) == str({name: value for name, value in out[1].items() if name in json.loads(line)})
+        assert str(json.loads(line)) == str(
+            {name: value for name, value in out[1].items() if name in json.loads(line)}
+        )
     else:
         assert out[1]["line"] == line
 
@@ -144,8 +170,18 @@ def test_a_parquet_row_that_is_hard_to_read_costs_itself_alone(tmp_path: Path) -
     assert rows[1][1].startswith("row 2: prompt cannot be read")
     assert rows[2][1].startswith("row 3: time cannot be read")
     parts.write(part, tmp_path, [row | failed(problem or "no") for row, problem in rows])
-    assert [row["error"][:5] for row in parts.read_output(part, tmp_path)] == ["no", "row 2", "row 3", "no"]
-    assert parquet.read_table(tmp_path / part.name).column("prompt").to_pylist() == ["a", None, "c", "d"]
+    assert [row["error"][:5] for row in parts.read_output(part, tmp_path)] == [
+        "no",
+        "row 2",
+        "row 3",
+        "no",
+    ]
+    assert parquet.read_table(tmp_path / part.name).column("prompt").to_pylist() == [
+        "a",
+        None,
+        "c",
+        "d",
+    ]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -154,7 +190,9 @@ def test_damaged_parts(tmp_path: Path, suffix: str, damage: str) -> None:
     """Whatever becomes of an output file, it is taken or named, with what to do."""
     if suffix == ".parquet":
         pa = pytest.importorskip("pyarrow", reason="pyarrow comes with vllm-dflash[ray]")
-        pytest.importorskip("pyarrow.parquet").write_table(pa.table({"prompt": ["a", "b"]}), tmp_path / "in.parquet")
+        pytest.importorskip("pyarrow.parquet").write_table(
+            pa.table({"prompt": ["a", "b"]}), tmp_path / "in.parquet"
+        )
     else:
         lines(tmp_path / "in.jsonl", '{"prompt": "a"}\n', '{"prompt": "b"}\n')
     (part,) = parts.index([str(tmp_path / f"in{suffix}")], 8).parts
@@ -167,13 +205,19 @@ def test_damaged_parts(tmp_path: Path, suffix: str, damage: str) -> None:
             assert len(parts.read_output(part, tmp_path)) == 2
     except ClusterError as error:
         said = str(error)
-    assert not said or (str(tmp_path / part.name) in said and "remove it, and its rows are answered again" in said)
+    assert not said or (
+        str(tmp_path / part.name) in said and "remove it, and its rows are answered again" in said
+    )
 
 
 @pytest.fixture
 def finished(tmp_path: Path) -> Job:
     """A batch run whose rows are all answered, so that no engine is needed to go on with it."""
-    job = Job([lines(tmp_path / "in.jsonl", '{"prompt": "a"}\n', '{"prompt": "b"}\n')], tmp_path / "out", EngineSettings("t"))
+    job = Job(
+        [lines(tmp_path / "in.jsonl", '{"prompt": "a"}\n', '{"prompt": "b"}\n')],
+        tmp_path / "out",
+        EngineSettings("t"),
+    )
     (part,) = parts.index(job.inputs, job.rows_per_part).parts
     job.out.mkdir()
     parts.write(part, job.out, [row | failed("no") for row, _ in parts.read(part)])

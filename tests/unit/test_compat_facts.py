@@ -1,4 +1,5 @@
-"""What differs between the supported vLLM versions: each fact by the text of a source that has it and of one that has not."""
+"""What differs between the supported vLLM versions: each fact by the text of a source that has it
+and of one that has not."""
 
 import ast
 from types import SimpleNamespace
@@ -46,15 +47,21 @@ def test_draft_slots_are_needed_where_a_step_counts_them() -> None:
 
 
 def test_k_of_a_step() -> None:
-    """0.32's scheduler output has no ``skip_drafts``; where 0.33's has it set, K says what would have been drafted."""
+    """0.32's scheduler output has no ``skip_drafts``; where 0.33's has it set, K says what would
+    have been drafted."""
     assert compat.num_drafted(SimpleNamespace(num_spec_tokens_to_schedule=7)) == 7
-    assert compat.num_drafted(SimpleNamespace(num_spec_tokens_to_schedule=7, skip_drafts=False)) == 7
+    assert (
+        compat.num_drafted(SimpleNamespace(num_spec_tokens_to_schedule=7, skip_drafts=False)) == 7
+    )
     assert compat.num_drafted(SimpleNamespace(num_spec_tokens_to_schedule=7, skip_drafts=True)) == 0
 
 
 @pytest.mark.parametrize(("text", "drafted"), [(DRAFTS_ALWAYS, 7), (SKIPS, 0)])
-def test_drafts_of_a_step_with_k_0_count_only_where_they_were_made(text: str, drafted: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """0.33's V2 speculator returns the last step's tokens where it drafts none: they were counted once more."""
+def test_drafts_of_a_step_with_k_0_count_only_where_they_were_made(
+    text: str, drafted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.33's V2 speculator returns the last step's tokens where it drafts none: they were counted
+    once more."""
     monkeypatch.setattr(compat, "Sources", lambda: source(text))
     compat.v2_skips_drafts.cache_clear()
     config = SimpleNamespace(

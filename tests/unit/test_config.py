@@ -1,4 +1,5 @@
-"""Drafter configurations: the published one parses and writes itself back; each bad one is refused with a remedy.
+"""Drafter configurations: the published one parses and writes itself back; each bad one is refused
+with a remedy.
 
 Tests: ``pytest tests/unit/test_config.py``.
 """
@@ -9,7 +10,13 @@ from typing import Any
 
 import pytest
 
-from vllm_dflash.config import DrafterConfig, DrafterConfigError, TargetShape, check_pair, default_target_layer_ids
+from vllm_dflash.config import (
+    DrafterConfig,
+    DrafterConfigError,
+    TargetShape,
+    check_pair,
+    default_target_layer_ids,
+)
 from vllm_dflash.formats import write
 
 # z-lab/Qwen3-8B-DFlash-b16's config.json, the fields that say something about the drafter.
@@ -38,7 +45,8 @@ QWEN3_8B: dict[str, Any] = {
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:
-    """A copy of the published configuration with the field at the dotted ``path`` set, or removed where None."""
+    """A copy of the published configuration with the field at the dotted ``path`` set, or removed
+    where None."""
     raw = copy.deepcopy(QWEN3_8B)
     *parents, name = path.split(".")
     place = raw
@@ -54,10 +62,19 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 def test_published_config() -> None:
     config = DrafterConfig.from_dict(QWEN3_8B)
     assert (config.block_size, config.max_speculative_tokens, config.num_features) == (16, 15, 5)
-    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_target_layers) == (4096, 12288, 5, 36)
+    assert (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_hidden_layers,
+        config.num_target_layers,
+    ) == (4096, 12288, 5, 36)
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (32, 8, 128)
     assert (config.mask_token_id, config.target_layer_ids) == (151669, (1, 9, 17, 25, 33))
-    assert (config.vocab_size, config.rope_theta, config.max_position_embeddings) == (151936, 1e6, 40960)
+    assert (config.vocab_size, config.rope_theta, config.max_position_embeddings) == (
+        151936,
+        1e6,
+        40960,
+    )
 
 
 def test_round_trip() -> None:
@@ -76,30 +93,44 @@ def test_target_layer_ids_follow_the_published_rule() -> None:
 
 
 def test_target_layers_are_not_guessed() -> None:
-    """The rule was applied in silence, and ``inspect`` called the file sound; vLLM's own dflash takes other layers for it."""
+    """The rule was applied in silence, and ``inspect`` called the file sound; vLLM's own dflash
+    takes other layers for it."""
     with pytest.raises(DrafterConfigError) as error:
         DrafterConfig.from_dict(changed("dflash_config.target_layer_ids", None))
     assert error.value.field == "dflash_config.target_layer_ids"
-    assert "target_layer_ids is missing: give a list of zero-based target layers" in str(error.value)
-    assert "they are [1, 9, 17, 25, 33]: write them in, and vllm-dflash doctor says" in str(error.value)
+    assert "target_layer_ids is missing: give a list of zero-based target layers" in str(
+        error.value
+    )
+    assert "they are [1, 9, 17, 25, 33]: write them in, and vllm-dflash doctor says" in str(
+        error.value
+    )
     raw = changed("dflash_config.target_layer_ids", None)
     del raw["num_target_layers"]
-    with pytest.raises(DrafterConfigError, match=r"target_layer_ids is missing: give a list of zero-based target layers\. Use"):
+    with pytest.raises(
+        DrafterConfigError,
+        match=r"target_layer_ids is missing: give a list of zero-based target layers\. Use",
+    ):
         DrafterConfig.from_dict(raw)
 
 
 def test_an_error_has_parts() -> None:
-    """Others took the message apart by its colons, so a value with a colon moved into the remedy."""
+    """Others took the message apart by its colons, so a value with a colon moved into the
+    remedy."""
     with pytest.raises(DrafterConfigError) as error:
         DrafterConfig.from_dict(changed("hidden_act", "a: b"))
     at = error.value.at("folder/config.json")
-    assert (at.field, at.problem, at.where) == ("hidden_act", "hidden_act is 'a: b'", "folder/config.json")
+    assert (at.field, at.problem, at.where) == (
+        "hidden_act",
+        "hidden_act is 'a: b'",
+        "folder/config.json",
+    )
     assert at.remedy == "only silu is supported; use another checkpoint"
     assert str(at) == f"{at.where}: {at.problem}: {at.remedy}"
 
 
 def test_a_message_is_printable() -> None:
-    """Names of tensors and texts of a config reach a terminal: colours, bells and turned text were acted on there."""
+    """Names of tensors and texts of a config reach a terminal: colours, bells and turned text were
+    acted on there."""
     error = DrafterConfigError("unexpected: a\x1b[31m\x07\u202eb\nc \ud83d \u00fc", where="d\x9b2J")
     assert str(error) == "d\\x9b2J: unexpected: a\\x1b[31m\\x07\\u202eb\\nc \\ud83d \u00fc"
     assert len(str(DrafterConfigError("x" * 10**6))) < 3000
@@ -107,22 +138,34 @@ def test_a_message_is_printable() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "tokens", "fits"),
-    [(151936, None, True), (152448, 151936, True), (152448, 151000, True), (152448, 151937, False), (152448, None, False),
-     (151000, 150000, False)],
-)  # fmt: skip
+    [
+        (151936, None, True),
+        (152448, 151936, True),
+        (152448, 151000, True),
+        (152448, 151937, False),
+        (152448, None, False),
+        (151000, 150000, False),
+    ],
+)
 def test_a_padded_vocabulary(rows: int, tokens: int | None, fits: bool) -> None:
-    """A target whose embedding is longer than its tokenizer was called another target (vLLM 46435)."""
+    """A target whose embedding is longer than its tokenizer was called another target (vLLM
+    46435)."""
     config, target = DrafterConfig.from_dict(QWEN3_8B), TargetShape(4096, 36, rows, tokens)
     if fits:
         check_pair(config, target, 15, 40960)
     else:
-        with pytest.raises(DrafterConfigError, match=f"vocab_size is {rows}, the drafter's is 151936"):
+        with pytest.raises(
+            DrafterConfigError, match=f"vocab_size is {rows}, the drafter's is 151936"
+        ):
             check_pair(config, target, 15, 40960)
 
 
 def test_newer_names_of_the_same_fields() -> None:
-    """transformers 5 writes the rotary base into ``rope_parameters``; older files say ``torch_dtype``."""
-    raw = changed("rope_theta", None) | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    """transformers 5 writes the rotary base into ``rope_parameters``; older files say
+    ``torch_dtype``."""
+    raw = changed("rope_theta", None) | {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}
+    }
     raw.pop("dtype")
     config = DrafterConfig.from_dict(raw | {"torch_dtype": "float16"})
     assert (config.rope_theta, config.dtype) == (5e5, "float16")
@@ -160,7 +203,9 @@ def test_newer_names_of_the_same_fields() -> None:
         ("dtype", "int8", "dtype", "bfloat16"),
     ],
 )
-def test_bad_input_names_the_field_and_the_remedy(path: str, value: Any, names: str, remedy: str) -> None:
+def test_bad_input_names_the_field_and_the_remedy(
+    path: str, value: Any, names: str, remedy: str
+) -> None:
     with pytest.raises(DrafterConfigError) as error:
         DrafterConfig.from_dict(changed(path, value))
     assert names in str(error.value)
@@ -172,7 +217,9 @@ def test_bad_files_are_named(tmp_path) -> None:
     with pytest.raises(DrafterConfigError, match="does not exist: point at"):
         DrafterConfig.from_pretrained(tmp_path)
     path.write_text('{"block_size": ')
-    with pytest.raises(DrafterConfigError, match=r"config\.json is not JSON .*fetch the checkpoint again"):
+    with pytest.raises(
+        DrafterConfigError, match=r"config\.json is not JSON .*fetch the checkpoint again"
+    ):
         DrafterConfig.from_pretrained(tmp_path)
     path.write_text(json.dumps(changed("block_size", 1)))
     with pytest.raises(DrafterConfigError, match=r"config\.json: block_size is 1"):
@@ -199,7 +246,9 @@ def test_changes_are_checked() -> None:
         (TargetShape(4096, 36, 151936), 15, 40961, "--max-model-len 40960 or less"),
     ],
 )
-def test_a_pair_that_does_not_fit(target: TargetShape, tokens: int, length: int, names: str) -> None:
+def test_a_pair_that_does_not_fit(
+    target: TargetShape, tokens: int, length: int, names: str
+) -> None:
     with pytest.raises(DrafterConfigError, match=names):
         check_pair(DrafterConfig.from_dict(QWEN3_8B), target, tokens, length)
 

@@ -1,6 +1,8 @@
-"""Every key that a config of this family may have: honoured, refused by name, or reviewed as of no effect; and its type.
+"""Every key that a config of this family may have: honoured, refused by name, or reviewed as of no
+effect; and its type.
 
-What passes here has to start: transformers and vLLM read the same file later, and refuse without a remedy.
+What passes here has to start: transformers and vLLM read the same file later, and refuse without a
+remedy.
 
     pytest tests/unit/test_config_keys.py
 """
@@ -23,22 +25,59 @@ from vllm_dflash.keys import _NO_EFFECT, READ
 from vllm_dflash.tools.inspect import inspect_checkpoint
 from vllm_dflash.tools.repair import config_problems
 
-# Per key a value that is not its default. Of no effect are those of ``_NO_EFFECT``, each reviewed there.
+# Per key a value that is not its default. Of no effect are those of ``_NO_EFFECT``, each reviewed
+# there.
 OTHER_VALUES: dict[str, Any] = {
-    "partial_rotary_factor": 0.25, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
-    "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20]}, "is_neox_style": False, "rope_interleaved": True,
-    "mlp_bias": True, "qk_norm": False, "clip_qkv": 8.0, "attention_multiplier": 0.01, "embedding_multiplier": 12.0,
-    "residual_multiplier": 0.2, "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "attention_sink_bias": True,
-    "add_swa_attention_sink_bias": True, "attention_value_scale": 0.7, "hidden_activation": "gelu", "num_experts": 8, "kv_lora_rank": 512,
-    "no_rope_layers": [1, 0], "attention_chunk_size": 8192, "scale_emb": 12, "target_hidden_size": 2048, "norm_before_fc": True,
-    "logit_scale": -1.0, "final_logit_softcapping": -30.0, "projector_type": "domino", "shift_label": True, "model_type": "gemma3_text",
-    "dual_chunk_attention_config": {"chunk_size": 8}, "sliding_window": "8", "max_window_layers": "1", "is_causal": True,
-}  # fmt: skip
+    "partial_rotary_factor": 0.25,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+    "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20]},
+    "is_neox_style": False,
+    "rope_interleaved": True,
+    "mlp_bias": True,
+    "qk_norm": False,
+    "clip_qkv": 8.0,
+    "attention_multiplier": 0.01,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.2,
+    "query_pre_attn_scalar": 256,
+    "attn_logit_softcapping": 50.0,
+    "attention_sink_bias": True,
+    "add_swa_attention_sink_bias": True,
+    "attention_value_scale": 0.7,
+    "hidden_activation": "gelu",
+    "num_experts": 8,
+    "kv_lora_rank": 512,
+    "no_rope_layers": [1, 0],
+    "attention_chunk_size": 8192,
+    "scale_emb": 12,
+    "target_hidden_size": 2048,
+    "norm_before_fc": True,
+    "logit_scale": -1.0,
+    "final_logit_softcapping": -30.0,
+    "projector_type": "domino",
+    "shift_label": True,
+    "model_type": "gemma3_text",
+    "dual_chunk_attention_config": {"chunk_size": 8},
+    "sliding_window": "8",
+    "max_window_layers": "1",
+    "is_causal": True,
+}
 IN_DFLASH_CONFIG: dict[str, Any] = {
-    "shift_label": True, "projector_type": "dspark", "sample_from_anchor": True, "use_aux_hidden_state": False, "attention_value_scale": 0.7,
-    "attention_sink_bias": True, "add_swa_attention_sink_bias": True, "conv_kernel_size": 2, "selector_rank": 256, "markov_rank": 8,
-    "thresh_head_direct_len": 3, "final_logit_softcapping": -1, "anything_new": 1, "causal": True,
-}  # fmt: skip
+    "shift_label": True,
+    "projector_type": "dspark",
+    "sample_from_anchor": True,
+    "use_aux_hidden_state": False,
+    "attention_value_scale": 0.7,
+    "attention_sink_bias": True,
+    "add_swa_attention_sink_bias": True,
+    "conv_kernel_size": 2,
+    "selector_rank": 256,
+    "markov_rank": 8,
+    "thresh_head_direct_len": 3,
+    "final_logit_softcapping": -1,
+    "anything_new": 1,
+    "causal": True,
+}
 
 
 def refused_or_read(raw: Any) -> DrafterConfigError | None:
@@ -58,11 +97,18 @@ def refusal(raw: Any) -> DrafterConfigError:
 
 @pytest.mark.parametrize("name", OTHER_VALUES)
 def test_a_key_that_changes_what_is_computed(name: str) -> None:
-    """rope_parameters.partial_rotary_factor was served as if it were not there, tau unchanged by luck."""
+    """rope_parameters.partial_rotary_factor was served as if it were not there, tau unchanged by
+    luck."""
     error = refusal(QWEN3_8B | {name: OTHER_VALUES[name]})
     parts = error.field.split(".")
-    assert name in parts or {name, parts[0]} <= {"rope_scaling", "rope_parameters"} or name == "is_causal", error
-    assert [str(error)] == [str(problem) for problem in config_problems(QWEN3_8B | {name: OTHER_VALUES[name]})]
+    assert (
+        name in parts
+        or {name, parts[0]} <= {"rope_scaling", "rope_parameters"}
+        or name == "is_causal"
+    ), error
+    assert [str(error)] == [
+        str(problem) for problem in config_problems(QWEN3_8B | {name: OTHER_VALUES[name]})
+    ]
 
 
 @pytest.mark.parametrize("name", IN_DFLASH_CONFIG)
@@ -78,7 +124,11 @@ def test_a_key_of_dflash_config(name: str) -> None:
 def test_every_key_of_transformers_is_in_one_place() -> None:
     from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-    every = {name for kind in (Qwen3Config, Qwen2Config, LlamaConfig, MistralConfig) for name in kind().to_dict()}
+    every = {
+        name
+        for kind in (Qwen3Config, Qwen2Config, LlamaConfig, MistralConfig)
+        for name in kind().to_dict()
+    }
     for name in sorted(every):
         if name in READ:
             continue
@@ -93,7 +143,10 @@ def test_every_key_of_transformers_is_in_one_place() -> None:
 
 
 def test_unknown_keys_are_told() -> None:
-    assert DrafterConfig.from_dict(QWEN3_8B | {"new_trick": 3, "a": None}).unknown_keys == ("a", "new_trick")
+    assert DrafterConfig.from_dict(QWEN3_8B | {"new_trick": 3, "a": None}).unknown_keys == (
+        "a",
+        "new_trick",
+    )
     assert DrafterConfig.from_dict(QWEN3_8B).unknown_keys == ()
 
 
@@ -110,22 +163,49 @@ def test_inspect_tells_unknown_keys(tmp_path: Path) -> None:
 
 def test_rotary_parameters_by_layer_type() -> None:
     """They were passed over, and theta became 1e6."""
-    full, sliding = {"rope_type": "default", "rope_theta": 5e5}, {"rope_type": "default", "rope_theta": 1e4}
+    full, sliding = (
+        {"rope_type": "default", "rope_theta": 5e5},
+        {"rope_type": "default", "rope_theta": 1e4},
+    )
     raw = {name: value for name, value in QWEN3_8B.items() if name != "rope_theta"}
     alike = raw | {"rope_parameters": {"full_attention": full, "sliding_attention": full}}
     assert DrafterConfig.from_dict(alike).rope_theta == 5e5
     # Of a type that no layer is of, nothing is computed.
-    assert DrafterConfig.from_dict(raw | {"rope_parameters": {"full_attention": full, "sliding_attention": sliding}}).rope_theta == 5e5
-    mixed = raw | {"layer_types": ["full_attention"] * 4 + ["sliding_attention"], "sliding_window": 2048, "use_sliding_window": True}
-    assert refusal(mixed | {"rope_parameters": {"full_attention": full, "sliding_attention": sliding}}).field == "rope_parameters"
+    assert (
+        DrafterConfig.from_dict(
+            raw | {"rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
+        ).rope_theta
+        == 5e5
+    )
+    mixed = raw | {
+        "layer_types": ["full_attention"] * 4 + ["sliding_attention"],
+        "sliding_window": 2048,
+        "use_sliding_window": True,
+    }
+    assert (
+        refusal(
+            mixed | {"rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
+        ).field
+        == "rope_parameters"
+    )
     assert refusal(mixed | {"rope_parameters": {"full_attention": full}}).field == "rope_parameters"
     assert refusal(raw | {"rope_parameters": full, "rope_theta": 1e4}).field == "rope_theta"
 
 
 def test_sliding_windows_without_layer_types() -> None:
-    """``use_sliding_window`` was passed over without ``layer_types``; transformers lets the layers from ``max_window_layers`` on slide."""
-    raw = {name: value for name, value in QWEN3_8B.items() if name != "layer_types"} | {"use_sliding_window": True, "sliding_window": 2048}
-    assert DrafterConfig.from_dict(raw | {"max_window_layers": 3}).windows == (None, None, None, 2048, 2048)
+    """``use_sliding_window`` was passed over without ``layer_types``; transformers lets the layers
+    from ``max_window_layers`` on slide."""
+    raw = {name: value for name, value in QWEN3_8B.items() if name != "layer_types"} | {
+        "use_sliding_window": True,
+        "sliding_window": 2048,
+    }
+    assert DrafterConfig.from_dict(raw | {"max_window_layers": 3}).windows == (
+        None,
+        None,
+        None,
+        2048,
+        2048,
+    )
     assert DrafterConfig.from_dict(raw | {"max_window_layers": 28}).windows == (None,) * 5
     assert refusal(raw).field == "use_sliding_window"
     assert DrafterConfig.from_dict(raw | {"use_sliding_window": False}).windows == (None,) * 5
@@ -134,13 +214,30 @@ def test_sliding_windows_without_layer_types() -> None:
     assert DrafterConfig.from_dict(sliding).windows == (2048,) * 5
 
 
-_VALUES: list[Any] = [None, "x", [1], {"a": 1}, -1, 10**400, 1e308, True, math.nan, math.inf, 0, 1.5]
-_KEYS = sorted((READ | _NO_EFFECT.keys()) - {"speculators_model_type", "transformer_layer_config", "architectures", "model", "method"})
+_VALUES: list[Any] = [
+    None,
+    "x",
+    [1],
+    {"a": 1},
+    -1,
+    10**400,
+    1e308,
+    True,
+    math.nan,
+    math.inf,
+    0,
+    1.5,
+]
+_KEYS = sorted(
+    (READ | _NO_EFFECT.keys())
+    - {"speculators_model_type", "transformer_layer_config", "architectures", "model", "method"}
+)
 
 
 @pytest.mark.parametrize("name", _KEYS)
 def test_what_passes_is_read_by_transformers(name: str) -> None:
-    """49 such files were sound by ``inspect`` and refused by vLLM's start, three of them with a bare TypeError or OverflowError."""
+    """49 such files were sound by ``inspect`` and refused by vLLM's start, three of them with a
+    bare TypeError or OverflowError."""
     from transformers import Qwen3Config
 
     config = random_drafter_config()
@@ -158,11 +255,25 @@ def test_what_passes_is_read_by_transformers(name: str) -> None:
 @pytest.mark.vllm
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("rms_norm_eps", None), ("sliding_window", "8"), ("quantization_config", {"quant_method": "x"}), ("rope_theta", 10**400),
-     ("auto_map", 1), ("id2label", {"a": 1}), ("model_type", "dflash"), ("initializer_range", "x"), ("architectures", None),
-     ("architectures", ["DFlashDraftModel", "Other"]), ("dflash_config", [1]), ("hidden_act", None), ("partial_rotary_factor", 0.5)],
-)  # fmt: skip
-def test_inspect_doctor_and_start_say_the_same(random_target: Path, tmp_path: Path, name: str, value: Any) -> None:
+    [
+        ("rms_norm_eps", None),
+        ("sliding_window", "8"),
+        ("quantization_config", {"quant_method": "x"}),
+        ("rope_theta", 10**400),
+        ("auto_map", 1),
+        ("id2label", {"a": 1}),
+        ("model_type", "dflash"),
+        ("initializer_range", "x"),
+        ("architectures", None),
+        ("architectures", ["DFlashDraftModel", "Other"]),
+        ("dflash_config", [1]),
+        ("hidden_act", None),
+        ("partial_rotary_factor", 0.5),
+    ],
+)
+def test_inspect_doctor_and_start_say_the_same(
+    random_target: Path, tmp_path: Path, name: str, value: Any
+) -> None:
     import json
 
     from vllm_dflash.tools.pair_checks import checkpoint_checks

@@ -1,4 +1,5 @@
-"""The watch over a request's draft context: holes are found, their pages kept, and left out of what is attended to.
+"""The watch over a request's draft context: holes are found, their pages kept, and left out of what
+is attended to.
 
 Tests: ``pytest tests/unit/test_coverage.py``.
 """
@@ -68,7 +69,8 @@ def test_rows_from_their_first_pages_on() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_batch_that_goes_on_is_counted_as_step_by_step(seed: int) -> None:
-    """Steps of one position each beside prompts, holes, requests that come, go and change places: with and without the short way."""
+    """Steps of one position each beside prompts, holes, requests that come, go and change places:
+    with and without the short way."""
     random = np.random.default_rng(seed)
     short, long = ContextCoverage(4), ContextCoverage(4)
     ends: dict[str, int] = {}

@@ -11,7 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from vllm_dflash.engines.process import EngineFailedError, EngineProcess, EngineRefusedError, _what_was_said
+from vllm_dflash.engines.process import (
+    EngineFailedError,
+    EngineProcess,
+    EngineRefusedError,
+    _what_was_said,
+)
 from vllm_dflash.evaluation import starting
 from vllm_dflash.evaluation.methods import Method
 from vllm_dflash.evaluation.plan import Plan
@@ -101,11 +106,17 @@ def test_of_a_refused_configuration_the_validators_words_are_told():
     """pydantic's last lines are an address; what is wrong stands between its title and them."""
     lines = [
         "pydantic_core._pydantic_core.ValidationError: 1 validation error for SpeculativeConfig",
-        "  Value error, K is 99: set 7 or less [type=value_error, input_value=ArgsKwargs((), {}), input_type=ArgsKwargs]",
+        (
+            "  Value error, K is 99: set 7 or less [type=value_error, input_value=ArgsKwargs((),"
+            " {}), input_type=ArgsKwargs]"
+        ),
         "    For further information visit the errors' page",
     ]
     assert _what_was_said(lines) == "K is 99: set 7 or less"
-    assert _what_was_said(["Traceback", "OSError: no such head", "[rank0] shutting down"]) == "OSError: no such head"
+    assert (
+        _what_was_said(["Traceback", "OSError: no such head", "[rank0] shutting down"])
+        == "OSError: no such head"
+    )
     assert _what_was_said(["Killed"]) == "Killed"
     assert _what_was_said([]) == "it said nothing"
 
@@ -119,9 +130,15 @@ def test_one_that_dies_says_how(tmp_path):
             run_all(engine)
 
 
-@pytest.mark.parametrize(("engine_args", "begun_for_each"), [({}, [1, 2, 3]), ({"kv_cache_memory_bytes": 1 << 30}, [2, 3, 3])])
-def test_as_many_begin_at_once_as_there_are_cores(tmp_path, monkeypatch, engine_args, begun_for_each):
-    """Where the cache's size is given; elsewhere vLLM measures free memory, which another one's start would change."""
+@pytest.mark.parametrize(
+    ("engine_args", "begun_for_each"),
+    [({}, [1, 2, 3]), ({"kv_cache_memory_bytes": 1 << 30}, [2, 3, 3])],
+)
+def test_as_many_begin_at_once_as_there_are_cores(
+    tmp_path, monkeypatch, engine_args, begun_for_each
+):
+    """Where the cache's size is given; elsewhere vLLM measures free memory, which another one's
+    start would change."""
     begun, found = [], []
 
     def beginning(settings, environment, log):
@@ -154,9 +171,9 @@ def test_an_interrupted_parent_ends_its_children(tmp_path):
 
 @pytest.mark.parametrize("busy", [False, True])
 def test_a_killed_parent_leaves_no_child(tmp_path, busy):
-    """Nobody cleans up after SIGKILL: the children see the end of their input, in the middle of a job too."""
-    code = textwrap.dedent(
-        f"""
+    """Nobody cleans up after SIGKILL: the children see the end of their input, in the middle of a
+    job too."""
+    code = textwrap.dedent(f"""
         import sys, time
         from pathlib import Path
         sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -167,8 +184,7 @@ def test_a_killed_parent_leaves_no_child(tmp_path, busy):
             engine._send({{"prompts": []}})
             engine._receive()
         time.sleep(60)
-        """
-    )
+        """)
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     children = [int(pid) for pid in parent.stdout.readline().split()]

@@ -28,7 +28,12 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path) -> None:
 def test_a_claim_names_every_difference(tmp_path: Path) -> None:
     claim(tmp_path, "train", {"lr": 1.0, "ids": (1, 2), "new": 0})
     claim(tmp_path, "train", {"lr": 1.0, "ids": (1, 2), "new": 0})
-    with pytest.raises(RunError, match=r"lr 1.0 \(now 2.0\), new 0 \(now None\): set it back, choose another --out, or remove"):
+    with pytest.raises(
+        RunError,
+        match=(
+            r"lr 1.0 \(now 2.0\), new 0 \(now None\): set it back, choose another --out, or remove"
+        ),
+    ):
         claim(tmp_path, "train", {"lr": 2.0, "ids": [1, 2]})
 
 
@@ -37,7 +42,11 @@ def test_shards(tmp_path: Path) -> None:
     write_sequences(shard_path(tmp_path, 1), [([6, 7, 8, 9], 2)])
     found = Sequences(tmp_path, 2)
     assert [found[i].tokens.tolist() for i in range(3)] == [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
-    assert (found.lengths.tolist(), found.prompt_lengths.tolist(), found[2].prompt_length) == ([3, 2, 4], [1, 1, 2], 2)
+    assert (found.lengths.tolist(), found.prompt_lengths.tolist(), found[2].prompt_length) == (
+        [3, 2, 4],
+        [1, 1, 2],
+        2,
+    )
     assert found.place(2) == (1, 0)
 
 

@@ -1,4 +1,5 @@
-"""The checkpoint formats: published configs parse to what their model cards say, and every format reads back what it writes.
+"""The checkpoint formats: published configs parse to what their model cards say, and every format
+reads back what it writes.
 
 pytest tests/unit/test_formats.py
 """
@@ -18,54 +19,127 @@ from vllm_dflash.weights import expected_tensors
 
 # The fields of z-lab/Qwen3-8B-DFlash-b16's config.json that say something about the drafter.
 Z_LAB_QWEN3_8B: dict[str, Any] = {
-    "architectures": ["DFlashDraftModel"], "attention_bias": False, "attention_dropout": 0.0, "block_size": 16, "bos_token_id": 151643,
-    "dflash_config": {"mask_token_id": 151669, "target_layer_ids": [1, 9, 17, 25, 33]}, "dtype": "bfloat16", "eos_token_id": 151645,
-    "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 12288, "layer_types": ["full_attention"] * 5,
-    "max_position_embeddings": 40960, "max_window_layers": 5, "model_type": "qwen3", "num_attention_heads": 32, "num_hidden_layers": 5,
-    "num_key_value_heads": 8, "num_target_layers": 36, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000,
-    "sliding_window": None, "tie_word_embeddings": False, "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
-}  # fmt: skip
+    "architectures": ["DFlashDraftModel"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "block_size": 16,
+    "bos_token_id": 151643,
+    "dflash_config": {"mask_token_id": 151669, "target_layer_ids": [1, 9, 17, 25, 33]},
+    "dtype": "bfloat16",
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "layer_types": ["full_attention"] * 5,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 5,
+    "model_type": "qwen3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 5,
+    "num_key_value_heads": 8,
+    "num_target_layers": 36,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
 
 # AngelSlim/Qwen3-4b-dflare: nine target layers, seven draft layers.
 ANGELSLIM_QWEN3_4B: dict[str, Any] = Z_LAB_QWEN3_8B | {
-    "architectures": ["QwenDFlareDraftModel"], "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 7,
-    "layer_types": ["full_attention"] * 7, "max_window_layers": 7,
-    "dflash_config": {"mask_token_id": 151669, "target_layer_ids": [1, 5, 9, 13, 17, 21, 25, 29, 33]},
-}  # fmt: skip
+    "architectures": ["QwenDFlareDraftModel"],
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 7,
+    "layer_types": ["full_attention"] * 7,
+    "max_window_layers": 7,
+    "dflash_config": {
+        "mask_token_id": 151669,
+        "target_layer_ids": [1, 5, 9, 13, 17, 21, 25, 29, 33],
+    },
+}
 
-# A drafter as the speculators library writes it: layer ids from one, sliding layers, 32,000 of the target's tokens.
+# A drafter as the speculators library writes it: layer ids from one, sliding layers, 32,000 of the
+# target's tokens.
 SPECULATORS: dict[str, Any] = {
-    "architectures": ["DFlashSpeculator"], "speculators_model_type": "dflash", "speculators_version": "0.5.0", "block_size": 8,
-    "aux_hidden_state_layer_ids": [2, 10, 18, 26, 34], "draft_vocab_size": 32000, "dtype": "bfloat16", "mask_token_id": 151669,
-    "max_anchors": 3072, "sample_from_anchor": False, "sliding_window_non_causal": False, "target_hidden_size": None,
+    "architectures": ["DFlashSpeculator"],
+    "speculators_model_type": "dflash",
+    "speculators_version": "0.5.0",
+    "block_size": 8,
+    "aux_hidden_state_layer_ids": [2, 10, 18, 26, 34],
+    "draft_vocab_size": 32000,
+    "dtype": "bfloat16",
+    "mask_token_id": 151669,
+    "max_anchors": 3072,
+    "sample_from_anchor": False,
+    "sliding_window_non_causal": False,
+    "target_hidden_size": None,
     "tie_word_embeddings": False,
     "speculators_config": {
-        "algorithm": "dflash", "default_proposal_method": "greedy",
-        "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 7, "verifier_accept_k": 1}],
+        "algorithm": "dflash",
+        "default_proposal_method": "greedy",
+        "proposal_methods": [
+            {"proposal_type": "greedy", "speculative_tokens": 7, "verifier_accept_k": 1}
+        ],
         "verifier": {"architectures": ["Qwen3ForCausalLM"], "name_or_path": "Qwen/Qwen3-8B"},
     },
     "transformer_layer_config": {
-        "attention_bias": False, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 12288,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "max_position_embeddings": 40960, "model_type": "qwen3",
-        "num_attention_heads": 32, "num_hidden_layers": 3, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
-        "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"}, "sliding_window": 2048, "use_sliding_window": True,
+        "attention_bias": False,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "max_position_embeddings": 40960,
+        "model_type": "qwen3",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
+        "sliding_window": 2048,
+        "use_sliding_window": True,
         "vocab_size": 151936,
     },
-}  # fmt: skip
+}
 
 
 def test_z_lab() -> None:
     config = parse(Z_LAB_QWEN3_8B)
-    assert (config.format, config.kind, config.block_size, config.max_speculative_tokens) == ("z-lab", "dflash", 16, 15)
-    assert (config.target_layer_ids, config.num_target_layers, config.mask_token_id) == ((1, 9, 17, 25, 33), 36, 151669)
-    assert (config.windows, config.draft_vocab_size, config.rope_theta, config.rope_scaling) == ((None,) * 5, None, 1e6, None)
+    assert (config.format, config.kind, config.block_size, config.max_speculative_tokens) == (
+        "z-lab",
+        "dflash",
+        16,
+        15,
+    )
+    assert (config.target_layer_ids, config.num_target_layers, config.mask_token_id) == (
+        (1, 9, 17, 25, 33),
+        36,
+        151669,
+    )
+    assert (config.windows, config.draft_vocab_size, config.rope_theta, config.rope_scaling) == (
+        (None,) * 5,
+        None,
+        1e6,
+        None,
+    )
     assert expected_tensors(config)["fc.weight"] == (4096, 5 * 4096)
 
 
 def test_angelslim() -> None:
-    """The published file has 94 tensors and 1,486,452,278 bytes, of which the header is some ten thousand: all of it is accounted for."""
+    """The published file has 94 tensors and 1,486,452,278 bytes, of which the header is some ten
+    thousand: all of it is accounted for."""
     config = parse(ANGELSLIM_QWEN3_4B)
-    assert (config.format, config.kind, config.num_hidden_layers, config.num_features) == ("AngelSlim", "dflare", 7, 9)
+    assert (config.format, config.kind, config.num_hidden_layers, config.num_features) == (
+        "AngelSlim",
+        "dflare",
+        7,
+        9,
+    )
     tensors = expected_tensors(config)
     assert len(tensors) == 94
     assert tensors["layer_fusion_weights"] == (7, 9)
@@ -76,15 +150,30 @@ def test_angelslim() -> None:
 
 def test_speculators() -> None:
     config = parse(SPECULATORS)
-    assert (config.format, config.kind, config.draft_vocab_size, config.vocab_size) == ("speculators", "dflash", 32000, 151936)
-    assert config.target_layer_ids == (1, 9, 17, 25, 33), "counted from zero here, from one in the file"
-    assert (config.windows, config.sliding_causal, config.num_target_layers) == ((2048, 2048, None), True, None)
+    assert (config.format, config.kind, config.draft_vocab_size, config.vocab_size) == (
+        "speculators",
+        "dflash",
+        32000,
+        151936,
+    )
+    assert config.target_layer_ids == (1, 9, 17, 25, 33), (
+        "counted from zero here, from one in the file"
+    )
+    assert (config.windows, config.sliding_causal, config.num_target_layers) == (
+        (2048, 2048, None),
+        True,
+        None,
+    )
     tensors = expected_tensors(config)
     assert (tensors["lm_head.weight"], tensors["d2t"]) == ((32000, 4096), (32000,))
     assert not parse(SPECULATORS | {"sliding_window_non_causal": True}).sliding_causal
 
 
-@pytest.mark.parametrize("raw", [Z_LAB_QWEN3_8B, ANGELSLIM_QWEN3_4B, SPECULATORS], ids=["z-lab", "AngelSlim", "speculators"])
+@pytest.mark.parametrize(
+    "raw",
+    [Z_LAB_QWEN3_8B, ANGELSLIM_QWEN3_4B, SPECULATORS],
+    ids=["z-lab", "AngelSlim", "speculators"],
+)
 def test_a_published_config_survives(raw: dict[str, Any]) -> None:
     before = copy.deepcopy(raw)
     config = parse(raw)
@@ -94,8 +183,16 @@ def test_a_published_config_survives(raw: dict[str, Any]) -> None:
         assert parse(written) == config
     same = write(config, config.format)
     differing = {name for name in raw if same.get(name) != raw[name]}
-    assert differing <= {"bos_token_id", "eos_token_id", "speculators_config", "speculators_version", "transformer_layer_config", "max_anchors",
-                         "target_hidden_size", "tie_word_embeddings"}  # fmt: skip
+    assert differing <= {
+        "bos_token_id",
+        "eos_token_id",
+        "speculators_config",
+        "speculators_version",
+        "transformer_layer_config",
+        "max_anchors",
+        "target_hidden_size",
+        "tie_word_embeddings",
+    }
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -108,11 +205,19 @@ def test_every_variant_in_every_format(name: str) -> None:
 
 def test_what_a_format_cannot_hold() -> None:
     dflare = random_drafter_config(kind="dflare")
-    with pytest.raises(DrafterConfigError, match="z-lab holds no dflare drafter: write it as AngelSlim or speculators"):
+    with pytest.raises(
+        DrafterConfigError,
+        match="z-lab holds no dflare drafter: write it as AngelSlim or speculators",
+    ):
         write(dflare, "z-lab")
-    with pytest.raises(DrafterConfigError, match="AngelSlim holds no dflash drafter: write it as z-lab or speculators"):
+    with pytest.raises(
+        DrafterConfigError,
+        match="AngelSlim holds no dflash drafter: write it as z-lab or speculators",
+    ):
         write(random_drafter_config(), "AngelSlim")
-    with pytest.raises(DrafterConfigError, match="'gguf' is not known: one of z-lab, AngelSlim, speculators"):
+    with pytest.raises(
+        DrafterConfigError, match="'gguf' is not known: one of z-lab, AngelSlim, speculators"
+    ):
         write(dflare, "gguf")
 
 
@@ -128,11 +233,17 @@ def test_vllms_own_name_for_dflare_is_read() -> None:
 
 
 def _speculative(method: str, architectures: list[str] | None) -> SimpleNamespace:
-    return SimpleNamespace(method=method, draft_model_config=SimpleNamespace(architectures=architectures))
+    return SimpleNamespace(
+        method=method, draft_model_config=SimpleNamespace(architectures=architectures)
+    )
 
 
 def test_tensor_names() -> None:
-    assert tensor_name("model.layers.0.mlp.up_proj.weight") == tensor_name("layers.0.mlp.up_proj.weight") == "layers.0.mlp.up_proj.weight"
+    assert (
+        tensor_name("model.layers.0.mlp.up_proj.weight")
+        == tensor_name("layers.0.mlp.up_proj.weight")
+        == "layers.0.mlp.up_proj.weight"
+    )
     assert tensor_name("draft_id_to_target_id") == "d2t"
 
 
@@ -140,6 +251,11 @@ def test_dtype_and_block_size_in_their_other_places() -> None:
     assert parse(SPECULATORS | {"dtype": None, "torch_dtype": "float16"}).dtype == "float16"
     layers = SPECULATORS["transformer_layer_config"] | {"dtype": "float32"}
     without = {name: value for name, value in SPECULATORS.items() if name != "dtype"}
-    assert DrafterConfig.from_dict(without | {"transformer_layer_config": layers}).dtype == "float32"
-    nested = Z_LAB_QWEN3_8B | {"block_size": None, "dflash_config": Z_LAB_QWEN3_8B["dflash_config"] | {"block_size": 10}}
+    assert (
+        DrafterConfig.from_dict(without | {"transformer_layer_config": layers}).dtype == "float32"
+    )
+    nested = Z_LAB_QWEN3_8B | {
+        "block_size": None,
+        "dflash_config": Z_LAB_QWEN3_8B["dflash_config"] | {"block_size": 10},
+    }
     assert parse(nested).block_size == 10

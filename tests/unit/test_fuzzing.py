@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 
 from fuzzing.compare import difference
-from fuzzing.draw import KNOWN, MAX_MODEL_LEN, Corpus, draw_common, draw_round, draw_settings, is_compared
+from fuzzing.draw import (
+    KNOWN,
+    MAX_MODEL_LEN,
+    Corpus,
+    draw_common,
+    draw_round,
+    draw_settings,
+    is_compared,
+)
 from fuzzing.shrink import shrink
 
 CORPUS = Corpus([[5, 6, 7, 8] * 20, [9, 10, 11] * 30], ["return self.value\n", "def a(b):\n"], 64)
@@ -17,7 +25,10 @@ REQUEST: dict[str, Any] = {"id": 0, "prompt": [1], "params": {"temperature": 0.0
 
 def rounds(seed: int, count: int, include: tuple[str, ...] = ()) -> list[list[dict[str, Any]]]:
     rng = random.Random(seed)
-    return [draw_round(rng, CORPUS, draw_settings(rng) | draw_common(rng), include) for _ in range(count)]
+    return [
+        draw_round(rng, CORPUS, draw_settings(rng) | draw_common(rng), include)
+        for _ in range(count)
+    ]
 
 
 def test_a_seed_draws_the_same_again() -> None:
@@ -46,16 +57,32 @@ def test_every_field_is_drawn_and_prompts_fit() -> None:
 
 
 def test_only_what_has_one_answer_is_compared() -> None:
-    greedy, seeded, free = ({"params": p} for p in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 1}, {"temperature": 1.0}))
-    assert [is_compared(r, {"draft_sample_method": "greedy"}) for r in (greedy, seeded, free)] == [True, True, False]
-    assert [is_compared(r, {"draft_sample_method": "probabilistic"}) for r in (greedy, seeded, free)] == [True, False, False]
+    greedy, seeded, free = (
+        {"params": p}
+        for p in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 1}, {"temperature": 1.0})
+    )
+    assert [is_compared(r, {"draft_sample_method": "greedy"}) for r in (greedy, seeded, free)] == [
+        True,
+        True,
+        False,
+    ]
+    assert [
+        is_compared(r, {"draft_sample_method": "probabilistic"}) for r in (greedy, seeded, free)
+    ] == [True, False, False]
 
 
 def answer(**changes: Any) -> dict[str, Any]:
     completion = {
-        "token_ids": [4, 5], "text": "ab", "finish_reason": "length", "stop_reason": None, "cumulative_logprob": -1.0,
-        "logprobs": [{"4": [-0.5, 1, "a"], "7": [-1.5, 2, "x"]}, {"5": [-0.5, 1, "b"], "8": [-1.0, 2, "y"]}],
-    } | changes  # fmt: skip
+        "token_ids": [4, 5],
+        "text": "ab",
+        "finish_reason": "length",
+        "stop_reason": None,
+        "cumulative_logprob": -1.0,
+        "logprobs": [
+            {"4": [-0.5, 1, "a"], "7": [-1.5, 2, "x"]},
+            {"5": [-0.5, 1, "b"], "8": [-1.0, 2, "y"]},
+        ],
+    } | changes
     return {"completions": {"0": completion}, "finished": True, "num_prompt_tokens": 1}
 
 
@@ -70,7 +97,10 @@ def answer(**changes: Any) -> dict[str, Any]:
         ({"cumulative_logprob": -1.1}, "cumulative_logprob"),
         ({"cumulative_logprob": None}, "cumulative_logprob"),
         ({"logprobs": None}, "logprobs: plain True, with drafts False"),
-        ({"logprobs": answer()["completions"]["0"]["logprobs"][:1]}, "logprobs: plain has 2 positions"),
+        (
+            {"logprobs": answer()["completions"]["0"]["logprobs"][:1]},
+            "logprobs: plain has 2 positions",
+        ),
     ],
 )
 def test_each_difference_is_seen(changes: dict[str, Any], words: str) -> None:
@@ -106,7 +136,11 @@ def test_refusals_have_to_be_alike() -> None:
 def test_an_aborted_request_is_a_beginning() -> None:
     aborted = REQUEST | {"aborted_after": 1}
     part = answer(
-        token_ids=[4], text="a", finish_reason=None, cumulative_logprob=-0.5, logprobs=answer()["completions"]["0"]["logprobs"][:1]
+        token_ids=[4],
+        text="a",
+        finish_reason=None,
+        cumulative_logprob=-0.5,
+        logprobs=answer()["completions"]["0"]["logprobs"][:1],
     )
     part["finished"] = False
     assert difference(aborted, answer(), part) is None
@@ -118,13 +152,20 @@ def test_an_aborted_request_is_a_beginning() -> None:
 def test_shrinking() -> None:
     """Down to the one neighbour, the one field and the end of the prompt that it takes."""
     requests = [
-        {"id": i, "prompt": list(range(32)), "params": {"temperature": 0.0, "max_tokens": 9, "n": 1, "stop": ["a"]}, "arrives": i}
+        {
+            "id": i,
+            "prompt": list(range(32)),
+            "params": {"temperature": 0.0, "max_tokens": 9, "n": 1, "stop": ["a"]},
+            "arrives": i,
+        }
         for i in range(9)
     ]
 
     def differs(tried: list[dict[str, Any]], wanted: int) -> bool:
         by_id = {r["id"]: r for r in tried}
-        return 6 in by_id and "stop" in by_id[wanted]["params"] and by_id[wanted]["prompt"][-1] == 31
+        return (
+            6 in by_id and "stop" in by_id[wanted]["params"] and by_id[wanted]["prompt"][-1] == 31
+        )
 
     small = shrink(requests, 2, differs)
     assert [r["id"] for r in small] == [2, 6]

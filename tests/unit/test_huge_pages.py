@@ -1,4 +1,5 @@
-"""A process's memory in huge pages: which addresses are asked for, and that what was there stays."""
+"""A process's memory in huge pages: which addresses are asked for, and that what was there
+stays."""
 
 import subprocess
 import sys
@@ -15,7 +16,7 @@ MAPS = """\
 40000000-40400000 rw-p 00000000 08:01 1234                               /lib/with a space.so
 50000000-50400000 rw-s 00000000 00:00 0
 60000000-60400000 rw-p 00000000 00:00 0                                  [stack]
-"""  # fmt: skip
+"""
 
 
 def test_whole_pages_of_private_memory_are_asked_for() -> None:
@@ -34,7 +35,8 @@ def test_a_system_that_forbids_it_is_obeyed(monkeypatch: pytest.MonkeyPatch, tmp
 
 @pytest.mark.slow
 def test_what_is_moved_stays_as_it_was() -> None:
-    """In a process of its own, as it is done to a whole process; where the kernel cannot, nothing happens."""
+    """In a process of its own, as it is done to a whole process; where the kernel cannot, nothing
+    happens."""
     code = (
         "import torch; from vllm_dflash.cpu.huge_pages import use_huge_pages\n"
         "kept = torch.arange(16 << 20, dtype=torch.int32); before = kept.clone()\n"
@@ -43,4 +45,11 @@ def test_what_is_moved_stays_as_it_was() -> None:
         "assert use_huge_pages(longest=-1.0) == 0\n"
         "print(moved)"
     )
-    assert int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout) >= 0
+    assert (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code], check=True, capture_output=True, text=True
+            ).stdout
+        )
+        >= 0
+    )

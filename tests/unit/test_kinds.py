@@ -1,4 +1,5 @@
-"""A kind is one file: what it serves is what its plain PyTorch reference computes, and every tool and the trainer take it.
+"""A kind is one file: what it serves is what its plain PyTorch reference computes, and every tool
+and the trainer take it.
 
 Tests: ``pytest tests/unit/test_kinds.py``.
 """
@@ -38,10 +39,14 @@ from vllm_dflash.training.target import find_target
 ROOT = Path(__file__).parents[2]
 OURS = ("dflare", "dflash")
 METHOD = {
-    ("formats", "METHOD"), ("adaptive/settings", "SECTION"), ("plugin", "_NAME"), ("evaluation/methods", "FIXED"),
+    ("formats", "METHOD"),
+    ("adaptive/settings", "SECTION"),
+    ("plugin", "_NAME"),
+    ("evaluation/methods", "FIXED"),
     ("evaluation/plan", "_DRAFTER"),
-}  # fmt: skip
-"""Where a string that is a kind's name is something else: vLLM's method, a section, the plug-in, a benchmark's method, a folder."""
+}
+"""Where a string that is a kind's name is something else: vLLM's method, a section, the plug-in, a
+benchmark's method, a folder."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,10 +60,16 @@ def users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """vLLM's layers ask which rank they are on."""
     from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
 
     with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"file://{tmp_path_factory.mktemp('rank') / 'store'}", 0, "gloo")
+        init_distributed_environment(
+            1, 0, f"file://{tmp_path_factory.mktemp('rank') / 'store'}", 0, "gloo"
+        )
         initialize_model_parallel()
         yield
         cleanup_dist_env_and_memory()
@@ -78,7 +89,9 @@ def test_served_is_the_reference(kind: str, bias: bool) -> None:
         torch.nn.init.normal_(parameter, 0, 0.3)
     features = torch.randn(6, config.num_features * config.hidden_size)
     with torch.inference_mode():
-        served = kind_of(config).context_part("Served")(config, config.num_key_value_heads, torch.float32, None, "context")
+        served = kind_of(config).context_part("Served")(
+            config, config.num_key_value_heads, torch.float32, None, "context"
+        )
         # In no order, as they may come.
         for name, tensor in sorted(reference.state_dict().items(), key=lambda item: item[0][::-1]):
             served.load(name, tensor)
@@ -102,7 +115,11 @@ def test_served_is_the_reference(kind: str, bias: bool) -> None:
 def test_a_served_head_is_the_reference(kind: str, confident: bool) -> None:
     config, batch, k = random_drafter_config(kind=kind), 5, 7
     torch.manual_seed(0)
-    lm_head, hidden, anchors = torch.randn(40, 16), torch.randn(batch * k, 16), torch.randint(40, (batch,), dtype=torch.int32)
+    lm_head, hidden, anchors = (
+        torch.randn(40, 16),
+        torch.randn(batch * k, 16),
+        torch.randint(40, (batch,), dtype=torch.int32),
+    )
     reference, served = (kind_of(config).head_part(part) for part in ("Reference", "Served"))
     ours, theirs = served(config, torch.float32), reference(config)
     penalty = torch.tensor([20.0])
@@ -110,7 +127,12 @@ def test_a_served_head_is_the_reference(kind: str, confident: bool) -> None:
         ours.load("head.penalty", penalty)
         theirs.load_state_dict(dict.fromkeys(theirs.state_dict(), penalty))
         logits = (hidden @ lm_head.T).view(batch, k, -1)
-        ranking = Ranking(lambda h: h @ lm_head.T, lambda x: x.argmax(-1), lambda h: (h @ lm_head.T).argmax(-1), confident)
+        ranking = Ranking(
+            lambda h: h @ lm_head.T,
+            lambda x: x.argmax(-1),
+            lambda h: (h @ lm_head.T).argmax(-1),
+            confident,
+        )
         tokens, confidences = ours.draft(hidden, anchors, k, ranking)
         expected, scores = theirs.draft(logits, anchors)
         # What training ranks is what drafting ranks, where the drafted tokens are the ones before.
@@ -123,10 +145,13 @@ def test_a_served_head_is_the_reference(kind: str, confident: bool) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_tools_take_a_users_kind(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tools_take_a_users_kind(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Inspect; convert to speculators and back.
 
-    A third kind was written as DFlareSpeculator, and inspect, the trainer's defaults and the card ended in a KeyError.
+    A third kind was written as DFlareSpeculator, and inspect, the trainer's defaults and the card
+    ended in a KeyError.
     """
     config = random_drafter_config(kind=name)
     kind, source = kind_of(config), make_random_drafter(tmp_path / "source", config=config)
@@ -138,7 +163,10 @@ def test_the_tools_take_a_users_kind(name: str, tmp_path: Path, capsys: pytest.C
     assert json.loads(capsys.readouterr().out)["conditioning"] == name
     convert(source, tmp_path / "theirs", SPECULATORS, verifier="target")
     raw = json.loads((tmp_path / "theirs" / "config.json").read_text())
-    assert (raw["architectures"], raw["speculators_model_type"]) == ([kind.speculators_architecture], name)
+    assert (raw["architectures"], raw["speculators_model_type"]) == (
+        [kind.speculators_architecture],
+        name,
+    )
     convert(tmp_path / "theirs", tmp_path / "back", kind.format)
     assert DrafterConfig.from_pretrained(tmp_path / "back") == config
     ours, back = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "back"))
@@ -148,14 +176,25 @@ def test_the_tools_take_a_users_kind(name: str, tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_users_kind_is_trained_and_exported(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_users_kind_is_trained_and_exported(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Budget, one training step that changes its own tensors, proof, export and card."""
     target = make_target(tmp_path / "target")
     held_out, ids = held_out_file(tmp_path / "held-out.jsonl", 2)
     chosen = settings(
-        target, answered_prompts(target, tmp_path / "prompts.jsonl", 8), tmp_path / "run", kind=name, layers=None, steps=1, warmup=0.0,
-        held_out_prompts=str(held_out), prove_prompts=2, eval_prompts=1, skip_vllm=True,
-    )  # fmt: skip
+        target,
+        answered_prompts(target, tmp_path / "prompts.jsonl", 8),
+        tmp_path / "run",
+        kind=name,
+        layers=None,
+        steps=1,
+        warmup=0.0,
+        held_out_prompts=str(held_out),
+        prove_prompts=2,
+        eval_prompts=1,
+        skip_vllm=True,
+    )
     config = plan(chosen, find_target(chosen))[0]
     assert config.kind == name
     assert main(["train", "--dry-run", *_flags(chosen)]) == 0
@@ -163,7 +202,10 @@ def test_a_users_kind_is_trained_and_exported(name: str, tmp_path: Path, capsys:
     answer_held_out(chosen, ids)
     assert run_stages(chosen, ("generate", "features", "train", "prove", "export"))
     torch.manual_seed(chosen.run.seed)
-    trained, first = load_file(trained_folder(chosen) / "model.safetensors"), new_drafter(config).state_dict()
+    trained, first = (
+        load_file(trained_folder(chosen) / "model.safetensors"),
+        new_drafter(config).state_dict(),
+    )
     own = kinds.own_tensors(config)
     assert own
     assert all(not torch.equal(trained[n].float(), first[n]) for n in own)
@@ -180,7 +222,13 @@ def _flags(chosen: object) -> list[str]:
         for item in dataclasses.fields(getattr(chosen, table.name)):
             value = getattr(getattr(chosen, table.name), item.name)
             if value != item.default:
-                words = [str(v) for v in value] if isinstance(value, tuple) else [] if value is True else [str(value)]
+                words = (
+                    [str(v) for v in value]
+                    if isinstance(value, tuple)
+                    else []
+                    if value is True
+                    else [str(value)]
+                )
                 flags += [f"--{item.name.replace('_', '-')}", *words]
     return flags
 
@@ -194,37 +242,66 @@ def test_the_anchors_row_may_predict() -> None:
     assert parse(raw) == config
     with pytest.raises(DrafterConfigError, match="sample_from_anchor"):
         parse(raw | {"sample_from_anchor": False})
-    labels, valid = block_labels(torch.arange(12)[None], torch.tensor([[2, 9]]), 4, config.first_row)
+    labels, valid = block_labels(
+        torch.arange(12)[None], torch.tensor([[2, 9]]), 4, config.first_row
+    )
     assert labels[0, 0].tolist() == [3, 4, 5, 6]
     assert valid[0].sum(-1).tolist() == [4, 2]
     assert len(position_weights(8, first_row=config.first_row)) == 8
     layout = block_layout(
-        next_token_ids=torch.tensor([7, 9], dtype=torch.int32), anchors=torch.tensor([3, 5], dtype=torch.int32),
-        block_table=torch.arange(8, dtype=torch.int32).view(2, 4), page_size=4, mask_token_id=1, block_size=4, num_speculative_tokens=4,
-        max_model_len=16, first_row=config.first_row,
-    )  # fmt: skip
+        next_token_ids=torch.tensor([7, 9], dtype=torch.int32),
+        anchors=torch.tensor([3, 5], dtype=torch.int32),
+        block_table=torch.arange(8, dtype=torch.int32).view(2, 4),
+        page_size=4,
+        mask_token_id=1,
+        block_size=4,
+        num_speculative_tokens=4,
+        max_model_len=16,
+        first_row=config.first_row,
+    )
     assert layout.sample_indices.tolist() == list(range(8))
 
 
 def test_what_vllm_would_draft_in_its_own_way_is_refused() -> None:
-    """vLLM's own ways of drafting know one head and one first row; with another only tau would be low."""
-    for name, on_v2, drawn in (("dflash", True, True), ("norepeat", False, False), ("fromanchor", False, True)):
+    """vLLM's own ways of drafting know one head and one first row; with another only tau would be
+    low."""
+    for name, on_v2, drawn in (
+        ("dflash", True, True),
+        ("norepeat", False, False),
+        ("fromanchor", False, True),
+    ):
         config = random_drafter_config(kind=name)
-        with nullcontext() if on_v2 else pytest.raises(DrafterConfigError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        with (
+            nullcontext()
+            if on_v2
+            else pytest.raises(DrafterConfigError, match="VLLM_USE_V2_MODEL_RUNNER=0")
+        ):
             check_v2_runner(config)
-        with nullcontext() if drawn else pytest.raises(DrafterConfigError, match="leave draft_sample_method out"):
+        with (
+            nullcontext()
+            if drawn
+            else pytest.raises(DrafterConfigError, match="leave draft_sample_method out")
+        ):
             check_sampling(config, "probabilistic")
         check_sampling(config, "greedy")
 
 
 def test_what_is_no_kind_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Another package's mistake does not end plain serving, for which the plug-in is loaded too."""
-    broken = {"absent": "import no_such_module", "plain": "KIND = 1", "twice": "from vllm_dflash.kinds.dflash import KIND"}
+    broken = {
+        "absent": "import no_such_module",
+        "plain": "KIND = 1",
+        "twice": "from vllm_dflash.kinds.dflash import KIND",
+    }
     for name, code in broken.items():
         (tmp_path / f"{name}.py").write_text(code)
         (tmp_path / f"{name}-1.dist-info").mkdir()
-        (tmp_path / f"{name}-1.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
-        (tmp_path / f"{name}-1.dist-info" / "entry_points.txt").write_text(f"[{kinds.GROUP}]\n{name} = {name}:KIND\n")
+        (tmp_path / f"{name}-1.dist-info" / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n"
+        )
+        (tmp_path / f"{name}-1.dist-info" / "entry_points.txt").write_text(
+            f"[{kinds.GROUP}]\n{name} = {name}:KIND\n"
+        )
     with on_path(tmp_path), caplog.at_level("WARNING"):
         assert set(kinds.names()) == {*OURS, *NAMES}
     for name in broken:
@@ -232,7 +309,8 @@ def test_what_is_no_kind_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 
 def test_nothing_else_names_a_kind() -> None:
-    """Outside ``kinds/`` no string is a kind's name, but for those constants that are named so for something else."""
+    """Outside ``kinds/`` no string is a kind's name, but for those constants that are named so for
+    something else."""
     found = set()
     for folder in (ROOT / "vllm_dflash", ROOT / "patches"):
         for path in folder.rglob("*.py"):
@@ -243,10 +321,17 @@ def test_nothing_else_names_a_kind() -> None:
 
 
 def _naming(tree: ast.Module) -> set[str]:
-    """The names that a module gives to strings that are a kind's name; ``""`` for such a string anywhere else."""
+    """The names that a module gives to strings that are a kind's name; ``""`` for such a string
+    anywhere else."""
     named = {
         id(node.value): target.id
-        for node in tree.body if isinstance(node, ast.Assign)
-        for target in node.targets if isinstance(target, ast.Name)
-    }  # fmt: skip
-    return {named.get(id(node), "") for node in ast.walk(tree) if isinstance(node, ast.Constant) and node.value in OURS}
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    return {
+        named.get(id(node), "")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in OURS
+    }

@@ -3,10 +3,17 @@
 import pytest
 import torch
 
-from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_layout, committed_rows, without_rejected
+from vllm_dflash.drafting.layout import (
+    PAD_SLOT_ID,
+    BlockLayout,
+    block_layout,
+    committed_rows,
+    without_rejected,
+)
 
 PAGE = 4
-# Two requests. The first ran rows at positions 2..6 and two of them were rejected: n = 5. The second ran position 9: n = 10.
+# Two requests. The first ran rows at positions 2..6 and two of them were rejected: n = 5. The
+# second ran position 9: n = 10.
 QUERY_START = torch.tensor([0, 5, 6], dtype=torch.int32)
 SEQ_LENS = torch.tensor([7, 10], dtype=torch.int32)
 REJECTED = torch.tensor([2, 0], dtype=torch.int32)
@@ -14,11 +21,20 @@ BLOCK_TABLE = torch.tensor([[7, 3, 9, 0], [2, 8, 5, 6]], dtype=torch.int32)
 SLOTS = torch.tensor([30, 31, 12, 13, 14, 21])
 
 
-def layout(k: int = 3, max_model_len: int = 16, block_size: int = 4, may_overflow: bool = True) -> BlockLayout:
+def layout(
+    k: int = 3, max_model_len: int = 16, block_size: int = 4, may_overflow: bool = True
+) -> BlockLayout:
     return block_layout(
-        next_token_ids=torch.tensor([100, 200], dtype=torch.int32), anchors=SEQ_LENS - REJECTED, block_table=BLOCK_TABLE, page_size=PAGE,
-        mask_token_id=1, block_size=block_size, num_speculative_tokens=k, max_model_len=max_model_len, may_overflow=may_overflow,
-    )  # fmt: skip
+        next_token_ids=torch.tensor([100, 200], dtype=torch.int32),
+        anchors=SEQ_LENS - REJECTED,
+        block_table=BLOCK_TABLE,
+        page_size=PAGE,
+        mask_token_id=1,
+        block_size=block_size,
+        num_speculative_tokens=k,
+        max_model_len=max_model_len,
+        may_overflow=may_overflow,
+    )
 
 
 @pytest.mark.parametrize("may_overflow", [True, False])
@@ -26,15 +42,26 @@ def test_block_follows_the_committed_tokens(may_overflow: bool) -> None:
     got = layout(may_overflow=may_overflow)
     assert got.input_ids.tolist() == [100, 1, 1, 1, 200, 1, 1, 1]
     assert got.positions.tolist() == [5, 6, 7, 8, 10, 11, 12, 13]
-    # Position 5 is in the first request's second page (3), at offset 1; position 8 in its third (9).
-    assert got.slot_mapping.tolist() == [3 * 4 + 1, 3 * 4 + 2, 3 * 4 + 3, 9 * 4, 5 * 4 + 2, 5 * 4 + 3, 6 * 4, 6 * 4 + 1]
+    # Position 5 is in the first request's second page (3), at offset 1; position 8 in its third
+    # (9).
+    assert got.slot_mapping.tolist() == [
+        3 * 4 + 1,
+        3 * 4 + 2,
+        3 * 4 + 3,
+        9 * 4,
+        5 * 4 + 2,
+        5 * 4 + 3,
+        6 * 4,
+        6 * 4 + 1,
+    ]
     assert got.seq_lens.tolist() == [9, 14]
     assert got.sample_indices.tolist() == [1, 2, 3, 5, 6, 7]
 
 
 @pytest.mark.parametrize("may_overflow", [True, False])
 def test_the_block_is_whole_whatever_k_is(may_overflow: bool) -> None:
-    """The embedded drafter, trained on whole blocks of eight, has a tau of 4.3 with all its masks and 1.1 with one fewer."""
+    """The embedded drafter, trained on whole blocks of eight, has a tau of 4.3 with all its masks
+    and 1.1 with one fewer."""
     got, whole = layout(k=1, may_overflow=may_overflow), layout(may_overflow=may_overflow)
     assert got.sample_indices.tolist() == [1, 5]
     for name in ("input_ids", "positions", "slot_mapping", "seq_lens"):
@@ -42,7 +69,14 @@ def test_the_block_is_whole_whatever_k_is(may_overflow: bool) -> None:
 
 
 def test_rejected_rows_are_not_stored() -> None:
-    assert without_rejected(SLOTS, QUERY_START, REJECTED).tolist() == [30, 31, 12, PAD_SLOT_ID, PAD_SLOT_ID, 21]
+    assert without_rejected(SLOTS, QUERY_START, REJECTED).tolist() == [
+        30,
+        31,
+        12,
+        PAD_SLOT_ID,
+        PAD_SLOT_ID,
+        21,
+    ]
 
 
 def test_committed_rows() -> None:
@@ -53,14 +87,20 @@ def test_committed_rows() -> None:
 
 
 def test_positions_past_the_end_do_not_exist() -> None:
-    """Attention takes the rows for the last positions of the sequence: a block that is cut stands at the end of its rows.
+    """Attention takes the rows for the last positions of the sequence: a block that is cut stands
+    at the end of its rows.
 
-    Rows kept in front would be off by the overflow under a window or a causal mask. The other request keeps its whole block.
+    Rows kept in front would be off by the overflow under a window or a causal mask. The other
+    request keeps its whole block.
     """
     got = layout(max_model_len=12)
     assert got.input_ids.tolist()[:4] == [100, 1, 1, 1]
-    assert got.input_ids.tolist()[6:] == [200, 1], "the two rows before have no slot: they stand for nothing"
+    assert got.input_ids.tolist()[6:] == [200, 1], (
+        "the two rows before have no slot: they stand for nothing"
+    )
     assert got.slot_mapping.tolist()[4:] == [PAD_SLOT_ID, PAD_SLOT_ID, 5 * 4 + 2, 5 * 4 + 3]
     assert got.positions.tolist()[4:] == [10, 10, 10, 11]
     assert got.seq_lens.tolist() == [9, 12]
-    assert got.sample_indices.tolist() == [1, 2, 3, 7, 7, 7], "the one mask that exists is the batch's last row"
+    assert got.sample_indices.tolist() == [1, 2, 3, 7, 7, 7], (
+        "the one mask that exists is the batch's last row"
+    )

@@ -1,4 +1,5 @@
-"""One command at a time in a run folder; of two that began at once, one once ended with a FileNotFoundError on the other's ``.part``."""
+"""One command at a time in a run folder; of two that began at once, one once ended with a
+FileNotFoundError on the other's ``.part``."""
 
 import json
 import multiprocessing
@@ -30,7 +31,10 @@ def held_by_another(folder: Path):
 def test_who_holds_it_is_said(tmp_path: Path) -> None:
     """And once it is killed, hard, nothing is left to be removed by hand."""
     process = held_by_another(tmp_path / "run")
-    words = rf"run is in use by vllm-dflash train, process {process.pid} on \S+ since 20\d\d-\S+: wait for its end, stop it, or choose"
+    words = (
+        rf"run is in use by vllm-dflash train, process {process.pid} on \S+ since 20\d\d-\S+: wait"
+        r" for its end, stop it, or choose"
+    )
     with pytest.raises(RunError, match=words), hold(tmp_path / "run", "vllm-dflash train"):
         pass
     process.kill()
@@ -46,7 +50,10 @@ def test_who_holds_it_is_said(tmp_path: Path) -> None:
 def test_a_lock_that_says_nothing(tmp_path: Path) -> None:
     process = held_by_another(tmp_path)
     (tmp_path / "lock").write_bytes(b"\xff")
-    with pytest.raises(RunError, match="is in use by another command: wait"), hold(tmp_path, "train"):
+    with (
+        pytest.raises(RunError, match="is in use by another command: wait"),
+        hold(tmp_path, "train"),
+    ):
         pass
     process.kill()
     process.join()
@@ -55,7 +62,9 @@ def test_a_lock_that_says_nothing(tmp_path: Path) -> None:
 def test_something_else_in_its_place(tmp_path: Path) -> None:
     (tmp_path / "lock").mkdir()
     with (
-        pytest.raises(RunError, match=r"lock cannot be written \(Is a directory\): remove or move what is at"),
+        pytest.raises(
+            RunError, match=r"lock cannot be written \(Is a directory\): remove or move what is at"
+        ),
         hold(tmp_path, "train"),
     ):
         pass

@@ -1,4 +1,5 @@
-"""Position weights, labels, the weighted loss and the predicted acceptance length, against figures worked by hand.
+"""Position weights, labels, the weighted loss and the predicted acceptance length, against figures
+worked by hand.
 
 Tests: ``pytest tests/unit/test_loss.py``.
 """
@@ -8,7 +9,13 @@ import math
 import pytest
 import torch
 
-from vllm_dflash.reference.loss import acceptance_length, block_labels, block_loss, default_gamma, position_weights
+from vllm_dflash.reference.loss import (
+    acceptance_length,
+    block_labels,
+    block_loss,
+    default_gamma,
+    position_weights,
+)
 
 
 def test_published_gammas() -> None:
@@ -51,9 +58,13 @@ def test_loss_is_the_weighted_mean_over_what_is_valid() -> None:
     for n in range(2):
         for k in range(3):
             if valid[0, n, k]:
-                total += weights[k].item() * -logits[0, n, k].log_softmax(-1)[labels[0, n, k]].item()
+                total += (
+                    weights[k].item() * -logits[0, n, k].log_softmax(-1)[labels[0, n, k]].item()
+                )
                 mass += weights[k].item()
-    assert block_loss(logits, labels, valid, weights).item() == pytest.approx(total / mass, rel=1e-5)
+    assert block_loss(logits, labels, valid, weights).item() == pytest.approx(
+        total / mass, rel=1e-5
+    )
 
 
 def test_loss_of_nothing_valid_is_zero_and_not_nan() -> None:
@@ -67,4 +78,6 @@ def test_acceptance_counts_only_the_prefix() -> None:
     predicted = torch.tensor([[[1, 2, 3], [1, 0, 3], [0, 2, 3], [1, 2, 3]]])
     valid = torch.ones(1, 4, 3, dtype=torch.bool)
     valid[0, 3, 2] = False
-    assert acceptance_length(predicted, labels, valid).item() == pytest.approx(1 + (3 + 1 + 0 + 2) / 4)
+    assert acceptance_length(predicted, labels, valid).item() == pytest.approx(
+        1 + (3 + 1 + 0 + 2) / 4
+    )

@@ -20,10 +20,14 @@ def test_every_entry(block_size: int) -> None:
         for query in range(4 * block_size):
             anchor = anchors[row, query // block_size].item()
             for key in range(context):
-                assert mask[row, 0, query, key] == (key < anchor), "the context ends before the anchor"
+                assert mask[row, 0, query, key] == (key < anchor), (
+                    "the context ends before the anchor"
+                )
             for other in range(4 * block_size):
                 same = other // block_size == query // block_size
-                assert mask[row, 0, query, context + other] == same, "all of the own block, in both directions, and no other"
+                assert mask[row, 0, query, context + other] == same, (
+                    "all of the own block, in both directions, and no other"
+                )
 
 
 def test_context_mask_is_the_left_part() -> None:
@@ -36,16 +40,22 @@ def test_block_positions() -> None:
 
 
 def test_block_attention_equals_masked_attention() -> None:
-    """The split attention that training runs gives what SDPA gives under the full mask, outputs and gradients."""
+    """The split attention that training runs gives what SDPA gives under the full mask, outputs and
+    gradients."""
     torch.manual_seed(0)
     anchors, size, length = torch.tensor([[2, 5, 0], [6, 1, 4]]), 4, 7
     q, own_k, own_v = (torch.randn(2, 12, 3, 8, requires_grad=True) for _ in range(3))
     k, v = (torch.randn(2, length, 3, 8, requires_grad=True) for _ in range(2))
     inputs = (q, k, v, own_k, own_v)
     split = block_attention(*inputs, context_mask(anchors, size, length), size)
-    keys, values = torch.cat([k, own_k], 1).transpose(1, 2), torch.cat([v, own_v], 1).transpose(1, 2)
+    keys, values = (
+        torch.cat([k, own_k], 1).transpose(1, 2),
+        torch.cat([v, own_v], 1).transpose(1, 2),
+    )
     mask = training_mask(anchors, size, length)
-    full = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=mask).transpose(1, 2)
+    full = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(1, 2), keys, values, attn_mask=mask
+    ).transpose(1, 2)
     torch.testing.assert_close(split, full)
     scale = torch.randn_like(split)
     gradients = (torch.autograd.grad((out * scale).sum(), inputs) for out in (split, full))

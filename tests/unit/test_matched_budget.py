@@ -1,4 +1,5 @@
-"""The study's variants are of one size where it is matched by parameters, and its intervals are Student's."""
+"""The study's variants are of one size where it is matched by parameters, and its intervals are
+Student's."""
 
 import argparse
 import importlib.util
@@ -46,17 +47,40 @@ def test_intervals(study) -> None:
 
 
 def test_differences_are_paired_by_seed(study, tmp_path: Path) -> None:
-    """What all variants of a seed have in common cancels out; a question's mean weighs seeds alike."""
-    budget = dict(match="steps", steps=10, batch_size=16, anchors=32, dtype="float32", precision="float32")
+    """What all variants of a seed have in common cancels out; a question's mean weighs seeds
+    alike."""
+    budget = dict(
+        match="steps", steps=10, batch_size=16, anchors=32, dtype="float32", precision="float32"
+    )
     args = argparse.Namespace(**budget, out=tmp_path, results=None)
-    taus = {("dflash-3x3", s): s for s in (0, 1, 2)} | {("dflare-3x3", s): s + 0.5 + s / 100 for s in (0, 1, 2)}
-    taus |= {("dflash-3x5", s): s for s in (0, 1)} | {("dflare-3x5", s): s + 0.3 for s in (0, 1)} | {("dflare-3x5-tied", 0): 0.1}
+    taus = {("dflash-3x3", s): s for s in (0, 1, 2)} | {
+        ("dflare-3x3", s): s + 0.5 + s / 100 for s in (0, 1, 2)
+    }
+    taus |= (
+        {("dflash-3x5", s): s for s in (0, 1)}
+        | {("dflare-3x5", s): s + 0.3 for s in (0, 1)}
+        | {("dflare-3x5-tied", 0): 0.1}
+    )
     taus |= {("dflare-2x5", s): s for s in (0, 1, 2)} | {("dflash-2x5", s): s - 0.1 for s in (0, 1)}
-    lines = [json.dumps(budget | {"variant": name, "seed": seed, "tau": tau}) for (name, seed), tau in taus.items()]
+    lines = [
+        json.dumps(budget | {"variant": name, "seed": seed, "tau": tau})
+        for (name, seed), tau in taus.items()
+    ]
     (tmp_path / "results.jsonl").write_text("\n".join(lines))
     table = study.differences(args).splitlines()
-    assert "| DFlare over DFlash | dflare-3x3 less dflash-3x3 | +0.510 | ± 0.025 | 3 | higher |" in table
-    assert "| DFlare over DFlash | dflare-3x5 less dflash-3x5 | +0.300 | ± 0.000 | 2 | higher |" in table
-    assert not any("DFlare over DFlash | **mean**" in line for line in table), "only one of these has all seeds"
+    assert (
+        "| DFlare over DFlash | dflare-3x3 less dflash-3x3 | +0.510 | ± 0.025 | 3 | higher |"
+        in table
+    )
+    assert (
+        "| DFlare over DFlash | dflare-3x5 less dflash-3x5 | +0.300 | ± 0.000 | 2 | higher |"
+        in table
+    )
+    assert not any("DFlare over DFlash | **mean**" in line for line in table), (
+        "only one of these has all seeds"
+    )
     assert "| more draft layers | **mean** | +0.200 | ± 0.000 | 2 | higher |" in table
-    assert "| own projections of the context | dflare-3x5 less dflare-3x5-tied | +0.200 | ± inf | 1 | not told apart |" in table
+    assert (
+        "| own projections of the context | dflare-3x5 less dflare-3x5-tied | +0.200 | ± inf | 1 |"
+        " not told apart |" in table
+    )

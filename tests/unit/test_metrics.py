@@ -1,4 +1,5 @@
-"""Metrics without an engine: the catalog, what recorders count in, snapshots, the text, the figures of ``vllm-dflash top``."""
+"""Metrics without an engine: the catalog, what recorders count in, snapshots, the text, the figures
+of ``vllm-dflash top``."""
 
 import errno
 import http.server
@@ -44,7 +45,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def leave(folder: Path, engine: str = "0", **samples: object) -> None:
-    snapshots.write(folder / snapshots.file_name("engine", engine), {"labels": ["m", engine], "samples": samples})
+    snapshots.write(
+        folder / snapshots.file_name("engine", engine),
+        {"labels": ["m", engine], "samples": samples},
+    )
 
 
 def test_names_follow_prometheus_rules():
@@ -58,13 +62,20 @@ def test_names_follow_prometheus_rules():
 
 
 def test_the_guide_has_the_table_of_the_code():
-    assert catalog.table() in (ROOT / "docs" / "monitoring.md").read_text(), "python -m vllm_dflash.metrics.catalog prints the table"
+    assert catalog.table() in (ROOT / "docs" / "monitoring.md").read_text(), (
+        "python -m vllm_dflash.metrics.catalog prints the table"
+    )
 
 
 def test_buckets_of_labels():
     assert [catalog.context_bucket(n) for n in (0, 255, 256, 4095, 4096, 10**6)] == [
-        "0-255", "0-255", "256-1023", "1024-4095", "4096-16383", "65536+",
-    ]  # fmt: skip
+        "0-255",
+        "0-255",
+        "256-1023",
+        "1024-4095",
+        "4096-16383",
+        "65536+",
+    ]
     assert [catalog.confidence_bucket(i) for i in (0, 9)] == ["0.0-0.1", "0.9-1.0"]
 
 
@@ -92,24 +103,38 @@ def test_speedup_against_plain_steps():
 
 
 def test_text_of_snapshots(folder: Path):
-    leave(folder, accepted_length=[([], histogram("accepted_length", 1, 4, 4))], reached_tokens=[(["1"], 3)])
+    leave(
+        folder,
+        accepted_length=[([], histogram("accepted_length", 1, 4, 4))],
+        reached_tokens=[(["1"], 3)],
+    )
     leave(folder, "1", reached_tokens=[(["1"], 5)])
     found = {f.name: f for f in text_string_to_metric_families(read(wait=False))}
     assert set(found) == {"vllm_dflash_accepted_length", "vllm_dflash_reached_tokens"}
-    assert {s.labels["engine"]: s.value for s in found["vllm_dflash_reached_tokens"].samples} == {"0": 3, "1": 5}
-    lengths = {s.labels.get("le", s.name): s.value for s in found["vllm_dflash_accepted_length"].samples}
+    assert {s.labels["engine"]: s.value for s in found["vllm_dflash_reached_tokens"].samples} == {
+        "0": 3,
+        "1": 5,
+    }
+    lengths = {
+        s.labels.get("le", s.name): s.value for s in found["vllm_dflash_accepted_length"].samples
+    }
     assert (lengths["1.0"], lengths["3.0"], lengths["4.0"], lengths["+Inf"]) == (1, 1, 3, 3)
     assert lengths["vllm_dflash_accepted_length_sum"] == 9
 
 
 def test_a_process_that_is_gone_leaves_no_series(folder: Path):
     """Prometheus would show its last values for ever, beside those of the process in its place."""
-    code = "from pathlib import Path; from vllm_dflash.metrics import snapshots as s; " \
-        "s.write(s.folder() / s.file_name('engine', '0'), {'labels': ['m', '0'], 'samples': {'reached_tokens': [[['1'], 9]]}})"  # fmt: skip
+    code = (
+        "from pathlib import Path; from vllm_dflash.metrics import snapshots as s;"
+        " s.write(s.folder() / s.file_name('engine', '0'), {'labels': ['m', '0'], 'samples':"
+        " {'reached_tokens': [[['1'], 9]]}})"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     assert len(list(folder.glob("*.json"))) == 1
     leave(folder, reached_tokens=[(["1"], 2)])
-    assert next(line for line in read(wait=False).splitlines() if line.startswith("vllm_dflash_reached")).endswith(" 2.0")
+    assert next(
+        line for line in read(wait=False).splitlines() if line.startswith("vllm_dflash_reached")
+    ).endswith(" 2.0")
     assert len(list(folder.glob("*.json"))) == 1
     # The same number, another process.
     (folder / f"engine-0-{os.getpid()}-1.json").write_text("{}")
@@ -119,26 +144,50 @@ def test_a_process_that_is_gone_leaves_no_series(folder: Path):
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_snapshot_costs_its_own_series_alone(folder: Path, damage: str):
     """One that was not as it should be once made all of /metrics answer 400."""
-    leave(folder, "0", reached_tokens=[(["1"], 2)], accepted_length=[([], histogram("accepted_length", 1, 3))])
+    leave(
+        folder,
+        "0",
+        reached_tokens=[(["1"], 2)],
+        accepted_length=[([], histogram("accepted_length", 1, 3))],
+    )
     leave(folder, "1", reached_tokens=[(["1"], 3)])
     DAMAGES[damage](folder / snapshots.file_name("engine", "0"))
     with as_a_user():
         text = read(wait=False)
-    found = [line for line in text.splitlines() if line.startswith("vllm_dflash_reached_tokens_total")]
-    assert found[-1] == 'vllm_dflash_reached_tokens_total{engine="1",model_name="m",position="1"} 3.0'
+    found = [
+        line for line in text.splitlines() if line.startswith("vllm_dflash_reached_tokens_total")
+    ]
+    assert (
+        found[-1] == 'vllm_dflash_reached_tokens_total{engine="1",model_name="m",position="1"} 3.0'
+    )
 
 
 @pytest.mark.parametrize(
-    "sample", [None, [], 3, [["1"]], [["1", "2"], 3], [["1"], "3"], [["1"], [1, 2]], [[["1"]], 3], [["1"], 3, 4], [["1"], float("nan")]]
+    "sample",
+    [
+        None,
+        [],
+        3,
+        [["1"]],
+        [["1", "2"], 3],
+        [["1"], "3"],
+        [["1"], [1, 2]],
+        [[["1"]], 3],
+        [["1"], 3, 4],
+        [["1"], float("nan")],
+    ],
 )
 def test_a_sample_of_another_shape_is_left_out(folder: Path, sample: object):
     leave(folder, "0", reached_tokens=[sample], accepted_length=[sample], drafter_info=[sample])
     leave(folder, "1", reached_tokens=[(["1"], 3)])
-    assert 'vllm_dflash_reached_tokens_total{engine="1",model_name="m",position="1"} 3.0' in read(wait=False)
+    assert 'vllm_dflash_reached_tokens_total{engine="1",model_name="m",position="1"} 3.0' in read(
+        wait=False
+    )
 
 
 def test_files_of_others_in_the_folder(folder: Path):
-    """A stray ``.json`` once made all of /metrics answer 400. It is left alone; so are pipes and folders."""
+    """A stray ``.json`` once made all of /metrics answer 400. It is left alone; so are pipes and
+    folders."""
     leave(folder, reached_tokens=[(["1"], 2)])
     for name in ("notes.json", "a-b.json", "engine-0-x-y.json", "-1-2.json"):
         (folder / name).write_text("{}")
@@ -156,13 +205,17 @@ class Source:
 
 
 def recorder_of(source: Source) -> Recorder:
-    config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=0), model_config=SimpleNamespace(served_model_name="m"))
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(data_parallel_index=0),
+        model_config=SimpleNamespace(served_model_name="m"),
+    )
     return Recorder("engine", config, source.samples)
 
 
 @pytest.mark.parametrize("denial", DENIALS)
 def test_a_folder_without_permission(folder: Path, denial: str, caplog: pytest.LogCaptureFixture):
-    """What cannot be read is left out of /metrics, which answers; a writer says so once and goes on."""
+    """What cannot be read is left out of /metrics, which answers; a writer says so once and goes
+    on."""
     leave(folder, reached_tokens=[(["1"], 2)])
     source = Source()
     recording = recorder_of(source)
@@ -177,11 +230,14 @@ def test_a_folder_without_permission(folder: Path, denial: str, caplog: pytest.L
         folder.chmod(0o755)
         recording.close()
     assert ("reached_tokens_total{" in text) == (denial == "no writing")
-    assert caplog.text.count("are not up to date until it can be written") == (denial != "no listing")
+    assert caplog.text.count("are not up to date until it can be written") == (
+        denial != "no listing"
+    )
 
 
 def test_a_disk_that_is_full_for_a_while(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """It once ended the writing thread for good; now the next second writes what was counted meanwhile. No part of a file is left."""
+    """It once ended the writing thread for good; now the next second writes what was counted
+    meanwhile. No part of a file is left."""
     full, write = [True], Path.write_text
 
     def write_text(self: Path, text: str, **more: object) -> int:
@@ -205,7 +261,8 @@ def test_a_disk_that_is_full_for_a_while(folder: Path, monkeypatch: pytest.Monke
 
 
 def test_the_last_one_takes_the_folder_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """It stayed behind after SIGTERM, for the server's first process then ends without its exit handlers. A folder that the user named stays."""
+    """It stayed behind after SIGTERM, for the server's first process then ends without its exit
+    handlers. A folder that the user named stays."""
     for variable, stays in ((snapshots._OURS, False), (snapshots.USERS, True)):
         monkeypatch.delenv(snapshots.USERS, raising=False)
         monkeypatch.setenv(variable, str(tmp_path / variable))
@@ -218,7 +275,9 @@ def test_the_last_one_takes_the_folder_along(tmp_path: Path, monkeypatch: pytest
         assert not list(tmp_path.rglob("*.json"))
 
 
-def test_a_process_of_multiprocessing_ends_its_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_process_of_multiprocessing_ends_its_series(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """vLLM's workers are such, and end without ``atexit``."""
     monkeypatch.delenv(snapshots.USERS, raising=False)
     monkeypatch.setenv(snapshots._OURS, str(tmp_path / "ours"))
@@ -235,10 +294,14 @@ def test_a_process_of_multiprocessing_ends_its_series(tmp_path: Path, monkeypatc
 
 
 def test_folders_of_servers_that_were_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The next engine removes them, but none of a server that lives, nor what only looks like one."""
+    """The next engine removes them, but none of a server that lives, nor what only looks like
+    one."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     gone = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", "import os; print(os.getpid())"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.strip()
     names = [f"vllm-dflash-metrics-{pid}-abcd" for pid in (gone, os.getpid(), "x")]
     for name in names:
@@ -271,15 +334,22 @@ def test_top_of_an_answer_that_is_cut_short(capsys: pytest.CaptureFixture[str], 
     assert "is cut short" in capsys.readouterr().err
 
 
-def test_a_server_started_by_a_process_of_vllm_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch):
+def test_a_server_started_by_a_process_of_vllm_has_a_folder_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.delenv(snapshots.USERS, raising=False)
-    show = "from vllm_dflash.metrics import snapshots as s; s.choose_folder(); print(s.folder(), flush=True)"
-    code = (
-        f"import multiprocessing, subprocess, sys; show = {show!r}; exec(show); "
-        "child = multiprocessing.get_context('fork').Process(target=exec, args=(show,)); child.start(); child.join(); "
-        "subprocess.run([sys.executable, '-c', show], check=True)"
+    show = (
+        "from vllm_dflash.metrics import snapshots as s; s.choose_folder(); print(s.folder(),"
+        " flush=True)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    code = (
+        f"import multiprocessing, subprocess, sys; show = {show!r}; exec(show); child ="
+        " multiprocessing.get_context('fork').Process(target=exec, args=(show,)); child.start();"
+        " child.join(); subprocess.run([sys.executable, '-c', show], check=True)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     own, child, server = done.stdout.split()
     assert own == child != server
 
@@ -321,7 +391,10 @@ def test_figures_and_what_they_say():
     assert (found["tau"], found["acceptance"], found["speedup"]) == (2.5, {"1": 0.75}, None)
     assert "cannot be said" in verdict(found)
     [paying] = figures(Scrape.parse(MANY + BASELINE, 0.0))
-    said = "pays: 1.50 x plain decoding (plain_steps; 1.29 to 1.74 by 400 verifications in 400 steps), tau 2.50"
+    said = (
+        "pays: 1.50 x plain decoding (plain_steps; 1.29 to 1.74 by 400 verifications in 400 steps),"
+        " tau 2.50"
+    )
     assert verdict(paying) == said
     [since] = figures(Scrape.parse(TEXT, 5.0), Scrape.parse(TEXT, 3.0))
     assert since["tau"] is None
@@ -329,10 +402,23 @@ def test_figures_and_what_they_say():
 
 
 def test_no_verdict_by_a_few_verifications():
-    """``top`` said "does not pay: 0.50 x" after 16 verifications on a machine that was busy for a moment."""
-    few = {"speedup": 0.5, "tau": 2.5, "verifications": 16.0, "steps": 16.0, "block_size": 8.0, "baseline": "cost_model"}
-    assert verdict(few) == "no verdict yet: between 0.24 and 1.05 x plain decoding by 16 verifications in 16 steps"
-    assert verdict(few | {"verifications": 64.0, "steps": 16.0}).startswith("no verdict yet"), "one step's time is common to its requests"
+    """``top`` said "does not pay: 0.50 x" after 16 verifications on a machine that was busy for a
+    moment."""
+    few = {
+        "speedup": 0.5,
+        "tau": 2.5,
+        "verifications": 16.0,
+        "steps": 16.0,
+        "block_size": 8.0,
+        "baseline": "cost_model",
+    }
+    assert (
+        verdict(few)
+        == "no verdict yet: between 0.24 and 1.05 x plain decoding by 16 verifications in 16 steps"
+    )
+    assert verdict(few | {"verifications": 64.0, "steps": 16.0}).startswith("no verdict yet"), (
+        "one step's time is common to its requests"
+    )
     assert verdict(few | {"verifications": 64.0, "steps": 64.0}).startswith("does not pay: 0.50 x")
     many = few | {"verifications": 9000.0, "steps": 9000.0}
     assert verdict(many | {"speedup": 1.0}).startswith("makes no difference: 1.00 x")
@@ -342,18 +428,25 @@ def test_no_verdict_by_a_few_verifications():
 
 def test_what_top_says_of_drafting(folder: Path):
     """From the controller's own state to the line: in the metrics' text and back."""
-    assert drafting_line(figures(Scrape.parse(TEXT, 0.0))[0]) == "always on: without adaptive drafting"
+    assert (
+        drafting_line(figures(Scrape.parse(TEXT, 0.0))[0]) == "always on: without adaptive drafting"
+    )
     info = [(["d", "DFlashDraftModel", "8", "7", "true", "0"], 1)]
     lines = []
     for status in (
-        Status(False, "slow", measured=820.0, next_trial=40.0), Status(False, "rejected", measured=999.0, next_trial=7200.0),
-        Status(True, "pays", measured=998.0), Status(True, "first"),
-    ):  # fmt: skip
+        Status(False, "slow", measured=820.0, next_trial=40.0),
+        Status(False, "rejected", measured=999.0, next_trial=7200.0),
+        Status(True, "pays", measured=998.0),
+        Status(True, "first"),
+    ):
         leave(folder, drafter_info=info, **drafting_samples(status, now=1000.0))
         lines.append(drafting_line(figures(Scrape.parse(read(wait=False), 0.0))[0]))
     assert lines == [
         "off: measured slow, 3.0 minutes ago, next trial in 40 seconds of decoding",
-        "off: too few draft tokens are accepted, 1 seconds ago, next trial in 2.0 hours of decoding",
+        (
+            "off: too few draft tokens are accepted, 1 seconds ago, next trial in 2.0 hours of"
+            " decoding"
+        ),
         "on: measured to pay, 2 seconds ago",
         "on: first steps of a batch size",
     ]
@@ -362,4 +455,9 @@ def test_what_top_says_of_drafting(folder: Path):
 def test_top_without_a_server(capsys: pytest.CaptureFixture[str]):
     assert main(["top", "127.0.0.1:9", "--once"]) == 2
     assert "does not answer" in capsys.readouterr().err
-    assert address("host:1") == address("http://host:1/") == address("http://host:1/metrics") == "http://host:1/metrics"
+    assert (
+        address("host:1")
+        == address("http://host:1/")
+        == address("http://host:1/metrics")
+        == "http://host:1/metrics"
+    )

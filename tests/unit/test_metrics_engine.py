@@ -34,7 +34,10 @@ def watch(scheduler: Any, *steps: tuple[Any, Any], adaptive: bool = True) -> dic
     """The samples after some steps."""
     record, watching = Steps(scheduler), Watching(scheduler, adaptive)
     record.add(watching)
-    schedule, update = record.around_schedule(scheduler.schedule), record.around_update(scheduler.update)
+    schedule, update = (
+        record.around_schedule(scheduler.schedule),
+        record.around_update(scheduler.update),
+    )
     for scheduled, ran in steps:
         schedule()
         update(scheduled, ran)
@@ -42,18 +45,26 @@ def watch(scheduler: Any, *steps: tuple[Any, Any], adaptive: bool = True) -> dic
 
 
 def speculative(k: int = 3) -> tuple[Any, Any]:
-    """``a`` has three draft tokens, two right; ``b`` three, of which a grammar forbids two, and none right; ``c`` has none."""
+    """``a`` has three draft tokens, two right; ``b`` three, of which a grammar forbids two, and
+    none right; ``c`` has none."""
     return scheduled_of(
-        {"a": 4, "b": 4, "c": 1}, k=k, drafts={"a": [7, 8, 9], "b": [1, -1, -1]}, num_invalid_spec_tokens={"b": 2}
-    ), ran_of({"a": [7, 8, 4], "b": [5], "c": [6]})  # fmt: skip
+        {"a": 4, "b": 4, "c": 1},
+        k=k,
+        drafts={"a": [7, 8, 9], "b": [1, -1, -1]},
+        num_invalid_spec_tokens={"b": 2},
+    ), ran_of({"a": [7, 8, 4], "b": [5], "c": [6]})
 
 
 def plain(k: int = 0) -> tuple[Any, Any]:
-    return scheduled_of({"a": 1, "b": 1}, k=k, num_output_tokens=[20, 20]), ran_of({"a": [1], "b": [1]})
+    return scheduled_of({"a": 1, "b": 1}, k=k, num_output_tokens=[20, 20]), ran_of(
+        {"a": [1], "b": [1]}
+    )
 
 
 def test_what_becomes_of_drafts() -> None:
-    scheduler = scheduler_of({"a": 20, "b": 250, "c": 20}, confidences={"a": [0.95, 0.5, 0.2], "b": [0.31, 0.9, 0.9]})
+    scheduler = scheduler_of(
+        {"a": 20, "b": 250, "c": 20}, confidences={"a": [0.95, 0.5, 0.2], "b": [0.31, 0.9, 0.9]}
+    )
     found = watch(scheduler, speculative())
     assert found["verified_tokens"] == [(["1"], 2), (["2"], 1), (["3"], 1)]
     assert found["reached_tokens"] == [(["1"], 2), (["2"], 1), (["3"], 1)]
@@ -68,9 +79,26 @@ def test_what_becomes_of_drafts() -> None:
     ]
     assert found["context_committed_tokens"][0] == (["0-255", "false"], 3 + 1)
     assert [count for _, count in found["confidence_tokens"]] == [0, 0, 1, 1, 0, 1, 0, 0, 0, 1]
-    assert [count for _, count in found["confidence_accepted_tokens"]] == [0, 0, 0, 0, 0, 1, 0, 0, 0, 1]
-    assert [(labels, counts[0][:-1].count(0)) for labels, counts in found["step_seconds"]][1][0] == ["speculative"]
-    assert sum(sum(counts[0]) for _, counts in found["step_seconds"]) == sum(found["step_seconds"][1][1][0]) == 1
+    assert [count for _, count in found["confidence_accepted_tokens"]] == [
+        0,
+        0,
+        0,
+        0,
+        0,
+        1,
+        0,
+        0,
+        0,
+        1,
+    ]
+    assert [(labels, counts[0][:-1].count(0)) for labels, counts in found["step_seconds"]][1][
+        0
+    ] == ["speculative"]
+    assert (
+        sum(sum(counts[0]) for _, counts in found["step_seconds"])
+        == sum(found["step_seconds"][1][1][0])
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,18 +112,24 @@ def test_what_becomes_of_drafts() -> None:
         (False, 3, 20, True, "grammar"),
     ],
 )
-def test_why_there_was_no_draft(adaptive: bool, k: int, tokens: int, grammar: bool, reason: str) -> None:
+def test_why_there_was_no_draft(
+    adaptive: bool, k: int, tokens: int, grammar: bool, reason: str
+) -> None:
     scheduler = scheduler_of({"a": tokens})
     scheduler.requests["a"].use_structured_output = grammar
     step = scheduled_of({"a": 1}, k=k, num_output_tokens=[tokens]), ran_of({"a": [1]})
     first = scheduled_of({"a": 3}, k=k), ran_of({"a": []})
-    assert watch(scheduler, first, step, adaptive=adaptive)["speculation_refused"] == [([reason], 1)]
+    assert watch(scheduler, first, step, adaptive=adaptive)["speculation_refused"] == [
+        ([reason], 1)
+    ]
 
 
 def test_plain_steps_count_the_same_however_they_are_read() -> None:
-    """A connector may keep ended requests, so with one each is looked at; the first step of the others is too."""
+    """A connector may keep ended requests, so with one each is looked at; the first step of the
+    others is too."""
     at_once, each = (
-        watch(scheduler_of({"a": 20, "b": 20}, connector=connector), *[plain()] * 4, adaptive=False) for connector in (None, object())
+        watch(scheduler_of({"a": 20, "b": 20}, connector=connector), *[plain()] * 4, adaptive=False)
+        for connector in (None, object())
     )
     reasons = {labels[0]: count for labels, count in at_once.pop("speculation_refused")}
     assert reasons == {"other": 2, "batch_size": 6}
@@ -125,10 +159,14 @@ def test_a_request_that_ends_has_a_mean_and_one_without_drafts_has_none() -> Non
 def step(kind: str, seconds: float, committed: int = 1) -> Step:
     """One of one request, that took so long."""
     k = 0 if kind == "plain" else 3
-    found = Step(scheduled_of({"a": 1}, k=k, num_output_tokens=[3]), k, 10.0, 10.0, after_pause=False)
+    found = Step(
+        scheduled_of({"a": 1}, k=k, num_output_tokens=[3]), k, 10.0, 10.0, after_pause=False
+    )
     found.num_requests, found.all_decode, found.ended = 1, True, 10.0 + seconds
     found.verified = {"a": (3, committed - 1)} if kind == "speculative" else {}
-    found.outputs = {0: SimpleNamespace(outputs=[SimpleNamespace(request_id="a", new_token_ids=[1] * committed)])}
+    found.outputs = {
+        0: SimpleNamespace(outputs=[SimpleNamespace(request_id="a", new_token_ids=[1] * committed)])
+    }
     return found
 
 

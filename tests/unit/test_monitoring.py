@@ -1,4 +1,5 @@
-"""The dashboard, the rules and their guides against each other and against the metrics' catalog; and promtool on the rules.
+"""The dashboard, the rules and their guides against each other and against the metrics' catalog;
+and promtool on the rules.
 
 pytest tests/unit/test_monitoring.py
 """
@@ -26,13 +27,18 @@ EXPRESSIONS = [target["expr"] for _, panel in PANELS for target in panel["target
 
 
 def _promtool(*arguments: Any, text: str | None = None) -> str:
-    done = subprocess.run(["promtool", *map(str, arguments)], input=text, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["promtool", *map(str, arguments)], input=text, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 def test_the_committed_dashboard_is_what_the_code_gives() -> None:
-    pytest.importorskip("grafana_foundation_sdk", reason="needs the extra monitoring: pip install -e '.[monitoring]'")
+    pytest.importorskip(
+        "grafana_foundation_sdk",
+        reason="needs the extra monitoring: pip install -e '.[monitoring]'",
+    )
     from monitoring.dashboard.build import as_json
 
     assert queries.DASHBOARD.read_text() == as_json(), "run python -m monitoring.dashboard.build"
@@ -41,13 +47,22 @@ def test_the_committed_dashboard_is_what_the_code_gives() -> None:
 def test_rows_and_variables() -> None:
     assert [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"] == ROWS
     assert {row for row, _ in PANELS} == set(ROWS)
-    assert [variable["name"] for variable in DASHBOARD["templating"]["list"]] == ["datasource", "instance", "model", "engine", "docs"]
+    assert [variable["name"] for variable in DASHBOARD["templating"]["list"]] == [
+        "datasource",
+        "instance",
+        "model",
+        "engine",
+        "docs",
+    ]
     assert DASHBOARD["id"] is None
 
 
-@pytest.mark.parametrize("panel", [panel for _, panel in PANELS], ids=lambda panel: f"{panel['type']}: {panel['title']}")
+@pytest.mark.parametrize(
+    "panel", [panel for _, panel in PANELS], ids=lambda panel: f"{panel['type']}: {panel['title']}"
+)
 def test_panel(panel: dict[str, Any]) -> None:
-    """A unit, a description, a link to a section of the guide that exists, and the variables in every query."""
+    """A unit, a description, a link to a section of the guide that exists, and the variables in
+    every query."""
     unit, width = panel["fieldConfig"]["defaults"]["unit"], panel["gridPos"]["w"]
     assert unit
     assert unit != "short", "a figure without its unit"
@@ -56,11 +71,16 @@ def test_panel(panel: dict[str, Any]) -> None:
     assert panel["datasource"]["uid"] == "${datasource}"
     page, _, section = panel["links"][0]["url"].partition("#")
     headings = re.findall(r"^## (.*)$", (ROOT / page.replace("${docs}", "docs")).read_text(), re.M)
-    assert section in [re.sub(r"[^a-z -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    assert section in [
+        re.sub(r"[^a-z -]", "", heading.lower()).replace(" ", "-") for heading in headings
+    ]
     for target in panel["targets"]:
         selectors = re.findall(r"(?:vllm|vllm_dflash)[:_]\w+(\{[^}]*\})?", target["expr"])
         assert selectors, target["expr"]
-        assert all('instance=~"$instance",model_name=~"$model",engine=~"$engine"' in selector for selector in selectors), target["expr"]
+        assert all(
+            'instance=~"$instance",model_name=~"$model",engine=~"$engine"' in selector
+            for selector in selectors
+        ), target["expr"]
 
 
 def test_panels_fill_rows_without_overlap() -> None:
@@ -68,27 +88,40 @@ def test_panels_fill_rows_without_overlap() -> None:
     for panel in DASHBOARD["panels"]:
         at = panel["gridPos"]
         assert at["x"] + at["w"] <= 24, panel["title"]
-        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        cells = {
+            (x, y)
+            for x in range(at["x"], at["x"] + at["w"])
+            for y in range(at["y"], at["y"] + at["h"])
+        }
         assert not taken & cells, panel["title"]
         taken |= cells
 
 
 def test_every_metric_in_a_query_is_in_the_catalog() -> None:
     known = {
-        f"{metric.name}{suffix}" for metric in ALL for suffix in (["_bucket", "_sum", "_count"] if metric.kind == "histogram" else [""])
+        f"{metric.name}{suffix}"
+        for metric in ALL
+        for suffix in (["_bucket", "_sum", "_count"] if metric.kind == "histogram" else [""])
     }
     used = set(re.findall(r"(?<!:)\bvllm_dflash_\w+", " ".join(EXPRESSIONS)))
     assert used <= known, used - known
 
 
 def test_every_metric_is_shown() -> None:
-    """But for the gauge of the speed-up, which the two counters that it is made of give over any window."""
+    """But for the gauge of the speed-up, which the two counters that it is made of give over any
+    window."""
     shown = " ".join(EXPRESSIONS)
-    assert [metric.name for metric in ALL if metric.name not in shown] == ["vllm_dflash_estimated_speedup"]
+    assert [metric.name for metric in ALL if metric.name not in shown] == [
+        "vllm_dflash_estimated_speedup"
+    ]
 
 
 def test_the_drafters_name_is_shown() -> None:
-    assert any("{{drafter}}" in target.get("legendFormat", "") for _, panel in PANELS for target in panel["targets"])
+    assert any(
+        "{{drafter}}" in target.get("legendFormat", "")
+        for _, panel in PANELS
+        for target in panel["targets"]
+    )
 
 
 def test_the_context_panel_has_a_sentence_under_it() -> None:
@@ -110,24 +143,42 @@ def test_every_alert_has_a_runbook_entry_and_cases() -> None:
     runbook = (ROOT / "docs" / "runbook.md").read_text()
     names = [rule["alert"] for rule in queries.rules(queries.ALERTS)]
     assert names == re.findall(r"^## (\w+)$", runbook, re.M)
-    cases = [case for path in queries.ALERT_CASES for case in yaml.safe_load(path.read_text())["tests"]]
+    cases = [
+        case for path in queries.ALERT_CASES for case in yaml.safe_load(path.read_text())["tests"]
+    ]
     for rule in queries.rules(queries.ALERTS):
         name = rule["alert"]
         assert rule["annotations"]["runbook"] == f"docs/runbook.md#{name.lower()}"
-        fires = {bool(check["exp_alerts"]) for case in cases for check in case["alert_rule_test"] if check["alertname"] == name}
+        fires = {
+            bool(check["exp_alerts"])
+            for case in cases
+            for check in case["alert_rule_test"]
+            if check["alertname"] == name
+        }
         assert fires == {True, False}, f"{name}: a firing and a quiet case"
     for title in set(re.findall(r"\*([^*\n]+)\*", runbook)) - {"Status, Targets"}:
-        assert title in {panel["title"] for _, panel in PANELS}, f"the runbook names a panel {title!r} that is not there"
+        assert title in {panel["title"] for _, panel in PANELS}, (
+            f"the runbook names a panel {title!r} that is not there"
+        )
 
 
 def test_provisioning_and_compose_name_files_that_are_there() -> None:
     folder = ROOT / "monitoring"
     services = yaml.safe_load((folder / "compose.yml").read_text())["services"]
-    mounts = [mount.split(":") for service in services.values() for mount in service["volumes"] if mount.startswith(".")]
+    mounts = [
+        mount.split(":")
+        for service in services.values()
+        for mount in service["volumes"]
+        if mount.startswith(".")
+    ]
     assert all((folder / source).is_dir() for source, *_ in mounts)
-    provider = yaml.safe_load((folder / "grafana/provisioning/dashboards/vllm-dflash.yml").read_text())["providers"][0]
+    provider = yaml.safe_load(
+        (folder / "grafana/provisioning/dashboards/vllm-dflash.yml").read_text()
+    )["providers"][0]
     assert provider["options"]["path"] in [target for _, target, *_ in mounts]
-    source = yaml.safe_load((folder / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"][0]
+    source = yaml.safe_load(
+        (folder / "grafana/provisioning/datasources/prometheus.yml").read_text()
+    )["datasources"][0]
     config = yaml.safe_load(queries.CONFIG.read_text())
     assert source["jsonData"]["timeInterval"] == config["global"]["scrape_interval"]
     assert all((queries.CONFIG.parent / name).is_file() for name in config["rule_files"])
@@ -137,10 +188,13 @@ def test_provisioning_and_compose_name_files_that_are_there() -> None:
 def test_configuration_and_rules_are_sound(tmp_path: Path) -> None:
     for path in (queries.CONFIG, queries.RAY_CONFIG):
         assert "SUCCESS" in _promtool("check", "config", path)
-    assert "SUCCESS" in _promtool("check", "rules", "--lint=all", "--lint-fatal", queries.RECORDING, queries.ALERTS)
+    assert "SUCCESS" in _promtool(
+        "check", "rules", "--lint=all", "--lint-fatal", queries.RECORDING, queries.ALERTS
+    )
 
 
 @needs_prometheus
 def test_alerts_fire_and_stay_quiet() -> None:
-    """The cases of both files: for every alert one that fires and one that does not, at its own threshold."""
+    """The cases of both files: for every alert one that fires and one that does not, at its own
+    threshold."""
     assert "SUCCESS" in _promtool("test", "rules", *queries.ALERT_CASES)

@@ -1,4 +1,5 @@
-"""What is published: the wheel has every folder with code, the source distribution all of the checkout, and the README no dead link."""
+"""What is published: the wheel has every folder with code, the source distribution all of the
+checkout, and the README no dead link."""
 
 import importlib
 import re
@@ -21,47 +22,74 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def test_every_package_is_listed():
-    """setuptools leaves out a folder that is not listed, and only a user of the wheel would notice."""
-    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "vllm_dflash").rglob("__init__.py")}
+    """setuptools leaves out a folder that is not listed, and only a user of the wheel would
+    notice."""
+    folders = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in (ROOT / "vllm_dflash").rglob("__init__.py")
+    }
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == folders | {"vllm_dflash.patches"}
 
 
 def test_entry_points_lead_to_functions():
     project = PROJECT["project"]
-    for target in [*project["scripts"].values(), *project["entry-points"]["vllm.general_plugins"].values()]:
+    for target in [
+        *project["scripts"].values(),
+        *project["entry-points"]["vllm.general_plugins"].values(),
+    ]:
         module, _, name = target.partition(":")
         assert callable(getattr(importlib.import_module(module), name))
 
 
 def test_the_package_alone_pulls_neither_torch_nor_vllm():
-    assert not [line for line in own_requirements(["test", "dev"]) if line.startswith(("torch", "vllm", "transformers", "nvidia"))]
+    assert not [
+        line
+        for line in own_requirements(["test", "dev"])
+        if line.startswith(("torch", "vllm", "transformers", "nvidia"))
+    ]
 
 
 def test_the_name_wheel_holds_metadata_only(tmp_path):
-    """vLLM asks for the version of a distribution 'vllm', and takes its CPU platform from the '+cpu' in it."""
+    """vLLM asks for the version of a distribution 'vllm', and takes its CPU platform from the
+    '+cpu' in it."""
     path = write_name_wheel(tmp_path, "0.32.0")
     with zipfile.ZipFile(path) as archive:
         assert {name.split("/")[0] for name in archive.namelist()} == {"vllm-0.32.0+cpu.dist-info"}
-        assert "Version: 0.32.0+cpu\n" in archive.read("vllm-0.32.0+cpu.dist-info/METADATA").decode()
+        assert (
+            "Version: 0.32.0+cpu\n" in archive.read("vllm-0.32.0+cpu.dist-info/METADATA").decode()
+        )
 
 
 def build(kind: str, source: Path, into: Path) -> Path:
     """Builds a ``wheel`` or an ``sdist`` as pip would, and returns its path."""
-    code = f"import sys; from setuptools import build_meta; print('\\n' + build_meta.build_{kind}(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-c", code, str(into)], cwd=source, capture_output=True, text=True, timeout=120, check=False)
+    code = (
+        "import sys; from setuptools import build_meta; print('\\n' +"
+        f" build_meta.build_{kind}(sys.argv[1]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(into)],
+        cwd=source,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return into / done.stdout.split()[-1]
 
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The source distribution of a copy of the checkout, unpacked: building writes into the source."""
+    """The source distribution of a copy of the checkout, unpacked: building writes into the
+    source."""
     folder = tmp_path_factory.mktemp("sdist")
     ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split()]
     by_name = shutil.ignore_patterns(*ignored, ".git")
 
     def ignore(parent: str, names: list[str]) -> set[str]:
-        return by_name(parent, names) | {name for name in names if str(Path(parent, name).relative_to(ROOT)) in ignored}
+        return by_name(parent, names) | {
+            name for name in names if str(Path(parent, name).relative_to(ROOT)) in ignored
+        }
 
     shutil.copytree(ROOT, folder / "checkout", ignore=ignore, symlinks=True)
     with tarfile.open(build("sdist", folder / "checkout", folder)) as archive:
@@ -70,12 +98,24 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_source_distribution_has_all_of_the_checkout(sdist: Path) -> None:
-    """It had no changelog, tests, documents, examples nor Makefile: nobody could have run a test from it."""
+    """It had no changelog, tests, documents, examples nor Makefile: nobody could have run a test
+    from it."""
     checkout = sdist.parents[1] / "checkout"
-    here = {str(path.relative_to(checkout)) for path in checkout.rglob("*") if path.is_file() and ".egg-info" not in str(path)}
+    here = {
+        str(path.relative_to(checkout))
+        for path in checkout.rglob("*")
+        if path.is_file() and ".egg-info" not in str(path)
+    }
     there = {str(path.relative_to(sdist)) for path in sdist.rglob("*") if path.is_file()}
     assert here - there == set()
-    assert {"CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "tests/conftest.py", "docs/log.md", "examples/demo.py"} <= there
+    assert {
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "Makefile",
+        "tests/conftest.py",
+        "docs/log.md",
+        "examples/demo.py",
+    } <= there
 
 
 def test_a_wheel_comes_out_of_the_source_distribution(sdist: Path, tmp_path: Path) -> None:
@@ -90,19 +130,35 @@ def test_a_wheel_comes_out_of_the_source_distribution(sdist: Path, tmp_path: Pat
 
 def test_links_of_the_readme_become_text_on_a_package_index() -> None:
     description = runpy.run_path(str(ROOT / "setup.py"))["description"]
-    assert description("[docs/log.md](docs/log.md), [here](#a), [paper](https://x.org/a), [examples/](examples)") == (
-        "docs/log.md, [here](#a), [paper](https://x.org/a), examples/ (examples)"
+    assert (
+        description(
+            "[docs/log.md](docs/log.md), [here](#a), [paper](https://x.org/a),"
+            " [examples/](examples)"
+        )
+        == "docs/log.md, [here](#a), [paper](https://x.org/a), examples/ (examples)"
     )
 
 
 def test_the_cpu_build_is_installed_from_a_wheel_too() -> None:
-    """install_cpu.py read pyproject.toml of the checkout, which is not in a wheel: there it ended with a traceback."""
-    lines = ["tqdm", 'rich>=13; python_version > "3"', 'ruff==1; extra == "dev"', "ray; sys_platform == 'linux' and extra == 'ray'"]
+    """install_cpu.py read pyproject.toml of the checkout, which is not in a wheel: there it ended
+    with a traceback."""
+    lines = [
+        "tqdm",
+        'rich>=13; python_version > "3"',
+        'ruff==1; extra == "dev"',
+        "ray; sys_platform == 'linux' and extra == 'ray'",
+    ]
     assert installed_requirements(lines, []) == lines[:2]
-    assert installed_requirements(lines, ["dev", "ray"]) == [*lines[:2], "ruff==1", "ray; sys_platform == 'linux'"]
+    assert installed_requirements(lines, ["dev", "ray"]) == [
+        *lines[:2],
+        "ruff==1",
+        "ray; sys_platform == 'linux'",
+    ]
 
 
-def test_status_says_how_to_get_a_vllm_where_there_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_says_how_to_get_a_vllm_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The extra `cpu` was empty: it installed nothing, and said nothing."""
     monkeypatch.setattr("vllm_dflash.cli.installed_vllm", lambda: None)
     assert main(["status"]) == 1

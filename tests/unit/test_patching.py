@@ -64,8 +64,17 @@ def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         sys.modules.pop(name, None)
 
 
-def patch(target: str, replace: Callable[..., Any] | None = None, fingerprints: Any = (), **fields: Any) -> Patch:
-    return Patch(target=target, replace=replace, fingerprints=dict(fingerprints), why="why", until="until", **fields)
+def patch(
+    target: str, replace: Callable[..., Any] | None = None, fingerprints: Any = (), **fields: Any
+) -> Patch:
+    return Patch(
+        target=target,
+        replace=replace,
+        fingerprints=dict(fingerprints),
+        why="why",
+        until="until",
+        **fields,
+    )
 
 
 def fits_any(original: Any) -> Any:
@@ -78,14 +87,18 @@ def other_part(original: type) -> type:
 
 def test_a_module_that_is_already_imported_is_patched_at_once(upstream: Path) -> None:
     module: Any = importlib.import_module("upstream")
-    patches = PatchSet([patch("upstream:Runner.fits", fits_any), patch("upstream:Part", other_part)])
+    patches = PatchSet(
+        [patch("upstream:Runner.fits", fits_any), patch("upstream:Part", other_part)]
+    )
     patches.apply(VERSION)
     assert module.Runner().fits(99)
     assert module.build() == "ours over part"
     assert [row.state for row in patches.report()] == ["applied", "applied"]
 
 
-def test_a_module_is_patched_right_after_its_first_import_and_not_imported_for_it(upstream: Path) -> None:
+def test_a_module_is_patched_right_after_its_first_import_and_not_imported_for_it(
+    upstream: Path,
+) -> None:
     patches = PatchSet([patch("upstream:Part", other_part)])
     patches.apply(VERSION)
     assert "upstream" not in sys.modules
@@ -97,7 +110,12 @@ def test_a_module_is_patched_right_after_its_first_import_and_not_imported_for_i
 
 
 def test_applying_twice_does_nothing(upstream: Path) -> None:
-    patches = PatchSet([patch("upstream:Part", other_part), patch("upstream_parts:helper", lambda original: lambda: "ours")])
+    patches = PatchSet(
+        [
+            patch("upstream:Part", other_part),
+            patch("upstream_parts:helper", lambda original: lambda: "ours"),
+        ]
+    )
     before = len(sys.meta_path)
     patches.apply(VERSION)
     patches.apply(VERSION)
@@ -127,7 +145,10 @@ def test_one_bad_patch_stops_all_and_the_error_lists_every_problem(upstream: Pat
     assert "upstream_parts:Part, whose source has changed" in message
     assert "0" * 16 in message
     assert "module no_such_module is not installed" in message
-    assert "upstream:build: relies on upstream:Runner.fits, whose parameters have changed (self, n; written against self, m)" in message
+    assert (
+        "upstream:build: relies on upstream:Runner.fits, whose parameters have changed (self, n;"
+        " written against self, m)" in message
+    )
     assert not module.Runner().fits(99)
     assert [row.state for row in patches.report()] == ["off"] * 5
 
@@ -145,7 +166,8 @@ def test_a_replacement_that_cannot_be_built_leaves_nothing_behind(upstream: Path
 
 
 def test_a_late_failure_takes_the_others_back(upstream: Path) -> None:
-    """Half a set is worse than none: a V1 proposer of ours behind vLLM's own fit test would draft from holes.
+    """Half a set is worse than none: a V1 proposer of ours behind vLLM's own fit test would draft
+    from holes.
 
     And whoever imported the module goes on: raised there, our error ended plain serving too.
     """
@@ -156,7 +178,9 @@ def test_a_late_failure_takes_the_others_back(upstream: Path) -> None:
 
     failures: list[str] = []
     late = patch("upstream:Runner.fits", fails)
-    patches = PatchSet([patch("upstream_parts:helper", lambda original: lambda: "ours"), late], failures.append)
+    patches = PatchSet(
+        [patch("upstream_parts:helper", lambda original: lambda: "ours"), late], failures.append
+    )
     patches.apply(VERSION)
     assert parts.helper() == "ours"
     importlib.import_module("upstream")
@@ -168,13 +192,17 @@ def test_a_late_failure_takes_the_others_back(upstream: Path) -> None:
 def test_a_foreign_replacement_found_at_apply_is_named(upstream: Path) -> None:
     module: Any = importlib.import_module("upstream")
     module.Part = type("TheirPart", (), {"__module__": "other_plugin"})
-    with pytest.raises(PatchError, match=r"expected upstream_parts:Part, but it is other_plugin:TheirPart"):
+    with pytest.raises(
+        PatchError, match=r"expected upstream_parts:Part, but it is other_plugin:TheirPart"
+    ):
         PatchSet([patch("upstream:Part", other_part)]).apply(VERSION)
 
 
 def test_a_foreign_replacement_of_ours_is_named_and_survives_revert(upstream: Path) -> None:
     module: Any = importlib.import_module("upstream")
-    patches = PatchSet([patch("upstream:Part", other_part), patch("upstream:Runner.fits", fits_any)])
+    patches = PatchSet(
+        [patch("upstream:Part", other_part), patch("upstream:Runner.fits", fits_any)]
+    )
     patches.apply(VERSION)
     theirs = module.Part = type("TheirPart", (), {"__module__": "other_plugin"})
     with pytest.raises(PatchError, match=r"OtherPart was replaced by other_plugin:TheirPart"):
@@ -187,7 +215,12 @@ def test_a_foreign_replacement_of_ours_is_named_and_survives_revert(upstream: Pa
 def test_revert_restores_the_originals_and_drops_what_is_pending(upstream: Path) -> None:
     parts: Any = importlib.import_module("upstream_parts")
     hooks = list(sys.meta_path)
-    patches = PatchSet([patch("upstream_parts:helper", lambda original: lambda: "ours"), patch("upstream:Part", other_part)])
+    patches = PatchSet(
+        [
+            patch("upstream_parts:helper", lambda original: lambda: "ours"),
+            patch("upstream:Part", other_part),
+        ]
+    )
     patches.apply(VERSION)
     assert patches.revert() == []
     assert parts.helper() == "helper"
@@ -200,7 +233,14 @@ def test_revert_restores_the_originals_and_drops_what_is_pending(upstream: Path)
 
 def test_a_static_method_stays_one(upstream: Path) -> None:
     module: Any = importlib.import_module("upstream")
-    patches = PatchSet([patch("upstream:Runner.kind", lambda original: staticmethod(lambda: "ours over " + original()))])
+    patches = PatchSet(
+        [
+            patch(
+                "upstream:Runner.kind",
+                lambda original: staticmethod(lambda: "ours over " + original()),
+            )
+        ]
+    )
     patches.apply(VERSION)
     assert module.Runner.kind() == module.Runner().kind() == "ours over upstream"
     patches.revert()
@@ -209,7 +249,9 @@ def test_a_static_method_stays_one(upstream: Path) -> None:
 
 def test_two_patches_for_one_target_are_refused(upstream: Path) -> None:
     with pytest.raises(PatchError, match="two patches have this target"):
-        PatchSet([patch("upstream:Part", other_part), patch("upstream:Part", other_part)]).apply(VERSION)
+        PatchSet([patch("upstream:Part", other_part), patch("upstream:Part", other_part)]).apply(
+            VERSION
+        )
 
 
 def around(original: Callable[..., Any], text: str = "ours") -> Callable[..., Any]:
@@ -243,7 +285,9 @@ def test_an_attribute_that_a_constructor_assigns_is_put_back(upstream: Path) -> 
     part = runner.part = module.Runner()
     ours = patch("upstream:Runner.part", lambda original: "ours", scope="instance")
     gone = patch("upstream:Runner.gone", lambda original: "ours", scope="instance")
-    assert PatchSet([gone]).check(VERSION) == ["upstream:Runner.gone: its class's source has no such attribute"]
+    assert PatchSet([gone]).check(VERSION) == [
+        "upstream:Runner.gone: its class's source has no such attribute"
+    ]
     patches = PatchSet([ours])
     patches.apply(VERSION)
     patches.attach(runner, [ours])
@@ -264,7 +308,9 @@ def test_a_patched_object_is_not_kept_alive(upstream: Path) -> None:
     assert patches.revert() == []
 
 
-def test_objects_get_all_of_a_group_or_none_and_another_plug_ins_replacement_is_named(upstream: Path) -> None:
+def test_objects_get_all_of_a_group_or_none_and_another_plug_ins_replacement_is_named(
+    upstream: Path,
+) -> None:
     module: Any = importlib.import_module("upstream")
 
     def theirs(n: int) -> bool:
@@ -274,7 +320,10 @@ def test_objects_get_all_of_a_group_or_none_and_another_plug_ins_replacement_is_
     for needs in ("required", "optional"):
         runner = module.Runner()
         runner.fits = theirs
-        kind, fits = patch("upstream:Runner.kind", around, scope="instance", needs=needs), of_runner(needs=needs)
+        kind, fits = (
+            patch("upstream:Runner.kind", around, scope="instance", needs=needs),
+            of_runner(needs=needs),
+        )
         patches = PatchSet([kind, fits])
         patches.apply(VERSION)
         named = r"upstream:Runner\.fits: it is other_plugin:.*theirs: another plug-in replaced it"
@@ -299,7 +348,12 @@ def test_what_is_optional_drops_out_alone(upstream: Path) -> None:
     unneeded = patch("upstream:Part", other_part, unneeded=lambda sources: "not here")
     patches = PatchSet([patch("upstream:Runner.fits", fits_any), changed, broken, unneeded])
     patches.apply(VERSION)
-    assert [row.state for row in patches.report()] == ["applied", "left out", "left out", "not needed"]
+    assert [row.state for row in patches.report()] == [
+        "applied",
+        "left out",
+        "left out",
+        "not needed",
+    ]
     assert "whose source has changed" in patches.report()[1].note
     assert patches.report()[2].note == "ImportError: no such kernel"
     assert not patches.fits(changed)
@@ -309,8 +363,12 @@ def test_what_is_optional_drops_out_alone(upstream: Path) -> None:
 
 def test_several_fingerprints_and_a_body_that_may_change(upstream: Path) -> None:
     now = Sources().locate("upstream:Runner.fits").fingerprint
-    known = patch("upstream:Runner.fits", fits_any, {"upstream:Runner.fits": {"0.32": now, "0.33": "f" * 16}})
-    around_it = patch("upstream:Runner.fits", fits_any, signatures={"upstream:Runner.fits": "self, ..."})
+    known = patch(
+        "upstream:Runner.fits", fits_any, {"upstream:Runner.fits": {"0.32": now, "0.33": "f" * 16}}
+    )
+    around_it = patch(
+        "upstream:Runner.fits", fits_any, signatures={"upstream:Runner.fits": "self, ..."}
+    )
     assert PatchSet([known]).check(VERSION) == PatchSet([around_it]).check(VERSION) == []
     file = upstream / "upstream.py"
     file.write_text(file.read_text().replace("n < 10", "n < 11"))
@@ -324,36 +382,67 @@ def test_a_switch_leaves_one_out(upstream: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("UPSTREAM_FIX", "0")
     patches = PatchSet([patch("upstream:Part", other_part, switch="UPSTREAM_FIX")])
     patches.apply(VERSION)
-    assert [(row.state, row.note) for row in patches.report()] == [("switched off", "UPSTREAM_FIX=0")]
+    assert [(row.state, row.note) for row in patches.report()] == [
+        ("switched off", "UPSTREAM_FIX=0")
+    ]
 
 
 def test_signatures() -> None:
-    text = "def f(self, a, /, b, c=1, *rest, d, e=2, **more): ...\ndef g(self, *, d): ...\ndef h(): ..."
-    found = [Definition("m", "f", node).signature for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    text = (
+        "def f(self, a, /, b, c=1, *rest, d, e=2, **more): ...\ndef g(self, *, d): ...\ndef"
+        " h(): ..."
+    )
+    found = [
+        Definition("m", "f", node).signature
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef)
+    ]
     assert found == ["self, a, /, b, c=, *rest, d, e=, **more", "self, *, d", ""]
 
 
 @pytest.mark.parametrize(
     ("version", "fits"),
-    [("0.32.0+cpu", True), ("0.32.7", True), ("0.33.0", False), ("0.33.0rc1", False), ("0.31.9", False), ("dev", False), (None, False)],
+    [
+        ("0.32.0+cpu", True),
+        ("0.32.7", True),
+        ("0.33.0", False),
+        ("0.33.0rc1", False),
+        ("0.31.9", False),
+        ("dev", False),
+        (None, False),
+    ],
 )
-def test_a_local_version_counts_as_its_release(upstream: Path, version: str | None, fits: bool) -> None:
+def test_a_local_version_counts_as_its_release(
+    upstream: Path, version: str | None, fits: bool
+) -> None:
     patches = PatchSet([patch("upstream:Part", other_part)], versions=">=0.32,<0.33")
     assert (patches.check(version) == []) is fits
 
 
 def test_names_are_followed_through_imports(upstream: Path) -> None:
     sources = Sources()
-    assert (sources.locate("upstream:aliased").module, sources.locate("upstream:aliased").qualname) == ("upstream_parts", "helper")
-    assert sources.locate("upstream:Part.name").fingerprint == sources.locate("upstream_parts:Part.name").fingerprint
+    assert (
+        sources.locate("upstream:aliased").module,
+        sources.locate("upstream:aliased").qualname,
+    ) == ("upstream_parts", "helper")
+    assert (
+        sources.locate("upstream:Part.name").fingerprint
+        == sources.locate("upstream_parts:Part.name").fingerprint
+    )
     with pytest.raises(SourceNotFoundError, match=r"upstream_parts:Part\.gone is not in"):
         sources.locate("upstream:Part.gone")
 
 
 def test_a_fingerprint_sees_code_and_not_comments_docstrings_or_lines(upstream: Path) -> None:
-    before = {name: Sources().locate(f"upstream:{name}").fingerprint for name in ("build", "Runner", "Runner.fits")}
+    before = {
+        name: Sources().locate(f"upstream:{name}").fingerprint
+        for name in ("build", "Runner", "Runner.fits")
+    }
     file = upstream / "upstream.py"
-    file.write_text("\n\n# moved\n" + file.read_text().replace('"docstring"', '"other"').replace("# a comment", "# another"))
+    file.write_text(
+        "\n\n# moved\n"
+        + file.read_text().replace('"docstring"', '"other"').replace("# a comment", "# another")
+    )
     assert {name: Sources().locate(f"upstream:{name}").fingerprint for name in before} == before
     file.write_text(file.read_text().replace("n < 10", "n < 11"))
     assert Sources().locate("upstream:build").fingerprint == before["build"]

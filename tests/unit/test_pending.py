@@ -7,7 +7,9 @@ from vllm_dflash.drafting.pending import PendingContext
 
 def add(pending: PendingContext, first: int, slots: list[int]) -> None:
     count = len(slots)
-    pending.add([torch.arange(first, first + count)[:, None]], torch.arange(count), torch.tensor(slots))
+    pending.add(
+        [torch.arange(first, first + count)[:, None]], torch.arange(count), torch.tensor(slots)
+    )
 
 
 def test_steps_come_back_in_order_and_once() -> None:
@@ -22,7 +24,8 @@ def test_steps_come_back_in_order_and_once() -> None:
 
 
 def test_the_last_row_of_a_slot_counts() -> None:
-    """A page that goes from one request to another has its slots written again; one kernel call may write two rows of a slot in any order."""
+    """A page that goes from one request to another has its slots written again; one kernel call may
+    write two rows of a slot in any order."""
     pending = PendingContext(100, 1, torch.int64)
     add(pending, 0, [5, 6])
     add(pending, 10, [6, -1, -1, 7])
@@ -43,7 +46,11 @@ def test_it_says_when_it_is_full() -> None:
 
 def test_features_come_side_by_side_and_are_copies() -> None:
     """What a step hands in is written over by the next."""
-    pending, features, slots = PendingContext(4, 4, torch.float32), [torch.ones(2, 3), torch.zeros(2, 1)], torch.tensor([7, 8])
+    pending, features, slots = (
+        PendingContext(4, 4, torch.float32),
+        [torch.ones(2, 3), torch.zeros(2, 1)],
+        torch.tensor([7, 8]),
+    )
     pending.add(features, torch.arange(2), slots)
     for tensor in (*features, slots):
         tensor.fill_(5)

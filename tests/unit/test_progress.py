@@ -12,8 +12,11 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_elsewhere_than_on_a_terminal_long_work_says_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The target answered training's prompts for 45 minutes and printed nothing into a job's log."""
+def test_elsewhere_than_on_a_terminal_long_work_says_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The target answered training's prompts for 45 minutes and printed nothing into a job's
+    log."""
     monkeypatch.setattr(progress, "_SECONDS", 0.05)
     log = io.StringIO()
     with Progress(total=20, desc="generate", unit=" answers", file=log, leave=False) as bar:

@@ -1,6 +1,7 @@
 """What needs neither vLLM nor torch does without them: the lists below are all that may.
 
-Whatever is not listed is pure. A new module that imports one of the two belongs here, or better gets it from its caller.
+Whatever is not listed is pure. A new module that imports one of the two belongs here, or better
+gets it from its caller.
 """
 
 import ast
@@ -13,26 +14,81 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "vllm_dflash"
 NEEDS_VLLM = {
-    "adaptive.scheduler", "cluster.replica", "cpu.backend", "cpu.draft_layers", "cpu.layers", "cpu.rows", "cpu.target_layers",
-    "cpu.verification", "drafting.backend", "drafting.context_store", "drafting.v1", "drafting.v2", "models.context",
-    "models.drafter", "models.kernels", "models.loading", "models.norm", "models.own", "training.hidden_states",
-}  # fmt: skip
+    "adaptive.scheduler",
+    "cluster.replica",
+    "cpu.backend",
+    "cpu.draft_layers",
+    "cpu.layers",
+    "cpu.rows",
+    "cpu.target_layers",
+    "cpu.verification",
+    "drafting.backend",
+    "drafting.context_store",
+    "drafting.v1",
+    "drafting.v2",
+    "models.context",
+    "models.drafter",
+    "models.kernels",
+    "models.loading",
+    "models.norm",
+    "models.own",
+    "training.hidden_states",
+}
 """Cannot be imported without vLLM."""
 ASKS_VLLM = {
-    "checks", "cluster.completer", "cluster.connection", "cluster.serve", "engines.child", "evaluation.engine_child",
-    "kinds.dflash.context", "models.parameters", "patches.request_params", "patches.server_metrics", "plugin",
-    "tools.engine_run", "training.extract_engine", "training.generate_engine",
-}  # fmt: skip
+    "checks",
+    "cluster.completer",
+    "cluster.connection",
+    "cluster.serve",
+    "engines.child",
+    "evaluation.engine_child",
+    "kinds.dflash.context",
+    "models.parameters",
+    "patches.request_params",
+    "patches.server_metrics",
+    "plugin",
+    "tools.engine_run",
+    "training.extract_engine",
+    "training.generate_engine",
+}
 """Import vLLM when they are called: inside of functions."""
 NEEDS_TORCH = {
-    "cpu.sampling", "drafting.coverage", "drafting.layout", "drafting.pending", "heads.argmax", "kinds.dflare.context",
-    "kinds.dflash.context", "models.parameters", "reference.checkpoint", "reference.decoding", "reference.drafter",
-    "reference.loss", "reference.masks", "reference.rotary",
-    "tools.convert", "tools.doctor", "tools.inspect", "tools.pair_checks", "tools.pair_runs", "training.budget",
-    "training.checkpoints", "training.drafter", "training.export", "training.extract_engine",
-    "training.features", "training.flex", "training.loop", "training.objective", "training.optimizer", "training.prove",
-    "training.sharding", "training.target", "training.walk", "training.workers", "weights",
-}  # fmt: skip
+    "cpu.sampling",
+    "drafting.coverage",
+    "drafting.layout",
+    "drafting.pending",
+    "heads.argmax",
+    "kinds.dflare.context",
+    "kinds.dflash.context",
+    "models.parameters",
+    "reference.checkpoint",
+    "reference.decoding",
+    "reference.drafter",
+    "reference.loss",
+    "reference.masks",
+    "reference.rotary",
+    "tools.convert",
+    "tools.doctor",
+    "tools.inspect",
+    "tools.pair_checks",
+    "tools.pair_runs",
+    "training.budget",
+    "training.checkpoints",
+    "training.drafter",
+    "training.export",
+    "training.extract_engine",
+    "training.features",
+    "training.flex",
+    "training.loop",
+    "training.objective",
+    "training.optimizer",
+    "training.prove",
+    "training.sharding",
+    "training.target",
+    "training.walk",
+    "training.workers",
+    "weights",
+}
 """Cannot be imported without torch."""
 NEEDS_RAY = {"metrics.on_ray"}
 WITHOUT = """
@@ -65,7 +121,13 @@ def files() -> dict[str, Path]:
 def cannot_do_without(absent: str, names: set[str]) -> set[str]:
     """Which of the modules cannot be imported where the packages ``absent`` are not installed."""
     modules = ",".join(sorted(f"{PACKAGE}.{name}" for name in names))
-    done = subprocess.run([sys.executable, "-c", WITHOUT, absent, modules], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, absent, modules],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return {line.removeprefix(f"{PACKAGE}.") for line in done.stdout.split()}
 
@@ -75,7 +137,10 @@ def test_only_the_listed_modules_need_vllm() -> None:
 
 
 def test_only_the_listed_modules_need_torch() -> None:
-    assert cannot_do_without("vllm,torch,transformers", set(files()) - NEEDS_VLLM - NEEDS_RAY) == NEEDS_TORCH
+    assert (
+        cannot_do_without("vllm,torch,transformers", set(files()) - NEEDS_VLLM - NEEDS_RAY)
+        == NEEDS_TORCH
+    )
 
 
 def imports(path: Path) -> set[str]:
@@ -95,7 +160,8 @@ def test_only_the_listed_modules_name_vllm() -> None:
 
 
 def test_make_unit_fails_a_test_that_imports_vllm_and_no_later_one(tmp_path: Path) -> None:
-    """Once it was found out after the test, and every test after it in that process failed as well."""
+    """Once it was found out after the test, and every test after it in that process failed as
+    well."""
     (tmp_path / "test_it.py").write_text(
         "import pytest\n"
         "def test_imports():\n    import vllm\n"
@@ -103,9 +169,24 @@ def test_make_unit_fails_a_test_that_imports_vllm_and_no_later_one(tmp_path: Pat
         "def test_later():\n    import importlib.util; assert importlib.util.find_spec('vllm')\n"
         "@pytest.mark.vllm\ndef test_left_out():\n    import vllm\n"
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-c", ROOT / "pyproject.toml", "-p", "unit.conftest", "--pure", tmp_path]
-    done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, timeout=120, check=False)
-    assert "1 failed, 2 passed, 1 deselected, 2 errors" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-c",
+        ROOT / "pyproject.toml",
+        "-p",
+        "unit.conftest",
+        "--pure",
+        tmp_path,
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT / "tests", capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "1 failed, 2 passed, 1 deselected, 2 errors" in done.stdout, (
+        done.stdout[-3000:] + done.stderr[-3000:]
+    )
     assert "FAILED" in done.stdout
     assert "mark the test `@pytest.mark.vllm`" in done.stdout
 

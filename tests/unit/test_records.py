@@ -9,8 +9,22 @@ import pytest
 from vllm_dflash import records
 from vllm_dflash.records import AtLeast, Optional, RecordError
 
-SHAPE = {"bytes": AtLeast(int, 0), "tau": float, "name": str, "good": bool, "rows": [{"by": str}], "more": Optional((str, None))}
-RECORD: dict[str, Any] = {"bytes": 3, "tau": 2, "name": "x", "good": True, "rows": [{"by": "y"}], "other": []}
+SHAPE = {
+    "bytes": AtLeast(int, 0),
+    "tau": float,
+    "name": str,
+    "good": bool,
+    "rows": [{"by": str}],
+    "more": Optional((str, None)),
+}
+RECORD: dict[str, Any] = {
+    "bytes": 3,
+    "tau": 2,
+    "name": "x",
+    "good": True,
+    "rows": [{"by": "y"}],
+    "other": [],
+}
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -57,13 +71,19 @@ def test_what_is_no_regular_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
     (tmp_path / "loop").symlink_to("loop")
-    for name, words in (("pipe", "no regular file"), ("zero", "no regular file"), (".", "no regular file"), ("loop", "symbolic links")):
+    for name, words in (
+        ("pipe", "no regular file"),
+        ("zero", "no regular file"),
+        (".", "no regular file"),
+        ("loop", "symbolic links"),
+    ):
         with pytest.raises(RecordError, match=words):
             records.read(tmp_path / name, SHAPE)
 
 
 def test_what_a_user_gives_is_an_object() -> None:
-    """A list of pairs, or an empty one, was taken for one; text that is too deep ended in a traceback."""
+    """A list of pairs, or an empty one, was taken for one; text that is too deep ended in a
+    traceback."""
     assert records.object_of('{"a": [1]}') == {"a": [1]}
     for text in ("[]", '[["a", 1]]', '"ab"', "null", "{", "[" * 100_000):
         with pytest.raises(ValueError, match=r"it is|Expecting"):

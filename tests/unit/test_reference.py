@@ -1,4 +1,5 @@
-"""The plain PyTorch loop against Hugging Face's own greedy decoding, and the trainer's forward against the loop's.
+"""The plain PyTorch loop against Hugging Face's own greedy decoding, and the trainer's forward
+against the loop's.
 
 Everything in float32 on a tiny random pair, so that equality of tokens is exact.
 
@@ -11,7 +12,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.kinds.dflash.context import Reference as DFlashDrafter
-from vllm_dflash.reference.decoding import captured_features, generate, replay_drafts, target_features
+from vllm_dflash.reference.decoding import (
+    captured_features,
+    generate,
+    replay_drafts,
+    target_features,
+)
 from vllm_dflash.reference.masks import block_positions, context_mask, training_mask
 
 K = 7
@@ -22,21 +28,42 @@ PROMPTS = ([5, 9, 33], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [60])
 def target() -> Qwen3ForCausalLM:
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=64, hidden_size=32, num_hidden_layers=5, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, max_position_embeddings=128, tie_word_embeddings=False, rope_theta=10000.0, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=5,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        rope_theta=10000.0,
+        initializer_range=0.3,
+    )
     return Qwen3ForCausalLM(config).float().eval()
 
 
 @pytest.fixture(scope="module")
 def drafter(target: Qwen3ForCausalLM) -> DFlashDrafter:
-    """Trained for a moment on the target's own text: a random drafter would be right once in 64 tokens, by chance."""
+    """Trained for a moment on the target's own text: a random drafter would be right once in 64
+    tokens, by chance."""
     torch.manual_seed(1)
     config = DrafterConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=64,
-        block_size=8, mask_token_id=63, target_layer_ids=(1, 4), num_target_layers=5, max_position_embeddings=128, rope_theta=10000.0,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=64,
+        block_size=8,
+        mask_token_id=63,
+        target_layer_ids=(1, 4),
+        num_target_layers=5,
+        max_position_embeddings=128,
+        rope_theta=10000.0,
         kind="dflash",
-    )  # fmt: skip
+    )
     model = DFlashDrafter(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -55,19 +82,28 @@ def drafter(target: Qwen3ForCausalLM) -> DFlashDrafter:
 
 
 def trainer_hidden(target, drafter, tokens, features, anchors, split: bool) -> torch.Tensor:
-    """The training forward over anchors [1, N]: with the context mask and a block size, or the full mask."""
+    """The training forward over anchors [1, N]: with the context mask and a block size, or the full
+    mask."""
     c, size, length = drafter.config, drafter.config.block_size, tokens.shape[1]
     ids = torch.full((*anchors.shape, size), c.mask_token_id)
     ids[..., 0] = tokens.gather(1, anchors)
     context = drafter.context_kv(drafter.context(features), torch.arange(length)[None])
-    embeds, positions = target.get_input_embeddings()(ids.flatten(1)).detach(), block_positions(anchors, size)
+    embeds, positions = (
+        target.get_input_embeddings()(ids.flatten(1)).detach(),
+        block_positions(anchors, size),
+    )
     if split:
         return drafter(embeds, positions, context, context_mask(anchors, size, length), size)
     return drafter(embeds, positions, context, training_mask(anchors, size, length))
 
 
 def hf_greedy(target, prompt: list[int], new_tokens: int) -> list[int]:
-    limits = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "eos_token_id": None, "pad_token_id": 0}
+    limits = {
+        "max_new_tokens": new_tokens,
+        "min_new_tokens": new_tokens,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
     out = target.generate(torch.tensor([prompt]), do_sample=False, **limits)
     return out[0, len(prompt) :].tolist()
 
@@ -81,7 +117,8 @@ def test_output_is_the_targets_own(target, drafter, prompt, num_speculative_toke
 
 
 def test_some_drafts_are_accepted(target, drafter) -> None:
-    """Without acceptance the tests of this file would not see the cache being cut after a rejected tail."""
+    """Without acceptance the tests of this file would not see the cache being cut after a rejected
+    tail."""
     result = generate(target, drafter, PROMPTS[0], 60, K)
     accepted = {step.accepted for step in result.steps}
     assert len(accepted) >= 3, accepted
@@ -107,12 +144,17 @@ def test_length_bound(target, drafter, max_model_len) -> None:
 def test_stops_at_the_end_token(target, drafter) -> None:
     plain = hf_greedy(target, PROMPTS[0], 40)
     end = plain[10]
-    assert generate(target, drafter, PROMPTS[0], 40, K, eos_token_id=end).tokens == plain[: plain.index(end) + 1]
+    assert (
+        generate(target, drafter, PROMPTS[0], 40, K, eos_token_id=end).tokens
+        == plain[: plain.index(end) + 1]
+    )
 
 
 def test_features_are_the_residual_stream(target) -> None:
-    """Hugging Face's last ``hidden_states`` is after the final norm: a drafter that captures the last layer and was
-    trained on the one and served on the other has an acceptance of almost nothing, and no error is seen."""
+    """Hugging Face's last ``hidden_states`` is after the final norm: a drafter that captures the
+    last layer and was trained on the one and served on the other has an acceptance of almost
+    nothing, and no error is seen.
+    """
     ids = torch.tensor([PROMPTS[1]])
     with torch.no_grad(), captured_features(target, (1, 4)) as features:
         states = target(ids, output_hidden_states=True).hidden_states
@@ -123,7 +165,8 @@ def test_features_are_the_residual_stream(target) -> None:
 
 @pytest.mark.parametrize("split", [True, False])
 def test_trainer_and_loop_agree(target, drafter, split) -> None:
-    """The training forward, whose blocks share one context under a mask, drafts what the loop drafts."""
+    """The training forward, whose blocks share one context under a mask, drafts what the loop
+    drafts."""
     result = generate(target, drafter, PROMPTS[2], 60, K)
     tokens = torch.tensor([PROMPTS[2] + result.tokens])
     steps = [step for step in result.steps if step.draft.anchor + 8 <= tokens.shape[1]]
@@ -140,7 +183,14 @@ def test_replay_equals_the_loop(target, drafter, num_speculative_tokens) -> None
     bound = len(PROMPTS[0]) + 50
     result = generate(target, drafter, PROMPTS[0], 50, num_speculative_tokens, max_model_len=bound)
     steps = [step for step in result.steps if step.draft.tokens]
-    replayed = replay_drafts(target, drafter, PROMPTS[0] + result.tokens, [s.draft.anchor for s in steps], num_speculative_tokens, bound)
+    replayed = replay_drafts(
+        target,
+        drafter,
+        PROMPTS[0] + result.tokens,
+        [s.draft.anchor for s in steps],
+        num_speculative_tokens,
+        bound,
+    )
     assert [d.tokens for d in replayed] == [s.draft.tokens for s in steps]
     for one, other in zip(replayed, steps, strict=True):
         assert one.gaps == pytest.approx(other.draft.gaps, abs=1e-3)
@@ -148,15 +198,20 @@ def test_replay_equals_the_loop(target, drafter, num_speculative_tokens) -> None
 
 
 def test_future_tokens_do_not_matter(target, drafter) -> None:
-    """A draft at n sees the target's features at 0..n-1 and the token at n; what follows must not change it."""
+    """A draft at n sees the target's features at 0..n-1 and the token at n; what follows must not
+    change it."""
     tokens = PROMPTS[1] + generate(target, None, PROMPTS[1], 20, 0).tokens
     changed = tokens[:16] + [(t + 1) % 60 for t in tokens[16:]]
-    assert replay_drafts(target, drafter, tokens, [15], K)[0].tokens == replay_drafts(target, drafter, changed, [15], K)[0].tokens
+    assert (
+        replay_drafts(target, drafter, tokens, [15], K)[0].tokens
+        == replay_drafts(target, drafter, changed, [15], K)[0].tokens
+    )
 
 
 def test_scores_depend_only_on_the_product_of_the_norms(target, drafter) -> None:
-    """k_norm scaled per layer and q_norm by the inverse leave every draft as it was: a property of the formula that
-    fails where one of the norms is skipped, or where context and queries do not share k_norm."""
+    """k_norm scaled per layer and q_norm by the inverse leave every draft as it was: a property of
+    the formula that fails where one of the norms is skipped, or where context and queries do not
+    share k_norm."""
     tokens = PROMPTS[0] + generate(target, None, PROMPTS[0], 40, 0).tokens
     before = replay_drafts(target, drafter, tokens, range(3, 40), K)
     state = {name: tensor.clone() for name, tensor in drafter.state_dict().items()}

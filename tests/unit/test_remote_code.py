@@ -1,4 +1,5 @@
-"""The code that a checkpoint brings is never run, and nobody is asked at the terminal, unless the user has said so."""
+"""The code that a checkpoint brings is never run, and nobody is asked at the terminal, unless the
+user has said so."""
 
 import ast
 import builtins
@@ -20,18 +21,28 @@ ELSEWHERE = {"vllm_dflash/smollm2.py", "examples/embedded_pair/prompts.py"}
 
 
 def folder_with_code(folder: Path) -> Path:
-    """A tokenizer and a config whose classes are the folder's own; ``ran`` appears beside them where that code is run."""
+    """A tokenizer and a config whose classes are the folder's own; ``ran`` appears beside them
+    where that code is run."""
     folder.mkdir()
     (folder / "own.py").write_text(
-        f"import pathlib\npathlib.Path({str(folder / 'ran')!r}).touch()\n"
-        "from transformers import PretrainedConfig, PreTrainedTokenizerFast\n"
-        "class OwnTokenizer(PreTrainedTokenizerFast): pass\nclass OwnConfig(PretrainedConfig): model_type = 'own'\n"
+        f"import pathlib\npathlib.Path({str(folder / 'ran')!r}).touch()\nfrom transformers import"
+        " PretrainedConfig, PreTrainedTokenizerFast\nclass OwnTokenizer(PreTrainedTokenizerFast):"
+        " pass\nclass OwnConfig(PretrainedConfig): model_type = 'own'\n"
     )
     (folder / "tokenizer.json").write_bytes((TARGET / "tokenizer.json").read_bytes())
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}})
+        json.dumps(
+            {
+                "tokenizer_class": "OwnTokenizer",
+                "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]},
+            }
+        )
     )
-    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}, "vocab_size": 8}))
+    (folder / "config.json").write_text(
+        json.dumps(
+            {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}, "vocab_size": 8}
+        )
+    )
     return folder
 
 
@@ -44,7 +55,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_tokenizer_with_code_of_its_own(tmp_path: Path, asked: list[str]) -> None:
-    """`doctor` once left transformers' question to the terminal, and with a y on standard input the code ran."""
+    """`doctor` once left transformers' question to the terminal, and with a y on standard input the
+    code ran."""
     folder = folder_with_code(tmp_path / "drafter")
     load_tokenizer(folder)
     assert (asked, (folder / "ran").exists()) == ([], False)
@@ -64,22 +76,36 @@ def test_a_target_with_code_of_its_own(tmp_path: Path, asked: list[str]) -> None
 def test_every_call_says_it() -> None:
     """Each of transformers' loaders in the package, its patches and its examples."""
     calls = []
-    for path in [p for folder in ("vllm_dflash", "patches", "examples") for p in (ROOT / folder).rglob("*.py")]:
+    for path in [
+        p
+        for folder in ("vllm_dflash", "patches", "examples")
+        for p in (ROOT / folder).rglob("*.py")
+    ]:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) in LOADERS:
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and ast.unparse(node.func.value) in LOADERS
+            ):
                 said = any(keyword.arg == "trust_remote_code" for keyword in node.keywords)
                 calls.append((f"{path.relative_to(ROOT)}:{node.lineno}", said))
     assert len(calls) > 4
     assert [where for where, said in calls if not said] == []
-    # One place for all: a second one once left the question open, and another took a panic for the command's end.
+    # One place for all: a second one once left the question open, and another took a panic for the
+    # command's end.
     assert {where.partition(":")[0] for where, _ in calls} - ELSEWHERE == {"vllm_dflash/hub.py"}
 
 
-@pytest.mark.parametrize("text", ["{}", "{", '{"version": "1.0", "model": {"type": "BPE"}}', "null", '{"model": {"type": "X"}}'])
+@pytest.mark.parametrize(
+    "text",
+    ["{}", "{", '{"version": "1.0", "model": {"type": "BPE"}}', "null", '{"model": {"type": "X"}}'],
+)
 def test_a_broken_tokenizer_is_a_warning(tmp_path: Path, text: str) -> None:
     """The tokenizers library raises Exception itself, which once ended the command."""
     (tmp_path / "tokenizer.json").write_text(text)
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+    )
     assert load_tokenizer(tmp_path) is None
     from vllm_dflash.config import DrafterConfig
 

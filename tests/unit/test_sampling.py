@@ -8,7 +8,11 @@ from vllm_dflash.cpu.sampling import draw_tokens
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("vocab", [1, 7, 97, 4096, 50257], ids=["one token", "prime", "prime and larger", "round", "29 times 1733"])
+@pytest.mark.parametrize(
+    "vocab",
+    [1, 7, 97, 4096, 50257],
+    ids=["one token", "prime", "prime and larger", "round", "29 times 1733"],
+)
 def test_a_row_is_drawn_by_its_softmax(vocab: int) -> None:
     """Rows differ, and beside each other each has its own distribution."""
     torch.manual_seed(vocab)
@@ -30,7 +34,8 @@ def test_rows_are_drawn_independently() -> None:
 
 
 def test_what_is_forbidden_is_never_drawn() -> None:
-    """Neither as a whole part of the vocabulary nor as its last token, where rounding would lead."""
+    """Neither as a whole part of the vocabulary nor as its last token, where rounding would
+    lead."""
     torch.manual_seed(0)
     logits = torch.full((5000, 4096), -torch.inf)
     allowed = torch.tensor([0, 63, 64, 1000, 4030])
@@ -42,7 +47,9 @@ def test_what_is_forbidden_is_never_drawn() -> None:
 
 def test_the_last_place_of_a_distribution_is_inside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the largest number that the generator gives."""
-    monkeypatch.setattr(torch, "rand", lambda *shape, dtype: torch.full(shape, 1 - 2**-53, dtype=dtype))
+    monkeypatch.setattr(
+        torch, "rand", lambda *shape, dtype: torch.full(shape, 1 - 2**-53, dtype=dtype)
+    )
     logits = torch.randn(200, 4096)
     logits[:, 4000:] = -torch.inf
     logits[:, 3990:3999] = -torch.inf

@@ -1,4 +1,5 @@
-"""Whether an engine drafts adaptively: as the user says, else under synchronous scheduling; and nothing stands in the way."""
+"""Whether an engine drafts adaptively: as the user says, else under synchronous scheduling; and
+nothing stands in the way."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -11,22 +12,33 @@ from vllm_dflash.kinds import architectures
 
 
 def config(
-    said: Any = None, *, scheduler_cls: Any = None, is_async: bool = False, ranks: int = 1, schedule: Any = None, method: str = "dflash"
+    said: Any = None,
+    *,
+    scheduler_cls: Any = None,
+    is_async: bool = False,
+    ranks: int = 1,
+    schedule: Any = None,
+    method: str = "dflash",
 ) -> Any:
     return SimpleNamespace(
         additional_config={} if said is None else {"dflash": {"adaptive": said}},
         scheduler_config=SimpleNamespace(scheduler_cls=scheduler_cls, async_scheduling=is_async),
         parallel_config=SimpleNamespace(data_parallel_size=ranks),
         speculative_config=SimpleNamespace(
-            method=method, num_speculative_tokens_per_batch_size=schedule,
+            method=method,
+            num_speculative_tokens_per_batch_size=schedule,
             draft_model_config=SimpleNamespace(architectures=[next(iter(architectures()))]),
         ),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
     ("given", "named"),
-    [({"dflash": {"adaptve": True}}, "dflash.adaptve"), ({"dflash": {"adaptive": "yes"}}, "dflash.adaptive"), ({"dflash": True}, "dflash")],
+    [
+        ({"dflash": {"adaptve": True}}, "dflash.adaptve"),
+        ({"dflash": {"adaptive": "yes"}}, "dflash.adaptive"),
+        ({"dflash": True}, "dflash"),
+    ],
 )
 def test_what_is_not_known_is_refused_by_name(given: Any, named: str) -> None:
     with pytest.raises(SettingsError, match=named):
@@ -70,7 +82,9 @@ def test_the_default() -> None:
         ({"ranks": 2}, "set it to false"),
     ],
 )
-def test_what_stands_in_the_way_is_named_where_it_was_asked_for(changes: dict[str, Any], remedy: str) -> None:
+def test_what_stands_in_the_way_is_named_where_it_was_asked_for(
+    changes: dict[str, Any], remedy: str
+) -> None:
     with pytest.raises(SettingsError, match=remedy):
         settle_scheduler(config(True, **changes))
     quiet = config(None, **changes)

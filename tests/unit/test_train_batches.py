@@ -1,4 +1,5 @@
-"""A step's batch is a function of the seed and the step; every sequence is met once an epoch, every anchor is in an answer."""
+"""A step's batch is a function of the seed and the step; every sequence is met once an epoch, every
+anchor is in an answer."""
 
 import numpy as np
 import pytest
@@ -16,7 +17,10 @@ def test_the_same_at_any_time() -> None:
     one, other = plan(), plan()
     later = [other.batch(s) for s in (9, 3, 5)]
     for step, found in zip((9, 3, 5), later, strict=True):
-        assert all(np.array_equal(a, b) for a, b in zip(vars(one.batch(step)).values(), vars(found).values(), strict=True))
+        assert all(
+            np.array_equal(a, b)
+            for a, b in zip(vars(one.batch(step)).values(), vars(found).values(), strict=True)
+        )
     assert not np.array_equal(plan(seed=1).batch(0).anchors, plan().batch(0).anchors)
 
 

@@ -1,6 +1,8 @@
-"""Every file that ``train`` keeps, damaged in every way: the run ends as it would have, or says which file and what to do.
+"""Every file that ``train`` keeps, damaged in every way: the run ends as it would have, or says
+which file and what to do.
 
-A fault stands for its kind: of 124 such damages 45 once ended in a JSONDecodeError, TypeError or KeyError.
+A fault stands for its kind: of 124 such damages 45 once ended in a JSONDecodeError, TypeError or
+KeyError.
 """
 
 from pathlib import Path
@@ -12,7 +14,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from damage import DAMAGES, DENIALS, REMEDY, as_a_user, copy_of
-from training_runs import answer_held_out, answered_prompts, held_out_file, make_target, run_and_kill, settings
+from training_runs import (
+    answer_held_out,
+    answered_prompts,
+    held_out_file,
+    make_target,
+    run_and_kill,
+    settings,
+)
 from vllm_dflash.files import RunError
 from vllm_dflash.reference.decoding import generate as decode
 from vllm_dflash.training import generate
@@ -23,19 +32,39 @@ from vllm_dflash.training.settings import STAGES, Settings
 pytestmark = pytest.mark.slow
 
 STOPPED = (
-    "generate/shard-00001.json", "generate/shard-00001.safetensors", "features/shard-00001.json", "features/shard-00001.safetensors",
-    "train/inputs.json", "train/log.jsonl", "train/checkpoints/step-00000009.json", "train/checkpoints/step-00000012.json",
+    "generate/shard-00001.json",
+    "generate/shard-00001.safetensors",
+    "features/shard-00001.json",
+    "features/shard-00001.safetensors",
+    "train/inputs.json",
+    "train/log.jsonl",
+    "train/checkpoints/step-00000009.json",
+    "train/checkpoints/step-00000012.json",
     "train/checkpoints/step-00000012.pt",
-)  # fmt: skip
+)
 """Of a run that is stopped in its last stage but two: what only training reads."""
 UP_TO_TRAINING = ("generate", "features", "train")
 FINISHED = (
-    "settings.json", "generate/inputs.json", "generate/split.json", "generate/shard-00001.json", "generate/shard-00001.safetensors",
-    "generate/held-out/shard-00000.json", "generate/held-out/shard-00000.safetensors", "features/inputs.json", "features/shard-00001.json",
-    "features/shard-00001.safetensors", "train/result.json", "train/curves.svg", "train/drafter/config.json",
-    "train/drafter/model.safetensors", "prove.json", "drafter/config.json", "drafter/model.safetensors", "drafter/README.md",
+    "settings.json",
+    "generate/inputs.json",
+    "generate/split.json",
+    "generate/shard-00001.json",
+    "generate/shard-00001.safetensors",
+    "generate/held-out/shard-00000.json",
+    "generate/held-out/shard-00000.safetensors",
+    "features/inputs.json",
+    "features/shard-00001.json",
+    "features/shard-00001.safetensors",
+    "train/result.json",
+    "train/curves.svg",
+    "train/drafter/config.json",
+    "train/drafter/model.safetensors",
+    "prove.json",
+    "drafter/config.json",
+    "drafter/model.safetensors",
+    "drafter/README.md",
     "drafter/training.json",
-)  # fmt: skip
+)
 
 
 class Run:
@@ -43,8 +72,13 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         target = make_target(folder / "target")
-        prompts, (held_out, ids) = answered_prompts(target, folder / "prompts.jsonl", 20), held_out_file(folder / "held-out.jsonl")
-        self.settings: Settings = settings(target, prompts, folder / "run", held_out_prompts=str(held_out), skip_vllm=True)
+        prompts, (held_out, ids) = (
+            answered_prompts(target, folder / "prompts.jsonl", 20),
+            held_out_file(folder / "held-out.jsonl"),
+        )
+        self.settings: Settings = settings(
+            target, prompts, folder / "run", held_out_prompts=str(held_out), skip_vllm=True
+        )
         self.folder = Path(self.settings.run.out)
         answer_held_out(self.settings, ids)
         run_and_kill(self.settings, STAGES, self.folder / "train" / "result.json")
@@ -72,9 +106,17 @@ def no_engines(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards that are answered again are answered by the reference loop."""
     model = AutoModelForCausalLM.from_pretrained(run.settings.run.target, dtype=torch.float32)
 
-    def answer(what: str, args: Any, jobs: list[dict[str, Any]], engines: int, shown: tuple[str, str]) -> None:
+    def answer(
+        what: str, args: Any, jobs: list[dict[str, Any]], engines: int, shown: tuple[str, str]
+    ) -> None:
         for job in jobs:
-            asked = [([*ids, *decode(model, None, ids, job["sampling"]["max_tokens"], 0).tokens], len(ids)) for ids in job["prompts"]]
+            asked = [
+                (
+                    [*ids, *decode(model, None, ids, job["sampling"]["max_tokens"], 0).tokens],
+                    len(ids),
+                )
+                for ids in job["prompts"]
+            ]
             write_sequences(Path(job["path"]), [*job["answered"], *asked])
 
     monkeypatch.setattr(generate, "run_engines", answer)
@@ -85,7 +127,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(tmp_path_factory.mktemp("damage"))
 
 
-@pytest.mark.parametrize(("state", "name"), [*(("stopped", f) for f in STOPPED), *(("finished", f) for f in FINISHED)])
+@pytest.mark.parametrize(
+    ("state", "name"), [*(("stopped", f) for f in STOPPED), *(("finished", f) for f in FINISHED)]
+)
 def test_damaged(run: Run, state: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A run of all kinds of damage to one file, each on a fresh copy."""
     faults = []
@@ -100,9 +144,16 @@ def test_damaged(run: Run, state: str, name: str, capsys: pytest.CaptureFixture[
             faults.append(f"{damage}: {type(error).__name__}: {error}")
             continue
         printed = capsys.readouterr().out
-        if said is not None and not (str(path.parent) in said and path.name in said and REMEDY.search(said)):
+        if said is not None and not (
+            str(path.parent) in said and path.name in said and REMEDY.search(said)
+        ):
             faults.append(f"{damage}: it neither names the file nor what to do: {said}")
-        if said is None and state == "stopped" and name.startswith("train/checkpoints/step-00000012") and path.name not in printed:
+        if (
+            said is None
+            and state == "stopped"
+            and name.startswith("train/checkpoints/step-00000012")
+            and path.name not in printed
+        ):
             faults.append(f"{damage}: the checkpoint was passed over without a word")
     assert not faults, "\n".join([name, *faults])
 
@@ -113,9 +164,11 @@ FOLDERS = (".", "generate", "generate/held-out", "features", "train", "train/che
 @pytest.mark.parametrize("denial", DENIALS)
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_folder_without_permission(run: Run, name: str, denial: str) -> None:
-    """A stopped run goes on, or says which folder and what to do; it never begins anew what it cannot see.
+    """A stopped run goes on, or says which folder and what to do; it never begins anew what it
+    cannot see.
 
-    Checkpoints in a folder that could not be listed were once as good as none: training began again at its first step.
+    Checkpoints in a folder that could not be listed were once as good as none: training began again
+    at its first step.
     """
     folder = copy_of(run.stopped, run.folder) / name
     folder.chmod(DENIALS[denial])
@@ -123,7 +176,9 @@ def test_a_folder_without_permission(run: Run, name: str, denial: str) -> None:
         said = run.go_on(STAGES[:3])
     finally:
         folder.chmod(0o755)
-    needed = {"no writing": (".", "train"), "no listing": ("train/checkpoints",)}.get(denial, FOLDERS)
+    needed = {"no writing": (".", "train"), "no listing": ("train/checkpoints",)}.get(
+        denial, FOLDERS
+    )
     if said is None:
         assert name not in needed
     else:

@@ -1,4 +1,5 @@
-"""Cached features are the target's own, and neither writing nor reading them holds more in memory than is said; measured."""
+"""Cached features are the target's own, and neither writing nor reading them holds more in memory
+than is said; measured."""
 
 from pathlib import Path
 
@@ -7,7 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from training_runs import answer_held_out, held_out_file, in_child, make_target, settings, write_prompts
+from training_runs import (
+    answer_held_out,
+    held_out_file,
+    in_child,
+    make_target,
+    settings,
+    write_prompts,
+)
 from vllm_dflash.training import drafter, features, generate, target
 from vllm_dflash.training.settings import Settings
 
@@ -20,12 +28,16 @@ _SLACK = 24 << 20
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Answers of which the features are many times what may be in memory; random ones, for nothing is trained here."""
+    """Answers of which the features are many times what may be in memory; random ones, for nothing
+    is trained here."""
     folder = tmp_path_factory.mktemp("features")
     model = make_target(folder / "target")
     rng = np.random.default_rng(0)
     rows = (
-        {"prompt_token_ids": rng.integers(2, 500, 28).tolist(), "response_token_ids": rng.integers(2, 500, n).tolist()}
+        {
+            "prompt_token_ids": rng.integers(2, 500, 28).tolist(),
+            "response_token_ids": rng.integers(2, 500, n).tolist(),
+        }
         for n in range(90, 101)
         for _ in range(100)
     )
@@ -85,7 +97,8 @@ def test_memory_is_bounded(run: Settings) -> None:
     bound = features.bytes_in_memory(config, found.dtype, BATCH, TOKENS)
     size = sum(p.stat().st_size for p in features.folder_of(run).glob("*.safetensors"))
     print(
-        f"{size >> 20} MB of features: {writing >> 20} MB more while writing, {reading >> 20} while reading; features' bound {bound >> 10} KB"
+        f"{size >> 20} MB of features: {writing >> 20} MB more while writing, {reading >> 20} while"
+        f" reading; features' bound {bound >> 10} KB"
     )
     assert size > 2 * (bound + _SLACK)
     assert writing < bound + _SLACK
@@ -93,7 +106,8 @@ def test_memory_is_bounded(run: Settings) -> None:
 
 
 def test_they_are_the_targets_own(run: Settings) -> None:
-    """By transformers' own hidden_states, one sequence at a time: entry i + 1 is the output of layer i."""
+    """By transformers' own hidden_states, one sequence at a time: entry i + 1 is the output of
+    layer i."""
     config, found, model = parts(run)
     features.cache(run, config, found, model)
     data = generate.sequences(run)
@@ -104,7 +118,9 @@ def test_they_are_the_targets_own(run: Settings) -> None:
     hf = AutoModelForCausalLM.from_pretrained(run.run.target, dtype=torch.float32)
     for row, tokens in zip(read, rows, strict=True):
         with torch.no_grad():
-            states = hf(torch.from_numpy(tokens.astype(np.int64))[None], output_hidden_states=True).hidden_states
+            states = hf(
+                torch.from_numpy(tokens.astype(np.int64))[None], output_hidden_states=True
+            ).hidden_states
         expected = torch.cat([states[i + 1][0] for i in config.target_layer_ids], dim=-1)
         assert torch.allclose(row[: len(tokens)], expected, atol=1e-4)
         assert not row[len(tokens) :].any()

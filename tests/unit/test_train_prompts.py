@@ -1,4 +1,5 @@
-"""Prompts in all their forms become the token ids that are served; broken ones are refused by line; the split holds still."""
+"""Prompts in all their forms become the token ids that are served; broken ones are refused by line;
+the split holds still."""
 
 import json
 from pathlib import Path
@@ -14,7 +15,11 @@ from vllm_dflash.training.prompts import Reader, split
 from vllm_dflash.training.settings import Data
 
 TARGET = Path(__file__).parents[2] / "examples" / "embedded_pair" / "target"
-TEMPLATE = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}{{ extra }}"
+TEMPLATE = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% for m in"
+    " messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{%"
+    " endif %}{{ extra }}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,22 +30,29 @@ def tokenizer():
 
 
 def lines(path: Path, *rows: Any) -> str:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return str(path)
 
 
 def test_forms(tokenizer, tmp_path: Path) -> None:
     path = lines(
         tmp_path / "p.jsonl",
-        {"prompt": "import os\n"}, "", {"messages": [{"role": "u", "content": "hi"}]}, {"prompt_token_ids": [5, 6], "response": "x = 1"},
+        {"prompt": "import os\n"},
+        "",
+        {"messages": [{"role": "u", "content": "hi"}]},
+        {"prompt_token_ids": [5, 6], "response": "x = 1"},
         {"prompt_token_ids": [5, 7], "response_token_ids": [8, 9]},
         {"prompt_token_ids": [5, 8], "response": "x = 1", "finish_reason": "length"},
-    )  # fmt: skip
+    )
     found = list(Reader(tokenizer, 4096, '{"extra": "!"}').read(path))
     assert [tokenizer.decode(p.ids) for p in found[:2]] == ["import os\n", "<u>hi\n<a>!"]
     assert found[2].response == [*tokenizer("x = 1")["input_ids"], tokenizer.eos_token_id]
     assert (found[3].ids, found[3].response) == ([5, 7], [8, 9])
-    assert found[4].response == tokenizer("x = 1")["input_ids"], "cut by a limit, as the recorder notes: no end token"
+    assert found[4].response == tokenizer("x = 1")["input_ids"], (
+        "cut by a limit, as the recorder notes: no end token"
+    )
 
 
 @pytest.mark.parametrize(
@@ -54,7 +66,10 @@ def test_forms(tokenizer, tmp_path: Path) -> None:
         ([{"prompt_token_ids": []}], "line 1: prompt_token_ids is no list"),
         ([{"prompt": ""}], "line 1: give prompt"),
         ([{"messages": ["x"]}], "line 1: give prompt"),
-        ([{"messages": [{"role": "system", "content": "x"}]}], "line 1: the target's chat template refuses these messages (no system)"),
+        (
+            [{"messages": [{"role": "system", "content": "x"}]}],
+            "line 1: the target's chat template refuses these messages (no system)",
+        ),
     ],
 )
 def test_broken_lines(tokenizer, tmp_path: Path, rows: list[Any], words: str) -> None:
@@ -66,14 +81,25 @@ def test_broken_lines(tokenizer, tmp_path: Path, rows: list[Any], words: str) ->
 @pytest.mark.parametrize(
     "row",
     [
-        {"prompt": "a\ud83d"}, {"messages": [{"role": "u", "content": "\udc00"}]}, {"prompt": "a", "response": "\ud83d"},
+        {"prompt": "a\ud83d"},
+        {"messages": [{"role": "u", "content": "\udc00"}]},
+        {"prompt": "a", "response": "\ud83d"},
         {"prompt_token_ids": [5], "response": "\ud83d"},
     ],
-)  # fmt: skip
-def test_half_of_a_surrogate_pair_is_named_by_its_line(tokenizer, tmp_path: Path, row: dict[str, Any]) -> None:
-    """JSON's escapes can write it, and no tokenizer takes it: a TypeError without a line. The doctor, bench and batch read it so too."""
+)
+def test_half_of_a_surrogate_pair_is_named_by_its_line(
+    tokenizer, tmp_path: Path, row: dict[str, Any]
+) -> None:
+    """JSON's escapes can write it, and no tokenizer takes it: a TypeError without a line. The
+    doctor, bench and batch read it so too."""
     path = lines(tmp_path / "p.jsonl", {"prompt": "a"}, row)
-    with pytest.raises(TrainingError, match=r"p.jsonl, line 2: character \d is \\ud83d|\\udc00, half of a surrogate pair: mend or remove"):
+    with pytest.raises(
+        TrainingError,
+        match=(
+            r"p.jsonl, line 2: character \d is \\ud83d|\\udc00, half of a surrogate pair: mend or"
+            r" remove"
+        ),
+    ):
         list(Reader(tokenizer, 4096, "{}").read(path))
     if "response" not in row:
         with pytest.raises(PromptError, match=r"p.jsonl, line 2: character \d+ is \\u"):
@@ -81,14 +107,21 @@ def test_half_of_a_surrogate_pair_is_named_by_its_line(tokenizer, tmp_path: Path
 
 
 def test_a_response_past_the_positions(tokenizer, tmp_path: Path) -> None:
-    """3,000 tokens were once taken for a target of 1,024 positions. A part of an answer is the target's text too, so it is cut, and counted."""
-    rows = [{"prompt_token_ids": [9, i], "response_token_ids": [7] * n} for i, n in enumerate((3000, 1022, 1023, 5))]
+    """3,000 tokens were once taken for a target of 1,024 positions. A part of an answer is the
+    target's text too, so it is cut, and counted."""
+    rows = [
+        {"prompt_token_ids": [9, i], "response_token_ids": [7] * n}
+        for i, n in enumerate((3000, 1022, 1023, 5))
+    ]
     reader = Reader(tokenizer, 4096, "{}", positions=1024)
     found = list(reader.read(lines(tmp_path / "p.jsonl", *rows)))
     assert [len(p.response) for p in found] == [1022, 1022, 1022, 5]
     assert [p.cut for p in found] == [True, False, True, False]
     parts = split(reader, Data(prompts=(str(tmp_path / "p.jsonl"),), held_out=1), 0)
-    assert f"{sum(p.cut for p in parts.train)} responses cut where the positions of target and drafter end" in parts.describe(8)
+    assert (
+        f"{sum(p.cut for p in parts.train)} responses cut where the positions of target and"
+        " drafter end" in parts.describe(8)
+    )
 
 
 def test_other_refusals(tokenizer, tmp_path: Path) -> None:
@@ -104,14 +137,21 @@ def test_other_refusals(tokenizer, tmp_path: Path) -> None:
 
 
 def test_the_split(tokenizer, tmp_path: Path) -> None:
-    """Repeats and what is too long are left out and counted; a prompt keeps its side when the file is turned around."""
+    """Repeats and what is too long are left out and counted; a prompt keeps its side when the file
+    is turned around."""
     rows = [{"prompt_token_ids": [9, i]} for i in range(40)]
     path = lines(tmp_path / "p.jsonl", *rows, rows[3], {"prompt_token_ids": [9] * 20})
     reader = Reader(tokenizer, 4096, "{}")
     found = split(reader, Data(prompts=(path,), held_out=10, max_prompt_tokens=8), 0)
-    assert found.describe(8) == "30 prompts to train on, 10 held out; left out: 1 repeated, 1 longer than max_prompt_tokens 8"
+    assert (
+        found.describe(8)
+        == "30 prompts to train on, 10 held out; left out: 1 repeated, 1 longer than"
+        " max_prompt_tokens 8"
+    )
     assert not {p.key for p in found.train} & {p.key for p in found.held_out}
-    turned = split(reader, Data(prompts=(lines(tmp_path / "q.jsonl", *reversed(rows)),), held_out=10), 0)
+    turned = split(
+        reader, Data(prompts=(lines(tmp_path / "q.jsonl", *reversed(rows)),), held_out=10), 0
+    )
     assert {p.key for p in turned.held_out} == {p.key for p in found.held_out}
     other = split(reader, Data(prompts=(path,), held_out=10), 1)
     assert {p.key for p in other.held_out} != {p.key for p in found.held_out}
@@ -120,7 +160,9 @@ def test_the_split(tokenizer, tmp_path: Path) -> None:
 def test_held_out_prompts_of_their_own(tokenizer, tmp_path: Path) -> None:
     """One of them is also in the training file, and so is not trained on."""
     data = Data(
-        prompts=(lines(tmp_path / "p.jsonl", {"prompt_token_ids": [1]}, {"prompt_token_ids": [2]}),),
+        prompts=(
+            lines(tmp_path / "p.jsonl", {"prompt_token_ids": [1]}, {"prompt_token_ids": [2]}),
+        ),
         held_out_prompts=lines(tmp_path / "h.jsonl", {"prompt_token_ids": [2]}),
     )
     found = split(Reader(tokenizer, 4096, "{}"), data, 0)
@@ -129,7 +171,9 @@ def test_held_out_prompts_of_their_own(tokenizer, tmp_path: Path) -> None:
 
 def test_nothing_left(tokenizer, tmp_path: Path) -> None:
     path = lines(tmp_path / "p.jsonl", {"prompt_token_ids": [1] * 30})
-    with pytest.raises(TrainingError, match=r"1 longer than max_prompt_tokens 8: at least one of each is needed"):
+    with pytest.raises(
+        TrainingError, match=r"1 longer than max_prompt_tokens 8: at least one of each is needed"
+    ):
         split(Reader(tokenizer, 4096, "{}"), Data(prompts=(path,), max_prompt_tokens=8), 0)
 
 
@@ -138,5 +182,8 @@ def test_engines_have_devices_of_their_own() -> None:
     assert device_sets(2, 1, None, 0) == [None, None]
     assert device_sets(4, 2, None, 8) == ["0,1", "2,3", "4,5", "6,7"]
     assert device_sets(2, 1, "5,7", 2) == ["5", "7"]
-    with pytest.raises(TrainingError, match="engines 8 x tensor_parallel_size 2 need 16 devices, and 8 are there: lower engines"):
+    with pytest.raises(
+        TrainingError,
+        match="engines 8 x tensor_parallel_size 2 need 16 devices, and 8 are there: lower engines",
+    ):
         device_sets(8, 2, None, 8)

@@ -1,4 +1,5 @@
-"""The recorder over ASGI, with bodies in vLLM's shape: what it writes is what training reads, and nothing of it disturbs the client."""
+"""The recorder over ASGI, with bodies in vLLM's shape: what it writes is what training reads, and
+nothing of it disturbs the client."""
 
 import asyncio
 import json
@@ -17,11 +18,17 @@ from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.recorder import FOLDER, MAX_MB, TrafficRecorder
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
-WHOLE = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "hello"}, "finish_reason": "stop"}]}
+WHOLE = {
+    "choices": [
+        {"index": 0, "message": {"role": "assistant", "content": "hello"}, "finish_reason": "stop"}
+    ]
+}
 
 
 def stream(*texts: str, done: bool = True) -> bytes:
-    events = [{"choices": [{"index": 0, "delta": {"content": t}, "finish_reason": None}]} for t in texts]
+    events = [
+        {"choices": [{"index": 0, "delta": {"content": t}, "finish_reason": None}]} for t in texts
+    ]
     events[-1]["choices"][0]["finish_reason"] = "length"
     lines = [f"data: {json.dumps(event)}\n\n" for event in [*events, {"choices": [], "usage": {}}]]
     return "".join([*lines, "data: [DONE]\n\n" if done else ""]).encode()
@@ -38,7 +45,13 @@ class Server:
         await send({"type": "http.response.start", "status": self.status, "headers": []})
         third = len(self.body) // 3 + 1
         for at in range(0, len(self.body), third):
-            await send({"type": "http.response.body", "body": self.body[at : at + third], "more_body": at + third < len(self.body)})
+            await send(
+                {
+                    "type": "http.response.body",
+                    "body": self.body[at : at + third],
+                    "more_body": at + third < len(self.body),
+                }
+            )
 
 
 @pytest.fixture
@@ -49,10 +62,15 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return app, TrafficRecorder(app)
 
 
-def ask(served, request: Any, answer: Any, path: str = "/v1/chat/completions", status: int = 200) -> None:
+def ask(
+    served, request: Any, answer: Any, path: str = "/v1/chat/completions", status: int = 200
+) -> None:
     """One request; the client gets the very bytes, the application too."""
     app, middleware = served
-    app.status, app.body = status, answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+    app.status, app.body = (
+        status,
+        (answer if isinstance(answer, bytes) else json.dumps(answer).encode()),
+    )
     raw, got = json.dumps(request).encode(), []
 
     async def receive() -> dict[str, Any]:
@@ -73,8 +91,18 @@ def recorded(served) -> list[dict[str, Any]]:
 def test_what_is_recorded(served) -> None:
     ask(served, CHAT, WHOLE)
     ask(served, CHAT | {"stream": True}, stream("hel", "lo ", "\u00fc"))
-    ask(served, {"prompt": "a", "max_tokens": 3}, {"choices": [{"index": 0, "text": "bc", "finish_reason": "length"}]}, "/v1/completions")
-    ask(served, {"prompt": [5, 6]}, {"choices": [{"index": 0, "text": "bc", "finish_reason": "stop"}]}, "/v1/completions")
+    ask(
+        served,
+        {"prompt": "a", "max_tokens": 3},
+        {"choices": [{"index": 0, "text": "bc", "finish_reason": "length"}]},
+        "/v1/completions",
+    )
+    ask(
+        served,
+        {"prompt": [5, 6]},
+        {"choices": [{"index": 0, "text": "bc", "finish_reason": "stop"}]},
+        "/v1/completions",
+    )
     assert recorded(served) == [
         CHAT | {"response": "hello", "finish_reason": "stop"},
         CHAT | {"response": "hello \u00fc", "finish_reason": "length"},
@@ -85,13 +113,26 @@ def test_what_is_recorded(served) -> None:
 
 
 def test_what_is_not(served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Errors, other endpoints, several answers, tools, images, answers that were cut short or rewritten by the server."""
+    """Errors, other endpoints, several answers, tools, images, answers that were cut short or
+    rewritten by the server."""
     ask(served, CHAT, WHOLE, status=400)
     ask(served, CHAT, WHOLE, path="/v1/embeddings")
     for more in ({"n": 2}, {"tools": [{}]}, {"chat_template": "x"}, {"stop": ["\n"]}):
         ask(served, CHAT | more, WHOLE)
     ask(served, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, WHOLE)
-    ask(served, CHAT, {"choices": [{"index": 0, "message": {"content": "4", "reasoning": "2 + 2"}, "finish_reason": "stop"}]})
+    ask(
+        served,
+        CHAT,
+        {
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {"content": "4", "reasoning": "2 + 2"},
+                    "finish_reason": "stop",
+                }
+            ]
+        },
+    )
     ask(served, CHAT, stream("hel", done=False))
     ask(served, CHAT, b"no JSON")
     ask(served, [1], WHOLE)
@@ -101,16 +142,30 @@ def test_what_is_not(served, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CONSTRAINTS = {
-    "structured_outputs": {"choice": ["yes"]}, "response_format": {"type": "json_object"}, "guided_json": {}, "logit_bias": {"5": 1},
-    "bad_words": ["no"], "stop_token_ids": [5], "allowed_token_ids": [5], "min_tokens": 5, "truncate_prompt_tokens": 8,
-    "repetition_penalty": 1.1, "presence_penalty": 0.5, "thinking_token_budget": 9, "include_reasoning": False, "ignore_eos": True,
-    "vllm_xargs": {"x": 1}, "skip_special_tokens": False, "a_field_of_a_later_vllm": 1,
-}  # fmt: skip
+    "structured_outputs": {"choice": ["yes"]},
+    "response_format": {"type": "json_object"},
+    "guided_json": {},
+    "logit_bias": {"5": 1},
+    "bad_words": ["no"],
+    "stop_token_ids": [5],
+    "allowed_token_ids": [5],
+    "min_tokens": 5,
+    "truncate_prompt_tokens": 8,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.5,
+    "thinking_token_budget": 9,
+    "include_reasoning": False,
+    "ignore_eos": True,
+    "vllm_xargs": {"x": 1},
+    "skip_special_tokens": False,
+    "a_field_of_a_later_vllm": 1,
+}
 
 
 @pytest.mark.parametrize("name", CONSTRAINTS)
 def test_what_the_target_would_not_have_said(served, name: str) -> None:
-    """Answers under structured outputs, biases and bans, and to prompts that were cut, were once kept to be trained on."""
+    """Answers under structured outputs, biases and bans, and to prompts that were cut, were once
+    kept to be trained on."""
     ask(served, CHAT | {name: CONSTRAINTS[name]}, WHOLE)
     assert recorded(served) == []
 
@@ -126,25 +181,44 @@ def test_fields_that_change_nothing_are_no_reason(served) -> None:
         "frequency_penalty": 0.0,
         "tools": [],
     }
-    ask(served, CHAT | plain | {"repetition_penalty": 1.0, "response_format": {"type": "text"}, "max_tokens": 9, "user": "u"}, WHOLE)
+    ask(
+        served,
+        CHAT
+        | plain
+        | {
+            "repetition_penalty": 1.0,
+            "response_format": {"type": "text"},
+            "max_tokens": 9,
+            "user": "u",
+        },
+        WHOLE,
+    )
     assert len(recorded(served)) == 1
 
 
 @pytest.mark.vllm
 def test_every_field_of_vllm_is_judged() -> None:
-    """Each that vLLM's requests have, at its default, leaves a request to be recorded; so the list does not fall behind in silence."""
+    """Each that vLLM's requests have, at its default, leaves a request to be recorded; so the list
+    does not fall behind in silence."""
     pytest.importorskip("vllm")
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
     for kind, needed in ((ChatCompletionRequest, CHAT), (CompletionRequest, {"prompt": "a"})):
         request = kind(**needed).model_dump()
-        kept = {name: value for name, value in request.items() if not recorder._leaves_alone(name, value)}
-        assert kept.keys() <= {"add_special_tokens", "mm_payload", "routed_experts_prompt_start"}, kept
+        kept = {
+            name: value
+            for name, value in request.items()
+            if not recorder._leaves_alone(name, value)
+        }
+        assert kept.keys() <= {"add_special_tokens", "mm_payload", "routed_experts_prompt_start"}, (
+            kept
+        )
 
 
 def test_a_file_that_vanishes_meanwhile(served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the glob and its stat: that ended the writing thread, and ``stopped`` stayed false."""
+    """Between the glob and its stat: that ended the writing thread, and ``stopped`` stayed
+    false."""
     folder = served[1].writer.path.parent
     found = Path.glob
 
@@ -158,7 +232,8 @@ def test_a_file_that_vanishes_meanwhile(served, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_writer_that_fails_says_so(served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever it fails with, recording has ended, the queue is emptied, and requests are answered."""
+    """Whatever it fails with, recording has ended, the queue is emptied, and requests are
+    answered."""
     monkeypatch.setattr(served[1].writer, "_append", lambda raw: 1 / 0)
     for _ in range(3):
         ask(served, CHAT, WHOLE)
@@ -166,11 +241,20 @@ def test_a_writer_that_fails_says_so(served, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_folder_is_deleted(served) -> None:
-    """The lines went on into a file without a name, ten megabytes past a limit of one. A new file is begun, and the limit holds."""
+    """The lines went on into a file without a name, ten megabytes past a limit of one. A new file
+    is begun, and the limit holds."""
     ask(served, CHAT, WHOLE)
     shutil.rmtree(served[1].writer.path.parent)
     for _ in range(12):
-        ask(served, CHAT, {"choices": [{"index": 0, "message": {"content": "y" * 100_000}, "finish_reason": "stop"}]})
+        ask(
+            served,
+            CHAT,
+            {
+                "choices": [
+                    {"index": 0, "message": {"content": "y" * 100_000}, "finish_reason": "stop"}
+                ]
+            },
+        )
     assert 5 < len(recorded(served)) < 12
     assert served[1].writer.stopped
     assert sum(p.stat().st_size for p in served[1].writer.path.parent.iterdir()) <= 1 << 20
@@ -181,15 +265,32 @@ def test_the_file_is_moved_away(served) -> None:
     path = served[1].writer.path
     path.rename(path.parent.with_name("elsewhere"))
     for _ in range(12):
-        ask(served, CHAT, {"choices": [{"index": 0, "message": {"content": "y" * 100_000}, "finish_reason": "stop"}]})
+        ask(
+            served,
+            CHAT,
+            {
+                "choices": [
+                    {"index": 0, "message": {"content": "y" * 100_000}, "finish_reason": "stop"}
+                ]
+            },
+        )
     assert path.parent.with_name("elsewhere").stat().st_size <= 1 << 20
 
 
 def test_the_bound(served) -> None:
-    """A megabyte for the folder, whatever its files: the line that would pass it ends the recording, and requests are still answered."""
+    """A megabyte for the folder, whatever its files: the line that would pass it ends the
+    recording, and requests are still answered."""
     (served[1].writer.path.parent / "traffic-of-another-process.jsonl").write_bytes(b"x" * 900_000)
     for _ in range(4):
-        ask(served, CHAT, {"choices": [{"index": 0, "message": {"content": "y" * 100_000}, "finish_reason": "stop"}]})
+        ask(
+            served,
+            CHAT,
+            {
+                "choices": [
+                    {"index": 0, "message": {"content": "y" * 100_000}, "finish_reason": "stop"}
+                ]
+            },
+        )
     assert len(recorded(served)) == 1
     assert served[1].writer.stopped
     assert sum(p.stat().st_size for p in served[1].writer.path.parent.iterdir()) <= 1 << 20

@@ -1,4 +1,5 @@
-"""Killed in any stage, a run goes on and ends with the bits of one that was not; what is in its way is refused by name."""
+"""Killed in any stage, a run goes on and ends with the bits of one that was not; what is in its way
+is refused by name."""
 
 import contextlib
 import json
@@ -13,7 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from training_runs import answer_held_out, answered_prompts, held_out_file, in_child, make_target, run_and_kill, settings, write_prompts
+from training_runs import (
+    answer_held_out,
+    answered_prompts,
+    held_out_file,
+    in_child,
+    make_target,
+    run_and_kill,
+    settings,
+    write_prompts,
+)
 from vllm_dflash.files import RunError
 from vllm_dflash.lock import hold
 from vllm_dflash.training import checkpoints, loop
@@ -32,7 +42,11 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, l
     """Target, answered prompts, and held-out ones."""
     folder = tmp_path_factory.mktemp("training")
     target = make_target(folder / "target")
-    return target, answered_prompts(target, folder / "prompts.jsonl", 20), *held_out_file(folder / "held-out.jsonl")
+    return (
+        target,
+        answered_prompts(target, folder / "prompts.jsonl", 20),
+        *held_out_file(folder / "held-out.jsonl"),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +55,13 @@ def make(parts, tmp_path_factory: pytest.TempPathFactory):
     target, prompts, held_out, ids = parts
 
     def new(other: Path | None = None, **changes) -> Settings:
-        chosen = settings(other or target, prompts, tmp_path_factory.mktemp("run"), held_out_prompts=str(held_out), **changes)
+        chosen = settings(
+            other or target,
+            prompts,
+            tmp_path_factory.mktemp("run"),
+            held_out_prompts=str(held_out),
+            **changes,
+        )
         answer_held_out(chosen, ids)
         return chosen
 
@@ -66,17 +86,25 @@ def entries(chosen: Settings) -> list[dict]:
 
 
 def test_killed_at_every_kind_of_write(make, undisturbed: Settings) -> None:
-    """Shards, their notes, checkpoints, the drafter's folder, the last note: the process dies as each would get its name, and the next goes on.
+    """Shards, their notes, checkpoints, the drafter's folder, the last note: the process dies as
+    each would get its name, and the next goes on.
 
     Weights, averages and log equal those of the undisturbed run, bit for bit.
     """
     chosen = make(ema=0.9)
     run = Path(chosen.run.out)
     for moment in (
-        "features/inputs.json", "features/shard-00001.safetensors", "features/shard-00002.json", "train/checkpoints/step-00000003.pt",
-        "train/checkpoints/step-00000006.json", "train/checkpoints/step-00000009.pt", "train/log.jsonl", "train/curves.svg", "train/drafter",
+        "features/inputs.json",
+        "features/shard-00001.safetensors",
+        "features/shard-00002.json",
+        "train/checkpoints/step-00000003.pt",
+        "train/checkpoints/step-00000006.json",
+        "train/checkpoints/step-00000009.pt",
+        "train/log.jsonl",
+        "train/curves.svg",
+        "train/drafter",
         "train/result.json",
-    ):  # fmt: skip
+    ):
         run_and_kill(chosen, HERE, run / moment)
         assert loop.result(chosen) is None
     run_stages(chosen, HERE)
@@ -97,18 +125,24 @@ def test_it_learns(undisturbed: Settings) -> None:
 def test_a_finished_run_does_nothing(undisturbed: Settings) -> None:
     before = {p: p.stat().st_mtime_ns for p in Path(undisturbed.run.out).rglob("*.safetensors")}
     run_stages(undisturbed, HERE)
-    assert {p: p.stat().st_mtime_ns for p in Path(undisturbed.run.out).rglob("*.safetensors")} == before
+    assert {
+        p: p.stat().st_mtime_ns for p in Path(undisturbed.run.out).rglob("*.safetensors")
+    } == before
 
 
 def test_features_on_the_fly_agree(make) -> None:
-    """A shard from the cache, the others from the target in every step: the loss curve of all from the cache, to rounding.
+    """A shard from the cache, the others from the target in every step: the loss curve of all from
+    the cache, to rounding.
 
-    Trained by AdamW, which differs by 1e-7: Muon orthogonalizes in bfloat16 where the processor does, and makes a thousandth of it.
+    Trained by AdamW, which differs by 1e-7: Muon orthogonalizes in bfloat16 where the processor
+    does, and makes a thousandth of it.
     """
     runs = [make(ema=0.9, optimizer="adamw", lr=2e-2, max_disk_gb=size) for size in (3e-4, 1.0)]
     for chosen in runs:
         run_stages(chosen, HERE)
-    some, all_ = (list((Path(chosen.run.out) / "features").glob("*.safetensors")) for chosen in runs)
+    some, all_ = (
+        list((Path(chosen.run.out) / "features").glob("*.safetensors")) for chosen in runs
+    )
     assert 0 < len(some) < len(all_)
     mine, theirs = ([e["loss"] for e in entries(run) if "loss" in e] for run in runs)
     assert mine == pytest.approx(theirs, rel=1e-5)
@@ -116,20 +150,31 @@ def test_features_on_the_fly_agree(make) -> None:
 
 def test_another_config_is_refused(make, undisturbed: Settings) -> None:
     """The stage, the setting and both values are named; what is there is not touched."""
-    flags = {"target": undisturbed.run.target, "prompts": undisturbed.data.prompts, "out": undisturbed.run.out}
+    flags = {
+        "target": undisturbed.run.target,
+        "prompts": undisturbed.data.prompts,
+        "out": undisturbed.run.out,
+    }
     other = settings(
-        Path(flags["target"]), Path(flags["prompts"][0]), Path(flags["out"]), held_out_prompts=undisturbed.data.held_out_prompts, lr=1.0
+        Path(flags["target"]),
+        Path(flags["prompts"][0]),
+        Path(flags["out"]),
+        held_out_prompts=undisturbed.data.held_out_prompts,
+        lr=1.0,
     )
     before = loop.result(undisturbed)
     (loop.folder_of(undisturbed) / "result.json").rename(loop.folder_of(undisturbed) / "aside")
-    with pytest.raises(RunError, match=r"stage train with .*lr 0.02 \(now 1.0\).*choose another --out"):
+    with pytest.raises(
+        RunError, match=r"stage train with .*lr 0.02 \(now 1.0\).*choose another --out"
+    ):
         run_stages(other, HERE)
     (loop.folder_of(undisturbed) / "aside").rename(loop.folder_of(undisturbed) / "result.json")
     assert loop.result(undisturbed) == before
 
 
 def test_other_responses_are_noticed(make, parts, tmp_path: Path) -> None:
-    """Answers that were changed beside the same prompts were once ignored on resuming: the run went on with the old ones."""
+    """Answers that were changed beside the same prompts were once ignored on resuming: the run went
+    on with the old ones."""
     rows = [json.loads(line) for line in parts[1].read_text().splitlines()]
     path = write_prompts(tmp_path / "prompts.jsonl", rows)
     chosen = replace(make(), data=replace(make().data, prompts=(str(path),)))
@@ -139,12 +184,18 @@ def test_other_responses_are_noticed(make, parts, tmp_path: Path) -> None:
     rows[3]["response_token_ids"][1] ^= 1
     write_prompts(path, rows)
     with pytest.raises(
-        TrainingError, match=r"the responses beside them are not those that .*split.json was written for: give the same files"
+        TrainingError,
+        match=(
+            r"the responses beside them are not those that .*split.json was written for: give the"
+            r" same files"
+        ),
     ):
         run_stages(chosen, HERE[:1])
     rows[3]["prompt_token_ids"][0] ^= 1
     write_prompts(path, rows)
-    with pytest.raises(TrainingError, match=r"the prompts are not those that .*split.json was written for"):
+    with pytest.raises(
+        TrainingError, match=r"the prompts are not those that .*split.json was written for"
+    ):
         run_stages(chosen, HERE[:1])
 
 
@@ -160,14 +211,17 @@ def test_two_commands_in_one_folder(make) -> None:
 
 @pytest.mark.parametrize("kilobytes", [4, 16, 64, 200, 300, 400, 500, 900, 1500])
 def test_a_disk_that_fills_up(make, kilobytes: int, tmp_path: Path) -> None:
-    """A real one, of these sizes: wherever it is full, the message says so, what is there is kept, and on a larger disk the run goes on.
+    """A real one, of these sizes: wherever it is full, the message says so, what is there is kept,
+    and on a larger disk the run goes on.
 
     At 64 KiB it was an INTERNAL ASSERT of torch's.
     """
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk)],
+        capture_output=True,
+        check=False,
     ).returncode:
         pytest.skip("mounting is not allowed here")
     made = make()
@@ -194,7 +248,8 @@ def test_a_disk_that_fills_up(make, kilobytes: int, tmp_path: Path) -> None:
 
 
 def test_a_full_disk(make) -> None:
-    """A limit on file sizes that the features still fit in and the checkpoint does not: said, nothing lost, and the run goes on later."""
+    """A limit on file sizes that the features still fit in and the checkpoint does not: said,
+    nothing lost, and the run goes on later."""
     chosen = make()
     run_stages(chosen, HERE[:2])
 
@@ -211,7 +266,8 @@ def test_a_full_disk(make) -> None:
 
 
 def test_a_disk_that_is_full_for_the_log(tmp_path: Path) -> None:
-    """It is appended to and so not written beside its place: said as well, and the cut line is no entry for the next run."""
+    """It is appended to and so not written beside its place: said as well, and the cut line is no
+    entry for the next run."""
 
     def work() -> str:
         log = Log(tmp_path, 0, 9)
@@ -226,10 +282,15 @@ def test_a_disk_that_is_full_for_the_log(tmp_path: Path) -> None:
     assert [entry["step"] for entry in read(tmp_path / "log.jsonl")] == [1]
 
 
-def test_a_spoilt_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_spoilt_checkpoint_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for step in (1, 2, 3):
         checkpoints.save(tmp_path, step, {"value": torch.tensor(step)})
-    assert [p.name for p in sorted(tmp_path.glob("*.pt"))] == ["step-00000002.pt", "step-00000003.pt"]
+    assert [p.name for p in sorted(tmp_path.glob("*.pt"))] == [
+        "step-00000002.pt",
+        "step-00000003.pt",
+    ]
     (tmp_path / "step-00000003.pt").write_bytes(b"no checkpoint")
     found = checkpoints.load_newest(tmp_path, "cpu")
     assert found is not None
@@ -241,7 +302,8 @@ def test_a_spoilt_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_loss_that_is_not_finite(make, parts, tmp_path: Path) -> None:
-    """One token's embedding is no number: steps that meet it are skipped and counted, and the weights stay finite."""
+    """One token's embedding is no number: steps that meet it are skipped and counted, and the
+    weights stay finite."""
     target = tmp_path / "target"
     target.mkdir()
     for path in parts[0].iterdir():

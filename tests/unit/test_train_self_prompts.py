@@ -1,4 +1,5 @@
-"""The stage that has the target write its prompts: resumed with the same ones, refused where that leads nowhere; no engine is run."""
+"""The stage that has the target write its prompts: resumed with the same ones, refused where that
+leads nowhere; no engine is run."""
 
 import json
 import random
@@ -18,22 +19,57 @@ from vllm_dflash.training.sequences import write_sequences
 from vllm_dflash.training.settings import Settings, SettingsError
 
 TARGET = Path(__file__).parents[2] / "examples" / "embedded_pair" / "target"
-WORDS = ["def", "class", "return", "import", "self", "list", "string", "number", "value", "index", "path", "open", "read", "write"]
+WORDS = [
+    "def",
+    "class",
+    "return",
+    "import",
+    "self",
+    "list",
+    "string",
+    "number",
+    "value",
+    "index",
+    "path",
+    "open",
+    "read",
+    "write",
+]
 
 
 def chosen(out: Path, **changes: Any) -> Settings:
-    flags = SMALL | {"target": str(TARGET), "out": str(out), "prompts": ("self:20",), "mask_token_id": 1, "shard_size": 8} | changes
+    flags = (
+        SMALL
+        | {
+            "target": str(TARGET),
+            "out": str(out),
+            "prompts": ("self:20",),
+            "mask_token_id": 1,
+            "shard_size": 8,
+        }
+        | changes
+    )
     return training_settings.load(None, flags)
 
 
 class Answers:
-    """Stands for the engines: a part's turns follow from its seed; stops, if asked, after some parts."""
+    """Stands for the engines: a part's turns follow from its seed; stops, if asked, after some
+    parts."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, tokenizer: Any, words: list[str] = WORDS) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, tokenizer: Any, words: list[str] = WORDS
+    ) -> None:
         self.tokenizer, self.words, self.written, self.most = tokenizer, words, 0, 10**6
         monkeypatch.setattr(self_prompts, "answer", self)
 
-    def __call__(self, settings: Settings, dtype: str, room: int, jobs: list[dict[str, Any]], shown: tuple[str, str]) -> None:
+    def __call__(
+        self,
+        settings: Settings,
+        dtype: str,
+        room: int,
+        jobs: list[dict[str, Any]],
+        shown: tuple[str, str],
+    ) -> None:
         assert shown == ("prompts", " turns")
         for job in jobs:
             if self.written == self.most:
@@ -52,7 +88,9 @@ def found() -> Any:
     return target.find_target(chosen(Path("unused")))
 
 
-def test_stopped_it_ends_with_the_same_prompts(tmp_path: Path, found: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_stopped_it_ends_with_the_same_prompts(
+    tmp_path: Path, found: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     answers = Answers(monkeypatch, found.tokenizer)
     whole, stopped = chosen(tmp_path / "whole"), chosen(tmp_path / "stopped")
     self_prompts.write_prompts(whole, found, 1024)
@@ -75,7 +113,9 @@ def test_stopped_it_ends_with_the_same_prompts(tmp_path: Path, found: Any, monke
     assert "20 prompts of" in capsys.readouterr().out
     self_prompts.path_of(stopped).with_suffix(".json").unlink()
     self_prompts.write_prompts(stopped, found, 1024)
-    assert self_prompts.path_of(stopped).read_bytes() == expected, "from its parts, without an engine"
+    assert self_prompts.path_of(stopped).read_bytes() == expected, (
+        "from its parts, without an engine"
+    )
     other = chosen(tmp_path / "other", seed=1)
     answers.most = 10**6
     self_prompts.write_prompts(other, found, 1024)
@@ -93,33 +133,51 @@ def test_mixed_with_files(tmp_path: Path, found: Any, monkeypatch: pytest.Monkey
     parts = split(Reader(found.tokenizer, 4096, "{}"), data, 0)
     assert len(parts.train) + len(parts.held_out) == 21
     self_prompts.path_of(settings).write_text("{}\n")
-    with pytest.raises(TrainingError, match=r"prompts.jsonl is not as it was written: remove .*prompts.json"):
+    with pytest.raises(
+        TrainingError, match=r"prompts.jsonl is not as it was written: remove .*prompts.json"
+    ):
         self_prompts.as_files(settings)
 
 
-def test_a_target_that_says_one_thing(tmp_path: Path, found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_that_says_one_thing(
+    tmp_path: Path, found: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It would be asked for ever."""
     Answers(monkeypatch, found.tokenizer, ["same"])
-    with pytest.raises(TrainingError, match=r"too few turns that can be used: \d of \d+ were kept \(left out: .*repeat"):
+    with pytest.raises(
+        TrainingError,
+        match=r"too few turns that can be used: \d of \d+ were kept \(left out: .*repeat",
+    ):
         self_prompts.write_prompts(chosen(tmp_path), found, 1024)
 
 
-def test_other_settings_are_not_mixed_with(tmp_path: Path, found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_settings_are_not_mixed_with(
+    tmp_path: Path, found: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Answers(monkeypatch, found.tokenizer)
     self_prompts.write_prompts(chosen(tmp_path), found, 1024)
-    with pytest.raises(RunError, match=r"begun by the stage prompts with self_temperature 1.0 \(now 0.7\)"):
+    with pytest.raises(
+        RunError, match=r"begun by the stage prompts with self_temperature 1.0 \(now 0.7\)"
+    ):
         self_prompts.write_prompts(chosen(tmp_path, self_temperature=0.7), found, 1024)
 
 
-@pytest.mark.parametrize("asked", [("self:",), ("self:1",), ("self:x",), ("self:-3",), ("self:5", "self:6"), ("self:²",)])
+@pytest.mark.parametrize(
+    "asked", [("self:",), ("self:1",), ("self:x",), ("self:-3",), ("self:5", "self:6"), ("self:²",)]
+)
 def test_what_is_no_number(asked: tuple[str, ...]) -> None:
     with pytest.raises(SettingsError, match="give self:N once, with N at least 2"):
         chosen(Path("o"), prompts=asked)
 
 
 def test_damaged(tmp_path: Path, found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every file of the stage in every way: it ends with the same prompts, or says which file and what to do."""
-    answers, settings, faults = Answers(monkeypatch, found.tokenizer), chosen(tmp_path / "run"), list[str]()
+    """Every file of the stage in every way: it ends with the same prompts, or says which file and
+    what to do."""
+    answers, settings, faults = (
+        Answers(monkeypatch, found.tokenizer),
+        chosen(tmp_path / "run"),
+        list[str](),
+    )
     self_prompts.write_prompts(settings, found, 1024)
     expected = self_prompts.path_of(settings).read_bytes()
     finished = copy_of(tmp_path / "run", tmp_path / "finished")
@@ -137,7 +195,11 @@ def test_damaged(tmp_path: Path, found: Any, monkeypatch: pytest.MonkeyPatch) ->
                     self_prompts.write_prompts(settings, found, 1024)
                     self_prompts.as_files(settings)
                     same = self_prompts.path_of(settings).read_bytes() == expected
-                    faults += [] if same else [f"{state.name} {file}, {damage}: other prompts, without a word"]
+                    faults += (
+                        []
+                        if same
+                        else [f"{state.name} {file}, {damage}: other prompts, without a word"]
+                    )
                 except TrainingError as refusal:
                     if path.stem not in str(refusal) or "remove" not in str(refusal):
                         faults.append(f"{state.name} {file}, {damage}: {refusal}")

@@ -1,4 +1,5 @@
-"""One TOML file or flags: names, types and ranges are checked, flags overrule, and a contradiction is refused with its remedy."""
+"""One TOML file or flags: names, types and ranges are checked, flags overrule, and a contradiction
+is refused with its remedy."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ def test_every_setting_is_a_flag_of_its_own() -> None:
 def test_a_file_and_flags(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(
-        '[run]\ntarget = "t"\nout = "o"\n[data]\nprompts = ["a", "b"]\n[train]\nlr = 1e-3\nsteps = 5\n[drafter]\ntarget_layer_ids = [1, 2]\n'
+        '[run]\ntarget = "t"\nout = "o"\n[data]\nprompts = ["a", "b"]\n[train]\nlr = 1e-3\nsteps ='
+        " 5\n[drafter]\ntarget_layer_ids = [1, 2]\n"
     )
     found = load(str(path), {"lr": "2e-3", "target_layer_ids": "3,4"})
     assert (found.train.lr, found.train.steps, found.data.prompts) == (2e-3, 5, ("a", "b"))
@@ -63,7 +65,10 @@ def test_refusals(changes: dict[str, Any], words: str) -> None:
     [
         ("[train\n", "cannot be read as TOML"),
         ("[trian]\nlr = 1\n", "'trian' is no table: one of [run], [data]"),
-        ("[train]\nlearning_rate = 1\n", "[train] has no 'learning_rate': it has anchors, attention"),
+        (
+            "[train]\nlearning_rate = 1\n",
+            "[train] has no 'learning_rate': it has anchors, attention",
+        ),
         ("lr = 1\n", "'lr' is no table"),
         ("[train]\nsteps = 1.5\n", "steps is 1.5: give a whole number"),
     ],
@@ -80,7 +85,14 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     said = capsys.readouterr().out
-    for words in ("--only STAGE", "[train]", "peak learning rate (default: 0.0006)", "examples:", "goes on with the same command", *STAGES):
+    for words in (
+        "--only STAGE",
+        "[train]",
+        "peak learning rate (default: 0.0006)",
+        "examples:",
+        "goes on with the same command",
+        *STAGES,
+    ):
         assert " ".join(words.split()) in " ".join(said.split())
 
 
@@ -90,16 +102,23 @@ def test_wrong_usage_is_2(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_lengths_fit_the_target_where_nobody_sets_them(capsys: pytest.CaptureFixture[str]) -> None:
-    """Training for the embedded target, which has 512 positions, was refused unless one knew two flags."""
+    """Training for the embedded target, which has 512 positions, was refused unless one knew two
+    flags."""
     settings = load(None, NEEDED)
     assert fit_lengths(settings, 40960) == settings
     assert capsys.readouterr().err == ""
     found = fit_lengths(settings, 512)
     assert (found.data.max_prompt_tokens, found.generate.response_tokens) == (512 - 256 - 16, 256)
-    assert "reach to 512 tokens: max_prompt_tokens is 240, response_tokens 256" in capsys.readouterr().err
+    assert (
+        "reach to 512 tokens: max_prompt_tokens is 240, response_tokens 256"
+        in capsys.readouterr().err
+    )
     found = fit_lengths(load(None, NEEDED | {"response_tokens": 400}), 512)
     assert (found.data.max_prompt_tokens, found.generate.response_tokens) == (112, 400)
-    with pytest.raises(SettingsError, match=r"max_prompt_tokens 300 and response_tokens 256 .* do not fit into the 512 tokens"):
+    with pytest.raises(
+        SettingsError,
+        match=r"max_prompt_tokens 300 and response_tokens 256 .* do not fit into the 512 tokens",
+    ):
         fit_lengths(load(None, NEEDED | {"max_prompt_tokens": 300}), 512)
     with pytest.raises(SettingsError, match="prove_tokens 256 and a block"):
         fit_lengths(settings, 256)

@@ -1,4 +1,5 @@
-"""Several workers take the steps of one process with the same batch: the same loss curve, to rounding."""
+"""Several workers take the steps of one process with the same batch: the same loss curve, to
+rounding."""
 
 import dataclasses
 import json
@@ -29,7 +30,13 @@ def make(tmp_path_factory: pytest.TempPathFactory):
     held_out, ids = held_out_file(folder / "held-out.jsonl")
 
     def new(**changes) -> Settings:
-        chosen = settings(model, prompts, tmp_path_factory.mktemp("run"), held_out_prompts=str(held_out), **CHANGES | changes)
+        chosen = settings(
+            model,
+            prompts,
+            tmp_path_factory.mktemp("run"),
+            held_out_prompts=str(held_out),
+            **CHANGES | changes,
+        )
         answer_held_out(chosen, ids)
         run_stages(chosen, ("generate", "features"))
         return chosen
@@ -49,13 +56,17 @@ def weights(chosen: Settings) -> dict[str, torch.Tensor]:
 def work(chosen: Settings, rank: int, count: int, meeting: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
     found = target.find_target(chosen)
-    loop.train(chosen, drafter.plan(chosen, found)[0], found, target.load_target(found, chosen, "cpu"))
+    loop.train(
+        chosen, drafter.plan(chosen, found)[0], found, target.load_target(found, chosen, "cpu")
+    )
     dist.destroy_process_group()
 
 
 def together(chosen: Settings, count: int, meeting: Path) -> None:
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=work, args=(chosen, rank, count, str(meeting))) for rank in range(count)]
+    processes = [
+        fork.Process(target=work, args=(chosen, rank, count, str(meeting))) for rank in range(count)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -65,8 +76,11 @@ def together(chosen: Settings, count: int, meeting: Path) -> None:
 
 @pytest.mark.parametrize("weighting", ["decay", "dpace"])
 def test_two_workers_are_one_with_twice_the_batch(make, tmp_path: Path, weighting: str) -> None:
-    """A mean of the workers' means would differ: answers are of different lengths, so their blocks are not equally many."""
-    one, two, pieces = (make(weighting=weighting, **more) for more in ({}, {"workers": 2}, {"micro_batch": 2}))
+    """A mean of the workers' means would differ: answers are of different lengths, so their blocks
+    are not equally many."""
+    one, two, pieces = (
+        make(weighting=weighting, **more) for more in ({}, {"workers": 2}, {"micro_batch": 2})
+    )
     run_stages(one, ("train",))
     run_stages(pieces, ("train",))
     together(two, 2, tmp_path / "meeting")
@@ -78,9 +92,15 @@ def test_two_workers_are_one_with_twice_the_batch(make, tmp_path: Path, weightin
 
 
 @pytest.mark.parametrize(("optimizer", "rounding"), [("adamw", 1e-3), ("muon", 5e-3)])
-def test_workers_that_share_the_weights(make, tmp_path: Path, optimizer: str, rounding: float) -> None:
-    """FSDP: the curve and the weights of one process, to rounding; Muon rounds to bfloat16 on the way."""
-    one, two = (make(optimizer=optimizer, ema=0.9, **more) for more in ({}, {"workers": 2, "parallel": "fsdp"}))
+def test_workers_that_share_the_weights(
+    make, tmp_path: Path, optimizer: str, rounding: float
+) -> None:
+    """FSDP: the curve and the weights of one process, to rounding; Muon rounds to bfloat16 on the
+    way."""
+    one, two = (
+        make(optimizer=optimizer, ema=0.9, **more)
+        for more in ({}, {"workers": 2, "parallel": "fsdp"})
+    )
     run_stages(one, ("train",))
     together(two, 2, tmp_path / "meeting")
     assert curve(two) == pytest.approx(curve(one), rel=2e-4)
@@ -90,7 +110,9 @@ def test_workers_that_share_the_weights(make, tmp_path: Path, optimizer: str, ro
         goes_on_sharded(one, two, finished, tmp_path / "again")
 
 
-def goes_on_sharded(one: Settings, two: Settings, finished: dict[str, torch.Tensor], meeting: Path) -> None:
+def goes_on_sharded(
+    one: Settings, two: Settings, finished: dict[str, torch.Tensor], meeting: Path
+) -> None:
     """From the last but one checkpoint of one process."""
     folder = loop.folder_of(one)
     for path in (folder / "result.json", folder / "checkpoints" / "step-00000010.json"):
@@ -111,5 +133,7 @@ def test_two_workers_on_ray(make) -> None:
 def test_without_ray(make) -> None:
     if __import__("importlib.util").util.find_spec("ray"):
         pytest.skip("it is installed")
-    with pytest.raises(TrainingError, match=r"pip install 'vllm-dflash\[ray\]', or set workers to 1"):
+    with pytest.raises(
+        TrainingError, match=r"pip install 'vllm-dflash\[ray\]', or set workers to 1"
+    ):
         run_stages(make(workers=2), ("train",))

@@ -17,7 +17,11 @@ pytestmark = pytest.mark.vllm
 def test_drafts_are_kept_up_to_the_first_that_differs() -> None:
     # Three requests with 3, 0 and 2 drafts; one more row each.
     sampled = [7, 8, 1, 9, 4, 5, 6, 2]
-    assert keep_accepted(sampled, [7, 8, 3, 5, 6], [3, 0, 2]) == [[7, 8, 1, -1], [4, -1, -1, -1], [5, 6, 2, -1]]
+    assert keep_accepted(sampled, [7, 8, 3, 5, 6], [3, 0, 2]) == [
+        [7, 8, 1, -1],
+        [4, -1, -1, -1],
+        [5, 6, 2, -1],
+    ]
 
 
 def test_an_accepted_token_after_a_rejected_one_is_dropped() -> None:
@@ -25,7 +29,8 @@ def test_an_accepted_token_after_a_rejected_one_is_dropped() -> None:
 
 
 def test_draws_are_vllms_whatever_is_asked_for_first() -> None:
-    """vLLM draws one number a token; drafts ask for several at once, and for some again after a rejection or a preemption."""
+    """vLLM draws one number a token; drafts ask for several at once, and for some again after a
+    rejection or a preemption."""
     generator = torch.Generator().manual_seed(7)
     expected = [int(torch.randint(0, 2**31, (1,), generator=generator)) for _ in range(6)]
     draws = SeedDraws()
@@ -40,15 +45,22 @@ def test_draws_are_vllms_whatever_is_asked_for_first() -> None:
 @pytest.mark.parametrize(
     ("scheduled", "drafted"),
     [
-        ([1, 1, 1], [0, 0, 0]), ([5, 1, 20], [0, 0, 0]), ([1], [0]),
-        ([4, 100, 3, 2, 2], [3, 0, 2, 0, 1]), ([8], [7]), ([1, 8], [0, 7]), ([3, 3], [2, 2]),
+        ([1, 1, 1], [0, 0, 0]),
+        ([5, 1, 20], [0, 0, 0]),
+        ([1], [0]),
+        ([4, 100, 3, 2, 2], [3, 0, 2, 0, 1]),
+        ([8], [7]),
+        ([1, 8], [0, 7]),
+        ([3, 3], [2, 2]),
     ],
-)  # fmt: skip
+)
 def test_metadata_of_drafts_is_vllms(scheduled: list[int], drafted: list[int]) -> None:
     """Of decoding steps and of those with prompts, with drafts and without."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    runner = SimpleNamespace(device=torch.device("cpu"), _arange_scratch=np.zeros(128, dtype=np.int32))
+    runner = SimpleNamespace(
+        device=torch.device("cpu"), _arange_scratch=np.zeros(128, dtype=np.int32)
+    )
     runner.input_ids = SimpleNamespace(gpu=torch.arange(500, 700, dtype=torch.int32))
     runner._get_cumsum_and_arange = GPUModelRunner._get_cumsum_and_arange.__get__(runner)
     runner._arange_np = runner.arange_np = np.arange(128)

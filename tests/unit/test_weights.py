@@ -1,4 +1,5 @@
-"""A checkpoint's tensors are checked by header before anything is loaded: what is wrong is named, with a remedy.
+"""A checkpoint's tensors are checked by header before anything is loaded: what is wrong is named,
+with a remedy.
 
 Tests: ``pytest tests/unit/test_weights.py``.
 """
@@ -15,9 +16,20 @@ from vllm_dflash.reference.checkpoint import load_drafter, save_drafter
 from vllm_dflash.weights import check_tensors, expected_tensors, read_shapes
 
 CONFIG = DrafterConfig(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=64,
-    block_size=8, mask_token_id=63, target_layer_ids=(1, 2, 4), num_target_layers=6, max_position_embeddings=128, kind="dflash",
-)  # fmt: skip
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=64,
+    block_size=8,
+    mask_token_id=63,
+    target_layer_ids=(1, 2, 4),
+    num_target_layers=6,
+    max_position_embeddings=128,
+    kind="dflash",
+)
 
 
 @pytest.fixture
@@ -43,22 +55,47 @@ def refused(folder) -> str:
 def test_names_and_shapes_are_z_labs() -> None:
     """Worked out by hand from the published Qwen3-8B drafter's settings, not from our module."""
     config = CONFIG.with_(
-        hidden_size=4096, intermediate_size=12288, num_hidden_layers=5, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-        target_layer_ids=(1, 9, 17, 25, 33), num_target_layers=36,
-    )  # fmt: skip
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=5,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        target_layer_ids=(1, 9, 17, 25, 33),
+        num_target_layers=36,
+    )
     tensors = expected_tensors(config)
     assert len(tensors) == 3 + 5 * 11
     assert tensors["fc.weight"] == (4096, 20480)
-    assert tensors["hidden_norm.weight"] == tensors["norm.weight"] == tensors["layers.4.post_attention_layernorm.weight"] == (4096,)
-    assert tensors["layers.0.self_attn.q_proj.weight"] == tensors["layers.0.self_attn.o_proj.weight"] == (4096, 4096)
-    assert tensors["layers.0.self_attn.k_proj.weight"] == tensors["layers.0.self_attn.v_proj.weight"] == (1024, 4096)
-    assert tensors["layers.0.self_attn.q_norm.weight"] == tensors["layers.0.self_attn.k_norm.weight"] == (128,)
+    assert (
+        tensors["hidden_norm.weight"]
+        == tensors["norm.weight"]
+        == tensors["layers.4.post_attention_layernorm.weight"]
+        == (4096,)
+    )
+    assert (
+        tensors["layers.0.self_attn.q_proj.weight"]
+        == tensors["layers.0.self_attn.o_proj.weight"]
+        == (4096, 4096)
+    )
+    assert (
+        tensors["layers.0.self_attn.k_proj.weight"]
+        == tensors["layers.0.self_attn.v_proj.weight"]
+        == (1024, 4096)
+    )
+    assert (
+        tensors["layers.0.self_attn.q_norm.weight"]
+        == tensors["layers.0.self_attn.k_norm.weight"]
+        == (128,)
+    )
     assert tensors["layers.0.mlp.gate_proj.weight"] == (12288, 4096)
     assert tensors["layers.0.mlp.down_proj.weight"] == (4096, 12288)
 
 
 def test_the_module_has_exactly_these_tensors() -> None:
-    assert {name: tuple(t.shape) for name, t in DFlashDrafter(CONFIG).state_dict().items()} == expected_tensors(CONFIG)
+    assert {
+        name: tuple(t.shape) for name, t in DFlashDrafter(CONFIG).state_dict().items()
+    } == expected_tensors(CONFIG)
 
 
 def test_round_trip(folder) -> None:
@@ -81,7 +118,8 @@ def test_missing(folder) -> None:
 
 
 def test_misnamed(folder) -> None:
-    """A tensor under another name is one missing and one unexpected: skipped in silence, it serves at low acceptance."""
+    """A tensor under another name is one missing and one unexpected: skipped in silence, it serves
+    at low acceptance."""
     rewrite(folder, lambda tensors: tensors.update({"fuse.weight": tensors.pop("fc.weight")}))
     message = refused(folder)
     assert "missing: fc.weight" in message
@@ -94,11 +132,20 @@ def test_misshaped(folder) -> None:
 
 
 def test_a_long_list_is_cut(folder) -> None:
-    rewrite(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("layers.1.")])
+    rewrite(
+        folder,
+        lambda tensors: [
+            tensors.pop(name) for name in list(tensors) if name.startswith("layers.1.")
+        ],
+    )
     assert "and 3 more" in refused(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", None], ids=["empty", "lfs pointer", "truncated"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"version https://git-lfs.github.com/spec/v1\n", None],
+    ids=["empty", "lfs pointer", "truncated"],
+)
 def test_corrupt(folder, content: bytes | None) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100] if content is None else content)

@@ -1,8 +1,10 @@
-"""How likely a draft token is accepted, given that all before it were: by its position, its confidence and its request. Pure.
+"""How likely a draft token is accepted, given that all before it were: by its position, its
+confidence and its request. Pure.
 
-The drafter's confidence in a token is the probability that it gives it. What such a confidence is worth is learned as decoding goes on:
-how often tokens of about that confidence were accepted, then corrected for the position in the block and for the request.
-Where no confidences are known, a position's rate stands in for them. All of it by group of requests: of a sampled one drafts are
+The drafter's confidence in a token is the probability that it gives it. What such a confidence is
+worth is learned as decoding goes on: how often tokens of about that confidence were accepted, then
+corrected for the position in the block and for the request. Where no confidences are known, a
+position's rate stands in for them. All of it by group of requests: of a sampled one drafts are
 accepted less than of a greedy one, and what was learned of the one must not decide for the other.
 
     pytest tests/unit/test_adaptive.py
@@ -24,7 +26,8 @@ _MEMORY = 500.0
 _FADE = 1 - 1 / _MEMORY
 """What each new token leaves of the older ones' weight."""
 _REQUEST_MEMORY, _REQUEST_WEIGHT = 64.0, 12.0
-"""Of one request: the expected accepted tokens that count, and how many stand for what all requests do."""
+"""Of one request: the expected accepted tokens that count, and how many stand for what all requests
+do."""
 _POSITION_WEIGHT = 20.0
 """Of one position: expected accepted tokens that stand for no correction."""
 _MOST = 0.99
@@ -82,7 +85,8 @@ _EDGES = [_at(index) for index in range(1, _BINS)]
 
 
 def row_step(count: int) -> int:
-    """What numbers of rows about as large as ``count`` are multiples of: there are four in each octave."""
+    """What numbers of rows about as large as ``count`` are multiples of: there are four in each
+    octave."""
     return 1 << max(count.bit_length() - 3, 0)
 
 
@@ -93,11 +97,18 @@ def round_rows(count: int) -> int:
 
 
 def _round_rows(lengths: dict[str, int], survivals: Mapping[str, Sequence[float]]) -> None:
-    """Lets the likeliest tokens that were left out in, or the least likely out, until ``lengths`` and a row a request are a round number."""
-    missing = round_rows(len(lengths) + sum(lengths.values())) - len(lengths) - sum(lengths.values())
+    """Lets the likeliest tokens that were left out in, or the least likely out, until ``lengths``
+    and a row a request are a round number."""
+    missing = (
+        round_rows(len(lengths) + sum(lengths.values())) - len(lengths) - sum(lengths.values())
+    )
     for _ in range(abs(missing)):
         if missing > 0:
-            can = [(survivals[name][n], name) for name, n in lengths.items() if n < len(survivals[name])]
+            can = [
+                (survivals[name][n], name)
+                for name, n in lengths.items()
+                if n < len(survivals[name])
+            ]
         else:
             can = [(-survivals[name][n - 1], name) for name, n in lengths.items() if n]
         if can:
@@ -118,15 +129,19 @@ class _Learned:
     def observe(self, verified: int, accepted: int, confidences: Sequence[float] | None) -> float:
         """As ``Acceptance.observe``; returns how many tokens were to be expected."""
         expected = 0.0
-        # What is expected is told after the group has learned of it: what a request alone tells would count twice, for it and for the group.
-        # Only what is reached fades, so that what is seldom reached keeps its evidence for as long.
+        # What is expected is told after the group has learned of it: what a request alone tells
+        # would count twice, for it and for the group. Only what is reached fades, so that what is
+        # seldom reached keeps its evidence for as long.
         for i in range(min(accepted + 1, verified)):
             by_position = self.by_position[i]
             by_position.add(i < accepted)
             if confidences is None:
                 expected += by_position.value
             else:
-                by_confidence, position = self.by_confidence[bisect_right(_EDGES, confidences[i])], self.positions[i]
+                by_confidence, position = (
+                    self.by_confidence[bisect_right(_EDGES, confidences[i])],
+                    self.positions[i],
+                )
                 by_confidence.add(i < accepted)
                 position.add(i < accepted, by_confidence.value)
                 rate = by_confidence.value * position.factor
@@ -134,11 +149,20 @@ class _Learned:
         self.num_drafts += 1
         return expected
 
-    def survival(self, num_draft_tokens: int, factor: float, confidences: Sequence[float] | None) -> list[float]:
-        """As ``Acceptance.survival``, of a request whose tokens are accepted ``factor`` times as often as the group's."""
+    def survival(
+        self, num_draft_tokens: int, factor: float, confidences: Sequence[float] | None
+    ) -> list[float]:
+        """As ``Acceptance.survival``, of a request whose tokens are accepted ``factor`` times as
+        often as the group's."""
         probability, found = 1.0, []
-        for i, confidence in enumerate(() if confidences is None else confidences[:num_draft_tokens]):
-            rate = self.by_confidence[bisect_right(_EDGES, confidence)].value * self.positions[i].factor * factor
+        for i, confidence in enumerate(
+            () if confidences is None else confidences[:num_draft_tokens]
+        ):
+            rate = (
+                self.by_confidence[bisect_right(_EDGES, confidence)].value
+                * self.positions[i].factor
+                * factor
+            )
             probability *= rate if rate < _MOST else _MOST
             found.append(probability)
         for by_position in self.by_position[len(found) : num_draft_tokens]:
@@ -158,10 +182,12 @@ class Acceptance:
         self._requests: dict[str, tuple[_Learned, _Correction]] = {}
         """What was learned of a request's group, and of itself."""
         self.has_news = False
-        """Whether as many drafts of a group were seen as were known of it before, since somebody set it back."""
+        """Whether as many drafts of a group were seen as were known of it before, since somebody
+        set it back."""
 
     def rates(self, request: str) -> list[float]:
-        """[K]: probability that position i is accepted once all before it are, over all requests of the group."""
+        """[K]: probability that position i is accepted once all before it are, over all requests of
+        the group."""
         return [rate.value for rate in self._of(request)[0].by_position]
 
     def is_new(self, request: str) -> bool:
@@ -169,21 +195,35 @@ class Acceptance:
         known = self._requests.get(request)
         return known is None or not known[1].expected
 
-    def observe(self, request: str, verified: int, accepted: int, confidences: Sequence[float] | None = None) -> None:
-        """Takes in that of ``verified`` draft tokens of a request, drafted with these confidences, the first ``accepted`` were accepted."""
+    def observe(
+        self, request: str, verified: int, accepted: int, confidences: Sequence[float] | None = None
+    ) -> None:
+        """Takes in that of ``verified`` draft tokens of a request, drafted with these confidences,
+        the first ``accepted`` were accepted."""
         learned, own = self._of(request)
         own.add(accepted, learned.observe(verified, accepted, confidences))
         self.has_news |= learned.num_drafts.bit_count() == 1
 
-    def survival(self, request: str, num_draft_tokens: int, confidences: Sequence[float] | None = None) -> list[float]:
-        """[K]: probability that a request's draft is accepted up to and with each position; past its confidences by the positions' rates."""
+    def survival(
+        self, request: str, num_draft_tokens: int, confidences: Sequence[float] | None = None
+    ) -> list[float]:
+        """[K]: probability that a request's draft is accepted up to and with each position; past
+        its confidences by the positions' rates."""
         learned, own = self._of(request)
         return learned.survival(num_draft_tokens, own.factor, confidences)
 
-    def lengths(self, requests: Sequence[str], num_draft_tokens: int, threshold: float, confidences: Confidences | None) -> dict[str, int]:
-        """Of each request's draft tokens, how many are accepted with a probability above ``threshold``; remembers drafts for ``expected``.
+    def lengths(
+        self,
+        requests: Sequence[str],
+        num_draft_tokens: int,
+        threshold: float,
+        confidences: Confidences | None,
+    ) -> dict[str, int]:
+        """Of each request's draft tokens, how many are accepted with a probability above
+        ``threshold``; remembers drafts for ``expected``.
 
-        A few more or fewer, so that the target's rows come in round numbers: a CPU's kernels are made anew for each number of rows.
+        A few more or fewer, so that the target's rows come in round numbers: a CPU's kernels are
+        made anew for each number of rows.
         """
         found: dict[str, int] = {}
         survivals: dict[str, list[float]] = {}
@@ -200,16 +240,20 @@ class Acceptance:
     def expected(self, requests: Sequence[str]) -> np.ndarray:
         """float64 [n, K]: survival of whole drafts as they are to be expected of these requests.
 
-        Each group's last drafts, in proportion to its requests, where confidences are known: how far drafts differ decides what it
-        brings to verify only part of some.
+        Each group's last drafts, in proportion to its requests, where confidences are known: how
+        far drafts differ decides what it brings to verify only part of some.
         """
         counts, rows = Counter(map(self._group, requests)), []
         for group, count in counts.items():
             learned = self._learned.get(group)
             drafts = (
-                learned.recent if learned and learned.recent else self._survivals(name for name in requests if self._group(name) == group)
+                learned.recent
+                if learned and learned.recent
+                else self._survivals(name for name in requests if self._group(name) == group)
             )
-            wanted = len(drafts) if len(counts) == 1 else max(round(_RECENT * count / len(requests)), 1)
+            wanted = (
+                len(drafts) if len(counts) == 1 else max(round(_RECENT * count / len(requests)), 1)
+            )
             rows += [drafts[-1 - i % len(drafts)] for i in range(wanted)]
         return np.array(rows)
 
@@ -227,5 +271,8 @@ class Acceptance:
             group = self._group(request)
             if group not in self._learned:
                 self._learned[group] = _Learned(self._max_draft)
-            known = self._requests[request] = self._learned[group], _Correction(_REQUEST_WEIGHT, _REQUEST_MEMORY)
+            known = self._requests[request] = (
+                self._learned[group],
+                _Correction(_REQUEST_WEIGHT, _REQUEST_MEMORY),
+            )
         return known

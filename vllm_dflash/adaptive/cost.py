@@ -1,10 +1,14 @@
-"""What a step costs, learned from measured steps: linear in what it computes, near the batch size at hand. Pure.
+"""What a step costs, learned from measured steps: linear in what it computes, near the batch size
+at hand. Pure.
 
-A step runs the target over ``num_tokens`` rows and, where it drafts, the drafter over ``draft_rows``, all over ``num_context``
-positions. Its time is close to linear in these on a CPU and on a GPU that is short of compute, and flat on a GPU that is short of bandwidth, so the line is drawn through steps
-of about as many requests. Nothing here knows a machine, and a step that another process holds up does not count: of each kind of
-step the lower median of a few is taken. A machine that others share slows down and recovers by half within seconds, and all kinds of
-steps with it; the kinds are measured at different times, so each is kept as what it takes at one pace of the machine.
+A step runs the target over ``num_tokens`` rows and, where it drafts, the drafter over
+``draft_rows``, all over ``num_context`` positions. Its time is close to linear in these on a CPU
+and on a GPU that is short of compute, and flat on a GPU that is short of bandwidth, so the line is
+drawn through steps of about as many requests. Nothing here knows a machine, and a step that another
+process holds up does not count: of each kind of step the lower median of a few is taken. A machine
+that others share slows down and recovers by half within seconds, and all kinds of steps with it;
+the kinds are measured at different times, so each is kept as what it takes at one pace of the
+machine.
 
     pytest tests/unit/test_adaptive.py
 """
@@ -24,14 +28,17 @@ _PACE = 7
 _FEWEST_FOR_PACE = 3
 """Steps of a kind, before a further one tells of the pace."""
 _FADE = 0.999
-"""Weight that a kind of step keeps with each step of another kind: a machine that slows down is followed."""
+"""Weight that a kind of step keeps with each step of another kind: a machine that slows down is
+followed."""
 STALE = 128
 """Steps after which what was measured of a kind is forgotten once it is measured again."""
 _CURVE = 0.1
-"""How far from the line, as a share of it, a kind's cost is expected to be: a kind's own steps count for as much as they tell it more
-exactly, for the luckiest of a few noisy measurements would be chosen for its luck."""
+"""How far from the line, as a share of it, a kind's cost is expected to be: a kind's own steps
+count for as much as they tell it more exactly, for the luckiest of a few noisy measurements would
+be chosen for its luck."""
 _NOISE = 0.08, 1 / 32
-"""How far a step is from what its kind takes, as a share of that, before any was seen; and the weight of each that is."""
+"""How far a step is from what its kind takes, as a share of that, before any was seen; and the
+weight of each that is."""
 _FEWEST_PLAIN = 2
 """Steps without drafts of about as many requests, before their cost counts as known."""
 _NEARNESS = 1.5
@@ -53,13 +60,25 @@ class Work:
     @property
     def features(self) -> tuple[float, ...]:
         """Constant, requests, verified draft tokens, drafter on, its rows, context."""
-        return 1.0, self.num_reqs, self.num_tokens - self.num_reqs, float(self.draft_rows > 0), self.draft_rows, self.num_context
+        return (
+            1.0,
+            self.num_reqs,
+            self.num_tokens - self.num_reqs,
+            float(self.draft_rows > 0),
+            self.draft_rows,
+            self.num_context,
+        )
 
     @property
     def kind(self) -> tuple[int, int, int]:
-        """Steps that are alike: the nearest power of two of the requests, and for each the drafter's rows and verified tokens."""
+        """Steps that are alike: the nearest power of two of the requests, and for each the
+        drafter's rows and verified tokens."""
         verified = self.num_tokens - self.num_reqs
-        return round(math.log2(self.num_reqs)), self.draft_rows // self.num_reqs, round(verified / self.num_reqs)
+        return (
+            round(math.log2(self.num_reqs)),
+            self.draft_rows // self.num_reqs,
+            round(verified / self.num_reqs),
+        )
 
 
 @dataclass
@@ -74,8 +93,11 @@ class _Kind:
         self.work.append(work)
         self.seconds.append(seconds)
         count = len(self.seconds)
-        # Of an even number the first is left out, for the lower one of two in the middle would be too low.
-        order = sorted(range(int(count > 2 and count % 2 == 0), count), key=self.seconds.__getitem__)
+        # Of an even number the first is left out, for the lower one of two in the middle would be
+        # too low.
+        order = sorted(
+            range(int(count > 2 and count % 2 == 0), count), key=self.seconds.__getitem__
+        )
         middle = order[(len(order) - 1) // 2]
         self.typical = self.work[middle], self.seconds[middle]
 
@@ -113,7 +135,8 @@ class StepCost:
         self._noise = _NOISE[0]
         """Mean distance of a step from what its kind takes, as a share of that."""
         self._met: set[int] = set()
-        """Numbers of rows that there were before, the drafter's below 0: kernels are made for a number when it first comes."""
+        """Numbers of rows that there were before, the drafter's below 0: kernels are made for a
+        number when it first comes."""
 
     @property
     def pace(self) -> float:
@@ -136,8 +159,11 @@ class StepCost:
             pace, usual = self.pace, self._expected(kind, work)
             self._paces.append(seconds / usual)
             # A step that was held up tells nothing of the others' noise.
-            self._noise += _NOISE[1] * (min(abs(math.log(seconds / (usual * pace))), 1.0) - self._noise)
-        # A kind that sets the pace is not held against itself: it would wander, and the others stay behind.
+            self._noise += _NOISE[1] * (
+                min(abs(math.log(seconds / (usual * pace))), 1.0) - self._noise
+            )
+        # A kind that sets the pace is not held against itself: it would wander, and the others stay
+        # behind.
         if len(kind.seconds) < _LAST or self._steps - kind.last_seen >= _PACE:
             kind.add(work, seconds / self.pace)
         self._steps += 1
@@ -145,7 +171,8 @@ class StepCost:
         return kind.typical[1] * self.pace
 
     def _expected(self, kind: _Kind, work: Work) -> float:
-        """Seconds of a step of a kind at a pace of 1: those of its typical one, and what the line gives to the difference between the two."""
+        """Seconds of a step of a kind at a pace of 1: those of its typical one, and what the line
+        gives to the difference between the two."""
         typical, seconds = kind.typical
         theirs = _dot(self._line, typical.features)
         return seconds * _dot(self._line, work.features) / theirs if theirs > 0 else seconds
@@ -154,17 +181,23 @@ class StepCost:
         """Whether steps with drafts were seen at about as many requests, and enough without."""
         power = round(math.log2(num_reqs))
         drafting = any(rows for each, rows, _ in self._kinds if each == power)
-        # None that verifies what was drafted before it: what drafting is held against has to be known for sure.
+        # None that verifies what was drafted before it: what drafting is held against has to be
+        # known for sure.
         plain = self._kinds.get((power, 0, 0))
         return drafting and plain is not None and len(plain.seconds) >= _FEWEST_PLAIN
 
     def near(self, num_reqs: int) -> LocalCost:
-        """The cost of steps of about ``num_reqs`` requests: least squares of relative errors, weighted by nearness and age."""
+        """The cost of steps of about ``num_reqs`` requests: least squares of relative errors,
+        weighted by nearness and age."""
         size, weights = math.log2(num_reqs), []
         for (power, _, _), kind in self._kinds.items():
             age, distance = self._steps - kind.last_seen, power - size
-            weights.append(len(kind.seconds) * _FADE**age * math.exp(-_NEARNESS * distance * distance) + 1e-6)
-        rows = np.array([(*kind.typical[0].features, kind.typical[1]) for kind in self._kinds.values()])
+            weights.append(
+                len(kind.seconds) * _FADE**age * math.exp(-_NEARNESS * distance * distance) + 1e-6
+            )
+        rows = np.array(
+            [(*kind.typical[0].features, kind.typical[1]) for kind in self._kinds.values()]
+        )
         found = _fit(rows, np.array(weights))
         self._line = found.tolist()
         over = (rows[:, -1] / np.maximum(rows[:, :-1] @ found, 1e-9)).tolist()
@@ -181,14 +214,16 @@ def _dot(weights: Sequence[float], features: Sequence[float]) -> float:
 
 
 def _fit(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Weights of the features that are not negative, for rows of features and seconds; a negative one is left out in turn."""
+    """Weights of the features that are not negative, for rows of features and seconds; a negative
+    one is left out in turn."""
     seconds = rows[:, -1]
     x, scale = rows[:, :-1] / seconds[:, None], np.sqrt(weights)
     kept = list(range(x.shape[1]))
     found = np.zeros(x.shape[1])
     while kept:
         a = x[:, kept] * scale[:, None]
-        # In proportion to each feature's own weight: features that go together share what they cost.
+        # In proportion to each feature's own weight: features that go together share what they
+        # cost.
         ridge = np.diag(1e-4 * (a * a).sum(axis=0) + 1e-12)
         solved = np.linalg.solve(a.T @ a + ridge, a.T @ scale)
         if solved.min() >= 0:

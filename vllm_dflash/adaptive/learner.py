@@ -1,4 +1,5 @@
-"""What the controller learns from steps: their times, what became of drafts, and which steps tell enough to be looked at. Pure.
+"""What the controller learns from steps: their times, what became of drafts, and which steps tell
+enough to be looked at. Pure.
 
 pytest tests/unit/test_adaptive_learner.py
 """
@@ -23,7 +24,8 @@ class Learner:
         self.plan = Plan(controller.max_draft)
         """Of the step that was scheduled last."""
         self.is_closed = False
-        """Nothing more is learned; where that is a failure, what was is not to be trusted either."""
+        """Nothing more is learned; where that is a failure, what was is not to be trusted
+        either."""
         self._steps = 0
         self._drafted = False
         """Whether the last step did."""
@@ -33,11 +35,16 @@ class Learner:
         self.is_closed = True
 
     def observe(self, step: Step) -> None:
-        """Takes in a step, and of those that neither draft nor verify, as is best, one in a few: that tells enough."""
+        """Takes in a step, and of those that neither draft nor verify, as is best, one in a few:
+        that tells enough."""
         self._steps += 1
         drafts = step.num_drafted > 0
         writes_backlog, self._drafted = drafts and not self._drafted, drafts
-        is_dull = not drafts and not step.scheduled.scheduled_spec_decode_tokens and self.plan.why == "best"
+        is_dull = (
+            not drafts
+            and not step.scheduled.scheduled_spec_decode_tokens
+            and self.plan.why == "best"
+        )
         if is_dull and self._steps % _MEASURED_EVERY:
             return
         began = self._began(step)
@@ -54,8 +61,13 @@ class Learner:
         """When it began; None where that is not known."""
         if not self._is_synchronous:
             return None if step.after_pause else step.began
-        # What comes between two steps, such as the handling of outputs, is part of a step's cost; a longer wait was somebody else's.
-        if step.after_pause or step.began is None or step.scheduled_at - step.began > _LONGEST_GAP * (step.ended - step.scheduled_at):
+        # What comes between two steps, such as the handling of outputs, is part of a step's cost; a
+        # longer wait was somebody else's.
+        if (
+            step.after_pause
+            or step.began is None
+            or step.scheduled_at - step.began > _LONGEST_GAP * (step.ended - step.scheduled_at)
+        ):
             return step.scheduled_at
         return step.began
 

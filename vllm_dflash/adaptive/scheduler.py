@@ -1,9 +1,11 @@
-"""vLLM's scheduler, asking the controller how much to draft in each step and how much of each draft to verify.
+"""vLLM's scheduler, asking the controller how much to draft in each step and how much of each draft
+to verify.
 
-What the controller learns from comes by the record of each step (``vllm_dflash/steps.py``). K goes to the model runner in the
-scheduler's output. Under synchronous scheduling (a CPU's) drafts come back with the drafter's confidence in each token and are
-cut here; under asynchronous scheduling the next step is planned before they are known, and they are cut by what the request and the
-position have been accepted before. Limits: not with data parallelism.
+What the controller learns from comes by the record of each step (``vllm_dflash/steps.py``). K goes
+to the model runner in the scheduler's output. Under synchronous scheduling (a CPU's) drafts come
+back with the drafter's confidence in each token and are cut here; under asynchronous scheduling the
+next step is planned before they are known, and they are cut by what the request and the position
+have been accepted before. Limits: not with data parallelism.
 
     pytest tests/engine/test_adaptive.py
 """
@@ -34,7 +36,9 @@ class _Adaptive(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         draft_config = self.vllm_config.speculative_config.draft_model_config.hf_config
-        self.controller = Controller(self.num_spec_tokens, draft_config.block_size, self._temperature_class)
+        self.controller = Controller(
+            self.num_spec_tokens, draft_config.block_size, self._temperature_class
+        )
         self._learner = Learner(self.controller, self._is_synchronous)
         self._confidences: dict[str, list[float]] = {}
         if not watch(self, self._learner):
@@ -51,7 +55,9 @@ class _Adaptive(Scheduler):
         return (not self._learner.is_closed and self._confidences) or None
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        if self._learner.is_closed:  # nothing is learned: whole drafts always, as without a controller
+        if (
+            self._learner.is_closed
+        ):  # nothing is learned: whole drafts always, as without a controller
             self._learner.plan = Plan(num_drafted(scheduler_output))
         else:
             self._choose(scheduler_output)
@@ -60,7 +66,10 @@ class _Adaptive(Scheduler):
     def _choose(self, scheduler_output: SchedulerOutput) -> None:
         """Plans the step."""
         num_reqs = len(scheduler_output.num_scheduled_tokens)
-        all_decode = scheduler_output.total_num_scheduled_tokens == num_reqs and not scheduler_output.scheduled_new_reqs
+        all_decode = (
+            scheduler_output.total_num_scheduled_tokens == num_reqs
+            and not scheduler_output.scheduled_new_reqs
+        )
         plan = self.controller.kept_plan(num_reqs) if all_decode and num_reqs else None
         if num_drafted(scheduler_output) == 0:
             plan = Plan(0)  # no request of the step can use drafts
@@ -75,13 +84,19 @@ class _Adaptive(Scheduler):
                 self._confidences.pop(request_id, None)
 
     def _temperature_class(self, request_id: str) -> int:
-        """Requests whose drafts are accepted alike: greedy ones, and sampled ones by steps of a half."""
+        """Requests whose drafts are accepted alike: greedy ones, and sampled ones by steps of a
+        half."""
         request = self.requests.get(request_id)
         params = None if request is None else request.sampling_params
-        return 0 if params is None or params.sampling_type == SamplingType.GREEDY else min(math.ceil(2 * params.temperature), 4)
+        return (
+            0
+            if params is None or params.sampling_type == SamplingType.GREEDY
+            else min(math.ceil(2 * params.temperature), 4)
+        )
 
     def _drafting(self, scheduler_output: SchedulerOutput) -> tuple[list[str], int]:
-        """The requests of a step that sample a token, and so can draft, and the positions of their contexts in all."""
+        """The requests of a step that sample a token, and so can draft, and the positions of their
+        contexts in all."""
         drafting, num_context = [], 0
         for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
             request = self.requests[request_id]
@@ -96,21 +111,33 @@ class AdaptiveScheduler(_Adaptive):
     """For synchronous scheduling."""
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
-        drafts, confidences = draft_token_ids.draft_token_ids, confidences_of(draft_token_ids.draft_token_ids)
+        drafts, confidences = (
+            draft_token_ids.draft_token_ids,
+            confidences_of(draft_token_ids.draft_token_ids),
+        )
         if not drafts or not drafts[0]:
             return  # a request that was scheduled has no draft from before
         if self._learner.is_closed:
             super().update_draft_token_ids(draft_token_ids)
             return
         request_ids = draft_token_ids.req_ids
-        self._confidences = {} if confidences is None else dict(zip(request_ids, confidences, strict=False))
+        self._confidences = (
+            {} if confidences is None else dict(zip(request_ids, confidences, strict=False))
+        )
         lengths = self.controller.lengths(request_ids, self.plan, self._confidences or None)
-        cut_drafts(draft_token_ids, [draft[: lengths[request_id]] for request_id, draft in zip(request_ids, drafts, strict=False)])
+        cut_drafts(
+            draft_token_ids,
+            [
+                draft[: lengths[request_id]]
+                for request_id, draft in zip(request_ids, drafts, strict=False)
+            ],
+        )
         super().update_draft_token_ids(draft_token_ids)
 
 
 class AdaptiveAsyncScheduler(_Adaptive, AsyncScheduler):
-    """For asynchronous scheduling: vLLM reserves a place for every draft token that it will verify, here for as many as are worth it."""
+    """For asynchronous scheduling: vLLM reserves a place for every draft token that it will verify,
+    here for as many as are worth it."""
 
     _is_synchronous = False
 

@@ -1,4 +1,5 @@
-"""Whether an engine drafts adaptively: as ``additional_config={"dflash": {"adaptive": true}}`` says; else where it was measured to pay.
+"""Whether an engine drafts adaptively: as ``additional_config={"dflash": {"adaptive": true}}``
+says; else where it was measured to pay.
 
 pytest tests/unit/test_settings.py
 """
@@ -28,22 +29,30 @@ def wants_adaptive(additional_config: Any) -> bool | None:
         return None
     if not isinstance(section, dict):
         raise SettingsError(
-            f'additional_config: {SECTION} is {section!r}: give an object such as {{"{SECTION}": {{"{_ADAPTIVE}": false}}}}'
+            f'additional_config: {SECTION} is {section!r}: give an object such as {{"{SECTION}":'
+            f' {{"{_ADAPTIVE}": false}}}}'
         )
     unknown = sorted(section.keys() - {_ADAPTIVE})
     if unknown:
-        raise SettingsError(f"additional_config: {SECTION}.{unknown[0]} is no setting: there is {_ADAPTIVE} (true or false)")
+        raise SettingsError(
+            f"additional_config: {SECTION}.{unknown[0]} is no setting: there is {_ADAPTIVE} (true"
+            " or false)"
+        )
     value = section.get(_ADAPTIVE)
     if value is not None and not isinstance(value, bool):
-        raise SettingsError(f"additional_config: {SECTION}.{_ADAPTIVE} is {value!r}: give true or false")
+        raise SettingsError(
+            f"additional_config: {SECTION}.{_ADAPTIVE} is {value!r}: give true or false"
+        )
     return value
 
 
 def scheduler_for(vllm_config: Any) -> str | None:
-    """Our scheduler's name for a vLLM ``VllmConfig`` where drafting is to be adaptive and it is not there yet; else None.
+    """Our scheduler's name for a vLLM ``VllmConfig`` where drafting is to be adaptive and it is not
+    there yet; else None.
 
     Raises:
-        SettingsError: the user asks for it where it cannot be, or for a setting that does not exist.
+        SettingsError: the user asks for it where it cannot be, or for a setting that does not
+            exist.
     """
     speculative = vllm_config.speculative_config
     if not is_ours(speculative):
@@ -53,7 +62,8 @@ def scheduler_for(vllm_config: Any) -> str | None:
         return None
     scheduler, obstacle = vllm_config.scheduler_config, _obstacle(vllm_config)
     if wanted is None and (obstacle or scheduler.async_scheduling):
-        return None  # under asynchronous scheduling, a GPU's, it is not measured yet (docs/adaptive.md)
+        # under asynchronous scheduling, a GPU's, it is not measured yet (docs/adaptive.md)
+        return None
     if obstacle:
         raise SettingsError(f"additional_config: {SECTION}.{_ADAPTIVE} is true, but {obstacle}")
     return _ASYNC_SCHEDULER if scheduler.async_scheduling else _SCHEDULER
@@ -68,10 +78,16 @@ def _obstacle(vllm_config: Any) -> str | None:
     """What stands in the way, with the remedy."""
     if vllm_config.scheduler_config.scheduler_cls is not None:
         return (
-            f"scheduler_cls is {vllm_config.scheduler_config.scheduler_cls}: leave it out, for the controller is in a scheduler of its own"
+            f"scheduler_cls is {vllm_config.scheduler_config.scheduler_cls}: leave it out, for the"
+            " controller is in a scheduler of its own"
         )
     if vllm_config.speculative_config.num_speculative_tokens_per_batch_size:
-        return "num_speculative_tokens_per_batch_size says how much to draft: leave one of the two out"
+        return (
+            "num_speculative_tokens_per_batch_size says how much to draft: leave one of the two out"
+        )
     if vllm_config.parallel_config.data_parallel_size > 1:
-        return "data-parallel ranks have to draft alike: set it to false, or run the ranks as servers of their own"
+        return (
+            "data-parallel ranks have to draft alike: set it to false, or run the ranks as servers"
+            " of their own"
+        )
     return None

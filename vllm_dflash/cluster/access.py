@@ -1,4 +1,5 @@
-"""The API key of an endpoint: only its digest leaves the command, and the ingress compares with that. Pure.
+"""The API key of an endpoint: only its digest leaves the command, and the ingress compares with
+that. Pure.
 
 pytest tests/unit/test_cluster_access.py
 """
@@ -26,7 +27,8 @@ _REFUSAL = {
 
 
 def digest_of(flag: str | None, environment: Mapping[str, str]) -> str | None:
-    """SHA-256, in hex, of the key that the flag or else ``VARIABLE`` gives; None where neither does.
+    """SHA-256, in hex, of the key that the flag or else ``VARIABLE`` gives; None where neither
+    does.
 
     Raises:
         ClusterError: the key is one that no header carries.
@@ -35,21 +37,30 @@ def digest_of(flag: str | None, environment: Mapping[str, str]) -> str | None:
     if key is None:
         return None
     if not re.fullmatch(r"[!-~]+", key):
-        raise ClusterError(f"{source} is empty, or has a space or a letter beyond ASCII: give letters, digits and signs")
+        raise ClusterError(
+            f"{source} is empty, or has a space or a letter beyond ASCII: give letters, digits and"
+            " signs"
+        )
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def admits(digest: str, scope: Any) -> bool:
-    """Whether an ASGI scope is one to answer: it brings the key, or asks only what a browser may send (OPTIONS)."""
+    """Whether an ASGI scope is one to answer: it brings the key, or asks only what a browser may
+    send (OPTIONS)."""
     if scope["type"] not in ("http", "websocket") or scope.get("method") == "OPTIONS":
         return True
-    given = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
+    given = next(
+        (value for name, value in scope["headers"] if name.lower() == b"authorization"), b""
+    )
     scheme, _, key = given.partition(b" ")
-    return scheme.lower() == b"bearer" and secrets.compare_digest(hashlib.sha256(key.strip()).hexdigest(), digest)
+    return scheme.lower() == b"bearer" and secrets.compare_digest(
+        hashlib.sha256(key.strip()).hexdigest(), digest
+    )
 
 
 class Guard:
-    """ASGI middleware that lets those with the key through; others get status 401, and a WebSocket is closed."""
+    """ASGI middleware that lets those with the key through; others get status 401, and a WebSocket
+    is closed."""
 
     def __init__(self, app: _Call, digest: str) -> None:
         self._app, self._digest = app, digest

@@ -1,10 +1,13 @@
-"""``vllm-dflash batch``: every row of a data set through a target and its drafter, by Ray Data over one engine a replica.
+"""``vllm-dflash batch``: every row of a data set through a target and its drafter, by Ray Data over
+one engine a replica.
 
-The input is cut into parts; Ray Data hands them to a pool of actors, and again to another where one is lost. An answered part is a file that
-is whole or not there, so running the same command again does what is left. Ray Data LLM's own processor is not used: its rows carry neither
-the finish reason nor what was accepted, and it has no place for a row that ends the engine (docs/cluster.md).
+The input is cut into parts; Ray Data hands them to a pool of actors, and again to another where one
+is lost. An answered part is a file that is whole or not there, so running the same command again
+does what is left. Ray Data LLM's own processor is not used: its rows carry neither the finish
+reason nor what was accepted, and it has no place for a row that ends the engine (docs/cluster.md).
 
-    vllm-dflash batch prompts.jsonl --target T --draft D --out answers          pytest tests/engine/test_cluster_batch.py
+    vllm-dflash batch prompts.jsonl --target T --draft D --out answers
+    pytest tests/engine/test_cluster_batch.py
 """
 
 import argparse
@@ -28,9 +31,11 @@ from vllm_dflash.progress import Progress
 from vllm_dflash.records import object_of
 
 STATE = "_batch"
-"""The folder in the output that holds no rows: readers of data sets pass over names that begin with an underscore."""
+"""The folder in the output that holds no rows: readers of data sets pass over names that begin with
+an underscore."""
 _PLACED_S = 45
-"""Until every replica's process has started, which does not wait for its engine; otherwise Ray waits for room for ever."""
+"""Until every replica's process has started, which does not wait for its engine; otherwise Ray
+waits for room for ever."""
 _PARTS_IN_FLIGHT = 2
 """A replica: while the last rows of one part end, the next part's fill the engine."""
 
@@ -55,8 +60,18 @@ def run(args: argparse.Namespace) -> int:
     """The command; 0 where every row was answered, 1 where a row or the run failed."""
     try:
         if args.max_errors is not None and args.max_errors < 0:
-            raise ClusterError(f"--max-errors is {args.max_errors}: give 0 or more, or leave it out")
-        job = Job(args.inputs, args.out, settings_of(args), _sampling(args), args.replicas, args.rows_per_part, args.max_errors)
+            raise ClusterError(
+                f"--max-errors is {args.max_errors}: give 0 or more, or leave it out"
+            )
+        job = Job(
+            args.inputs,
+            args.out,
+            settings_of(args),
+            _sampling(args),
+            args.replicas,
+            args.rows_per_part,
+            args.max_errors,
+        )
         summary = complete(job)
     except RunError as error:
         print(f"vllm-dflash batch: {error}", file=sys.stderr)
@@ -66,11 +81,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def complete(job: Job, completer: Any = Completer) -> dict[str, Any]:
-    """Answers what is left of the input and returns the sums over all of it, those of earlier runs included.
+    """Answers what is left of the input and returns the sums over all of it, those of earlier runs
+    included.
 
     Raises:
-        ClusterError: the input cannot be used, the cluster cannot run it, or more than ``max_errors`` rows failed.
-        RunError: the output was begun with other settings, another command is at work there, or the disk is full.
+        ClusterError: the input cannot be used, the cluster cannot run it, or more than
+            ``max_errors`` rows failed.
+        RunError: the output was begun with other settings, another command is at work there, or the
+            disk is full.
     """
     with hold(job.out / STATE, "vllm-dflash batch"):
         return _complete(job, completer)
@@ -80,7 +98,14 @@ def _complete(job: Job, completer: Any) -> dict[str, Any]:
     found = parts.index(job.inputs, job.rows_per_part)
     args = engine_args(job.engine)
     claim(
-        job.out / STATE, "batch", {"input": found.fingerprint, "rows_per_part": job.rows_per_part, "engine": args, "sampling": job.sampling}
+        job.out / STATE,
+        "batch",
+        {
+            "input": found.fingerprint,
+            "rows_per_part": job.rows_per_part,
+            "engine": args,
+            "sampling": job.sampling,
+        },
     )
     sums = dict.fromkeys(("rows", "failed", *COUNTED), 0)
     todo = []
@@ -96,12 +121,16 @@ def _complete(job: Job, completer: Any) -> dict[str, Any]:
             _add(sums, done)
             _check_errors(job, sums)
             bar.update(done["rows"])
-            bar.set_postfix_str(_progress(sums, (sums["completion_tokens"] - before) / (time.monotonic() - began)))
+            bar.set_postfix_str(
+                _progress(sums, (sums["completion_tokens"] - before) / (time.monotonic() - began))
+            )
     write_record(job.out / STATE / "summary.json", sums)
     return sums
 
 
-def _answer(job: Job, todo: list[parts.Part], args: dict[str, Any], completer: Any) -> Iterator[dict[str, int]]:
+def _answer(
+    job: Job, todo: list[parts.Part], args: dict[str, Any], completer: Any
+) -> Iterator[dict[str, int]]:
     """The sums over each part as it is written, in any order."""
     with connect(job.engine, job.replicas) as runtime_env:
         import ray
@@ -113,13 +142,21 @@ def _answer(job: Job, todo: list[parts.Part], args: dict[str, Any], completer: A
         context.enable_progress_bars = False  # ours is the only one
         context.wait_for_min_actors_s = _PLACED_S
         with DataContext.current(context):  # a data set keeps the one that it was made in
-            items = ray.data.from_items([asdict(part) for part in todo], override_num_blocks=len(todo))
+            items = ray.data.from_items(
+                [asdict(part) for part in todo], override_num_blocks=len(todo)
+            )
             done = items.map_batches(
                 completer,
                 batch_size=1,
-                compute=ActorPoolStrategy(size=job.replicas, max_tasks_in_flight_per_actor=_PARTS_IN_FLIGHT),
+                compute=ActorPoolStrategy(
+                    size=job.replicas, max_tasks_in_flight_per_actor=_PARTS_IN_FLIGHT
+                ),
                 max_concurrency=_PARTS_IN_FLIGHT,
-                fn_constructor_kwargs={"engine_args": args, "sampling": job.sampling, "folder": str(job.out.resolve())},
+                fn_constructor_kwargs={
+                    "engine_args": args,
+                    "sampling": job.sampling,
+                    "folder": str(job.out.resolve()),
+                },
                 runtime_env=runtime_env,
                 **_reserve(job.engine, groups),
             )
@@ -127,11 +164,14 @@ def _answer(job: Job, todo: list[parts.Part], args: dict[str, Any], completer: A
             yield from done.iter_rows()
         except ray.exceptions.GetTimeoutError:
             raise ClusterError(
-                f"the cluster had room, but {job.replicas} replicas did not start within {_PLACED_S} s: another job has taken it, or its nodes are "
-                "slow to start processes; look at `ray status`, and run the command again"
+                f"the cluster had room, but {job.replicas} replicas did not start within"
+                f" {_PLACED_S} s: another job has taken it, or its nodes are slow to start"
+                " processes; look at `ray status`, and run the command again"
             ) from None
         except ray.exceptions.RayError as error:
-            raise ClusterError(f"{_cause(error)}\nwhat is answered is kept: mend this, and run the command again") from error
+            raise ClusterError(
+                f"{_cause(error)}\nwhat is answered is kept: mend this, and run the command again"
+            ) from error
         finally:
             for group in groups:
                 remove_placement_group(group)
@@ -145,13 +185,17 @@ def _cause(error: BaseException) -> str:
 
 
 def _reserve(engine: EngineSettings, groups: list[Any]) -> dict[str, Any]:
-    """What Ray keeps for one replica; ranks that vLLM starts as Ray actors of its own take the rest of the replica's group.
+    """What Ray keeps for one replica; ranks that vLLM starts as Ray actors of its own take the rest
+    of the replica's group.
 
     Groups that are made are added to ``groups``: they hold their devices until they are removed.
     """
     bundles = engine.bundles
     if len(bundles) == 1 or not uses_ray(engine):
-        return {f"num_{kind.lower()}s": sum(bundle.get(kind, 0) for bundle in bundles) for kind in ("CPU", "GPU")}
+        return {
+            f"num_{kind.lower()}s": sum(bundle.get(kind, 0) for bundle in bundles)
+            for kind in ("CPU", "GPU")
+        }
 
     def placed() -> dict[str, Any]:
         from ray.util.placement_group import placement_group
@@ -159,7 +203,11 @@ def _reserve(engine: EngineSettings, groups: list[Any]) -> dict[str, Any]:
 
         group = placement_group(bundles, strategy="PACK")
         groups.append(group)
-        return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)}
+        return {
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                group, 0, placement_group_capture_child_tasks=True
+            )
+        }
 
     return {"num_cpus": 1, "num_gpus": 0, "ray_remote_args_fn": placed}
 
@@ -175,8 +223,9 @@ def _check_errors(job: Job, sums: dict[str, int]) -> None:
         return
     write_record(job.out / STATE / "summary.json", sums)
     raise ClusterError(
-        f"{sums['failed']} of {sums['rows']} rows failed, and --max-errors is {job.max_errors}: their field error in {job.out} says why. "
-        "Raise --max-errors to go on; or mend what is wrong, and remove the part files that hold them to have them answered again"
+        f"{sums['failed']} of {sums['rows']} rows failed, and --max-errors is {job.max_errors}:"
+        f" their field error in {job.out} says why. Raise --max-errors to go on; or mend what is"
+        " wrong, and remove the part files that hold them to have them answered again"
     )
 
 
@@ -190,7 +239,10 @@ def _progress(sums: dict[str, int], tokens_per_second: float) -> str:
 def _describe(sums: dict[str, int], out: Path) -> str:
     lines = [f"{out}: {sums['rows']} rows, {sums['completion_tokens']} tokens"]
     if (mean := tau(sums["accepted_tokens"], sums["drafts"])) is not None:
-        lines.append(f"  {sums['drafts']} drafts, {sums['accepted_tokens']} of {sums['draft_tokens']} tokens accepted, tau {mean:.2f}")
+        lines.append(
+            f"  {sums['drafts']} drafts, {sums['accepted_tokens']} of {sums['draft_tokens']} tokens"
+            f" accepted, tau {mean:.2f}"
+        )
     if sums["failed"]:
         lines.append(f"  {sums['failed']} rows failed: their field error says why")
     return "\n".join(lines)
@@ -200,5 +252,7 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     try:
         more = object_of(args.sampling)
     except ValueError:
-        raise ClusterError(f"--sampling is {args.sampling!r}: give a JSON object of vLLM's sampling parameters") from None
+        raise ClusterError(
+            f"--sampling is {args.sampling!r}: give a JSON object of vLLM's sampling parameters"
+        ) from None
     return {"temperature": args.temperature, "max_tokens": args.max_tokens} | more

@@ -1,7 +1,9 @@
-"""The actor of a batch run: one vLLM engine that answers parts, several at a time so that it never runs dry. Started by ``batch``.
+"""The actor of a batch run: one vLLM engine that answers parts, several at a time so that it never
+runs dry. Started by ``batch``.
 
-A row that cannot be answered costs itself alone. One that ends the engine is found by asking, one at a time, every row that was in flight
-when it ended; they wait for each other, and new rows for them.
+A row that cannot be answered costs itself alone. One that ends the engine is found by asking, one
+at a time, every row that was in flight when it ended; they wait for each other, and new rows for
+them.
 
     pytest tests/engine/test_cluster_batch.py
 """
@@ -25,24 +27,35 @@ class RowError(ValueError):
 class Completer:
     """What Ray Data calls for each part."""
 
-    def __init__(self, engine_args: Mapping[str, Any], sampling: Mapping[str, Any], folder: str) -> None:
+    def __init__(
+        self, engine_args: Mapping[str, Any], sampling: Mapping[str, Any], folder: str
+    ) -> None:
         """``engine_args`` as of ``settings.engine_args``; answers are written to ``folder``.
 
-        The engine starts with the first part: that there is a process for it is then known at once, however long the engine takes.
+        The engine starts with the first part: that there is a process for it is then known at once,
+        however long the engine takes.
         """
-        self._engine_args, self._sampling, self._folder = dict(engine_args), dict(sampling), Path(folder)
+        self._engine_args, self._sampling, self._folder = (
+            dict(engine_args),
+            dict(sampling),
+            Path(folder),
+        )
         self._engine: Any = None
         self._names = itertools.count()
         self._alone, self._calm, self._suspects = asyncio.Lock(), asyncio.Event(), 0
         self._calm.set()
 
     async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, list[Any]]]:
-        """Answers and writes the parts of a batch (of one); yields the sums over each, as of ``count``."""
+        """Answers and writes the parts of a batch (of one); yields the sums over each, as of
+        ``count``."""
         if self._engine is None:
             # It blocks this actor's loop, so that no other part comes here meanwhile.
             self._engine = self._started()
         for values in zip(*batch.values(), strict=True):
-            given = {name: value.item() if hasattr(value, "item") else value for name, value in zip(batch, values, strict=True)}
+            given = {
+                name: value.item() if hasattr(value, "item") else value
+                for name, value in zip(batch, values, strict=True)
+            }
             part = Part(**given)
             rows = await asyncio.gather(*(self._row(row, problem) for row, problem in read(part)))
             write(part, self._folder, rows)
@@ -95,11 +108,18 @@ class Completer:
 
         config = self._engine.vllm_config.model_config
         ids = prompt_of(row, self._engine.get_tokenizer(), config.get_vocab_size())
-        params = SamplingParams(**sampling_of(row, self._sampling), output_kind=RequestOutputKind.FINAL_ONLY)
+        params = SamplingParams(
+            **sampling_of(row, self._sampling), output_kind=RequestOutputKind.FINAL_ONLY
+        )
         if params.n != 1:
             raise RowError(f"n is {params.n}: a row has one completion; repeat the row")
         # FINAL_ONLY: there is but one.
-        outputs = [output async for output in self._engine.generate({"prompt_token_ids": ids}, params, f"row-{next(self._names)}")]
+        outputs = [
+            output
+            async for output in self._engine.generate(
+                {"prompt_token_ids": ids}, params, f"row-{next(self._names)}"
+            )
+        ]
         return outputs[-1]
 
     def _revive(self) -> None:
@@ -112,7 +132,10 @@ class Completer:
         try:
             self._engine = self._started()
         except Exception as error:
-            raise ClusterError(f"the engine ended and does not start again ({error}): run the command again when it is mended") from error
+            raise ClusterError(
+                f"the engine ended and does not start again ({error}): run the command again when"
+                " it is mended"
+            ) from error
 
 
 COUNTED = ("prompt_tokens", "completion_tokens", "drafts", "draft_tokens", "accepted_tokens")

@@ -1,7 +1,9 @@
-"""A connection to Ray, checked before anything is started: every node has the same versions and the checkpoints, and there is room.
+"""A connection to Ray, checked before anything is started: every node has the same versions and the
+checkpoints, and there is room.
 
-The cluster is the one of RAY_ADDRESS, or one on this machine that ends with the command. Limits: what a node lacks is found on the nodes that
-are there at the start; those that an autoscaler adds later are not looked at.
+The cluster is the one of RAY_ADDRESS, or one on this machine that ends with the command. Limits:
+what a node lacks is found on the nodes that are there at the start; those that an autoscaler adds
+later are not looked at.
 
     pytest tests/engine/test_cluster_errors.py
 """
@@ -20,26 +22,39 @@ from typing import Any
 
 import vllm_dflash
 from vllm_dflash.cluster.access import VARIABLE
-from vllm_dflash.cluster.settings import ClusterError, EngineSettings, engine_args, environment, uses_ray
+from vllm_dflash.cluster.settings import (
+    ClusterError,
+    EngineSettings,
+    engine_args,
+    environment,
+    uses_ray,
+)
 from vllm_dflash.supported import installed_vllm
 
 INSTALL = "pip install 'vllm-dflash[ray]'"
 SECONDS = 30.0
 """How long nodes may take to answer, and an autoscaler or another job to make room."""
 _OVER_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-"""Ray's own switch, read when it is imported: with 0 a cluster on this machine listens on 127.0.0.1 alone, on Linux too. vLLM's executor on Ray
-looks for nodes by another address, so it is not set where an engine has one."""
+"""Ray's own switch, read when it is imported: with 0 a cluster on this machine listens on 127.0.0.1
+alone, on Linux too. vLLM's executor on Ray looks for nodes by another address, so it is not set
+where an engine has one."""
 _OF_ONE_NODE = ("VLLM_HOST_IP", "VLLM_PORT", "VLLM_DP_", "VLLM_LOCAL_RANK")
 
 
 @contextmanager
 def connect(
-    engine: EngineSettings, replicas: int, seconds: float = SECONDS, extra: list[dict[str, float]] | None = None, dashboard: bool = False
+    engine: EngineSettings,
+    replicas: int,
+    seconds: float = SECONDS,
+    extra: list[dict[str, float]] | None = None,
+    dashboard: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Connects, checks, and yields the ``runtime_env`` that every actor of an engine needs; ``extra`` are bundles beside the engines'.
+    """Connects, checks, and yields the ``runtime_env`` that every actor of an engine needs;
+    ``extra`` are bundles beside the engines'.
 
     Raises:
-        ClusterError: no Ray, no such cluster, nodes that differ or lack a checkpoint, or no room within ``seconds``.
+        ClusterError: no Ray, no such cluster, nodes that differ or lack a checkpoint, or no room
+            within ``seconds``.
     """
     if "RAY_ADDRESS" not in os.environ and not uses_ray(engine):
         os.environ.setdefault(_OVER_MACHINES, "0")
@@ -59,8 +74,13 @@ def connect(
 
 
 def variables(engine: EngineSettings) -> dict[str, str]:
-    """vLLM's own variables, as they are set here, for the processes on all nodes; not the API key, as Ray logs and shows what it is given."""
-    given = {name: value for name, value in os.environ.items() if name.startswith("VLLM_") and not name.startswith(_OF_ONE_NODE)}
+    """vLLM's own variables, as they are set here, for the processes on all nodes; not the API key,
+    as Ray logs and shows what it is given."""
+    given = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith("VLLM_") and not name.startswith(_OF_ONE_NODE)
+    }
     given.pop(VARIABLE, None)
     if uses_ray(engine):
         import ray
@@ -74,7 +94,8 @@ def check_nodes(engine: EngineSettings, seconds: float = SECONDS) -> None:
     """Asks every node for its versions and checkpoints.
 
     Raises:
-        ClusterError: one does not answer, or is not as this process is; it is named, with the remedy.
+        ClusterError: one does not answer, or is not as this process is; it is named, with the
+            remedy.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -82,23 +103,32 @@ def check_nodes(engine: EngineSettings, seconds: float = SECONDS) -> None:
     paths, here = engine.local_paths, describe(engine.local_paths)
     ask = ray.remote(num_cpus=0, max_retries=0)(describe)
     asked = {
-        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(paths): _name(node)
+        ask.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(paths): _name(node)
         for node in ray.nodes()
         if node["Alive"]
     }
     ready, silent = ray.wait(list(asked), num_returns=len(asked), timeout=seconds)
-    problems = [f"{asked[ref]} does not answer within {seconds:.0f} s: look at `ray status`" for ref in silent]
+    problems = [
+        f"{asked[ref]} does not answer within {seconds:.0f} s: look at `ray status`"
+        for ref in silent
+    ]
     for ref in ready:
         try:
             problems += [f"{asked[ref]}: {problem}" for problem in differences(here, ray.get(ref))]
         except Exception as error:  # Ray wraps a task's error in classes of its own
-            problems.append(f"{asked[ref]}: {_last_line(error)}; install this version of vllm-dflash on every node ({INSTALL})")
+            problems.append(
+                f"{asked[ref]}: {_last_line(error)}; install this version of vllm-dflash on every"
+                f" node ({INSTALL})"
+            )
     if problems:
         raise ClusterError("the nodes are not all fit:\n  " + "\n  ".join(problems))
 
 
 def describe(paths: Mapping[str, str]) -> dict[str, Any]:
-    """What a node has: versions, and a digest of each checkpoint's config.json (None: it is not there). Runs on every node."""
+    """What a node has: versions, and a digest of each checkpoint's config.json (None: it is not
+    there). Runs on every node."""
     return {
         "versions": {
             "vLLM": installed_vllm(),
@@ -106,28 +136,38 @@ def describe(paths: Mapping[str, str]) -> dict[str, Any]:
             "ray": importlib.metadata.version("ray"),
             "Python": ".".join(platform.python_version_tuple()[:2]),
         },
-        "checkpoints": {name: (path, _digest(Path(path) / "config.json")) for name, path in paths.items()},
+        "checkpoints": {
+            name: (path, _digest(Path(path) / "config.json")) for name, path in paths.items()
+        },
     }
 
 
 def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
     """What keeps a node from doing what this process is set up for, with the remedy."""
     problems = [
-        f"{name} is {there['versions'].get(name) or 'not installed'}, here it is {version}: install the same on every node"
+        f"{name} is {there['versions'].get(name) or 'not installed'}, here it is {version}: install"
+        " the same on every node"
         for name, version in here["versions"].items()
         if there["versions"].get(name) != version
     ]
     for name, (path, digest) in here["checkpoints"].items():
         found = there["checkpoints"][name][1]
         if found is None:
-            problems.append(f"the {name} {path} is not there: put it on every node under that path, or give a hub id")
+            problems.append(
+                f"the {name} {path} is not there: put it on every node under that path, or give a"
+                " hub id"
+            )
         elif found != digest:
-            problems.append(f"the {name} {path} is another one (its config.json differs): copy the same to every node")
+            problems.append(
+                f"the {name} {path} is another one (its config.json differs): copy the same to"
+                " every node"
+            )
     return problems
 
 
 def check_room(bundles: list[dict[str, float]], seconds: float = SECONDS) -> None:
-    """Reserves everything at once, which also tells an autoscaler what is wanted, and gives it back.
+    """Reserves everything at once, which also tells an autoscaler what is wanted, and gives it
+    back.
 
     Raises:
         ClusterError: it is not free within ``seconds``.
@@ -142,13 +182,17 @@ def check_room(bundles: list[dict[str, float]], seconds: float = SECONDS) -> Non
         remove_placement_group(group)
     if not ready:
         raise ClusterError(
-            f"the cluster has no room: {_sum(bundles)} are needed, {_sum([ray.available_resources()])} of {_sum([ray.cluster_resources()])} are free "
-            f"(waited {seconds:.0f} s). Ask for fewer replicas, end other jobs, or add nodes"
+            f"the cluster has no room: {_sum(bundles)} are needed,"
+            f" {_sum([ray.available_resources()])} of {_sum([ray.cluster_resources()])} are free"
+            f" (waited {seconds:.0f} s). Ask for fewer replicas, end other jobs, or add nodes"
         )
 
 
-def check_engine(engine: EngineSettings, runtime_env: Mapping[str, Any], seconds: float = 4 * SECONDS) -> None:
-    """Has vLLM make an engine's configuration where one will run, without starting it: what it refuses, it refuses here and at once.
+def check_engine(
+    engine: EngineSettings, runtime_env: Mapping[str, Any], seconds: float = 4 * SECONDS
+) -> None:
+    """Has vLLM make an engine's configuration where one will run, without starting it: what it
+    refuses, it refuses here and at once.
 
     Raises:
         ClusterError: vLLM or this package refuses the pair or a setting.
@@ -160,7 +204,9 @@ def check_engine(engine: EngineSettings, runtime_env: Mapping[str, Any], seconds
     try:
         ray.get(task.remote(engine_args(engine)), timeout=seconds)
     except ray.exceptions.GetTimeoutError:
-        raise ClusterError(f"vLLM has not made its configuration within {seconds:.0f} s: look at `ray status`") from None
+        raise ClusterError(
+            f"vLLM has not made its configuration within {seconds:.0f} s: look at `ray status`"
+        ) from None
     except ray.exceptions.RayTaskError as error:
         raise ClusterError(f"vLLM refuses this engine: {error.cause}") from None
 
@@ -184,7 +230,8 @@ def _import_ray() -> Any:
 
 
 def _init(ray: Any, dashboard: bool) -> str | None:
-    """Connects to RAY_ADDRESS, or starts a cluster here; returns the folder of the latter's files where it is ours to remove."""
+    """Connects to RAY_ADDRESS, or starts a cluster here; returns the folder of the latter's files
+    where it is ours to remove."""
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
@@ -192,26 +239,31 @@ def _init(ray: Any, dashboard: bool) -> str | None:
             ray.init(address=address, log_to_driver=False)
         except Exception as error:
             raise ClusterError(
-                f"no cluster answers at RAY_ADDRESS={address} ({_last_line(error)}): start it, or unset RAY_ADDRESS to use this machine. "
-                "A cluster with tokens needs RAY_AUTH_MODE=token here"
+                f"no cluster answers at RAY_ADDRESS={address} ({_last_line(error)}): start it, or"
+                " unset RAY_ADDRESS to use this machine. A cluster with tokens needs"
+                " RAY_AUTH_MODE=token here"
             ) from None
         return None
     # Its sockets' paths have a limit of 107 characters; its default place is shared by all users.
     folder = None if "RAY_TMPDIR" in os.environ else tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     try:
-        ray.init(address="local", log_to_driver=False, include_dashboard=dashboard, _temp_dir=folder)
+        ray.init(
+            address="local", log_to_driver=False, include_dashboard=dashboard, _temp_dir=folder
+        )
     except Exception as error:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
         raise ClusterError(
-            f"Ray does not start here ({_last_line(error)}). It gives itself half a minute, which a busy machine can miss: try again, or "
-            "start it with `ray start --head` and set RAY_ADDRESS to its address"
+            f"Ray does not start here ({_last_line(error)}). It gives itself half a minute, which a"
+            " busy machine can miss: try again, or start it with `ray start --head` and set"
+            " RAY_ADDRESS to its address"
         ) from None
     return folder
 
 
 def _knock(address: str) -> None:
-    """Ray waits for minutes where nobody listens: an OSError where that is so at HOST:PORT; other forms of address are Ray's to read."""
+    """Ray waits for minutes where nobody listens: an OSError where that is so at HOST:PORT; other
+    forms of address are Ray's to read."""
     host, _, port = address.rpartition(":")
     if port.isdigit() and "/" not in host:
         socket.create_connection((host, int(port)), timeout=10).close()

@@ -1,7 +1,9 @@
-"""The input of a batch run cut into parts, each of which becomes one output file, whole or not there: that is all there is to resuming.
+"""The input of a batch run cut into parts, each of which becomes one output file, whole or not
+there: that is all there is to resuming.
 
-JSON lines are handled as text until a row is answered, so rows may have any fields. Limits: files, which all nodes see under the same path;
-a part is held in memory (``rows_per_part`` rows). Parquet takes pyarrow, which comes with Ray.
+JSON lines are handled as text until a row is answered, so rows may have any fields. Limits: files,
+which all nodes see under the same path; a part is held in memory (``rows_per_part`` rows). Parquet
+takes pyarrow, which comes with Ray.
 
     pytest tests/unit/test_cluster_parts.py
 """
@@ -19,12 +21,21 @@ from vllm_dflash.records import AtLeast, misfit
 
 FORMATS = (".jsonl", ".parquet")
 _RESULT_TYPES = {
-    "completion": "string", "finish_reason": "string", "prompt_tokens": "int64", "completion_tokens": "int64", "drafts": "int64",
-    "draft_tokens": "int64", "accepted_tokens": "int64", "error": "string",
-}  # fmt: skip
+    "completion": "string",
+    "finish_reason": "string",
+    "prompt_tokens": "int64",
+    "completion_tokens": "int64",
+    "drafts": "int64",
+    "draft_tokens": "int64",
+    "accepted_tokens": "int64",
+    "error": "string",
+}
 """The columns that a run adds, with their types in Parquet."""
 RESULT_FIELDS = tuple(_RESULT_TYPES)
-_RESULT_SHAPE = {name: (str if kind == "string" else AtLeast(int, 0), None) for name, kind in _RESULT_TYPES.items()}
+_RESULT_SHAPE = {
+    name: (str if kind == "string" else AtLeast(int, 0), None)
+    for name, kind in _RESULT_TYPES.items()
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,8 @@ class Part:
     number: int
     path: str
     start: int
-    """JSON lines: the byte where the first row begins. Parquet: the file's row that is the first."""
+    """JSON lines: the byte where the first row begins. Parquet: the file's row that is the
+    first."""
     first_line: int
     """The first row's place in its file, from 1."""
     rows: int
@@ -66,7 +78,10 @@ def index(paths: Sequence[str], rows_per_part: int) -> Input:
     """
     kinds = {Path(path).suffix for path in paths}
     if len(kinds) > 1 or not kinds <= set(FORMATS):
-        raise ClusterError(f"the input is {', '.join(paths)}: give files that all end in {' or all in '.join(FORMATS)}")
+        raise ClusterError(
+            f"the input is {', '.join(paths)}: give files that all end in"
+            f" {' or all in '.join(FORMATS)}"
+        )
     parts: list[Part] = []
     whole = 0
     for path in paths:
@@ -75,9 +90,13 @@ def index(paths: Sequence[str], rows_per_part: int) -> Input:
             cut = _cut_lines if path.endswith(".jsonl") else _cut_parquet
             whole = cut(absolute, rows_per_part, parts, zlib.crc32(Path(path).name.encode(), whole))
         except (OSError, ValueError) as error:
-            raise ClusterError(f"{path} cannot be read ({error}): give a file of JSON lines or Parquet") from None
+            raise ClusterError(
+                f"{path} cannot be read ({error}): give a file of JSON lines or Parquet"
+            ) from None
     if not parts:
-        raise ClusterError(f'{", ".join(paths)}: no rows; give at least one, such as {{"prompt": "..."}}')
+        raise ClusterError(
+            f'{", ".join(paths)}: no rows; give at least one, such as {{"prompt": "..."}}'
+        )
     return Input(parts, f"{whole:08x}")
 
 
@@ -105,17 +124,23 @@ def _cut_parquet(path: str, rows_per_part: int, parts: list[Part], whole: int) -
 
     metadata = parquet.read_metadata(path)
     for start in range(0, metadata.num_rows, rows_per_part):
-        parts.append(Part(len(parts), path, start, start + 1, min(rows_per_part, metadata.num_rows - start)))
-    # Row groups' places and statistics: nobody reads all of a file that is larger than memory to tell it from another.
+        parts.append(
+            Part(len(parts), path, start, start + 1, min(rows_per_part, metadata.num_rows - start))
+        )
+    # Row groups' places and statistics: nobody reads all of a file that is larger than memory to
+    # tell it from another.
     try:
-        said = json.dumps([metadata.to_dict(), Path(path).stat().st_size], default=repr, sort_keys=True).encode()
+        said = json.dumps(
+            [metadata.to_dict(), Path(path).stat().st_size], default=repr, sort_keys=True
+        ).encode()
     except UnicodeDecodeError:  # a column's least or greatest text is no UTF-8
         said = Path(path).stat().st_size.to_bytes(8, "little") + _footer(path)
     return zlib.crc32(said, whole)
 
 
 def _footer(path: str) -> bytes:
-    """What a Parquet file says of itself, as it lies at its end: before its length and the four letters of the format."""
+    """What a Parquet file says of itself, as it lies at its end: before its length and the four
+    letters of the format."""
     with open(path, "rb") as file:
         file.seek(-8, 2)
         size = int.from_bytes(file.read(4), "little")
@@ -124,7 +149,8 @@ def _footer(path: str) -> bytes:
 
 
 def read(part: Part) -> Iterator[tuple[dict[str, Any], str | None]]:
-    """Each row with what is wrong with it: a line that is no JSON object comes as ``{"line": text}``."""
+    """Each row with what is wrong with it: a line that is no JSON object comes as ``{"line":
+    text}``."""
     if part.path.endswith(".parquet"):
         yield from _read_parquet(part)
         return
@@ -134,7 +160,10 @@ def read(part: Part) -> Iterator[tuple[dict[str, Any], str | None]]:
         while left:
             line = file.readline()
             if not line:
-                raise ClusterError(f"{part.path} has become shorter while it was read: leave the input as it is until the run is done")
+                raise ClusterError(
+                    f"{part.path} has become shorter while it was read: leave the input as it is"
+                    " until the run is done"
+                )
             if line.strip():
                 yield _parse(line, number)
                 left -= 1
@@ -174,12 +203,17 @@ def _read_parquet(part: Part) -> list[tuple[dict[str, Any], str | None]]:
 
 
 def _rows_of(batch: Any, first: int) -> list[tuple[dict[str, Any], str | None]]:
-    """The rows of a record batch whose first is the file's row ``first``; one that has no form in Python comes without that field."""
+    """The rows of a record batch whose first is the file's row ``first``; one that has no form in
+    Python comes without that field."""
     try:
         return [(row, None) for row in batch.to_pylist()]
     except (ValueError, OverflowError):  # text that is no UTF-8, times that Python has no dates for
         if batch.num_rows > 1:
-            return [pair for i in range(batch.num_rows) for pair in _rows_of(batch.slice(i, 1), first + i)]
+            return [
+                pair
+                for i in range(batch.num_rows)
+                for pair in _rows_of(batch.slice(i, 1), first + i)
+            ]
     row, problems = {}, []
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
@@ -190,7 +224,8 @@ def _rows_of(batch: Any, first: int) -> list[tuple[dict[str, Any], str | None]]:
 
 
 def write(part: Part, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes the part's output: rows in the input's order, with ``RESULT_FIELDS`` set. Whole or not at all."""
+    """Writes the part's output: rows in the input's order, with ``RESULT_FIELDS`` set. Whole or not
+    at all."""
     with whole_file(folder / part.name) as file:
         if part.path.endswith(".jsonl"):
             file.writelines(_line(row) for row in rows)
@@ -198,14 +233,22 @@ def write(part: Part, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         import pyarrow as pa
         import pyarrow.parquet as parquet
 
-        # The input's own types: a part in which a column is empty would otherwise get another one than the rest.
-        given = [field for field in parquet.read_schema(part.path).remove_metadata() if field.name not in _RESULT_TYPES]
-        schema = pa.schema([*given, *((name, getattr(pa, kind)()) for name, kind in _RESULT_TYPES.items())])
+        # The input's own types: a part in which a column is empty would otherwise get another one
+        # than the rest.
+        given = [
+            field
+            for field in parquet.read_schema(part.path).remove_metadata()
+            if field.name not in _RESULT_TYPES
+        ]
+        schema = pa.schema(
+            [*given, *((name, getattr(pa, kind)()) for name, kind in _RESULT_TYPES.items())]
+        )
         parquet.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), file)
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
-    """A row as a line of JSON; half of a surrogate pair, which JSON's escapes may hold and UTF-8 may not, as the escape that it came as."""
+    """A row as a line of JSON; half of a surrogate pair, which JSON's escapes may hold and UTF-8
+    may not, as the escape that it came as."""
     try:
         return (json.dumps(row, ensure_ascii=False) + "\n").encode()
     except UnicodeEncodeError:
@@ -227,7 +270,10 @@ def read_output(part: Part, folder: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, RecursionError) as error:
         problem = str(error).partition("\n")[0]
     if problem is not None:
-        raise ClusterError(f"{path} is not as it was written ({problem}): remove it, and its rows are answered again")
+        raise ClusterError(
+            f"{path} is not as it was written ({problem}): remove it, and its rows are answered"
+            " again"
+        )
     return rows
 
 
@@ -236,5 +282,7 @@ def _read_results(path: Path) -> list[dict[str, Any]]:
         import pyarrow.parquet as parquet
 
         with parquet.ParquetFile(path) as file:
-            return file.read([name for name in file.schema_arrow.names if name in _RESULT_TYPES]).to_pylist()
+            return file.read(
+                [name for name in file.schema_arrow.names if name in _RESULT_TYPES]
+            ).to_pylist()
     return [json.loads(line.decode()) for line in path.read_bytes().split(b"\n") if line]

@@ -1,7 +1,9 @@
-"""The two kinds of process of a deployment that Ray starts, each of which loads vLLM's plug-ins, ours among them, before anything else.
+"""The two kinds of process of a deployment that Ray starts, each of which loads vLLM's plug-ins,
+ours among them, before anything else.
 
-vLLM itself loads them in its engine cores and workers; Ray's replicas and ingress read configurations and checkpoints without. Named in the
-Serve config as strings, so this is imported where they run, and nowhere else.
+vLLM itself loads them in its engine cores and workers; Ray's replicas and ingress read
+configurations and checkpoints without. Named in the Serve config as strings, so this is imported
+where they run, and nowhere else.
 
     pytest tests/engine/test_cluster_serve.py
 """
@@ -21,7 +23,8 @@ from vllm_dflash.metrics.on_ray import RayExporter
 class Replica(LLMServer):
     """An engine's front end, whose metrics go to Ray."""
 
-    async def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+    # Ray Serve awaits it.
+    async def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]
         load_general_plugins()
         await super().__init__(*args, **kwargs)
         self._tied = tie_children()
@@ -37,14 +40,19 @@ class Ingress(OpenAiIngress):
         self._api_key_digest, self._guarded = api_key_digest, False
 
     def _set_asgi_app(self, app: Any) -> None:
-        """Ray Serve's own, next in line, takes the app that routes requests; it refuses classes with a ``__call__``."""
+        """Ray Serve's own, next in line, takes the app that routes requests; it refuses classes
+        with a ``__call__``."""
         if self._api_key_digest is not None:
             app.add_middleware(Guard, digest=self._api_key_digest)
             self._guarded = True
         super()._set_asgi_app(app)
 
     async def check_health(self) -> None:
-        """Ray serves nothing before it has passed: a Ray that no longer calls the method above must not serve without the key."""
+        """Ray serves nothing before it has passed: a Ray that no longer calls the method above must
+        not serve without the key."""
         if self._api_key_digest is not None and not self._guarded:
-            raise RuntimeError("this Ray gives the ingress no place to ask for the API key: leave --api-key out, or use Ray 2.60")
+            raise RuntimeError(
+                "this Ray gives the ingress no place to ask for the API key: leave --api-key out,"
+                " or use Ray 2.60"
+            )
         await super().check_health()

@@ -1,4 +1,5 @@
-"""One row of a batch run: what is asked, and what is written of the answer. Pure, but for vLLM's own checks of the sampling parameters.
+"""One row of a batch run: what is asked, and what is written of the answer. Pure, but for vLLM's
+own checks of the sampling parameters.
 
 pytest tests/engine/test_cluster_batch.py
 """
@@ -18,7 +19,12 @@ def prompt_of(row: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> list[i
     Raises:
         PromptError: it has none of them, or one that cannot be used.
     """
-    return token_ids({name: value for name, value in row.items() if value is not None}, "this row", tokenizer, vocab_size)
+    return token_ids(
+        {name: value for name, value in row.items() if value is not None},
+        "this row",
+        tokenizer,
+        vocab_size,
+    )
 
 
 def sampling_of(row: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,7 +43,8 @@ def sampling_of(row: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
 def answered(output: Any) -> dict[str, Any]:
     """What is written of a finished request: vLLM's ``RequestOutput``.
 
-    ``drafts``, ``draft_tokens`` and ``accepted_tokens`` are None without a drafter, and where vLLM gives none: a request that ended at a
+    ``drafts``, ``draft_tokens`` and ``accepted_tokens`` are None without a drafter, and where vLLM
+    gives none: a request that ended at a
     stop string.
     """
     done = output.outputs[0]
@@ -62,6 +69,12 @@ def answered(output: Any) -> dict[str, Any]:
 def failed(error: str) -> dict[str, Any]:
     """What is written of a row that could not be answered."""
     return {
-        "completion": None, "finish_reason": None, "prompt_tokens": None, "completion_tokens": None, "drafts": None, "draft_tokens": None,
-        "accepted_tokens": None, "error": error,
-    }  # fmt: skip
+        "completion": None,
+        "finish_reason": None,
+        "prompt_tokens": None,
+        "completion_tokens": None,
+        "drafts": None,
+        "draft_tokens": None,
+        "accepted_tokens": None,
+        "error": error,
+    }

@@ -1,9 +1,11 @@
-"""``vllm-dflash up``: an OpenAI-compatible deployment on Ray Serve LLM. What is ours is the configuration, and the checks before it is tried.
+"""``vllm-dflash up``: an OpenAI-compatible deployment on Ray Serve LLM. What is ours is the
+configuration, and the checks before it is tried.
 
-Replicas are added and taken away by the requests in flight on each, replaced when their health check fails, and finish what they have when
-they stop. Limits: one model a deployment.
+Replicas are added and taken away by the requests in flight on each, replaced when their health
+check fails, and finish what they have when they stop. Limits: one model a deployment.
 
-    vllm-dflash up --target T --draft D --replicas 1,8          pytest tests/engine/test_cluster_serve.py
+    vllm-dflash up --target T --draft D --replicas 1,8
+    pytest tests/engine/test_cluster_serve.py
 """
 
 import argparse
@@ -24,9 +26,11 @@ from vllm_dflash.cluster.settings import ClusterError, EngineSettings, engine_ar
 APPLICATION = "vllm-dflash"
 _HEALTH = {"health_check_period_s": 5, "health_check_timeout_s": 30}
 _DRAIN = {"graceful_shutdown_wait_loop_s": 1, "graceful_shutdown_timeout_s": 120}
-"""Seconds: a replica that is to stop takes no new request, and is ended once it has none or the time is over."""
+"""Seconds: a replica that is to stop takes no new request, and is ended once it has none or the
+time is over."""
 _ATTEMPTS = 2
-"""To start a replica, before the deployment counts as failed; Ray's own 20 are half an hour of silence."""
+"""To start a replica, before the deployment counts as failed; Ray's own 20 are half an hour of
+silence."""
 _REPLICAS_PER_INGRESS = 8
 
 
@@ -40,7 +44,8 @@ class Serving:
     replicas: tuple[int, int] = (1, 1)
     """At least and at most."""
     requests_per_replica: int = 32
-    """In flight on each, above which one more is started; a replica takes twice as many before requests queue at the ingress."""
+    """In flight on each, above which one more is started; a replica takes twice as many before
+    requests queue at the ingress."""
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_digest: str | None = None
@@ -58,7 +63,10 @@ def run(args: argparse.Namespace) -> int:
         if warning is not None:
             print(f"vllm-dflash up: {warning}", file=sys.stderr)
         if args.detach and not os.environ.get("RAY_ADDRESS"):
-            raise ClusterError("--detach leaves the deployment on a running cluster: set RAY_ADDRESS, or leave --detach out")
+            raise ClusterError(
+                "--detach leaves the deployment on a running cluster: set RAY_ADDRESS, or leave"
+                " --detach out"
+            )
         up(serving, args.detach)
     except ClusterError as error:
         print(f"vllm-dflash up: {error}", file=sys.stderr)
@@ -77,16 +85,28 @@ def serving_of(args: argparse.Namespace) -> Serving:
         if not 1 <= len(counts) <= 2 or not 0 < counts[0] <= counts[-1]:
             raise ValueError
     except ValueError:
-        raise ClusterError(f"--replicas is {args.replicas!r}: give a number such as 2, or the least and the most such as 1,8") from None
+        raise ClusterError(
+            f"--replicas is {args.replicas!r}: give a number such as 2, or the least and the most"
+            " such as 1,8"
+        ) from None
     if args.requests_per_replica < 1:
         raise ClusterError(f"--requests-per-replica is {args.requests_per_replica}: give 1 or more")
     name = args.name or args.target
     digest = digest_of(args.api_key, os.environ)
-    return Serving(settings_of(args), name, (counts[0], counts[-1]), args.requests_per_replica, args.host, args.port, digest)
+    return Serving(
+        settings_of(args),
+        name,
+        (counts[0], counts[-1]),
+        args.requests_per_replica,
+        args.host,
+        args.port,
+        digest,
+    )
 
 
 def exposure(serving: Serving) -> str | None:
-    """What to say of an address that others than this machine reach without a key; None for the loopback, or with one."""
+    """What to say of an address that others than this machine reach without a key; None for the
+    loopback, or with one."""
     host = serving.host
     try:
         local = ipaddress.ip_address(host).is_loopback
@@ -95,8 +115,9 @@ def exposure(serving: Serving) -> str | None:
     if local or serving.api_key_digest is not None:
         return None
     return (
-        f"--host {host} is an address that other machines reach, and the endpoint asks nobody for a key: give one by {VARIABLE} or "
-        "--api-key, keep it behind a firewall, or leave --host at 127.0.0.1 (docs/cluster.md, Who can reach it)"
+        f"--host {host} is an address that other machines reach, and the endpoint asks nobody for a"
+        f" key: give one by {VARIABLE} or --api-key, keep it behind a firewall, or leave --host at"
+        " 127.0.0.1 (docs/cluster.md, Who can reach it)"
     )
 
 
@@ -107,20 +128,28 @@ def app_args(serving: Serving, env_vars: dict[str, str]) -> dict[str, Any]:
     count: dict[str, Any] = {"num_replicas": least}
     if least < most:
         count = {
-            "autoscaling_config": {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": serving.requests_per_replica}
+            "autoscaling_config": {
+                "min_replicas": least,
+                "max_replicas": most,
+                "target_ongoing_requests": serving.requests_per_replica,
+            }
         }
     model = {
         "model_loading_config": {"model_id": serving.name, "model_source": args.pop("model")},
         "engine_kwargs": args,
         "deployment_config": {
-            **count, **_HEALTH, **_DRAIN, "max_ongoing_requests": 2 * serving.requests_per_replica, "max_constructor_retry_count": _ATTEMPTS,
+            **count,
+            **_HEALTH,
+            **_DRAIN,
+            "max_ongoing_requests": 2 * serving.requests_per_replica,
+            "max_constructor_retry_count": _ATTEMPTS,
             # Ray adds it to the first bundle, which has room for the front end already.
             "ray_actor_options": {"num_cpus": 0},
         },
         "placement_group_config": {"bundles": serving.engine.bundles},
         "server_cls": "vllm_dflash.cluster.replica:Replica",
         "runtime_env": {"env_vars": env_vars},
-    }  # fmt: skip
+    }
     if serving.engine.device == "cpu":
         model["accelerator_config"] = {"kind": "cpu"}
     ingress: dict[str, Any] = {"ingress_cls": "vllm_dflash.cluster.replica:Ingress"}
@@ -130,10 +159,15 @@ def app_args(serving: Serving, env_vars: dict[str, str]) -> dict[str, Any]:
         "llm_configs": [model],
         "ingress_cls_config": ingress,
         "ingress_deployment_config": {
-            **_HEALTH, **_DRAIN, "ray_actor_options": {"num_cpus": _ingress_cpus(serving)},
-            "autoscaling_config": {"min_replicas": 1, "max_replicas": math.ceil(most / _REPLICAS_PER_INGRESS)},
+            **_HEALTH,
+            **_DRAIN,
+            "ray_actor_options": {"num_cpus": _ingress_cpus(serving)},
+            "autoscaling_config": {
+                "min_replicas": 1,
+                "max_replicas": math.ceil(most / _REPLICAS_PER_INGRESS),
+            },
         },
-    }  # fmt: skip
+    }
 
 
 def _ingress_cpus(serving: Serving) -> int:
@@ -151,12 +185,16 @@ def as_yaml(serving: Serving) -> str:
         "import_path": "ray.serve.llm:build_openai_app",
         "args": app_args(serving, environment(serving.engine)),
     }
-    config = {"http_options": {"host": serving.host, "port": serving.port}, "applications": [application]}
+    config = {
+        "http_options": {"host": serving.host, "port": serving.port},
+        "applications": [application],
+    }
     return yaml.safe_dump(config, sort_keys=False)
 
 
 def up(serving: Serving, detach: bool = False, stop: threading.Event | None = None) -> None:
-    """Deploys it, and serves until ``stop`` is set or a signal comes; with ``detach`` returns once it is ready.
+    """Deploys it, and serves until ``stop`` is set or a signal comes; with ``detach`` returns once
+    it is ready.
 
     Raises:
         ClusterError: the cluster cannot run it.
@@ -172,7 +210,11 @@ def up(serving: Serving, detach: bool = False, stop: threading.Event | None = No
         serve.start(http_options={"host": serving.host, "port": serving.port})
         try:
             print(f"starting {serving.replicas[0]} replicas of {serving.name}", flush=True)
-            serve.run(build_openai_app(app_args(serving, runtime_env["env_vars"])), name=APPLICATION, route_prefix="/")
+            serve.run(
+                build_openai_app(app_args(serving, runtime_env["env_vars"])),
+                name=APPLICATION,
+                route_prefix="/",
+            )
         except Exception as error:
             serve.delete(APPLICATION)
             raise ClusterError(f"the replicas do not start: {error}") from None

@@ -1,4 +1,5 @@
-"""A target, a drafter and a device become the arguments of vLLM's engine, and what Ray must reserve for it. The only home of both.
+"""A target, a drafter and a device become the arguments of vLLM's engine, and what Ray must reserve
+for it. The only home of both.
 
 Pure: neither Ray nor vLLM is imported.
 
@@ -16,7 +17,8 @@ from vllm_dflash.records import object_of
 
 DEVICES = ("cuda", "cpu")
 _CPU_CACHE_BYTES = 1 << 30
-"""vLLM's own default on a CPU is a share of the machine's memory, of which other replicas need theirs."""
+"""vLLM's own default on a CPU is a share of the machine's memory, of which other replicas need
+theirs."""
 
 
 class ClusterError(RunError):
@@ -45,25 +47,40 @@ class EngineSettings:
         if self.device not in DEVICES:
             raise ClusterError(f"device is {self.device!r}: one of {', '.join(DEVICES)}")
         if self.tensor_parallel_size < 1:
-            raise ClusterError(f"tensor_parallel_size is {self.tensor_parallel_size}: give 1 or more")
+            raise ClusterError(
+                f"tensor_parallel_size is {self.tensor_parallel_size}: give 1 or more"
+            )
         if self.draft is None and self.num_speculative_tokens is not None:
             raise ClusterError(
-                f"num_speculative_tokens is {self.num_speculative_tokens}, but there is no drafter: give draft, or leave it out"
+                f"num_speculative_tokens is {self.num_speculative_tokens}, but there is no drafter:"
+                " give draft, or leave it out"
             )
         for name in ("target", "draft"):
             path = getattr(self, name)
-            if path is not None and path.startswith(("/", "./", "../", "~")) and not Path(path).expanduser().is_dir():
-                raise ClusterError(f"{name} is {path}, where there is no folder: give the checkpoint's folder or its hub id")
+            if (
+                path is not None
+                and path.startswith(("/", "./", "../", "~"))
+                and not Path(path).expanduser().is_dir()
+            ):
+                raise ClusterError(
+                    f"{name} is {path}, where there is no folder: give the checkpoint's folder or"
+                    " its hub id"
+                )
 
     @property
     def local_paths(self) -> dict[str, str]:
         """The folders among target and drafter, absolute, by name: every node has to have them."""
         given = {"target": self.target, "draft": self.draft}
-        return {name: _absolute(path) for name, path in given.items() if path is not None and _is_folder(path)}
+        return {
+            name: _absolute(path)
+            for name, path in given.items()
+            if path is not None and _is_folder(path)
+        }
 
     @property
     def bundles(self) -> list[dict[str, float]]:
-        """What Ray reserves for one engine, a bundle a rank: the engine's own process sits in the first."""
+        """What Ray reserves for one engine, a bundle a rank: the engine's own process sits in the
+        first."""
         if self.device == "cpu":
             return [{"CPU": 1.0}] * self.tensor_parallel_size
         return [{"GPU": 1.0, "CPU": 1.0}] + [{"GPU": 1.0}] * (self.tensor_parallel_size - 1)
@@ -78,11 +95,14 @@ def parse_engine_args(text: str) -> dict[str, Any]:
     try:
         return object_of(text)
     except ValueError:
-        raise ClusterError(f"--engine-args is {text!r}: give a JSON object of arguments of vLLM's engine") from None
+        raise ClusterError(
+            f"--engine-args is {text!r}: give a JSON object of arguments of vLLM's engine"
+        ) from None
 
 
 def engine_args(settings: EngineSettings) -> dict[str, Any]:
-    """The arguments of vLLM's ``EngineArgs``; with a drafter, finished requests carry what was accepted of theirs."""
+    """The arguments of vLLM's ``EngineArgs``; with a drafter, finished requests carry what was
+    accepted of theirs."""
     args: dict[str, Any] = {
         "model": _absolute(settings.target),
         "dtype": settings.dtype,
@@ -96,7 +116,8 @@ def engine_args(settings: EngineSettings) -> dict[str, Any]:
             speculative["num_speculative_tokens"] = settings.num_speculative_tokens
         args |= {"speculative_config": speculative, "per_request_spec_decode_metrics": "summary"}
     if settings.tensor_parallel_size > 1:
-        # Ray places the ranks, on several nodes where need be; on a CPU vLLM knows processes of one machine alone.
+        # Ray places the ranks, on several nodes where need be; on a CPU vLLM knows processes of one
+        # machine alone.
         args["distributed_executor_backend"] = "ray" if settings.device == "cuda" else "mp"
     if settings.device == "cpu":
         args |= {"kv_cache_memory_bytes": _CPU_CACHE_BYTES, "enforce_eager": True}

@@ -1,1 +1,2 @@
-"""All that only a CPU runs: layers kernel by kernel, verification, sampling, huge pages; ``backend.py`` is the way in."""
+"""All that only a CPU runs: layers kernel by kernel, verification, sampling, huge pages;
+``backend.py`` is the way in."""

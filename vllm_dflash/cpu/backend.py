@@ -1,4 +1,5 @@
-"""A CPU's part of the V1 proposer: the host is the device, so it knows what was rejected, and each tensor operator counts.
+"""A CPU's part of the V1 proposer: the host is the device, so it knows what was rejected, and each
+tensor operator counts.
 
 pytest tests/engine/test_draft_parity.py tests/engine/test_context_integrity.py
 """
@@ -29,14 +30,16 @@ if TYPE_CHECKING:
     from vllm_dflash.drafting.v1 import DFlashProposer
 
 _CHUNK_ROWS = 512
-"""Context rows that are projected at once: what is computed in between stays in the processor's caches."""
+"""Context rows that are projected at once: what is computed in between stays in the processor's
+caches."""
 # By name each call would look its overload up.
 _greedy_argmax: Any = torch.ops._C.greedy_argmax.default
 _slot_mapping: Any = getattr(torch.ops._C, "compute_slot_mapping_kernel_impl", None)
 
 
 def _slots(block_table: Tensor, positions: Tensor, page_size: int) -> Tensor:
-    """As ``paged_slots``, by vLLM's kernel in place of six operators of which each costs more than the work itself."""
+    """As ``paged_slots``, by vLLM's kernel in place of six operators of which each costs more than
+    the work itself."""
     slots, bounds = torch.empty_like(positions), block_bounds(*positions.shape)
     _slot_mapping(bounds, positions.view(-1), block_table, slots.view(-1), page_size)
     return slots
@@ -62,10 +65,18 @@ class CPUBackend(Backend):
             use_eager_layers(target_model)
             model = proposer.model.model
             if patch_set().fits(cpu_layers.PATCH) and can_run(model):
-                self.run_layers, logits = (layers := EagerLayers(model)), eager_logits(proposer.model)
-                self.write_context = _in_chunks(_checked(proposer.model.check_features, EagerContext(model, layers)))
+                self.run_layers, logits = (
+                    (layers := EagerLayers(model)),
+                    eager_logits(proposer.model),
+                )
+                self.write_context = _in_chunks(
+                    _checked(proposer.model.check_features, EagerContext(model, layers))
+                )
         self.ranking = Ranking(
-            logits, _greedy_argmax, lambda hidden: _greedy_argmax(logits(hidden).to(torch.float32)), confident=is_adaptive(config)
+            logits,
+            _greedy_argmax,
+            lambda hidden: _greedy_argmax(logits(hidden).to(torch.float32)),
+            confident=is_adaptive(config),
         )
         attach, runner = patch_set().attach, proposer.runner
         attach(runner, [v1_verifier.PATCH], runner)
@@ -74,8 +85,11 @@ class CPUBackend(Backend):
         attach(runner, [v1_steps_without_drafts.PATCH], proposer)
         logger.info("moved %d MiB of this process's memory into huge pages", use_huge_pages() >> 20)
 
-    def next_token_ids(self, native: Callable[..., tuple[Tensor, Tensor]], sampled: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        """As vLLM's, without its stand-ins for kernels, and without looking up tokens for requests that need none."""
+    def next_token_ids(
+        self, native: Callable[..., tuple[Tensor, Tensor]], sampled: Tensor, *args: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As vLLM's, without its stand-ins for kernels, and without looking up tokens for requests
+        that need none."""
         if self.proposer.runner.discard_request_mask.np[: len(sampled)].any():
             return native(sampled, *args)
         if sampled.shape[1] == 1:
@@ -87,25 +101,36 @@ class CPUBackend(Backend):
         return sampled.gather(1, (kept - 1).long()[:, None])[:, 0], kept
 
     def rejected(
-        self, native: Callable[..., Any], cad: CommonAttentionMetadata, spec_decode_metadata: Any, kept: Tensor
+        self,
+        native: Callable[..., Any],
+        cad: CommonAttentionMetadata,
+        spec_decode_metadata: Any,
+        kept: Tensor,
     ) -> tuple[CommonAttentionMetadata, Tensor | None, Tensor | None]:
         """As vLLM's; None for the rejected tokens if nothing was drafted."""
         if spec_decode_metadata.max_spec_len == 0:
             return cad, None, None
         # A prompt that is not at its end keeps no token and has no drafts.
-        rejected = [n + 1 - count if n else 0 for n, count in zip(spec_decode_metadata.num_draft_tokens, kept.tolist(), strict=True)]
+        rejected = [
+            n + 1 - count if n else 0
+            for n, count in zip(spec_decode_metadata.num_draft_tokens, kept.tolist(), strict=True)
+        ]
         return cad, None, torch.tensor(rejected, dtype=torch.int32)
 
     def lost_rows(self, num_rejected: Tensor | None, num_reqs: int) -> list[int]:
         """[B] rejected rows."""
         return [0] * num_reqs if num_rejected is None else num_rejected.tolist()
 
-    def committed(self, rows: Rows, cad: CommonAttentionMetadata, lengths: list[int], num_rejected: Tensor) -> Rows:
+    def committed(
+        self, rows: Rows, cad: CommonAttentionMetadata, lengths: list[int], num_rejected: Tensor
+    ) -> Rows:
         """Those rows and no others."""
         features, positions, slots = rows
         if sum(lengths) == len(features):
             return rows
-        kept = committed_rows(cad.query_start_loc_cpu[: len(lengths)].tolist(), lengths, features.device)
+        kept = committed_rows(
+            cad.query_start_loc_cpu[: len(lengths)].tolist(), lengths, features.device
+        )
         return features[kept], positions[kept], slots[kept]
 
     def query_start_loc(self, on_host: Tensor) -> Tensor:
@@ -126,7 +151,8 @@ def _checked(check: Callable[[Tensor], None], write: WriteRows) -> WriteRows:
 
 
 def _in_chunks(write: WriteRows) -> WriteRows:
-    """``write`` for any number of rows, by parts of round numbers: a CPU's kernels are made anew for each number of rows."""
+    """``write`` for any number of rows, by parts of round numbers: a CPU's kernels are made anew
+    for each number of rows."""
 
     def writing(*rows: Tensor) -> None:
         for chunk in zip(*(column.split(_CHUNK_ROWS) for column in rows), strict=True):

@@ -1,4 +1,5 @@
-"""The draft layers on a CPU without compilation, kernel by kernel (``layers.py``), and what is around them.
+"""The draft layers on a CPU without compilation, kernel by kernel (``layers.py``), and what is
+around them.
 
 pytest tests/engine/test_draft_parity.py
 """
@@ -14,7 +15,10 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 from vllm_dflash.cpu.layers import Layer, Linear, Workspace, embedding, live
 
 # By name each call would look its overload up.
-_rms_norm, _fused_add_rms_norm = torch.ops._C.rms_norm.default, torch.ops._C.fused_add_rms_norm.default
+_rms_norm, _fused_add_rms_norm = (
+    torch.ops._C.rms_norm.default,
+    torch.ops._C.fused_add_rms_norm.default,
+)
 
 
 class EagerLayers:
@@ -25,7 +29,13 @@ class EagerLayers:
         self._norm, self._eps = live(model.norm), model.norm.variance_epsilon
         self.layers = [_DraftLayer(layer) for layer in model.layers]
 
-    def __call__(self, input_ids: Tensor, positions: Tensor, slots: Tensor, metadata: Mapping[str, CPUAttentionMetadata]) -> Tensor:
+    def __call__(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        metadata: Mapping[str, CPUAttentionMetadata],
+    ) -> Tensor:
         """As ``DrafterModel.forward`` in a forward context.
 
         Args:
@@ -50,7 +60,8 @@ class EagerLayers:
 
 
 class EagerContext:
-    """The context's keys and values of a loaded ``DrafterModel``, written into the KV cache of its layers."""
+    """The context's keys and values of a loaded ``DrafterModel``, written into the KV cache of its
+    layers."""
 
     def __init__(self, model: Any, layers: EagerLayers) -> None:
         self._project, self._layers = _projection(model.context_kv.context), layers.layers
@@ -71,17 +82,28 @@ class EagerContext:
 
 
 def eager_logits(drafter: Any) -> Callable[[Tensor], Tensor]:
-    """``compute_logits`` of a loaded ``DrafterForCausalLM``: hidden states [N, H] -> logits [N, V]."""
-    head, processor = getattr(drafter.lm_head, "base_layer", drafter.lm_head), drafter.logits_processor
-    is_plain = type(getattr(head, "quant_method", None)) is UnquantizedEmbeddingMethod and hasattr(head, "cpu_linear")
-    if not is_plain or drafter.draft_ids is not None or processor.head_dtype not in (None, drafter.dtype):
+    """``compute_logits`` of a loaded ``DrafterForCausalLM``: hidden states [N, H] -> logits [N,
+    V]."""
+    head, processor = (
+        getattr(drafter.lm_head, "base_layer", drafter.lm_head),
+        drafter.logits_processor,
+    )
+    is_plain = type(getattr(head, "quant_method", None)) is UnquantizedEmbeddingMethod and hasattr(
+        head, "cpu_linear"
+    )
+    if (
+        not is_plain
+        or drafter.draft_ids is not None
+        or processor.head_dtype not in (None, drafter.dtype)
+    ):
         return drafter.compute_logits
     linear, vocab_size = Linear(head, biased=False), processor.org_vocab_size
     return lambda hidden: linear(hidden)[:, :vocab_size]
 
 
 def _projection(context: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Features [N, T * H] -> keys and values [N, D, kv heads, head_dim], by the context's fast part where it has one."""
+    """Features [N, T * H] -> keys and values [N, D, kv heads, head_dim], by the context's fast part
+    where it has one."""
     fast = context.fast() if hasattr(context, "fast") else None
     return fast or (lambda features: context.project(context.combine(features)))
 

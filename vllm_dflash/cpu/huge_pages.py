@@ -1,7 +1,9 @@
-"""A process's memory moved into huge pages, where Linux can do that: a step on a CPU reads all weights, 512 times as many pages without.
+"""A process's memory moved into huge pages, where Linux can do that: a step on a CPU reads all
+weights, 512 times as many pages without.
 
-The kernel does it by itself where ``/sys/kernel/mm/transparent_hugepage/enabled`` says ``always``; most systems say ``madvise``. Done once
-the weights are loaded and before vLLM makes its KV cache, which this leaves alone. It takes Linux 6.1, and does nothing elsewhere.
+The kernel does it by itself where ``/sys/kernel/mm/transparent_hugepage/enabled`` says ``always``;
+most systems say ``madvise``. Done once the weights are loaded and before vLLM makes its KV cache,
+which this leaves alone. It takes Linux 6.1, and does nothing elsewhere.
 
     pytest tests/unit/test_huge_pages.py
 """
@@ -21,11 +23,14 @@ _LONGEST = 20.0
 
 
 def use_huge_pages(longest: float = _LONGEST) -> int:
-    """Moves this process's anonymous memory into huge pages of 2 MiB; returns the bytes moved, 0 where the system cannot or must not."""
+    """Moves this process's anonymous memory into huge pages of 2 MiB; returns the bytes moved, 0
+    where the system cannot or must not."""
     if not sys.platform.startswith("linux") or not _allowed():
         return 0
     libc = ctypes.CDLL(None, use_errno=True)
-    madvise = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, use_errno=True)(("madvise", libc))
+    madvise = ctypes.CFUNCTYPE(
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, use_errno=True
+    )(("madvise", libc))
     moved, deadline = 0, time.monotonic() + longest
     for address in _candidates(Path("/proc/self/maps").read_text().splitlines()):
         if time.monotonic() > deadline:
@@ -45,7 +50,8 @@ def _allowed() -> bool:
 
 
 def _candidates(maps: list[str]) -> Iterator[int]:
-    """Addresses of whole huge pages in private writable memory that belongs to no file, of ``/proc/self/maps``."""
+    """Addresses of whole huge pages in private writable memory that belongs to no file, of
+    ``/proc/self/maps``."""
     for line in maps:
         bounds, permissions, _, _, inode, *name = line.split(maxsplit=5)
         if permissions == "rw-p" and inode == "0" and (not name or name[0] == "[heap]"):

@@ -1,13 +1,19 @@
-"""A decoder layer on a CPU without compilation: vLLM's kernels called one after the other, with nothing between them.
+"""A decoder layer on a CPU without compilation: vLLM's kernels called one after the other, with
+nothing between them.
 
-Run as modules, half of a forward of one request is Python between kernels (docs/performance.md). The kernels are those that the
-modules call, into memory that the next layer takes again. ``draft_layers.py`` has the draft layers, ``target_layers.py`` the target's.
-Limits: one rank, projections and a cache that are not quantized, no LoRA, vLLM's CPU attention, no KV connector; elsewhere the modules run.
+Run as modules, half of a forward of one request is Python between kernels (docs/performance.md).
+The kernels are those that the modules call, into memory that the next layer takes again.
+``draft_layers.py`` has the draft layers, ``target_layers.py`` the target's.
+Limits: one rank, projections and a cache that are not quantized, no LoRA, vLLM's CPU attention, no
+KV connector; elsewhere the modules run.
 
-Nothing that is made of weights is kept beyond them: they may be loaded anew, in place or by a new storage, at any time. A parameter is
-looked up in its module for each forward, and a prepared weight is taken anew when its module has another kernel.
+Nothing that is made of weights is kept beyond them: they may be loaded anew, in place or by a new
+storage, at any time. A parameter is
+looked up in its module for each forward, and a prepared weight is taken anew when its module has
+another kernel.
 
-    pytest tests/engine/test_draft_parity.py tests/engine/test_target_layers.py tests/engine/test_reload.py
+    pytest tests/engine/test_draft_parity.py tests/engine/test_target_layers.py
+    pytest tests/engine/test_reload.py
 """
 
 import inspect
@@ -19,13 +25,20 @@ from torch import Tensor
 from torch.nn.functional import silu
 from vllm import _custom_ops
 from vllm.distributed import get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
 
 # By name each call would look its overload up.
-_reshape_and_cache, _attention = torch.ops._C.cpu_attn_reshape_and_cache.default, torch.ops._C.cpu_attention_with_kv_cache.default
+_reshape_and_cache, _attention = (
+    torch.ops._C.cpu_attn_reshape_and_cache.default,
+    torch.ops._C.cpu_attention_with_kv_cache.default,
+)
 _rotary_embedding = torch.ops._C.rotary_embedding.default
 _onednn_mm: Any = torch.ops._C.onednn_mm.default if hasattr(torch.ops._C, "onednn_mm") else None
 
@@ -33,29 +46,47 @@ _onednn_mm: Any = torch.ops._C.onednn_mm.default if hasattr(torch.ops._C, "onedn
 def can_run(model: Any) -> bool:
     """Whether ``Layer`` computes what the modules of a loaded model's ``layers`` compute."""
     linear = [
-        p for layer in model.layers for p in (layer.self_attn.qkv_proj, layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj)
+        p
+        for layer in model.layers
+        for p in (
+            layer.self_attn.qkv_proj,
+            layer.self_attn.o_proj,
+            layer.mlp.gate_up_proj,
+            layer.mlp.down_proj,
+        )
     ]
     attention = [layer.self_attn.attn for layer in model.layers]
     return (
         getattr(model, "do_not_compile", False)
         and get_tensor_model_parallel_world_size() == 1
         # By class: a wrapper, as for LoRA, has all that what it wraps has.
-        and all(type(p) in (QKVParallelLinear, MergedColumnParallelLinear, RowParallelLinear) and hasattr(p, "cpu_linear") for p in linear)
-        and all(type(attn.impl) is CPUAttentionBackendImpl and attn.kv_cache_dtype == "auto" for attn in attention)
+        and all(
+            type(p) in (QKVParallelLinear, MergedColumnParallelLinear, RowParallelLinear)
+            and hasattr(p, "cpu_linear")
+            for p in linear
+        )
+        and all(
+            type(attn.impl) is CPUAttentionBackendImpl and attn.kv_cache_dtype == "auto"
+            for attn in attention
+        )
     )
 
 
 def embedding(model: Any) -> Callable[[Tensor], Tensor]:
     """Token ids [N] -> embeddings [N, H]."""
     table = getattr(model.embed_tokens, "base_layer", model.embed_tokens)
-    if getattr(model, "has_mask_embedding", False) or type(getattr(table, "quant_method", None)) is not UnquantizedEmbeddingMethod:
+    if (
+        getattr(model, "has_mask_embedding", False)
+        or type(getattr(table, "quant_method", None)) is not UnquantizedEmbeddingMethod
+    ):
         return model.embed_input_ids
     parameters = live(table)
     return lambda ids: torch.nn.functional.embedding(ids, parameters["weight"])
 
 
 def live(module: Any) -> Mapping[str, Any]:
-    """A module's parameters by name, as they are when they are asked for: this is several times as fast as the module's attributes."""
+    """A module's parameters by name, as they are when they are asked for: this is several times as
+    fast as the module's attributes."""
     return module._parameters
 
 
@@ -78,7 +109,8 @@ class Linear:
         self._size: int = handler.n if is_prepared else -1
 
     def workspace(self, x: Tensor) -> Tensor | None:
-        """Memory for what becomes of as many rows as ``x`` has; None where the kernel takes its own."""
+        """Memory for what becomes of as many rows as ``x`` has; None where the kernel takes its
+        own."""
         return None if self._prepared is None else x.new_empty(len(x), self._size)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -95,32 +127,50 @@ class Linear:
 
 
 class Workspace:
-    """Memory that the layers of one forward take in turn: each is read before it is written anew."""
+    """Memory that the layers of one forward take in turn: each is read before it is written
+    anew."""
 
     def __init__(self, layer: "Layer", rows: Tensor) -> None:
         """For as many rows as ``rows`` [N, H] has."""
-        self.qkv, self.hidden, self.gate_up = layer.qkv.workspace(rows), layer.o.workspace(rows), layer.gate_up.workspace(rows)
+        self.qkv, self.hidden, self.gate_up = (
+            layer.qkv.workspace(rows),
+            layer.o.workspace(rows),
+            layer.gate_up.workspace(rows),
+        )
         self.down = layer.down.workspace(rows)
         self.attended = rows.new_empty(len(rows), layer.q_size)
 
 
 class Layer:
-    """One layer, from the normed hidden states to what is added to the residual. How it norms, subclasses say."""
+    """One layer, from the normed hidden states to what is added to the residual. How it norms,
+    subclasses say."""
 
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.input_norm, self.eps = live(layer.input_layernorm), layer.input_layernorm.variance_epsilon
+        self.input_norm, self.eps = (
+            live(layer.input_layernorm),
+            layer.input_layernorm.variance_epsilon,
+        )
         self._post_norm = live(layer.post_attention_layernorm)
         projections = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
         self.qkv, self.o, self.gate_up, self.down = map(Linear, projections)
-        self.q_size, self._kv_size, self.head_dim = attention.q_size, attention.kv_size, attention.head_dim
+        self.q_size, self._kv_size, self.head_dim = (
+            attention.q_size,
+            attention.kv_size,
+            attention.head_dim,
+        )
         self.q_norm, self.k_norm = live(attention.q_norm), live(attention.k_norm)
         self.rotate = _rotation(attention.rotary_emb, self.input_norm["weight"].dtype)
-        self._attn, self._name, self._impl = attention.attn, attention.attn.layer_name, attention.attn.impl
+        self._attn, self._name, self._impl = (
+            attention.attn,
+            attention.attn.layer_name,
+            attention.attn.impl,
+        )
         self._kv_cache: Tensor | None = None
 
     def heads(self, qk: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """``qk`` [N, heads, head_dim] of queries and then keys, a part of wider rows; returns both, normed and rotated."""
+        """``qk`` [N, heads, head_dim] of queries and then keys, a part of wider rows; returns both,
+        normed and rotated."""
         raise NotImplementedError
 
     def norm_sum(self, hidden: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,17 +178,26 @@ class Layer:
         raise NotImplementedError
 
     def __call__(
-        self, positions: Tensor, hidden: Tensor, residual: Tensor, slots: Tensor, metadata: Mapping[str, CPUAttentionMetadata], workspace: Workspace
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self,
+        positions: Tensor,
+        hidden: Tensor,
+        residual: Tensor,
+        slots: Tensor,
+        metadata: Mapping[str, CPUAttentionMetadata],
+        workspace: Workspace,
+    ) -> tuple[Tensor, Tensor]:
         """``hidden`` and ``residual`` [N, H]; returns both of the next layer, [N, H]."""
         count, head_dim, num_qk = len(hidden), self.head_dim, self.q_size + self._kv_size
         qkv = self.qkv(hidden, workspace.qkv)
         queries, keys = self.heads(qkv[:, :num_qk].view(count, -1, head_dim), positions)
         self.store(keys, qkv[:, num_qk:].view(count, -1, head_dim), slots)
         self._attend(queries, workspace.attended.view(count, -1, head_dim), metadata[self._name])
-        hidden, residual = self.norm_sum(self.o(workspace.attended, workspace.hidden), residual, self._post_norm["weight"])
+        hidden, residual = self.norm_sum(
+            self.o(workspace.attended, workspace.hidden), residual, self._post_norm["weight"]
+        )
         gate, up = self.gate_up(hidden, workspace.gate_up).chunk(2, dim=-1)
-        # vLLM's one kernel for both is not vectorised: 98 us for 64 rows of 768, where these two take 22.
+        # vLLM's one kernel for both is not vectorised: 98 us for 64 rows of 768, where these two
+        # take 22.
         return self.down(silu(gate).mul_(up), workspace.down), residual
 
     def store(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
@@ -147,7 +206,9 @@ class Layer:
         if self._kv_cache is not attn.kv_cache:
             self._kv_cache = attn.kv_cache
             pages, kv_heads, page_size, _ = attn.kv_cache.shape
-            self._keys, self._values = attn.kv_cache.view(pages, kv_heads, 2 * page_size, -1).chunk(2, dim=2)
+            self._keys, self._values = attn.kv_cache.view(pages, kv_heads, 2 * page_size, -1).chunk(
+                2, dim=2
+            )
         scales = attn._k_scale_float, attn._v_scale_float, self._impl.kv_cache_dtype
         _reshape_and_cache(keys, values, self._keys, self._values, slots, attn.isa, *scales)
 
@@ -155,10 +216,25 @@ class Layer:
         """As ``CPUAttentionBackendImpl.forward``: ``q`` and ``out`` [N, heads, head_dim]."""
         attn, impl = self._attn, self._impl
         _attention(
-            q, self._keys, self._values, out, metadata.query_start_loc, metadata.seq_lens, impl.scale, metadata.causal, impl.alibi_slopes,
-            impl.sliding_window, metadata.block_table, impl.logits_soft_cap, metadata.scheduler_metadata, impl.sinks,
-            metadata.dynamic_causal, attn._k_scale_float, attn._v_scale_float, impl.kv_cache_dtype,
-        )  # fmt: skip
+            q,
+            self._keys,
+            self._values,
+            out,
+            metadata.query_start_loc,
+            metadata.seq_lens,
+            impl.scale,
+            metadata.causal,
+            impl.alibi_slopes,
+            impl.sliding_window,
+            metadata.block_table,
+            impl.logits_soft_cap,
+            metadata.scheduler_metadata,
+            impl.sinks,
+            metadata.dynamic_causal,
+            attn._k_scale_float,
+            attn._v_scale_float,
+            impl.kv_cache_dtype,
+        )
 
 
 def _rotation(rotary: Any, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor | None], Any]:
@@ -167,4 +243,6 @@ def _rotation(rotary: Any, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tens
         return rotary.forward_cpu
     table = rotary._match_cos_sin_cache_dtype(torch.empty(0, dtype=dtype))
     size, is_neox = rotary.head_size, rotary.is_neox_style
-    return lambda positions, queries, keys: _rotary_embedding(positions, queries, keys, size, table, is_neox)
+    return lambda positions, queries, keys: _rotary_embedding(
+        positions, queries, keys, size, table, is_neox
+    )

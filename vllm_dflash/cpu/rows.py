@@ -1,9 +1,12 @@
-"""Sampling settings by row of logits: each row as a request of its own, whose output ends with the drafts before it.
+"""Sampling settings by row of logits: each row as a request of its own, whose output ends with the
+drafts before it.
 
-vLLM's sampler then treats a row as plain decoding would treat it, whatever was drafted. Its own rejection sampler has a second way
-through the settings for drafts, which counts committed tokens only for ``min_tokens``, and forces the end of thinking in other rows.
+vLLM's sampler then treats a row as plain decoding would treat it, whatever was drafted. Its own
+rejection sampler has a second way through the settings for drafts, which counts committed tokens
+only for ``min_tokens``, and forces the end of thinking in other rows.
 
-    pytest tests/unit/test_rows.py tests/engine/test_thinking_budget.py tests/engine/test_features.py
+    pytest tests/unit/test_rows.py tests/engine/test_thinking_budget.py
+    pytest tests/engine/test_features.py
 """
 
 import copy
@@ -22,7 +25,8 @@ class Rows:
     """The rows of a step's logits: for each request one a draft and one more."""
 
     def __init__(self, num_drafts: Sequence[int], draft_token_ids: Sequence[int]) -> None:
-        """``num_drafts``: [B] of each request; ``draft_token_ids``: all of them, one request after the other."""
+        """``num_drafts``: [B] of each request; ``draft_token_ids``: all of them, one request after
+        the other."""
         self.first: list[int] = []
         """[B] each request's first row."""
         self.drafts: list[list[int]] = []
@@ -47,7 +51,8 @@ class Rows:
 
 
 def each_row_alone(sampling: SamplingMetadata, rows: Rows) -> SamplingMetadata:
-    """What ``Sampler.apply_logits_processors`` reads, by row in place of by request; thinking budgets are left out."""
+    """What ``Sampler.apply_logits_processors`` reads, by row in place of by request; thinking
+    budgets are left out."""
     owners = torch.tensor(rows.owners)
 
     def spread(setting: torch.Tensor | None) -> torch.Tensor | None:
@@ -55,19 +60,31 @@ def each_row_alone(sampling: SamplingMetadata, rows: Rows) -> SamplingMetadata:
 
     outputs: list[list[int]] = []
     if not sampling.no_penalties or sampling.bad_words_token_ids:
-        outputs = [output for i, out in enumerate(sampling.output_token_ids) for output in rows.outputs(i, out)]
+        outputs = [
+            output
+            for i, out in enumerate(sampling.output_token_ids)
+            for output in rows.outputs(i, out)
+        ]
     penalties: dict[str, Any] = {}
     if not sampling.no_penalties:
-        names = ("prompt_token_ids", "frequency_penalties", "presence_penalties", "repetition_penalties")
+        names = (
+            "prompt_token_ids",
+            "frequency_penalties",
+            "presence_penalties",
+            "repetition_penalties",
+        )
         penalties = {name: spread(getattr(sampling, name)) for name in names}
     return replace(
         sampling,
         output_token_ids=outputs,
         spec_token_ids=None,
         allowed_token_ids_mask=spread(sampling.allowed_token_ids_mask),
-        bad_words_token_ids={row: words for i, words in sampling.bad_words_token_ids.items() for row in rows.of(i)},
+        bad_words_token_ids={
+            row: words for i, words in sampling.bad_words_token_ids.items() for row in rows.of(i)
+        },
         logitsprocs=LogitsProcessors(
-            min_tokens_by_row(p, rows) if isinstance(p, MinTokensLogitsProcessor) else p for p in sampling.logitsprocs.non_argmax_invariant
+            min_tokens_by_row(p, rows) if isinstance(p, MinTokensLogitsProcessor) else p
+            for p in sampling.logitsprocs.non_argmax_invariant
         ),
         thinking_budget_state_holder=None,
         **penalties,
@@ -75,15 +92,21 @@ def each_row_alone(sampling: SamplingMetadata, rows: Rows) -> SamplingMetadata:
 
 
 def without_processors(sampling: SamplingMetadata) -> SamplingMetadata:
-    """The settings for logits that have been through ``Sampler.apply_logits_processors`` already."""
+    """The settings for logits that have been through ``Sampler.apply_logits_processors``
+    already."""
     return replace(
-        sampling, no_penalties=True, bad_words_token_ids={}, allowed_token_ids_mask=None, logitsprocs=LogitsProcessors(),
+        sampling,
+        no_penalties=True,
+        bad_words_token_ids={},
+        allowed_token_ids_mask=None,
+        logitsprocs=LogitsProcessors(),
         thinking_budget_state_holder=None,
-    )  # fmt: skip
+    )
 
 
 def min_tokens_by_row(processor: MinTokensLogitsProcessor, rows: Rows) -> MinTokensLogitsProcessor:
-    """A processor for the rows whose output, drafts included, is shorter than its request's ``min_tokens``."""
+    """A processor for the rows whose output, drafts included, is shorter than its request's
+    ``min_tokens``."""
     short = {
         row: (least, output, stop, structured)
         for request, (least, output, stop, structured) in processor.min_toks.items()
@@ -92,8 +115,12 @@ def min_tokens_by_row(processor: MinTokensLogitsProcessor, rows: Rows) -> MinTok
     }
     by_row = copy.copy(processor)
     by_row.min_toks = short
-    by_row.logits_slice = _pairs([(row, token) for row, (_, _, stop, _) in short.items() for token in stop])
-    by_row.restore_logits_slice = _pairs([(row, t) for row, (_, _, stop, restored) in short.items() if restored for t in stop])
+    by_row.logits_slice = _pairs(
+        [(row, token) for row, (_, _, stop, _) in short.items() for token in stop]
+    )
+    by_row.restore_logits_slice = _pairs(
+        [(row, t) for row, (_, _, stop, restored) in short.items() if restored for t in stop]
+    )
     return by_row
 
 
@@ -112,38 +139,62 @@ class _States(ThinkingBudgetStateHolder):
 class ThinkingBudgets:
     """Forces the end of thinking in the rows where plain decoding would.
 
-    vLLM's rules for it are a state that goes on with each token of plain decoding. Here it goes on with each row: what it is after
-    a draft counts if that draft is accepted. States are kept by request, also while a request waits after a preemption.
+    vLLM's rules for it are a state that goes on with each token of plain decoding. Here it goes on
+    with each row: what it is after a draft counts if that draft is accepted. States are kept by
+    request, also while a request waits after a preemption.
     """
 
     def __init__(self, reasoning_config: Any, max_num_rows: int) -> None:
-        """``reasoning_config``: vLLM's; ``max_num_rows``: the most rows that a step's logits can have."""
+        """``reasoning_config``: vLLM's; ``max_num_rows``: the most rows that a step's logits can
+        have."""
         self._plain = _States(reasoning_config, max_num_rows, 0, torch.device("cpu"), False)
         self._known: dict[str, tuple[Any, dict[int, dict[str, Any]]]] = {}
-        """By request its sampling parameters, and vLLM's state by the number of output tokens that it waits for."""
+        """By request its sampling parameters, and vLLM's state by the number of output tokens that
+        it waits for."""
 
-    def force(self, logits: torch.Tensor, rows: Rows, request_ids: Sequence[str], requests: Mapping[str, Any]) -> None:
-        """Changes ``logits`` [R, V] in place; ``requests`` are the runner's, by id, those of the batch in the order of ``rows``."""
+    def force(
+        self,
+        logits: torch.Tensor,
+        rows: Rows,
+        request_ids: Sequence[str],
+        requests: Mapping[str, Any],
+    ) -> None:
+        """Changes ``logits`` [R, V] in place; ``requests`` are the runner's, by id, those of the
+        batch in the order of ``rows``."""
         by_row: dict[int, dict[str, Any]] = {}
         for i, request_id in enumerate(request_ids):
             request = requests[request_id]
-            if request.sampling_params is None or request.sampling_params.thinking_token_budget is None:
+            if (
+                request.sampling_params is None
+                or request.sampling_params.thinking_token_budget is None
+            ):
                 continue
             states = self._states(request_id, request)
             length = len(request.output_token_ids)
-            for count, (row, output) in enumerate(zip(rows.of(i), rows.outputs(i, request.output_token_ids), strict=True)):
-                by_row[row] = states[length + count + 1] = self._after(states[length + count], output)
+            for count, (row, output) in enumerate(
+                zip(rows.of(i), rows.outputs(i, request.output_token_ids), strict=True)
+            ):
+                by_row[row] = states[length + count + 1] = self._after(
+                    states[length + count], output
+                )
         self._plain.set(by_row)
         self._plain.apply_to_logits(logits, False, None)
         for request_id in [known for known in self._known if known not in requests]:
             del self._known[request_id]
 
     def _states(self, request_id: str, request: Any) -> dict[int, dict[str, Any]]:
-        """What is known of a request, with the state that its next token needs and none of drafts that were rejected."""
+        """What is known of a request, with the state that its next token needs and none of drafts
+        that were rejected."""
         params, states = self._known.get(request_id, (None, {}))
         length = len(request.output_token_ids)
-        if params is not request.sampling_params or length not in states:  # new, or goes on with more input
-            states = {0: self._plain._init_state_entry(request.prompt_token_ids, request.sampling_params.thinking_token_budget)}
+        if (
+            params is not request.sampling_params or length not in states
+        ):  # new, or goes on with more input
+            states = {
+                0: self._plain._init_state_entry(
+                    request.prompt_token_ids, request.sampling_params.thinking_token_budget
+                )
+            }
             for count in range(length):
                 states[count + 1] = self._after(states[count], request.output_token_ids[:count])
         states = {length: states[length]}

@@ -1,7 +1,9 @@
-"""Tokens drawn from logits on a CPU: by inverting the distribution function, and the noise of requests with a seed. Pure.
+"""Tokens drawn from logits on a CPU: by inverting the distribution function, and the noise of
+requests with a seed. Pure.
 
-vLLM's CPU sampler makes a Gumbel variable for each token of the vocabulary, 25 us a row of 4,096; two uniform numbers a row say as much. Its
-own numbers remain where a request has a seed, for whose output it is answerable.
+vLLM's CPU sampler makes a Gumbel variable for each token of the vocabulary, 25 us a row of 4,096;
+two uniform numbers a row say as much. Its own numbers remain where a request has a seed, for whose
+output it is answerable.
 
     pytest tests/unit/test_sampling.py tests/engine/test_sampling.py
 """
@@ -20,8 +22,9 @@ _BELOW_ONE = 1 - 2**-52
 def draw_tokens(logits: torch.Tensor) -> torch.Tensor:
     """A token of each row's softmax, independently, by torch's global generator.
 
-    A row's vocabulary is cut into parts: one number chooses the part by its share, another the token in it, so that only sums are taken
-    over all of it. Probabilities are float32, their sums over parts and tokens float64: a token of probability 0 is never drawn.
+    A row's vocabulary is cut into parts: one number chooses the part by its share, another the
+    token in it, so that only sums are taken over all of it. Probabilities are float32, their sums
+    over parts and tokens float64: a token of probability 0 is never drawn.
 
     Args:
         logits: [R, V] float32; -inf for what is not to be drawn.
@@ -39,7 +42,8 @@ def draw_tokens(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _invert(weights: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-    """[R] int64: for each row of ``weights`` [R, n] the first entry up to which they sum to more than ``uniform`` [R, 1] of the total."""
+    """[R] int64: for each row of ``weights`` [R, n] the first entry up to which they sum to more
+    than ``uniform`` [R, 1] of the total."""
     sums = weights.cumsum(-1, dtype=np.float64)
     found = (sums <= uniform * sums[:, -1:]).sum(-1)
     return np.minimum(found, weights.shape[1] - 1)  # where logits are no numbers
@@ -56,7 +60,8 @@ _BOUND = 2**31
 
 
 class SeedDraws:
-    """The numbers that vLLM draws one after the other for a request with a seed, by the place of the output token that each is for."""
+    """The numbers that vLLM draws one after the other for a request with a seed, by the place of
+    the output token that each is for."""
 
     def __init__(self) -> None:
         self._drawn: dict[str, tuple[int, torch.Generator, list[int]]] = {}
@@ -69,7 +74,8 @@ class SeedDraws:
             known = self._drawn[request_id] = (seed, torch.Generator().manual_seed(seed), [])
         _, generator, drawn = known
         while len(drawn) < places.stop:
-            # One at a time, as vLLM draws them: a generator gives other numbers when it is asked for several.
+            # One at a time, as vLLM draws them: a generator gives other numbers when it is asked
+            # for several.
             drawn.append(self._draw.random_(0, _BOUND, generator=generator).item())
         return drawn[places.start : places.stop]
 

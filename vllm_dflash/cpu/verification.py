@@ -1,11 +1,16 @@
-"""Verification on vLLM's V1 runner on a CPU: the target's own token at every row, and the drafts that are equal to it.
+"""Verification on vLLM's V1 runner on a CPU: the target's own token at every row, and the drafts
+that are equal to it.
 
-A greedy draft is a point mass, so to sample the target's token and accept the draft if it is that token has the same distribution as
-to accept it with the target's probability and else sample from the rest (arXiv 2211.17192, with q a point mass). It takes one pass over
-the logits. And the noise of an output token then depends on its request's seed and its own place alone, not on how many tokens were
-drafted: a seed gives what it gives without a drafter. Limits: greedy drafts; sampled ones are verified by vLLM's own class.
+A greedy draft is a point mass, so to sample the target's token and accept the draft if it is that
+token has the same distribution as to accept it with the target's probability and else sample from
+the rest (arXiv 2211.17192, with q a point mass). It takes one pass over the logits. And the noise
+of an output token then depends on its request's seed and its own place alone, not on how many
+tokens were
+drafted: a seed gives what it gives without a drafter. Limits: greedy drafts; sampled ones are
+verified by vLLM's own class.
 
-    pytest tests/unit/test_verification.py tests/engine/test_sampling.py tests/engine/test_features.py
+    pytest tests/unit/test_verification.py tests/engine/test_sampling.py
+    pytest tests/engine/test_features.py
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,26 +34,34 @@ _GREEDY_BELOW = 1e-5
 
 
 class Verifier(RejectionSampler):
-    """Stands in the runner's place for vLLM's rejection sampler; ``runner`` is the V1 model runner."""
+    """Stands in the runner's place for vLLM's rejection sampler; ``runner`` is the V1 model
+    runner."""
 
     def __init__(self, runner: Any) -> None:
         super().__init__(runner.sampler, runner.speculative_config, runner.device)
         self._runner, self._draws = runner, SeedDraws()
         self._budgets: ThinkingBudgets | None = None
         self.last: tuple[torch.Tensor | None, list[int], list[int]] = None, [], []
-        """What ``forward`` returned last where drafts were verified, each request's last kept token, and how many were kept."""
+        """What ``forward`` returned last where drafts were verified, each request's last kept
+        token, and how many were kept."""
 
     def forward(
-        self, metadata: SpecDecodeMetadata, draft_probs: torch.Tensor | None, logits: torch.Tensor, sampling_metadata: SamplingMetadata
-    ) -> SamplerOutput:  # fmt: skip
+        self,
+        metadata: SpecDecodeMetadata,
+        draft_probs: torch.Tensor | None,
+        logits: torch.Tensor,
+        sampling_metadata: SamplingMetadata,
+    ) -> SamplerOutput:
         """Verifies each request's drafts and samples one token more.
 
         Args:
             draft_probs: None for greedy drafts; else vLLM's own class accepts and samples.
-            logits: [R, V], a request's rows one after the other: one for each of its drafts and one more.
+            logits: [R, V], a request's rows one after the other: one for each of its drafts and one
+                more.
 
         Returns:
-            Token ids [B, longest draft + 1] int32, rejected ones -1, and their log probabilities where asked for.
+            Token ids [B, longest draft + 1] int32, rejected ones -1, and their log probabilities
+            where asked for.
         """
         if self.synthetic_mode:
             return super().forward(metadata, draft_probs, logits, sampling_metadata)
@@ -57,58 +70,104 @@ class Verifier(RejectionSampler):
         processed = self._process(metadata, logits, sampling_metadata)
         sampled, processed = self._sample(metadata, processed, sampling_metadata)
         if metadata.max_spec_len:
-            kept = keep_accepted(sampled.tolist(), metadata.draft_token_ids.tolist(), metadata.num_draft_tokens)
+            kept = keep_accepted(
+                sampled.tolist(), metadata.draft_token_ids.tolist(), metadata.num_draft_tokens
+            )
             output = torch.tensor(kept, dtype=torch.int32)
             counts = [len(row) - row.count(PLACEHOLDER_TOKEN_ID) for row in kept]
-            self.last = output, [row[count - 1] for row, count in zip(kept, counts, strict=True)], counts
+            self.last = (
+                output,
+                [row[count - 1] for row, count in zip(kept, counts, strict=True)],
+                counts,
+            )
         else:
             output = sampled.to(torch.int32)[:, None]
-        return SamplerOutput(output, self._logprobs(metadata, logits, processed, output, sampling_metadata))
+        return SamplerOutput(
+            output, self._logprobs(metadata, logits, processed, output, sampling_metadata)
+        )
 
     def _reject(
-        self, metadata: SpecDecodeMetadata, draft_probs: torch.Tensor, logits: torch.Tensor, sampling: SamplingMetadata
-    ) -> SamplerOutput:  # fmt: skip
-        """Drafts that were sampled go through vLLM's own class, on logits that have every other setting in them already."""
+        self,
+        metadata: SpecDecodeMetadata,
+        draft_probs: torch.Tensor,
+        logits: torch.Tensor,
+        sampling: SamplingMetadata,
+    ) -> SamplerOutput:
+        """Drafts that were sampled go through vLLM's own class, on logits that have every other
+        setting in them already."""
         processed, without = self._process(metadata, logits, sampling), without_processors(sampling)
         if self.is_processed_logprobs_mode:
             return super().forward(metadata, draft_probs, processed, without)
-        output = super().forward(metadata, draft_probs, processed, replace(without, max_num_logprobs=None)).sampled_token_ids
+        output = (
+            super()
+            .forward(metadata, draft_probs, processed, replace(without, max_num_logprobs=None))
+            .sampled_token_ids
+        )
         return SamplerOutput(output, self._logprobs(metadata, logits, logits, output, sampling))
 
     def _logprobs(
-        self, metadata: SpecDecodeMetadata, logits: torch.Tensor, processed: torch.Tensor, output: torch.Tensor, sampling: SamplingMetadata
-    ) -> LogprobsTensors | None:  # fmt: skip
-        """Log probabilities of what was kept of ``output`` [B, n], from the logits before or after processing, as vLLM is set; or None."""
+        self,
+        metadata: SpecDecodeMetadata,
+        logits: torch.Tensor,
+        processed: torch.Tensor,
+        output: torch.Tensor,
+        sampling: SamplingMetadata,
+    ) -> LogprobsTensors | None:
+        """Log probabilities of what was kept of ``output`` [B, n], from the logits before or after
+        processing, as vLLM is set; or None."""
         shown = processed if self.is_processed_logprobs_mode else logits
         if sampling.logprob_token_ids:
             return self._logprobs_of(sampling.logprob_token_ids, metadata, shown, output)
         if sampling.max_num_logprobs is None:
             return None
         return self._get_logprobs_tensors(
-            sampling.max_num_logprobs, metadata, logits, shown[metadata.target_logits_indices], shown[metadata.bonus_logits_indices],
+            sampling.max_num_logprobs,
+            metadata,
+            logits,
+            shown[metadata.target_logits_indices],
+            shown[metadata.bonus_logits_indices],
             output,
-        )  # fmt: skip
+        )
 
     def _logprobs_of(
-        self, token_ids: Mapping[int, list[int]], metadata: SpecDecodeMetadata, shown: torch.Tensor, output: torch.Tensor
-    ) -> LogprobsTensors | None:  # fmt: skip
-        """As vLLM's sampler for ``logprob_token_ids``, which its rejection sampler drops: by request the tokens that are asked for."""
+        self,
+        token_ids: Mapping[int, list[int]],
+        metadata: SpecDecodeMetadata,
+        shown: torch.Tensor,
+        output: torch.Tensor,
+    ) -> LogprobsTensors | None:
+        """As vLLM's sampler for ``logprob_token_ids``, which its rejection sampler drops: by
+        request the tokens that are asked for."""
         width = output.shape[1]
         first = metadata.cu_num_sampled_tokens.long() - torch.tensor(metadata.num_draft_tokens) - 1
         kept = shown[(first[:, None] + torch.arange(width)).clamp(max=len(shown) - 1).flatten()]
-        logprobs = kept.to(torch.float32) if self.is_logits_logprobs_mode else self.sampler.compute_logprobs(kept)
-        by_row = {request * width + i: ids for request, ids in token_ids.items() for i in range(width)}
-        return self.sampler.gather_specific_token_logprobs(logprobs, by_row, output.flatten().clamp(min=0).long())
+        logprobs = (
+            kept.to(torch.float32)
+            if self.is_logits_logprobs_mode
+            else self.sampler.compute_logprobs(kept)
+        )
+        by_row = {
+            request * width + i: ids for request, ids in token_ids.items() for i in range(width)
+        }
+        return self.sampler.gather_specific_token_logprobs(
+            logprobs, by_row, output.flatten().clamp(min=0).long()
+        )
 
-    def _process(self, metadata: SpecDecodeMetadata, logits: torch.Tensor, sampling: SamplingMetadata) -> torch.Tensor:
-        """Logits [R, V] float32 after penalties, bad words, allowed tokens, ``min_tokens`` and thinking budgets.
+    def _process(
+        self, metadata: SpecDecodeMetadata, logits: torch.Tensor, sampling: SamplingMetadata
+    ) -> torch.Tensor:
+        """Logits [R, V] float32 after penalties, bad words, allowed tokens, ``min_tokens`` and
+        thinking budgets.
 
-        Each row is treated as plain decoding would treat it after the drafts before it. The argument stays as it is.
+        Each row is treated as plain decoding would treat it after the drafts before it. The
+        argument stays as it is.
         """
         if not _has_processors(sampling):
             return logits.to(torch.float32)
         rows = Rows(metadata.num_draft_tokens, metadata.draft_token_ids.tolist())
-        processed = self.sampler.apply_logits_processors(logits.to(torch.float32, copy=True), each_row_alone(sampling, rows), False)
+        processed = self.sampler.apply_logits_processors(
+            logits.to(torch.float32, copy=True), each_row_alone(sampling, rows), False
+        )
         holder, batch = sampling.thinking_budget_state_holder, self._runner.input_batch
         if holder is not None and holder.has_tracked_requests():
             if self._budgets is None:
@@ -119,7 +178,7 @@ class Verifier(RejectionSampler):
 
     def _sample(
         self, metadata: SpecDecodeMetadata, logits: torch.Tensor, sampling: SamplingMetadata
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The target's token at each row [R], and the logits [R, V] that it was sampled from."""
         greedy = None if sampling.all_random else self.sampler.greedy_sample(logits)
         if sampling.all_greedy:
@@ -128,7 +187,9 @@ class Verifier(RejectionSampler):
         if greedy is not None:
             temperature = temperature.masked_fill(is_greedy := temperature < _GREEDY_BELOW, 1.0)
         # In place where nobody is shown them: they are as large as the batch's vocabularies.
-        scaled = (logits.div_ if sampling.max_num_logprobs is None else logits.div)(temperature[:, None])
+        scaled = (logits.div_ if sampling.max_num_logprobs is None else logits.div)(
+            temperature[:, None]
+        )
         scaled = apply_top_k_top_p(scaled, top_k, top_p)
         seeded, seeds = self._seeded(metadata.num_draft_tokens, sampling)
         if len(seeded) == len(scaled):
@@ -136,7 +197,9 @@ class Verifier(RejectionSampler):
         else:
             sampled = draw_tokens(scaled)
             if seeded:
-                sampled[seeded] = torch.ops._C.fused_gumbel_argmax(scaled[seeded], torch.tensor(seeds))
+                sampled[seeded] = torch.ops._C.fused_gumbel_argmax(
+                    scaled[seeded], torch.tensor(seeds)
+                )
         return sampled if greedy is None else torch.where(is_greedy, greedy, sampled), scaled
 
     @staticmethod
@@ -147,10 +210,16 @@ class Verifier(RejectionSampler):
             return settings
         counts = torch.tensor(metadata.num_draft_tokens) + 1
         rows = len(counts) + sum(metadata.num_draft_tokens)
-        return [None if setting is None else setting.repeat_interleave(counts, output_size=rows) for setting in settings]
+        return [
+            None if setting is None else setting.repeat_interleave(counts, output_size=rows)
+            for setting in settings
+        ]
 
-    def _seeded(self, num_draft_tokens: Sequence[int], sampling: SamplingMetadata) -> tuple[list[int], list[int]]:
-        """The rows of requests with a seed, and what vLLM's sampler seeds each one's noise with, by the seed and the token's place."""
+    def _seeded(
+        self, num_draft_tokens: Sequence[int], sampling: SamplingMetadata
+    ) -> tuple[list[int], list[int]]:
+        """The rows of requests with a seed, and what vLLM's sampler seeds each one's noise with, by
+        the seed and the token's place."""
         rows: list[int] = []
         seeds: list[int] = []
         if not sampling.generators:
@@ -161,26 +230,35 @@ class Verifier(RejectionSampler):
                 request = requests[request_ids[row]]
                 place = len(request.output_token_ids)
                 rows += range(first, first + drafts + 1)
-                seeds += self._draws.at(request_ids[row], request.sampling_params.seed, range(place, place + drafts + 1))
+                seeds += self._draws.at(
+                    request_ids[row], request.sampling_params.seed, range(place, place + drafts + 1)
+                )
             first += drafts + 1
         self._draws.forget_all_but(requests)
         return rows, seeds
 
 
 def _has_processors(sampling: SamplingMetadata) -> bool:
-    """Whether a request of the batch changes its logits before they are ranked. vLLM refuses the other processors with a drafter."""
+    """Whether a request of the batch changes its logits before they are ranked. vLLM refuses the
+    other processors with a drafter."""
     holder = sampling.thinking_budget_state_holder
     return bool(
         not sampling.no_penalties
         or sampling.bad_words_token_ids
         or sampling.allowed_token_ids_mask is not None
-        or any(isinstance(p, MinTokensLogitsProcessor) and p.min_toks for p in sampling.logitsprocs.non_argmax_invariant)
+        or any(
+            isinstance(p, MinTokensLogitsProcessor) and p.min_toks
+            for p in sampling.logitsprocs.non_argmax_invariant
+        )
         or (holder is not None and holder.has_tracked_requests())
     )
 
 
-def keep_accepted(sampled: Sequence[int], drafts: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
-    """Each request's accepted drafts and the target's token after them, filled up with -1 to the longest draft plus one.
+def keep_accepted(
+    sampled: Sequence[int], drafts: Sequence[int], counts: Sequence[int]
+) -> list[list[int]]:
+    """Each request's accepted drafts and the target's token after them, filled up with -1 to the
+    longest draft plus one.
 
     Args:
         sampled: [R] the target's token at each row, ``counts[i] + 1`` rows a request.
@@ -192,21 +270,29 @@ def keep_accepted(sampled: Sequence[int], drafts: Sequence[int], counts: Sequenc
         accepted = 0
         while accepted < count and sampled[row + accepted] == drafts[at + accepted]:
             accepted += 1
-        kept.append([*sampled[row : row + accepted + 1], *[PLACEHOLDER_TOKEN_ID] * (width - accepted - 1)])
+        kept.append(
+            [*sampled[row : row + accepted + 1], *[PLACEHOLDER_TOKEN_ID] * (width - accepted - 1)]
+        )
         row, at = row + count + 1, at + count
     return kept
 
 
 class DraftMetadata:
-    """In place of a runner's ``_calc_spec_decode_metadata`` on a CPU: the same without a tensor operator."""
+    """In place of a runner's ``_calc_spec_decode_metadata`` on a CPU: the same without a tensor
+    operator."""
 
     def __init__(self, input_ids: np.ndarray, max_num_reqs: int) -> None:
         """``input_ids``: the runner's buffer of the step's tokens."""
         self._input_ids = input_ids
-        self._order, self._zeros = torch.arange(max_num_reqs + 1, dtype=torch.int32), torch.zeros(max_num_reqs, dtype=torch.int32)
+        self._order, self._zeros = (
+            torch.arange(max_num_reqs + 1, dtype=torch.int32),
+            torch.zeros(max_num_reqs, dtype=torch.int32),
+        )
         self._decoding: dict[int, SpecDecodeMetadata] = {}
 
-    def __call__(self, num_draft_tokens: np.ndarray, cu_num_scheduled_tokens: np.ndarray) -> SpecDecodeMetadata:
+    def __call__(
+        self, num_draft_tokens: np.ndarray, cu_num_scheduled_tokens: np.ndarray
+    ) -> SpecDecodeMetadata:
         """By request [B] int32, its drafts, and the end of its rows in the step's."""
         count = len(num_draft_tokens)
         if not num_draft_tokens.any():
@@ -218,7 +304,9 @@ class DraftMetadata:
             return known
         num_sampled = num_draft_tokens + 1
         ends = num_sampled.cumsum(dtype=np.int32)
-        rows = np.arange(ends[-1], dtype=np.int32) + np.repeat(cu_num_scheduled_tokens - ends, num_sampled)
+        rows = np.arange(ends[-1], dtype=np.int32) + np.repeat(
+            cu_num_scheduled_tokens - ends, num_sampled
+        )
         is_draft = np.ones(len(rows), dtype=bool)
         is_draft[ends - 1] = False
         target = is_draft.nonzero()[0].astype(np.int32)

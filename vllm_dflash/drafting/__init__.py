@@ -1,1 +1,2 @@
-"""Drafting inside vLLM: pure are layout, coverage and pending; thin are the V1 proposer and the V2 speculator."""
+"""Drafting inside vLLM: pure are layout, coverage and pending; thin are the V1 proposer and the V2
+speculator."""

@@ -1,4 +1,5 @@
-"""What the V1 proposer leaves to the device that it runs on. Here: a GPU's way, which is vLLM's own; ``cpu/backend.py`` has a CPU's.
+"""What the V1 proposer leaves to the device that it runs on. Here: a GPU's way, which is vLLM's
+own; ``cpu/backend.py`` has a CPU's.
 
 pytest tests/engine/test_draft_parity.py
 """
@@ -29,7 +30,8 @@ class Backend:
     write_context: WriteRows
     """What projects context rows and writes them into the cache."""
     run_layers: Callable[[Tensor, Tensor, Tensor, Any], Tensor] | None = None
-    """Token ids [N], positions [N], slots [N] and attention metadata by layer -> hidden states [N, H]; None: vLLM's modules run."""
+    """Token ids [N], positions [N], slots [N] and attention metadata by layer -> hidden states [N,
+    H]; None: vLLM's modules run."""
     slots = staticmethod(paged_slots)
     """Cache slots of a block's positions, see ``layout.SlotMapping``."""
 
@@ -40,30 +42,45 @@ class Backend:
         """Takes the proposer's loaded drafter, whose target is ``target_model``."""
         proposer = self.proposer
         logits = proposer.model.compute_logits
-        self.ranking = Ranking(logits, lambda scores: scores.argmax(-1), proposer._greedy_sample, confident=False)
+        self.ranking = Ranking(
+            logits, lambda scores: scores.argmax(-1), proposer._greedy_sample, confident=False
+        )
         self.write_context = self.write_by_modules
 
     def write_by_modules(self, features: Tensor, positions: Tensor, slots: Tensor) -> None:
         """Projects context rows and writes them into the cache by the drafter's own modules."""
         model = self.proposer.model
-        model.precompute_and_store_context_kv(model.combine_hidden_states(features), positions, slots)
+        model.precompute_and_store_context_kv(
+            model.combine_hidden_states(features), positions, slots
+        )
 
-    def next_token_ids(self, native: Callable[..., tuple[Tensor, Tensor]], sampled: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        """Each request's anchor [B] int32, and how many of ``sampled`` [B, n] (-1: rejected) it keeps [B] int32; ``native`` is vLLM's way."""
+    def next_token_ids(
+        self, native: Callable[..., tuple[Tensor, Tensor]], sampled: Tensor, *args: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Each request's anchor [B] int32, and how many of ``sampled`` [B, n] (-1: rejected) it
+        keeps [B] int32; ``native`` is vLLM's way."""
         return native(sampled, *args)
 
     def rejected(
-        self, native: Callable[..., Any], cad: CommonAttentionMetadata, spec_decode_metadata: Any, kept: Tensor
+        self,
+        native: Callable[..., Any],
+        cad: CommonAttentionMetadata,
+        spec_decode_metadata: Any,
+        kept: Tensor,
     ) -> tuple[CommonAttentionMetadata, Tensor | None, Tensor | None]:
-        """The step's metadata, nothing that we need, and each request's rejected tokens [B] int32; ``native`` is vLLM's way."""
+        """The step's metadata, nothing that we need, and each request's rejected tokens [B] int32;
+        ``native`` is vLLM's way."""
         return native(cad, spec_decode_metadata, kept)
 
     def lost_rows(self, num_rejected: Tensor | None, num_reqs: int) -> list[int]:
         """[B] rejected rows as far as the host knows them: not at all."""
         return [0] * num_reqs
 
-    def committed(self, rows: Rows, cad: CommonAttentionMetadata, lengths: list[int], num_rejected: Tensor) -> Rows:
-        """Of a step's ``rows`` those that were committed: all stay, and what was rejected has no slot."""
+    def committed(
+        self, rows: Rows, cad: CommonAttentionMetadata, lengths: list[int], num_rejected: Tensor
+    ) -> Rows:
+        """Of a step's ``rows`` those that were committed: all stay, and what was rejected has no
+        slot."""
         features, positions, slots = rows
         return features, positions, without_rejected(slots, cad.query_start_loc, num_rejected)
 

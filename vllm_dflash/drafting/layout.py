@@ -1,9 +1,10 @@
-"""Where a block goes: tokens, positions and cache slots of the drafter's queries and of its new context. Pure.
+"""Where a block goes: tokens, positions and cache slots of the drafter's queries and of its new
+context. Pure.
 
-Notation as in arXiv 2602.06036: a request whose target has run over positions 0..n-1 drafts a block at positions
-n..n+b-1 that holds its anchor x[n] and b - 1 masks. The block is whole whatever K is: a drafter that has only seen
-whole blocks drafts badly in a shorter one (docs/log.md); of the rows that predict, which begin at the kind's
-``first_row``, the first K are asked for their token.
+Notation as in arXiv 2602.06036: a request whose target has run over positions 0..n-1 drafts a block
+at positions n..n+b-1 that holds its anchor x[n] and b - 1 masks. The block is whole whatever K is:
+a drafter that has only seen whole blocks drafts badly in a shorter one (docs/log.md); of the rows
+that predict, which begin at the kind's ``first_row``, the first K are asked for their token.
 All tensors stay on their device and nothing waits for the host.
 
     pytest tests/unit/test_layout.py
@@ -23,7 +24,8 @@ PAD_SLOT_ID = -1
 
 
 SlotMapping: TypeAlias = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
-"""Block table [B, pages] int32, positions [B, n] int64, tokens a page -> cache slots [B, n] int64."""
+"""Block table [B, pages] int32, positions [B, n] int64, tokens a page -> cache slots [B, n]
+int64."""
 
 
 def paged_slots(block_table: torch.Tensor, positions: torch.Tensor, page_size: int) -> torch.Tensor:
@@ -37,7 +39,8 @@ class BlockLayout:
     """One draft for a batch of B requests; rows are request-major, b a request."""
 
     input_ids: torch.Tensor
-    """[B * b] int32: each anchor followed by its masks; a block cut at ``max_model_len`` stands at the end of its rows."""
+    """[B * b] int32: each anchor followed by its masks; a block cut at ``max_model_len`` stands at
+    the end of its rows."""
     positions: torch.Tensor
     """[B * b] int64, below ``max_model_len``."""
     slot_mapping: torch.Tensor
@@ -45,7 +48,8 @@ class BlockLayout:
     seq_lens: torch.Tensor
     """[B] int32: what each request's queries attend to, context and block."""
     sample_indices: torch.Tensor
-    """[B * K] int64: the rows that predict, that is of each block the first K from ``first_row`` on."""
+    """[B * K] int64: the rows that predict, that is of each block the first K from ``first_row``
+    on."""
 
 
 def block_layout(
@@ -66,7 +70,8 @@ def block_layout(
 
     Args:
         next_token_ids: [B] int32, each request's anchor x[n].
-        anchors: [B] int32, its position n: the target's sequence length after the forward, rejected tokens not counted.
+        anchors: [B] int32, its position n: the target's sequence length after the forward, rejected
+            tokens not counted.
         block_table: [B, pages] int32, physical pages of the draft layers' KV cache.
         page_size: tokens a page.
         mask_token_id: the token that stands for "to be drafted".
@@ -74,22 +79,35 @@ def block_layout(
         num_speculative_tokens: K, 1 to b - ``first_row``.
         max_model_len: positions that exist are 0..max_model_len - 1.
         first_row: the row of a block that predicts the token after its anchor.
-        may_overflow: False where the caller knows that every block ends before ``max_model_len``, which takes less work.
+        may_overflow: False where the caller knows that every block ends before ``max_model_len``,
+            which takes less work.
         slots: what finds the positions' cache slots.
     """
-    offsets, sample_indices = _whole_block(len(anchors), block_size, first_row, num_speculative_tokens, anchors.device)
+    offsets, sample_indices = _whole_block(
+        len(anchors), block_size, first_row, num_speculative_tokens, anchors.device
+    )
     positions = anchors[:, None] + offsets
     input_ids = torch.full_like(positions, mask_token_id, dtype=torch.int32)
     input_ids[:, 0] = next_token_ids
     if not may_overflow:
         mapped, seq_lens = slots(block_table, positions, page_size), anchors + block_size
-        return BlockLayout(input_ids.flatten(), positions.flatten(), mapped.flatten(), seq_lens, sample_indices.flatten())
+        return BlockLayout(
+            input_ids.flatten(),
+            positions.flatten(),
+            mapped.flatten(),
+            seq_lens,
+            sample_indices.flatten(),
+        )
     last_positions, sample_indices = positions[:, -1:].clone(), sample_indices.clone()
     mapped = slots(block_table, positions.clamp(max=max_model_len - 1), page_size)
     end_blocks_at(
-        max_model_len, last_positions=last_positions, rows=[input_ids, positions], slots=[mapped], sample_indices=sample_indices,
+        max_model_len,
+        last_positions=last_positions,
+        rows=[input_ids, positions],
+        slots=[mapped],
+        sample_indices=sample_indices,
         first_row=first_row,
-    )  # fmt: skip
+    )
     return BlockLayout(
         input_ids=input_ids.flatten(),
         positions=positions.flatten(),
@@ -100,15 +118,22 @@ def block_layout(
 
 
 def end_blocks_at(
-    max_model_len: int, *, last_positions: torch.Tensor, rows: Sequence[torch.Tensor], slots: Sequence[torch.Tensor],
-    sample_indices: torch.Tensor, first_row: int = AFTER_ANCHOR,
-) -> None:  # fmt: skip
-    """Moves, in place, each block that reaches past ``max_model_len`` back by its overflow; the others stay as they are.
+    max_model_len: int,
+    *,
+    last_positions: torch.Tensor,
+    rows: Sequence[torch.Tensor],
+    slots: Sequence[torch.Tensor],
+    sample_indices: torch.Tensor,
+    first_row: int = AFTER_ANCHOR,
+) -> None:
+    """Moves, in place, each block that reaches past ``max_model_len`` back by its overflow; the
+    others stay as they are.
 
-    Attention takes a request's b query rows for the last b positions of its sequence, which ends at ``max_model_len``: windows
-    and causal masks of an overflowing block would be off by the overflow. So its rows are moved to where their positions are,
-    and the rows in front of them stand for nothing. Rows past the end fall out: their slots would be those of positions that
-    the same request holds.
+    Attention takes a request's b query rows for the last b positions of its sequence, which ends at
+    ``max_model_len``: windows and causal masks of an overflowing block would be off by the
+    overflow. So its rows are moved to where their positions are, and the rows in front of them
+    stand for nothing. Rows past the end fall out: their slots would be those of positions that the
+    same request holds.
 
     Args:
         max_model_len: in tokens.
@@ -128,14 +153,21 @@ def end_blocks_at(
     for group in slots:
         group.copy_(group.gather(1, sources).masked_fill_(offsets < 0, PAD_SLOT_ID))
     # A mask past the end has no row; its token is never used, and any row of its request will do.
-    sample_indices += torch.minimum(overflow, masks - torch.arange(first_row, first_row + samples, device=overflow.device))
+    sample_indices += torch.minimum(
+        overflow, masks - torch.arange(first_row, first_row + samples, device=overflow.device)
+    )
 
 
 @functools.lru_cache(maxsize=1024)
 def _whole_block(
-    num_reqs: int, block_size: int, first_row: int, num_speculative_tokens: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """What is the same at every step, int64: offsets in a block [b], and of each block the first K rows that predict [B, K]."""
+    num_reqs: int,
+    block_size: int,
+    first_row: int,
+    num_speculative_tokens: int,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is the same at every step, int64: offsets in a block [b], and of each block the first K
+    rows that predict [B, K]."""
     # Made outside of inference mode, as it may be used there and elsewhere.
     with torch.inference_mode(False):
         offsets = torch.arange(block_size, device=device)
@@ -150,15 +182,25 @@ def block_bounds(num_reqs: int, block_size: int) -> torch.Tensor:
         return torch.arange(num_reqs + 1, dtype=torch.int32) * block_size
 
 
-def committed_rows(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> slice | torch.Tensor:
-    """The rows of a target batch that were committed: of each request the first ``lengths[i]`` from ``starts[i]`` on."""
+def committed_rows(
+    starts: Sequence[int], lengths: Sequence[int], device: torch.device
+) -> slice | torch.Tensor:
+    """The rows of a target batch that were committed: of each request the first ``lengths[i]`` from
+    ``starts[i]`` on."""
     if len(starts) == 1:
         return slice(starts[0], starts[0] + lengths[0])
-    return torch.tensor([row for s, n in zip(starts, lengths, strict=True) for row in range(s, s + n)], dtype=torch.int64, device=device)
+    return torch.tensor(
+        [row for s, n in zip(starts, lengths, strict=True) for row in range(s, s + n)],
+        dtype=torch.int64,
+        device=device,
+    )
 
 
-def without_rejected(slot_mapping: torch.Tensor, query_start_loc: torch.Tensor, num_rejected: torch.Tensor) -> torch.Tensor:
-    """Cache slots [N] int64 of a target batch's rows, with ``PAD_SLOT_ID`` for rejected tokens; for a device that is not waited for.
+def without_rejected(
+    slot_mapping: torch.Tensor, query_start_loc: torch.Tensor, num_rejected: torch.Tensor
+) -> torch.Tensor:
+    """Cache slots [N] int64 of a target batch's rows, with ``PAD_SLOT_ID`` for rejected tokens; for
+    a device that is not waited for.
 
     Args:
         slot_mapping: [N] int64, slots that the target's rows have in that cache.

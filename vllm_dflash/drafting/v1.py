@@ -1,8 +1,9 @@
 """Our proposer for vLLM's V1 model runner: one drafter forward a step for the whole batch.
 
-Inherits from vLLM's ``DFlashProposer`` what is vLLM's business (loading, sharing the target's embedding and
-lm_head, attention groups, CUDA-graph dispatch) and replaces the draft itself. It stands in its place through
-``vllm_dflash.patches.v1_proposer``. Limits: draft layers in one KV cache group; no M-RoPE positions.
+Inherits from vLLM's ``DFlashProposer`` what is vLLM's business (loading, sharing the target's
+embedding and lm_head, attention groups, CUDA-graph dispatch) and replaces the draft itself. It
+stands in its place through ``vllm_dflash.patches.v1_proposer``. Limits: draft layers in one KV
+cache group; no M-RoPE positions.
 
     pytest tests/engine/test_draft_parity.py
 """
@@ -25,7 +26,13 @@ from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.drafting.backend import Backend
 from vllm_dflash.drafting.context_store import ContextStore
 from vllm_dflash.drafting.coverage import ContextCoverage, Hole, without_first_pages
-from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_bounds, block_layout, paged_slots
+from vllm_dflash.drafting.layout import (
+    PAD_SLOT_ID,
+    BlockLayout,
+    block_bounds,
+    block_layout,
+    paged_slots,
+)
 from vllm_dflash.drafts import Drafts
 from vllm_dflash.heads import Ranked, Ranking
 from vllm_dflash.log import logger
@@ -36,17 +43,20 @@ _logger = init_logger(logger.name)
 
 
 class DFlashProposer(NativeDFlashProposer):
-    """Drafts up to ``max_speculative_tokens`` a request and keeps the drafter's context K/V up to date."""
+    """Drafts up to ``max_speculative_tokens`` a request and keeps the drafter's context K/V up to
+    date."""
 
     model: DrafterForCausalLM
     _draft: Callable[[torch.Tensor, torch.Tensor, int, Ranking], Ranked]
     bounds_each_block = True
-    """A block that would reach past ``max_model_len`` is cut, so that every step fits (``patches/v1_draft_fit.py``)."""
+    """A block that would reach past ``max_model_len`` is cut, so that every step fits
+    (``patches/v1_draft_fit.py``)."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             raise DrafterConfigError(
-                "the drafter shares the target's embedding, which another pipeline stage holds: set pipeline_parallel_size to 1"
+                "the drafter shares the target's embedding, which another pipeline stage holds: set"
+                " pipeline_parallel_size to 1"
             )
         check_logits_processors()
         super().__init__(vllm_config, device, runner)
@@ -57,7 +67,9 @@ class DFlashProposer(NativeDFlashProposer):
         self.draft_block_size, self._first_row = drafter.block_size, drafter.first_row
         size = max(self.max_batch_size * self.draft_block_size, self.max_padded_query_tokens)
         self._query_ids = torch.zeros(size, dtype=torch.int32, device=device)
-        self.positions, self._slot_mapping_buffer = (torch.zeros(size, dtype=torch.int64, device=device) for _ in range(2))
+        self.positions, self._slot_mapping_buffer = (
+            torch.zeros(size, dtype=torch.int64, device=device) for _ in range(2)
+        )
         self._causal: dict[str, bool] = {}
         """By draft layer, whether a query sees no later ones of its block."""
         self.context = ContextStore(vllm_config, device, self._live_pages)
@@ -65,30 +77,51 @@ class DFlashProposer(NativeDFlashProposer):
         record_drafter(self, vllm_config, device)
 
     def load_model(self, target_model: Any) -> None:
-        """Loads the drafter; the backend then takes it, and on a CPU verifies drafts from then on."""
+        """Loads the drafter; the backend then takes it, and on a CPU verifies drafts from then
+        on."""
         super().load_model(target_model)
-        self._causal = dict(zip(self.model.get_draft_kv_cache_layer_names(), self.model.get_draft_attn_causal(), strict=True))
+        self._causal = dict(
+            zip(
+                self.model.get_draft_kv_cache_layer_names(),
+                self.model.get_draft_attn_causal(),
+                strict=True,
+            )
+        )
         self.backend.load(target_model)
         self.context.write_rows = self.backend.write_context
         self._draft = self.model.model.head.draft
 
     def prepare_next_token_ids_padded(
-        self, sampled_token_ids: torch.Tensor, requests: Any, gpu_input_batch: Any, discard_request_mask: torch.Tensor
+        self,
+        sampled_token_ids: torch.Tensor,
+        requests: Any,
+        gpu_input_batch: Any,
+        discard_request_mask: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As vLLM's: each request's anchor [B] int32, and how many of ``sampled_token_ids`` [B, n] (-1: rejected) it keeps [B] int32."""
+        """As vLLM's: each request's anchor [B] int32, and how many of ``sampled_token_ids`` [B, n]
+        (-1: rejected) it keeps [B] int32."""
         native = super().prepare_next_token_ids_padded
-        return self.backend.next_token_ids(native, sampled_token_ids, requests, gpu_input_batch, discard_request_mask)
+        return self.backend.next_token_ids(
+            native, sampled_token_ids, requests, gpu_input_batch, discard_request_mask
+        )
 
     def prepare_inputs_padded(
-        self, common_attn_metadata: CommonAttentionMetadata, spec_decode_metadata: Any, valid_sampled_tokens_count: torch.Tensor
+        self,
+        common_attn_metadata: CommonAttentionMetadata,
+        spec_decode_metadata: Any,
+        valid_sampled_tokens_count: torch.Tensor,
     ) -> tuple[CommonAttentionMetadata, torch.Tensor | None, torch.Tensor | None]:
-        """As vLLM's: the step's metadata, nothing that we need, and each request's rejected tokens [B] int32, or None for none."""
+        """As vLLM's: the step's metadata, nothing that we need, and each request's rejected tokens
+        [B] int32, or None for none."""
         native = super().prepare_inputs_padded
-        return self.backend.rejected(native, common_attn_metadata, spec_decode_metadata, valid_sampled_tokens_count)
+        return self.backend.rejected(
+            native, common_attn_metadata, spec_decode_metadata, valid_sampled_tokens_count
+        )
 
     @property
     def coverage(self) -> ContextCoverage:
-        """Which context positions hold draft K/V; made late, as vLLM sets the page size after the proposer is built."""
+        """Which context positions hold draft K/V; made late, as vLLM sets the page size after the
+        proposer is built."""
         if self._coverage is None:
             self._coverage = ContextCoverage(self.page_size)
         return self._coverage
@@ -121,21 +154,36 @@ class DFlashProposer(NativeDFlashProposer):
             target_hidden_states: [N, T * H] captured features of those rows.
             next_token_ids: [B] int32, the anchors.
             common_attn_metadata: the target step's metadata in the draft layers' KV cache group.
-            num_rejected_tokens_gpu: [B] int32 rejected tokens at the end of each request's rows, or None.
+            num_rejected_tokens_gpu: [B] int32 rejected tokens at the end of each request's rows, or
+                None.
 
         Returns:
-            Draft token ids [B, K] int64; on a CPU as a list, with confidences where the scheduler asks for them.
+            Draft token ids [B, K] int64; on a CPU as a list, with confidences where the scheduler
+            asks for them.
         """
         self._last_draft_probs = None
         cad, k = common_attn_metadata, num_speculative_tokens
         starts, lengths = self._written(cad, num_rejected_tokens_gpu)
-        self._store_context(cad, target_hidden_states, target_positions, lengths, num_rejected_tokens_gpu, later=k == 0)
+        self._store_context(
+            cad,
+            target_hidden_states,
+            target_positions,
+            lengths,
+            num_rejected_tokens_gpu,
+            later=k == 0,
+        )
         first_pages = self._watch(cad, starts, lengths)
         if k == 0:
-            return self.backend.hand_out(torch.empty(cad.num_reqs, 0, dtype=torch.int64, device=self.device), None)
+            return self.backend.hand_out(
+                torch.empty(cad.num_reqs, 0, dtype=torch.int64, device=self.device), None
+            )
         layout = block_layout(
             next_token_ids=next_token_ids,
-            anchors=cad.seq_lens if num_rejected_tokens_gpu is None else cad.seq_lens - num_rejected_tokens_gpu,
+            anchors=(
+                cad.seq_lens
+                if num_rejected_tokens_gpu is None
+                else cad.seq_lens - num_rejected_tokens_gpu
+            ),
             block_table=cad.block_table_tensor,
             page_size=self.page_size,
             mask_token_id=self.parallel_drafting_token_id,
@@ -151,34 +199,53 @@ class DFlashProposer(NativeDFlashProposer):
             tokens, probs = self._sample_draft_tokens(hidden_states, sampling_metadata)
             self._last_draft_probs = probs.view(-1, k, probs.shape[-1]).contiguous()
             return self.backend.hand_out(tokens.view(-1, k), None)
-        return self.backend.hand_out(*self._draft(hidden_states, next_token_ids, k, self.backend.ranking))
+        return self.backend.hand_out(
+            *self._draft(hidden_states, next_token_ids, k, self.backend.ranking)
+        )
 
     def unless_off(self, propose: Callable[..., Any]) -> Callable[..., Any]:
-        """Around the runner's ``propose_draft_token_ids``: a step that neither drafts nor verified drafts keeps its features, no more."""
+        """Around the runner's ``propose_draft_token_ids``: a step that neither drafts nor verified
+        drafts keeps its features, no more."""
 
         def proposing(scheduled: Any, *args: Any) -> Any:
             *_, features, spec_decode_metadata, cad, _ = args
-            if scheduled.num_spec_tokens_to_schedule or spec_decode_metadata.max_spec_len or not self.context.may_wait:
+            if (
+                scheduled.num_spec_tokens_to_schedule
+                or spec_decode_metadata.max_spec_len
+                or not self.context.may_wait
+            ):
                 return propose(scheduled, *args)
             return self.skip(features, cad)
 
         return proposing
 
     def skip(self, features: Sequence[torch.Tensor], cad: CommonAttentionMetadata) -> Drafts:
-        """In place of ``propose``: keeps a step's ``features``, T of [N, H] or longer, and drafts nothing."""
+        """In place of ``propose``: keeps a step's ``features``, T of [N, H] or longer, and drafts
+        nothing."""
         num_tokens, count, batch = cad.num_actual_tokens, cad.num_reqs, self.runner.input_batch
         if features[0].shape[0] != num_tokens:
             features = [feature[:num_tokens] for feature in features]
-        self.context.keep(features, self.runner.positions[:num_tokens], cad.slot_mapping[:num_tokens])
-        if num_tokens != count or not self.coverage.goes_on(batch.req_ids, batch.num_computed_tokens_cpu[:count]):
+        self.context.keep(
+            features, self.runner.positions[:num_tokens], cad.slot_mapping[:num_tokens]
+        )
+        if num_tokens != count or not self.coverage.goes_on(
+            batch.req_ids, batch.num_computed_tokens_cpu[:count]
+        ):
             self._watch(cad, *self._written(cad, None))
         return Drafts([[]] * cad.num_reqs)
 
     def _store_context(
-        self, cad: CommonAttentionMetadata, features: torch.Tensor, positions: torch.Tensor, lengths: list[int],
-        num_rejected: torch.Tensor | None, *, later: bool,
-    ) -> None:  # fmt: skip
-        """Writes the context of a step's committed rows into the KV cache, or keeps their features until something is drafted."""
+        self,
+        cad: CommonAttentionMetadata,
+        features: torch.Tensor,
+        positions: torch.Tensor,
+        lengths: list[int],
+        num_rejected: torch.Tensor | None,
+        *,
+        later: bool,
+    ) -> None:
+        """Writes the context of a step's committed rows into the KV cache, or keeps their features
+        until something is drafted."""
         rows = features, positions, cad.slot_mapping[: len(features)]
         if num_rejected is not None:
             rows = self.backend.committed(rows, cad, lengths, num_rejected)
@@ -192,18 +259,33 @@ class DFlashProposer(NativeDFlashProposer):
         """See ``ContextStore``."""
         if self.page_size != self.vllm_config.cache_config.block_size:
             return None  # vLLM's pages are several of the kernel's, by which slots are counted
-        return {page for request in self.runner.requests.values() for page in request.block_ids[self.kv_cache_gid]}, self.page_size
+        return {
+            page
+            for request in self.runner.requests.values()
+            for page in request.block_ids[self.kv_cache_gid]
+        }, self.page_size
 
-    def _run_block(self, layout: BlockLayout, cad: CommonAttentionMetadata, first_pages: torch.Tensor | None) -> torch.Tensor:
+    def _run_block(
+        self, layout: BlockLayout, cad: CommonAttentionMetadata, first_pages: torch.Tensor | None
+    ) -> torch.Tensor:
         """Runs the drafter over the block's queries; returns hidden states [B * b or more, H]."""
         if first_pages is not None:
-            cad = cad.replace(block_table_tensor=without_first_pages(cad.block_table_tensor, first_pages))
-            layout = replace(layout, seq_lens=(layout.seq_lens - first_pages * self.page_size).to(layout.seq_lens.dtype))
+            cad = cad.replace(
+                block_table_tensor=without_first_pages(cad.block_table_tensor, first_pages)
+            )
+            layout = replace(
+                layout,
+                seq_lens=(layout.seq_lens - first_pages * self.page_size).to(layout.seq_lens.dtype),
+            )
         metadata = self._layer_metadata(layout, cad)
         if self.backend.run_layers is not None:
-            return self.backend.run_layers(layout.input_ids, layout.positions, layout.slot_mapping, metadata)
+            return self.backend.run_layers(
+                layout.input_ids, layout.positions, layout.slot_mapping, metadata
+            )
         num_tokens = layout.input_ids.shape[0]
-        mode, num_input_tokens, num_tokens_across_dp = self._determine_batch_execution_and_padding(num_tokens)
+        mode, num_input_tokens, num_tokens_across_dp = self._determine_batch_execution_and_padding(
+            num_tokens
+        )
         self._query_ids[:num_tokens] = layout.input_ids
         self.positions[:num_tokens] = layout.positions
         self._slot_mapping_buffer[:num_tokens] = layout.slot_mapping
@@ -217,9 +299,14 @@ class DFlashProposer(NativeDFlashProposer):
             cudagraph_runtime_mode=mode,
             slot_mapping=dict.fromkeys(self._draft_attn_layer_names, slots),
         ):
-            return self.model(input_ids=self._query_ids[:num_input_tokens], positions=self.positions[:num_input_tokens])
+            return self.model(
+                input_ids=self._query_ids[:num_input_tokens],
+                positions=self.positions[:num_input_tokens],
+            )
 
-    def _written(self, cad: CommonAttentionMetadata, num_rejected: torch.Tensor | None) -> tuple[list[int], list[int]]:
+    def _written(
+        self, cad: CommonAttentionMetadata, num_rejected: torch.Tensor | None
+    ) -> tuple[list[int], list[int]]:
         """Of each request the first position that this step computed, and how many were committed.
 
         On a GPU the host does not wait for the rejected, and they are counted too.
@@ -230,52 +317,75 @@ class DFlashProposer(NativeDFlashProposer):
             return starts, [1] * count
         bounds = cad.query_start_loc_cpu[: count + 1].tolist()
         rejected = self.backend.lost_rows(num_rejected, count)
-        return starts, [end - begin - lost for begin, end, lost in zip(bounds, bounds[1:], rejected, strict=False)]
+        return starts, [
+            end - begin - lost
+            for begin, end, lost in zip(bounds, bounds[1:], rejected, strict=False)
+        ]
 
-    def _watch(self, cad: CommonAttentionMetadata, starts: list[int], lengths: list[int]) -> torch.Tensor | None:
-        """Notes what this step has written; returns [B] int64 first sound pages where some request's context has a hole."""
+    def _watch(
+        self, cad: CommonAttentionMetadata, starts: list[int], lengths: list[int]
+    ) -> torch.Tensor | None:
+        """Notes what this step has written; returns [B] int64 first sound pages where some
+        request's context has a hole."""
         batch = self.runner.input_batch
         # Where the rejected are counted as written, a hole shorter than a block goes unnoticed.
-        for hole in self.coverage.step(batch.req_ids[: cad.num_reqs], starts, lengths, self.runner.requests):
+        for hole in self.coverage.step(
+            batch.req_ids[: cad.num_reqs], starts, lengths, self.runner.requests
+        ):
             table = cad.block_table_tensor[hole.row]
             _logger.warning_once(
-                "the drafter's context of a request has a hole (positions %d to %d): a step ran without the drafter. "
-                "It is left out of what the drafter attends to, and counted", hole.start, hole.end - 1,
-            )  # fmt: skip
+                "the drafter's context of a request has a hole (positions %d to %d): a step ran"
+                " without the drafter. It is left out of what the drafter attends to, and counted",
+                hole.start,
+                hole.end - 1,
+            )
             self.coverage.add(hole, table.tolist())
             self.context.flush()
             self._fill_with_zeros(hole, table)
         return self.coverage.first_pages(cad.block_table_tensor, starts, lengths)
 
     def _fill_with_zeros(self, hole: Hole, table: torch.Tensor) -> None:
-        """Zeros for the hole's keys and values, so that a page that is still in use holds nothing of another request."""
+        """Zeros for the hole's keys and values, so that a page that is still in use holds nothing
+        of another request."""
         positions = torch.arange(hole.start, hole.end, device=table.device)
         self.model.store_zeros(paged_slots(table[None], positions[None], self.page_size)[0])
 
     def _layer_metadata(self, layout: BlockLayout, cad: CommonAttentionMetadata) -> dict[str, Any]:
-        """Attention metadata by draft layer; layers differ only in whether a query sees later ones of its block."""
+        """Attention metadata by draft layer; layers differ only in whether a query sees later ones
+        of its block."""
         built = {}
         for flag in sorted(set(self._causal.values())):
             # Past vLLM's DFlashProposer, which asserts that no layer is causal.
-            _, by_layer = SpecDecodeBaseProposer.build_per_group_and_layer_attn_metadata(self, self._block_metadata(layout, cad, flag))
+            _, by_layer = SpecDecodeBaseProposer.build_per_group_and_layer_attn_metadata(
+                self, self._block_metadata(layout, cad, flag)
+            )
             built[flag] = by_layer
             for name, metadata in by_layer.items():
                 if getattr(metadata, "causal", None) is not flag:
                     raise DrafterConfigError(
-                        f"the attention backend of {name} cannot attend {'causally' if flag else 'to both sides'}: "
-                        "choose another with attention_backend in the speculative config, such as FLASH_ATTN"
+                        f"the attention backend of {name} cannot attend"
+                        f" {'causally' if flag else 'to both sides'}: choose another with"
+                        " attention_backend in the speculative config, such as FLASH_ATTN"
                     )
         return {name: built[flag][name] for name, flag in self._causal.items()}
 
-    def _block_metadata(self, layout: BlockLayout, cad: CommonAttentionMetadata, causal: bool) -> CommonAttentionMetadata:
+    def _block_metadata(
+        self, layout: BlockLayout, cad: CommonAttentionMetadata, causal: bool
+    ) -> CommonAttentionMetadata:
         """Attention metadata of the block: b queries a request."""
-        upper_bound, b, starts = cad.seq_lens_cpu_upper_bound, self.draft_block_size, block_bounds(cad.num_reqs, self.draft_block_size)
+        upper_bound, b, starts = (
+            cad.seq_lens_cpu_upper_bound,
+            self.draft_block_size,
+            block_bounds(cad.num_reqs, self.draft_block_size),
+        )
         return CommonAttentionMetadata(
             query_start_loc=self.backend.query_start_loc(starts),
             query_start_loc_cpu=starts,
             seq_lens=layout.seq_lens,
             # An upper bound may count rejected tokens; it only sizes work.
-            seq_lens_cpu_upper_bound=None if upper_bound is None else (upper_bound + b).clamp(max=self.max_model_len),
+            seq_lens_cpu_upper_bound=(
+                None if upper_bound is None else (upper_bound + b).clamp(max=self.max_model_len)
+            ),
             num_reqs=cad.num_reqs,
             num_actual_tokens=layout.input_ids.shape[0],
             max_query_len=b,
@@ -287,7 +397,8 @@ class DFlashProposer(NativeDFlashProposer):
 
 
 def context_counts(worker: Any) -> dict[str, int]:
-    """Context positions that a worker's drafter has computed, taken over and missed: ``llm.collective_rpc(context_counts)``."""
+    """Context positions that a worker's drafter has computed, taken over and missed:
+    ``llm.collective_rpc(context_counts)``."""
     return dict(vars(worker.model_runner.drafter.coverage.counts))
 
 

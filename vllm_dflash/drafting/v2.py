@@ -1,7 +1,9 @@
-"""The DFlash speculator for vLLM's V2 model runner: vLLM's own, with its block kept inside ``max_model_len``.
+"""The DFlash speculator for vLLM's V2 model runner: vLLM's own, with its block kept inside
+``max_model_len``.
 
-The draft model is ours because it is registered over the architecture's name, so vLLM's loader finds it; nothing of the
-loading is repeated here. A step that schedules fewer than ``num_speculative_tokens`` drafts still drafts the whole block,
+The draft model is ours because it is registered over the architecture's name, so vLLM's loader
+finds it; nothing of the loading is repeated here. A step that schedules fewer than
+``num_speculative_tokens`` drafts still drafts the whole block,
 and the model runner cuts the rest: the tokens that stay are the same.
 Limits: text only, and one pipeline stage, as the drafter takes the target's embedding.
 
@@ -14,7 +16,9 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator as NativeDFlashSpeculator
+from vllm.v1.worker.gpu.spec_decode.dflash.speculator import (
+    DFlashSpeculator as NativeDFlashSpeculator,
+)
 
 from vllm_dflash.checks import check_v2_runner, drafter_config
 from vllm_dflash.config import DrafterConfigError
@@ -24,7 +28,8 @@ from vllm_dflash.metrics.drafter import attach as record_drafter
 
 
 class DFlashSpeculator(NativeDFlashSpeculator):
-    """Drafts blocks as vLLM's speculator does; a block that would reach past ``max_model_len`` is moved to end there."""
+    """Drafts blocks as vLLM's speculator does; a block that would reach past ``max_model_len`` is
+    moved to end there."""
 
     _speculator_name = "vllm-dflash"
 
@@ -34,29 +39,40 @@ class DFlashSpeculator(NativeDFlashSpeculator):
         drafter = drafter_config(speculative.draft_model_config.hf_config)
         check_v2_runner(drafter)
         self.num_draft_tokens = speculative.num_speculative_tokens
-        # The block is drafted whole, whatever K is: vLLM's own class takes its length from the config.
+        # The block is drafted whole, whatever K is: vLLM's own class takes its length from the
+        # config.
         whole, block = copy.copy(vllm_config), copy.copy(speculative)
         block.num_speculative_tokens = drafter.max_speculative_tokens
         whole.speculative_config = block
         super().__init__(whole, device)
         width = kind_of(drafter).context.width(drafter)
         # vLLM's buffer holds one hidden state a token, a context may be wider.
-        self.hidden_states = torch.zeros(self.max_num_tokens, width, dtype=self.dtype, device=device)
+        self.hidden_states = torch.zeros(
+            self.max_num_tokens, width, dtype=self.dtype, device=device
+        )
         record_drafter(self, vllm_config, device)
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
         """Takes over the KV cache's groups and the attention groups.
 
         Raises:
-            DrafterConfigError: draft layers of one KV cache group differ in causality, which vLLM keeps by group.
+            DrafterConfigError: draft layers of one KV cache group differ in causality, which vLLM
+                keeps by group.
         """
         super().set_attn(*args, **kwargs)
-        causal = dict(zip(self.model.get_draft_kv_cache_layer_names(), self.model.get_draft_attn_causal(), strict=True))
+        causal = dict(
+            zip(
+                self.model.get_draft_kv_cache_layer_names(),
+                self.model.get_draft_attn_causal(),
+                strict=True,
+            )
+        )
         for group in self.kv_cache_config.kv_cache_groups:
             if len({causal[name] for name in group.layer_names if name in causal}) > 1:
                 raise DrafterConfigError(
-                    "the drafter's causal sliding layers and its full ones came into one KV cache group: "
-                    "start vLLM without --disable-hybrid-kv-cache-manager, and without a KV connector that turns that manager off"
+                    "the drafter's causal sliding layers and its full ones came into one KV cache"
+                    " group: start vLLM without --disable-hybrid-kv-cache-manager, and without a KV"
+                    " connector that turns that manager off"
                 )
 
     def propose(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -74,17 +90,30 @@ class DFlashSpeculator(NativeDFlashSpeculator):
     ) -> None:
         """Drafts ``num_reqs`` blocks into ``draft_tokens``.
 
-        A full CUDA graph records this call, the moving below with it: it works on vLLM's persistent buffers, in place, and
-        asks the device for nothing. ``slot_mappings`` is None in memory profiling, when there is no KV cache yet.
+        A full CUDA graph records this call, the moving below with it: it works on vLLM's persistent
+        buffers, in place, and
+        asks the device for nothing. ``slot_mappings`` is None in memory profiling, when there is no
+        KV cache yet.
         """
         if slot_mappings is not None:
-            queries, samples = (num_reqs, self.num_query_per_req), (num_reqs, self.num_speculative_steps)
+            queries, samples = (
+                (num_reqs, self.num_query_per_req),
+                (num_reqs, self.num_speculative_steps),
+            )
             num_queries, num_samples = prod(queries), prod(samples)
             end_blocks_at(
                 self.max_model_len,
                 last_positions=self.sample_pos[:num_samples].view(samples)[:, -1:],
-                rows=[buffer[:num_queries].view(queries) for buffer in (self.input_buffers.input_ids, self.input_buffers.positions)],
-                slots=[self.block_tables.slot_mappings[group, :num_queries].view(queries) for group in self.draft_kv_cache_group_ids],
+                rows=[
+                    buffer[:num_queries].view(queries)
+                    for buffer in (self.input_buffers.input_ids, self.input_buffers.positions)
+                ],
+                slots=[
+                    self.block_tables.slot_mappings[group, :num_queries].view(queries)
+                    for group in self.draft_kv_cache_group_ids
+                ],
                 sample_indices=self.sample_indices[:num_samples].view(samples),
             )
-        super()._generate_draft(num_reqs, num_tokens_padded, attn_metadata, slot_mappings, *args, **kwargs)
+        super()._generate_draft(
+            num_reqs, num_tokens_padded, attn_metadata, slot_mappings, *args, **kwargs
+        )

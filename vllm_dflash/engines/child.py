@@ -1,9 +1,13 @@
-"""The child's side of an engine's process: the protocol, and an ``LLM`` with settings that fit a CPU too.
+"""The child's side of an engine's process: the protocol, and an ``LLM`` with settings that fit a
+CPU too.
 
-Commands are JSON lines on standard input: first the settings, then a job each. Answers are JSON lines on
-a file descriptor of their own, so that nothing that vLLM prints gets among them: ``ready``; ``done`` with
+Commands are JSON lines on standard input: first the settings, then a job each. Answers are JSON
+lines on
+a file descriptor of their own, so that nothing that vLLM prints gets among them: ``ready``;
+``done`` with
 how many more parts of a job are; ``paused`` until any line comes; ``result``; ``refused`` with why.
-A child ends with the end of its input: after its last job, or at once where it is in the middle of one,
+A child ends with the end of its input: after its last job, or at once where it is in the middle of
+one,
 for then its parent is gone.
 
     python -m MODULE FD             pytest tests/unit/test_engine_process.py
@@ -31,7 +35,8 @@ class Parent:
     """What a job may tell its parent meanwhile."""
 
     def __init__(self, descriptor: int) -> None:
-        # A process that vLLM starts must not hold it open: its end is how the parent learns of ours.
+        # A process that vLLM starts must not hold it open: its end is how the parent learns of
+        # ours.
         os.set_inheritable(descriptor, False)
         self._answers = os.fdopen(descriptor, "w")
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -82,7 +87,8 @@ def serve(begin: Callable[[dict[str, Any]], tuple[Work, Any]]) -> None:
     """Does jobs until there are no more.
 
     Args:
-        begin: takes the settings, starts the engine, and returns what does a job and what the engine says of itself.
+        begin: takes the settings, starts the engine, and returns what does a job and what the
+            engine says of itself.
     """
     parent = Parent(int(sys.argv[1]))
     try:
@@ -102,20 +108,26 @@ def start_llm(engine_args: Mapping[str, Any], gpu_defaults: Mapping[str, Any] | 
 
     defaults: dict[str, Any] = dict(gpu_defaults or {})
     if current_platform.is_cpu():
-        # Its cache would take a share of the machine's memory, which other work needs; compiling takes minutes.
+        # Its cache would take a share of the machine's memory, which other work needs; compiling
+        # takes minutes.
         defaults = {"kv_cache_memory_bytes": _CPU_CACHE_BYTES, "enforce_eager": True}
     return LLM(**defaults | dict(engine_args))
 
 
-def generate(llm: Any, prompts: Sequence[Sequence[int]], params: Any, parent: Parent | None = None) -> list[Any]:
-    """``LLM.generate``'s outputs, in the prompts' order; tells ``parent`` of each request that ends.
+def generate(
+    llm: Any, prompts: Sequence[Sequence[int]], params: Any, parent: Parent | None = None
+) -> list[Any]:
+    """``LLM.generate``'s outputs, in the prompts' order; tells ``parent`` of each request that
+    ends.
 
     Args:
         prompts: token ids.
         params: vLLM's ``SamplingParams``, one for all or one each.
     """
     llm.enqueue([{"prompt_token_ids": list(ids)} for ids in prompts], params, use_tqdm=False)
-    outputs: list[Any] = llm.wait_for_completion(use_tqdm=False if parent is None else _reporting(parent))
+    outputs: list[Any] = llm.wait_for_completion(
+        use_tqdm=False if parent is None else _reporting(parent)
+    )
     return outputs
 
 

@@ -1,4 +1,5 @@
-"""The parent's side of an engine's process: a child, driven by JSON lines, that ends with its parent.
+"""The parent's side of an engine's process: a child, driven by JSON lines, that ends with its
+parent.
 
 pytest tests/unit/test_engine_process.py
 """
@@ -15,14 +16,18 @@ from types import TracebackType
 from typing import Any, Self
 
 DEFAULT_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-"""Where the environment has no such value: threads are left unbound, for bound engines would all sit on the same cores."""
+"""Where the environment has no such value: threads are left unbound, for bound engines would all
+sit on the same cores."""
 ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 """In one process, so that ending it ends all."""
 QUIET = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
 """For an engine of whose output a user reads the end where it fails."""
 _LINES_SHOWN = 12
 _SECONDS_TO_END = 15.0
-_ERRORS = (re.compile(r"^\s*Value error, (?P<said>.*?)(\[type=|$)"), re.compile(r"(?P<said>.*Error\b.*)"))
+_ERRORS = (
+    re.compile(r"^\s*Value error, (?P<said>.*?)(\[type=|$)"),
+    re.compile(r"(?P<said>.*Error\b.*)"),
+)
 
 
 class EngineFailedError(RuntimeError):
@@ -38,12 +43,19 @@ class EngineRefusedError(RuntimeError):
 
 
 class EngineProcess:
-    """A child with one engine, in a process group of its own: Ctrl-C reaches the parent alone, which then ends all.
+    """A child with one engine, in a process group of its own: Ctrl-C reaches the parent alone,
+    which then ends all.
 
     A parent that is killed needs no one to clean up: the child's input ends, and so does the child.
     """
 
-    def __init__(self, module: str, settings: Mapping[str, Any], log: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        module: str,
+        settings: Mapping[str, Any],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         """Starts ``python -m module`` and returns at once; ``wait_until_ready`` waits.
 
         Args:
@@ -57,9 +69,15 @@ class EngineProcess:
         reading, writing = os.pipe()
         with log.open("w") as output:
             self._process = subprocess.Popen(
-                [sys.executable, *self._command(module), str(writing)], env=env, stdin=subprocess.PIPE, stdout=output,
-                stderr=subprocess.STDOUT, text=True, pass_fds=(writing,), start_new_session=True,
-            )  # fmt: skip
+                [sys.executable, *self._command(module), str(writing)],
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+                pass_fds=(writing,),
+                start_new_session=True,
+            )
         os.close(writing)
         self._answers = os.fdopen(reading)
         self._send(settings)
@@ -73,7 +91,9 @@ class EngineProcess:
         """
         return self._receive()["ready"]
 
-    def slices(self, job: Mapping[str, Any], on_done: Callable[[int], object]) -> Generator[None, None, Any]:
+    def slices(
+        self, job: Mapping[str, Any], on_done: Callable[[int], object]
+    ) -> Generator[None, None, Any]:
         """Runs a job a slice at a time, where the child pauses; returns its result.
 
         Args:
@@ -106,11 +126,17 @@ class EngineProcess:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self.close(at_once=kind is not None)
 
     def close(self, *, at_once: bool = False) -> None:
-        """Ends the child and all that it started; waits for it to end by itself unless ``at_once``."""
+        """Ends the child and all that it started; waits for it to end by itself unless
+        ``at_once``."""
         try:
             assert self._process.stdin is not None
             self._process.stdin.close()
@@ -158,7 +184,8 @@ class EngineProcess:
 
 
 def _what_was_said(lines: Sequence[str]) -> str:
-    """The line of a log that a user can act on: of a refused configuration what vLLM's validator quotes, else the last error's."""
+    """The line of a log that a user can act on: of a refused configuration what vLLM's validator
+    quotes, else the last error's."""
     for form in _ERRORS:
         found = next((match for line in reversed(lines) if (match := form.search(line))), None)
         if found is not None:

@@ -1,8 +1,10 @@
-"""``vllm-dflash bench``: methods on the same prompts, in one run, taking turns; figures with their spread, and a report.
+"""``vllm-dflash bench``: methods on the same prompts, in one run, taking turns; figures with their
+spread, and a report.
 
     vllm-dflash bench --methods plain,dflash:7,native:7,ngram --concurrency 1,8
 
-Limits: one machine; every method's engine is in memory all the time; offline, so without tokenizing, HTTP and streaming (``--server``
+Limits: one machine; every method's engine is in memory all the time; offline, so without
+tokenizing, HTTP and streaming (``--server``
 measures with them). Tests: ``pytest tests/unit/test_bench*.py tests/engine/test_bench.py``.
 """
 
@@ -31,7 +33,8 @@ _INTERRUPTED = 130
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command: 0 where a report was written, 1 where no method ran, 2 on wrong usage, 130 where it was interrupted."""
+    """The command: 0 where a report was written, 1 where no method ran, 2 on wrong usage, 130 where
+    it was interrupted."""
     try:
         plan = make_plan(args)
         out = _new_folder(args.out)
@@ -48,7 +51,15 @@ def run(args: argparse.Namespace) -> int:
         bench.write()
         print(f"\ninterrupted; what was measured is in {out}", file=sys.stderr)
         return _INTERRUPTED
-    print("\n".join([*short_lines(bench.results()), "", f"report: {out / 'report.html'}, report.md, results.json"]))
+    print(
+        "\n".join(
+            [
+                *short_lines(bench.results()),
+                "",
+                f"report: {out / 'report.html'}, report.md, results.json",
+            ]
+        )
+    )
     return 0 if bench.record.runs else 1
 
 
@@ -59,11 +70,15 @@ class UnwritableError(RuntimeError):
 def _new_folder(path: Path | None) -> Path:
     folder = path or Path(datetime.now().strftime("bench-%Y%m%d-%H%M%S"))
     if (folder / "results.json").exists():
-        raise UsageError(f"--out {folder} holds the results of another run: give a folder that does not")
+        raise UsageError(
+            f"--out {folder} holds the results of another run: give a folder that does not"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out {folder} cannot be made ({error}): give a folder that can be written") from None
+        raise UsageError(
+            f"--out {folder} cannot be made ({error}): give a folder that can be written"
+        ) from None
     return folder
 
 
@@ -81,11 +96,15 @@ class Bench:
     def run(self) -> None:
         """Runs the sweep, on engines that are started once or anew for each repeat."""
         plan = self._plan
-        sweep = Sweep(plan.points, [plan.requests(point) for point in plan.points], plan.slice_seconds)
+        sweep = Sweep(
+            plan.points, [plan.requests(point) for point in plan.points], plan.slice_seconds
+        )
         self.record, repeats = sweep.record, range(1, plan.repeats + 1)
         for each in [[repeat] for repeat in repeats] if plan.fresh_engines else [list(repeats)]:
             with ExitStack() as stack:
-                engines: Mapping[str, Engine] = start_engines(plan, self._out / "logs", stack, self._engines, self._failures)
+                engines: Mapping[str, Engine] = start_engines(
+                    plan, self._out / "logs", stack, self._engines, self._failures
+                )
                 if engines:
                     sweep.run(engines, each, self._after_repeat)
         self.write()
@@ -100,8 +119,9 @@ class Bench:
             write(self.results(), self._out)
         except OSError as error:
             raise UnwritableError(
-                f"the report in {self._out} cannot be written ({error}): free some space, remove what is in its place, or give another --out; "
-                "what was written after an earlier repeat is kept"
+                f"the report in {self._out} cannot be written ({error}): free some space, remove"
+                " what is in its place, or give another --out; what was written after an earlier"
+                " repeat is kept"
             ) from None
 
     def _after_repeat(self, repeat: int) -> None:
@@ -112,23 +132,37 @@ class Bench:
         """All that is known, as results.json has it."""
         plan = self._plan
         # `auto` is what the target's config says, which the engines know.
-        dtype = next((engine["dtype"] for engine in self._engines.values() if "dtype" in engine), None)
+        dtype = next(
+            (engine["dtype"] for engine in self._engines.values() if "dtype" in engine), None
+        )
         return {
-            "format": 1, "complete": self._repeats_done == plan.repeats or not self._engines, "repeats_done": self._repeats_done,
-            "began": self._began.isoformat(timespec="seconds"), "seconds": time.monotonic() - self._clock, "command": list(self._command),
-            "versions": versions(), "machine": machine(), "settings": plan.settings | ({"dtype": dtype} if dtype else {}),
+            "format": 1,
+            "complete": self._repeats_done == plan.repeats or not self._engines,
+            "repeats_done": self._repeats_done,
+            "began": self._began.isoformat(timespec="seconds"),
+            "seconds": time.monotonic() - self._clock,
+            "command": list(self._command),
+            "versions": versions(),
+            "machine": machine(),
+            "settings": plan.settings | ({"dtype": dtype} if dtype else {}),
             "methods": [self._method(method) for method in plan.methods],
             "points": [asdict(point) for point in plan.points],
             "rows": rows(self.record, len(plan.points), plan.methods),
             "runs": self.record.runs,
-        }  # fmt: skip
+        }
 
     def _method(self, method: Method) -> dict[str, Any]:
         failure = self._failures.get(method.name) or self.record.failures.get(method.name)
         ran = any(run["method"] == method.name for run in self.record.runs)
         state = "ran" if failure is None else "ended early" if ran else "did not run"
         return {
-            "name": method.name, "kind": method.kind, "what": KINDS.get(method.kind, "a running server"), "state": state,
-            "reason": None if failure is None else str(failure), "log_tail": None if failure is None else failure.tail,
-            "environment": method.environment, "engine_args": method.engine_args, "engine": self._engines.get(method.name),
-        }  # fmt: skip
+            "name": method.name,
+            "kind": method.kind,
+            "what": KINDS.get(method.kind, "a running server"),
+            "state": state,
+            "reason": None if failure is None else str(failure),
+            "log_tail": None if failure is None else failure.tail,
+            "environment": method.environment,
+            "engine_args": method.engine_args,
+            "engine": self._engines.get(method.name),
+        }

@@ -1,7 +1,7 @@
 """One vLLM engine that runs closed loops on command; started by ``job.BenchEngine``.
 
-A job pauses when a slice of it is over, and tells of each request that ends. Limits: the engine has to be in this process (no
-data parallelism).
+A job pauses when a slice of it is over, and tells of each request that ends. Limits: the engine has
+to be in this process (no data parallelism).
 
     pytest tests/engine/test_bench.py
 """
@@ -41,7 +41,8 @@ class Clock:
         return time.perf_counter() - self._paused
 
     def pause_after(self, seconds: float, pause: Callable[[], object]) -> None:
-        """Calls ``pause`` where a slice of so many seconds is over; none ever is where they are 0."""
+        """Calls ``pause`` where a slice of so many seconds is over; none ever is where they are
+        0."""
         began = time.perf_counter()
         if seconds and began - self._began >= seconds:
             pause()
@@ -110,7 +111,11 @@ class Request:
     def tpot_ms(self) -> float | None:
         """Milliseconds per output token after the first; None where there is no second."""
         assert self.first is not None
-        return 1000 * (self.last - self.first) / (len(self.tokens) - 1) if len(self.tokens) > 1 else None
+        return (
+            1000 * (self.last - self.first) / (len(self.tokens) - 1)
+            if len(self.tokens) > 1
+            else None
+        )
 
 
 class Engine:
@@ -118,7 +123,9 @@ class Engine:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         share = settings.get("gpu_memory_share")
-        self.llm = start_llm(settings["engine_args"], None if share is None else {"gpu_memory_utilization": share})
+        self.llm = start_llm(
+            settings["engine_args"], None if share is None else {"gpu_memory_utilization": share}
+        )
         self.clock = Clock()
         self.watch = Watch(self.clock)
         scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
@@ -142,11 +149,18 @@ class Engine:
             "max_model_len": config.model_config.max_model_len,
             "async_scheduling": config.scheduler_config.async_scheduling,
             "scheduler": f"{type(core.scheduler).__module__}.{type(core.scheduler).__qualname__}",
-            "proposer": None if drafter is None else f"{type(drafter).__module__}.{type(drafter).__qualname__}",
+            "proposer": (
+                None
+                if drafter is None
+                else f"{type(drafter).__module__}.{type(drafter).__qualname__}"
+            ),
         }
 
-    def run(self, job: dict[str, Any], done: Callable[[], object], pause: Callable[[], object]) -> dict[str, Any]:
-        """Closed loops, one after the other; calls ``done`` as each request ends, and ``pause`` after each slice."""
+    def run(
+        self, job: dict[str, Any], done: Callable[[], object], pause: Callable[[], object]
+    ) -> dict[str, Any]:
+        """Closed loops, one after the other; calls ``done`` as each request ends, and ``pause``
+        after each slice."""
         requests: list[Request] = []
         step_ms: list[float] = []
         asked, phases = iter(zip(job["prompts"], job["max_tokens"], strict=True)), []
@@ -156,22 +170,36 @@ class Engine:
         began = now()
         for phase in job["phases"]:
             phase_began, first, counts = now(), len(requests), copy.copy(self.watch.counts)
-            requests += self._loop(job, phase["concurrency"], list(itertools.islice(asked, phase["num_prompts"])), step_ms, done, pause)
+            requests += self._loop(
+                job,
+                phase["concurrency"],
+                list(itertools.islice(asked, phase["num_prompts"])),
+                step_ms,
+                done,
+                pause,
+            )
             phases.append(
                 {
-                    "concurrency": phase["concurrency"], "seconds": now() - phase_began,
+                    "concurrency": phase["concurrency"],
+                    "seconds": now() - phase_began,
                     "tokens": sum(len(r.tokens) for r in requests[first:]),
-                    "drafts": self.watch.counts.drafts - counts.drafts, "accepted": self.watch.counts.accepted - counts.accepted,
+                    "drafts": self.watch.counts.drafts - counts.drafts,
+                    "accepted": self.watch.counts.accepted - counts.accepted,
                 }
-            )  # fmt: skip
+            )
         ended, tokens = self.watch.early or (now(), self.watch.committed)
         early = {"early_tokens_per_second": tokens / (ended - began), "phases": phases}
         return self._result(now() - began, requests, step_ms, before) | early
 
     def _loop(
-        self, job: dict[str, Any], concurrency: int, asked: list[tuple[list[int], int]], step_ms: list[float],
-        done: Callable[[], object], pause: Callable[[], object],
-    ) -> list[Request]:  # fmt: skip
+        self,
+        job: dict[str, Any],
+        concurrency: int,
+        asked: list[tuple[list[int], int]],
+        step_ms: list[float],
+        done: Callable[[], object],
+        pause: Callable[[], object],
+    ) -> list[Request]:
         """So many requests in flight until all are done."""
         engine, clock, waiting = self.llm.llm_engine, self.clock, iter(enumerate(asked))
         requests: dict[str, Request] = {}
@@ -203,12 +231,17 @@ class Engine:
                     done()
         return [requests[str(i)] for i in range(len(requests))]
 
-    def _result(self, seconds: float, requests: list[Request], step_ms: list[float], before: dict[str, Any]) -> dict[str, Any]:
+    def _result(
+        self, seconds: float, requests: list[Request], step_ms: list[float], before: dict[str, Any]
+    ) -> dict[str, Any]:
         if self.watch.is_closed:
             raise RuntimeError("the steps could not be counted: the log of this engine says why")
         after, counts = self._counters(), self.watch.counts
         counted = {name: after[name] - before[name] for name in _COUNTERS}
-        ttft, tpot = [r.ttft_ms for r in requests], [r.tpot_ms for r in requests if r.tpot_ms is not None]
+        ttft, tpot = (
+            [r.ttft_ms for r in requests],
+            [r.tpot_ms for r in requests if r.tpot_ms is not None],
+        )
         at = [a - b for a, b in zip(after[_PER_POSITION], before[_PER_POSITION], strict=True)]
         counts.accepted_at.reserve(len(at))
         own = counts.accepted_at.counts
@@ -217,18 +250,31 @@ class Engine:
         )
         tokens = sum(len(r.tokens) for r in requests)
         return counts.as_dict() | {
-            "seconds": seconds, "requests": len(requests), "tokens": tokens, "tokens_per_second": tokens / seconds,
-            "ttft_p50_ms": percentile(ttft, 0.5), "ttft_p95_ms": percentile(ttft, 0.95),
-            "tpot_p50_ms": percentile(tpot, 0.5), "tpot_p95_ms": percentile(tpot, 0.95),
-            "steps": self.watch.steps, "step_ms": percentile(step_ms, 0.5), "step_p95_ms": percentile(step_ms, 0.95),
-            "memory_mib": _peak_memory_mib(), "preemptions": counted["preemptions"], "agrees_with_vllm": agree,
-            "outputs": [hashlib.sha256(json.dumps(r.tokens).encode()).hexdigest()[:16] for r in requests],
-        }  # fmt: skip
+            "seconds": seconds,
+            "requests": len(requests),
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "ttft_p50_ms": percentile(ttft, 0.5),
+            "ttft_p95_ms": percentile(ttft, 0.95),
+            "tpot_p50_ms": percentile(tpot, 0.5),
+            "tpot_p95_ms": percentile(tpot, 0.95),
+            "steps": self.watch.steps,
+            "step_ms": percentile(step_ms, 0.5),
+            "step_p95_ms": percentile(step_ms, 0.95),
+            "memory_mib": _peak_memory_mib(),
+            "preemptions": counted["preemptions"],
+            "agrees_with_vllm": agree,
+            "outputs": [
+                hashlib.sha256(json.dumps(r.tokens).encode()).hexdigest()[:16] for r in requests
+            ],
+        }
 
     def _counters(self) -> dict[str, Any]:
         """vLLM's own, since the engine began; zero where a method has none."""
         metrics = {metric.name: metric for metric in self.llm.get_metrics()}
-        found: dict[str, Any] = {key: int(getattr(metrics.get(name), "value", 0)) for key, name in _COUNTERS.items()}
+        found: dict[str, Any] = {
+            key: int(getattr(metrics.get(name), "value", 0)) for key, name in _COUNTERS.items()
+        }
         values = list(getattr(metrics.get(_PER_POSITION), "values", ()))
         return found | {_PER_POSITION: [int(value) for value in values]}
 
@@ -238,8 +284,12 @@ def _sampling(job: dict[str, Any], max_tokens: int) -> Any:
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        temperature=job["temperature"], max_tokens=max_tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
-    )  # fmt: skip
+        temperature=job["temperature"],
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
 
 
 def _peak_memory_mib() -> float:

@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from vllm_dflash.evaluation.tables import Table, acceptance_table, facts, groups, method_table, phase_table, speed_table
+from vllm_dflash.evaluation.tables import (
+    Table,
+    acceptance_table,
+    facts,
+    groups,
+    method_table,
+    phase_table,
+    speed_table,
+)
 
 NO_PLOTS = "no plots, for matplotlib is not installed: pip install 'vllm-dflash[bench]'"
 
@@ -27,7 +35,12 @@ _TEXT_COLUMNS = frozenset({"method", "what it is", "", "reason"})
 
 def page(results: Mapping[str, Any]) -> str:
     """The whole file; where matplotlib is missing it says how to get the plots."""
-    body = ["<h1>vllm-dflash bench</h1>", '<ul class="facts">', *(f"<li>{_code(line)}</li>" for line in facts(results)), "</ul>"]
+    body = [
+        "<h1>vllm-dflash bench</h1>",
+        '<ul class="facts">',
+        *(f"<li>{_code(line)}</li>" for line in facts(results)),
+        "</ul>",
+    ]
     body.append(_table(method_table(results), "h2"))
     try:
         from vllm_dflash.evaluation import plots
@@ -39,28 +52,53 @@ def page(results: Mapping[str, Any]) -> str:
         if plots is not None:
             body.append(plots.group_plots(results, rows))
         body.append(_table(speed_table(results, "Figures", rows), "h3"))
-        body += [_table(table, "h3") for make in (phase_table, acceptance_table) if (table := make(results, title, rows)) is not None]
+        body += [
+            _table(table, "h3")
+            for make in (phase_table, acceptance_table)
+            if (table := make(results, title, rows)) is not None
+        ]
     head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>vllm-dflash bench</title><style>{_STYLE}</style>'
+        '<meta charset="utf-8"><meta name="viewport"'
+        f' content="width=device-width"><title>vllm-dflash bench</title><style>{_STYLE}</style>'
     )
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n'
+        + "\n".join(body)
+        + "\n</body></html>\n"
+    )
+
+
+def _marks(name: str, cell: str) -> str:
+    is_bad = cell.startswith("NO:") or cell == "did not run"
+    return " reason" * (name == "reason") + " bad" * is_bad
 
 
 def _table(table: Table, heading: str) -> str:
     kinds = ["text" if name in _TEXT_COLUMNS else "" for name in table.header]
-    head = "".join(f'<th class="{kind}">{escape(name)}</th>' for name, kind in zip(table.header, kinds, strict=True))
+    head = "".join(
+        f'<th class="{kind}">{escape(name)}</th>'
+        for name, kind in zip(table.header, kinds, strict=True)
+    )
     lines, before = [], None
     for row in table.rows:
         cells = "".join(
-            f'<td class="{kind}{" reason" * (name == "reason")}{" bad" * (cell.startswith("NO:") or cell == "did not run")}">{escape(cell)}</td>'
+            f'<td class="{kind}{_marks(name, cell)}">{escape(cell)}</td>'
             for cell, kind, name in zip(row, kinds, table.header, strict=True)
         )
-        lines.append(f'<tr class="{"first" if before not in (None, row[0]) and kinds[0] != "text" else ""}">{cells}</tr>')
+        is_first = before not in (None, row[0]) and kinds[0] != "text"
+        lines.append(f'<tr class="{"first" if is_first else ""}">{cells}</tr>')
         before = row[0]
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
-    return f'<{heading}>{escape(table.title)}</{heading}><div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>{notes}'
+    return (
+        f"<{heading}>{escape(table.title)}</{heading}><div"
+        f' class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>{notes}'
+    )
 
 
 def _code(line: str) -> str:
     """Escaped text, in a code element where the line is in backquotes."""
-    return f"<code>{escape(line[1:-1])}</code>" if line.startswith("`") and line.endswith("`") else escape(line)
+    return (
+        f"<code>{escape(line[1:-1])}</code>"
+        if line.startswith("`") and line.endswith("`")
+        else escape(line)
+    )

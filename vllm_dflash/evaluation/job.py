@@ -36,8 +36,11 @@ class Job:
 class Engine(Protocol):
     """What a sweep runs its jobs on."""
 
-    def run(self, job: Job, on_request: Callable[[], object]) -> Generator[None, None, dict[str, Any]]:
-        """Runs the job a slice at a time, calls ``on_request`` as requests end, and returns what was measured.
+    def run(
+        self, job: Job, on_request: Callable[[], object]
+    ) -> Generator[None, None, dict[str, Any]]:
+        """Runs the job a slice at a time, calls ``on_request`` as requests end, and returns what
+        was measured.
 
         Raises:
             EngineFailedError: it will not run any more.
@@ -47,10 +50,14 @@ class Engine(Protocol):
 class BenchEngine(EngineProcess):
     """An ``Engine`` in a process of its own."""
 
-    def __init__(self, settings: Mapping[str, Any], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self, settings: Mapping[str, Any], environment: Mapping[str, str], log: Path
+    ) -> None:
         super().__init__(_CHILD, settings, log, environment)
 
-    def run(self, job: Job, on_request: Callable[[], object]) -> Generator[None, None, dict[str, Any]]:
+    def run(
+        self, job: Job, on_request: Callable[[], object]
+    ) -> Generator[None, None, dict[str, Any]]:
         """See ``Engine``."""
         result: dict[str, Any] = yield from self.slices(asdict(job), lambda _: on_request())
         return result

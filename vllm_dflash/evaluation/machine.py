@@ -1,4 +1,5 @@
-"""What a report says of where it was measured. Imports neither torch nor vLLM; the engines say what device they ran on."""
+"""What a report says of where it was measured. Imports neither torch nor vLLM; the engines say what
+device they ran on."""
 
 import importlib.metadata
 import os
@@ -26,7 +27,12 @@ def versions() -> dict[str, str]:
 def machine() -> dict[str, Any]:
     """Processor, cores that this process may use, memory."""
     usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    return {"cpu": _cpu(), "cores": usable, "memory_gib": _memory_gib(), "system": f"{platform.system()} {platform.machine()}"}
+    return {
+        "cpu": _cpu(),
+        "cores": usable,
+        "memory_gib": _memory_gib(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
 
 
 def _cpu() -> str:

@@ -1,6 +1,7 @@
 """The methods of a benchmark, and what each engine is started with. Pure.
 
-A method is KIND, KIND:K, KIND@DRAFTER or KIND@DRAFTER:K, with K the drafted tokens a step and DRAFTER a name given to ``--draft``.
+A method is KIND, KIND:K, KIND@DRAFTER or KIND@DRAFTER:K, with K the drafted tokens a step and
+DRAFTER a name given to ``--draft``.
 
     pytest tests/unit/test_bench_methods.py
 """
@@ -19,7 +20,10 @@ FIXED = "dflash"
 KINDS = {
     "plain": "decoding without a drafter",
     FIXED: "this package at a fixed K, whatever kind the drafter is",
-    "adaptive": "this package, with the controller: whether to draft, and how much of each draft to verify, chosen at each step",
+    "adaptive": (
+        "this package, with the controller: whether to draft, and how much of each draft to verify,"
+        " chosen at each step"
+    ),
     "native": "vLLM's own dflash",
     "ngram": "vLLM's n-gram lookup in the request's own text",
     "suffix": "vLLM's suffix decoding (needs arctic-inference)",
@@ -60,17 +64,23 @@ class Method:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Stock vLLM for all that is not ours, so that nothing of this package is in what it is compared with."""
+        """Stock vLLM for all that is not ours, so that nothing of this package is in what it is
+        compared with."""
         return {SWITCH: "1" if self.kind in _OURS else "0"}
 
     @property
     def engine_args(self) -> dict[str, Any]:
         """The arguments of ``LLM`` that this method has of its own."""
-        given = {"speculative_config": self.speculative_config, "additional_config": self.additional_config}
+        given = {
+            "speculative_config": self.speculative_config,
+            "additional_config": self.additional_config,
+        }
         return {name: value for name, value in given.items() if value is not None}
 
 
-def parse_methods(text: str, drafters: Mapping[str, Drafter], eagle3: str | None = None) -> list[Method]:
+def parse_methods(
+    text: str, drafters: Mapping[str, Drafter], eagle3: str | None = None
+) -> list[Method]:
     """The methods of a comma-separated list.
 
     Args:
@@ -86,21 +96,30 @@ def parse_methods(text: str, drafters: Mapping[str, Drafter], eagle3: str | None
         raise UsageError("--methods names none: give some of " + ", ".join(KINDS))
     twice = {name for name in names if names.count(name) > 1}
     if twice:
-        raise UsageError(f"--methods names {', '.join(sorted(twice))} more than once: give each once")
+        raise UsageError(
+            f"--methods names {', '.join(sorted(twice))} more than once: give each once"
+        )
     return [_parse(name, drafters, eagle3) for name in names]
 
 
 def _parse(name: str, drafters: Mapping[str, Drafter], eagle3: str | None) -> Method:
     found = _FORM.fullmatch(name)
     if found is None or found["kind"] not in KINDS:
-        raise UsageError(f"--methods: {name!r} is no method: give KIND, KIND:K or KIND@DRAFTER:K with a KIND of {', '.join(KINDS)}")
+        raise UsageError(
+            f"--methods: {name!r} is no method: give KIND, KIND:K or KIND@DRAFTER:K with a KIND of"
+            f" {', '.join(KINDS)}"
+        )
     kind, k = found["kind"], None if found["k"] is None else int(found["k"])
     if k == 0 or (k is not None and kind == "plain"):
-        raise UsageError(f"--methods: {name}: K is 1 or more, and decoding without a drafter is `plain`")
+        raise UsageError(
+            f"--methods: {name}: K is 1 or more, and decoding without a drafter is `plain`"
+        )
     if kind in _DRAFTED:
         return _drafted(name, kind, found["drafter"], k, drafters)
     if found["drafter"] is not None:
-        raise UsageError(f"--methods: {name}: only {', '.join(sorted(_DRAFTED))} take a drafter by name")
+        raise UsageError(
+            f"--methods: {name}: only {', '.join(sorted(_DRAFTED))} take a drafter by name"
+        )
     if kind == "plain":
         return Method(name, kind)
     if kind == "eagle3" and eagle3 is None:
@@ -108,19 +127,39 @@ def _parse(name: str, drafters: Mapping[str, Drafter], eagle3: str | None) -> Me
     if kind == "suffix":
         # Its memory of earlier answers would hold the very answers of the repeat before.
         config: dict[str, Any] = {"method": "suffix", "suffix_decoding_max_cached_requests": 0}
-        return Method(name, kind, None, k or 0, config | ({"num_speculative_tokens": k} if k else {}))
+        return Method(
+            name, kind, None, k or 0, config | ({"num_speculative_tokens": k} if k else {})
+        )
     k = k or _DEFAULT_K[kind]
     if kind == "eagle3":
-        return Method(name, kind, None, k, {"method": "eagle3", "model": eagle3, "num_speculative_tokens": k})
-    return Method(name, kind, None, k, {"method": "ngram", "num_speculative_tokens": k, "prompt_lookup_max": 5, "prompt_lookup_min": 2})
+        return Method(
+            name, kind, None, k, {"method": "eagle3", "model": eagle3, "num_speculative_tokens": k}
+        )
+    return Method(
+        name,
+        kind,
+        None,
+        k,
+        {
+            "method": "ngram",
+            "num_speculative_tokens": k,
+            "prompt_lookup_max": 5,
+            "prompt_lookup_min": 2,
+        },
+    )
 
 
-def _drafted(name: str, kind: str, drafter: str | None, k: int | None, drafters: Mapping[str, Drafter]) -> Method:
+def _drafted(
+    name: str, kind: str, drafter: str | None, k: int | None, drafters: Mapping[str, Drafter]
+) -> Method:
     if not drafters:
         raise UsageError(f"--methods: {name} needs a drafter: give --draft PATH")
     drafter = drafter or next(iter(drafters))
     if drafter not in drafters:
-        raise UsageError(f"--methods: {name}: no drafter is named {drafter}: give --draft {drafter}=PATH (there are {', '.join(drafters)})")
+        raise UsageError(
+            f"--methods: {name}: no drafter is named {drafter}: give --draft {drafter}=PATH (there"
+            f" are {', '.join(drafters)})"
+        )
     k = k or drafters[drafter].max_speculative_tokens
     config = {"method": METHOD, "model": drafters[drafter].path, "num_speculative_tokens": k}
     additional = {SECTION: {"adaptive": kind == "adaptive"}} if kind in _OURS else None

@@ -53,9 +53,16 @@ class Plan:
     slice_seconds: float = 0.0
 
     def requests(self, point: Point) -> list[tuple[list[int], int]]:
-        """Prompt and number of tokens to generate of each phase's requests, one phase after the other."""
-        prompts, counts = self.prompt_sets[point.prompt_set], [phase.num_prompts for phase in point.phases]
-        each = [zip(prompts.take(count, point.prompt_tokens), self.max_tokens.take(count), strict=True) for count in counts]
+        """Prompt and number of tokens to generate of each phase's requests, one phase after the
+        other."""
+        prompts, counts = (
+            self.prompt_sets[point.prompt_set],
+            [phase.num_prompts for phase in point.phases],
+        )
+        each = [
+            zip(prompts.take(count, point.prompt_tokens), self.max_tokens.take(count), strict=True)
+            for count in counts
+        ]
         return list(itertools.chain.from_iterable(each))
 
     @property
@@ -86,39 +93,82 @@ def make_plan(args: argparse.Namespace) -> Plan:
     """
     model, root = connect(args.server) if args.server else ("", "")
     target = args.target or root or str(_embedded("target"))
-    methods = [Method(NAME, NAME)] if args.server else parse_methods(args.methods, _drafters(args), args.eagle3)
+    methods = (
+        [Method(NAME, NAME)]
+        if args.server
+        else parse_methods(args.methods, _drafters(args), args.eagle3)
+    )
     tokenizer = load_tokenizer(target)
     if args.num_prompts is not None and args.num_prompts < max(args.concurrency):
-        raise UsageError(f"--num-prompts {args.num_prompts} never has {max(args.concurrency)} requests in flight: give at least as many")
+        raise UsageError(
+            f"--num-prompts {args.num_prompts} never has {max(args.concurrency)} requests in"
+            " flight: give at least as many"
+        )
     prompt_sets = _prompt_sets(args, target, tokenizer)
-    every = points(list(prompt_sets), args.prompt_tokens or [None], args.temperature, args.concurrency, args.num_prompts, args.swing)
+    every = points(
+        list(prompt_sets),
+        args.prompt_tokens or [None],
+        args.temperature,
+        args.concurrency,
+        args.num_prompts,
+        args.swing,
+    )
     server = None
     if args.server:
         if args.swing:
-            raise UsageError("--swing needs the bench's own engines: leave out --server, or sweep --concurrency")
+            raise UsageError(
+                "--swing needs the bench's own engines: leave out --server, or sweep --concurrency"
+            )
         if tokenizer is None:
-            raise UsageError(f"{target} has no tokenizer, which turns prompts into text: give --target, the model's folder or hub id")
+            raise UsageError(
+                f"{target} has no tokenizer, which turns prompts into text: give --target, the"
+                " model's folder or hub id"
+            )
         server = Server(args.server, target, tokenizer, model)
-    longest = max(len(prompt) for p in every for prompt in prompt_sets[p.prompt_set].take(p.num_prompts, p.prompt_tokens))
-    # vLLM's own dflash drafts for nobody in a step in which the longest request, its draft tokens counted, leaves no room for a block.
-    needed = longest + args.max_tokens.most + 2 * (1 + max(method.num_speculative_tokens for method in methods))
+    longest = max(
+        len(prompt)
+        for p in every
+        for prompt in prompt_sets[p.prompt_set].take(p.num_prompts, p.prompt_tokens)
+    )
+    # vLLM's own dflash drafts for nobody in a step in which the longest request, its draft tokens
+    # counted, leaves no room for a block.
+    needed = (
+        longest
+        + args.max_tokens.most
+        + 2 * (1 + max(method.num_speculative_tokens for method in methods))
+    )
     if args.max_model_len is not None and args.max_model_len < longest + args.max_tokens.most:
         raise UsageError(
-            f"--max-model-len {args.max_model_len} has no room for a prompt of {longest} tokens and {args.max_tokens.most} more: give {needed}, "
-            "or a smaller --prompt-tokens or --max-tokens"
+            f"--max-model-len {args.max_model_len} has no room for a prompt of {longest} tokens and"
+            f" {args.max_tokens.most} more: give {needed}, or a smaller --prompt-tokens or"
+            " --max-tokens"
         )
     return Plan(
-        target, methods, every, prompt_sets, args.max_tokens, args.repeats, args.dtype, args.max_model_len or needed,
+        target,
+        methods,
+        every,
+        prompt_sets,
+        args.max_tokens,
+        args.repeats,
+        args.dtype,
+        args.max_model_len or needed,
         _json_object("--engine-args", args.engine_args, '{"enforce_eager": false}', _OWN_ARGS),
-        _json_object("--spec-args", args.spec_args, '{"rejection_sample_method": "standard"}', _OWN_SPEC_ARGS), server, args.server or "",
-        args.fresh_engines, args.slice,
-    )  # fmt: skip
+        _json_object(
+            "--spec-args", args.spec_args, '{"rejection_sample_method": "standard"}', _OWN_SPEC_ARGS
+        ),
+        server,
+        args.server or "",
+        args.fresh_engines,
+        args.slice,
+    )
 
 
 def _embedded(name: str) -> Path:
     path = EMBEDDED / name
     if not path.exists():
-        raise UsageError("no --target: give its folder or hub id (only a checkout has the embedded pair)")
+        raise UsageError(
+            "no --target: give its folder or hub id (only a checkout has the embedded pair)"
+        )
     # As short as it can be, for the report.
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
@@ -160,10 +210,15 @@ def _prompt_sets(args: argparse.Namespace, target: str, tokenizer: Any) -> dict[
         elif name.lower() in DATASETS and path:
             sets.append(dataset_prompts(name.lower(), path, tokenizer, vocab_size))
         else:
-            raise UsageError(f"--dataset {text}: give {RANDOM}, or NAME=PATH with a NAME of {', '.join(DATASETS)}")
+            raise UsageError(
+                f"--dataset {text}: give {RANDOM}, or NAME=PATH with a NAME of"
+                f" {', '.join(DATASETS)}"
+            )
     if not sets:
         if Path(target).resolve() != (EMBEDDED / "target").resolve():
-            raise UsageError(f"no prompts: give --prompts FILE, --dataset NAME=PATH or --dataset {RANDOM}")
+            raise UsageError(
+                f"no prompts: give --prompts FILE, --dataset NAME=PATH or --dataset {RANDOM}"
+            )
         sets = [file_prompts(str(EMBEDDED / "prompts.jsonl"), tokenizer, vocab_size)]
     names = [each.name for each in sets]
     if len(set(names)) < len(names):
@@ -178,12 +233,18 @@ def _vocab_size(target: str) -> int:
         raise UsageError(f"--target {error}") from None
 
 
-def _json_object(option: str, text: str, example: str, set_by_others: frozenset[str]) -> dict[str, Any]:
+def _json_object(
+    option: str, text: str, example: str, set_by_others: frozenset[str]
+) -> dict[str, Any]:
     try:
         found = object_of(text)
     except ValueError as error:
-        raise UsageError(f"{option} is no JSON object ({error}): give one such as '{example}'") from None
+        raise UsageError(
+            f"{option} is no JSON object ({error}): give one such as '{example}'"
+        ) from None
     taken = sorted(set_by_others & found.keys())
     if taken:
-        raise UsageError(f"{option} holds {', '.join(taken)}, which other options set: leave them out")
+        raise UsageError(
+            f"{option} holds {', '.join(taken)}, which other options set: leave them out"
+        )
     return found

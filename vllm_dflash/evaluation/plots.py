@@ -1,4 +1,5 @@
-"""The plots of a benchmark's report, as SVG text that names nothing outside itself. Needs matplotlib.
+"""The plots of a benchmark's report, as SVG text that names nothing outside itself. Needs
+matplotlib.
 
 pytest tests/unit/test_bench_report.py
 """
@@ -17,16 +18,27 @@ from vllm_dflash.evaluation.sweep import BASELINE
 
 _MARKERS = "osD^vP*X<>"
 _STYLE: Any = {
-    "svg.fonttype": "none", "svg.hashsalt": "vllm-dflash", "font.family": "sans-serif", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "svg.hashsalt": "vllm-dflash",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+}
 
 
 def group_plots(results: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
-    """One SVG for the rows of a prompt set and temperature: speed over concurrency, tau, acceptance by position, time a token."""
+    """One SVG for the rows of a prompt set and temperature: speed over concurrency, tau, acceptance
+    by position, time a token."""
     order = [m["name"] for m in results["methods"]]
     by_method = {name: [row for row in rows if row["method"] == name] for name in order}
-    styles = {name: {"color": f"C{i % 10}", "marker": _MARKERS[i % len(_MARKERS)], "label": name} for i, name in enumerate(order)}
+    styles = {
+        name: {"color": f"C{i % 10}", "marker": _MARKERS[i % len(_MARKERS)], "label": name}
+        for i, name in enumerate(order)
+    }
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(10, 7.2), layout="constrained")
         speed, tau, acceptance, latency = figure.subplots(2, 2).flat
@@ -42,34 +54,68 @@ def group_plots(results: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
             axes.xaxis.set_major_formatter(ScalarFormatter())
             axes.set_xlabel("requests at a time")
         handles, labels = speed.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6) or 1, frameon=False)
+        figure.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=min(len(labels), 6) or 1,
+            frameon=False,
+        )
         return _svg(figure)
 
 
-def _speed(axes: Axes, results: Mapping[str, Any], by_method: Mapping[str, list[dict[str, Any]]], styles: Mapping[str, Any]) -> None:
+def _speed(
+    axes: Axes,
+    results: Mapping[str, Any],
+    by_method: Mapping[str, list[dict[str, Any]]],
+    styles: Mapping[str, Any],
+) -> None:
     has_plain = bool(by_method.get(BASELINE))
     for name, rows in by_method.items():
         spreads = []
         for row in rows:
             against = row["against"].get(BASELINE)
             spreads.append(
-                against["tokens_per_second"] if against else {"median": 1.0, "low": 1.0, "high": 1.0} if name == BASELINE else None
+                against["tokens_per_second"]
+                if against
+                else {"median": 1.0, "low": 1.0, "high": 1.0}
+                if name == BASELINE
+                else None
             )
-        _line(axes, results, rows, spreads if has_plain else [row["tokens_per_second"] for row in rows], styles[name])
+        _line(
+            axes,
+            results,
+            rows,
+            spreads if has_plain else [row["tokens_per_second"] for row in rows],
+            styles[name],
+        )
     axes.set_title("throughput against plain decoding" if has_plain else "throughput, tokens/s")
     axes.set_ylim(bottom=0)
 
 
-def _tau(axes: Axes, results: Mapping[str, Any], by_method: Mapping[str, list[dict[str, Any]]], styles: Mapping[str, Any]) -> None:
+def _tau(
+    axes: Axes,
+    results: Mapping[str, Any],
+    by_method: Mapping[str, list[dict[str, Any]]],
+    styles: Mapping[str, Any],
+) -> None:
     for name, rows in by_method.items():
         drafted = [row for row in rows if row["tau"] is not None]
-        axes.plot([_concurrency(results, row) for row in drafted], [row["tau"] for row in drafted], **styles[name])
+        axes.plot(
+            [_concurrency(results, row) for row in drafted],
+            [row["tau"] for row in drafted],
+            **styles[name],
+        )
     axes.set_title("tau: tokens that a verified draft yields")
     axes.set_ylim(bottom=1)
 
 
 def _acceptance(
-    axes: Axes, results: Mapping[str, Any], by_method: Mapping[str, list[dict[str, Any]]], styles: Mapping[str, Any], concurrency: int
+    axes: Axes,
+    results: Mapping[str, Any],
+    by_method: Mapping[str, list[dict[str, Any]]],
+    styles: Mapping[str, Any],
+    concurrency: int,
 ) -> None:
     for name, rows in by_method.items():
         for row in rows:
@@ -82,23 +128,47 @@ def _acceptance(
     axes.set_ylim(0, 1)
 
 
-def _latency(axes: Axes, results: Mapping[str, Any], by_method: Mapping[str, list[dict[str, Any]]], styles: Mapping[str, Any]) -> None:
+def _latency(
+    axes: Axes,
+    results: Mapping[str, Any],
+    by_method: Mapping[str, list[dict[str, Any]]],
+    styles: Mapping[str, Any],
+) -> None:
     for name, rows in by_method.items():
         _line(axes, results, rows, [row["tpot_p50_ms"] for row in rows], styles[name])
-        late = [(_concurrency(results, row), row["tpot_p95_ms"]["median"]) for row in rows if row["tpot_p95_ms"]]
+        late = [
+            (_concurrency(results, row), row["tpot_p95_ms"]["median"])
+            for row in rows
+            if row["tpot_p95_ms"]
+        ]
         if late:
-            axes.plot(*zip(*late, strict=True), color=styles[name]["color"], linestyle=":", linewidth=1)
+            axes.plot(
+                *zip(*late, strict=True), color=styles[name]["color"], linestyle=":", linewidth=1
+            )
     axes.set_title("ms per output token: p50, dotted p95")
     axes.set_ylim(bottom=0)
 
 
-def _line(axes: Axes, results: Mapping[str, Any], rows: list[dict[str, Any]], spreads: list[Any], style: Mapping[str, Any]) -> None:
+def _line(
+    axes: Axes,
+    results: Mapping[str, Any],
+    rows: list[dict[str, Any]],
+    spreads: list[Any],
+    style: Mapping[str, Any],
+) -> None:
     """Medians over concurrency, with a bar from the lowest to the highest repeat."""
-    known = [(_concurrency(results, row), s) for row, s in zip(rows, spreads, strict=True) if s is not None]
+    known = [
+        (_concurrency(results, row), s)
+        for row, s in zip(rows, spreads, strict=True)
+        if s is not None
+    ]
     if not known:
         return
     x, middle = [c for c, _ in known], [s["median"] for _, s in known]
-    below, above = [s["median"] - s["low"] for _, s in known], [s["high"] - s["median"] for _, s in known]
+    below, above = (
+        [s["median"] - s["low"] for _, s in known],
+        [s["high"] - s["median"] for _, s in known],
+    )
     axes.errorbar(x, middle, yerr=[below, above], capsize=2, markersize=5, linewidth=1.5, **style)
 
 
@@ -110,6 +180,8 @@ def _svg(figure: Figure) -> str:
     FigureCanvasSVG(figure)
     buffer = io.StringIO()
     # Without these it writes a block of metadata that refers to vocabularies on the web.
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    figure.savefig(
+        buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+    )
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -35,7 +35,14 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     """All tables."""
     lines = ["# vllm-dflash bench", "", *[f"- {line}" for line in facts(results)], ""]
     for table in all_tables(results):
-        lines += [f"## {table.title}", "", *_markdown(table), "", *(f"- {note}" for note in table.notes), ""]
+        lines += [
+            f"## {table.title}",
+            "",
+            *_markdown(table),
+            "",
+            *(f"- {note}" for note in table.notes),
+            "",
+        ]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -44,7 +51,11 @@ def all_tables(results: Mapping[str, Any]) -> list[Table]:
     tables = [method_table(results)]
     for title, rows in groups(results):
         tables.append(speed_table(results, title, rows))
-        tables += [table for make in (phase_table, acceptance_table) if (table := make(results, title, rows)) is not None]
+        tables += [
+            table
+            for make in (phase_table, acceptance_table)
+            if (table := make(results, title, rows)) is not None
+        ]
     return tables
 
 
@@ -53,17 +64,29 @@ def short_lines(results: Mapping[str, Any]) -> list[str]:
     lines = [f"{m['name']}: {m['reason']}" for m in results["methods"] if m["reason"]]
     width = max((len(row["method"]) for row in results["rows"]), default=0)
     for title, rows in groups(results):
-        lines += ["", f"{title}", f"{'requests':>8}  {'method':<{width}} {'tokens/s':>9} {'tau':>6} {'step, ms':>9}  x plain"]
+        lines += [
+            "",
+            f"{title}",
+            (
+                f"{'requests':>8}  {'method':<{width}} {'tokens/s':>9} {'tau':>6} {'step, ms':>9} "
+                " x plain"
+            ),
+        ]
         for row in rows:
             plain = row["against"].get("plain")
             lines.append(
-                f"{results['points'][row['point']]['concurrency']:>8}  {row['method']:<{width}} {median(row['tokens_per_second'], '.1f'):>9} "
-                f"{NONE if row['tau'] is None else format(row['tau'], '.2f'):>6} {median(row['step_ms'], '.2f'):>9}  "
-                f"{'' if plain is None else spread(plain['tokens_per_second'], '.2f')}"
+                f"{results['points'][row['point']]['concurrency']:>8}  {row['method']:<{width}}"
+                f" {median(row['tokens_per_second'], '.1f'):>9}"
+                f" {NONE if row['tau'] is None else format(row['tau'], '.2f'):>6}"
+                f" {median(row['step_ms'], '.2f'):>9} "
+                f" {'' if plain is None else spread(plain['tokens_per_second'], '.2f')}"
             )
     return lines
 
 
 def _markdown(table: Table) -> list[str]:
     rows = [table.header, ["---"] * len(table.header), *table.rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
+    return [
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
+        for row in rows
+    ]

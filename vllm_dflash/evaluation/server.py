@@ -1,6 +1,8 @@
-"""A server that already runs, measured by ``vllm bench serve``, with tau from the server's own counters before and after.
+"""A server that already runs, measured by ``vllm bench serve``, with tau from the server's own
+counters before and after.
 
-Limits: what the server does not tell is not there (steps, committed tokens, memory, outputs); conditional acceptance only where every
+Limits: what the server does not tell is not there (steps, committed tokens, memory, outputs);
+conditional acceptance only where every
 draft was as long as the longest, for its counters have no other honest denominator.
 
     pytest tests/unit/test_bench_server.py
@@ -26,17 +28,27 @@ from vllm_dflash.evaluation.methods import UsageError
 
 NAME = "server"
 _LINES_SHOWN = 12
-_SAMPLE = re.compile(r"^vllm:(?P<name>spec_decode_\w+|num_preemptions)_total\{(?P<labels>[^}]*)\} (?P<value>\S+)$")
+_SAMPLE = re.compile(
+    r"^vllm:(?P<name>spec_decode_\w+|num_preemptions)_total\{(?P<labels>[^}]*)\} (?P<value>\S+)$"
+)
 _POSITION = re.compile(r'position="(\d+)"')
 
 
 class Server:
-    """Drives the server at a base URL; ``tokenizer`` turns prompts back into text, which is what the client sends."""
+    """Drives the server at a base URL; ``tokenizer`` turns prompts back into text, which is what
+    the client sends."""
 
     def __init__(self, url: str, tokenizer_path: str, tokenizer: Any, model: str) -> None:
-        self._url, self._tokenizer_path, self._tokenizer, self._model = url.rstrip("/"), tokenizer_path, tokenizer, model
+        self._url, self._tokenizer_path, self._tokenizer, self._model = (
+            url.rstrip("/"),
+            tokenizer_path,
+            tokenizer,
+            model,
+        )
 
-    def run(self, job: Job, on_request: Callable[[], object]) -> Generator[None, None, dict[str, Any]]:
+    def run(
+        self, job: Job, on_request: Callable[[], object]
+    ) -> Generator[None, None, dict[str, Any]]:
         """See ``job.Engine``; all in one slice, and requests are reported when all have ended."""
         yield
         before = counters(_get(self._url, "/metrics"))
@@ -46,27 +58,75 @@ class Server:
         for _ in job.prompts:
             on_request()
         if result["completed"] != len(job.prompts):
-            raise EngineFailedError(f"{len(job.prompts) - result['completed']} of {len(job.prompts)} requests failed: see the server's log")
+            raise EngineFailedError(
+                f"{len(job.prompts) - result['completed']} of {len(job.prompts)} requests failed:"
+                " see the server's log"
+            )
         return measured(result, before, after)
 
     def _bench(self, job: Job, folder: Path) -> dict[str, Any]:
         prompts, out = folder / "prompts.jsonl", folder / "result.json"
         rows = zip(job.prompts, job.max_tokens, strict=True)
-        prompts.write_text("".join(json.dumps({"prompt": self._tokenizer.decode(list(ids)), "output_tokens": n}) + "\n" for ids, n in rows))
+        prompts.write_text(
+            "".join(
+                json.dumps({"prompt": self._tokenizer.decode(list(ids)), "output_tokens": n}) + "\n"
+                for ids, n in rows
+            )
+        )
         command = [
-            str(Path(sys.executable).with_name("vllm")), "bench", "serve", "--base-url", self._url, "--endpoint", "/v1/completions",
-            "--model", self._model, "--tokenizer", self._tokenizer_path, "--dataset-name", "custom", "--dataset-path", str(prompts),
-            "--custom-output-len", "-1", "--skip-chat-template", "--disable-shuffle", "--num-prompts", str(len(job.prompts)),
-            "--max-concurrency", str(job.concurrency), "--temperature", f"{job.temperature:g}", "--ignore-eos", "--disable-tqdm",
-            "--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,95",
-            "--save-result", "--result-dir", str(folder), "--result-filename", out.name,
-        ]  # fmt: skip
+            str(Path(sys.executable).with_name("vllm")),
+            "bench",
+            "serve",
+            "--base-url",
+            self._url,
+            "--endpoint",
+            "/v1/completions",
+            "--model",
+            self._model,
+            "--tokenizer",
+            self._tokenizer_path,
+            "--dataset-name",
+            "custom",
+            "--dataset-path",
+            str(prompts),
+            "--custom-output-len",
+            "-1",
+            "--skip-chat-template",
+            "--disable-shuffle",
+            "--num-prompts",
+            str(len(job.prompts)),
+            "--max-concurrency",
+            str(job.concurrency),
+            "--temperature",
+            f"{job.temperature:g}",
+            "--ignore-eos",
+            "--disable-tqdm",
+            "--percentile-metrics",
+            "ttft,tpot",
+            "--metric-percentiles",
+            "50,95",
+            "--save-result",
+            "--result-dir",
+            str(folder),
+            "--result-filename",
+            out.name,
+        ]
         # The client needs no engine, so none of ours is loaded into it.
         env = os.environ | {"VLLM_DFLASH": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
-        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        done = subprocess.run(
+            command,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
         if done.returncode or not out.is_file():
             lines = done.stdout.strip().splitlines()[-_LINES_SHOWN:]
-            raise EngineFailedError(f"`vllm bench serve` ended with {done.returncode}: {lines[-1] if lines else ''}", "\n".join(lines))
+            raise EngineFailedError(
+                f"`vllm bench serve` ended with {done.returncode}: {lines[-1] if lines else ''}",
+                "\n".join(lines),
+            )
         return json.loads(out.read_text())
 
 
@@ -81,12 +141,14 @@ def connect(url: str) -> tuple[str, str]:
         return model["id"], model.get("root") or model["id"]
     except (OSError, ValueError, LookupError, TypeError, EngineFailedError) as error:
         raise UsageError(
-            f"--server {url}: no vLLM server answers ({error}): give the address of one, such as http://127.0.0.1:8000"
+            f"--server {url}: no vLLM server answers ({error}): give the address of one, such as"
+            " http://127.0.0.1:8000"
         ) from None
 
 
 def counters(text: str) -> dict[str, Any]:
-    """Speculation's counters in a page of ``/metrics``, summed over engines; ``per_position`` by position."""
+    """Speculation's counters in a page of ``/metrics``, summed over engines; ``per_position`` by
+    position."""
     values: dict[str, float] = defaultdict(float)
     positions: dict[int, float] = defaultdict(float)
     for line in text.splitlines():
@@ -101,24 +163,40 @@ def counters(text: str) -> dict[str, Any]:
     return {**values, "per_position": dict(positions)}
 
 
-def measured(result: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+def measured(
+    result: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]
+) -> dict[str, Any]:
     """A run's figures from the client's report and the server's counters."""
 
     def grown(name: str) -> int:
         return int(after.get(name, 0) - before.get(name, 0))
 
-    drafts, verified, accepted = (grown(f"spec_decode_num_{name}") for name in ("drafts", "draft_tokens", "accepted_tokens"))
-    at = [int(count - before["per_position"].get(i, 0)) for i, count in sorted(after["per_position"].items())]
+    drafts, verified, accepted = (
+        grown(f"spec_decode_num_{name}") for name in ("drafts", "draft_tokens", "accepted_tokens")
+    )
+    at = [
+        int(count - before["per_position"].get(i, 0))
+        for i, count in sorted(after["per_position"].items())
+    ]
     whole = bool(drafts) and verified == drafts * len(at)
     return {
-        "seconds": result["duration"], "requests": result["completed"], "tokens": result["total_output_tokens"],
+        "seconds": result["duration"],
+        "requests": result["completed"],
+        "tokens": result["total_output_tokens"],
         "tokens_per_second": result["output_throughput"],
-        "ttft_p50_ms": result["p50_ttft_ms"], "ttft_p95_ms": result["p95_ttft_ms"],
-        "tpot_p50_ms": result["p50_tpot_ms"], "tpot_p95_ms": result["p95_tpot_ms"],
-        "drafts": drafts, "verified": verified, "accepted": accepted, "wasted": verified - accepted,
-        "tau": tau(accepted, drafts), "preemptions": grown("num_preemptions"),
-        "accepted_at": at if whole else [], "reached": [drafts, *at[:-1]] if whole else [],
-    }  # fmt: skip
+        "ttft_p50_ms": result["p50_ttft_ms"],
+        "ttft_p95_ms": result["p95_ttft_ms"],
+        "tpot_p50_ms": result["p50_tpot_ms"],
+        "tpot_p95_ms": result["p95_tpot_ms"],
+        "drafts": drafts,
+        "verified": verified,
+        "accepted": accepted,
+        "wasted": verified - accepted,
+        "tau": tau(accepted, drafts),
+        "preemptions": grown("num_preemptions"),
+        "accepted_at": at if whole else [],
+        "reached": [drafts, *at[:-1]] if whole else [],
+    }
 
 
 def _get(url: str, path: str) -> str:

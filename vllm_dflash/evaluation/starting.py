@@ -22,9 +22,14 @@ _GPU_MEMORY = 0.9
 
 
 def start_engines(
-    plan: Plan, logs: Path, stack: ExitStack, described: dict[str, dict[str, Any]], failures: dict[str, EngineFailedError]
-) -> dict[str, Engine]:  # fmt: skip
-    """The engines that started, by method; fills in what they say of themselves, and why others did not start."""
+    plan: Plan,
+    logs: Path,
+    stack: ExitStack,
+    described: dict[str, dict[str, Any]],
+    failures: dict[str, EngineFailedError],
+) -> dict[str, Engine]:
+    """The engines that started, by method; fills in what they say of themselves, and why others did
+    not start."""
     if plan.server is not None:
         described[plan.methods[0].name] = {"device": plan.server_url}
         return {plan.methods[0].name: plan.server}
@@ -45,10 +50,13 @@ def start_engines(
     return engines
 
 
-def _launched(plan: Plan, logs: Path, stack: ExitStack) -> Iterator[tuple[Method, BenchEngine | EngineFailedError]]:
+def _launched(
+    plan: Plan, logs: Path, stack: ExitStack
+) -> Iterator[tuple[Method, BenchEngine | EngineFailedError]]:
     """Each method's engine, begun but not ready, or why there is none.
 
-    The next one begins when the caller is done with the last: vLLM measures free memory while it starts. Where ``kv_cache_memory_bytes``
+    The next one begins when the caller is done with the last: vLLM measures free memory while it
+    starts. Where ``kv_cache_memory_bytes``
     says what there is to have, one more for each further core begins ahead.
     """
     at_once = len(os.sched_getaffinity(0)) if plan.engine_args.get("kv_cache_memory_bytes") else 1
@@ -56,7 +64,9 @@ def _launched(plan: Plan, logs: Path, stack: ExitStack) -> Iterator[tuple[Method
     for method in plan.methods:
         refusal = _refusal(method)
         if refusal is None:
-            engine = BenchEngine(engine_settings(plan, method), method.environment, _log(logs, method))
+            engine = BenchEngine(
+                engine_settings(plan, method), method.environment, _log(logs, method)
+            )
             begun.append((method, stack.enter_context(engine)))
         else:
             begun.append((method, refusal))
@@ -78,15 +88,27 @@ def engine_settings(plan: Plan, method: Method) -> dict[str, Any]:
     if plan.spec_args and "speculative_config" in own:
         own = own | {"speculative_config": own["speculative_config"] | plan.spec_args}
     args = {
-        "model": plan.target, "dtype": plan.dtype, "max_model_len": plan.max_model_len, "max_num_seqs": max(p.concurrency for p in plan.points),
-        "skip_tokenizer_init": True, "enable_prefix_caching": False, "generation_config": "vllm", "seed": 0, "disable_log_stats": False,
+        "model": plan.target,
+        "dtype": plan.dtype,
+        "max_model_len": plan.max_model_len,
+        "max_num_seqs": max(p.concurrency for p in plan.points),
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": False,
+        "generation_config": "vllm",
+        "seed": 0,
+        "disable_log_stats": False,
         "use_tqdm_on_load": False,
-    }  # fmt: skip
-    return {"engine_args": {**args, **plan.engine_args, **own}, "gpu_memory_share": round(_GPU_MEMORY / len(plan.methods), 3)}
+    }
+    return {
+        "engine_args": {**args, **plan.engine_args, **own},
+        "gpu_memory_share": round(_GPU_MEMORY / len(plan.methods), 3),
+    }
 
 
 def _refusal(method: Method) -> EngineFailedError | None:
     """What is known before vLLM is imported."""
     if method.kind == "suffix" and find_spec("arctic_inference") is None:
-        return EngineFailedError("arctic-inference is not installed: pip install arctic-inference==0.1.1")
+        return EngineFailedError(
+            "arctic-inference is not installed: pip install arctic-inference==0.1.1"
+        )
     return None

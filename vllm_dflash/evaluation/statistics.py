@@ -1,4 +1,5 @@
-"""Medians with their spread, ratios of paired runs, and acceptance by position. Pure, standard library only.
+"""Medians with their spread, ratios of paired runs, and acceptance by position. Pure, standard
+library only.
 
 pytest tests/unit/test_bench_statistics.py
 """
@@ -30,7 +31,8 @@ class Spread:
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
-    """The value below which ``share`` (0 to 1) of the values lie, linear between two; None of none."""
+    """The value below which ``share`` (0 to 1) of the values lie, linear between two; None of
+    none."""
     if not values:
         return None
     ordered, at = sorted(values), share * (len(values) - 1)
@@ -39,8 +41,11 @@ def percentile(values: Sequence[float], share: float) -> float | None:
     return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
 
 
-def paired_ratio(runs: Mapping[int, float | None], base: Mapping[int, float | None]) -> Spread | None:
-    """The spread of ``runs[r] / base[r]`` over the repeats r that both have: what slows a repeat down slows both."""
+def paired_ratio(
+    runs: Mapping[int, float | None], base: Mapping[int, float | None]
+) -> Spread | None:
+    """The spread of ``runs[r] / base[r]`` over the repeats r that both have: what slows a repeat
+    down slows both."""
     ratios: list[float | None] = []
     for repeat, value in runs.items():
         other = base.get(repeat)
@@ -51,15 +56,18 @@ def paired_ratio(runs: Mapping[int, float | None], base: Mapping[int, float | No
 
 @dataclass
 class DraftCounts:
-    """Counts over request-steps: one request in one step of decoding. Steps that compute a prompt are not among them.
+    """Counts over request-steps: one request in one step of decoding. Steps that compute a prompt
+    are not among them.
 
-    Positions count from 0. ``reached[i]`` are the drafts that had a token at position i and all before it accepted, so that
-    ``accepted_at[i] / reached[i]`` stays a probability where drafts differ in length.
+    Positions count from 0. ``reached[i]`` are the drafts that had a token at position i and all
+    before it accepted, so that ``accepted_at[i] / reached[i]`` stays a probability where drafts
+    differ in length.
     """
 
     request_steps: int = 0
     committed: int = 0
-    """Tokens that became output: without those past a request's end, which were verified for nothing."""
+    """Tokens that became output: without those past a request's end, which were verified for
+    nothing."""
     drafts: int = 0
     """Request-steps with at least one draft token."""
     verified: int = 0
@@ -68,7 +76,8 @@ class DraftCounts:
     accepted_at: Positions = field(default_factory=Positions)
 
     def observe(self, verified: int, accepted: int, committed: int) -> None:
-        """Takes in one request-step: draft tokens verified, how many of the first were accepted, tokens committed."""
+        """Takes in one request-step: draft tokens verified, how many of the first were accepted,
+        tokens committed."""
         self.request_steps += 1
         self.committed += committed
         if not verified:
@@ -103,15 +112,23 @@ class DraftCounts:
             "accepted_at": self.accepted_at.counts,
             "tau": self.tau,
             "wasted": self.verified - self.accepted,
-            "committed_per_request_step": self.committed / self.request_steps if self.request_steps else None,
+            "committed_per_request_step": (
+                self.committed / self.request_steps if self.request_steps else None
+            ),
         }
 
 
 def pooled_acceptance(runs: Sequence[Mapping[str, Any]]) -> list[float | None]:
-    """Conditional acceptance by position over all runs: accepted over reached; None where a position was never reached."""
+    """Conditional acceptance by position over all runs: accepted over reached; None where a
+    position was never reached."""
     length = max((len(run["reached"]) for run in runs), default=0)
-    sums = [[sum(run[name][i] for run in runs if i < len(run[name])) for i in range(length)] for name in ("accepted_at", "reached")]
-    return [accepted / reached if reached else None for accepted, reached in zip(*sums, strict=True)]
+    sums = [
+        [sum(run[name][i] for run in runs if i < len(run[name])) for i in range(length)]
+        for name in ("accepted_at", "reached")
+    ]
+    return [
+        accepted / reached if reached else None for accepted, reached in zip(*sums, strict=True)
+    ]
 
 
 def pooled_tau(runs: Sequence[Mapping[str, Any]]) -> float | None:

@@ -1,6 +1,7 @@
 """The order of a benchmark, and the record of its runs. No vLLM import.
 
-For each repeat, for each point, the methods take turns, a slice of a second or less each until all are done: a machine that slows down for
+For each repeat, for each point, the methods take turns, a slice of a second or less each until all
+are done: a machine that slows down for
 some seconds slows down all. No method always comes first. Repeat 0 warms up and is not measured.
 
     pytest tests/unit/test_bench_sweep.py
@@ -49,20 +50,36 @@ class Record:
 
     def at(self, point: int, method: str) -> dict[int, dict[str, Any]]:
         """By repeat, the runs of a method at a point."""
-        return {run["repeat"]: run for run in self.runs if (run["point"], run["method"]) == (point, method)}
+        return {
+            run["repeat"]: run
+            for run in self.runs
+            if (run["point"], run["method"]) == (point, method)
+        }
 
 
 class Sweep:
-    """Runs the turns on engines that are ready; ``requests`` holds each point's, prompts and how many tokens they generate."""
+    """Runs the turns on engines that are ready; ``requests`` holds each point's, prompts and how
+    many tokens they generate."""
 
-    def __init__(self, points: Sequence[Point], requests: Sequence[Sequence[tuple[list[int], int]]], slice_seconds: float) -> None:
+    def __init__(
+        self,
+        points: Sequence[Point],
+        requests: Sequence[Sequence[tuple[list[int], int]]],
+        slice_seconds: float,
+    ) -> None:
         self.record = Record()
         self._points, self._requests, self._slice_seconds = points, requests, slice_seconds
         self._engines: dict[str, Engine] = {}
         self._first_outputs: dict[tuple[int, str], list[str]] = {}
 
-    def run(self, engines: Mapping[str, Engine], repeats: Sequence[int], after_repeat: Callable[[int], None]) -> None:
-        """Warms up and measures these repeats, counted from 1; a method that fails is left out from then on.
+    def run(
+        self,
+        engines: Mapping[str, Engine],
+        repeats: Sequence[int],
+        after_repeat: Callable[[int], None],
+    ) -> None:
+        """Warms up and measures these repeats, counted from 1; a method that fails is left out from
+        then on.
 
         Calls ``after_repeat`` with each measured repeat that is complete.
         """
@@ -78,12 +95,18 @@ class Sweep:
 
     def _job(self, turn: Turn) -> Job:
         """The turn's job; a warm-up is one wave of requests, or the whole swing."""
-        point, requests, phases = self._points[turn.point], self._requests[turn.point], self._points[turn.point].phases
+        point, requests, phases = (
+            self._points[turn.point],
+            self._requests[turn.point],
+            self._points[turn.point].phases,
+        )
         if not (turn.repeat or point.swing):
             count = min(point.num_prompts, max(point.concurrency, _LEAST_WARM_UP))
             requests, phases = requests[:count], [Phase(point.concurrency, count)]
         prompts, max_tokens = zip(*requests, strict=True)
-        return Job(prompts, phases, max_tokens, point.temperature, slice_seconds=self._slice_seconds)
+        return Job(
+            prompts, phases, max_tokens, point.temperature, slice_seconds=self._slice_seconds
+        )
 
     def _take(self, at_point: Sequence[Turn], bar: Any) -> None:
         """Runs the methods' turns at a point, slice by slice, and files their results."""
@@ -114,11 +137,14 @@ class Sweep:
         outputs = result.pop("outputs", None)
         if not turn.repeat:
             return None
-        self.record.runs.append({"repeat": turn.repeat, "point": turn.point, "method": turn.method, **result})
+        self.record.runs.append(
+            {"repeat": turn.repeat, "point": turn.point, "method": turn.method, **result}
+        )
         return None if self._points[turn.point].temperature else outputs
 
     def _compare(self, outputs: Mapping[Turn, list[str]]) -> None:
-        """Counts, for the greedy outputs of one point in one repeat, those that differ from plain decoding's, and from the method's own first."""
+        """Counts, for the greedy outputs of one point in one repeat, those that differ from plain
+        decoding's, and from the method's own first."""
         plain = next((found for turn, found in outputs.items() if turn.method == BASELINE), None)
         for turn, found in outputs.items():
             run = self.record.at(turn.point, turn.method)[turn.repeat]

@@ -31,14 +31,17 @@ class Table:
 
 def group_title(point: Mapping[str, Any]) -> str:
     """What the rows of one table share."""
-    length = "" if point["prompt_tokens"] is None else f", prompts of {point['prompt_tokens']} tokens"
+    length = (
+        "" if point["prompt_tokens"] is None else f", prompts of {point['prompt_tokens']} tokens"
+    )
     swing = point.get("swing") or ()
     load = ", requests at a time in phases: " + ", ".join(map(str, swing)) if swing else ""
     return f"{point['prompt_set']}{length}, temperature {point['temperature']:g}{load}"
 
 
 def groups(results: Mapping[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The rows of each prompt set, prompt length and temperature, with their title, in the order of the sweep."""
+    """The rows of each prompt set, prompt length and temperature, with their title, in the order of
+    the sweep."""
 
     def title(row: Mapping[str, Any]) -> str:
         return group_title(results["points"][row["point"]])
@@ -58,11 +61,25 @@ def facts(results: Mapping[str, Any]) -> list[str]:
         f"`{shlex.join(results['command'])}`",
         where + (f"; {' or '.join(map(str, threads))} threads an engine" if threads else ""),
         ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
-        ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if value is not None),
+        ", ".join(
+            f"{name.replace('_', ' ')} {value}"
+            for name, value in settings.items()
+            if value is not None
+        ),
         f"begun {results['began']}, {results['seconds']:.0f} s"
-        + ("" if results["complete"] else f"; NOT COMPLETE: {results['repeats_done']} of {settings['repeats']} repeats"),
-        "median over the repeats (lowest–highest); ratios are taken within a repeat, in which the methods take turns",
-        "tau: one plus accepted tokens over drafts; a step: one forward of the target with no prompt in it; wasted: verified tokens that were rejected",
+        + (
+            ""
+            if results["complete"]
+            else f"; NOT COMPLETE: {results['repeats_done']} of {settings['repeats']} repeats"
+        ),
+        (
+            "median over the repeats (lowest–highest); ratios are taken within a repeat, in which"
+            " the methods take turns"
+        ),
+        (
+            "tau: one plus accepted tokens over drafts; a step: one forward of the target with no"
+            " prompt in it; wasted: verified tokens that were rejected"
+        ),
     ]
     return lines
 
@@ -80,12 +97,23 @@ def speed_table(results: Mapping[str, Any], title: str, rows: list[dict[str, Any
     header = ["requests at a time", "method", "tokens/s"]
     for label in labels:
         header += (
-            [f"x {label}", _EARLY] if label == BASELINE else [f"x {label}"] if label in _CHOICES else [f"x {label}", f"step x {label}"]
+            [f"x {label}", _EARLY]
+            if label == BASELINE
+            else [f"x {label}"]
+            if label in _CHOICES
+            else [f"x {label}", f"step x {label}"]
         )
     header += [
-        "step, ms", "tau", "committed a request-step", "verified", "wasted", "ms a token, p50 / p95", "ms to first token, p50 / p95",
-        "peak MiB", "output equals plain's",
-    ]  # fmt: skip
+        "step, ms",
+        "tau",
+        "committed a request-step",
+        "verified",
+        "wasted",
+        "ms a token, p50 / p95",
+        "ms to first token, p50 / p95",
+        "peak MiB",
+        "output equals plain's",
+    ]
     table = Table(title, header, [_speed_row(results, row, labels) for row in rows])
     table.notes = _notes(results, rows)
     return table
@@ -98,13 +126,23 @@ def phase_table(results: Mapping[str, Any], title: str, rows: list[dict[str, Any
         return None
     cells = []
     for row in rows:
-        found = [spread(p["seconds"], ".2f") + ("" if p["tau"] is None else f", {p['tau']:.2f}") for p in row["phases"]]
+        found = [
+            spread(p["seconds"], ".2f") + ("" if p["tau"] is None else f", {p['tau']:.2f}")
+            for p in row["phases"]
+        ]
         cells.append([row["method"], *found])
-    return Table(f"Seconds and tau, phase by phase: {title}", ["method", *(f"{p['concurrency']} at a time" for p in longest)], cells)
+    return Table(
+        f"Seconds and tau, phase by phase: {title}",
+        ["method", *(f"{p['concurrency']} at a time" for p in longest)],
+        cells,
+    )
 
 
-def acceptance_table(results: Mapping[str, Any], title: str, rows: list[dict[str, Any]]) -> Table | None:
-    """How often the draft token at a position is accepted once all before it were; None where nothing was drafted."""
+def acceptance_table(
+    results: Mapping[str, Any], title: str, rows: list[dict[str, Any]]
+) -> Table | None:
+    """How often the draft token at a position is accepted once all before it were; None where
+    nothing was drafted."""
     drafted = [row for row in rows if row["acceptance"]]
     if not drafted:
         return None
@@ -112,7 +150,14 @@ def acceptance_table(results: Mapping[str, Any], title: str, rows: list[dict[str
     cells = []
     for row in drafted:
         rates = [NONE if rate is None else f"{rate:.2f}" for rate in row["acceptance"]]
-        cells.append([str(_point(results, row)["concurrency"]), row["method"], *rates, *[NONE] * (length - len(rates))])
+        cells.append(
+            [
+                str(_point(results, row)["concurrency"]),
+                row["method"],
+                *rates,
+                *[NONE] * (length - len(rates)),
+            ]
+        )
     header = ["requests at a time", "method", *(str(i + 1) for i in range(length))]
     return Table(f"Accepted at position, once all before were: {title}", header, cells)
 
@@ -130,18 +175,28 @@ def _speed_row(results: Mapping[str, Any], row: Mapping[str, Any], labels: list[
             beside = "early_tokens_per_second" if label == BASELINE else "step_ms"
             cells.append(NONE if against is None else spread(against[beside], ".2f"))
     verified, wasted = row["verified"], row["wasted"]
-    share = f"{wasted['median'] / verified['median']:.0%}" if verified and wasted and verified["median"] else NONE
+    share = (
+        f"{wasted['median'] / verified['median']:.0%}"
+        if verified and wasted and verified["median"]
+        else NONE
+    )
     return [
-        *cells, spread(row["step_ms"], ".2f"), NONE if row["tau"] is None else f"{row['tau']:.2f}",
-        median(row["committed_per_request_step"], ".2f"), median(verified, ",.0f") if verified and verified["median"] else NONE, share,
+        *cells,
+        spread(row["step_ms"], ".2f"),
+        NONE if row["tau"] is None else f"{row['tau']:.2f}",
+        median(row["committed_per_request_step"], ".2f"),
+        median(verified, ",.0f") if verified and verified["median"] else NONE,
+        share,
         f"{median(row['tpot_p50_ms'], '.2f')} / {median(row['tpot_p95_ms'], '.2f')}",
         f"{median(row['ttft_p50_ms'], '.1f')} / {median(row['ttft_p95_ms'], '.1f')}",
-        median(row["memory_mib"], ",.0f"), _equality(results, row, point),
-    ]  # fmt: skip
+        median(row["memory_mib"], ",.0f"),
+        _equality(results, row, point),
+    ]
 
 
 def _equality(results: Mapping[str, Any], row: Mapping[str, Any], point: Mapping[str, Any]) -> str:
-    """In float32 speculation is lossless, so yes or no; in other dtypes rounding may part outputs, so how many."""
+    """In float32 speculation is lossless, so yes or no; in other dtypes rounding may part outputs,
+    so how many."""
     differing = row["differing_from_plain"]
     if differing is None:
         return NONE
@@ -156,13 +211,25 @@ def _notes(results: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         where = f"{row['method']} at {_point(results, row)['concurrency']}"
         if row["repeats"] < results["settings"]["repeats"] and results["complete"]:
-            notes.append(f"{where}: {row['repeats']} of {results['settings']['repeats']} repeats, then it ended.")
+            notes.append(
+                f"{where}: {row['repeats']} of {results['settings']['repeats']} repeats, then it"
+                " ended."
+            )
         if row["agrees_with_vllm"] is False:
-            notes.append(f"{where}: vLLM's own counters differ from what its scheduler was seen to verify and accept.")
+            notes.append(
+                f"{where}: vLLM's own counters differ from what its scheduler was seen to verify"
+                " and accept."
+            )
         if row["preemptions"]:
-            notes.append(f"{where}: {row['preemptions']} preemptions; the KV cache is too small, and waiting is part of the figures.")
+            notes.append(
+                f"{where}: {row['preemptions']} preemptions; the KV cache is too small, and waiting"
+                " is part of the figures."
+            )
         if row["differing_from_own_first"]:
-            notes.append(f"{where}: {row['differing_from_own_first']} outputs differ from those of its own first repeat.")
+            notes.append(
+                f"{where}: {row['differing_from_own_first']} outputs differ from those of its own"
+                " first repeat."
+            )
     return notes
 
 
@@ -172,7 +239,10 @@ def spread(value: Mapping[str, float] | None, form: str) -> str:
         return NONE
     if value["low"] == value["high"]:
         return format(value["median"], form)
-    return f"{format(value['median'], form)} ({format(value['low'], form)}–{format(value['high'], form)})"
+    return (
+        f"{format(value['median'], form)}"
+        f" ({format(value['low'], form)}–{format(value['high'], form)})"
+    )
 
 
 def median(value: Mapping[str, float] | None, form: str) -> str:

@@ -20,7 +20,8 @@ DATASETS = {
     "mbpp": ("text", "prompt"),
     "mt-bench": ("turns",),
 }
-"""Name to the fields of a line that may hold the text; of a list the first entry is taken, MT-Bench's first turn."""
+"""Name to the fields of a line that may hold the text; of a list the first entry is taken,
+MT-Bench's first turn."""
 _RANDOM_LENGTH, _RANDOM_COUNT = 64, 128
 
 
@@ -32,7 +33,8 @@ class PromptSet:
     prompts: list[list[int]]
 
     def take(self, count: int, length: int | None) -> list[list[int]]:
-        """``count`` prompts, from the start again where there are fewer; each cut, or filled up with those after it, to ``length`` tokens."""
+        """``count`` prompts, from the start again where there are fewer; each cut, or filled up
+        with those after it, to ``length`` tokens."""
         cycle = [self.prompts[i % len(self.prompts)] for i in range(count)]
         if length is None:
             return cycle
@@ -40,12 +42,15 @@ class PromptSet:
 
     def _from(self, first: int) -> Iterator[int]:
         """The tokens of the prompt ``first``, then of those after it, without end."""
-        return itertools.chain.from_iterable(self.prompts[i % len(self.prompts)] for i in itertools.count(first))
+        return itertools.chain.from_iterable(
+            self.prompts[i % len(self.prompts)] for i in itertools.count(first)
+        )
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """How many tokens requests generate: each its own number, from ``least`` to ``most``, the same for every method."""
+    """How many tokens requests generate: each its own number, from ``least`` to ``most``, the same
+    for every method."""
 
     least: int
     most: int
@@ -69,7 +74,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of the load: ``concurrency`` requests in flight until ``num_prompts`` are done."""
+    """One setting of the load: ``concurrency`` requests in flight until ``num_prompts`` are
+    done."""
 
     prompt_set: str
     prompt_tokens: int | None
@@ -78,7 +84,8 @@ class Point:
     concurrency: int
     num_prompts: int
     swing: tuple[int, ...] = ()
-    """Requests in flight in one phase after the other, each of which ends with its last request; ``concurrency`` is the most of them."""
+    """Requests in flight in one phase after the other, each of which ends with its last request;
+    ``concurrency`` is the most of them."""
 
     def __str__(self) -> str:
         length = "" if self.prompt_tokens is None else f" of {self.prompt_tokens} tokens"
@@ -88,11 +95,14 @@ class Point:
     @property
     def phases(self) -> list[Phase]:
         """Its closed loops, in order; phases of the same load have the same requests."""
-        return [Phase(c, swing_num_prompts(c)) for c in self.swing] or [Phase(self.concurrency, self.num_prompts)]
+        return [Phase(c, swing_num_prompts(c)) for c in self.swing] or [
+            Phase(self.concurrency, self.num_prompts)
+        ]
 
 
 def default_num_prompts(concurrency: int) -> int:
-    """Four waves of requests, so that the ends of a run, where fewer are in flight, weigh little; at least 32, for a second or two is too short to compare."""
+    """Four waves of requests, so that the ends of a run, where fewer are in flight, weigh little;
+    at least 32, for a second or two is too short to compare."""
     return max(32, 4 * concurrency)
 
 
@@ -102,31 +112,49 @@ def swing_num_prompts(concurrency: int) -> int:
 
 
 def points(
-    prompt_sets: Sequence[str], prompt_tokens: Sequence[int | None], temperatures: Sequence[float], concurrency: Sequence[int], num_prompts: int | None,
+    prompt_sets: Sequence[str],
+    prompt_tokens: Sequence[int | None],
+    temperatures: Sequence[float],
+    concurrency: Sequence[int],
+    num_prompts: int | None,
     swing: Sequence[int] = (),
-) -> list[Point]:  # fmt: skip
+) -> list[Point]:
     """All combinations, concurrency innermost and the swing after it."""
     found = []
     for name, length, t in itertools.product(prompt_sets, prompt_tokens, temperatures):
-        found += [Point(name, length, t, c, num_prompts or default_num_prompts(c)) for c in concurrency]
+        found += [
+            Point(name, length, t, c, num_prompts or default_num_prompts(c)) for c in concurrency
+        ]
         if swing:
-            found.append(Point(name, length, t, max(swing), sum(map(swing_num_prompts, swing)), tuple(swing)))
+            found.append(
+                Point(name, length, t, max(swing), sum(map(swing_num_prompts, swing)), tuple(swing))
+            )
     return found
 
 
 def random_prompts(vocab_size: int) -> PromptSet:
     """Token ids by chance, the same each time: text that no drafter has seen."""
     generator = random.Random(0)
-    return PromptSet(RANDOM, [[generator.randrange(vocab_size) for _ in range(_RANDOM_LENGTH)] for _ in range(_RANDOM_COUNT)])
+    return PromptSet(
+        RANDOM,
+        [
+            [generator.randrange(vocab_size) for _ in range(_RANDOM_LENGTH)]
+            for _ in range(_RANDOM_COUNT)
+        ],
+    )
 
 
 def file_prompts(path: str, tokenizer: Any, vocab_size: int) -> PromptSet:
-    """The prompts of a file of this package's own form: JSON lines with prompt, messages or prompt_token_ids.
+    """The prompts of a file of this package's own form: JSON lines with prompt, messages or
+    prompt_token_ids.
 
     Raises:
         PromptError: with the line and the remedy.
     """
-    return PromptSet(Path(path).stem, [token_ids(line, where, tokenizer, vocab_size) for line, where in read_lines(path)])
+    return PromptSet(
+        Path(path).stem,
+        [token_ids(line, where, tokenizer, vocab_size) for line, where in read_lines(path)],
+    )
 
 
 def dataset_prompts(name: str, path: str, tokenizer: Any, vocab_size: int) -> PromptSet:
@@ -135,7 +163,9 @@ def dataset_prompts(name: str, path: str, tokenizer: Any, vocab_size: int) -> Pr
     Raises:
         PromptError: with the line and the remedy.
     """
-    lines = [(asked(_text(name, line, where), tokenizer), where) for line, where in read_lines(path)]
+    lines = [
+        (asked(_text(name, line, where), tokenizer), where) for line, where in read_lines(path)
+    ]
     return PromptSet(name, [token_ids(line, where, tokenizer, vocab_size) for line, where in lines])
 
 
@@ -148,5 +178,6 @@ def _text(name: str, line: Any, where: str) -> str:
         if isinstance(value, str) and value.strip():
             return value
     raise PromptError(
-        f"{where}: no text in {' or '.join(fields)}: a line of {name} is an object with it; give the set's own JSON lines file"
+        f"{where}: no text in {' or '.join(fields)}: a line of {name} is an object with it; give"
+        " the set's own JSON lines file"
     )

@@ -51,7 +51,8 @@ class Context:
     over_context: tuple[str, ...]
     """Parts of the names of the matrices that are multiplied with the context's tokens."""
     own_projections: Mapping[str, str]
-    """Projections of the context alone, each to the block's own that it may begin as or be tied to."""
+    """Projections of the context alone, each to the block's own that it may begin as or be tied
+    to."""
     shares: str | None = None
     """The tensor [D, T] whose softmax is each target layer's share in a draft layer's context."""
 
@@ -127,10 +128,18 @@ def every() -> Mapping[str, Kind]:
     One that cannot be imported, or that takes a name of another, is left out with a warning: plain
     serving goes on.
     """
-    ours = [import_module(f"{__name__}.{item.name}").KIND for item in pkgutil.iter_modules(__path__)]
-    found = {kind.name: kind for kind in sorted(ours, key=lambda k: (not k.is_known_to_vllm, k.name))}
+    ours = [
+        import_module(f"{__name__}.{item.name}").KIND for item in pkgutil.iter_modules(__path__)
+    ]
+    found = {
+        kind.name: kind for kind in sorted(ours, key=lambda k: (not k.is_known_to_vllm, k.name))
+    }
     for where, kind in _others():
-        taken = [k.name for k in found.values() if kind.name == k.name or kind.architecture == k.architecture]
+        taken = [
+            k.name
+            for k in found.values()
+            if kind.name == k.name or kind.architecture == k.architecture
+        ]
         if taken:
             logger.warning("%s: it has a name of %s. Rename it", _LEFT_OUT % where, taken[0])
         else:

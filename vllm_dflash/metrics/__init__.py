@@ -1,1 +1,2 @@
-"""Whether speculation pays, as Prometheus metrics: docs/monitoring.md. ``from vllm_dflash.metrics.read import read`` for offline use."""
+"""Whether speculation pays, as Prometheus metrics: docs/monitoring.md. ``from
+vllm_dflash.metrics.read import read`` for offline use."""

@@ -40,7 +40,8 @@ class Speedup:
         self._recent_baseline = self._recent_measured = 0.0
 
     def observe(self, num_reqs: int, committed: int, seconds: float, plain_seconds: float) -> None:
-        """A step that committed so many tokens for ``num_reqs`` requests; a plain one of as many would take ``plain_seconds``."""
+        """A step that committed so many tokens for ``num_reqs`` requests; a plain one of as many
+        would take ``plain_seconds``."""
         would = committed / num_reqs * plain_seconds
         self.baseline += would
         self.measured += seconds

@@ -1,8 +1,9 @@
-"""The worker's side: how much the drafter drafts, how long it takes, and whether it sees the whole context.
+"""The worker's side: how much the drafter drafts, how long it takes, and whether it sees the whole
+context.
 
-It stands around ``propose`` of a proposer (V1 runner) or a speculator (V2). On a GPU two events of the device stand around it, which
-are asked for their times some steps later, so that nothing waits. Limits: the first rank of tensor parallelism records; coverage is
-known with the V1 runner only.
+It stands around ``propose`` of a proposer (V1 runner) or a speculator (V2). On a GPU two events of
+the device stand around it, which are asked for their times some steps later, so that nothing waits.
+Limits: the first rank of tensor parallelism records; coverage is known with the V1 runner only.
 
     pytest tests/engine/test_metrics.py
 """
@@ -52,7 +53,11 @@ class DrafterRecord:
 
         @functools.wraps(propose)
         def watching(*args: Any, **kwargs: Any) -> Any:
-            return propose(*args, **kwargs) if kwargs.get("dummy_run") else timed(propose, args, kwargs)
+            return (
+                propose(*args, **kwargs)
+                if kwargs.get("dummy_run")
+                else timed(propose, args, kwargs)
+            )
 
         return watching
 
@@ -68,7 +73,11 @@ class DrafterRecord:
     def _timed_by_events(self, propose: Any, args: Any, kwargs: Any) -> Any:
         import torch
 
-        begin, end = self._spare.pop() if self._spare else (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        begin, end = (
+            self._spare.pop()
+            if self._spare
+            else (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        )
         begin.record()
         drafts = propose(*args, **kwargs)
         end.record()
@@ -79,7 +88,8 @@ class DrafterRecord:
         return drafts
 
     def _drafted(self, drafts: Any, kwargs: Any) -> None:
-        """``drafts``: [B, K], a tensor or the V1 proposer's lists; what ``propose`` was called with."""
+        """``drafts``: [B, K], a tensor or the V1 proposer's lists; what ``propose`` was called
+        with."""
         num_reqs = len(drafts)
         # What the V2 speculator returns is as wide as ever where it has drafted nothing.
         skipped = self._skips and kwargs.get("num_speculative_tokens") == 0
@@ -95,9 +105,14 @@ class DrafterRecord:
 
     def samples(self) -> dict[str, list[Any]]:
         """Everything, for a snapshot."""
-        found: dict[str, list[Any]] = {"drafted_tokens": by_position(self.drafted), "drafter_seconds": [([], self.seconds.sample())]}
+        found: dict[str, list[Any]] = {
+            "drafted_tokens": by_position(self.drafted),
+            "drafter_seconds": [([], self.seconds.sample())],
+        }
         # The proposer makes it once the page size is known, in its first step.
         coverage = getattr(self._drafter(), "coverage", None) if any(self.seconds.counts) else None
         if coverage is not None:
-            found["draft_context_positions"] = [([state], count) for state, count in vars(coverage.counts).items()]
+            found["draft_context_positions"] = [
+                ([state], count) for state, count in vars(coverage.counts).items()
+            ]
         return found

@@ -1,7 +1,10 @@
-"""The engine's side of the metrics: watches steps, has them counted (``outcomes``) and timed (``times``), and writes what is known.
+"""The engine's side of the metrics: watches steps, has them counted (``outcomes``) and timed
+(``times``), and writes what is known.
 
-It is the same for vLLM's schedulers and for ours. Under asynchronous scheduling a draft counts at the length that was scheduled, and
-steps overlap: a step's time is from the end of the one before to its own. Limits: confidences are known under synchronous scheduling
+It is the same for vLLM's schedulers and for ours. Under asynchronous scheduling a draft counts at
+the length that was scheduled, and
+steps overlap: a step's time is from the end of the one before to its own. Limits: confidences are
+known under synchronous scheduling
 only.
 
     pytest tests/unit/test_metrics_engine.py tests/engine/test_metrics.py
@@ -24,7 +27,8 @@ from vllm_dflash.steps import Step
 
 
 def attach(scheduler: Any) -> None:
-    """Records what vLLM's ``Scheduler`` sees, where it speculates with one of our drafters; else does nothing."""
+    """Records what vLLM's ``Scheduler`` sees, where it speculates with one of our drafters; else
+    does nothing."""
     if not is_ours(scheduler.vllm_config.speculative_config):
         return
     record = EngineRecord(scheduler.vllm_config, scheduler)
@@ -41,7 +45,12 @@ class EngineRecord:
         self.scheduler, self.adaptive = scheduler, is_adaptive(vllm_config)
         speculative = vllm_config.speculative_config
         block_size = drafter_config(speculative.draft_model_config.hf_config).block_size
-        self.outcomes = Outcomes(speculative.num_speculative_tokens, block_size, vllm_config.model_config.max_model_len, self.adaptive)
+        self.outcomes = Outcomes(
+            speculative.num_speculative_tokens,
+            block_size,
+            vllm_config.model_config.max_model_len,
+            self.adaptive,
+        )
         self.times = StepTimes(self._plain_seconds if self.adaptive else None)
         self.controller: dict[tuple[str, str], int] = {}
         self._info = _info(vllm_config, block_size, self.adaptive)
@@ -63,7 +72,8 @@ class EngineRecord:
         self.recorder.close()
 
     def _plain_seconds(self, num_reqs: int) -> float | None:
-        """Seconds of a plain step by what the controller has measured; None before it has seen such a batch."""
+        """Seconds of a plain step by what the controller has measured; None before it has seen such
+        a batch."""
         cost = self.scheduler.controller.cost
         if not cost.has_seen(num_reqs):
             return None
@@ -74,7 +84,9 @@ class EngineRecord:
     def samples(self) -> dict[str, list[Any]]:
         """Everything, for a snapshot."""
         found = self.outcomes.samples() | self.times.samples()
-        found["controller_steps"] = [(list(labels), count) for labels, count in sorted(self.controller.items())]
+        found["controller_steps"] = [
+            (list(labels), count) for labels, count in sorted(self.controller.items())
+        ]
         found["drafter_info"] = [(self._info, 1)]
         if self.adaptive:
             found |= drafting_samples(self.scheduler.controller.status(), time.monotonic())
@@ -95,6 +107,10 @@ def _info(vllm_config: Any, block_size: int, adaptive: bool) -> list[str]:
     speculative = vllm_config.speculative_config
     architecture = speculative.draft_model_config.architectures[0]
     return [
-        str(speculative.draft_model_config.model), architecture, str(block_size), str(speculative.num_speculative_tokens),
-        str(adaptive).lower(), __version__,
-    ]  # fmt: skip
+        str(speculative.draft_model_config.model),
+        architecture,
+        str(block_size),
+        str(speculative.num_speculative_tokens),
+        str(adaptive).lower(),
+        __version__,
+    ]

@@ -1,4 +1,5 @@
-"""What an operator wants to know, out of /metrics: over the time between two answers, or since the server began. Pure.
+"""What an operator wants to know, out of /metrics: over the time between two answers, or since the
+server began. Pure.
 
 pytest tests/unit/test_metrics.py
 """
@@ -13,7 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 _PREFIX = "vllm_dflash_"
 _ALIKE = 1.1
-"""A confidence interval whose ends are no further apart, and that has 1 in it, says that drafts make no difference."""
+"""A confidence interval whose ends are no further apart, and that has 1 in it, says that drafts
+make no difference."""
 _Labels = frozenset[tuple[str, str]]
 
 
@@ -27,11 +29,22 @@ class Scrape:
     @classmethod
     def parse(cls, text: str, seconds: float) -> "Scrape":
         families = text_string_to_metric_families(text)
-        return cls(seconds, {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples})
+        return cls(
+            seconds,
+            {
+                (s.name, frozenset(s.labels.items())): s.value
+                for family in families
+                for s in family.samples
+            },
+        )
 
     def engines(self) -> list[tuple[str, str]]:
         """(model, engine) of every engine with one of our drafters."""
-        found = {(dict(labels)["model_name"], dict(labels)["engine"]) for name, labels in self.samples if name == f"{_PREFIX}drafter_info"}
+        found = {
+            (dict(labels)["model_name"], dict(labels)["engine"])
+            for name, labels in self.samples
+            if name == f"{_PREFIX}drafter_info"
+        }
         return sorted(found)
 
 
@@ -61,11 +74,19 @@ class _Engine:
 
     def value(self, name: str) -> tuple[dict[str, str], float] | None:
         """A gauge's further labels and its value."""
-        return next(((dict(ls - self.own), v) for (found, ls), v in self._now.items() if found == name and ls >= self.own), None)
+        return next(
+            (
+                (dict(ls - self.own), v)
+                for (found, ls), v in self._now.items()
+                if found == name and ls >= self.own
+            ),
+            None,
+        )
 
 
 def figures(now: Scrape, before: Scrape | None = None) -> list[dict[str, Any]]:
-    """By engine, the figures of the time since ``before``, or since the server began; None stands for what cannot be known."""
+    """By engine, the figures of the time since ``before``, or since the server began; None stands
+    for what cannot be known."""
     return [_figures(now, before, model, engine) for model, engine in now.engines()]
 
 
@@ -73,9 +94,15 @@ def _figures(now: Scrape, before: Scrape | None, model: str, engine: str) -> dic
     see = _Engine(now, before, model, engine)
     speedup, info = see.value(f"{_PREFIX}estimated_speedup"), see.value(f"{_PREFIX}drafter_info")
     lengths = see.total(f"{_PREFIX}accepted_length_count")
-    steps, step_seconds = see.by("kind", f"{_PREFIX}step_seconds_count"), see.by("kind", f"{_PREFIX}step_seconds_sum")
+    steps, step_seconds = (
+        see.by("kind", f"{_PREFIX}step_seconds_count"),
+        see.by("kind", f"{_PREFIX}step_seconds_sum"),
+    )
     output = see.by("step", f"{_PREFIX}output_tokens_total")
-    verified, reached, accepted = (see.by("position", f"{_PREFIX}{what}_tokens_total") for what in ("verified", "reached", "accepted"))
+    verified, reached, accepted = (
+        see.by("position", f"{_PREFIX}{what}_tokens_total")
+        for what in ("verified", "reached", "accepted")
+    )
     context = see.by("context_length", f"{_PREFIX}context_verifications_total")
     committed = see.by("context_length", f"{_PREFIX}context_committed_tokens_total")
     positions = see.by("state", f"{_PREFIX}draft_context_positions_total")
@@ -83,27 +110,55 @@ def _figures(now: Scrape, before: Scrape | None, model: str, engine: str) -> dic
     for labels, count in see.each(f"{_PREFIX}controller_steps_total"):
         controller[f"{labels['choice']} ({labels['why']})"] = count
     return {
-        "model": model, "engine": engine, "drafter": info[0] if info else {},
+        "model": model,
+        "engine": engine,
+        "drafter": info[0] if info else {},
         "seconds": now.seconds - before.seconds if before else None,
-        "speedup": _over(see.total(f"{_PREFIX}baseline_seconds_total"), see.total(f"{_PREFIX}measured_seconds_total")),
+        "speedup": _over(
+            see.total(f"{_PREFIX}baseline_seconds_total"),
+            see.total(f"{_PREFIX}measured_seconds_total"),
+        ),
         "baseline": speedup[0]["baseline"] if speedup else None,
-        "drafting": _drafting(see), "steps": steps.get("speculative", 0.0) + steps.get("partial", 0.0),
+        "drafting": _drafting(see),
+        "steps": steps.get("speculative", 0.0) + steps.get("partial", 0.0),
         "block_size": float(info[0].get("block_size", 0)) if info else 0.0,
-        "tau": _over(see.total(f"{_PREFIX}accepted_length_sum"), lengths), "verifications": lengths,
-        "request_tau": _over(see.total(f"{_PREFIX}request_accepted_length_sum"), see.total(f"{_PREFIX}request_accepted_length_count")),
-        "draft_length": _over(see.total(f"{_PREFIX}draft_length_sum"), see.total(f"{_PREFIX}draft_length_count")),
-        "acceptance": {at: _over(accepted.get(at, 0.0), reached[at]) for at in sorted(reached, key=int)},
+        "tau": _over(see.total(f"{_PREFIX}accepted_length_sum"), lengths),
+        "verifications": lengths,
+        "request_tau": _over(
+            see.total(f"{_PREFIX}request_accepted_length_sum"),
+            see.total(f"{_PREFIX}request_accepted_length_count"),
+        ),
+        "draft_length": _over(
+            see.total(f"{_PREFIX}draft_length_sum"), see.total(f"{_PREFIX}draft_length_count")
+        ),
+        "acceptance": {
+            at: _over(accepted.get(at, 0.0), reached[at]) for at in sorted(reached, key=int)
+        },
         "verified": {at: verified[at] for at in sorted(verified, key=int)},
-        "drafter_share": _over(see.total(f"{_PREFIX}drafter_seconds_sum"), sum(step_seconds.values())),
-        "step_ms": {kind: 1000 * step_seconds[kind] / count for kind, count in steps.items() if count},
-        "time_share": {kind: seconds / sum(step_seconds.values()) for kind, seconds in step_seconds.items() if seconds},
-        "output_tokens": output, "tokens_per_second": _over(sum(output.values()), now.seconds - before.seconds) if before else None,
-        "tau_by_context": {length: committed[length] / count for length, count in context.items() if count},
+        "drafter_share": _over(
+            see.total(f"{_PREFIX}drafter_seconds_sum"), sum(step_seconds.values())
+        ),
+        "step_ms": {
+            kind: 1000 * step_seconds[kind] / count for kind, count in steps.items() if count
+        },
+        "time_share": {
+            kind: seconds / sum(step_seconds.values())
+            for kind, seconds in step_seconds.items()
+            if seconds
+        },
+        "output_tokens": output,
+        "tokens_per_second": (
+            _over(sum(output.values()), now.seconds - before.seconds) if before else None
+        ),
+        "tau_by_context": {
+            length: committed[length] / count for length, count in context.items() if count
+        },
         "missing_context": _over(positions.get("missing", 0.0), sum(positions.values())),
-        "controller": controller, "refused": see.by("reason", f"{_PREFIX}speculation_refused_total"),
+        "controller": controller,
+        "refused": see.by("reason", f"{_PREFIX}speculation_refused_total"),
         "running": (see.value("vllm:num_requests_running") or ({}, None))[1],
         "waiting": (see.value("vllm:num_requests_waiting") or ({}, None))[1],
-    }  # fmt: skip
+    }
 
 
 def _drafting(see: _Engine) -> dict[str, Any] | None:
@@ -111,17 +166,24 @@ def _drafting(see: _Engine) -> dict[str, Any] | None:
     state = see.value(f"{_PREFIX}drafting")
     if state is None:
         return None
-    age, trial = see.value(f"{_PREFIX}draft_measured_age_seconds"), see.value(f"{_PREFIX}next_trial_seconds")
+    age, trial = (
+        see.value(f"{_PREFIX}draft_measured_age_seconds"),
+        see.value(f"{_PREFIX}next_trial_seconds"),
+    )
     return {
-        "on": state[1] > 0, "why": state[0]["why"],
-        "measured_seconds_ago": age[1] if age else None, "next_trial_seconds": trial[1] if trial else None,
-    }  # fmt: skip
+        "on": state[1] > 0,
+        "why": state[0]["why"],
+        "measured_seconds_ago": age[1] if age else None,
+        "next_trial_seconds": trial[1] if trial else None,
+    }
 
 
 _WHY = {
-    "first": "first steps of a batch size", "pays": "measured to pay", "slow": "measured slow",
+    "first": "first steps of a batch size",
+    "pays": "measured to pay",
+    "slow": "measured slow",
     "rejected": "too few draft tokens are accepted",
-}  # fmt: skip
+}
 
 
 def drafting_line(found: dict[str, Any]) -> str:
@@ -145,12 +207,18 @@ def _duration(seconds: float) -> str:
 
 
 def interval(found: dict[str, Any]) -> tuple[float, float] | None:
-    """The speed-up's 95 % confidence interval, by the least that can be said for so many speculative steps; None without any.
+    """The speed-up's 95 % confidence interval, by the least that can be said for so many
+    speculative steps; None without any.
 
-    An accepted length between 1 and the block's size with mean tau has at most the variance (tau - 1)(block size - tau) (Bhatia and
-    Davis). A step's time is taken to have as large a deviation as its mean, as on a machine that others use.
+    An accepted length between 1 and the block's size with mean tau has at most the variance (tau -
+    1)(block size - tau) (Bhatia and Davis). A step's time is taken to have as large a deviation as
+    its mean, as on a machine that others use.
     """
-    speedup, tau, steps = found["speedup"], found["tau"], min(found["steps"], found["verifications"])
+    speedup, tau, steps = (
+        found["speedup"],
+        found["tau"],
+        min(found["steps"], found["verifications"]),
+    )
     if speedup is None or tau is None or not steps:
         return None
     variance = max((tau - 1) * (found["block_size"] - tau), 0.0) / tau**2 + 1.0
@@ -168,7 +236,10 @@ def verdict(found: dict[str, Any]) -> str:
     if not found["verifications"]:
         return "no draft was verified in this time"
     if speedup is None:
-        return f"tau {tau:.2f}; whether it pays cannot be said without a baseline: turn adaptive drafting on, or run vllm-dflash bench"
+        return (
+            f"tau {tau:.2f}; whether it pays cannot be said without a baseline: turn adaptive"
+            " drafting on, or run vllm-dflash bench"
+        )
     within = interval(found)
     count = f"{found['verifications']:.0f} verifications in {found['steps']:.0f} steps"
     if within is None:
@@ -177,4 +248,7 @@ def verdict(found: dict[str, Any]) -> str:
     if low < 1 < high and high / low > _ALIKE:
         return f"no verdict yet: between {low:.2f} and {high:.2f} x plain decoding by {count}"
     word = "pays" if low >= 1 else "does not pay" if high <= 1 else "makes no difference"
-    return f"{word}: {speedup:.2f} x plain decoding ({found['baseline']}; {low:.2f} to {high:.2f} by {count}), tau {tau:.2f}"
+    return (
+        f"{word}: {speedup:.2f} x plain decoding ({found['baseline']}; {low:.2f} to {high:.2f} by"
+        f" {count}), tau {tau:.2f}"
+    )

@@ -1,7 +1,9 @@
-"""Our metrics on Ray's own metrics port, where a replica of Ray Serve has no /metrics: Prometheus finds the ports by Ray's service discovery.
+"""Our metrics on Ray's own metrics port, where a replica of Ray Serve has no /metrics: Prometheus
+finds the ports by Ray's service discovery.
 
-Each sample is a gauge of Ray's with the sample's own name and labels (Ray puts ``ray_`` before the name) and ``ReplicaId``, as vLLM's own metrics
-have there. A counter or bucket stays a sum that grows, so ``rate()`` holds; ``monitoring/prometheus/ray.yml`` takes the prefix off again.
+Each sample is a gauge of Ray's with the sample's own name and labels (Ray puts ``ray_`` before the
+name) and ``ReplicaId``, as vLLM's own metrics have there. A counter or bucket stays a sum that
+grows, so ``rate()`` holds; ``monitoring/prometheus/ray.yml`` takes the prefix off again.
 
     python tests/prove_serve.py kill
 """
@@ -32,13 +34,16 @@ class RayExporter:
             for sample in family.samples:
                 gauge = self._gauges.get(sample.name)
                 if gauge is None:
-                    gauge = self._gauges[sample.name] = Gauge(sample.name, family.documentation, (*sample.labels, "ReplicaId"))
+                    gauge = self._gauges[sample.name] = Gauge(
+                        sample.name, family.documentation, (*sample.labels, "ReplicaId")
+                    )
                 gauge.set(sample.value, sample.labels | {"ReplicaId": self._replica_id})
 
     def _run(self) -> None:
         while True:
             try:
                 self.export()
-            except Exception as error:  # the next time it may be well; a thread that ends would leave figures that stand still
+            # The next time it may be well; a thread that ends would leave figures that stand still.
+            except Exception as error:
                 logger.warning("metrics were not given to Ray: %r", error)
             time.sleep(PERIOD)

@@ -1,4 +1,5 @@
-"""What becomes of drafts and requests: lengths, positions, contexts, confidences, and why there was no draft. Pure.
+"""What becomes of drafts and requests: lengths, positions, contexts, confidences, and why there was
+no draft. Pure.
 
 pytest tests/unit/test_metrics_engine.py
 """
@@ -7,7 +8,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vllm_dflash.acceptance import Positions, tau
-from vllm_dflash.metrics.catalog import BY_NAME, CONFIDENCE_BUCKETS, CONTEXT_STARTS, confidence_bucket, context_bucket
+from vllm_dflash.metrics.catalog import (
+    BY_NAME,
+    CONFIDENCE_BUCKETS,
+    CONTEXT_STARTS,
+    confidence_bucket,
+    context_bucket,
+)
 from vllm_dflash.metrics.counts import Histogram, by_position
 from vllm_dflash.steps import Step
 
@@ -22,21 +29,26 @@ class _Request:
 
 
 class Outcomes:
-    """Counts of one engine's steps. Without adaptive drafting there are no confidences, and nobody but vLLM chose K."""
+    """Counts of one engine's steps. Without adaptive drafting there are no confidences, and nobody
+    but vLLM chose K."""
 
     def __init__(self, max_draft: int, block_size: int, max_model_len: int, adaptive: bool) -> None:
         self.block_size, self.max_model_len, self.adaptive = block_size, max_model_len, adaptive
         self.accepted_length, self.draft_length, self.request_accepted_length = (
-            Histogram(BY_NAME[name].buckets) for name in ("accepted_length", "draft_length", "request_accepted_length")
+            Histogram(BY_NAME[name].buckets)
+            for name in ("accepted_length", "draft_length", "request_accepted_length")
         )
-        # Zero from the start: Prometheus rates a counter from its first sample on, and guesses what was before, for each its own way.
+        # Zero from the start: Prometheus rates a counter from its first sample on, and guesses what
+        # was before, for each its own way.
         self.verified, self.reached, self.accepted = (Positions(max_draft) for _ in range(3))
         self.output = dict.fromkeys(("prefill", "speculative", "plain"), 0)
         self.context: dict[tuple[str, str], list[int]] = {}
         """Verifications and committed tokens."""
         for start in CONTEXT_STARTS:
             if start < max_model_len:
-                self.context |= {(context_bucket(start), cached): [0, 0] for cached in ("false", "true")}
+                self.context |= {
+                    (context_bucket(start), cached): [0, 0] for cached in ("false", "true")
+                }
         self.refused: dict[str, int] = {}
         self.confident, self.confident_accepted = [0] * CONFIDENCE_BUCKETS, [0] * CONFIDENCE_BUCKETS
         self._requests: dict[str, _Request] = {}
@@ -59,7 +71,13 @@ class Outcomes:
         committed, confidences = step.committed, step.confidences or {}
         for request_id, (verified, accepted) in step.verified.items():
             self.output["speculative"] += committed.get(request_id, 0)
-            self._verification(request_id, step.requests[request_id], verified, accepted, confidences.get(request_id, ()))
+            self._verification(
+                request_id,
+                step.requests[request_id],
+                verified,
+                accepted,
+                confidences.get(request_id, ()),
+            )
         for request_id in step.undrafted:
             self.output["plain"] += committed.get(request_id, 0)
             self.draft_length.observe(0)
@@ -68,7 +86,14 @@ class Outcomes:
             others = step.requests.keys() - step.verified.keys() - set(step.undrafted)
             self.output["prefill"] += sum(committed.get(request_id, 0) for request_id in others)
 
-    def _verification(self, request_id: str, request: Any, verified: int, accepted: int, confidences: Sequence[float]) -> None:
+    def _verification(
+        self,
+        request_id: str,
+        request: Any,
+        verified: int,
+        accepted: int,
+        confidences: Sequence[float],
+    ) -> None:
         reached = min(accepted + 1, verified)
         self.draft_length.observe(verified)
         self.accepted_length.observe(accepted + 1)
@@ -117,10 +142,14 @@ class Outcomes:
             "output_tokens": [([step], count) for step, count in self.output.items()],
             "context_verifications": [(list(labels), counts[0]) for labels, counts in context],
             "context_committed_tokens": [(list(labels), counts[1]) for labels, counts in context],
-            "speculation_refused": [([reason], count) for reason, count in sorted(self.refused.items())],
+            "speculation_refused": [
+                ([reason], count) for reason, count in sorted(self.refused.items())
+            ],
         }
         if self.adaptive:
             names = [[confidence_bucket(i)] for i in range(CONFIDENCE_BUCKETS)]
             found["confidence_tokens"] = list(zip(names, self.confident, strict=True))
-            found["confidence_accepted_tokens"] = list(zip(names, self.confident_accepted, strict=True))
+            found["confidence_accepted_tokens"] = list(
+                zip(names, self.confident_accepted, strict=True)
+            )
         return found

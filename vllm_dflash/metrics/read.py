@@ -1,7 +1,7 @@
 """Reads what engines have counted: for vLLM's /metrics, and for offline use.
 
 from vllm_dflash.metrics.read import read
-print(read())                                     # after llm.generate(...), in the process that made the LLM
+print(read())    # after llm.generate(...), in the process that made the LLM
 
 pytest tests/unit/test_metrics.py tests/engine/test_metrics.py
 """
@@ -12,13 +12,22 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from vllm_dflash.metrics import catalog, recorder, snapshots
 from vllm_dflash.records import AtLeast, misfit
 
-_FAMILIES = {catalog.COUNTER: CounterMetricFamily, catalog.GAUGE: GaugeMetricFamily, catalog.HISTOGRAM: HistogramMetricFamily}
+_FAMILIES = {
+    catalog.COUNTER: CounterMetricFamily,
+    catalog.GAUGE: GaugeMetricFamily,
+    catalog.HISTOGRAM: HistogramMetricFamily,
+}
 
 
 class DFlashCollector(Collector):
@@ -37,7 +46,12 @@ def families(found: Iterable[dict[str, Any]]) -> Iterator[Metric]:
     """Snapshots as prometheus-client's metric families, in the catalog's order."""
     found = list(found)
     for short, metric in catalog.BY_NAME.items():
-        samples = [(each["labels"], sample) for each in found for sample in each["samples"].get(short, ()) if _fits(metric, each, sample)]
+        samples = [
+            (each["labels"], sample)
+            for each in found
+            for sample in each["samples"].get(short, ())
+            if _fits(metric, each, sample)
+        ]
         if not samples:
             continue
         name = metric.name.removesuffix("_total")
@@ -51,18 +65,33 @@ def families(found: Iterable[dict[str, Any]]) -> Iterator[Metric]:
 
 
 def _fits(metric: catalog.Metric, snapshot: dict[str, Any], sample: Any) -> bool:
-    """Whether a sample is one of this metric: one that is not, from a damaged file, would cost the whole answer."""
-    if misfit(sample, [object]) is not None or len(sample) != 2 or misfit(sample[0], [(str, int)]) is not None:
+    """Whether a sample is one of this metric: one that is not, from a damaged file, would cost the
+    whole answer."""
+    if (
+        misfit(sample, [object]) is not None
+        or len(sample) != 2
+        or misfit(sample[0], [(str, int)]) is not None
+    ):
         return False
     if len(snapshot["labels"]) + len(sample[0]) != len(metric.label_names):
         return False
     if metric.kind != catalog.HISTOGRAM:
         return misfit(sample[1], float) is None
-    good = isinstance(sample[1], list) and len(sample[1]) == 2 and misfit(sample[1][0], [AtLeast(int, 0)]) is None
-    return good and misfit(sample[1][1], float) is None and len(sample[1][0]) == len(metric.buckets) + 1
+    good = (
+        isinstance(sample[1], list)
+        and len(sample[1]) == 2
+        and misfit(sample[1][0], [AtLeast(int, 0)]) is None
+    )
+    return (
+        good
+        and misfit(sample[1][1], float) is None
+        and len(sample[1][0]) == len(metric.buckets) + 1
+    )
 
 
-def _cumulative(bounds: tuple[float, ...], counts: list[int], total: float) -> tuple[list[tuple[str, int]], float]:
+def _cumulative(
+    bounds: tuple[float, ...], counts: list[int], total: float
+) -> tuple[list[tuple[str, int]], float]:
     """Prometheus counts all that is at or below each bound."""
     running, buckets = 0, []
     for bound, count in zip((*bounds, math.inf), counts, strict=True):
@@ -72,10 +101,12 @@ def _cumulative(bounds: tuple[float, ...], counts: list[int], total: float) -> t
 
 
 def read(wait: bool = True) -> str:
-    """This process's engines' metrics in Prometheus's text format, as /metrics gives them; empty where there is no drafter of ours.
+    """This process's engines' metrics in Prometheus's text format, as /metrics gives them; empty
+    where there is no drafter of ours.
 
     Args:
-        wait: until engines in other processes have written what they counted before this call, a little over a second.
+        wait: until engines in other processes have written what they counted before this call, a
+            little over a second.
     """
     if wait:
         time.sleep(1.2 * recorder.PERIOD)

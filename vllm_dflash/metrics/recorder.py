@@ -1,4 +1,5 @@
-"""What the recorders of an engine and of its drafter share: the labels, a lock, and the thread that writes what was counted.
+"""What the recorders of an engine and of its drafter share: the labels, a lock, and the thread that
+writes what was counted.
 
 pytest tests/engine/test_metrics.py
 """
@@ -16,14 +17,17 @@ from vllm_dflash.metrics import snapshots
 PERIOD = 1.0
 """Seconds between two writes, at least: what /metrics shows is no older."""
 Samples = Mapping[str, list[Any]]
-"""By a metric's name without prefix and ``_total``, its samples: label values and a number, or counts by bucket and a sum."""
+"""By a metric's name without prefix and ``_total``, its samples: label values and a number, or
+counts by bucket and a sum."""
 _recorders: "list[Recorder]" = []
 
 
 class Recorder:
-    """Writes what a method returns to this process's snapshot, where ``dirty`` was set since the last time.
+    """Writes what a method returns to this process's snapshot, where ``dirty`` was set since the
+    last time.
 
-    It keeps nothing alive: an engine that is dropped without being shut down loses its series once it is collected.
+    It keeps nothing alive: an engine that is dropped without being shut down loses its series once
+    it is collected.
     """
 
     def __init__(self, role: str, vllm_config: Any, samples: Callable[[], Samples]) -> None:
@@ -44,7 +48,8 @@ class Recorder:
         Finalize(None, self.close, exitpriority=10)
 
     def flush(self) -> None:
-        """Writes now; where the disk is full, says so once, keeps counting, and tries again the next time."""
+        """Writes now; where the disk is full, says so once, keeps counting, and tries again the
+        next time."""
         if self._file is None:
             return
         count = self._samples()
@@ -58,7 +63,11 @@ class Recorder:
         except OSError as error:
             self.dirty = True
             if not self._failing:
-                logger.warning("metrics of %s are not up to date until it can be written: %s", self._file, error.strerror or error)
+                logger.warning(
+                    "metrics of %s are not up to date until it can be written: %s",
+                    self._file,
+                    error.strerror or error,
+                )
             self._failing = True
         else:
             self._failing = False
@@ -72,7 +81,8 @@ class Recorder:
             _recorders.remove(self)
 
     def _run(self) -> None:
-        # By the clock, so that an engine's snapshot and its drafter's are of one moment, and the one's seconds never exceed the other's for long.
+        # By the clock, so that an engine's snapshot and its drafter's are of one moment, and the
+        # one's seconds never exceed the other's for long.
         while not self._stop.wait(PERIOD - time.time() % PERIOD):
             if self.dirty or self._samples() is None:
                 self.flush()

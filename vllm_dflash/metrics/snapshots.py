@@ -1,8 +1,10 @@
-"""Where the processes of one server leave what they have counted: a folder with one small JSON file a process.
+"""Where the processes of one server leave what they have counted: a folder with one small JSON file
+a process.
 
-An engine and its worker each write theirs whole, at most once a second, and put it in place in one move; whoever is asked for
-metrics reads them all, so every API server answers the same and nothing is counted twice. The file of a process that is gone is
-not read. Limits: one host. Processes that are not children of the server's first one (Ray's) find each other by DFLASH_METRICS_DIR.
+An engine and its worker each write theirs whole, at most once a second, and put it in place in one
+move; whoever is asked for metrics reads them all, so every API server answers the same and nothing
+is counted twice. The file of a process that is gone is not read. Limits: one host. Processes that
+are not children of the server's first one (Ray's) find each other by DFLASH_METRICS_DIR.
 
     pytest tests/unit/test_metrics.py
 """
@@ -33,17 +35,25 @@ _warned: set[Path] = set()
 
 
 def choose_folder() -> None:
-    """In a server's first process: names a folder that the processes it starts inherit. Makes none until something is written.
+    """In a server's first process: names a folder that the processes it starts inherit. Makes none
+    until something is written.
 
-    A server that was itself started from a vLLM process is one of its own, for only multiprocessing's children share.
+    A server that was itself started from a vLLM process is one of its own, for only
+    multiprocessing's children share.
     """
-    if USERS in os.environ or _created or (multiprocessing.parent_process() is not None and _OURS in os.environ):
+    if (
+        USERS in os.environ
+        or _created
+        or (multiprocessing.parent_process() is not None and _OURS in os.environ)
+    ):
         return
     path = os.path.join(tempfile.gettempdir(), f"{_PREFIX}{os.getpid()}-{os.urandom(4).hex()}")
     _created.append(path)
     os.environ[_OURS] = path
     creator = os.getpid()
-    atexit.register(lambda: shutil.rmtree(path, ignore_errors=True) if os.getpid() == creator else None)
+    atexit.register(
+        lambda: shutil.rmtree(path, ignore_errors=True) if os.getpid() == creator else None
+    )
 
 
 def folder() -> Path | None:
@@ -59,9 +69,11 @@ def write(target: Path, snapshot: dict[str, Any]) -> None:
 
 
 def remove(target: Path) -> None:
-    """Ends a series; the last one takes the folder along, where that is not the user's. Never raises.
+    """Ends a series; the last one takes the folder along, where that is not the user's. Never
+    raises.
 
-    The server's first process may end without a chance to: on SIGTERM uvicorn stops, and then has the signal end it.
+    The server's first process may end without a chance to: on SIGTERM uvicorn stops, and then has
+    the signal end it.
     """
     with suppress(OSError):
         target.unlink(missing_ok=True)
@@ -71,7 +83,8 @@ def remove(target: Path) -> None:
 
 
 def remove_left_behind() -> None:
-    """Removes this user's folders of servers that were killed, whose processes could not. Never raises."""
+    """Removes this user's folders of servers that were killed, whose processes could not. Never
+    raises."""
     for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
         pid = path.name.removeprefix(_PREFIX).partition("-")[0]
         with suppress(OSError):
@@ -91,12 +104,14 @@ def _lives(file: Path) -> bool:
 
 
 def file_name(role: str, engine: str) -> str:
-    """Of this process; it names the process and when that began, as numbers of processes come again."""
+    """Of this process; it names the process and when that began, as numbers of processes come
+    again."""
     return f"{role}-{engine}-{os.getpid()}-{_started(os.getpid())}.json"
 
 
 def read_all() -> Iterator[dict[str, Any]]:
-    """The snapshots of all processes that live, in a fixed order; their files are removed where not. Other files are left alone.
+    """The snapshots of all processes that live, in a fixed order; their files are removed where
+    not. Other files are left alone.
 
     What is in a file is as its process wrote it, or as whoever damaged it: ``read.families`` looks.
     """
@@ -122,7 +137,8 @@ def read_all() -> Iterator[dict[str, Any]]:
 
 
 def _started(pid: int) -> int:
-    """When a process began, in clock ticks since the machine did; -1 where there is none, or a zombie."""
+    """When a process began, in clock ticks since the machine did; -1 where there is none, or a
+    zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError, PermissionError):

@@ -1,9 +1,10 @@
 """The drafter on vLLM's parallel layers and paged KV cache, for the V1 and the V2 model runner.
 
-Two passes. ``combine_hidden_states`` and ``precompute_and_store_context_kv`` turn captured target features into
-keys and values of every draft layer and write them into the draft layers' own KV cache; ``forward`` runs the
-block's queries, which attend to that cache without a causal mask. vLLM hands it the target's embedding and lm_head
-after loading, unless the checkpoint brings its own. Limits: one pipeline stage.
+Two passes. ``combine_hidden_states`` and ``precompute_and_store_context_kv`` turn captured target
+features into keys and values of every draft layer and write them into the draft layers' own KV
+cache; ``forward`` runs the block's queries, which attend to that cache without a causal mask. vLLM
+hands it the target's embedding and lm_head after loading, unless the checkpoint brings its own.
+Limits: one pipeline stage.
 
     pytest tests/engine/test_draft_parity.py tests/engine/test_dflare.py
 """
@@ -40,17 +41,23 @@ class FromTarget(nn.Module):
     weight = None
 
     def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
-        raise RuntimeError("the target's embedding was not shared with the drafter: pipeline parallelism is not supported, set it to 1")
+        raise RuntimeError(
+            "the target's embedding was not shared with the drafter: pipeline parallelism is not"
+            " supported, set it to 1"
+        )
 
 
 class DraftAttention(Attention):
-    """vLLM's attention layer; under the V1 runner a sliding layer keeps the whole context in the cache.
+    """vLLM's attention layer; under the V1 runner a sliding layer keeps the whole context in the
+    cache.
 
-    That runner knows one KV cache group for all draft layers, and groups go by kind. The window applies all the same.
+    That runner knows one KV cache group for all draft layers, and groups go by kind. The window
+    applies all the same.
     """
 
     loaded: Callable[[], None] | None = None
-    """What is called at the end of every load, of the layer's model at the start and of new weights later."""
+    """What is called at the end of every load, of the layer's model at the start and of new weights
+    later."""
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """vLLM calls it for attention layers when all others are loaded and packed."""
@@ -62,8 +69,14 @@ class DraftAttention(Attention):
         spec = super().get_kv_cache_spec(vllm_config)
         if not isinstance(spec, SlidingWindowSpec) or vllm_config.use_v2_model_runner:
             return spec
-        shared = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init and f.name != "sliding_window"}
-        return FullAttentionSpec(**{name: value for name, value in shared.items() if name in _FULL_ATTENTION_FIELDS})
+        shared = {
+            f.name: getattr(spec, f.name)
+            for f in fields(spec)
+            if f.init and f.name != "sliding_window"
+        }
+        return FullAttentionSpec(
+            **{name: value for name, value in shared.items() if name in _FULL_ATTENTION_FIELDS}
+        )
 
 
 _FULL_ATTENTION_FIELDS = frozenset(f.name for f in fields(FullAttentionSpec))
@@ -73,8 +86,13 @@ class DrafterAttention(nn.Module):
     """Attention of the block's queries over the context in the KV cache and the block itself."""
 
     def __init__(
-        self, config: DrafterConfig, window: int | None, cache_config: CacheConfig | None, quant_config: Any, prefix: str
-    ) -> None:  # fmt: skip
+        self,
+        config: DrafterConfig,
+        window: int | None,
+        cache_config: CacheConfig | None,
+        quant_config: Any,
+        prefix: str,
+    ) -> None:
         super().__init__()
         tp_size = get_tensor_model_parallel_world_size()
         self.head_dim, self.causal = config.head_dim, window is not None and config.sliding_causal
@@ -82,25 +100,40 @@ class DrafterAttention(nn.Module):
         self.q_size = config.num_attention_heads // tp_size * config.head_dim
         self.kv_size = self.num_kv_heads * config.head_dim
         self.qkv_proj = QKVParallelLinear(
-            config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads,
-            bias=config.attention_bias, quant_config=quant_config, prefix=f"{prefix}.qkv_proj",
-        )  # fmt: skip
+            config.hidden_size,
+            config.head_dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            bias=config.attention_bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
         self.o_proj = RowParallelLinear(
-            config.num_attention_heads * config.head_dim, config.hidden_size,
-            bias=config.attention_bias, quant_config=quant_config, prefix=f"{prefix}.o_proj",
-        )  # fmt: skip
+            config.num_attention_heads * config.head_dim,
+            config.hidden_size,
+            bias=config.attention_bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
+        )
         self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.rotary_emb = get_rope(
             config.head_dim,
             max_position=config.max_position_embeddings,
             is_neox_style=True,
-            rope_parameters=dict(config.rope_scaling or {"rope_type": "default"}) | {"rope_theta": config.rope_theta},
+            rope_parameters=dict(config.rope_scaling or {"rope_type": "default"})
+            | {"rope_theta": config.rope_theta},
         )
         self.attn = DraftAttention(
-            config.num_attention_heads // tp_size, config.head_dim, config.head_dim**-0.5, num_kv_heads=self.num_kv_heads,
-            cache_config=cache_config, quant_config=quant_config, per_layer_sliding_window=window, prefix=f"{prefix}.attn",
-        )  # fmt: skip
+            config.num_attention_heads // tp_size,
+            config.head_dim,
+            config.head_dim**-0.5,
+            num_kv_heads=self.num_kv_heads,
+            cache_config=cache_config,
+            quant_config=quant_config,
+            per_layer_sliding_window=window,
+            prefix=f"{prefix}.attn",
+        )
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """``positions`` [N] int64, ``hidden_states`` [N, H] of the queries; returns [N, H]."""
@@ -117,13 +150,24 @@ class DrafterLayer(nn.Module):
     """Pre-norm attention and SwiGLU, the residual carried beside the hidden states."""
 
     def __init__(
-        self, config: DrafterConfig, window: int | None, cache_config: CacheConfig | None, quant_config: Any, prefix: str
-    ) -> None:  # fmt: skip
+        self,
+        config: DrafterConfig,
+        window: int | None,
+        cache_config: CacheConfig | None,
+        quant_config: Any,
+        prefix: str,
+    ) -> None:
         super().__init__()
-        self.self_attn = DrafterAttention(config, window, cache_config, quant_config, f"{prefix}.self_attn")
+        self.self_attn = DrafterAttention(
+            config, window, cache_config, quant_config, f"{prefix}.self_attn"
+        )
         self.mlp = Qwen2MLP(
-            config.hidden_size, config.intermediate_size, hidden_act="silu", quant_config=quant_config, prefix=f"{prefix}.mlp"
-        )  # fmt: skip
+            config.hidden_size,
+            config.intermediate_size,
+            hidden_act="silu",
+            quant_config=quant_config,
+            prefix=f"{prefix}.mlp",
+        )
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -143,34 +187,63 @@ class DrafterLayer(nn.Module):
 
 @support_torch_compile
 class DrafterModel(nn.Module):
-    """The draft layers; embeds the block's tokens with the target's embedding or the checkpoint's own."""
+    """The draft layers; embeds the block's tokens with the target's embedding or the checkpoint's
+    own."""
 
-    def __init__(self, *, vllm_config: VllmConfig, config: DrafterConfig, first_layer: int, quant_config: Any, prefix: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        vllm_config: VllmConfig,
+        config: DrafterConfig,
+        first_layer: int,
+        quant_config: Any,
+        prefix: str = "",
+    ) -> None:
         super().__init__()
         dtype = vllm_config.model_config.dtype
         self.embed_tokens: nn.Module = FromTarget()
         self.mask_token_id, self.has_mask_embedding = config.mask_token_id, False
-        self.mask_embedding = nn.Parameter(torch.zeros(config.hidden_size, dtype=dtype), requires_grad=False)
-        # vLLM tells layers apart by the number in their name: the draft's go on where the target's end.
+        self.mask_embedding = nn.Parameter(
+            torch.zeros(config.hidden_size, dtype=dtype), requires_grad=False
+        )
+        # vLLM tells layers apart by the number in their name: the draft's go on where the target's
+        # end.
         self.layers = nn.ModuleList(
-            DrafterLayer(config, window, vllm_config.cache_config, quant_config, maybe_prefix(prefix, f"layers.{first_layer + i}"))
+            DrafterLayer(
+                config,
+                window,
+                vllm_config.cache_config,
+                quant_config,
+                maybe_prefix(prefix, f"layers.{first_layer + i}"),
+            )
             for i, window in enumerate(config.windows)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         attentions = [layer.self_attn for layer in self.layers]
-        self.context_kv = ContextKV(config, attentions, dtype, quant_config, maybe_prefix(prefix, "context_kv"))
+        self.context_kv = ContextKV(
+            config, attentions, dtype, quant_config, maybe_prefix(prefix, "context_kv")
+        )
         self.head = kind_of(config).head_part("Served")(config, dtype)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """``input_ids`` [N] -> embeddings [N, H]."""
-        # With LoRA the target's embedding is wrapped, and the wrapper has the adapters of the target's rows, not of these.
+        # With LoRA the target's embedding is wrapped, and the wrapper has the adapters of the
+        # target's rows, not of these.
         embeds = getattr(self.embed_tokens, "base_layer", self.embed_tokens)(input_ids)
         if self.has_mask_embedding:
-            embeds = torch.where((input_ids == self.mask_token_id)[:, None], self.mask_embedding, embeds)
+            embeds = torch.where(
+                (input_ids == self.mask_token_id)[:, None], self.mask_embedding, embeds
+            )
         return embeds
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
-        """``input_ids`` [N] (anchors and masks), ``positions`` [N] int64; returns normed hidden states [N, H]."""
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``input_ids`` [N] (anchors and masks), ``positions`` [N] int64; returns normed hidden
+        states [N, H]."""
         hidden_states = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         residual = None
         for layer in self.layers:
@@ -186,7 +259,10 @@ class DrafterForCausalLM(nn.Module):
     has_own_embed_tokens = False
     has_own_lm_head = False
     # For quantized checkpoints, whose settings name the projections one by one.
-    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}  # noqa: RUF012
+    packed_modules_mapping = {  # noqa: RUF012
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -206,23 +282,39 @@ class DrafterForCausalLM(nn.Module):
         )
         self.lm_head: nn.Module = FromTarget()
         self.draft_ids: torch.Tensor | None = None
-        # A target's logit scale or soft cap is left out: both are monotonic, and drafts are ranked unless probabilities are asked for.
-        self.logits_processor = LogitsProcessor(self.drafter_config.draft_vocab_size or self.drafter_config.vocab_size)
+        # A target's logit scale or soft cap is left out: both are monotonic, and drafts are ranked
+        # unless probabilities are asked for.
+        self.logits_processor = LogitsProcessor(
+            self.drafter_config.draft_vocab_size or self.drafter_config.vocab_size
+        )
         check_kernels(self.model)
         self._loading = Loading(self, draft)
         self.model.layers[-1].self_attn.attn.loaded = self._loading.finish
 
-    def embed_input_ids(self, input_ids: torch.Tensor, multimodal_embeddings: object = None, is_multimodal: object = None) -> torch.Tensor:
+    def embed_input_ids(
+        self,
+        input_ids: torch.Tensor,
+        multimodal_embeddings: object = None,
+        is_multimodal: object = None,
+    ) -> torch.Tensor:
         """``input_ids`` [N] -> embeddings [N, H]; drafts are text only."""
         return self.model.embed_input_ids(input_ids)
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See ``DFlashModel.forward``."""
         return self.model(input_ids, positions, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """``hidden_states`` [N, H] -> logits [N, V]; minus infinity for tokens that the draft vocabulary lacks."""
-        logits = self.logits_processor(getattr(self.lm_head, "base_layer", self.lm_head), hidden_states)
+        """``hidden_states`` [N, H] -> logits [N, V]; minus infinity for tokens that the draft
+        vocabulary lacks."""
+        logits = self.logits_processor(
+            getattr(self.lm_head, "base_layer", self.lm_head), hidden_states
+        )
         if self.draft_ids is None or logits is None:
             return logits
         full = logits.new_full((logits.shape[0], self.drafter_config.vocab_size), float("-inf"))
@@ -235,12 +327,14 @@ class DrafterForCausalLM(nn.Module):
         return self.model.context_kv.combine(hidden_states)
 
     def check_features(self, hidden_states: torch.Tensor) -> None:
-        """Raises ``DrafterConfigError`` where the target captured other features [N, T * H] than the drafter takes."""
+        """Raises ``DrafterConfigError`` where the target captured other features [N, T * H] than
+        the drafter takes."""
         expected = self.drafter_config.num_features * self.drafter_config.hidden_size
         if hidden_states.shape[-1] != expected:
             raise DrafterConfigError(
-                f"the target captured {hidden_states.shape[-1]} features a token, the drafter takes {expected}: "
-                "target_layer_ids do not fit this target; serve the drafter with the target that its model card names"
+                f"the target captured {hidden_states.shape[-1]} features a token, the drafter takes"
+                f" {expected}: target_layer_ids do not fit this target; serve the drafter with the"
+                " target that its model card names"
             )
 
     def precompute_and_store_context_kv(
@@ -254,11 +348,14 @@ class DrafterForCausalLM(nn.Module):
         Args:
             context_states: [N, C] from ``combine_hidden_states``.
             context_positions: [N] int64.
-            context_slot_mapping: [N] int64 cache slots, -1 for rows that must not be written (rejected tokens); or one
-                such tensor (or None) a layer; None computes and writes nothing (profiling).
+            context_slot_mapping: [N] int64 cache slots, -1 for rows that must not be written
+                (rejected tokens); or one such tensor (or None) a layer; None computes and writes
+                nothing (profiling).
         """
         rotary_emb = self.model.layers[0].self_attn.rotary_emb
-        keys, values = self.model.context_kv(context_states, context_positions, rotary_emb.cos_sin_cache)
+        keys, values = self.model.context_kv(
+            context_states, context_positions, rotary_emb.cos_sin_cache
+        )
         if context_slot_mapping is not None:
             self._store(keys, values, context_slot_mapping)
 
@@ -269,7 +366,12 @@ class DrafterForCausalLM(nn.Module):
         zeros = torch.zeros(shape, dtype=self.dtype, device=slots.device)
         self._store(zeros, zeros, slots)
 
-    def _store(self, keys: torch.Tensor, values: torch.Tensor, slot_mapping: torch.Tensor | Sequence[torch.Tensor | None]) -> None:
+    def _store(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slot_mapping: torch.Tensor | Sequence[torch.Tensor | None],
+    ) -> None:
         for i, layer in enumerate(self.model.layers):
             slots = slot_mapping if isinstance(slot_mapping, torch.Tensor) else slot_mapping[i]
             if slots is not None:
@@ -285,10 +387,12 @@ class DrafterForCausalLM(nn.Module):
         return [layer.self_attn.causal for layer in self.model.layers]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Loads tensors of a checkpoint of any known format, in portions of any size; see ``models/loading.py``.
+        """Loads tensors of a checkpoint of any known format, in portions of any size; see
+        ``models/loading.py``.
 
         Raises:
-            DrafterConfigError: names each tensor that is unknown, misshaped or not finite; missing ones the end of the load names.
+            DrafterConfigError: names each tensor that is unknown, misshaped or not finite; missing
+                ones the end of the load names.
         """
         self._loading.take(weights)
         return {f"model.{name}" for name, _ in self.model.named_parameters()}

@@ -1,4 +1,5 @@
-"""Refuses a quantized drafter for which vLLM's build has no kernel on this processor; vLLM itself finds out in the first forward.
+"""Refuses a quantized drafter for which vLLM's build has no kernel on this processor; vLLM itself
+finds out in the first forward.
 
 pytest tests/engine/test_formats.py -k quantized
 """
@@ -24,6 +25,6 @@ def check_kernels(model: nn.Module) -> None:
         holder = getattr(module, "scheme", None) or getattr(module, "quant_method", None)
         if isinstance(getattr(holder, "kernel", None), CPUWNA16LinearKernel):
             raise DrafterConfigError(
-                f"the drafter's {name} has 4-bit weights, for which vLLM has no kernel on this processor (it needs AVX-512): "
-                "serve a drafter with 16-bit weights here"
+                f"the drafter's {name} has 4-bit weights, for which vLLM has no kernel on this"
+                " processor (it needs AVX-512): serve a drafter with 16-bit weights here"
             )

@@ -1,9 +1,13 @@
-"""A drafter's weights, at the engine's start and into an engine that runs: tensors of any known format, in portions of any size.
+"""A drafter's weights, at the engine's start and into an engine that runs: tensors of any known
+format, in portions of any size.
 
-At the start each tensor is loaded as it comes, and the end of the load says what is missing. Into a running engine vLLM pushes new
-ones between ``start_draft_weight_update`` and ``finish_weight_update``: they are kept in host memory until all are there, so that an
-update that is refused changes nothing, and are then copied in place, for CUDA graphs keep addresses. Limits: what goes wrong while
-they are copied (memory runs out) leaves some layers with new weights and some with old ones.
+At the start each tensor is loaded as it comes, and the end of the load says what is missing. Into a
+running engine vLLM pushes new
+ones between ``start_draft_weight_update`` and ``finish_weight_update``: they are kept in host
+memory until all are there, so that an
+update that is refused changes nothing, and are then copied in place, for CUDA graphs keep
+addresses. Limits: what goes wrong while they are copied (memory runs out) leaves some layers with
+new weights and some with old ones.
 
     pytest tests/engine/test_reload.py
 """
@@ -12,7 +16,10 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from vllm_dflash.config import DrafterConfigError
@@ -59,8 +66,9 @@ class Loading:
         """Takes some of a checkpoint's tensors.
 
         Raises:
-            DrafterConfigError: names each tensor that is unknown, misshaped or not finite. In an engine that runs the update is over
-                then, and the weights from before it are in force.
+            DrafterConfigError: names each tensor that is unknown, misshaped or not finite. In an
+                engine that runs the update is over then, and the weights from before it are in
+                force.
         """
         try:
             found = dict(weights)
@@ -80,32 +88,48 @@ class Loading:
         """Called at the end of every load.
 
         Raises:
-            DrafterConfigError: names the tensors that did not come. In an engine that runs the weights from before are in force.
+            DrafterConfigError: names the tensors that did not come. In an engine that runs the
+                weights from before are in force.
         """
         if not self._serves:
             if self._kinds:
-                check_shapes(self._drafter.drafter_config, {name: kind.shape for name, kind in self._kinds.items()})
+                check_shapes(
+                    self._drafter.drafter_config,
+                    {name: kind.shape for name, kind in self._kinds.items()},
+                )
                 mask = self._tables.read_mask_embedding()
-                self._kinds |= {} if mask is None else {MASK_EMBEDDING: _Kind(tuple(mask.shape), True)}
+                self._kinds |= (
+                    {} if mask is None else {MASK_EMBEDDING: _Kind(tuple(mask.shape), True)}
+                )
             else:  # vLLM's load format "dummy": updates bring the first weights
-                self._kinds = {name: _Kind(shape, name != "d2t") for name, shape in expected_tensors(self._drafter.drafter_config).items()}
+                self._kinds = {
+                    name: _Kind(shape, name != "d2t")
+                    for name, shape in expected_tensors(self._drafter.drafter_config).items()
+                }
             self._serves = True
         elif self._kept:
             missing, self._kept = sorted(self._kinds.keys() - self._kept.keys()), {}
             raise DrafterConfigError(
-                f"the update of the drafter's weights ended without {_some(missing)}; the weights from before it stay in force. "
-                "Call finish_weight_update once more, which closes this update, and send all tensors of the checkpoint in the next"
+                f"the update of the drafter's weights ended without {_some(missing)}; the weights"
+                " from before it stay in force. Call finish_weight_update once more, which closes"
+                " this update, and send all tensors of the checkpoint in the next"
             )
 
     def _checked(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors by our names, at the engine's start; whether some are missing is not known yet."""
+        """Tensors by our names, at the engine's start; whether some are missing is not known
+        yet."""
         config = self._drafter.drafter_config
         named = {tensor_name(name): tensor for name, tensor in found.items()}
-        others = {name: shape for name, shape in expected_tensors(config).items() if name not in named}
+        others = {
+            name: shape for name, shape in expected_tensors(config).items() if name not in named
+        }
         check_shapes(config, others | {name: tuple(tensor.shape) for name, tensor in found.items()})
         check_finite(found, self._drafter.dtype)
         named = {name: tensor for name, tensor in named.items() if name not in IGNORED_TENSORS}
-        self._kinds |= {name: _Kind(tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in named.items()}
+        self._kinds |= {
+            name: _Kind(tuple(tensor.shape), tensor.is_floating_point())
+            for name, tensor in named.items()
+        }
         return named
 
     def _checked_update(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -115,15 +139,24 @@ class Loading:
         unknown = sorted(named.keys() - self._kinds.keys())
         if unknown:
             raise DrafterConfigError(
-                f"the update brings {_some(unknown)}, and the running drafter was started without: send the tensors that its checkpoint "
-                "has, or restart vLLM with a checkpoint that has these. The weights from before the update stay in force"
+                f"the update brings {_some(unknown)}, and the running drafter was started without:"
+                " send the tensors that its checkpoint has, or restart vLLM with a checkpoint that"
+                " has these. The weights from before the update stay in force"
             )
-        kinds = {name: _Kind(tuple(tensor.shape), tensor.is_floating_point()) for name, tensor in named.items()}
-        wrong = [f"{name} is {kind} and should be {self._kinds[name]}" for name, kind in kinds.items() if kind != self._kinds[name]]
+        kinds = {
+            name: _Kind(tuple(tensor.shape), tensor.is_floating_point())
+            for name, tensor in named.items()
+        }
+        wrong = [
+            f"{name} is {kind} and should be {self._kinds[name]}"
+            for name, kind in kinds.items()
+            if kind != self._kinds[name]
+        ]
         if wrong:
             raise DrafterConfigError(
-                f"the update brings other tensors than the running drafter's: {_some(wrong)}. Send tensors of a drafter with the same "
-                "config.json, or restart vLLM with that one. The weights from before the update stay in force"
+                f"the update brings other tensors than the running drafter's: {_some(wrong)}. Send"
+                " tensors of a drafter with the same config.json, or restart vLLM with that one."
+                " The weights from before the update stay in force"
             )
         check_finite(named, self._drafter.dtype)
         self._tables.check_update(named)
@@ -135,13 +168,15 @@ class Loading:
         if self._is_open():
             self._load(kept)
             return
-        # ``load_weights`` without vLLM's calls around it: a layer's packed weight could not take a part of a new one.
+        # ``load_weights`` without vLLM's calls around it: a layer's packed weight could not take a
+        # part of a new one.
         initialize_layerwise_reload(self._drafter)
         self._load(kept)
         finalize_layerwise_reload(self._drafter, self._model_config)
 
     def _abandon(self) -> None:
-        """Ends an update of which nothing has been loaded yet: puts back what vLLM has moved aside for it."""
+        """Ends an update of which nothing has been loaded yet: puts back what vLLM has moved aside
+        for it."""
         self._kept = {}
         if self._serves and self._is_open():
             finalize_layerwise_reload(self._drafter, self._model_config)
@@ -164,15 +199,17 @@ class Loading:
 
 
 def _load_layer(parameters: dict[str, Any], name: str, tensor: Tensor) -> None:
-    """Loads one tensor into the parameter that holds it; quantized ones have names such as ``q_proj.weight_scale``."""
+    """Loads one tensor into the parameter that holds it; quantized ones have names such as
+    ``q_proj.weight_scale``."""
     module, _, kind = name.rpartition(".")
     stem, _, projection = module.rpartition(".")
     fused, *shard = _FUSED.get(projection, (projection,))
     parameter = parameters.get(f"{stem}.{fused}.{kind}" if stem else name)
     if parameter is None:
         raise DrafterConfigError(
-            f"{name} has no place in the drafter: its quantization_config does not say how this tensor is stored. "
-            "Use a checkpoint that quantizes all projections of its layers alike"
+            f"{name} has no place in the drafter: its quantization_config does not say how this"
+            " tensor is stored. Use a checkpoint that quantizes all projections of its layers"
+            " alike"
         )
     load_into(parameter, tensor, *shard)
 

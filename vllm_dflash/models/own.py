@@ -1,4 +1,5 @@
-"""Tables that a checkpoint may bring in place of the target's: embedding, lm_head with a draft vocabulary, mask embedding.
+"""Tables that a checkpoint may bring in place of the target's: embedding, lm_head with a draft
+vocabulary, mask embedding.
 
 pytest tests/engine/test_formats.py tests/engine/test_reload.py
 """
@@ -7,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.transformers_utils.repo_utils import get_hf_file_bytes
@@ -20,17 +24,20 @@ if TYPE_CHECKING:
     from vllm_dflash.models.drafter import DrafterForCausalLM
 
 MASK_EMBEDDING = "mask_embedding"
-"""The name of ``mask_embedding.pt``'s tensor, [H], where new weights are pushed into a running engine."""
+"""The name of ``mask_embedding.pt``'s tensor, [H], where new weights are pushed into a running
+engine."""
 _EMBEDDING, _HEAD, _OFFSETS = "embed_tokens.weight", "lm_head.weight", "d2t"
 
 
 class OwnTables:
-    """Gives a drafter the tables of its checkpoint; what it has none of, vLLM shares with it from the target."""
+    """Gives a drafter the tables of its checkpoint; what it has none of, vLLM shares with it from
+    the target."""
 
     def __init__(self, drafter: "DrafterForCausalLM") -> None:
         self._drafter = drafter
         self._made: dict[str, nn.Module] = {}
-        """The drafter's own, by the checkpoint's name; vLLM may put the target's in the place of one that is equal."""
+        """The drafter's own, by the checkpoint's name; vLLM may put the target's in the place of
+        one that is equal."""
 
     def load(self, name: str, tensor: Tensor) -> bool:
         """Loads a table; returns whether ``name`` is one's.
@@ -49,7 +56,8 @@ class OwnTables:
         elif name in (_EMBEDDING, _HEAD):
             if self._place(name).weight is None:
                 self._make(name)
-            # vLLM shares the target's where it is equal at the start; then this one is equal too, as ``check_update`` has seen.
+            # vLLM shares the target's where it is equal at the start; then this one is equal too,
+            # as ``check_update`` has seen.
             if self._is_own(name):
                 load_into(self._place(name).weight, tensor)
         else:
@@ -57,7 +65,8 @@ class OwnTables:
         return True
 
     def read_mask_embedding(self) -> Tensor | None:
-        """Takes the mask embedding [H] over from the checkpoint's file, where it has that, and returns it.
+        """Takes the mask embedding [H] over from the checkpoint's file, where it has that, and
+        returns it.
 
         Raises:
             DrafterConfigError: the file is unusable.
@@ -72,18 +81,25 @@ class OwnTables:
         return mask
 
     def check_update(self, tensors: dict[str, Tensor]) -> None:
-        """Refuses tables, by name and each of the shape of the one before, that an engine that runs cannot take.
+        """Refuses tables, by name and each of the shape of the one before, that an engine that runs
+        cannot take.
 
         Raises:
-            DrafterConfigError: ``d2t`` maps to tokens that do not exist, or a table would have to be written over the target's.
+            DrafterConfigError: ``d2t`` maps to tokens that do not exist, or a table would have to
+                be written over the target's.
         """
         if _OFFSETS in tensors:
             target_ids(tensors[_OFFSETS], self._drafter.drafter_config.vocab_size)
         for name in (_EMBEDDING, _HEAD):
-            if name in tensors and not self._is_own(name) and not self._is_shared(name, tensors[name]):
+            if (
+                name in tensors
+                and not self._is_own(name)
+                and not self._is_shared(name, tensors[name])
+            ):
                 raise DrafterConfigError(
-                    f"the drafter's {name} was the target's at the start, so that vLLM has kept one of the two, and the update brings "
-                    "another: restart vLLM with the new drafter. The weights from before the update stay in force"
+                    f"the drafter's {name} was the target's at the start, so that vLLM has kept one"
+                    " of the two, and the update brings another: restart vLLM with the new"
+                    " drafter. The weights from before the update stay in force"
                 )
 
     def _is_shared(self, name: str, tensor: Tensor) -> bool:
@@ -108,11 +124,16 @@ class OwnTables:
         table: nn.Module
         with torch.device(drafter.model.mask_embedding.device):
             if name == _EMBEDDING:
-                table = drafter.model.embed_tokens = VocabParallelEmbedding(vocab, hidden, params_dtype=drafter.dtype)
+                table = drafter.model.embed_tokens = VocabParallelEmbedding(
+                    vocab, hidden, params_dtype=drafter.dtype
+                )
                 drafter.has_own_embed_tokens = True
             else:
                 table = drafter.lm_head = ParallelLMHead(
-                    config.draft_vocab_size or vocab, hidden, params_dtype=drafter.dtype, prefix="draft_lm_head"
+                    config.draft_vocab_size or vocab,
+                    hidden,
+                    params_dtype=drafter.dtype,
+                    prefix="draft_lm_head",
                 )
                 drafter.has_own_lm_head = True
             self._made[name] = table

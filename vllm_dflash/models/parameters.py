@@ -30,7 +30,8 @@ class ServedContext(Protocol):
         """``features`` [N, T * H] -> context [N, C]."""
 
     def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """``context`` [N, C] -> keys and values [N, D, kv heads, head_dim], before k_norm and rotary."""
+        """``context`` [N, C] -> keys and values [N, D, kv heads, head_dim], before k_norm and
+        rotary."""
 
 
 class FastContext(Protocol):
@@ -41,26 +42,37 @@ class FastContext(Protocol):
 
 
 def capture_order(config: DrafterConfig) -> list[int]:
-    """The drafter's feature that each captured one is: vLLM hands features out by ascending layer, whatever order they were asked for in."""
+    """The drafter's feature that each captured one is: vLLM hands features out by ascending layer,
+    whatever order they were asked for in."""
     return sorted(range(config.num_features), key=config.target_layer_ids.__getitem__)
 
 
 def of_layer(name: str) -> tuple[int, str, str]:
-    """Draft layer, module and parameter of an attention's tensor, as ``(2, "k_proj", "bias")``; ``(-1, "", "")`` for other names."""
+    """Draft layer, module and parameter of an attention's tensor, as ``(2, "k_proj", "bias")``;
+    ``(-1, "", "")`` for other names."""
     found = _OF_LAYER.fullmatch(name)
     return (int(found[1]), found[2], found[3]) if found else (-1, "", "")
 
 
 def own_heads(tensor: Tensor, config: DrafterConfig, num_kv_heads: int) -> Tensor:
-    """The rows [all kv heads * head_dim, ...] that belong to this rank's ``num_kv_heads``; ranks share a head where there are fewer heads."""
-    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+    """The rows [all kv heads * head_dim, ...] that belong to this rank's ``num_kv_heads``; ranks
+    share a head where there are fewer heads."""
+    from vllm.distributed import (
+        get_tensor_model_parallel_rank,
+        get_tensor_model_parallel_world_size,
+    )
 
-    first = get_tensor_model_parallel_rank() * config.num_key_value_heads // get_tensor_model_parallel_world_size()
+    first = (
+        get_tensor_model_parallel_rank()
+        * config.num_key_value_heads
+        // get_tensor_model_parallel_world_size()
+    )
     return tensor[first * config.head_dim : (first + num_kv_heads) * config.head_dim]
 
 
 def in_parts(parameter: Any) -> Any:
-    """``parameter``, a new one, which ``load_into`` then fills in parts: it holds several tensors of a checkpoint."""
+    """``parameter``, a new one, which ``load_into`` then fills in parts: it holds several tensors
+    of a checkpoint."""
     from vllm.model_executor.utils import set_weight_attrs
 
     set_weight_attrs(parameter, {"weight_loader": _load_part})
@@ -68,9 +80,11 @@ def in_parts(parameter: Any) -> Any:
 
 
 def load_into(parameter: Any, tensor: Tensor, *part: Any) -> None:
-    """Loads a tensor, or a ``part`` (an index) of an ``in_parts`` parameter, by the parameter's own loader.
+    """Loads a tensor, or a ``part`` (an index) of an ``in_parts`` parameter, by the parameter's own
+    loader.
 
-    Never past it: vLLM hangs its own in front where new weights come into an engine that runs, to pack them once a layer is whole.
+    Never past it: vLLM hangs its own in front where new weights come into an engine that runs, to
+    pack them once a layer is whole.
     """
     getattr(parameter, "weight_loader", _load)(parameter, tensor, *part)
 

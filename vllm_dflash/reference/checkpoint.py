@@ -1,4 +1,5 @@
-"""Saves and loads a reference drafter: ``config.json`` and ``model.safetensors`` in any of the known formats.
+"""Saves and loads a reference drafter: ``config.json`` and ``model.safetensors`` in any of the
+known formats.
 
 Tests: ``pytest tests/unit/test_weights.py tests/unit/test_formats.py``.
 """
@@ -35,14 +36,16 @@ def new_drafter(config: DrafterConfig) -> Drafter:
 
 
 def save_drafter(folder: str | Path, model: Drafter) -> None:
-    """Writes ``model`` to ``folder`` (made if absent) in its kind's published format and in the dtype that it is held in.
+    """Writes ``model`` to ``folder`` (made if absent) in its kind's published format and in the
+    dtype that it is held in.
 
     Raises:
         DrafterConfigError: it has tables of its own, which those formats do not hold.
     """
     if model.own != OwnTables():
         raise DrafterConfigError(
-            "this drafter has tables of its own (embedding, lm_head)", "convert its checkpoint with vllm-dflash convert"
+            "this drafter has tables of its own (embedding, lm_head)",
+            "convert its checkpoint with vllm-dflash convert",
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +59,9 @@ def save_drafter(folder: str | Path, model: Drafter) -> None:
         # A copy: torch writes all of what a tensor is a view of.
         state = {"embedding": mask.cpu().clone(), "mask_token_id": config.mask_token_id}
         torch.save(state, folder / MASK_EMBEDDING_FILE)
-    (folder / CONFIG_FILE).write_text(json.dumps(write(config, published_format(config)), indent=2) + "\n")
+    (folder / CONFIG_FILE).write_text(
+        json.dumps(write(config, published_format(config)), indent=2) + "\n"
+    )
 
 
 def load_drafter(folder: str | Path, dtype: torch.dtype) -> Drafter:
@@ -67,14 +72,20 @@ def load_drafter(folder: str | Path, dtype: torch.dtype) -> Drafter:
     """
     config = DrafterConfig.from_pretrained(folder)
     if config.quantization_config is not None:
-        raise DrafterConfigError("the weights are quantized, which plain PyTorch does not run", "serve it with vLLM", where=str(folder))
+        raise DrafterConfigError(
+            "the weights are quantized, which plain PyTorch does not run",
+            "serve it with vLLM",
+            where=str(folder),
+        )
     check_tensors(config, folder, dtype)
     tensors = read_tensors(folder)
     check_finite(tensors, dtype)
     tables = {own: tensors.pop(name) for name, own in _OWN.items() if name in tensors}
     model = new_drafter(config)
     model.load_state_dict(tensors)
-    model.own = OwnTables(**{name: table if name == "d2t" else table.to(dtype) for name, table in tables.items()})
+    model.own = OwnTables(
+        **{name: table if name == "d2t" else table.to(dtype) for name, table in tables.items()}
+    )
     embedding = read_mask_embedding(folder, config, dtype)
     if embedding is not None:
         model.mask_embedding = nn.Parameter(embedding)
@@ -82,6 +93,11 @@ def load_drafter(folder: str | Path, dtype: torch.dtype) -> Drafter:
 
 
 def read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint's safetensors files by our names, without those that only training needs."""
-    named = {tensor_name(name): tensor for path in weight_files(folder) for name, tensor in load_file(path).items()}
+    """Every tensor of a checkpoint's safetensors files by our names, without those that only
+    training needs."""
+    named = {
+        tensor_name(name): tensor
+        for path in weight_files(folder)
+        for name, tensor in load_file(path).items()
+    }
     return {name: tensor for name, tensor in named.items() if name not in IGNORED_TENSORS}

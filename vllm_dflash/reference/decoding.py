@@ -1,7 +1,8 @@
-"""Greedy draft-and-verify on a Hugging Face causal language model, one sequence at a time: evaluation and oracle.
+"""Greedy draft-and-verify on a Hugging Face causal language model, one sequence at a time:
+evaluation and oracle.
 
-With no drafter (or ``num_speculative_tokens=0``) the same loop is plain decoding: the baseline. Limits: greedy,
-batch 1, decoder layers at ``target.model.layers`` (Qwen3, Llama and their like).
+With no drafter (or ``num_speculative_tokens=0``) the same loop is plain decoding: the baseline.
+Limits: greedy, batch 1, decoder layers at ``target.model.layers`` (Qwen3, Llama and their like).
 
 Tests: ``pytest tests/unit/test_reference.py``.
 """
@@ -20,7 +21,8 @@ from vllm_dflash.reference.drafter import ContextKV, Drafter
 
 @dataclass(frozen=True)
 class Draft:
-    """What was drafted at one anchor position: its position, the tokens after it, each one's logit, and its lead over the second."""
+    """What was drafted at one anchor position: its position, the tokens after it, each one's logit,
+    and its lead over the second."""
 
     anchor: int
     tokens: list[int]
@@ -30,7 +32,8 @@ class Draft:
 
 @dataclass(frozen=True)
 class Step:
-    """One draft and its verification; ``accepted`` of the draft's tokens were the target's own choice."""
+    """One draft and its verification; ``accepted`` of the draft's tokens were the target's own
+    choice."""
 
     draft: Draft
     accepted: int
@@ -45,15 +48,18 @@ class Generation:
 
     @property
     def tau(self) -> float:
-        """Acceptance length: tokens committed per target forward after the prefill, the bonus token included."""
+        """Acceptance length: tokens committed per target forward after the prefill, the bonus token
+        included."""
         return 1 + sum(step.accepted for step in self.steps) / max(1, len(self.steps))
 
 
 @contextmanager
 def captured_features(target: Any, layer_ids: Sequence[int]) -> Iterator[list[Tensor]]:
-    """Collects the outputs [B, S, H] of the target's decoder layers ``layer_ids`` (zero-based) during one forward.
+    """Collects the outputs [B, S, H] of the target's decoder layers ``layer_ids`` (zero-based)
+    during one forward.
 
-    Hooks rather than ``output_hidden_states``: the last entry of that is after the final norm, and a drafter
+    Hooks rather than ``output_hidden_states``: the last entry of that is after the final norm, and
+    a drafter
     needs the residual stream before it.
     """
     kept: dict[int, Tensor] = {}
@@ -62,7 +68,10 @@ def captured_features(target: Any, layer_ids: Sequence[int]) -> Iterator[list[Te
     def keep(layer_id: int, output: Any) -> None:
         kept[layer_id] = output[0] if isinstance(output, tuple) else output
 
-    handles = [target.model.layers[i].register_forward_hook(lambda _m, _a, out, i=i: keep(i, out)) for i in layer_ids]
+    handles = [
+        target.model.layers[i].register_forward_hook(lambda _m, _a, out, i=i: keep(i, out))
+        for i in layer_ids
+    ]
     try:
         yield result
         result.extend(kept[i] for i in layer_ids)
@@ -71,19 +80,30 @@ def captured_features(target: Any, layer_ids: Sequence[int]) -> Iterator[list[Te
             handle.remove()
 
 
-def target_features(target: Any, layer_ids: Sequence[int], input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """One target forward over ``input_ids`` [B, S]: features [B, S, T * H] and the final hidden state [B, S, H]."""
+def target_features(
+    target: Any, layer_ids: Sequence[int], input_ids: Tensor, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """One target forward over ``input_ids`` [B, S]: features [B, S, T * H] and the final hidden
+    state [B, S, H]."""
     with captured_features(target, layer_ids) as features:
         hidden = target.model(input_ids=input_ids, **kwargs).last_hidden_state
     return torch.cat(features, dim=-1) if features else hidden[..., :0], hidden
 
 
 def draft_block(
-    target: Any, drafter: Drafter, token: int, anchor: int, context: ContextKV, num_tokens: int, max_model_len: int | None = None
-) -> Draft:  # fmt: skip
-    """Drafts up to ``num_tokens`` tokens after ``token`` at position ``anchor``; ``context`` holds positions before it.
+    target: Any,
+    drafter: Drafter,
+    token: int,
+    anchor: int,
+    context: ContextKV,
+    num_tokens: int,
+    max_model_len: int | None = None,
+) -> Draft:
+    """Drafts up to ``num_tokens`` tokens after ``token`` at position ``anchor``; ``context`` holds
+    positions before it.
 
-    Always the whole block, of which the first tokens are taken: a drafter that was trained on whole blocks drafts badly in a
+    Always the whole block, of which the first tokens are taken: a drafter that was trained on whole
+    blocks drafts badly in a
     shorter one. Only ``max_model_len`` cuts it, as there are no positions past it.
     """
     device, num_queries = target.device, drafter.config.block_size
@@ -93,7 +113,8 @@ def draft_block(
     ids[0, 0] = token
     positions = torch.arange(anchor, anchor + num_queries, device=device)[None]
     hidden = drafter(drafter.embed(target.get_input_embeddings(), ids), positions, context)
-    # Mostly the query at position n + k predicts the token at n + k itself, and the anchor's own output is unused.
+    # Mostly the query at position n + k predicts the token at n + k itself, and the anchor's own
+    # output is unused.
     first = drafter.config.first_row
     logits = drafter.logits(target.lm_head, hidden[0, first : first + num_tokens]).float()
     tokens, scores = drafter.head.draft(logits, ids[0, 0])
@@ -102,7 +123,8 @@ def draft_block(
 
 
 class _Loop:
-    """A sequence's state: the target's cache and the drafter's context, both over the committed positions only."""
+    """A sequence's state: the target's cache and the drafter's context, both over the committed
+    positions only."""
 
     def __init__(self, target: Any, drafter: Drafter | None) -> None:
         self.target, self.drafter = target, drafter
@@ -111,14 +133,18 @@ class _Loop:
         self.computed = 0
 
     def run_target(self, ids: list[int]) -> tuple[list[int], Tensor]:
-        """The target's choice after each of ``ids`` (at positions computed..), and their features [1, n, T * H]."""
+        """The target's choice after each of ``ids`` (at positions computed..), and their features
+        [1, n, T * H]."""
         layer_ids = self.drafter.config.target_layer_ids if self.drafter else ()
         input_ids = torch.tensor([ids], device=self.target.device)
-        features, hidden = target_features(self.target, layer_ids, input_ids, past_key_values=self.cache, use_cache=True)
+        features, hidden = target_features(
+            self.target, layer_ids, input_ids, past_key_values=self.cache, use_cache=True
+        )
         return self.target.lm_head(hidden[0]).float().argmax(-1).tolist(), features
 
     def commit(self, features: Tensor) -> None:
-        """Keeps the first ``features.shape[1]`` positions of the last target forward; drops the rejected rest."""
+        """Keeps the first ``features.shape[1]`` positions of the last target forward; drops the
+        rejected rest."""
         start, self.computed = self.computed, self.computed + features.shape[1]
         surplus = self.cache.get_seq_length() - self.computed
         if surplus:
@@ -131,14 +157,30 @@ class _Loop:
         if self.context is None:
             self.context = new
             return
-        self.context = [(torch.cat([k0, k1], 1), torch.cat([v0, v1], 1)) for (k0, v0), (k1, v1) in zip(self.context, new, strict=True)]
+        self.context = [
+            (torch.cat([k0, k1], 1), torch.cat([v0, v1], 1))
+            for (k0, v0), (k1, v1) in zip(self.context, new, strict=True)
+        ]
 
     def step(self, token: int, num_tokens: int, max_model_len: int | None) -> tuple[Step, int]:
-        """Drafts after ``token`` at position ``computed``, verifies, commits; returns also the bonus token."""
+        """Drafts after ``token`` at position ``computed``, verifies, commits; returns also the
+        bonus token."""
         draft = Draft(self.computed, [], [], [])
-        if self.drafter is not None and num_tokens and (max_model_len is None or self.computed + 1 < max_model_len):
+        if (
+            self.drafter is not None
+            and num_tokens
+            and (max_model_len is None or self.computed + 1 < max_model_len)
+        ):
             assert self.context is not None, "the prompt is committed first"
-            draft = draft_block(self.target, self.drafter, token, self.computed, self.context, num_tokens, max_model_len)
+            draft = draft_block(
+                self.target,
+                self.drafter,
+                token,
+                self.computed,
+                self.context,
+                num_tokens,
+                max_model_len,
+            )
         choices, features = self.run_target([token, *draft.tokens])
         accepted = 0
         while accepted < len(draft.tokens) and draft.tokens[accepted] == choices[accepted]:
@@ -149,13 +191,19 @@ class _Loop:
 
 @torch.inference_mode()
 def generate(
-    target: Any, drafter: Drafter | None, prompt_ids: Sequence[int], max_new_tokens: int, num_speculative_tokens: int,
-    eos_token_id: int | None = None, max_model_len: int | None = None,
-) -> Generation:  # fmt: skip
+    target: Any,
+    drafter: Drafter | None,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    num_speculative_tokens: int,
+    eos_token_id: int | None = None,
+    max_model_len: int | None = None,
+) -> Generation:
     """Greedy generation; the tokens are the target's own, whatever the drafter.
 
-    A draft has ``num_speculative_tokens`` tokens, fewer where ``max_model_len`` leaves less room. The last step
-    counts in full in the record, even where the output is cut at ``max_new_tokens``, as in vLLM's counters.
+    A draft has ``num_speculative_tokens`` tokens, fewer where ``max_model_len`` leaves less room.
+    The last step counts in full in the record, even where the output is cut at ``max_new_tokens``,
+    as in vLLM's counters.
     """
     if not prompt_ids:
         raise ValueError("the prompt is empty: give at least one token id")
@@ -163,7 +211,11 @@ def generate(
     choices, features = loop.run_target(list(prompt_ids))
     loop.commit(features)
     out = Generation([choices[-1]])
-    room = max_new_tokens if max_model_len is None else min(max_new_tokens, max_model_len - len(prompt_ids))
+    room = (
+        max_new_tokens
+        if max_model_len is None
+        else min(max_new_tokens, max_model_len - len(prompt_ids))
+    )
     while len(out.tokens) < room and out.tokens[-1] != eos_token_id:
         step, bonus = loop.step(out.tokens[-1], num_speculative_tokens, max_model_len)
         out.steps.append(step)
@@ -176,21 +228,32 @@ def generate(
 
 @torch.inference_mode()
 def replay_drafts(
-    target: Any, drafter: Drafter, token_ids: Sequence[int], anchors: Sequence[int], num_speculative_tokens: int,
+    target: Any,
+    drafter: Drafter,
+    token_ids: Sequence[int],
+    anchors: Sequence[int],
+    num_speculative_tokens: int,
     max_model_len: int | None = None,
-) -> list[Draft]:  # fmt: skip
-    """What the drafter drafts at each anchor position of a committed sequence, from one target forward over it.
+) -> list[Draft]:
+    """What the drafter drafts at each anchor position of a committed sequence, from one target
+    forward over it.
 
     Args:
         token_ids: the whole sequence x, prompt included.
         anchors: positions n >= 1; the context is 0..n-1 and the anchor token is x[n].
     """
     input_ids = torch.tensor([list(token_ids)], device=target.device)
-    features, _ = target_features(target, drafter.config.target_layer_ids, input_ids, use_cache=False)
+    features, _ = target_features(
+        target, drafter.config.target_layer_ids, input_ids, use_cache=False
+    )
     positions = torch.arange(len(token_ids), device=target.device)[None]
     context = drafter.context_kv(drafter.context(features), positions)
     drafts = []
     for n in anchors:
         before = [(k[:, :n], v[:, :n]) for k, v in context]
-        drafts.append(draft_block(target, drafter, token_ids[n], n, before, num_speculative_tokens, max_model_len))
+        drafts.append(
+            draft_block(
+                target, drafter, token_ids[n], n, before, num_speculative_tokens, max_model_len
+            )
+        )
     return drafts

@@ -1,8 +1,9 @@
 """The drafter in plain PyTorch: the module that is trained, and the oracle for the served one.
 
-``Drafter`` is what all kinds share; a kind of ``vllm_dflash.kinds`` adds how target features become context.
-It needs no embedding and no lm_head; callers pass embeddings in (``embed``) and rank what comes out (``logits``), with the
-target's or the checkpoint's own. Parameter names are those of the published checkpoints. Limits: unquantized weights.
+``Drafter`` is what all kinds share; a kind of ``vllm_dflash.kinds`` adds how target features become
+context. It needs no embedding and no lm_head; callers pass embeddings in (``embed``) and rank what
+comes out (``logits``), with the target's or the checkpoint's own. Parameter names are those of the
+published checkpoints. Limits: unquantized weights.
 
 Tests: ``pytest tests/unit/test_reference.py``.
 """
@@ -20,7 +21,8 @@ from vllm_dflash.reference.masks import window_mask
 from vllm_dflash.reference.rotary import rotary_angles
 
 ContextKV = list[tuple[Tensor, Tensor]]
-"""Per draft layer the context's keys (after k_norm and rotary) and values, each [B, S, kv heads, head_dim]."""
+"""Per draft layer the context's keys (after k_norm and rotary) and values, each [B, S, kv heads,
+head_dim]."""
 
 
 class RMSNorm(nn.Module):
@@ -38,9 +40,11 @@ class RMSNorm(nn.Module):
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates ``x`` [..., heads, head_dim] in the neox layout: the second half of a head pairs with the first.
+    """Rotates ``x`` [..., heads, head_dim] in the neox layout: the second half of a head pairs with
+    the first.
 
-    cos and sin are rounded to ``x``'s dtype, as Qwen3's own code and vLLM's tables have them; the rest is float32.
+    cos and sin are rounded to ``x``'s dtype, as Qwen3's own code and vLLM's tables have them; the
+    rest is float32.
     """
     wide, cos, sin = x.float(), cos.to(x.dtype).float(), sin.to(x.dtype).float()
     first, second = wide.chunk(2, dim=-1)
@@ -48,12 +52,20 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def block_attention(
-    query: Tensor, key: Tensor, value: Tensor, own_key: Tensor, own_value: Tensor, mask: Tensor, block_size: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    own_key: Tensor,
+    own_value: Tensor,
+    mask: Tensor,
+    block_size: int,
     causal: bool = False,
-) -> Tensor:  # fmt: skip
-    """Attention of many blocks over a shared context and each over itself, without the blocks' mutual scores.
+) -> Tensor:
+    """Attention of many blocks over a shared context and each over itself, without the blocks'
+    mutual scores.
 
-    Equals SDPA under ``masks.training_mask``; compiled for a CPU it takes a third of the time, forward and backward.
+    Equals SDPA under ``masks.training_mask``; compiled for a CPU it takes a third of the time,
+    forward and backward.
 
     Args:
         query, own_key, own_value: [B, Q, heads, head_dim], Q a multiple of ``block_size``.
@@ -71,11 +83,16 @@ def block_attention(
     seen = seen.masked_fill(~mask, float("-inf"))
     own = (blocks(query) @ blocks(own_key).transpose(-1, -2)).float() * scale
     if causal:
-        own = own.masked_fill(~torch.ones(block_size, block_size, dtype=torch.bool, device=own.device).tril(), float("-inf"))
+        own = own.masked_fill(
+            ~torch.ones(block_size, block_size, dtype=torch.bool, device=own.device).tril(),
+            float("-inf"),
+        )
     own = own.view(rows, heads, length, block_size)
     weights = torch.cat([seen, own], dim=-1).softmax(dim=-1).to(query.dtype)
     out = weights[..., : key.shape[1]] @ value.transpose(1, 2)
-    own_out = weights[..., key.shape[1] :].reshape(rows, heads, -1, block_size, block_size) @ blocks(own_value)
+    own_out = weights[..., key.shape[1] :].reshape(
+        rows, heads, -1, block_size, block_size
+    ) @ blocks(own_value)
     return (out + own_out.reshape(out.shape)).transpose(1, 2)
 
 
@@ -84,7 +101,11 @@ class Attention(nn.Module):
 
     def __init__(self, config: DrafterConfig, window: int | None) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         self.window, self.causal = window, window is not None and config.sliding_causal
         # Training on a GPU puts another way of computing the same in its place (training/flex.py).
         self.attend_blocks: Callable[..., Tensor] = block_attention
@@ -97,9 +118,12 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def key_value(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [..., kv heads, head_dim] of ``x`` [..., H], by the weights of the queries' own."""
+        """Keys and values [..., kv heads, head_dim] of ``x`` [..., H], by the weights of the
+        queries' own."""
         split = (*x.shape[:-1], self.kv_heads, self.head_dim)
-        return apply_rotary(self.k_norm(self.k_proj(x).view(split)), cos, sin), self.v_proj(x).view(split)
+        return apply_rotary(self.k_norm(self.k_proj(x).view(split)), cos, sin), self.v_proj(x).view(
+            split
+        )
 
     def forward(self, x: Tensor, where: "Where", context: tuple[Tensor, Tensor]) -> Tensor:
         query = self.q_proj(x).view(*x.shape[:-1], self.heads, self.head_dim)
@@ -112,15 +136,25 @@ class Attention(nn.Module):
         if where.block_size is not None:
             assert mask is not None
             if self.window is not None:
-                mask = mask & window_mask(where.positions, where.context_positions(shared[0]), self.window)
-            out = self.attend_blocks(query, shared[0], shared[1], own[0], own[1], mask, where.block_size, self.causal)
+                mask = mask & window_mask(
+                    where.positions, where.context_positions(shared[0]), self.window
+                )
+            out = self.attend_blocks(
+                query, shared[0], shared[1], own[0], own[1], mask, where.block_size, self.causal
+            )
             return self.o_proj(out.flatten(2))
         if self.window is not None:
             seen = torch.cat([where.context_positions(shared[0]), where.positions], dim=1)
             near = window_mask(where.positions, seen, self.window)
-            near = near & (seen[:, None, None] <= where.positions[:, None, :, None]) if self.causal else near
+            near = (
+                near & (seen[:, None, None] <= where.positions[:, None, :, None])
+                if self.causal
+                else near
+            )
             mask = near if mask is None else mask & near
-        key, value = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(shared, own, strict=True))
+        key, value = (
+            torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(shared, own, strict=True)
+        )
         out = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, attn_mask=mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
@@ -170,7 +204,8 @@ class DraftLayer(nn.Module):
 
 @dataclass
 class OwnTables:
-    """What a checkpoint may bring in place of the target's tables; frozen, and none of it a parameter of the drafter."""
+    """What a checkpoint may bring in place of the target's tables; frozen, and none of it a
+    parameter of the drafter."""
 
     embed_tokens: Tensor | None = None
     """[V, H]"""
@@ -195,20 +230,26 @@ class Drafter(nn.Module):
         self.head = kind_of(config).head_part("Reference")(config)
 
     def context(self, features: Tensor) -> Tensor:
-        """The context of the target's captured layer outputs ``features`` [..., T * H], in target_layer_ids' order."""
+        """The context of the target's captured layer outputs ``features`` [..., T * H], in
+        target_layer_ids' order."""
         raise NotImplementedError
 
-    def layer_key_value(self, index: int, c: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (normed, rotated) and values [..., kv heads, head_dim] of draft layer ``index`` for a context from ``context``."""
+    def layer_key_value(
+        self, index: int, c: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keys (normed, rotated) and values [..., kv heads, head_dim] of draft layer ``index`` for
+        a context from ``context``."""
         raise NotImplementedError
 
     def context_kv(self, c: Tensor, positions: Tensor) -> ContextKV:
-        """Every draft layer's context keys and values of ``c`` [B, S, ...] at ``positions`` [B, S]."""
+        """Every draft layer's context keys and values of ``c`` [B, S, ...] at ``positions`` [B,
+        S]."""
         cos, sin = rotary_angles(self.config, positions)
         return [self.layer_key_value(i, c, cos, sin) for i in range(len(self.layers))]
 
     def embed(self, target_embedding: nn.Module, input_ids: Tensor) -> Tensor:
-        """Embeddings [..., H] of ``input_ids``: the target's, or the checkpoint's own where it has them."""
+        """Embeddings [..., H] of ``input_ids``: the target's, or the checkpoint's own where it has
+        them."""
         table = self.own.embed_tokens
         embeds = target_embedding(input_ids) if table is None else F.embedding(input_ids, table)
         if self.mask_embedding is not None:
@@ -217,7 +258,8 @@ class Drafter(nn.Module):
         return embeds
 
     def logits(self, lm_head: nn.Module, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of ``hidden`` [..., H]; minus infinity for tokens that the draft vocabulary lacks."""
+        """Logits [..., V] of ``hidden`` [..., H]; minus infinity for tokens that the draft
+        vocabulary lacks."""
         logits = lm_head(hidden) if self.own.lm_head is None else F.linear(hidden, self.own.lm_head)
         if self.own.d2t is None:
             return logits
@@ -226,19 +268,24 @@ class Drafter(nn.Module):
         return full
 
     def forward(
-        self, query_embeds: Tensor, query_positions: Tensor, context: ContextKV,
-        attn_mask: Tensor | None = None, block_size: int | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        query_embeds: Tensor,
+        query_positions: Tensor,
+        context: ContextKV,
+        attn_mask: Tensor | None = None,
+        block_size: int | None = None,
+    ) -> Tensor:
         """Hidden states [B, Q, H] after the final norm, ready for an lm_head.
 
         Args:
             query_embeds: [B, Q, H], embeddings of [anchor, MASK, ...], one block or several.
             query_positions: [B, Q], integer positions.
             context: from ``context_kv``, [B, S, kv heads, head_dim] each.
-            attn_mask: bool, true where a query may look. ``None``: one block that sees everything. Alone:
-                [B, 1, Q, S + Q], as ``masks.training_mask``. With ``block_size``: [B, 1, Q, S], as ``masks.context_mask``.
-                Sliding layers narrow it by themselves.
-            block_size: every so many queries are a block, which sees itself besides the masked context (for training).
+            attn_mask: bool, true where a query may look. ``None``: one block that sees everything.
+                Alone: [B, 1, Q, S + Q], as ``masks.training_mask``. With ``block_size``: [B, 1, Q,
+                S], as ``masks.context_mask``. Sliding layers narrow it by themselves.
+            block_size: every so many queries are a block, which sees itself besides the masked
+                context (for training).
         """
         cos, sin = rotary_angles(self.config, query_positions)
         where = Where(query_positions, cos, sin, attn_mask, block_size)

@@ -13,18 +13,22 @@ def block_positions(anchors: Tensor, block_size: int) -> Tensor:
 
 
 def context_mask(anchors: Tensor, block_size: int, context_length: int) -> Tensor:
-    """Boolean [B, 1, N * block_size, context_length]: a block of anchor a sees the context positions before a.
+    """Boolean [B, 1, N * block_size, context_length]: a block of anchor a sees the context
+    positions before a.
 
-    Position a itself is not context: the target has not run over the anchor when its block is drafted.
+    Position a itself is not context: the target has not run over the anchor when its block is
+    drafted.
     """
     seen = torch.arange(context_length, device=anchors.device) < anchors[..., None]
     return seen.repeat_interleave(block_size, dim=1)[:, None]
 
 
 def training_mask(anchors: Tensor, block_size: int, context_length: int) -> Tensor:
-    """Boolean SDPA mask [B, 1, N * block_size, context_length + N * block_size], true where a query may look.
+    """Boolean SDPA mask [B, 1, N * block_size, context_length + N * block_size], true where a query
+    may look.
 
-    ``context_mask``, and beside it each block's own positions, in both directions; never another block.
+    ``context_mask``, and beside it each block's own positions, in both directions; never another
+    block.
 
     Args:
         anchors: [B, N], positions in the sequence; any order, repeats allowed.
@@ -36,7 +40,8 @@ def training_mask(anchors: Tensor, block_size: int, context_length: int) -> Tens
 
 
 def window_mask(query_positions: Tensor, key_positions: Tensor, window: int) -> Tensor:
-    """Boolean [B, 1, Q, K]: a query sees keys less than ``window`` positions away, itself included, as vLLM's sliding layers.
+    """Boolean [B, 1, Q, K]: a query sees keys less than ``window`` positions away, itself included,
+    as vLLM's sliding layers.
 
     Args:
         query_positions: [B, Q].

@@ -1,10 +1,12 @@
-"""What another vLLM's source means for this package, read as text: nothing is imported, no GPU and no build is needed.
+"""What another vLLM's source means for this package, read as text: nothing is imported, no GPU and
+no build is needed.
 
     vllm-dflash compat --source FOLDER         (`make compat` fetches the newest release for it)
 
-Two questions. Is the code that the patches were written against still there, by their fingerprints? And is every name there that
-this package imports from vLLM? For what differs it shows the unified diff of just that definition. Limits: kernels
-(``torch.ops``) are not read, nor what a class inherits. Tests: ``pytest tests/unit/test_compat.py``.
+Two questions. Is the code that the patches were written against still there, by their fingerprints?
+And is every name there that this package imports from vLLM? For what differs it shows the unified
+diff of just that definition. Limits: kernels (``torch.ops``) are not read, nor what a class
+inherits. Tests: ``pytest tests/unit/test_compat.py``.
 """
 
 import argparse
@@ -29,7 +31,10 @@ SAME, KNOWN, CHANGED, GONE, NOT_NEEDED = "same", "known", "changed", "gone", "no
 STATES = {
     GONE: "there is no such definition any more",
     CHANGED: "its code is not what it was",
-    KNOWN: "its code is not what it was, and the patch was written against this one too, or runs something before or after it",
+    KNOWN: (
+        "its code is not what it was, and the patch was written against this one too, or runs"
+        " something before or after it"
+    ),
     NOT_NEEDED: "the patch is not for this release",
     SAME: "the same code",
 }
@@ -74,17 +79,28 @@ class PatchFinding:
 
     patch: Patch
     names: tuple[Finding, ...]
-    """The target first, then what the replacement relies on. Empty where the patch is not for this release."""
+    """The target first, then what the replacement relies on. Empty where the patch is not for this
+    release."""
 
     @property
     def state(self) -> str:
-        return min((finding.state for finding in self.names), key=list(STATES).index, default=NOT_NEEDED)
+        return min(
+            (finding.state for finding in self.names), key=list(STATES).index, default=NOT_NEEDED
+        )
 
     @property
     def file(self) -> str:
         """Where the patch stands, from the checkout's root."""
-        modules = {name: vars(module) for name, module in vars(patches).items() if isinstance(module, ModuleType)}
-        homes = [name for name, members in modules.items() if any(_holds(member, self.patch) for member in members.values())]
+        modules = {
+            name: vars(module)
+            for name, module in vars(patches).items()
+            if isinstance(module, ModuleType)
+        }
+        homes = [
+            name
+            for name, members in modules.items()
+            if any(_holds(member, self.patch) for member in members.values())
+        ]
         return f"patches/{homes[0]}.py" if homes else "patches/"
 
 
@@ -114,11 +130,16 @@ def release_in(folder: Path) -> Release:
         FileNotFoundError: it has none.
     """
     if not (folder / "vllm" / "__init__.py").is_file():
-        raise FileNotFoundError(f"{folder} has no vllm/__init__.py: give the folder that holds vllm/, such as an unpacked wheel")
+        raise FileNotFoundError(
+            f"{folder} has no vllm/__init__.py: give the folder that holds vllm/, such as an"
+            " unpacked wheel"
+        )
     versions = [path.stem.removeprefix("vllm-") for path in folder.glob("vllm-*.dist-info")]
     generated = folder / "vllm" / "_version.py"
     if not versions and generated.is_file():
-        versions = re.findall(r"^__version__ = .*['\"](.+)['\"]$", generated.read_text(), re.MULTILINE)
+        versions = re.findall(
+            r"^__version__ = .*['\"](.+)['\"]$", generated.read_text(), re.MULTILINE
+        )
     return Release(versions[0] if versions else None, str(folder), Sources(folder))
 
 
@@ -137,9 +158,13 @@ def is_for(patch: Patch, release: Release) -> bool:
         return True
 
 
-def check_patches(all_patches: Iterable[Patch], release: Release, before: Release | None) -> list[PatchFinding]:
+def check_patches(
+    all_patches: Iterable[Patch], release: Release, before: Release | None
+) -> list[PatchFinding]:
     """Each patch with its target and what it relies on."""
-    return [PatchFinding(patch, tuple(_check_patch(patch, release, before))) for patch in all_patches]
+    return [
+        PatchFinding(patch, tuple(_check_patch(patch, release, before))) for patch in all_patches
+    ]
 
 
 def _check_patch(patch: Patch, release: Release, before: Release | None) -> Iterator[Finding]:
@@ -165,22 +190,35 @@ def _is_there(patch: Patch, release: Release) -> bool:
     return release.find(patch.target) is not None
 
 
-def check_names(names: Mapping[str, Iterable[str]], release: Release, before: Release | None) -> list[Finding]:
-    """Each imported name, with the files that import it; of a name with an attribute only what can be decided by text."""
+def check_names(
+    names: Mapping[str, Iterable[str]], release: Release, before: Release | None
+) -> list[Finding]:
+    """Each imported name, with the files that import it; of a name with an attribute only what can
+    be decided by text."""
     found = []
     for name, users in names.items():
         finding = _compare(name, release, before)
-        owner, _, attribute = name.rpartition(".") if "." in name.partition(":")[2] else (name, "", "")
+        owner, _, attribute = (
+            name.rpartition(".") if "." in name.partition(":")[2] else (name, "", "")
+        )
         if attribute:
             # What a class inherits, or an instance has, is not in the text of what is imported.
-            if finding.state == GONE and (before is None or before.find(name) is None or release.find(owner) is None):
+            if finding.state == GONE and (
+                before is None or before.find(name) is None or release.find(owner) is None
+            ):
                 continue
             # The class itself is in the list, with its diff.
-            if finding.state == CHANGED and isinstance(getattr(release.find(owner), "node", None), ast.ClassDef):
+            if finding.state == CHANGED and isinstance(
+                getattr(release.find(owner), "node", None), ast.ClassDef
+            ):
                 continue
-        elif any(other.startswith(f"{name}.") for other in names) and _is_module(release.find(name)):
+        elif any(other.startswith(f"{name}.") for other in names) and _is_module(
+            release.find(name)
+        ):
             continue  # a module: its names that are used are in the list
-        found.append(Finding(name, finding.state, finding.fingerprint, finding.diff, tuple(sorted(users))))
+        found.append(
+            Finding(name, finding.state, finding.fingerprint, finding.diff, tuple(sorted(users)))
+        )
     return found
 
 
@@ -191,8 +229,13 @@ def _compare(name: str, release: Release, before: Release | None) -> Finding:
     if before is None or old is None or old.fingerprint == new.fingerprint:
         return Finding(name, SAME, new.fingerprint)
     headers = (f"{before.version}  {_place(old)}", f"{release.version}  {_place(new)}")
-    texts = (before.sources.text(old).splitlines(keepends=True), release.sources.text(new).splitlines(keepends=True))
-    return Finding(name, CHANGED, new.fingerprint, "".join(difflib.unified_diff(texts[0], texts[1], *headers)))
+    texts = (
+        before.sources.text(old).splitlines(keepends=True),
+        release.sources.text(new).splitlines(keepends=True),
+    )
+    return Finding(
+        name, CHANGED, new.fingerprint, "".join(difflib.unified_diff(texts[0], texts[1], *headers))
+    )
 
 
 def _is_module(definition: Definition | None) -> bool:
@@ -203,26 +246,43 @@ def _place(definition: Definition) -> str:
     return f"{definition.module}:{definition.qualname}"
 
 
-def to_do(release: Release, patched: Iterable[PatchFinding], names: Iterable[Finding]) -> Iterator[str]:
+def to_do(
+    release: Release, patched: Iterable[PatchFinding], names: Iterable[Finding]
+) -> Iterator[str]:
     """What has to be done before this release can be supported, a line each."""
     if release.version is not None and not is_supported(release.version):
-        yield f"vLLM {release.version} is not in {SUPPORTED_VLLM}: once the rest is done and tested, widen vllm_dflash/supported.py"
+        yield (
+            f"vLLM {release.version} is not in {SUPPORTED_VLLM}: once the rest is done and tested,"
+            " widen vllm_dflash/supported.py"
+        )
     for found in patched:
         for finding in found.names:
             if finding.state == GONE:
                 yield f"{found.file}: {finding.name} is gone: find what took its place"
             elif finding.state == CHANGED:
-                yield f"{found.file}: read the difference in {finding.name}; if it still fits, accept {finding.fingerprint}"
+                yield (
+                    f"{found.file}: read the difference in {finding.name}; if it still fits, accept"
+                    f" {finding.fingerprint}"
+                )
     for finding in names:
         if finding.state == GONE:
             yield f"{', '.join(finding.users)}: {finding.name} is gone: find what took its place"
 
 
 def _report(
-    release: Release, before: Release | None, patched: Sequence[PatchFinding], names: Sequence[Finding], todo: Sequence[str], diffs: bool
+    release: Release,
+    before: Release | None,
+    patched: Sequence[PatchFinding],
+    names: Sequence[Finding],
+    todo: Sequence[str],
+    diffs: bool,
 ) -> Iterator[str]:
     yield str(release)
-    yield f"compared with {before}" if before else "compared with nothing, for no vLLM is installed: --against FOLDER shows differences"
+    yield (
+        f"compared with {before}"
+        if before
+        else "compared with nothing, for no vLLM is installed: --against FOLDER shows differences"
+    )
     yield f"this package supports {SUPPORTED_VLLM}"
     yield f"\npatches: {_counts(found.state for found in patched)}"
     for found in patched:

@@ -1,9 +1,11 @@
-"""Writes a checkpoint in another format, every tensor bit for bit.
+r"""Writes a checkpoint in another format, every tensor bit for bit.
 
-    vllm-dflash convert examples/embedded_pair/dflash /tmp/speculators --to speculators --verifier Qwen/Qwen3-8B
+    vllm-dflash convert examples/embedded_pair/dflash /tmp/speculators \
+        --to speculators --verifier Qwen/Qwen3-8B
 
-Files keep their split. Tensors that only training needs (``IGNORED_TENSORS``) stay behind, but for t2d, which is made anew from
-d2t. Limits: settings that no drafter reads (a transformers version, remote code) are not carried over.
+Files keep their split. Tensors that only training needs (``IGNORED_TENSORS``) stay behind, but for
+t2d, which is made anew from d2t. Limits: settings that no drafter reads (a transformers version,
+remote code) are not carried over.
 
     pytest tests/unit/test_tools.py
 """
@@ -25,19 +27,36 @@ from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import CONFIG_FILE, IGNORED_TENSORS, parse, read_raw, tensor_name, write
 from vllm_dflash.hub import drafter_folder, no_drafter_at
 from vllm_dflash.progress import Progress
-from vllm_dflash.weights import INDEX_FILE, SINGLE_FILE, check_tensors, read_headers, target_ids, weight_files
+from vllm_dflash.weights import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    check_tensors,
+    read_headers,
+    target_ids,
+    weight_files,
+)
 
 
-def convert(source: str | Path, target: str | Path, format: str, *, verifier: str = "", progress: bool = False) -> list[str]:
-    """Writes the checkpoint ``source`` (a folder, or a hub id that is downloaded) to the folder ``target``.
+def convert(
+    source: str | Path,
+    target: str | Path,
+    format: str,
+    *,
+    verifier: str = "",
+    progress: bool = False,
+) -> list[str]:
+    """Writes the checkpoint ``source`` (a folder, or a hub id that is downloaded) to the folder
+    ``target``.
 
-    What is written is read back and compared before it gets its name, so ``target`` is whole or not there.
+    What is written is read back and compared before it gets its name, so ``target`` is whole or not
+    there.
 
     Returns:
         The names of the tensors that stayed behind.
 
     Raises:
-        DrafterConfigError: the source is unsound, the format cannot hold it, or ``target`` is not empty.
+        DrafterConfigError: the source is unsound, the format cannot hold it, or ``target`` is not
+            empty.
     """
     folder, target = drafter_folder(str(source), None), Path(target)
     if folder is None:
@@ -46,11 +65,14 @@ def convert(source: str | Path, target: str | Path, format: str, *, verifier: st
     raw = write(config, format, verifier=verifier or _verifier(folder))
     if parse(raw) != config:
         raise DrafterConfigError(
-            f"{format} cannot hold this drafter", "parts of its settings would be lost; write it in the format that it has"
+            f"{format} cannot hold this drafter",
+            "parts of its settings would be lost; write it in the format that it has",
         )
     check_tensors(config, folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise DrafterConfigError(f"{target} is there and not empty", "give a new folder, or remove it first")
+        raise DrafterConfigError(
+            f"{target} is there and not empty", "give a new folder, or remove it first"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
         new = Path(temporary) / "checkpoint"
@@ -58,7 +80,9 @@ def convert(source: str | Path, target: str | Path, format: str, *, verifier: st
         (new / CONFIG_FILE).write_text(json.dumps(raw, indent=2) + "\n")
         paths = weight_files(folder)
         total = 2 * sum(path.stat().st_size for path in paths)
-        with Progress(total=total, desc="converting", unit="B", unit_scale=True, disable=not progress) as bar:
+        with Progress(
+            total=total, desc="converting", unit="B", unit_scale=True, disable=not progress
+        ) as bar:
             left_behind = _write_weights(config, format, paths, new, bar)
             _compare(paths, new, bar)
         _copy_others(folder, new)
@@ -80,14 +104,18 @@ def _tensors(path: Path, bar: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Each tensor of a file by its name there."""
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 (no mapping)
-            # A copy: what safetensors gives is a view of the file, and would be read only when it is saved.
+            # A copy: what safetensors gives is a view of the file, and would be read only when it
+            # is saved.
             tensor = file.get_tensor(name).clone()
             bar.update(tensor.numel() * tensor.element_size())
             yield name, tensor
 
 
-def _write_weights(config: DrafterConfig, format: str, paths: list[Path], new: Path, bar: Any) -> list[str]:
-    """Writes each file's tensors under our names, one file in memory at a time; returns what stayed behind."""
+def _write_weights(
+    config: DrafterConfig, format: str, paths: list[Path], new: Path, bar: Any
+) -> list[str]:
+    """Writes each file's tensors under our names, one file in memory at a time; returns what stayed
+    behind."""
     left_behind: list[str] = []
     places: dict[str, str] = {}
     size = 0
@@ -114,17 +142,22 @@ def _write_weights(config: DrafterConfig, format: str, paths: list[Path], new: P
 
 
 def _compare(paths: list[Path], new: Path, bar: Any) -> None:
-    """Reads both back; a difference is a broken disk or a broken library, never the user's doing."""
+    """Reads both back; a difference is a broken disk or a broken library, never the user's
+    doing."""
     written = {path.name: path for path in weight_files(new)}
     for path in paths:
-        with safe_open(written[path.name if len(paths) > 1 else SINGLE_FILE], framework="pt") as file:
+        with safe_open(
+            written[path.name if len(paths) > 1 else SINGLE_FILE], framework="pt"
+        ) as file:
             for name, tensor in _tensors(path, bar):
                 if tensor_name(name) in IGNORED_TENSORS:
                     continue
                 copy = file.get_tensor(tensor_name(name))
                 same = copy.dtype == tensor.dtype and copy.shape == tensor.shape
                 if not same or not torch.equal(_bytes(copy), _bytes(tensor)):
-                    raise DrafterConfigError(f"{name} was not written as it was read", "check the disk and try again")
+                    raise DrafterConfigError(
+                        f"{name} was not written as it was read", "check the disk and try again"
+                    )
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -132,24 +165,39 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _copy_others(folder: Path, new: Path) -> None:
-    """Mask embedding, tokenizer, licence: all but weights, config and the code that transformers would run."""
+    """Mask embedding, tokenizer, licence: all but weights, config and the code that transformers
+    would run."""
     for path in sorted(folder.iterdir()):
         weights = path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json")
-        if path.is_file() and not weights and path.suffix != ".py" and path.name != CONFIG_FILE and not path.name.startswith("."):
+        if (
+            path.is_file()
+            and not weights
+            and path.suffix != ".py"
+            and path.name != CONFIG_FILE
+            and not path.name.startswith(".")
+        ):
             shutil.copyfile(path, new / path.name)
 
 
 def run(args: argparse.Namespace) -> int:
     """``vllm-dflash convert``: 0 when it is written, 1 when it is refused."""
     try:
-        left_behind = convert(args.source, args.destination, args.to, verifier=args.verifier or "", progress=True)
+        left_behind = convert(
+            args.source, args.destination, args.to, verifier=args.verifier or "", progress=True
+        )
     except DrafterConfigError as error:
         print(f"vllm-dflash convert: {error}", file=sys.stderr)
         return 1
     headers = read_headers(args.destination)
-    print(f"{args.destination}: {len(headers)} tensors, {args.to} format, equal to the source's bit for bit")
+    print(
+        f"{args.destination}: {len(headers)} tensors, {args.to} format, equal to the source's bit"
+        " for bit"
+    )
     if left_behind:
         print(f"left behind, for only training needs them: {', '.join(left_behind)}")
     if args.to == "speculators" and not _verifier(Path(args.destination)):
-        print("no target is named in it, so `vllm serve` needs one beside this folder: --verifier NAME writes it in")
+        print(
+            "no target is named in it, so `vllm serve` needs one beside this folder: --verifier"
+            " NAME writes it in"
+        )
     return 0

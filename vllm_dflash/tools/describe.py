@@ -16,11 +16,19 @@ def as_text(found: "Inspection") -> str:
     rows = _config_rows(found.config) if found.config is not None else []
     rows += _weight_rows(found)
     if found.sound:
-        rows.append(("sound", f"yes: all {len(found.drafter_tensors)} tensors are there and finite"))
+        rows.append(
+            ("sound", f"yes: all {len(found.drafter_tensors)} tensors are there and finite")
+        )
     else:
-        rows.append(("sound", f"no, {len(found.problems)} problem{'s' if len(found.problems) > 1 else ''}:"))
+        rows.append(
+            ("sound", f"no, {len(found.problems)} problem{'s' if len(found.problems) > 1 else ''}:")
+        )
     rows += [("note", warning) for warning in found.warnings]
-    lines = [str(found.folder), *(f"{name:<17} {value}" for name, value in rows), *(f"  {problem}" for problem in found.problems)]
+    lines = [
+        str(found.folder),
+        *(f"{name:<17} {value}" for name, value in rows),
+        *(f"  {problem}" for problem in found.problems),
+    ]
     if found.fusion is not None and found.config is not None:
         lines += ["", *_fusion_lines(found.config, found.fusion)]
     return "\n".join(map(printable, lines))
@@ -28,32 +36,71 @@ def as_text(found: "Inspection") -> str:
 
 def ranges(numbers: Iterable[int]) -> str:
     """``0-2, 4`` for 0, 1, 2, 4."""
-    runs = [[n for _, n in group] for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
+    runs = [
+        [n for _, n in group]
+        for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    ]
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def _config_rows(config: DrafterConfig) -> list[tuple[str, str]]:
-    k, of = config.max_speculative_tokens, "" if config.num_target_layers is None else f" of {config.num_target_layers}"
+    k, of = (
+        config.max_speculative_tokens,
+        ("" if config.num_target_layers is None else f" of {config.num_target_layers}"),
+    )
     rope = config.rope_scaling
     kind = (
-        "plain" if rope is None else ", ".join(f"{name} {value}" for name, value in sorted(rope.items(), key=lambda i: i[0] != "rope_type"))
+        "plain"
+        if rope is None
+        else ", ".join(
+            f"{name} {value}"
+            for name, value in sorted(rope.items(), key=lambda i: i[0] != "rope_type")
+        )
     )
     quantization = config.quantization_config
     return [
         ("format", config.format),
         ("conditioning", f"{config.kind}: {kind_of(config).sentence}"),
-        ("block size", f"{config.block_size}: num_speculative_tokens {f'1 to {k}' if k > 1 else '1'}"),
-        ("layers", f"{config.num_hidden_layers}, hidden size {config.hidden_size}, MLP {config.intermediate_size}"),
+        (
+            "block size",
+            f"{config.block_size}: num_speculative_tokens {f'1 to {k}' if k > 1 else '1'}",
+        ),
+        (
+            "layers",
+            (
+                f"{config.num_hidden_layers}, hidden size {config.hidden_size}, MLP"
+                f" {config.intermediate_size}"
+            ),
+        ),
         *(("", line) for line in _attention_lines(config)),
-        ("heads", f"{config.num_attention_heads} of {config.head_dim} elements, {config.num_key_value_heads} for keys and values"
-         + (", with biases" if config.attention_bias else "")),
-        ("rotary", f"theta {config.rope_theta:g}, {kind}, positions to {config.max_position_embeddings}"),
-        ("target layers", f"{', '.join(map(str, config.target_layer_ids))}{of} (counted from 0; in vLLM's numbering, layer + 1: "
-         f"{', '.join(str(i + 1) for i in config.target_layer_ids)})"),
+        (
+            "heads",
+            f"{config.num_attention_heads} of {config.head_dim} elements,"
+            f" {config.num_key_value_heads} for keys and values"
+            + (", with biases" if config.attention_bias else ""),
+        ),
+        (
+            "rotary",
+            f"theta {config.rope_theta:g}, {kind}, positions to {config.max_position_embeddings}",
+        ),
+        (
+            "target layers",
+            (
+                f"{', '.join(map(str, config.target_layer_ids))}{of} (counted from 0; in vLLM's"
+                f" numbering, layer + 1: {', '.join(str(i + 1) for i in config.target_layer_ids)})"
+            ),
+        ),
         ("vocabulary", f"{config.vocab_size} tokens, mask token {config.mask_token_id}"),
-        ("draft vocabulary", "all of them" if config.draft_vocab_size is None else f"{config.draft_vocab_size} tokens, mapped by d2t"),
+        (
+            "draft vocabulary",
+            (
+                "all of them"
+                if config.draft_vocab_size is None
+                else f"{config.draft_vocab_size} tokens, mapped by d2t"
+            ),
+        ),
         ("quantization", "none" if quantization is None else str(quantization["quant_method"])),
-    ]  # fmt: skip
+    ]
 
 
 def _attention_lines(config: DrafterConfig) -> list[str]:
@@ -63,7 +110,11 @@ def _attention_lines(config: DrafterConfig) -> list[str]:
         if window is None:
             lines.append(f"{layers}: full attention, a block's tokens see each other")
         else:
-            own = "causal in the block" if config.sliding_causal else "a block's tokens see each other"
+            own = (
+                "causal in the block"
+                if config.sliding_causal
+                else "a block's tokens see each other"
+            )
             lines.append(f"{layers}: sliding window of {window}, {own}")
     return lines
 
@@ -75,7 +126,10 @@ def _weight_rows(found: "Inspection") -> list[tuple[str, str]]:
         ("own tables", tables or "none: embedding and lm_head are the target's"),
         ("stored as", (", ".join(found.stored_dtypes) or "nothing that can be read") + said),
         ("parameters", f"{_count(found.parameters)} in {len(found.drafter_tensors)} tensors"),
-        ("files", ", ".join(f"{name} {_count(size)}B" for name, size in found.files.items()) or "none"),
+        (
+            "files",
+            ", ".join(f"{name} {_count(size)}B" for name, size in found.files.items()) or "none",
+        ),
     ]
 
 
@@ -89,4 +143,11 @@ def _count(number: int) -> str:
 def _fusion_lines(config: DrafterConfig, fusion: Sequence[Sequence[float]]) -> list[str]:
     head = "draft layer" + "".join(f"{f'{i}':>7}" for i in config.target_layer_ids)
     rows = [f"{d:>11}" + "".join(f"{share:7.3f}" for share in row) for d, row in enumerate(fusion)]
-    return [f"share of each target layer in a draft layer's context (softmax of {kind_of(config).context.shares})", head, *rows]
+    return [
+        (
+            "share of each target layer in a draft layer's context (softmax of"
+            f" {kind_of(config).context.shares})"
+        ),
+        head,
+        *rows,
+    ]

@@ -1,8 +1,11 @@
-"""Checks a target and a drafter before they are served, and says what acceptance to expect and what to change.
+r"""Checks a target and a drafter before they are served, and says what acceptance to expect and
+what to change.
 
-    vllm-dflash doctor --target examples/embedded_pair/target --draft examples/embedded_pair/dflash --dtype float32
+    vllm-dflash doctor --target examples/embedded_pair/target \
+        --draft examples/embedded_pair/dflash --dtype float32
 
-Limits: greedy, one device, whole models in memory twice over (plain PyTorch, then vLLM). Tests: ``pytest tests/engine/test_doctor.py``.
+Limits: greedy, one device, whole models in memory twice over (plain PyTorch, then vLLM). Tests:
+``pytest tests/engine/test_doctor.py``.
 """
 
 import argparse
@@ -18,7 +21,14 @@ import torch
 
 from vllm_dflash.acceptance import Acceptance
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
-from vllm_dflash.hub import TargetError, count_tokens, eos_token_id, load_config, load_tokenizer, resolved_dtype
+from vllm_dflash.hub import (
+    TargetError,
+    count_tokens,
+    eos_token_id,
+    load_config,
+    load_tokenizer,
+    resolved_dtype,
+)
 from vllm_dflash.prompts import PromptError, load_prompts
 from vllm_dflash.tools.inspect import inspect_checkpoint
 from vllm_dflash.tools.pair_checks import (
@@ -29,7 +39,14 @@ from vllm_dflash.tools.pair_checks import (
     shape_checks,
     tokenizer_checks,
 )
-from vllm_dflash.tools.pair_runs import EngineError, EngineRun, Pair, ReferenceRun, run_engine, run_reference
+from vllm_dflash.tools.pair_runs import (
+    EngineError,
+    EngineRun,
+    Pair,
+    ReferenceRun,
+    run_engine,
+    run_reference,
+)
 
 _NAME_WIDTH = 16
 """Of the longest check's name: each is printed before the others are known."""
@@ -37,7 +54,8 @@ _NOTHING_ACCEPTED = 1.1
 _LITTLE_ACCEPTED = 1.5
 _TAU_TOLERANCE = 0.02
 _ROUNDING = {"float32": 1e-4, "float16": 2.0**-8, "bfloat16": 2.0**-5}
-"""The target's lead, relative to its best logit, below which plain PyTorch and vLLM may well choose differently."""
+"""The target's lead, relative to its best logit, below which plain PyTorch and vLLM may well choose
+differently."""
 
 
 def _nothing(check: Check) -> None:
@@ -66,8 +84,11 @@ class Diagnosis:
         return int(any(check.state == "error" for check in self.checks))
 
 
-def diagnose(args: argparse.Namespace, *, progress: bool, show: Callable[[Check], None] = _nothing) -> Diagnosis:
-    """Looks, then runs; where looking finds errors nothing is run. ``show`` is told of each check once it is done.
+def diagnose(
+    args: argparse.Namespace, *, progress: bool, show: Callable[[Check], None] = _nothing
+) -> Diagnosis:
+    """Looks, then runs; where looking finds errors nothing is run. ``show`` is told of each check
+    once it is done.
 
     Raises:
         PromptError: the prompts cannot be used.
@@ -95,13 +116,29 @@ def diagnose(args: argparse.Namespace, *, progress: bool, show: Callable[[Check]
     prompts = load_prompts(args.prompts, args.num_prompts, tokenizer, found.config.vocab_size)
     text = target.get_text_config()
     k = args.num_speculative_tokens or found.config.max_speculative_tokens
-    room = min(found.config.max_position_embeddings, text.max_position_embeddings) - args.max_tokens - k - 1
+    room = (
+        min(found.config.max_position_embeddings, text.max_position_embeddings)
+        - args.max_tokens
+        - k
+        - 1
+    )
     if room < 1:
-        raise PromptError(f"--max-tokens {args.max_tokens} leaves no room for a prompt: give {args.max_tokens + room - 1} or less")
+        raise PromptError(
+            f"--max-tokens {args.max_tokens} leaves no room for a prompt: give"
+            f" {args.max_tokens + room - 1} or less"
+        )
     prompts = [prompt[-room:] for prompt in prompts]
     _run(
         diagnosis,
-        Pair(args.target, found.folder, prompts, k, args.max_tokens, resolved_dtype(text, args.dtype), eos_token_id(text)),
+        Pair(
+            args.target,
+            found.folder,
+            prompts,
+            k,
+            args.max_tokens,
+            resolved_dtype(text, args.dtype),
+            eos_token_id(text),
+        ),
         found.config,
         args,
         progress,
@@ -109,13 +146,21 @@ def diagnose(args: argparse.Namespace, *, progress: bool, show: Callable[[Check]
     return diagnosis
 
 
-def _run(diagnosis: Diagnosis, pair: Pair, drafter: DrafterConfig, args: argparse.Namespace, progress: bool) -> None:
+def _run(
+    diagnosis: Diagnosis,
+    pair: Pair,
+    drafter: DrafterConfig,
+    args: argparse.Namespace,
+    progress: bool,
+) -> None:
     try:
         diagnosis.reference = run_reference(pair, progress)
     except DrafterConfigError as error:
         diagnosis.add([Check("plain PyTorch", "warning", f"not run: {error}")])
     else:
-        diagnosis.add([tau_check(diagnosis.reference.acceptance), layer_check(diagnosis.reference, drafter)])
+        diagnosis.add(
+            [tau_check(diagnosis.reference.acceptance), layer_check(diagnosis.reference, drafter)]
+        )
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if not args.skip_vllm:
@@ -124,7 +169,9 @@ def _run(diagnosis: Diagnosis, pair: Pair, drafter: DrafterConfig, args: argpars
         except EngineError as error:
             lines = str(error).splitlines()
             said = next((line for line in reversed(lines) if "Error" in line), lines[-1])
-            diagnosis.add([Check("vLLM", "error", f"the engine ended early: {said}", "see the lines below")])
+            diagnosis.add(
+                [Check("vLLM", "error", f"the engine ended early: {said}", "see the lines below")]
+            )
             diagnosis.advice.append(f"The end of the engine's output:\n{error}")
     if diagnosis.reference is not None and diagnosis.engine is not None:
         diagnosis.add(compare(diagnosis.reference, diagnosis.engine, pair.dtype))
@@ -142,13 +189,19 @@ def tau_check(acceptance: Acceptance) -> Check:
         return Check("tau", "warning", "nothing was drafted", "give more --max-tokens")
     if acceptance.tau < _NOTHING_ACCEPTED:
         return Check(
-            "tau", "error", f"{tau}: next to nothing is accepted",
-            "likely causes: another revision of the target than it was trained with (chat or base, fine-tuned), target layer ids off by one, "
-            "another mask token, another rope_theta, or weights of an unfinished training; compare each with the drafter's model card",
-        )  # fmt: skip
+            "tau",
+            "error",
+            f"{tau}: next to nothing is accepted",
+            "likely causes: another revision of the target than it was trained with (chat or base,"
+            " fine-tuned), target layer ids off by one, another mask token, another rope_theta, or"
+            " weights of an unfinished training; compare each with the drafter's model card",
+        )
     if acceptance.tau < _LITTLE_ACCEPTED:
         return Check(
-            "tau", "warning", f"{tau}: speculation may not pay", "try prompts of your own (--prompts); a drafter suits some texts only"
+            "tau",
+            "warning",
+            f"{tau}: speculation may not pay",
+            "try prompts of your own (--prompts); a drafter suits some texts only",
         )
     return Check("tau", "ok", tau)
 
@@ -157,16 +210,33 @@ def layer_check(reference: ReferenceRun, drafter: DrafterConfig) -> Check:
     """Whether other target layers would be accepted clearly more."""
     clear = {shift: found for shift, found in reference.shifts.items() if found.clear}
     if not clear:
-        tried = " and ".join(f"{shift:+d} ({found.gain:+.2f} tokens a draft)" for shift, found in reference.shifts.items())
-        return Check("layer ids", "ok", f"no better when shifted by {tried}" if tried else "cannot be shifted")
+        tried = " and ".join(
+            f"{shift:+d} ({found.gain:+.2f} tokens a draft)"
+            for shift, found in reference.shifts.items()
+        )
+        return Check(
+            "layer ids",
+            "ok",
+            f"no better when shifted by {tried}" if tried else "cannot be shifted",
+        )
     shift = max(clear, key=lambda s: clear[s].gain)
     better = ", ".join(str(i + shift) for i in drafter.target_layer_ids)
-    look = "the ids look one-based" if shift < 0 else "the ids look as if one had been taken off twice"
+    look = (
+        "the ids look one-based" if shift < 0 else "the ids look as if one had been taken off twice"
+    )
     return Check(
-        "layer ids", "error",
-        f"shifted by {shift:+d}, {clear[shift].gain:.2f} tokens a draft more are accepted (standard error {clear[shift].error:.2f}): {look}",
-        f"set target_layer_ids to {better}, counted from 0" + (f" (aux_hidden_state_layer_ids: {', '.join(str(i + shift + 1) for i in drafter.target_layer_ids)})" if drafter.format == "speculators" else ""),
-    )  # fmt: skip
+        "layer ids",
+        "error",
+        f"shifted by {shift:+d}, {clear[shift].gain:.2f} tokens a draft more are accepted (standard"
+        f" error {clear[shift].error:.2f}): {look}",
+        f"set target_layer_ids to {better}, counted from 0"
+        + (
+            " (aux_hidden_state_layer_ids:"
+            f" {', '.join(str(i + shift + 1) for i in drafter.target_layer_ids)})"
+            if drafter.format == "speculators"
+            else ""
+        ),
+    )
 
 
 def compare(reference: ReferenceRun, engine: EngineRun, dtype: str) -> list[Check]:
@@ -179,17 +249,26 @@ def compare(reference: ReferenceRun, engine: EngineRun, dtype: str) -> list[Chec
             unexplained += at is None or leads[at] > _ROUNDING[dtype]
     total = len(reference.tokens)
     if not differing:
-        outputs = Check("outputs", "ok", f"equal in plain PyTorch and vLLM, {total} of {total} prompts")
+        outputs = Check(
+            "outputs", "ok", f"equal in plain PyTorch and vLLM, {total} of {total} prompts"
+        )
     elif not unexplained:
         remedy = "" if exact else "--dtype float32 compares exactly"
         outputs = Check(
-            "outputs", "ok", f"{total - differing} of {total} equal, the others part where the two best tokens are a rounding apart", remedy
+            "outputs",
+            "ok",
+            f"{total - differing} of {total} equal, the others part where the two best tokens are a"
+            " rounding apart",
+            remedy,
         )
     else:
         outputs = Check(
-            "outputs", "error" if exact else "warning", f"{unexplained} of {total} prompts end differently in vLLM and in plain PyTorch",
-            "run again with --dtype float32; if they differ there too, the target itself is computed differently: report it",
-        )  # fmt: skip
+            "outputs",
+            "error" if exact else "warning",
+            f"{unexplained} of {total} prompts end differently in vLLM and in plain PyTorch",
+            "run again with --dtype float32; if they differ there too, the target itself is"
+            " computed differently: report it",
+        )
     one, other = reference.acceptance.tau, engine.acceptance.tau
     apart = abs(one - other) / one
     found = f"{other:.2f} in vLLM, {one:.2f} in plain PyTorch"
@@ -200,7 +279,10 @@ def compare(reference: ReferenceRun, engine: EngineRun, dtype: str) -> list[Chec
     return [
         outputs,
         Check(
-            "tau in vLLM", state, f"{found}: {apart:.0%} apart", "run again with --dtype float32 and more prompts; if it stays, report it"
+            "tau in vLLM",
+            state,
+            f"{found}: {apart:.0%} apart",
+            "run again with --dtype float32 and more prompts; if it stays, report it",
         ),
     ]
 
@@ -210,15 +292,20 @@ def advise(acceptance: Acceptance, drafter: DrafterConfig) -> list[str]:
     rates, k = acceptance.rates, len(acceptance.rates)
     if acceptance.tau < _NOTHING_ACCEPTED or not rates:
         return []
-    lines = [f"Expect tau {acceptance.tau:.2f} on text like these prompts: each target step yields that many tokens."]
+    lines = [
+        f"Expect tau {acceptance.tau:.2f} on text like these prompts: each target step yields that"
+        " many tokens."
+    ]
     useful = sum(rate >= 0.05 for rate in rates)
     if useful < k:
         lines.append(
-            f"Tokens after the {useful}. are accepted in fewer than 1 of 20 drafts: num_speculative_tokens {useful} loses next to nothing."
+            f"Tokens after the {useful}. are accepted in fewer than 1 of 20 drafts:"
+            f" num_speculative_tokens {useful} loses next to nothing."
         )
     elif k < drafter.max_speculative_tokens and rates[-1] >= 0.3:
         lines.append(
-            f"Whole drafts are often accepted: a larger num_speculative_tokens, up to {drafter.max_speculative_tokens}, would yield more."
+            "Whole drafts are often accepted: a larger num_speculative_tokens, up to"
+            f" {drafter.max_speculative_tokens}, would yield more."
         )
     return lines
 
@@ -228,19 +315,41 @@ def check_text(check: Check) -> str:
     lines = [f"{check.state:<8} {check.name:<{_NAME_WIDTH}}  {check.found}"]
     if check.remedy:
         indent = 11 + _NAME_WIDTH
-        lines += textwrap.wrap(check.remedy, 110, initial_indent=" " * indent + "-> ", subsequent_indent=" " * (indent + 3))
+        lines += textwrap.wrap(
+            check.remedy,
+            110,
+            initial_indent=" " * indent + "-> ",
+            subsequent_indent=" " * (indent + 3),
+        )
     return "\n".join(lines)
 
 
 def summary(diagnosis: Diagnosis) -> str:
     """What follows the checks: acceptance per position, advice and the verdict."""
     lines = []
-    runs = [(name, run.acceptance) for name, run in (("plain PyTorch", diagnosis.reference), ("vLLM", diagnosis.engine)) if run is not None]
+    runs = [
+        (name, run.acceptance)
+        for name, run in (("plain PyTorch", diagnosis.reference), ("vLLM", diagnosis.engine))
+        if run is not None
+    ]
     if runs:
-        lines += ["", f"{'share of drafts accepted at position':<36}" + "".join(f"{i:>6}" for i in range(1, len(runs[0][1].rates) + 1))]
-        lines += [f"  {name:<34}" + "".join(f"{rate:6.2f}" for rate in acceptance.rates) for name, acceptance in runs]
-    errors, warnings = (sum(check.state == state for check in diagnosis.checks) for state in ("error", "warning"))
-    verdict = f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}" if errors or warnings else "all is well"
+        lines += [
+            "",
+            f"{'share of drafts accepted at position':<36}"
+            + "".join(f"{i:>6}" for i in range(1, len(runs[0][1].rates) + 1)),
+        ]
+        lines += [
+            f"  {name:<34}" + "".join(f"{rate:6.2f}" for rate in acceptance.rates)
+            for name, acceptance in runs
+        ]
+    errors, warnings = (
+        sum(check.state == state for check in diagnosis.checks) for state in ("error", "warning")
+    )
+    verdict = (
+        f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}"
+        if errors or warnings
+        else "all is well"
+    )
     return "\n".join([*lines, "", *diagnosis.advice, f"Verdict: {verdict}."])
 
 
@@ -251,7 +360,15 @@ def as_dict(diagnosis: Diagnosis) -> dict[str, Any]:
         "ok": diagnosis.exit_status == 0,
         "checks": [asdict(check) for check in diagnosis.checks],
         **{
-            name: None if run is None else {"tau": run.acceptance.tau, "drafts": run.acceptance.drafts, "acceptance": run.acceptance.rates}
+            name: (
+                None
+                if run is None
+                else {
+                    "tau": run.acceptance.tau,
+                    "drafts": run.acceptance.drafts,
+                    "acceptance": run.acceptance.rates,
+                }
+            )
             for name, run in runs.items()
         },
         "advice": diagnosis.advice,

@@ -17,8 +17,8 @@ FOLDERS = tuple(Path(path) for package in (vllm_dflash, patches) for path in pac
 def imported_names(package: str, folders: Iterable[Path] = FOLDERS) -> dict[str, set[str]]:
     """Dotted names ``module:name`` to the files that import them.
 
-    What may be a module, for its attributes are used (``from vllm import _custom_ops as ops``, then ``ops.rms_norm``),
-    stands here with each of them, as ``vllm:_custom_ops.rms_norm``.
+    What may be a module, for its attributes are used (``from vllm import _custom_ops as ops``, then
+    ``ops.rms_norm``), stands here with each of them, as ``vllm:_custom_ops.rms_norm``.
     """
     found: dict[str, set[str]] = {}
     for folder in folders:
@@ -31,10 +31,20 @@ def imported_names(package: str, folders: Iterable[Path] = FOLDERS) -> dict[str,
 def _names_in(tree: ast.Module, package: str) -> Iterable[str]:
     bound: dict[str, str] = {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and not node.level and _is_below(node.module or "", package):
-            bound |= {alias.asname or alias.name: f"{node.module}:{alias.name}" for alias in node.names}
+        if (
+            isinstance(node, ast.ImportFrom)
+            and not node.level
+            and _is_below(node.module or "", package)
+        ):
+            bound |= {
+                alias.asname or alias.name: f"{node.module}:{alias.name}" for alias in node.names
+            }
         elif isinstance(node, ast.Import):
-            bound |= {alias.asname or alias.name: f"{alias.name}:" for alias in node.names if _is_below(alias.name, package)}
+            bound |= {
+                alias.asname or alias.name: f"{alias.name}:"
+                for alias in node.names
+                if _is_below(alias.name, package)
+            }
     yield from bound.values()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and (dotted := ast.unparse(node.value)) in bound:

@@ -2,7 +2,8 @@
 
     vllm-dflash inspect examples/embedded_pair/dflash
 
-Reads every tensor once, on the CPU; needs neither vLLM nor the target. Tests: ``pytest tests/unit/test_tools.py``.
+Reads every tensor once, on the CPU; needs neither vLLM nor the target. Tests: ``pytest
+tests/unit/test_tools.py``.
 """
 
 import argparse
@@ -68,7 +69,9 @@ class Inspection:
 
     @property
     def parameters(self) -> int:
-        return sum(math.prod(shape) for name, (_, shape) in self.drafter_tensors.items() if name != "d2t")
+        return sum(
+            math.prod(shape) for name, (_, shape) in self.drafter_tensors.items() if name != "d2t"
+        )
 
     @property
     def stored_dtypes(self) -> list[str]:
@@ -77,12 +80,19 @@ class Inspection:
 
     @property
     def own_tables(self) -> list[str]:
-        found = [name for name in ("embed_tokens.weight", "lm_head.weight", "d2t") if name in self.drafter_tensors]
+        found = [
+            name
+            for name in ("embed_tokens.weight", "lm_head.weight", "d2t")
+            if name in self.drafter_tensors
+        ]
         return found + ([MASK_EMBEDDING_FILE] if MASK_EMBEDDING_FILE in self.files else [])
 
 
-def inspect_checkpoint(path: str | Path, *, dtype: str | None = None, progress: bool = False) -> Inspection:
-    """Describes the checkpoint in a folder (or of a hub id that is downloaded) and looks for everything that is wrong with it.
+def inspect_checkpoint(
+    path: str | Path, *, dtype: str | None = None, progress: bool = False
+) -> Inspection:
+    """Describes the checkpoint in a folder (or of a hub id that is downloaded) and looks for
+    everything that is wrong with it.
 
     ``dtype`` is that in which it will serve; None: config.json's.
     """
@@ -96,7 +106,12 @@ def inspect_checkpoint(path: str | Path, *, dtype: str | None = None, progress: 
     if found.config is not None and found.config.unknown_keys:
         found.warnings.append(said_of_unknown_keys(found.config))
     paths = _read_headers(found)
-    for name in (CONFIG_FILE, MASK_EMBEDDING_FILE, *(p.name for p in paths), *(p.name for p in folder.glob("*.safetensors.index.json"))):
+    for name in (
+        CONFIG_FILE,
+        MASK_EMBEDDING_FILE,
+        *(p.name for p in paths),
+        *(p.name for p in folder.glob("*.safetensors.index.json")),
+    ):
         if (folder / name).is_file():
             found.files[name] = (folder / name).stat().st_size
     _read_tensors(found, paths, served or torch.float32, progress)
@@ -142,7 +157,13 @@ def _read_headers(found: Inspection) -> list[Path]:
 def _read_tensors(found: Inspection, paths: list[Path], dtype: torch.dtype, progress: bool) -> None:
     """Looks at the values: numbers that do not serve, the shares of target layers."""
     shares = None if found.config is None else kind_of(found.config).context.shares
-    bar = Progress(total=sum(p.stat().st_size for p in paths), desc="reading", unit="B", unit_scale=True, disable=not progress)
+    bar = Progress(
+        total=sum(p.stat().st_size for p in paths),
+        desc="reading",
+        unit="B",
+        unit_scale=True,
+        disable=not progress,
+    )
     bad: dict[str, torch.Tensor] = {}
     with bar:
         for path in paths:
@@ -156,8 +177,14 @@ def _read_tensors(found: Inspection, paths: list[Path], dtype: torch.dtype, prog
                     stem, _, kind = name.rpartition(".")
                     weight = f"{stem}.weight"
                     pair = {name: tensor}
-                    if kind != "weight" and weight in file.keys() and found.headers[weight][0] in READABLE:  # noqa: SIM118
-                        pair[weight] = file.get_tensor(weight)  # a scale is judged with what it scales
+                    if (
+                        kind != "weight"
+                        and weight in file.keys()  # noqa: SIM118
+                        and found.headers[weight][0] in READABLE
+                    ):
+                        pair[weight] = file.get_tensor(
+                            weight
+                        )  # a scale is judged with what it scales
                     try:
                         check_finite(pair, dtype)
                     except DrafterConfigError:
@@ -175,24 +202,53 @@ def _read_tensors(found: Inspection, paths: list[Path], dtype: torch.dtype, prog
 def as_dict(found: Inspection) -> dict[str, Any]:
     """The same for scripts: plain values under stable names."""
     config = found.config
-    described: dict[str, Any] = {} if config is None else {
-        "format": config.format, "conditioning": config.kind, "block_size": config.block_size,
-        "max_speculative_tokens": config.max_speculative_tokens, "num_hidden_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size, "sliding_windows": list(config.windows),
-        "sliding_causal": config.sliding_causal, "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim, "attention_bias": config.attention_bias,
-        "rope_theta": config.rope_theta, "rope_scaling": None if config.rope_scaling is None else dict(config.rope_scaling),
-        "max_position_embeddings": config.max_position_embeddings, "rms_norm_eps": config.rms_norm_eps,
-        "target_layer_ids": list(config.target_layer_ids), "vllm_layer_ids": [i + 1 for i in config.target_layer_ids],
-        "num_target_layers": config.num_target_layers, "vocab_size": config.vocab_size, "draft_vocab_size": config.draft_vocab_size,
-        "mask_token_id": config.mask_token_id, "dtype": config.dtype,
-        "quantization_config": None if config.quantization_config is None else dict(config.quantization_config),
-    }  # fmt: skip
+    described: dict[str, Any] = (
+        {}
+        if config is None
+        else {
+            "format": config.format,
+            "conditioning": config.kind,
+            "block_size": config.block_size,
+            "max_speculative_tokens": config.max_speculative_tokens,
+            "num_hidden_layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "sliding_windows": list(config.windows),
+            "sliding_causal": config.sliding_causal,
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "attention_bias": config.attention_bias,
+            "rope_theta": config.rope_theta,
+            "rope_scaling": None if config.rope_scaling is None else dict(config.rope_scaling),
+            "max_position_embeddings": config.max_position_embeddings,
+            "rms_norm_eps": config.rms_norm_eps,
+            "target_layer_ids": list(config.target_layer_ids),
+            "vllm_layer_ids": [i + 1 for i in config.target_layer_ids],
+            "num_target_layers": config.num_target_layers,
+            "vocab_size": config.vocab_size,
+            "draft_vocab_size": config.draft_vocab_size,
+            "mask_token_id": config.mask_token_id,
+            "dtype": config.dtype,
+            "quantization_config": (
+                None if config.quantization_config is None else dict(config.quantization_config)
+            ),
+        }
+    )
     return {
-        "path": str(found.folder), "sound": found.sound, "problems": found.problems, "warnings": found.warnings, **described, "own_tables": found.own_tables,
-        "stored_dtypes": found.stored_dtypes, "parameters": found.parameters, "tensors": len(found.drafter_tensors),
-        "bytes": sum(found.files.values()), "files": found.files, "fusion": found.fusion,
-    }  # fmt: skip
+        "path": str(found.folder),
+        "sound": found.sound,
+        "problems": found.problems,
+        "warnings": found.warnings,
+        **described,
+        "own_tables": found.own_tables,
+        "stored_dtypes": found.stored_dtypes,
+        "parameters": found.parameters,
+        "tensors": len(found.drafter_tensors),
+        "bytes": sum(found.files.values()),
+        "files": found.files,
+        "fusion": found.fusion,
+    }
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,5 @@
-"""What can be said of a target and a drafter without running them: one ``Check`` a question, each with its remedy.
+"""What can be said of a target and a drafter without running them: one ``Check`` a question, each
+with its remedy.
 
 pytest tests/engine/test_doctor.py
 """
@@ -18,7 +19,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 @dataclass(frozen=True)
 class Check:
-    """One question's answer; ``state`` is ok, warning or error, and ``remedy`` says what to change."""
+    """One question's answer; ``state`` is ok, warning or error, and ``remedy`` says what to
+    change."""
 
     name: str
     state: str
@@ -28,7 +30,12 @@ class Check:
 
 def refusal(name: str, error: DrafterConfigError) -> Check:
     """What the package refuses, as a check."""
-    return Check(name, "error", f"{error.where}: {error.problem}" if error.where else error.problem, error.remedy)
+    return Check(
+        name,
+        "error",
+        f"{error.where}: {error.problem}" if error.where else error.problem,
+        error.remedy,
+    )
 
 
 @dataclass(frozen=True)
@@ -44,14 +51,24 @@ def checkpoint_checks(found: Inspection) -> list[Check]:
     """The drafter's own folder."""
     if found.errors:
         return [refusal("checkpoint", error) for error in found.errors]
-    unknown = [Check("config keys", "warning", warning, "compare them with the drafter's model card") for warning in found.warnings]
+    unknown = [
+        Check("config keys", "warning", warning, "compare them with the drafter's model card")
+        for warning in found.warnings
+    ]
     return [
         *unknown,
-        Check("checkpoint", "ok", f"{found.config.format if found.config else ''}, {len(found.drafter_tensors)} tensors, all finite"),
+        Check(
+            "checkpoint",
+            "ok",
+            f"{found.config.format if found.config else ''}, {len(found.drafter_tensors)} tensors,"
+            " all finite",
+        ),
     ]
 
 
-def shape_checks(drafter: DrafterConfig, target: Any, settings: Settings, num_tokens: int | None = None) -> list[Check]:
+def shape_checks(
+    drafter: DrafterConfig, target: Any, settings: Settings, num_tokens: int | None = None
+) -> list[Check]:
     """Everything that vLLM's start would refuse, each on its own.
 
     Args:
@@ -59,7 +76,11 @@ def shape_checks(drafter: DrafterConfig, target: Any, settings: Settings, num_to
         num_tokens: how many tokens the target's tokenizer has, where that is known.
     """
     shape, text = TargetShape.from_hf(target, num_tokens), target.get_text_config()
-    same = TargetShape(drafter.hidden_size, drafter.num_target_layers or shape.num_hidden_layers, drafter.vocab_size)
+    same = TargetShape(
+        drafter.hidden_size,
+        drafter.num_target_layers or shape.num_hidden_layers,
+        drafter.vocab_size,
+    )
     anywhere = replace(drafter, num_target_layers=None)
     k = settings.num_speculative_tokens or drafter.max_speculative_tokens
     theirs = getattr(text, "max_position_embeddings", None) or drafter.max_position_embeddings
@@ -71,23 +92,44 @@ def shape_checks(drafter: DrafterConfig, target: Any, settings: Settings, num_to
             check_pair(config, replace(same, num_hidden_layers=shape.num_hidden_layers), 1, 1)
 
     return [
-        _asked("hidden size", f"{shape.hidden_size} in both", lambda: check_pair(drafter, replace(same, hidden_size=shape.hidden_size), 1, 1)),
-        _asked("vocabulary", _vocabularies(drafter, shape),
-               lambda: check_pair(drafter, replace(same, vocab_size=shape.vocab_size, num_tokens=num_tokens), 1, 1)),
-        _asked("target layers", f"{ids} of {shape.num_hidden_layers}, counted from 0", has_the_layers),
-        _asked("drafted tokens", f"num_speculative_tokens {k} of at most {drafter.max_speculative_tokens}", lambda: check_pair(drafter, same, k, 1)),
-        _asked("context length", f"{length} tokens; drafter to {drafter.max_position_embeddings}, target to {theirs}",
-               lambda: check_pair(drafter, same, 1, length)),
+        _asked(
+            "hidden size",
+            f"{shape.hidden_size} in both",
+            lambda: check_pair(drafter, replace(same, hidden_size=shape.hidden_size), 1, 1),
+        ),
+        _asked(
+            "vocabulary",
+            _vocabularies(drafter, shape),
+            lambda: check_pair(
+                drafter, replace(same, vocab_size=shape.vocab_size, num_tokens=num_tokens), 1, 1
+            ),
+        ),
+        _asked(
+            "target layers", f"{ids} of {shape.num_hidden_layers}, counted from 0", has_the_layers
+        ),
+        _asked(
+            "drafted tokens",
+            f"num_speculative_tokens {k} of at most {drafter.max_speculative_tokens}",
+            lambda: check_pair(drafter, same, k, 1),
+        ),
+        _asked(
+            "context length",
+            f"{length} tokens; drafter to {drafter.max_position_embeddings}, target to {theirs}",
+            lambda: check_pair(drafter, same, 1, length),
+        ),
         _longer_than_target(length, theirs),
         _rope(drafter, text),
         _dtype(drafter, text, settings.dtype),
-    ]  # fmt: skip
+    ]
 
 
 def _vocabularies(drafter: DrafterConfig, shape: TargetShape) -> str:
     if drafter.vocab_size == shape.vocab_size:
         return f"{shape.vocab_size} tokens in both"
-    return f"{drafter.vocab_size} tokens; the target's {shape.vocab_size} rows end in padding, its tokenizer has {shape.num_tokens}"
+    return (
+        f"{drafter.vocab_size} tokens; the target's {shape.vocab_size} rows end in padding, its"
+        f" tokenizer has {shape.num_tokens}"
+    )
 
 
 def _asked(name: str, found: str, question: Callable[[], object]) -> Check:
@@ -101,7 +143,10 @@ def _asked(name: str, found: str, question: Callable[[], object]) -> Check:
 def _longer_than_target(length: int, theirs: int) -> Check:
     if length > theirs:
         return Check(
-            "target's context", "error", f"max_model_len {length} is more than the target's {theirs}", f"--max-model-len {theirs} or less"
+            "target's context",
+            "error",
+            f"max_model_len {length} is more than the target's {theirs}",
+            f"--max-model-len {theirs} or less",
         )
     return Check("target's context", "ok", f"{length} of {theirs} tokens")
 
@@ -109,57 +154,97 @@ def _longer_than_target(length: int, theirs: int) -> Check:
 def _rope(drafter: DrafterConfig, text: Any) -> Check:
     parameters = getattr(text, "rope_parameters", None) or {}
     theta = parameters.get("rope_theta", getattr(text, "rope_theta", None))
-    kind, ours = parameters.get("rope_type", "default"), (drafter.rope_scaling or {}).get("rope_type", "default")
+    kind, ours = (
+        parameters.get("rope_type", "default"),
+        (drafter.rope_scaling or {}).get("rope_type", "default"),
+    )
     if theta is None:
-        return Check("rotary", "ok", f"theta {drafter.rope_theta:g}, {ours}; the target's config gives no single one")
+        return Check(
+            "rotary",
+            "ok",
+            f"theta {drafter.rope_theta:g}, {ours}; the target's config gives no single one",
+        )
     if theta == drafter.rope_theta and kind == ours:
         return Check("rotary", "ok", f"theta {theta:g}, {kind} in both")
     return Check(
-        "rotary", "warning", f"theta {drafter.rope_theta:g} ({ours}) in the drafter, {theta:g} ({kind}) in the target",
+        "rotary",
+        "warning",
+        f"theta {drafter.rope_theta:g} ({ours}) in the drafter, {theta:g} ({kind}) in the target",
         "legal where it was trained so; where tau is low, compare with the drafter's model card",
-    )  # fmt: skip
+    )
 
 
 def _dtype(drafter: DrafterConfig, text: Any, asked: str) -> Check:
     served, stored = resolved_dtype(text, asked), drafter.dtype
     if served == "float16" and stored != "float16":
-        return Check("dtype", "warning", f"stored as {stored}, run in float16, whose range is smaller", "serve with --dtype bfloat16")
+        return Check(
+            "dtype",
+            "warning",
+            f"stored as {stored}, run in float16, whose range is smaller",
+            "serve with --dtype bfloat16",
+        )
     return Check("dtype", "ok", f"stored as {stored}, run in {served}")
 
 
 def tokenizer_checks(drafter: DrafterConfig, folder: Path, tokenizer: Any) -> list[Check]:
-    """The target's tokenizer (or None) against the drafter folder's, and the mask token's place in it."""
+    """The target's tokenizer (or None) against the drafter folder's, and the mask token's place in
+    it."""
     if tokenizer is None:
-        return [Check("tokenizer", "warning", "the target has none that can be loaded", "give --prompts with prompt_token_ids")]
+        return [
+            Check(
+                "tokenizer",
+                "warning",
+                "the target has none that can be loaded",
+                "give --prompts with prompt_token_ids",
+            )
+        ]
     return [_same_tokenizer(folder, tokenizer), _mask_token(drafter.mask_token_id, tokenizer)]
 
 
 def _same_tokenizer(folder: Path, tokenizer: Any) -> Check:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return Check("tokenizer", "ok", f"the target's, {len(tokenizer)} tokens; the drafter brings none")
+        return Check(
+            "tokenizer", "ok", f"the target's, {len(tokenizer)} tokens; the drafter brings none"
+        )
     own = load_tokenizer(folder)
     if own is None:
-        return Check("tokenizer", "warning", "the drafter's cannot be loaded", "remove it: serving uses the target's")
+        return Check(
+            "tokenizer",
+            "warning",
+            "the drafter's cannot be loaded",
+            "remove it: serving uses the target's",
+        )
     if are_equal(own, tokenizer):
         return Check("tokenizer", "ok", f"equal, {len(tokenizer)} tokens")
     ours, theirs = own.get_vocab(), tokenizer.get_vocab()
-    different = [token for token, i in ours.items() if theirs.get(token) != i] + [token for token in theirs if token not in ours]
-    found = f"the drafter's is another one: {len(different)} tokens differ" + (f", such as {different[0]!r}" if different else "")
-    return Check("tokenizer", "error", found, "serve the drafter with the target that its model card names")
+    different = [token for token, i in ours.items() if theirs.get(token) != i] + [
+        token for token in theirs if token not in ours
+    ]
+    found = f"the drafter's is another one: {len(different)} tokens differ" + (
+        f", such as {different[0]!r}" if different else ""
+    )
+    return Check(
+        "tokenizer", "error", found, "serve the drafter with the target that its model card names"
+    )
 
 
 def _mask_token(mask: int, tokenizer: Any) -> Check:
     if mask >= len(tokenizer):
         return Check("mask token", "ok", f"{mask}, a row of the embedding that no text reaches")
     name = tokenizer.convert_ids_to_tokens(mask)
-    special = mask in tokenizer.all_special_ids or mask in getattr(tokenizer, "added_tokens_decoder", {})
+    special = mask in tokenizer.all_special_ids or mask in getattr(
+        tokenizer, "added_tokens_decoder", {}
+    )
     if special:
         return Check("mask token", "ok", f"{mask}, {name!r}, which ordinary text does not yield")
     if mask in tokenizer(tokenizer.decode([mask]), add_special_tokens=False)["input_ids"]:
         return Check(
-            "mask token", "warning", f"{mask} is {name!r}, which ordinary text yields: the drafter takes it there for a token to be drafted",
+            "mask token",
+            "warning",
+            f"{mask} is {name!r}, which ordinary text yields: the drafter takes it there for a"
+            " token to be drafted",
             "compare mask_token_id with the drafter's model card",
-        )  # fmt: skip
+        )
     return Check("mask token", "ok", f"{mask}, {name!r}")
 
 
@@ -167,5 +252,11 @@ def plugin_check() -> Check:
     """Whether vLLM would draft with this package at all."""
     reason = why_off()
     if reason is not None:
-        return Check("plug-in", "error", reason, "unset the variable, or install the package where vLLM is; `vllm-dflash status` says more")
+        return Check(
+            "plug-in",
+            "error",
+            reason,
+            "unset the variable, or install the package where vLLM is; `vllm-dflash status` says"
+            " more",
+        )
     return Check("plug-in", "ok", "on")

@@ -1,4 +1,5 @@
-"""The doctor's runs: the pair in plain PyTorch, and in a vLLM engine in a process of its own, over the same prompts, greedy.
+"""The doctor's runs: the pair in plain PyTorch, and in a vLLM engine in a process of its own, over
+the same prompts, greedy.
 
 pytest tests/engine/test_doctor.py
 """
@@ -30,7 +31,8 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class Pair:
-    """What runs: folders (or a hub id for the target), prompts as token ids, and settings that are all given."""
+    """What runs: folders (or a hub id for the target), prompts as token ids, and settings that are
+    all given."""
 
     target: str
     draft: Path
@@ -42,13 +44,15 @@ class Pair:
 
     @property
     def max_model_len(self) -> int:
-        """Room for the longest prompt, its output and one more block: near the limit drafts get shorter, which is not the question."""
+        """Room for the longest prompt, its output and one more block: near the limit drafts get
+        shorter, which is not the question."""
         return max(map(len, self.prompts)) + self.max_tokens + self.num_speculative_tokens + 1
 
 
 @dataclass(frozen=True)
 class Shift:
-    """What other target layers would give: ``gain`` accepted tokens a draft more, its standard error, and how many prompts gain."""
+    """What other target layers would give: ``gain`` accepted tokens a draft more, its standard
+    error, and how many prompts gain."""
 
     gain: float
     error: float
@@ -65,7 +69,8 @@ class ReferenceRun:
 
     tokens: list[list[int]]
     leads: list[list[float]]
-    """Per generated token, the target's best logit less the second, relative to the best: where small, rounding decides."""
+    """Per generated token, the target's best logit less the second, relative to the best: where
+    small, rounding decides."""
     acceptance: Acceptance
     shifts: dict[int, Shift]
 
@@ -79,9 +84,11 @@ class EngineRun:
 
 
 def run_reference(pair: Pair, progress: bool) -> ReferenceRun:
-    """Decodes each prompt in plain PyTorch on the first device there is; then drafts again with neighbouring target layers.
+    """Decodes each prompt in plain PyTorch on the first device there is; then drafts again with
+    neighbouring target layers.
 
-    Always, not only where tau is low: the layers of a target resemble their neighbours, so ids that are off by one cost little enough to
+    Always, not only where tau is low: the layers of a target resemble their neighbours, so ids that
+    are off by one cost little enough to
     be missed (the embedded pair: tau 3.59, with ids one higher 3.21, one lower 3.42).
 
     Raises:
@@ -92,19 +99,29 @@ def run_reference(pair: Pair, progress: bool) -> ReferenceRun:
     target = load_model(pair.target, pair.dtype, device)
     if not hasattr(getattr(target, "model", None), "layers"):
         raise DrafterConfigError(
-            f"{type(target).__name__} has no model.layers, where the reference looks for the target's layers; vLLM alone is asked"
+            f"{type(target).__name__} has no model.layers, where the reference looks for the"
+            " target's layers; vLLM alone is asked"
         )
     k = pair.num_speculative_tokens
     tokens, leads, steps = [], [], []
-    with Progress(total=2 * len(pair.prompts), desc="plain PyTorch", unit=" prompts", disable=not progress) as bar:
+    with Progress(
+        total=2 * len(pair.prompts), desc="plain PyTorch", unit=" prompts", disable=not progress
+    ) as bar:
         for prompt in pair.prompts:
-            done = generate(target, drafter, prompt, pair.max_tokens, k, pair.eos_token_id, pair.max_model_len)
+            done = generate(
+                target, drafter, prompt, pair.max_tokens, k, pair.eos_token_id, pair.max_model_len
+            )
             tokens.append(done.tokens)
             steps += [step for step in done.steps if step.draft.tokens]
             leads.append(_leads(target, prompt, done.tokens))
             bar.update()
         shifts = _shifts(
-            target, drafter, [[*p, *t] for p, t in zip(pair.prompts, tokens, strict=True)], list(map(len, pair.prompts)), k, bar
+            target,
+            drafter,
+            [[*p, *t] for p, t in zip(pair.prompts, tokens, strict=True)],
+            list(map(len, pair.prompts)),
+            k,
+            bar,
         )
     return ReferenceRun(tokens, leads, Acceptance.of((step.accepted for step in steps), k), shifts)
 
@@ -117,11 +134,20 @@ def _leads(target: Any, prompt: Sequence[int], tokens: Sequence[int]) -> list[fl
     return ((best - second) / best.abs().clamp(min=1e-9)).tolist()
 
 
-def _shifts(target: Any, drafter: Drafter, sequences: list[list[int]], starts: list[int], k: int, bar: Any) -> dict[int, Shift]:
-    """Accepted tokens a draft with every target layer id one lower and one higher, against the ids as they are, anchor by anchor."""
+def _shifts(
+    target: Any, drafter: Drafter, sequences: list[list[int]], starts: list[int], k: int, bar: Any
+) -> dict[int, Shift]:
+    """Accepted tokens a draft with every target layer id one lower and one higher, against the ids
+    as they are, anchor by anchor."""
     config, depth = drafter.config, len(target.model.layers)
-    stride = max(1, sum(len(s) - n for s, n in zip(sequences, starts, strict=True)) // _REPLAYED_ANCHORS)
-    possible = [s for s in SHIFTS if min(config.target_layer_ids) + s >= 0 and max(config.target_layer_ids) + s < depth]
+    stride = max(
+        1, sum(len(s) - n for s, n in zip(sequences, starts, strict=True)) // _REPLAYED_ANCHORS
+    )
+    possible = [
+        s
+        for s in SHIFTS
+        if min(config.target_layer_ids) + s >= 0 and max(config.target_layer_ids) + s < depth
+    ]
     differences: dict[int, list[list[int]]] = {shift: [] for shift in possible}
     for sequence, start in zip(sequences, starts, strict=True):
         anchors = range(start, len(sequence) - 1, stride)
@@ -129,9 +155,13 @@ def _shifts(target: Any, drafter: Drafter, sequences: list[list[int]], starts: l
         for shift in (0, *possible):
             drafter.config = _shifted(config, shift)
             drafts = replay_drafts(target, drafter, sequence, anchors, k) if anchors else []
-            accepted[shift] = [_common(d.tokens, sequence[n + 1 :]) for d, n in zip(drafts, anchors, strict=True)]
+            accepted[shift] = [
+                _common(d.tokens, sequence[n + 1 :]) for d, n in zip(drafts, anchors, strict=True)
+            ]
         for shift in possible:
-            differences[shift].append([b - a for a, b in zip(accepted[0], accepted[shift], strict=True)])
+            differences[shift].append(
+                [b - a for a, b in zip(accepted[0], accepted[shift], strict=True)]
+            )
         bar.update()
     drafter.config = config
     return {shift: _paired(each) for shift, each in differences.items()}
@@ -142,7 +172,10 @@ def _shifted(config: DrafterConfig, shift: int) -> DrafterConfig:
 
 
 def _common(draft: Sequence[int], truth: Sequence[int]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(draft, truth, strict=False)) if a != b), min(len(draft), len(truth)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(draft, truth, strict=False)) if a != b),
+        min(len(draft), len(truth)),
+    )
 
 
 def _paired(differences: list[list[int]]) -> Shift:
@@ -160,15 +193,24 @@ def run_engine(pair: Pair, progress: bool) -> EngineRun:
         EngineError: it did not start, or died.
     """
     settings = {
-        "target": pair.target, "draft": str(pair.draft), "max_tokens": pair.max_tokens, "dtype": pair.dtype,
-        "num_speculative_tokens": pair.num_speculative_tokens, "eos_token_id": pair.eos_token_id, "max_model_len": pair.max_model_len,
-    }  # fmt: skip
+        "target": pair.target,
+        "draft": str(pair.draft),
+        "max_tokens": pair.max_tokens,
+        "dtype": pair.dtype,
+        "num_speculative_tokens": pair.num_speculative_tokens,
+        "eos_token_id": pair.eos_token_id,
+        "max_model_len": pair.max_model_len,
+    }
     with (
         tempfile.TemporaryDirectory() as folder,
-        Progress(total=len(pair.prompts), desc="vLLM", unit=" prompts", disable=not progress) as bar,
+        Progress(
+            total=len(pair.prompts), desc="vLLM", unit=" prompts", disable=not progress
+        ) as bar,
     ):
         try:
-            with EngineProcess("vllm_dflash.tools.engine_run", settings, Path(folder, "log"), QUIET) as engine:
+            with EngineProcess(
+                "vllm_dflash.tools.engine_run", settings, Path(folder, "log"), QUIET
+            ) as engine:
                 engine.wait_until_ready()
                 result = engine.do({"prompts": [list(p) for p in pair.prompts]}, bar.update)
         except EngineFailedError as error:

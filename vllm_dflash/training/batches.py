@@ -1,4 +1,5 @@
-"""Which sequences and anchors a step trains on: a function of the seed and the step alone, so that resuming needs no state. Pure.
+"""Which sequences and anchors a step trains on: a function of the seed and the step alone, so that
+resuming needs no state. Pure.
 
 pytest tests/unit/test_train_batches.py
 """
@@ -10,7 +11,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's rows over all workers: sequence numbers [B], anchors int64 [B, N] in ascending order, and which exist, bool [B, N]."""
+    """One step's rows over all workers: sequence numbers [B], anchors int64 [B, N] in ascending
+    order, and which exist, bool [B, N]."""
 
     rows: np.ndarray
     anchors: np.ndarray
@@ -18,13 +20,25 @@ class Batch:
 
     def part(self, start: int, size: int) -> "Batch":
         """A forward's rows."""
-        return Batch(self.rows[start : start + size], self.anchors[start : start + size], self.exists[start : start + size])
+        return Batch(
+            self.rows[start : start + size],
+            self.anchors[start : start + size],
+            self.exists[start : start + size],
+        )
 
 
 class Plan:
-    """The batches of a run. Sequences come in a new order each epoch; anchors are places of the response, drawn anew each time."""
+    """The batches of a run. Sequences come in a new order each epoch; anchors are places of the
+    response, drawn anew each time."""
 
-    def __init__(self, lengths: np.ndarray, prompt_lengths: np.ndarray, batch_size: int, anchors: int, seed: int) -> None:
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        prompt_lengths: np.ndarray,
+        batch_size: int,
+        anchors: int,
+        seed: int,
+    ) -> None:
         # An anchor is an answer's token that at least one follows.
         self.usable = np.flatnonzero(lengths - prompt_lengths >= 2)
         if not len(self.usable):
@@ -61,5 +75,8 @@ class Plan:
     def _row(self, place: int) -> int:
         epoch, index = divmod(place, len(self.usable))
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self.seed, 0, epoch]).permutation(self.usable))
+            self._order = (
+                epoch,
+                np.random.default_rng([self.seed, 0, epoch]).permutation(self.usable),
+            )
         return int(self._order[1][index])

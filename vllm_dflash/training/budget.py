@@ -1,7 +1,10 @@
-"""What a run will take, from its settings and the models' shapes alone: parameters, memory, disk, and arithmetic. Pure.
+"""What a run will take, from its settings and the models' shapes alone: parameters, memory, disk,
+and arithmetic. Pure.
 
-Arithmetic is matrix products only: 2 a parameter and token forward, 6 where weights learn, 4 through the frozen lm_head; attention scores
-are left out. Limits: sequences are taken as long as they may get, so a run ends sooner than this says.
+Arithmetic is matrix products only: 2 a parameter and token forward, 6 where weights learn, 4
+through the frozen lm_head; attention scores
+are left out. Limits: sequences are taken as long as they may get, so a run ends sooner than this
+says.
 
     vllm-dflash train ... --dry-run             pytest tests/unit/test_train_budget.py
 """
@@ -25,7 +28,8 @@ class Budget:
 
     parameters: int
     optimizer_bytes: int
-    """Weights, gradients, the optimizer's moments and averages, all float32, on every worker; with fsdp its part, and whole weights for a step."""
+    """Weights, gradients, the optimizer's moments and averages, all float32, on every worker; with
+    fsdp its part, and whole weights for a step."""
     checkpoint_bytes: int
     """The two that are kept."""
     cache_bytes: int
@@ -40,20 +44,31 @@ class Budget:
         return (self.target_operations + self.drafter_operations) / operations_a_second / 3600
 
 
-def budget(settings: Settings, config: DrafterConfig, target_parameters: int, prompts: int) -> Budget:
+def budget(
+    settings: Settings, config: DrafterConfig, target_parameters: int, prompts: int
+) -> Budget:
     """For so many prompts to train on, whose answers are all of ``response_tokens``."""
-    table, sizes = settings.train, {name: prod(shape) for name, shape in expected_tensors(config).items()}
+    table, sizes = (
+        settings.train,
+        {name: prod(shape) for name, shape in expected_tensors(config).items()},
+    )
     parameters = sum(sizes.values())
     steps = table.steps or max(1, round(table.epochs * prompts / table.batch_size))
     sequences = steps * table.batch_size
     length = settings.data.max_prompt_tokens + settings.generate.response_tokens
     # What runs over context positions, and what runs over a block's queries.
     context = kind_of(config).context
-    over_context = sum(n for name, n in sizes.items() if any(part in name for part in context.over_context))
-    over_queries = sum(
-        n for name, n in sizes.items() if name.startswith("layers.") and not any(part in name for part in context.own_projections)
+    over_context = sum(
+        n for name, n in sizes.items() if any(part in name for part in context.over_context)
     )
-    queries = sequences * min(table.anchors, settings.generate.response_tokens - 1) * config.block_size
+    over_queries = sum(
+        n
+        for name, n in sizes.items()
+        if name.startswith("layers.") and not any(part in name for part in context.own_projections)
+    )
+    queries = (
+        sequences * min(table.anchors, settings.generate.response_tokens - 1) * config.block_size
+    )
     head = config.vocab_size * config.hidden_size
     moments = 2 if table.optimizer == "adamw" else 1
     kept = parameters * _FLOAT32 * (1 + moments + bool(table.ema))
@@ -63,20 +78,46 @@ def budget(settings: Settings, config: DrafterConfig, target_parameters: int, pr
         held = held // table.workers + parameters * _FLOAT32
     features = config.num_features * config.hidden_size * dtype.itemsize * length
     return Budget(
-        parameters=parameters, optimizer_bytes=held, checkpoint_bytes=2 * kept, cache_bytes=features * prompts,
-        generated_tokens=prompts * settings.generate.response_tokens, steps=steps,
-        target_operations=2.0 * target_parameters * length * (prompts if settings.features.cache else sequences),
-        drafter_operations=6.0 * over_context * length * sequences + (6.0 * over_queries + 4.0 * head) * queries,
-    )  # fmt: skip
+        parameters=parameters,
+        optimizer_bytes=held,
+        checkpoint_bytes=2 * kept,
+        cache_bytes=features * prompts,
+        generated_tokens=prompts * settings.generate.response_tokens,
+        steps=steps,
+        target_operations=2.0
+        * target_parameters
+        * length
+        * (prompts if settings.features.cache else sequences),
+        drafter_operations=6.0 * over_context * length * sequences
+        + (6.0 * over_queries + 4.0 * head) * queries,
+    )
 
 
 def as_text(found: Budget, workers: int) -> str:
     """Lines for ``--dry-run``."""
-    return "\n".join([
-        f"drafter             {found.parameters / 1e6:,.1f} M parameters; {found.optimizer_bytes / 1e9:,.1f} GB of weights and optimizer on every worker",
-        f"answers             at most {found.generated_tokens / 1e6:,.1f} M tokens",
-        f"disk                {found.checkpoint_bytes / 1e9:,.1f} GB of checkpoints; {found.cache_bytes / 1e9:,.0f} GB of features, were all cached",
-        f"training            {found.steps:,} steps, at most {found.target_operations + found.drafter_operations:.1e} operations, the target's "
-        f"{found.target_operations / (found.target_operations + found.drafter_operations):.0%} of them",
-        f"                    {found.hours(4e14 * workers):,.1f} hours at 400 TFLOP/s a worker (40 % of an H100's bfloat16)",
-    ])  # fmt: skip
+    operations = found.target_operations + found.drafter_operations
+    share = found.target_operations / operations
+    return "\n".join(
+        [
+            (
+                f"drafter             {found.parameters / 1e6:,.1f} M parameters;"
+                f" {found.optimizer_bytes / 1e9:,.1f} GB of weights and optimizer on every worker"
+            ),
+            f"answers             at most {found.generated_tokens / 1e6:,.1f} M tokens",
+            (
+                f"disk                {found.checkpoint_bytes / 1e9:,.1f} GB of checkpoints;"
+                f" {found.cache_bytes / 1e9:,.0f} GB of features, were all cached"
+            ),
+            (
+                f"training            {found.steps:,} steps, at most"
+                f" {operations:.1e} operations, the"
+                " target's"
+                f" {share:.0%}"
+                " of them"
+            ),
+            (
+                f"                    {found.hours(4e14 * workers):,.1f} hours at 400 TFLOP/s a"
+                " worker (40 % of an H100's bfloat16)"
+            ),
+        ]
+    )

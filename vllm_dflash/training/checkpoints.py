@@ -1,6 +1,8 @@
-"""Training checkpoints: all that a resumed run needs to end as one that was not stopped; the newest two are kept.
+"""Training checkpoints: all that a resumed run needs to end as one that was not stopped; the newest
+two are kept.
 
-Limits: a checkpoint is in memory once more while it is written, so that a full disk is an error of the system's and not of torch's.
+Limits: a checkpoint is in memory once more while it is written, so that a full disk is an error of
+the system's and not of torch's.
 
     pytest tests/unit/test_train_resume.py
 """
@@ -23,7 +25,8 @@ _NOTE = {"step": AtLeast(int, 1), "sha256": str}
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Writes the checkpoint of the first ``step`` steps, and removes older ones once it is whole."""
+    """Writes the checkpoint of the first ``step`` steps, and removes older ones once it is
+    whole."""
     path = _path(folder, step)
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -36,7 +39,8 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> None:
 
 
 def load_newest(folder: Path, device: str) -> tuple[int, dict[str, Any]] | None:
-    """The newest whole checkpoint's step and state; None where there is none. Those that are damaged are passed over, with a line.
+    """The newest whole checkpoint's step and state; None where there is none. Those that are
+    damaged are passed over, with a line.
 
     Raises:
         TrainingError: there are checkpoints, but none is as it was written.
@@ -45,12 +49,23 @@ def load_newest(folder: Path, device: str) -> tuple[int, dict[str, Any]] | None:
     for path in found:
         try:
             return _load(path, device)
-        except (TrainingError, OSError, EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError) as error:
-            print(f"{str(error).splitlines()[0]}\n{path} is not as it was written, and is passed over: look at the disk")
+        except (
+            TrainingError,
+            OSError,
+            EOFError,
+            RuntimeError,
+            ValueError,
+            LookupError,
+            pickle.UnpicklingError,
+        ) as error:
+            print(
+                f"{str(error).splitlines()[0]}\n{path} is not as it was written, and is passed"
+                " over: look at the disk"
+            )
     if found:
         raise TrainingError(
-            f"no checkpoint in {folder} is as it was written ({', '.join(p.name for p in found)}): remove the folder to train anew, "
-            "and look at the disk"
+            f"no checkpoint in {folder} is as it was written ({', '.join(p.name for p in found)}):"
+            " remove the folder to train anew, and look at the disk"
         )
     return None
 
@@ -75,10 +90,15 @@ def _step(path: Path) -> int:
 
 
 def _finished(folder: Path) -> list[Path]:
-    """Checkpoints with their note, newest first; an OSError where the folder is there and cannot be listed, which ``glob`` takes for empty."""
+    """Checkpoints with their note, newest first; an OSError where the folder is there and cannot be
+    listed, which ``glob`` takes for empty."""
     try:
         found = [Path(name) for name in os.listdir(folder)]
     except FileNotFoundError:
         return []
     names = {path.stem for path in found if re.fullmatch(r"step-\d+\.json", path.name)}
-    return sorted((folder / f"{name}.pt" for name in names if (folder / f"{name}.pt").exists()), key=_step, reverse=True)
+    return sorted(
+        (folder / f"{name}.pt" for name in names if (folder / f"{name}.pt").exists()),
+        key=_step,
+        reverse=True,
+    )

@@ -1,4 +1,5 @@
-"""What drafter is trained for a target, from settings or from a drafter to go on from; and its first weights.
+"""What drafter is trained for a target, from settings or from a drafter to go on from; and its
+first weights.
 
 pytest tests/unit/test_train_drafter.py
 """
@@ -43,52 +44,79 @@ def plan(settings: Settings, target: Target) -> tuple[DrafterConfig, str]:
 
 
 def decide_mask(settings: Settings, target: Target) -> Settings:
-    """The settings, with ``mask_embedding`` decided: trained where no token is free, or where what is begun from has one.
+    """The settings, with ``mask_embedding`` decided: trained where no token is free, or where what
+    is begun from has one.
 
     Raises:
         TrainingError: it is set to false, and the drafter that is begun from has one.
     """
     table = settings.drafter
-    begun = [folder for folder in (table.init, table.init_layers) if folder and (Path(folder) / MASK_EMBEDDING_FILE).is_file()]
+    begun = [
+        folder
+        for folder in (table.init, table.init_layers)
+        if folder and (Path(folder) / MASK_EMBEDDING_FILE).is_file()
+    ]
     if table.mask_embedding is False and begun:
-        raise TrainingError(f"mask_embedding is set to false, but {begun[0]} was trained with one of its own: leave the setting out")
+        raise TrainingError(
+            f"mask_embedding is set to false, but {begun[0]} was trained with one of its own: leave"
+            " the setting out"
+        )
     own = table.mask_embedding
     if own is None:
         own = bool(begun) or (
-            table.init is None and table.mask_token_id is None and target.tokenizer is not None and _free_token(target) is None
+            table.init is None
+            and table.mask_token_id is None
+            and target.tokenizer is not None
+            and _free_token(target) is None
         )
     return replace(settings, drafter=replace(table, mask_embedding=own))
 
 
 def mask_token(target: Target, given: int | None, own_embedding: bool = False) -> tuple[int, str]:
-    """A token that fills the places to draft: given, the tokenizer's own, or one that text never holds; and which of them.
+    """A token that fills the places to draft: given, the tokenizer's own, or one that text never
+    holds; and which of them.
 
-    Where none is free the end token's id stands for the mask, whose embedding is the drafter's own (``decide_mask``).
+    Where none is free the end token's id stands for the mask, whose embedding is the drafter's own
+    (``decide_mask``).
     """
     own = "; its embedding is the drafter's own (mask_embedding.pt)" if own_embedding else ""
     if given is not None:
         return given, f"as set{own}"
     if target.tokenizer is None:
         raise TrainingError(
-            f"the target has no tokenizer: give --mask-token-id, an id below {target.shape.vocab_size} that its text never holds"
+            "the target has no tokenizer: give --mask-token-id, an id below"
+            f" {target.shape.vocab_size} that its text never holds"
         )
     free = _free_token(target)
     if free is not None:
         return free[0], free[1] + own
     end = target.eos_token_id if target.eos_token_id is not None else target.tokenizer.eos_token_id
     if end is None or not own_embedding:
-        remedy = "set mask_embedding" if end is not None else "give --mask-token-id, the id of a token that text never holds"
-        raise TrainingError(f"the tokenizer has no mask, reserved or padding token, and no row is free: {remedy}")
+        remedy = (
+            "set mask_embedding"
+            if end is not None
+            else "give --mask-token-id, the id of a token that text never holds"
+        )
+        raise TrainingError(
+            f"the tokenizer has no mask, reserved or padding token, and no row is free: {remedy}"
+        )
     return end, f"the end token, for none is free{own}"
 
 
 def _free_token(target: Target) -> tuple[int, str] | None:
-    """A token that text never holds, and which; the embedding's rows past the tokenizer are what z-lab's drafters for Qwen3 take."""
+    """A token that text never holds, and which; the embedding's rows past the tokenizer are what
+    z-lab's drafters for Qwen3 take."""
     tokenizer, rows = target.tokenizer, target.shape.vocab_size
     if getattr(tokenizer, "mask_token_id", None) is not None:
         return tokenizer.mask_token_id, f"the tokenizer's mask token {tokenizer.mask_token}"
     if len(tokenizer) < rows:
-        return len(tokenizer), f"the first of the embedding's {rows - len(tokenizer)} rows that the tokenizer does not use"
+        return (
+            len(tokenizer),
+            (
+                f"the first of the embedding's {rows - len(tokenizer)} rows that the tokenizer does"
+                " not use"
+            ),
+        )
     for token, index in sorted(tokenizer.get_added_vocab().items(), key=lambda item: item[1]):
         if _RESERVED.search(token) and index < rows:
             return index, f"the reserved token {token}"
@@ -98,7 +126,8 @@ def _free_token(target: Target) -> tuple[int, str] | None:
 
 
 def default_layers(kind: str, num_target_layers: int) -> int:
-    """The papers' depth, or less for a shallow target: draft layers cost as much as the target's."""
+    """The papers' depth, or less for a shallow target: draft layers cost as much as the
+    target's."""
     return max(1, kinds.every()[kind].layers(num_target_layers))
 
 
@@ -110,10 +139,12 @@ def default_features(kind: str, layers: int, num_target_layers: int) -> tuple[in
 
 
 def first_weights(config: DrafterConfig, settings: Settings, model: Any) -> Drafter:
-    """The drafter to begin with, in float32: ``init``'s weights, copies of target layers or of a drafter's, or random ones from the seed.
+    """The drafter to begin with, in float32: ``init``'s weights, copies of target layers or of a
+    drafter's, or random ones from the seed.
 
     Raises:
-        TrainingError: those layers have another shape than the drafter's, or ``init`` or ``init_layers`` is unusable.
+        TrainingError: those layers have another shape than the drafter's, or ``init`` or
+            ``init_layers`` is unusable.
     """
     torch.manual_seed(settings.run.seed)
     drafter: Drafter = new_drafter(config).float()
@@ -124,8 +155,9 @@ def first_weights(config: DrafterConfig, settings: Settings, model: Any) -> Draf
             raise TrainingError(f"init: {error}") from None
         if loaded.own != OwnTables():
             raise TrainingError(
-                f"the drafter of init, {settings.drafter.init}, has an embedding or lm_head of its own, which is not trained here: "
-                "begin with its layers by init_layers, or give a drafter without"
+                f"the drafter of init, {settings.drafter.init}, has an embedding or lm_head of its"
+                " own, which is not trained here: begin with its layers by init_layers, or give a"
+                " drafter without"
             )
         drafter.mask_embedding = loaded.mask_embedding
         drafter.load_state_dict(loaded.state_dict())
@@ -149,12 +181,18 @@ def first_weights(config: DrafterConfig, settings: Settings, model: Any) -> Draf
 
 
 def with_weights(config: DrafterConfig, weights: Mapping[str, torch.Tensor]) -> Drafter:
-    """A drafter with these weights by parameter name; projections that were tied are tensors of their own in it, as on disk."""
+    """A drafter with these weights by parameter name; projections that were tied are tensors of
+    their own in it, as on disk."""
     out = new_drafter(config)
     if "mask_embedding" in weights:
         out.mask_embedding = nn.Parameter(torch.empty(config.hidden_size))
     # A tied projection is named once, by its block's own.
-    out.load_state_dict({name: weights[name if name in weights else of_the_block(config, name)] for name in out.state_dict()})
+    out.load_state_dict(
+        {
+            name: weights[name if name in weights else of_the_block(config, name)]
+            for name in out.state_dict()
+        }
+    )
     return out
 
 
@@ -166,16 +204,20 @@ def of_the_block(config: DrafterConfig, name: str) -> str:
 
 
 def _copy_layers(drafter: Drafter, model: Any) -> None:
-    """Draft layer d begins as the target layer at the same share of the depth; what only a drafter has stays random."""
+    """Draft layer d begins as the target layer at the same share of the depth; what only a drafter
+    has stays random."""
     depth, count = len(model.model.layers), len(drafter.layers)
     for d, layer in enumerate(drafter.layers):
         source = model.model.layers[round(d * (depth - 1) / max(1, count - 1))].state_dict()
         own = layer.state_dict()
-        wrong = sorted(name for name in own.keys() & source.keys() if own[name].shape != source[name].shape)
+        wrong = sorted(
+            name for name in own.keys() & source.keys() if own[name].shape != source[name].shape
+        )
         if wrong or not any("mlp" in name for name in own.keys() & source.keys()):
             raise TrainingError(
-                f"init_from_target: the target's layers differ from the drafter's ({', '.join(wrong) or 'no mlp'}): leave it out, or "
-                "give the drafter the target's intermediate_size"
+                "init_from_target: the target's layers differ from the drafter's"
+                f" ({', '.join(wrong) or 'no mlp'}): leave it out, or give the drafter the target's"
+                " intermediate_size"
             )
         own |= {name: source[name].float() for name in own.keys() & source.keys()}
         for name, block_own in kinds.kind_of(drafter.config).context.own_projections.items():
@@ -184,7 +226,8 @@ def _copy_layers(drafter: Drafter, model: Any) -> None:
 
 
 def _take_layers(drafter: Drafter, folder: str) -> None:
-    """The draft layers and last norm of another drafter; what it sees of the target stays random, where only one kind has it."""
+    """The draft layers and last norm of another drafter; what it sees of the target stays random,
+    where only one kind has it."""
     try:
         source = load_drafter(folder, torch.float32)
     except DrafterConfigError as error:
@@ -192,12 +235,26 @@ def _take_layers(drafter: Drafter, folder: str) -> None:
     if source.mask_embedding is not None:
         drafter.mask_embedding = nn.Parameter(source.mask_embedding.detach().clone())
     found, own = source.state_dict(), drafter.state_dict()
-    wanted = {name: name if name in found else of_the_block(drafter.config, name) for name in own if name.startswith(("layers.", "norm."))}
-    wrong = sorted(name for name, taken in wanted.items() if taken not in found or found[taken].shape != own[name].shape)
-    if wrong or len(source.layers) != len(drafter.layers) or source.config.mask_token_id != drafter.config.mask_token_id:
+    wanted = {
+        name: name if name in found else of_the_block(drafter.config, name)
+        for name in own
+        if name.startswith(("layers.", "norm."))
+    }
+    wrong = sorted(
+        name
+        for name, taken in wanted.items()
+        if taken not in found or found[taken].shape != own[name].shape
+    )
+    if (
+        wrong
+        or len(source.layers) != len(drafter.layers)
+        or source.config.mask_token_id != drafter.config.mask_token_id
+    ):
         raise TrainingError(
-            f"init_layers: {folder} has {len(source.layers)} layers and mask token {source.config.mask_token_id}, the drafter to train "
-            f"{len(drafter.layers)} and {drafter.config.mask_token_id}; of another shape: {', '.join(wrong) or 'none'}. Give the settings that it has"
+            f"init_layers: {folder} has {len(source.layers)} layers and mask token"
+            f" {source.config.mask_token_id}, the drafter to train {len(drafter.layers)} and"
+            f" {drafter.config.mask_token_id}; of another shape: {', '.join(wrong) or 'none'}. Give"
+            " the settings that it has"
         )
     drafter.load_state_dict(own | {name: found[taken] for name, taken in wanted.items()})
 
@@ -208,17 +265,32 @@ def _new(settings: Settings, target: Target, mask: int) -> DrafterConfig:
     rope = dict(getattr(text, "rope_parameters", None) or {})
     theta = rope.pop("rope_theta", None)
     if theta is None:
-        raise TrainingError("the target's config gives no single rope_theta, so the drafter's positions are unknown: train from --init")
+        raise TrainingError(
+            "the target's config gives no single rope_theta, so the drafter's positions are"
+            " unknown: train from --init"
+        )
     heads = text.num_attention_heads
     return DrafterConfig(
-        hidden_size=text.hidden_size, intermediate_size=table.intermediate_size or text.intermediate_size, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads, vocab_size=text.vocab_size, block_size=table.block_size,
-        mask_token_id=mask, target_layer_ids=table.target_layer_ids or default_features(table.kind, layers, depth), num_target_layers=depth,
-        max_position_embeddings=table.max_position_embeddings or text.max_position_embeddings, rms_norm_eps=text.rms_norm_eps,
-        rope_theta=float(theta), rope_scaling=None if rope.get("rope_type", "default") == "default" else rope,
-        dtype=target.dtype if settings.export.export_dtype == "auto" else settings.export.export_dtype, kind=table.kind,
-    )  # fmt: skip
+        hidden_size=text.hidden_size,
+        intermediate_size=table.intermediate_size or text.intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        vocab_size=text.vocab_size,
+        block_size=table.block_size,
+        mask_token_id=mask,
+        target_layer_ids=table.target_layer_ids or default_features(table.kind, layers, depth),
+        num_target_layers=depth,
+        max_position_embeddings=table.max_position_embeddings or text.max_position_embeddings,
+        rms_norm_eps=text.rms_norm_eps,
+        rope_theta=float(theta),
+        rope_scaling=None if rope.get("rope_type", "default") == "default" else rope,
+        dtype=(
+            target.dtype if settings.export.export_dtype == "auto" else settings.export.export_dtype
+        ),
+        kind=table.kind,
+    )
 
 
 def _continued(settings: Settings, target: Target) -> tuple[DrafterConfig, str]:
@@ -227,15 +299,25 @@ def _continued(settings: Settings, target: Target) -> tuple[DrafterConfig, str]:
 
     table = settings.drafter
     config = DrafterConfig.from_pretrained(Path(table.init or ""))
-    for name, wanted in (("layers", config.num_hidden_layers), ("target_layer_ids", config.target_layer_ids), ("mask_token_id", config.mask_token_id),
-                         ("intermediate_size", config.intermediate_size)):  # fmt: skip
+    for name, wanted in (
+        ("layers", config.num_hidden_layers),
+        ("target_layer_ids", config.target_layer_ids),
+        ("mask_token_id", config.mask_token_id),
+        ("intermediate_size", config.intermediate_size),
+    ):
         given = getattr(table, name)
         if given not in (None, wanted):
-            raise TrainingError(f"{name} is {given}, but the drafter of init has {wanted}: leave {name} out, or train without init")
+            raise TrainingError(
+                f"{name} is {given}, but the drafter of init has {wanted}: leave {name} out, or"
+                " train without init"
+            )
     if config.kind != table.kind:
         raise TrainingError(f"the drafter of init is a {config.kind}: set kind to it")
     if config.draft_vocab_size is not None:
-        raise TrainingError("the drafter of init has a draft vocabulary of its own, which is not trained here: give one without")
+        raise TrainingError(
+            "the drafter of init has a draft vocabulary of its own, which is not trained here: give"
+            " one without"
+        )
     reach = table.max_position_embeddings or config.max_position_embeddings
     config = config.with_(block_size=table.block_size, max_position_embeddings=reach)
     check_pair(config, target.shape, config.max_speculative_tokens, 1)

@@ -1,4 +1,5 @@
-"""Stage five: the proven drafter in a published format, with a model card that says what it was made of.
+"""Stage five: the proven drafter in a published format, with a model card that says what it was
+made of.
 
 vllm-dflash train ... --only export         pytest tests/engine/test_train.py
 """
@@ -24,7 +25,8 @@ from vllm_dflash.training.settings import Settings
 from vllm_dflash.training.target import Target
 
 _PAYS = 1.1
-"""tau below which drafting cannot pay: a step with a draft costs at least a tenth more than one without."""
+"""tau below which drafting cannot pay: a step with a draft costs at least a tenth more than one
+without."""
 
 
 def folder_of(settings: Settings) -> Path:
@@ -36,28 +38,44 @@ def export(settings: Settings, target: Target, mask_why: str) -> Path:
     """Runs the stage; the folder.
 
     Raises:
-        TrainingError: nothing is trained, what is trained is not proven, or the format cannot hold it.
+        TrainingError: nothing is trained, what is trained is not proven, or the format cannot hold
+            it.
     """
     trained, proof = loop.result(settings), prove.proof(settings)
     if trained is None or proof is None or proof["question"]["trained"] != trained:
-        raise TrainingError(f"the drafter in {loop.final_folder(settings)} is not proven yet: run the stages train and prove first")
+        raise TrainingError(
+            f"the drafter in {loop.final_folder(settings)} is not proven yet: run the stages train"
+            " and prove first"
+        )
     if not proof["agree"]:
-        raise TrainingError(f"trainer and serving disagree about tau ({prove.path_of(settings)}): a drafter like that is not exported")
+        raise TrainingError(
+            f"trainer and serving disagree about tau ({prove.path_of(settings)}): a drafter like"
+            " that is not exported"
+        )
     source, out = loop.trained_folder(settings), folder_of(settings)
     config = DrafterConfig.from_pretrained(source)
     with whole_folder(out) as part:
         try:
-            convert(source, part, settings.export.format or published_format(config), verifier=target.name)
+            convert(
+                source,
+                part,
+                settings.export.format or published_format(config),
+                verifier=target.name,
+            )
         except DrafterConfigError as error:
             raise TrainingError(f"export: {error}") from None
         (part / "README.md").write_text(card(settings, target, config, trained, proof, mask_why))
         (part / "training.json").write_text(
-            json.dumps({"settings": settings.to_dict(), "result": trained, "proof": proof}, indent=1) + "\n"
+            json.dumps(
+                {"settings": settings.to_dict(), "result": trained, "proof": proof}, indent=1
+            )
+            + "\n"
         )
     if (served := served_tau(proof)) < _PAYS:
         print(
-            f"warning: tau is {served:.2f}: next to nothing of its drafts is accepted, and serving with it gains nothing. Train it on "
-            "more answers, or for longer (--epochs), on prompts of the kind that is served; docs/train.md says what to expect"
+            f"warning: tau is {served:.2f}: next to nothing of its drafts is accepted, and serving"
+            " with it gains nothing. Train it on more answers, or for longer (--epochs), on"
+            " prompts of the kind that is served; docs/train.md says what to expect"
         )
     return out
 
@@ -67,25 +85,45 @@ def served_tau(proof: dict[str, Any]) -> float:
     return float(proof["rows"][-1]["tau"])
 
 
-def card(settings: Settings, target: Target, config: DrafterConfig, trained: dict[str, Any], proof: dict[str, Any], mask_why: str) -> str:
+def card(
+    settings: Settings,
+    target: Target,
+    config: DrafterConfig,
+    trained: dict[str, Any],
+    proof: dict[str, Any],
+    mask_why: str,
+) -> str:
     """The model card, in Markdown."""
     data = sequences(settings)
     answered = int((data.lengths - data.prompt_lengths).sum())
     kind = kind_of(config)
-    served = {"method": METHOD, "model": "DRAFTER", "num_speculative_tokens": config.max_speculative_tokens}
-    rates = "".join(f"| {row['by']} | {row['tau']:.2f} | {' '.join(f'{r:.2f}' for r in row['rates'])} |\n" for row in proof["rows"])
+    served = {
+        "method": METHOD,
+        "model": "DRAFTER",
+        "num_speculative_tokens": config.max_speculative_tokens,
+    }
+    rates = "".join(
+        f"| {row['by']} | {row['tau']:.2f} | {' '.join(f'{r:.2f}' for r in row['rates'])} |\n"
+        for row in proof["rows"]
+    )
     versions = ", ".join(f"{name} {_version(name)}" for name in ("vllm", "torch", "transformers"))
     table = settings.train
-    begun = settings.drafter.init or (f"the layers of {layers}" if (layers := settings.drafter.init_layers) else None)
+    begun = settings.drafter.init or (
+        f"the layers of {layers}" if (layers := settings.drafter.init_layers) else None
+    )
     weighting = (
-        f"decay, gamma {table.gamma or 'of the block size'}" if table.weighting == "decay" else f"D-PACE, alpha {table.dpace_alpha:g}"
+        f"decay, gamma {table.gamma or 'of the block size'}"
+        if table.weighting == "decay"
+        else f"D-PACE, alpha {table.dpace_alpha:g}"
     )
     served_as = target.name
     what = ""
     if target.name == smollm2.NAME:
         served_as, what = '"$(python -m vllm_dflash.smollm2)"', f"{smollm2.DESCRIPTION}\n\n"
     pays = served_tau(proof) >= _PAYS
-    verdict = "" if pays else "**It gains nothing yet: next to none of its drafts is accepted.**\n\n"
+    verdict = (
+        "" if pays else "**It gains nothing yet: next to none of its drafts is accepted.**\n\n"
+    )
     return f"""---
 base_model: {smollm2.HUB_NAME if what else target.name}
 library_name: vllm
@@ -125,15 +163,20 @@ def _end_token(config: DrafterConfig, target: Target) -> str:
     if config.mask_token_id != target.eos_token_id:
         return ""
     return (
-        " That costs nothing: decoding stops at an end token, so no draft begins with one. With ignore_eos some do; they are drafted worse, "
-        "and the output is the same."
+        " That costs nothing: decoding stops at an end token, so no draft begins with one. With"
+        " ignore_eos some do; they are drafted worse, and the output is the same."
     )
 
 
 def _sources(settings: Settings) -> str:
     own, table = settings.data.own_prompts, settings.self_prompts
-    written = f"{own} that the target wrote itself at temperature {table.self_temperature:g}, top_p {table.self_top_p:g}"
-    return ", ".join([*([written] if own else []), *(Path(path).name for path in settings.data.files)])
+    written = (
+        f"{own} that the target wrote itself at temperature {table.self_temperature:g}, top_p"
+        f" {table.self_top_p:g}"
+    )
+    return ", ".join(
+        [*([written] if own else []), *(Path(path).name for path in settings.data.files)]
+    )
 
 
 def _version(name: str) -> str:

@@ -1,4 +1,5 @@
-"""One vLLM engine that takes hidden states of sequences and writes feature shards; started by ``extract``, whose end it does not outlive.
+"""One vLLM engine that takes hidden states of sequences and writes feature shards; started by
+``extract``, whose end it does not outlive.
 
 pytest tests/engine/test_train_extract.py
 """
@@ -23,10 +24,15 @@ _PATIENCE_S = 60
 def begin(engine_args: dict[str, Any]) -> tuple[Work, None]:
     """Starts the engine; a job is a shard of sequences."""
     if not patch_set().fits(hidden_states.PATCH):
-        raise RefusedError("this vLLM's connector is not the one that ours extends: use --extract-with transformers")
+        raise RefusedError(
+            "this vLLM's connector is not the one that ours extends: use --extract-with"
+            " transformers"
+        )
     transfer = engine_args["kv_transfer_config"]["kv_connector_extra_config"]
     # ``extract`` removes it: an engine may take its time to end, and then be killed.
-    transfer["shared_storage_path"] = tempfile.mkdtemp(prefix="extracted-", suffix=".part", dir=transfer["shared_storage_path"])
+    transfer["shared_storage_path"] = tempfile.mkdtemp(
+        prefix="extracted-", suffix=".part", dir=transfer["shared_storage_path"]
+    )
     llm = start_llm(engine_args)
 
     def extract(job: dict[str, Any], parent: Parent) -> int:
@@ -39,10 +45,15 @@ def begin(engine_args: dict[str, Any]) -> tuple[Work, None]:
     return extract, None
 
 
-def _rows(llm: Any, shard: Shard, target_layer_ids: list[int], batch: int, parent: Parent) -> Iterator[Tensor]:
+def _rows(
+    llm: Any, shard: Shard, target_layer_ids: list[int], batch: int, parent: Parent
+) -> Iterator[Tensor]:
     """Each sequence's features [S, T * H], a batch's files on the disk at a time."""
     from vllm import SamplingParams
-    from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import cleanup_hidden_states, load_hidden_states
+    from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import (
+        cleanup_hidden_states,
+        load_hidden_states,
+    )
 
     written = sorted(set(target_layer_ids))
     order = [written.index(i) for i in target_layer_ids]
@@ -57,18 +68,23 @@ def _rows(llm: Any, shard: Shard, target_layer_ids: list[int], batch: int, paren
             cleanup_hidden_states(str(path))
             if found["token_ids"].tolist() != ids:
                 raise RefusedError(
-                    f"vLLM's extraction gave {len(found['token_ids'])} states for a sequence of {len(ids)}: use --extract-with transformers"
+                    f"vLLM's extraction gave {len(found['token_ids'])} states for a sequence of"
+                    f" {len(ids)}: use --extract-with transformers"
                 )
             yield found["hidden_states"][:, order].flatten(1)
         parent.done(len(tokens))
 
 
 def _finish(llm: Any, paths: list[Path]) -> None:
-    """Steps the engine until the files are there: they are written in a step after the requests' last, which ``generate`` does not take."""
+    """Steps the engine until the files are there: they are written in a step after the requests'
+    last, which ``generate`` does not take."""
     end = time.monotonic() + _PATIENCE_S
     while not all(path.exists() for path in paths):
         if time.monotonic() > end:
-            raise RefusedError(f"vLLM's extraction wrote no {paths[0]} within {_PATIENCE_S} s: use --extract-with transformers")
+            raise RefusedError(
+                f"vLLM's extraction wrote no {paths[0]} within {_PATIENCE_S} s: use --extract-with"
+                " transformers"
+            )
         llm.llm_engine.step()
 
 

@@ -1,8 +1,9 @@
 """The target's hidden states for training: computed in every step, or once, kept in shards on disk.
 
-A shard's features [tokens, T * H] follow its token shard's sequences; it is written and read a few sequences at a time, so that no more
-than ``bytes_in_memory`` of features are ever held. Past ``max_disk_gb`` sequences are not cached, and computed in every step.
-What is cached is computed by transformers here, or by vLLM's own extraction (``extract``).
+A shard's features [tokens, T * H] follow its token shard's sequences; it is written and read a few
+sequences at a time, so that no more than ``bytes_in_memory`` of features are ever held. Past
+``max_disk_gb`` sequences are not cached, and computed in every step. What is cached is computed by
+transformers here, or by vLLM's own extraction (``extract``).
 
     pytest tests/unit/test_train_features.py
 """
@@ -41,7 +42,8 @@ def bytes_a_token(config: DrafterConfig, dtype: str) -> int:
 
 
 def bytes_in_memory(config: DrafterConfig, dtype: str, batch: int, longest: int) -> int:
-    """The most bytes of features that caching or training holds: a forward's, once as they come and once more as they are joined."""
+    """The most bytes of features that caching or training holds: a forward's, once as they come and
+    once more as they are joined."""
     return 2 * batch * longest * bytes_a_token(config, dtype)
 
 
@@ -76,41 +78,66 @@ def cache(settings: Settings, config: DrafterConfig, target: Target, model: Any)
         from vllm_dflash.training.extract import extract
 
         shards = [(shard_path(folder, i), data.shards[i]) for i in todo]
-        extract(settings, folder, config.target_layer_ids, target.dtype, bytes_a_token(config, target.dtype), shards)
+        extract(
+            settings,
+            folder,
+            config.target_layer_ids,
+            target.dtype,
+            bytes_a_token(config, target.dtype),
+            shards,
+        )
     else:
         total = sum(len(data.shards[i]) for i in todo)
         with Progress(total=total, desc="features", unit=" answers") as bar:
             for index in todo:
-                rows = _by_transformers(data.shards[index], config, model, settings.features.features_batch, bar)
+                rows = _by_transformers(
+                    data.shards[index], config, model, settings.features.features_batch, bar
+                )
                 write_shard(
-                    shard_path(folder, index), len(data.shards[index].tokens), bytes_a_token(config, target.dtype), target.dtype, rows
+                    shard_path(folder, index),
+                    len(data.shards[index].tokens),
+                    bytes_a_token(config, target.dtype),
+                    target.dtype,
+                    rows,
                 )
     if count < len(data.shards):
         print(
-            f"features of {count} of {len(data.shards)} shards fit in max_disk_gb {settings.features.max_disk_gb:g}; the rest is computed in every step"
+            f"features of {count} of {len(data.shards)} shards fit in max_disk_gb"
+            f" {settings.features.max_disk_gb:g}; the rest is computed in every step"
         )
 
 
-def _by_transformers(shard: Shard, config: DrafterConfig, model: Any, batch: int, bar: Any) -> Iterator[Tensor]:
+def _by_transformers(
+    shard: Shard, config: DrafterConfig, model: Any, batch: int, bar: Any
+) -> Iterator[Tensor]:
     """Each sequence's features [S, T * H]."""
     for at in range(0, len(shard), batch):
         rows = [shard[i].tokens for i in range(at, min(at + batch, len(shard)))]
         with torch.inference_mode():
-            found = target_features(model, config.target_layer_ids, padded(rows).to(model.device), use_cache=False)[0]
+            found = target_features(
+                model, config.target_layer_ids, padded(rows).to(model.device), use_cache=False
+            )[0]
         for row, tokens in zip(found, rows, strict=True):
             yield row[: len(tokens)].cpu()
         bar.update(len(rows))
 
 
 def write_shard(path: Path, tokens: int, each: int, dtype: str, rows: Iterable[Tensor]) -> None:
-    """Streams one shard to the disk; its size is known before its contents, so the header can go first.
+    """Streams one shard to the disk; its size is known before its contents, so the header can go
+    first.
 
     Args:
         tokens: of all its sequences; ``each`` is the bytes of one's features in ``dtype``.
         rows: each sequence's features [S, T * H].
     """
     size, width = tokens * each, each // getattr(torch, dtype).itemsize
-    described = {"features": {"dtype": _SAFETENSORS_NAMES[dtype], "shape": [tokens, width], "data_offsets": [0, size]}}
+    described = {
+        "features": {
+            "dtype": _SAFETENSORS_NAMES[dtype],
+            "shape": [tokens, width],
+            "data_offsets": [0, size],
+        }
+    }
     head = json.dumps(described).encode()
     head += b" " * (-len(head) % 8)
     digest = hashlib.sha256()
@@ -123,11 +150,15 @@ def write_shard(path: Path, tokens: int, each: int, dtype: str, rows: Iterable[T
         put(len(head).to_bytes(8, "little") + head)
         for row in rows:
             put(row.contiguous().view(torch.uint8).numpy().tobytes())
-    write_record(path.with_suffix(".json"), {"bytes": path.stat().st_size, "sha256": digest.hexdigest(), "tokens": tokens})
+    write_record(
+        path.with_suffix(".json"),
+        {"bytes": path.stat().st_size, "sha256": digest.hexdigest(), "tokens": tokens},
+    )
 
 
 def padded(rows: Sequence[np.ndarray], multiple: int = 1) -> Tensor:
-    """Token ids int64 [B, S], filled up with 0: positions after a sequence's end are seen by nothing that counts."""
+    """Token ids int64 [B, S], filled up with 0: positions after a sequence's end are seen by
+    nothing that counts."""
     length = -(-max(map(len, rows)) // multiple) * multiple
     out = torch.zeros(len(rows), length, dtype=torch.int64)
     for row, tokens in zip(out, rows, strict=True):
@@ -136,22 +167,35 @@ def padded(rows: Sequence[np.ndarray], multiple: int = 1) -> Tensor:
 
 
 class Features:
-    """Features of training sequences by number: from the cache where they are in it, else from the target."""
+    """Features of training sequences by number: from the cache where they are in it, else from the
+    target."""
 
-    def __init__(self, settings: Settings, data: Sequences, config: DrafterConfig, target: Target, model: Any) -> None:
-        self.data, self.config, self.dtype, self.model = data, config, getattr(torch, target.dtype), model
-        count = cached_shards(settings, data, config, target.dtype) if settings.features.cache else 0
+    def __init__(
+        self, settings: Settings, data: Sequences, config: DrafterConfig, target: Target, model: Any
+    ) -> None:
+        self.data, self.config, self.dtype, self.model = (
+            data,
+            config,
+            getattr(torch, target.dtype),
+            model,
+        )
+        count = (
+            cached_shards(settings, data, config, target.dtype) if settings.features.cache else 0
+        )
         self.paths = [shard_path(folder_of(settings), i) for i in range(count)]
         for path in Progress(self.paths, desc="checking features", disable=count <= 1):
             check(path)
 
     @torch.no_grad()
     def __call__(self, numbers: Sequence[int], tokens: Tensor) -> Tensor:
-        """Features [B, S, T * H] of the sequences ``numbers``, whose ids are ``tokens`` [B, S], padded; zeros in the padding of cached ones."""
+        """Features [B, S, T * H] of the sequences ``numbers``, whose ids are ``tokens`` [B, S],
+        padded; zeros in the padding of cached ones."""
         device = self.model.device
         places = [self.data.place(n) for n in numbers]
         if any(shard >= len(self.paths) for shard, _ in places):
-            return target_features(self.model, self.config.target_layer_ids, tokens.to(device), use_cache=False)[0]
+            return target_features(
+                self.model, self.config.target_layer_ids, tokens.to(device), use_cache=False
+            )[0]
         width = self.config.num_features * self.config.hidden_size
         out = torch.zeros(*tokens.shape, width, dtype=self.dtype)
         for row, (shard, index) in zip(out, places, strict=True):
@@ -160,8 +204,11 @@ class Features:
         return out.to(device)
 
     def _read(self, shard: int, start: int, end: int, width: int) -> Tensor:
-        """Rows of one shard's tensor, by reading and not by mapping: pages that are mapped stay in memory for as long as there is some."""
+        """Rows of one shard's tensor, by reading and not by mapping: pages that are mapped stay in
+        memory for as long as there is some."""
         _, base = header(self.paths[shard])
         size = width * self.dtype.itemsize
-        raw = np.fromfile(self.paths[shard], np.uint8, (end - start) * size, offset=base + start * size)
+        raw = np.fromfile(
+            self.paths[shard], np.uint8, (end - start) * size, offset=base + start * size
+        )
         return torch.from_numpy(raw).view(self.dtype).view(end - start, width)

@@ -1,6 +1,8 @@
-"""The training log: a JSON line an entry, TensorBoard events where its library is installed, and a plot of both curves.
+"""The training log: a JSON line an entry, TensorBoard events where its library is installed, and a
+plot of both curves.
 
-A resumed run first drops entries past its checkpoint, so the log is that of an undisturbed one. Tests: ``pytest tests/unit/test_train_resume.py``.
+A resumed run first drops entries past its checkpoint, so the log is that of an undisturbed one.
+Tests: ``pytest tests/unit/test_train_resume.py``.
 """
 
 import json
@@ -15,9 +17,14 @@ class Log:
     """Appends entries that have a step."""
 
     def __init__(self, folder: Path, resumed_at: int, steps: int) -> None:
-        """Keeps what was written before the checkpoint of ``resumed_at``; the measurement after the last of ``steps`` comes after it."""
+        """Keeps what was written before the checkpoint of ``resumed_at``; the measurement after the
+        last of ``steps`` comes after it."""
         self.path = folder / "log.jsonl"
-        kept = [e for e in read(self.path) if e["step"] <= resumed_at and not (e["step"] == steps and "held_out_tau" in e)]
+        kept = [
+            e
+            for e in read(self.path)
+            if e["step"] <= resumed_at and not (e["step"] == steps and "held_out_tau" in e)
+        ]
         with whole_file(self.path) as file:
             file.write("".join(json.dumps(entry) + "\n" for entry in kept).encode())
         self.board = _tensorboard(folder / "tensorboard", resumed_at)
@@ -53,7 +60,10 @@ def read(path: Path) -> list[dict[str, Any]]:
     lines = [line for line in raw.split(b"\n") if line.strip()]
     entries = [entry for line in lines if (entry := _entry(line)) is not None]
     if len(entries) < len(lines):
-        print(f"{path}: {len(lines) - len(entries)} of {len(lines)} lines are no entries of a log, and are left out")
+        print(
+            f"{path}: {len(lines) - len(entries)} of {len(lines)} lines are no entries of a log,"
+            " and are left out"
+        )
     return entries
 
 
@@ -63,7 +73,9 @@ def _entry(line: bytes) -> dict[str, Any] | None:
         found = json.loads(line.decode())
     except (ValueError, RecursionError):
         return None
-    good = misfit(found, {"step": AtLeast(int, 0)}) is None and all(misfit(value, (float, None)) is None for value in found.values())
+    good = misfit(found, {"step": AtLeast(int, 0)}) is None and all(
+        misfit(value, (float, None)) is None for value in found.values()
+    )
     return found if good else None
 
 
@@ -76,7 +88,15 @@ def plot(log: Path, out: Path) -> bool:
     except ImportError:
         return False
     entries = read(log)
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vllm-dflash", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}):
+    with mpl.rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": "vllm-dflash",
+            "font.size": 9,
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+        }
+    ):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         loss, tau = figure.subplots(1, 2)
         _curve(loss, entries, "loss", "training loss", "C0")
@@ -96,13 +116,21 @@ def plot(log: Path, out: Path) -> bool:
 def _curve(axes: Any, entries: list[dict[str, Any]], name: str, label: str, color: str) -> None:
     points = [(e["step"], e[name]) for e in entries if e.get(name) is not None]
     if points:
-        axes.plot(*zip(*points, strict=True), label=label, color=color, marker="." if len(points) < 30 else "")
+        axes.plot(
+            *zip(*points, strict=True),
+            label=label,
+            color=color,
+            marker="." if len(points) < 30 else "",
+        )
 
 
 def _tensorboard(folder: Path, resumed_at: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        print("tensorboard is not installed, so log.jsonl is the only log: pip install 'vllm-dflash[train]' has it")
+        print(
+            "tensorboard is not installed, so log.jsonl is the only log: pip install"
+            " 'vllm-dflash[train]' has it"
+        )
         return None
     return SummaryWriter(str(folder), purge_step=resumed_at + 1)

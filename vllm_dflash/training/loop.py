@@ -1,4 +1,5 @@
-"""Stage three: the drafter learns. Resumes from its newest checkpoint and ends with the weights of a run that was never stopped.
+"""Stage three: the drafter learns. Resumes from its newest checkpoint and ends with the weights of
+a run that was never stopped.
 
 vllm-dflash train ... --only train          pytest tests/unit/test_train_resume.py
 """
@@ -54,10 +55,17 @@ _NO_PART = frozenset(
 )
 """Settings of the table that do not change what is learned, but for rounding."""
 _RESULT = {
-    "tau": AtLeast(float, 1), "tau_everywhere": AtLeast(float, 1), "drafts": AtLeast(int, 0), "per_position": [AtLeast(int, 0)],
-    "prompts": AtLeast(int, 1), "steps": AtLeast(int, 1), "epochs": AtLeast(float, 0), "blocks": AtLeast(int, 0),
-    "skipped": AtLeast(int, 0), "files": Optional({}),
-}  # fmt: skip
+    "tau": AtLeast(float, 1),
+    "tau_everywhere": AtLeast(float, 1),
+    "drafts": AtLeast(int, 0),
+    "per_position": [AtLeast(int, 0)],
+    "prompts": AtLeast(int, 1),
+    "steps": AtLeast(int, 1),
+    "epochs": AtLeast(float, 0),
+    "blocks": AtLeast(int, 0),
+    "skipped": AtLeast(int, 0),
+    "files": Optional({}),
+}
 _AGAIN = "remove it, and the stage ends again from its newest checkpoint"
 
 
@@ -96,8 +104,8 @@ def trained_folder(settings: Settings) -> Path:
         path = folder / name
         if not path.is_file() or checksum(path) != digest:
             raise TrainingError(
-                f"{path} is absent or not as it was written: remove {result_path(settings)}, and the drafter is written again from the "
-                "newest checkpoint; then look at the disk"
+                f"{path} is absent or not as it was written: remove {result_path(settings)}, and"
+                " the drafter is written again from the newest checkpoint; then look at the disk"
             )
     return folder
 
@@ -124,19 +132,37 @@ def inputs(settings: Settings, config: DrafterConfig, dtype: str) -> dict[str, A
 class Trainer:
     """One worker's state of the stage."""
 
-    def __init__(self, settings: Settings, config: DrafterConfig, target: Target, model: Any) -> None:
-        self.settings, self.table, self.config, self.target, self.model = settings, settings.train, config, target, model
+    def __init__(
+        self, settings: Settings, config: DrafterConfig, target: Target, model: Any
+    ) -> None:
+        self.settings, self.table, self.config, self.target, self.model = (
+            settings,
+            settings.train,
+            config,
+            target,
+            model,
+        )
         self.workers, self.data = Workers.current(), sequences(settings)
         try:
-            self.plan = Plan(self.data.lengths, self.data.prompt_lengths, self.table.batch_size, self.table.anchors, settings.run.seed)
+            self.plan = Plan(
+                self.data.lengths,
+                self.data.prompt_lengths,
+                self.table.batch_size,
+                self.table.anchors,
+                settings.run.seed,
+            )
         except ValueError as error:
-            raise TrainingError(f"{error}: generate longer answers (--response-tokens, --ignore-eos)") from None
+            raise TrainingError(
+                f"{error}: generate longer answers (--response-tokens, --ignore-eos)"
+            ) from None
         self.steps = self.table.steps or self.plan.steps(self.table.epochs)
         self.features = Features(settings, self.data, config, target, model)
         drafter = first_weights(config, settings, model).to(model.device).train()
         on_cuda = model.device.type == "cuda"
         blocks: Callable[..., Any] = context_mask
-        if self.table.attention == "flex" or (self.table.attention == "auto" and on_cuda and not config.sliding_windows):
+        if self.table.attention == "flex" or (
+            self.table.attention == "auto" and on_cuda and not config.sliding_windows
+        ):
             flex.use(drafter)
             blocks = flex.block_mask
         objective = Objective(model, drafter, self.table, blocks)
@@ -145,7 +171,9 @@ class Trainer:
             sharding.shard(objective, model.device)
         self.drafter, self.optimizer = drafter, Optimizer(drafter, self.table, self.steps)
         self.objective = torch.compile(objective) if self.table.compile else objective
-        self.mixed_precision = self.table.precision == "bfloat16" or (self.table.precision == "auto" and computes_bfloat16(model.device))
+        self.mixed_precision = self.table.precision == "bfloat16" or (
+            self.table.precision == "auto" and computes_bfloat16(model.device)
+        )
         self.skipped = self.bad_in_a_row = 0
         self.recent: list[list[float]] = []
         self.began = time.monotonic()
@@ -164,31 +192,50 @@ class Trainer:
         step, state = found
         try:
             self.optimizer.load(state)
-            self.skipped, self.bad_in_a_row, self.recent = state["skipped"], state["bad_in_a_row"], state["recent"]
+            self.skipped, self.bad_in_a_row, self.recent = (
+                state["skipped"],
+                state["bad_in_a_row"],
+                state["recent"],
+            )
             self.began -= state["seconds"]
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise TrainingError(
-                f"the checkpoint of step {step} in {folder_of(self.settings) / 'checkpoints'} is whole, but not of this training ({error!r}): "
-                "go on with the version of vllm-dflash that wrote it, or remove the folder to train anew"
+                f"the checkpoint of step {step} in {folder_of(self.settings) / 'checkpoints'} is"
+                f" whole, but not of this training ({error!r}): go on with the version of"
+                " vllm-dflash that wrote it, or remove the folder to train anew"
             ) from None
         return step
 
     def save(self, step: int) -> None:
-        """Writes the checkpoint of the first ``step`` steps: the first of several workers, all of which must call it."""
+        """Writes the checkpoint of the first ``step`` steps: the first of several workers, all of
+        which must call it."""
         state = sharding.whole(self.optimizer.state())
         if self.workers.first:
-            counts = {"skipped": self.skipped, "bad_in_a_row": self.bad_in_a_row, "recent": self.recent, "seconds": self.seconds}
+            counts = {
+                "skipped": self.skipped,
+                "bad_in_a_row": self.bad_in_a_row,
+                "recent": self.recent,
+                "seconds": self.seconds,
+            }
             checkpoints.save(folder_of(self.settings) / "checkpoints", step, state | counts)
 
     def step(self, step: int) -> dict[str, float]:
-        """One optimizer step, counted from 0: this worker's forwards, the sum over all, the update."""
+        """One optimizer step, counted from 0: this worker's forwards, the sum over all, the
+        update."""
         batch = self.plan.batch(step)
         gamma_weights = weights_at(self.table, self.config, step, self.steps)
         lengths = self.data.lengths[batch.rows]
-        whole = denominator(batch, lengths, self.config.block_size, None if self.table.weighting == "dpace" else gamma_weights)
+        whole = denominator(
+            batch,
+            lengths,
+            self.config.block_size,
+            None if self.table.weighting == "dpace" else gamma_weights,
+        )
         size = self.table.micro_batch or self.table.batch_size // self.workers.count
         sums = torch.zeros(2, dtype=torch.float64, device=self.model.device)
-        for start in range(self.workers.rank * size, self.table.batch_size, self.workers.count * size):
+        for start in range(
+            self.workers.rank * size, self.table.batch_size, self.workers.count * size
+        ):
             loss, accepted = self._forward(batch.part(start, size), gamma_weights)
             (loss / whole).backward()
             sums += torch.stack([loss.detach() / whole, accepted])
@@ -198,36 +245,67 @@ class Trainer:
         norm, good = self.optimizer.step(step, loss_value)
         self.skipped += not good
         self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1
-        return {"loss": loss_value, "train_tau": tau(accepted_value, int(batch.exists.sum())) or 1.0, "gradient": norm}
+        return {
+            "loss": loss_value,
+            "train_tau": tau(accepted_value, int(batch.exists.sum())) or 1.0,
+            "gradient": norm,
+        }
 
     def _forward(self, part: Batch, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         device = self.model.device
         tokens = padded([self.data[int(row)].tokens for row in part.rows], _LENGTHS)
         features = self.features(part.rows.tolist(), tokens)
         lengths = torch.from_numpy(self.data.lengths[part.rows])
-        rest = [t.to(device) for t in (tokens, lengths, torch.from_numpy(part.anchors), torch.from_numpy(part.exists), weights)]
+        rest = [
+            t.to(device)
+            for t in (
+                tokens,
+                lengths,
+                torch.from_numpy(part.anchors),
+                torch.from_numpy(part.exists),
+                weights,
+            )
+        ]
         with torch.autocast(device.type, torch.bfloat16, enabled=self.mixed_precision):
             loss, accepted = self.objective(features, *rest)
         return loss, accepted
 
     def as_exported(self) -> Drafter:
-        """A copy with the weights that are exported, rounded as on disk, in the dtype that the target runs in; all workers must call it."""
-        drafter = with_weights(self.config, sharding.whole(self.optimizer.weights())).to(self.model.device)
-        return drafter.to(getattr(torch, self.config.dtype)).to(getattr(torch, self.target.dtype)).eval()
+        """A copy with the weights that are exported, rounded as on disk, in the dtype that the
+        target runs in; all workers must call it."""
+        drafter = with_weights(self.config, sharding.whole(self.optimizer.weights())).to(
+            self.model.device
+        )
+        return (
+            drafter.to(getattr(torch, self.config.dtype))
+            .to(getattr(torch, self.target.dtype))
+            .eval()
+        )
 
     def measure(self, drafter: Drafter, prompts: int) -> Estimate:
         """tau on the first held-out prompts, by walking through the target's own answers."""
         answers = held_out(self.settings)
-        chosen = [(answers[i].tokens.tolist(), answers[i].prompt_length) for i in range(min(prompts, len(answers)))]
+        chosen = [
+            (answers[i].tokens.tolist(), answers[i].prompt_length)
+            for i in range(min(prompts, len(answers)))
+        ]
         with Progress(total=len(chosen), desc="held-out tau", unit=" prompts", leave=False) as bar:
-            return estimate(self.model, drafter, chosen, self.settings.prove.prove_tokens, self.target.eos_token_id, bar.update)
+            return estimate(
+                self.model,
+                drafter,
+                chosen,
+                self.settings.prove.prove_tokens,
+                self.target.eos_token_id,
+                bar.update,
+            )
 
 
 def train(settings: Settings, config: DrafterConfig, target: Target, model: Any) -> None:
     """Runs the stage, or the rest of it, on this worker.
 
     Raises:
-        RunError: as ``files`` and ``checkpoints``, or the loss was not finite for too many steps in a row.
+        RunError: as ``files`` and ``checkpoints``, or the loss was not finite for too many steps in
+            a row.
     """
     trainer, folder = Trainer(settings, config, target, model), folder_of(settings)
     if trainer.workers.first:
@@ -237,19 +315,27 @@ def train(settings: Settings, config: DrafterConfig, target: Target, model: Any)
     log = Log(folder, start, trainer.steps) if trainer.workers.first else None
     table = settings.train
     every = table.eval_every or max(1, trainer.steps // 10)
-    with Progress(total=trainer.steps, initial=start, desc="train", unit=" steps", disable=not trainer.workers.first) as bar:
+    with Progress(
+        total=trainer.steps,
+        initial=start,
+        desc="train",
+        unit=" steps",
+        disable=not trainer.workers.first,
+    ) as bar:
         for step in range(start, trainer.steps):
             found = trainer.step(step)
             done = step + 1
             if trainer.bad_in_a_row >= table.max_bad_steps:
                 raise TrainingError(
-                    f"the loss was not finite for {trainer.bad_in_a_row} steps in a row, up to step {done}: lower --lr, or train with "
-                    f"--precision float32; the checkpoints in {folder / 'checkpoints'} are from before"
+                    f"the loss was not finite for {trainer.bad_in_a_row} steps in a row, up to step"
+                    f" {done}: lower --lr, or train with --precision float32; the checkpoints in"
+                    f" {folder / 'checkpoints'} are from before"
                 )
             trainer.recent.append([found["loss"], found["train_tau"]])
             bar.update()
             bar.set_postfix_str(
-                f"loss {found['loss']:.3f} tau {found['train_tau']:.2f}" + (f" skipped {trainer.skipped}" if trainer.skipped else "")
+                f"loss {found['loss']:.3f} tau {found['train_tau']:.2f}"
+                + (f" skipped {trainer.skipped}" if trainer.skipped else "")
             )
             if log is not None and (done % table.log_every == 0 or done == trainer.steps):
                 _log_step(log, trainer, done, found)
@@ -257,7 +343,9 @@ def train(settings: Settings, config: DrafterConfig, target: Target, model: Any)
                 drafter = trainer.as_exported()
                 if log is not None:
                     measured = trainer.measure(drafter, table.eval_prompts)
-                    log.write(done, held_out_tau=measured.tau, held_out_tau_everywhere=measured.everywhere)
+                    log.write(
+                        done, held_out_tau=measured.tau, held_out_tau_everywhere=measured.everywhere
+                    )
             if done % table.checkpoint_every == 0 or done == trainer.steps:
                 trainer.save(done)
     drafter = trainer.as_exported()
@@ -268,16 +356,27 @@ def train(settings: Settings, config: DrafterConfig, target: Target, model: Any)
 def _log_step(log: Log, trainer: Trainer, done: int, found: dict[str, float]) -> None:
     """Means of the steps since the last entry."""
     finite = [pair for pair in trainer.recent if math.isfinite(pair[0])]
-    loss, tau = (sum(column) / len(finite) for column in zip(*finite, strict=True)) if finite else (None, None)
+    loss, tau = (
+        (sum(column) / len(finite) for column in zip(*finite, strict=True))
+        if finite
+        else (None, None)
+    )
     trainer.recent = []
     log.write(
-        done, loss=loss, train_tau=tau, gradient=found["gradient"] if math.isfinite(found["gradient"]) else None, lr=learning_rate(trainer.table, done - 1, trainer.steps),
-        epoch=trainer.plan.epoch(done), skipped=trainer.skipped, seconds=round(trainer.seconds, 1),
-    )  # fmt: skip
+        done,
+        loss=loss,
+        train_tau=tau,
+        gradient=found["gradient"] if math.isfinite(found["gradient"]) else None,
+        lr=learning_rate(trainer.table, done - 1, trainer.steps),
+        epoch=trainer.plan.epoch(done),
+        skipped=trainer.skipped,
+        seconds=round(trainer.seconds, 1),
+    )
 
 
 def _finish(trainer: Trainer, drafter: Drafter, log: Log, folder: Path) -> None:
-    """The last measurement, the plot, the drafter in its folder, and the note that says that all is there."""
+    """The last measurement, the plot, the drafter in its folder, and the note that says that all is
+    there."""
     settings, table = trainer.settings, trainer.table
     measured = trainer.measure(drafter, settings.prove.prove_prompts)
     log.write(trainer.steps, held_out_tau=measured.tau, held_out_tau_everywhere=measured.everywhere)
@@ -286,10 +385,22 @@ def _finish(trainer: Trainer, drafter: Drafter, log: Log, folder: Path) -> None:
     with whole_folder(final_folder(settings)) as part:
         save_drafter(part, drafter.to(getattr(torch, trainer.config.dtype)))
         files = {path.name: checksum(path) for path in sorted(part.iterdir())}
-    write_record(result_path(settings), {
-        "tau": measured.tau, "tau_everywhere": measured.everywhere, "drafts": measured.acceptance.drafts,
-        "per_position": measured.acceptance.per_position, "prompts": min(settings.prove.prove_prompts, len(held_out(settings))),
-        "steps": trainer.steps, "epochs": trainer.plan.epoch(trainer.steps), "blocks": trainer.steps * table.batch_size * trainer.plan.anchors,
-        "skipped": trainer.skipped, "files": files,
-    })  # fmt: skip
-    print(f"trainer's tau on held-out prompts: {measured.tau:.2f} as decoded ({measured.everywhere:.2f} as a mean over all places)")
+    write_record(
+        result_path(settings),
+        {
+            "tau": measured.tau,
+            "tau_everywhere": measured.everywhere,
+            "drafts": measured.acceptance.drafts,
+            "per_position": measured.acceptance.per_position,
+            "prompts": min(settings.prove.prove_prompts, len(held_out(settings))),
+            "steps": trainer.steps,
+            "epochs": trainer.plan.epoch(trainer.steps),
+            "blocks": trainer.steps * table.batch_size * trainer.plan.anchors,
+            "skipped": trainer.skipped,
+            "files": files,
+        },
+    )
+    print(
+        f"trainer's tau on held-out prompts: {measured.tau:.2f} as decoded"
+        f" ({measured.everywhere:.2f} as a mean over all places)"
+    )

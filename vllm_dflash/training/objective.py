@@ -1,8 +1,11 @@
-"""The training objective: cross-entropy of blocks, weighted by position, as sums that add up over forwards and workers.
+"""The training objective: cross-entropy of blocks, weighted by position, as sums that add up over
+forwards and workers.
 
-Weights: ``decay``, exp(-(k - 1) / gamma) with a gamma that may rise over the run (arXiv 2602.06036, 2606.02091), or ``dpace``, from the
-drafter's own confidence (arXiv 2605.18810, equations 7 to 9). Every sum is divided by a number that is known before the forward and is the
-same for all workers, so that how a batch is cut does not matter.
+Weights: ``decay``, exp(-(k - 1) / gamma) with a gamma that may rise over the run (arXiv 2602.06036,
+2606.02091), or ``dpace``, from the
+drafter's own confidence (arXiv 2605.18810, equations 7 to 9). Every sum is divided by a number that
+is known before the forward and is the same for all workers, so that how a batch is cut does not
+matter.
 
     pytest tests/unit/test_train_objective.py
 """
@@ -24,7 +27,8 @@ from vllm_dflash.training.batches import Batch
 from vllm_dflash.training.settings import Train
 
 _LOGITS_AT_ONCE = 1 << 28
-"""Logits (elements) above which a forward ranks its blocks in pieces, and ranks them again in the backward."""
+"""Logits (elements) above which a forward ranks its blocks in pieces, and ranks them again in the
+backward."""
 
 
 def gamma_at(table: Train, block_size: int, step: int, steps: int) -> float:
@@ -35,8 +39,11 @@ def gamma_at(table: Train, block_size: int, step: int, steps: int) -> float:
     return start + (end - start) * progress
 
 
-def denominator(batch: Batch, lengths: np.ndarray, block_size: int, weights: Tensor | None) -> float:
-    """What the whole batch's sum is divided by: the sum of its weights; for dpace, whose weights are not known yet, its number of blocks.
+def denominator(
+    batch: Batch, lengths: np.ndarray, block_size: int, weights: Tensor | None
+) -> float:
+    """What the whole batch's sum is divided by: the sum of its weights; for dpace, whose weights
+    are not known yet, its number of blocks.
 
     Args:
         lengths: [B], of the batch's sequences.
@@ -50,7 +57,8 @@ def denominator(batch: Batch, lengths: np.ndarray, block_size: int, weights: Ten
 
 
 def dpace_weights(losses: Tensor, valid: Tensor, alpha: float) -> Tensor:
-    """Each position's share in the expected accepted length, from the cross-entropies ``losses`` [..., K]; detached."""
+    """Each position's share in the expected accepted length, from the cross-entropies ``losses``
+    [..., K]; detached."""
     confidence = (1 - alpha) * torch.exp(-losses.detach()) + alpha
     reached = confidence.cumprod(-1) * valid
     return reached.flip(-1).cumsum(-1).flip(-1)
@@ -59,17 +67,27 @@ def dpace_weights(losses: Tensor, valid: Tensor, alpha: float) -> Tensor:
 class Objective(torch.nn.Module):
     """The drafter between the frozen target's embedding and lm_head: one forward's sums."""
 
-    def __init__(self, model: Any, drafter: Drafter, table: Train, blocks: Callable[..., Any] = context_mask) -> None:
-        """``blocks`` makes the attention mask of (anchors, block_size, context_length): a dense one, or ``flex.block_mask``."""
+    def __init__(
+        self, model: Any, drafter: Drafter, table: Train, blocks: Callable[..., Any] = context_mask
+    ) -> None:
+        """``blocks`` makes the attention mask of (anchors, block_size, context_length): a dense
+        one, or ``flex.block_mask``."""
         super().__init__()
         self.drafter, self.table, self.blocks = drafter, table, blocks
         # No submodules: they are frozen, and no part of what is saved.
         self.frozen = (model.get_input_embeddings(), model.lm_head)
 
     def forward(
-        self, features: Tensor, tokens: Tensor, lengths: Tensor, anchors: Tensor, exists: Tensor, weights: Tensor
+        self,
+        features: Tensor,
+        tokens: Tensor,
+        lengths: Tensor,
+        anchors: Tensor,
+        exists: Tensor,
+        weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """The weighted sum of cross-entropies, and the number of greedily accepted tokens over the blocks; float32 scalars.
+        """The weighted sum of cross-entropies, and the number of greedily accepted tokens over the
+        blocks; float32 scalars.
 
         Args:
             features: [B, S, T * H].
@@ -82,26 +100,49 @@ class Objective(torch.nn.Module):
         rows, length = tokens.shape
         positions = torch.arange(length, device=tokens.device).expand(rows, -1)
         context = self.drafter.context_kv(self.drafter.context(features), positions)
-        ids = torch.full((*anchors.shape, size), self.drafter.config.mask_token_id, device=tokens.device)
+        ids = torch.full(
+            (*anchors.shape, size), self.drafter.config.mask_token_id, device=tokens.device
+        )
         ids[..., 0] = tokens.gather(1, anchors)
         embeds = self.drafter.embed(embedding, ids.flatten(1))
-        hidden = self.drafter(embeds, block_positions(anchors, size), context, self.blocks(anchors, size, length), size)
+        hidden = self.drafter(
+            embeds,
+            block_positions(anchors, size),
+            context,
+            self.blocks(anchors, size, length),
+            size,
+        )
         hidden = hidden.unflatten(1, (-1, size))[:, :, first:].flatten(0, 1)
         labels, valid = block_labels(tokens, anchors, size, first)
         at = anchors[..., None] + torch.arange(1, size - first + 1, device=anchors.device)
         valid = valid & (at < lengths[:, None, None]) & exists[..., None]
         before = torch.cat([tokens.gather(1, anchors)[..., None], labels[..., :-1]], dim=-1)
-        return self._ranked(head, hidden, before.flatten(0, 1), labels.flatten(0, 1), valid.flatten(0, 1), weights)
+        return self._ranked(
+            head, hidden, before.flatten(0, 1), labels.flatten(0, 1), valid.flatten(0, 1), weights
+        )
 
     def _ranked(
-        self, head: Any, hidden: Tensor, before: Tensor, labels: Tensor, valid: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """``forward``'s sums of hidden states [blocks, K, H], each after the token ``before`` it [blocks, K]; in pieces where all logits at once would be too many."""
+        self,
+        head: Any,
+        hidden: Tensor,
+        before: Tensor,
+        labels: Tensor,
+        valid: Tensor,
+        weights: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """``forward``'s sums of hidden states [blocks, K, H], each after the token ``before`` it
+        [blocks, K]; in pieces where all logits at once would be too many."""
 
         def piece(h: Tensor, x: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             logits = self.drafter.head.scores(self.drafter.logits(head, h).float(), x)
-            losses = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none").view(y.shape)
-            share = dpace_weights(losses, v, self.table.dpace_alpha) if self.table.weighting == "dpace" else weights
+            losses = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none").view(
+                y.shape
+            )
+            share = (
+                dpace_weights(losses, v, self.table.dpace_alpha)
+                if self.table.weighting == "dpace"
+                else weights
+            )
             correct = ((logits.detach().argmax(-1) == y) & v).float()
             return (losses * share * v).sum(), correct.cumprod(-1).sum()
 
@@ -110,11 +151,19 @@ class Objective(torch.nn.Module):
             return piece(hidden, before, labels, valid)
         sums = [
             checkpoint(piece, *part, use_reentrant=False)
-            for part in zip(hidden.split(most), before.split(most), labels.split(most), valid.split(most), strict=True)
+            for part in zip(
+                hidden.split(most),
+                before.split(most),
+                labels.split(most),
+                valid.split(most),
+                strict=True,
+            )
         ]
         return torch.stack([s[0] for s in sums]).sum(), torch.stack([s[1] for s in sums]).sum()
 
 
 def weights_at(table: Train, config: DrafterConfig, step: int, steps: int) -> Tensor:
     """The weights [K] of ``decay`` at a step."""
-    return position_weights(config.block_size, gamma_at(table, config.block_size, step, steps), config.first_row)
+    return position_weights(
+        config.block_size, gamma_at(table, config.block_size, step, steps), config.first_row
+    )

@@ -1,6 +1,8 @@
-"""The optimizer with its schedule, clipping and averaged weights: one object, whose state a checkpoint holds.
+"""The optimizer with its schedule, clipping and averaged weights: one object, whose state a
+checkpoint holds.
 
-Parameters are float32 masters; matrix products run in the precision of autocast. Tests: ``pytest tests/unit/test_train_optimizer.py``.
+Parameters are float32 masters; matrix products run in the precision of autocast. Tests: ``pytest
+tests/unit/test_train_optimizer.py``.
 """
 
 import math
@@ -33,12 +35,14 @@ def learning_rate(table: Train, step: int, steps: int) -> float:
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether products in bfloat16 take no longer than in float32; a processor without AVX-512 takes eight times as long."""
+    """Whether products in bfloat16 take no longer than in float32; a processor without AVX-512
+    takes eight times as long."""
     return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class _NoBfloat16(TorchFunctionMode):
-    """Inside it ``Tensor.bfloat16()`` copies and does not round: ``torch.optim.Muon`` orthogonalizes in bfloat16 and has no setting for it."""
+    """Inside it ``Tensor.bfloat16()`` copies and does not round: ``torch.optim.Muon``
+    orthogonalizes in bfloat16 and has no setting for it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return args[0].clone() if func is Tensor.bfloat16 else func(*args, **kwargs or {})
@@ -51,23 +55,38 @@ class Optimizer:
         self.drafter, self.table, self.steps = drafter, table, steps
         self.parameters = [p for p in drafter.parameters() if p.requires_grad]
         shares = kind_of(drafter.config).context.shares
-        matrices = [p for n, p in drafter.named_parameters() if p.requires_grad and p.ndim == 2 and n != shares]
+        matrices = [
+            p
+            for n, p in drafter.named_parameters()
+            if p.requires_grad and p.ndim == 2 and n != shares
+        ]
         chosen = {id(p) for p in matrices}
         rest = [p for p in self.parameters if id(p) not in chosen]
         groups = [{"params": rest, "weight_decay": 0.0}]
         self.optimizers: list[Any] = []
         if table.optimizer == "muon":
             self.optimizers.append(
-                torch.optim.Muon(matrices, lr=table.lr, momentum=_MOMENTUM, weight_decay=table.weight_decay, adjust_lr_fn="match_rms_adamw")
+                torch.optim.Muon(
+                    matrices,
+                    lr=table.lr,
+                    momentum=_MOMENTUM,
+                    weight_decay=table.weight_decay,
+                    adjust_lr_fn="match_rms_adamw",
+                )
             )
         else:
             groups.append({"params": matrices, "weight_decay": table.weight_decay})
         self.optimizers.append(torch.optim.AdamW(groups, lr=table.lr, betas=_BETAS, fused=True))
-        self.precision = nullcontext() if computes_bfloat16(self.parameters[0].device) else _NoBfloat16()
-        self.average = {n: p.detach().clone() for n, p in drafter.named_parameters()} if table.ema else {}
+        self.precision = (
+            nullcontext() if computes_bfloat16(self.parameters[0].device) else _NoBfloat16()
+        )
+        self.average = (
+            {n: p.detach().clone() for n, p in drafter.named_parameters()} if table.ema else {}
+        )
 
     def step(self, step: int, loss: float) -> tuple[float, bool]:
-        """Applies the gradients that are there, and clears them; returns their norm, and whether they were finite and so applied."""
+        """Applies the gradients that are there, and clears them; returns their norm, and whether
+        they were finite and so applied."""
         norm = float(whole(nn.utils.clip_grad_norm_(self.parameters, self.table.clip or math.inf)))
         good = math.isfinite(norm) and math.isfinite(loss)
         if good:
@@ -90,7 +109,8 @@ class Optimizer:
                 self.average[name].lerp_(parameter, 1 - decay)
 
     def weights(self) -> dict[str, Tensor]:
-        """What is measured and exported: the averaged weights where there are some, else the weights; by parameter name."""
+        """What is measured and exported: the averaged weights where there are some, else the
+        weights; by parameter name."""
         return self.average or {n: p.detach() for n, p in self.drafter.named_parameters()}
 
     def state(self) -> dict[str, Any]:
@@ -111,4 +131,10 @@ class Optimizer:
         for optimizer, found in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(found)
             for parameter, entry in optimizer.state.items():
-                entry.update({name: like(value, parameter) for name, value in entry.items() if isinstance(value, Tensor)})
+                entry.update(
+                    {
+                        name: like(value, parameter)
+                        for name, value in entry.items()
+                        if isinstance(value, Tensor)
+                    }
+                )

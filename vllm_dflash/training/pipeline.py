@@ -1,6 +1,7 @@
 """The stages in their order, and the command ``vllm-dflash train``.
 
-vllm-dflash train --target T --prompts mine.jsonl --out RUN         pytest tests/engine/test_train.py
+vllm-dflash train --target T --prompts mine.jsonl --out RUN
+pytest tests/engine/test_train.py
 """
 
 import argparse
@@ -18,7 +19,8 @@ from vllm_dflash.training.settings import STAGES, Data, Generate, Settings, Sett
 
 
 def run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
-    """Runs the stages, each from where it stopped; whether the drafter's tau is proven (true where that is not asked).
+    """Runs the stages, each from where it stopped; whether the drafter's tau is proven (true where
+    that is not asked).
 
     Raises:
         RunError: a stage cannot go on, or another command is at work in the folder.
@@ -31,7 +33,16 @@ def run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
 
 
 def _run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
-    from vllm_dflash.training import drafter, export, features, generate, loop, prove, self_prompts, target
+    from vllm_dflash.training import (
+        drafter,
+        export,
+        features,
+        generate,
+        loop,
+        prove,
+        self_prompts,
+        target,
+    )
 
     found = target.find_target(settings)
     settings = drafter.decide_mask(settings, found)
@@ -43,7 +54,14 @@ def _run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
         self_prompts.write_prompts(settings, found, reach(found, config))
     if "generate" in stages:
         data = self_prompts.as_files(settings)
-        generate.generate(settings, data, found.tokenizer, found.shape.vocab_size, found.dtype, reach(found, config))
+        generate.generate(
+            settings,
+            data,
+            found.tokenizer,
+            found.shape.vocab_size,
+            found.dtype,
+            reach(found, config),
+        )
     model = None
     if "features" in stages and settings.features.cache:
         if settings.features.extract_with == "transformers":
@@ -56,7 +74,10 @@ def _run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
         return False
     if "export" in stages:
         folder = export.export(settings, found, why)
-        print(f'\nserve it:\n  vllm serve {found.path} --speculative-config \'{{"method": "dflash", "model": "{folder}"}}\'')
+        print(
+            f'\nserve it:\n  vllm serve {found.path} --speculative-config \'{{"method": "dflash",'
+            f' "model": "{folder}"}}\''
+        )
     return True
 
 
@@ -68,16 +89,25 @@ def _train(settings: Settings, config: DrafterConfig, found: Any, model: Any) ->
 
         train_on_ray(settings)
         return
-    loop.train(settings, config, found, model if model is not None else target.load_target(found, settings, target.device()))
+    loop.train(
+        settings,
+        config,
+        found,
+        model if model is not None else target.load_target(found, settings, target.device()),
+    )
 
 
 def reach(found: Any, config: DrafterConfig) -> int:
     """Positions of the longest sequence that target and drafter can take."""
-    return min(getattr(found.config, "max_position_embeddings", None) or sys.maxsize, config.max_position_embeddings)
+    return min(
+        getattr(found.config, "max_position_embeddings", None) or sys.maxsize,
+        config.max_position_embeddings,
+    )
 
 
 def fit_lengths(settings: Settings, most: int) -> Settings:
-    """The settings for sequences of at most ``most`` positions: a length that is left at its default is lowered, and said.
+    """The settings for sequences of at most ``most`` positions: a length that is left at its
+    default is lowered, and said.
 
     Raises:
         SettingsError: the lengths that are set do not fit.
@@ -92,13 +122,15 @@ def fit_lengths(settings: Settings, most: int) -> Settings:
         data = replace(data, max_prompt_tokens=min(data.max_prompt_tokens, room))
     if not 0 < data.max_prompt_tokens <= room or answers.response_tokens < 2:
         raise SettingsError(
-            f"max_prompt_tokens {settings.data.max_prompt_tokens} and response_tokens {answers.response_tokens} (or prove_tokens "
-            f"{settings.prove.prove_tokens} and a block) do not fit into the {most} tokens that target and drafter reach to: lower them"
+            f"max_prompt_tokens {settings.data.max_prompt_tokens} and response_tokens"
+            f" {answers.response_tokens} (or prove_tokens {settings.prove.prove_tokens} and a"
+            f" block) do not fit into the {most} tokens that target and drafter reach to: lower"
+            " them"
         )
     if (data, answers) != (settings.data, settings.generate):
         print(
-            f"target and drafter reach to {most} tokens: max_prompt_tokens is {data.max_prompt_tokens}, "
-            f"response_tokens {answers.response_tokens}",
+            f"target and drafter reach to {most} tokens: max_prompt_tokens is"
+            f" {data.max_prompt_tokens}, response_tokens {answers.response_tokens}",
             file=sys.stderr,
         )
     return replace(settings, data=data, generate=answers)
@@ -107,14 +139,20 @@ def fit_lengths(settings: Settings, most: int) -> Settings:
 def _summary(settings: Settings, config: DrafterConfig, why: str) -> str:
     layers = ", ".join(map(str, config.target_layer_ids))
     return (
-        f"{config.kind} for {settings.run.target}: {config.num_hidden_layers} layers, blocks of {config.block_size}, target layers {layers}, "
-        f"mask token {config.mask_token_id} ({why})\nrun folder {settings.run.out}"
+        f"{config.kind} for {settings.run.target}: {config.num_hidden_layers} layers, blocks of"
+        f" {config.block_size}, target layers {layers}, mask token {config.mask_token_id}"
+        f" ({why})\nrun folder {settings.run.out}"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """``vllm-dflash train``: 0 where all is done, 1 where a stage failed or tau is not what training said, 2 on wrong usage."""
-    flags = {name: value for name, value in vars(args).items() if name not in ("run", "settings", "only", "dry_run")}
+    """``vllm-dflash train``: 0 where all is done, 1 where a stage failed or tau is not what
+    training said, 2 on wrong usage."""
+    flags = {
+        name: value
+        for name, value in vars(args).items()
+        if name not in ("run", "settings", "only", "dry_run")
+    }
     try:
         settings = load(args.settings, flags)
         stages = tuple(args.only or STAGES)
@@ -148,12 +186,17 @@ def _dry_run(settings: Settings) -> int:
     for table, values in settings.to_dict().items():
         print(f"\n[{table}]")
         for name, value in values.items():
-            print(f"{name} = {json.dumps(value)}" if value is not None else f"# {name}: left to the default")
+            print(
+                f"{name} = {json.dumps(value)}"
+                if value is not None
+                else f"# {name}: left to the default"
+            )
     return 0
 
 
 def _expected_prompts(settings: Settings, found: Any, positions: int) -> tuple[int, str]:
-    """How many prompts will be trained on, and a line about them; those that the target is to write may not be there yet."""
+    """How many prompts will be trained on, and a line about them; those that the target is to write
+    may not be there yet."""
     from vllm_dflash.training import self_prompts
     from vllm_dflash.training.prompts import Reader, split
 
@@ -165,7 +208,16 @@ def _expected_prompts(settings: Settings, found: Any, positions: int) -> tuple[i
         to_write = own
         if not data.files:
             held_out = min(data.held_out, own // 2) if data.held_out_prompts is None else 0
-            return own - held_out, f"{own} prompts that the target is to write, {held_out} of them held out"
-    parts = split(Reader(found.tokenizer, found.shape.vocab_size, data.chat_template_kwargs, positions), data, settings.run.seed)
-    said = parts.describe(data.max_prompt_tokens) + (f"; and {to_write} that the target is to write" if to_write else "")
+            return (
+                own - held_out,
+                f"{own} prompts that the target is to write, {held_out} of them held out",
+            )
+    parts = split(
+        Reader(found.tokenizer, found.shape.vocab_size, data.chat_template_kwargs, positions),
+        data,
+        settings.run.seed,
+    )
+    said = parts.describe(data.max_prompt_tokens) + (
+        f"; and {to_write} that the target is to write" if to_write else ""
+    )
     return len(parts.train) + to_write, said

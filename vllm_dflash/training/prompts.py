@@ -1,6 +1,8 @@
-"""Reads prompts (JSON lines, or Hugging Face datasets on disk) as token ids, drops repeats, and splits off the held-out ones.
+"""Reads prompts (JSON lines, or Hugging Face datasets on disk) as token ids, drops repeats, and
+splits off the held-out ones.
 
-The split is by a hash of the prompt's tokens, so a prompt stays on its side when files are added or reordered.
+The split is by a hash of the prompt's tokens, so a prompt stays on its side when files are added or
+reordered.
 Limits: token ids of all prompts in memory. Tests: ``pytest tests/unit/test_train_prompts.py``.
 """
 
@@ -19,7 +21,14 @@ from vllm_dflash.records import object_of
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.settings import Data
 
-_COLUMNS = ("prompt", "messages", "prompt_token_ids", "response", "response_token_ids", "finish_reason")
+_COLUMNS = (
+    "prompt",
+    "messages",
+    "prompt_token_ids",
+    "response",
+    "response_token_ids",
+    "finish_reason",
+)
 
 
 @dataclass(frozen=True)
@@ -57,22 +66,43 @@ class Split:
 
     def describe(self, limit: int) -> str:
         """One line for the user."""
-        left = [f"{n} {what}" for n, what in ((self.repeated, "repeated"), (self.too_long, f"longer than max_prompt_tokens {limit}")) if n]
-        text = f"{len(self.train)} prompts to train on, {len(self.held_out)} held out" + (f"; left out: {', '.join(left)}" if left else "")
+        left = [
+            f"{n} {what}"
+            for n, what in (
+                (self.repeated, "repeated"),
+                (self.too_long, f"longer than max_prompt_tokens {limit}"),
+            )
+            if n
+        ]
+        text = f"{len(self.train)} prompts to train on, {len(self.held_out)} held out" + (
+            f"; left out: {', '.join(left)}" if left else ""
+        )
         cut = sum(prompt.cut for prompt in self.train)
-        return text + (f"; {cut} responses cut where the positions of target and drafter end" if cut else "")
+        return text + (
+            f"; {cut} responses cut where the positions of target and drafter end" if cut else ""
+        )
 
 
 class Reader:
-    """Turns lines into token ids the way the target is served: chats through its template, texts with its special tokens."""
+    """Turns lines into token ids the way the target is served: chats through its template, texts
+    with its special tokens."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int, chat_template_kwargs: str, positions: int = sys.maxsize) -> None:
-        """``positions``: what target and drafter reach to; longer answers are cut there, for a part of one is the target's text too."""
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocab_size: int,
+        chat_template_kwargs: str,
+        positions: int = sys.maxsize,
+    ) -> None:
+        """``positions``: what target and drafter reach to; longer answers are cut there, for a part
+        of one is the target's text too."""
         self.tokenizer, self.vocab_size, self.positions = tokenizer, vocab_size, positions
         try:
             self.template_args = object_of(chat_template_kwargs)
         except ValueError:
-            raise TrainingError(f"chat_template_kwargs is {chat_template_kwargs!r}: give a JSON object") from None
+            raise TrainingError(
+                f"chat_template_kwargs is {chat_template_kwargs!r}: give a JSON object"
+            ) from None
 
     def read(self, path: str) -> Iterator[Prompt]:
         """Every prompt of a file or dataset, in its order.
@@ -85,7 +115,9 @@ class Reader:
             empty = False
             yield self._prompt(row, f"{path}, line {number}")
         if empty:
-            raise TrainingError(f'{path} is empty: give at least one line such as {{"prompt": "..."}}')
+            raise TrainingError(
+                f'{path} is empty: give at least one line such as {{"prompt": "..."}}'
+            )
 
     def _rows(self, path: Path) -> Iterator[tuple[int, Any]]:
         if path.is_dir():
@@ -97,11 +129,17 @@ class Reader:
                     if line.strip():
                         yield number, _json(line, f"{path}, line {number}")
         except (OSError, UnicodeDecodeError) as error:
-            raise TrainingError(f"{path} cannot be read ({error}): give a file of JSON lines in UTF-8, or a dataset's folder") from None
+            raise TrainingError(
+                f"{path} cannot be read ({error}): give a file of JSON lines in UTF-8, or a"
+                " dataset's folder"
+            ) from None
 
     def _prompt(self, row: Any, where: str) -> Prompt:
         if not isinstance(row, dict):
-            raise TrainingError(f"{where}: it holds {type(row).__name__}, not an object with prompt, messages or prompt_token_ids")
+            raise TrainingError(
+                f"{where}: it holds {type(row).__name__}, not an object with prompt, messages or"
+                " prompt_token_ids"
+            )
         given = {name: row[name] for name in _COLUMNS if row.get(name) is not None}
         if "prompt_token_ids" in given:
             ids = self._ids(given["prompt_token_ids"], "prompt_token_ids", where)
@@ -111,12 +149,17 @@ class Reader:
             ids = list(self._known(where)(encodable(given["prompt"], where))["input_ids"])
         else:
             raise TrainingError(
-                f"{where}: give prompt (text), messages (a chat) or prompt_token_ids (a list of ids below {self.vocab_size})"
+                f"{where}: give prompt (text), messages (a chat) or prompt_token_ids (a list of ids"
+                f" below {self.vocab_size})"
             )
         if not ids:
             raise TrainingError(f"{where}: the prompt has no tokens: remove the line")
         response, room = self._response(given, where), max(0, self.positions - len(ids))
-        return Prompt(ids, None if response is None else response[:room], response is not None and len(response) > room)
+        return Prompt(
+            ids,
+            None if response is None else response[:room],
+            response is not None and len(response) > room,
+        )
 
     def _response(self, given: dict[str, Any], where: str) -> list[int] | None:
         if "response_token_ids" in given:
@@ -125,29 +168,50 @@ class Reader:
             tokenizer = self._known(where)
             cut = given.get("finish_reason") == "length"
             end = [] if cut or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-            return list(tokenizer(encodable(given["response"], where), add_special_tokens=False)["input_ids"]) + end
+            return (
+                list(
+                    tokenizer(encodable(given["response"], where), add_special_tokens=False)[
+                        "input_ids"
+                    ]
+                )
+                + end
+            )
         return None
 
     def _ids(self, ids: Any, name: str, where: str) -> list[int]:
-        good = isinstance(ids, Sequence) and all(isinstance(i, int) and 0 <= i < self.vocab_size for i in ids)
+        good = isinstance(ids, Sequence) and all(
+            isinstance(i, int) and 0 <= i < self.vocab_size for i in ids
+        )
         if not good or not ids:
-            raise TrainingError(f"{where}: {name} is no list of ids below {self.vocab_size}: tokenize it with the target's tokenizer")
+            raise TrainingError(
+                f"{where}: {name} is no list of ids below {self.vocab_size}: tokenize it with the"
+                " target's tokenizer"
+            )
         return list(ids)
 
     def chat(self, messages: list[Any], where: str) -> list[int]:
-        """Token ids of a chat, up to the header of its answer. Raises TrainingError where the template refuses it."""
+        """Token ids of a chat, up to the header of its answer. Raises TrainingError where the
+        template refuses it."""
         tokenizer = self._known(where)
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self.template_args)
-        except Exception as error:  # a template is a program of the target's author, and raises what it likes
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self.template_args
+            )
+        except (
+            Exception
+        ) as error:  # a template is a program of the target's author, and raises what it likes
             raise TrainingError(
-                f"{where}: the target's chat template refuses these messages ({error}): mend them, or give prompt as text"
+                f"{where}: the target's chat template refuses these messages ({error}): mend them,"
+                " or give prompt as text"
             ) from None
         return list(tokenizer(encodable(text, where), add_special_tokens=False)["input_ids"])
 
     def _known(self, where: str) -> Any:
         if self.tokenizer is None:
-            raise TrainingError(f"{where}: the target has no tokenizer, so give prompt_token_ids and response_token_ids")
+            raise TrainingError(
+                f"{where}: the target has no tokenizer, so give prompt_token_ids and"
+                " response_token_ids"
+            )
         return self.tokenizer
 
 
@@ -171,14 +235,18 @@ def split(reader: Reader, data: Data, seed: int) -> Split:
         out.held_out = list(kept(data.held_out_prompts))[: data.held_out]
     prompts = [prompt for path in data.files for prompt in kept(path)]
     if data.held_out_prompts is None:
-        order = sorted(range(len(prompts)), key=lambda i: hashlib.blake2b(prompts[i].key, salt=seed.to_bytes(8, "little")).digest())
+        order = sorted(
+            range(len(prompts)),
+            key=lambda i: hashlib.blake2b(prompts[i].key, salt=seed.to_bytes(8, "little")).digest(),
+        )
         chosen = set(order[: min(data.held_out, len(prompts) // 2)])
         out.held_out = [prompts[i] for i in sorted(chosen)]
         prompts = [p for i, p in enumerate(prompts) if i not in chosen]
     out.train = prompts[: data.max_prompts]
     if not out.train or not out.held_out:
         raise TrainingError(
-            f"{out.describe(data.max_prompt_tokens)}: at least one of each is needed; give more prompts, or raise max_prompt_tokens"
+            f"{out.describe(data.max_prompt_tokens)}: at least one of each is needed; give more"
+            " prompts, or raise max_prompt_tokens"
         )
     return out
 
@@ -196,7 +264,11 @@ def encodable(text: str, where: str) -> str:
 
 
 def _is_chat(messages: Any) -> bool:
-    return isinstance(messages, list) and bool(messages) and all(isinstance(message, dict) for message in messages)
+    return (
+        isinstance(messages, list)
+        and bool(messages)
+        and all(isinstance(message, dict) for message in messages)
+    )
 
 
 def _json(line: str, where: str) -> Any:
@@ -211,12 +283,19 @@ def _dataset(path: Path) -> Iterator[Any]:
         from datasets import Dataset, load_from_disk
     except ImportError:
         raise TrainingError(
-            f"{path} is a folder, and reading datasets needs their library: pip install datasets, or give JSON lines"
+            f"{path} is a folder, and reading datasets needs their library: pip install datasets,"
+            " or give JSON lines"
         ) from None
     try:
         found = load_from_disk(str(path))
     except (OSError, ValueError) as error:
-        raise TrainingError(f"{path} is no dataset of save_to_disk ({error}): give such a folder, or a file of JSON lines") from None
+        raise TrainingError(
+            f"{path} is no dataset of save_to_disk ({error}): give such a folder, or a file of JSON"
+            " lines"
+        ) from None
     if not isinstance(found, Dataset):
-        raise TrainingError(f"{path} holds the splits {', '.join(found)}: give the folder of one, such as {path / next(iter(found))}")
+        raise TrainingError(
+            f"{path} holds the splits {', '.join(found)}: give the folder of one, such as"
+            f" {path / next(iter(found))}"
+        )
     yield from found

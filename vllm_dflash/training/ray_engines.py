@@ -1,7 +1,9 @@
-"""The stage generate on a cluster: Ray Data hands the shards to a pool of engines, each with its devices, and again to another where one is lost.
+"""The stage generate on a cluster: Ray Data hands the shards to a pool of engines, each with its
+devices, and again to another where one is lost.
 
-Needs ``pip install 'vllm-dflash[ray]'``. Limits: all nodes see the run's folder and the target under the same path; an engine's devices are
-on one node. What is finished stays, as without Ray. Tests: ``pytest tests/engine/test_train_ray.py``.
+Needs ``pip install 'vllm-dflash[ray]'``. Limits: all nodes see the run's folder and the target
+under the same path; an engine's devices are on one node. What is finished stays, as without Ray.
+Tests: ``pytest tests/engine/test_train_ray.py``.
 
     vllm-dflash train ... --engines 16 --engines-on-ray
 """
@@ -32,8 +34,14 @@ class _Engine:
         return {"count": [answer(self.llm, json.loads(job)) for job in batch["job"]]}
 
 
-def answer_on_ray(engine_args: Mapping[str, Any], jobs: Sequence[dict[str, Any]], engines: int, shown: tuple[str, str]) -> None:
-    """Has every job done, on the cluster of RAY_ADDRESS or on this machine; ``shown``: the progress line's title and unit.
+def answer_on_ray(
+    engine_args: Mapping[str, Any],
+    jobs: Sequence[dict[str, Any]],
+    engines: int,
+    shown: tuple[str, str],
+) -> None:
+    """Has every job done, on the cluster of RAY_ADDRESS or on this machine; ``shown``: the progress
+    line's title and unit.
 
     Raises:
         TrainingError: Ray is not installed, the cluster has too few GPUs, or an engine failed.
@@ -42,23 +50,37 @@ def answer_on_ray(engine_args: Mapping[str, Any], jobs: Sequence[dict[str, Any]]
         import ray
         import ray.data
     except ImportError:
-        raise TrainingError("engines_on_ray takes Ray: pip install 'vllm-dflash[ray]', or leave it out") from None
+        raise TrainingError(
+            "engines_on_ray takes Ray: pip install 'vllm-dflash[ray]', or leave it out"
+        ) from None
     ours = not ray.is_initialized()
     if ours:
         ray.init(log_to_driver=False, include_dashboard=False)
     try:
         pool = min(engines, len(jobs))
-        gpus = _gpus_each(int(engine_args.get("tensor_parallel_size", 1)), pool, int(ray.cluster_resources().get("GPU", 0)))
-        rows = [{"job": json.dumps(job | {"path": str(Path(job["path"]).resolve())})} for job in jobs]
+        gpus = _gpus_each(
+            int(engine_args.get("tensor_parallel_size", 1)),
+            pool,
+            int(ray.cluster_resources().get("GPU", 0)),
+        )
+        rows = [
+            {"job": json.dumps(job | {"path": str(Path(job["path"]).resolve())})} for job in jobs
+        ]
         done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            _Engine, fn_constructor_args=(dict(engine_args), os.getcwd()), batch_size=1, concurrency=pool, num_gpus=gpus,
+            _Engine,
+            fn_constructor_args=(dict(engine_args), os.getcwd()),
+            batch_size=1,
+            concurrency=pool,
+            num_gpus=gpus,
             runtime_env={"env_vars": DEFAULT_ENV | QUIET | ENV},
-        )  # fmt: skip
+        )
         with Progress(total=sum(job["count"] for job in jobs), desc=shown[0], unit=shown[1]) as bar:
             for batch in done.iter_batches(batch_size=1, prefetch_batches=0):
                 bar.update(int(sum(batch["count"])))
     except ray.exceptions.RayError as error:
-        raise TrainingError(f"an engine on Ray failed ({error}): mend what it says; finished shards are kept") from error
+        raise TrainingError(
+            f"an engine on Ray failed ({error}): mend what it says; finished shards are kept"
+        ) from error
     finally:
         if ours:
             ray.shutdown()
@@ -70,6 +92,7 @@ def _gpus_each(each: int, engines: int, there: int) -> int | None:
         return None
     if there < engines * each:
         raise TrainingError(
-            f"engines {engines} x tensor_parallel_size {each} need {engines * each} GPUs, and the cluster has {there}: lower engines"
+            f"engines {engines} x tensor_parallel_size {each} need {engines * each} GPUs, and the"
+            f" cluster has {there}: lower engines"
         )
     return each

@@ -1,10 +1,12 @@
-"""The stage before all others, for ``--prompts self:N``: the target writes its own user turns, part by part.
+"""The stage before all others, for ``--prompts self:N``: the target writes its own user turns, part
+by part.
 
-A part depends on nothing but its number, and parts are looked through in their order, so a stage that was
-killed ends with the same prompts as one that was not. What is kept is a file of prompts as any other,
-``prompts/prompts.jsonl``, to be read and used again.
+A part depends on nothing but its number, and parts are looked through in their order, so a stage
+that was killed ends with the same prompts as one that was not. What is kept is a file of prompts as
+any other, ``prompts/prompts.jsonl``, to be read and used again.
 
-    vllm-dflash train ... --prompts self:20000 --only prompts       pytest tests/unit/test_train_self_prompts.py
+    vllm-dflash train ... --prompts self:20000 --only prompts
+    pytest tests/unit/test_train_self_prompts.py
 """
 
 import hashlib
@@ -29,7 +31,13 @@ _FIRST_GUESS = 0.7
 _TOO_FEW = 0.02
 """Share of a round's turns below which no more are asked for."""
 _TURN = {"header": [int], "rest": str, "stops": [int], "mark": str, "endless": bool}
-_NOTE = {"prompts": AtLeast(int, 1), "written": AtLeast(int, 1), "left_out": {}, "bytes": AtLeast(int, 0), "sha256": str}
+_NOTE = {
+    "prompts": AtLeast(int, 1),
+    "written": AtLeast(int, 1),
+    "left_out": {},
+    "bytes": AtLeast(int, 0),
+    "sha256": str,
+}
 
 
 def folder_of(settings: Settings) -> Path:
@@ -55,7 +63,10 @@ def as_files(settings: Settings) -> Data:
     if note is None:
         raise TrainingError(f"{folder_of(settings)} is not finished: run the stage prompts first")
     if not path.is_file() or checksum(path) != note["sha256"]:
-        raise TrainingError(f"{path} is not as it was written: remove {path.with_suffix('.json')}, and the stage prompts writes it again")
+        raise TrainingError(
+            f"{path} is not as it was written: remove {path.with_suffix('.json')}, and the stage"
+            " prompts writes it again"
+        )
     return replace(data, prompts=(*data.files, str(path)))
 
 
@@ -67,7 +78,8 @@ def write_prompts(settings: Settings, target: Any, positions: int) -> None:
         positions: what target and drafter reach to.
 
     Raises:
-        TrainingError: the target cannot write turns, too few of them are kept, or the engine failed.
+        TrainingError: the target cannot write turns, too few of them are kept, or the engine
+            failed.
     """
     folder, wanted = folder_of(settings), settings.data.own_prompts
     if not wanted:
@@ -77,43 +89,68 @@ def write_prompts(settings: Settings, target: Any, positions: int) -> None:
     if (note := _note(settings)) is not None:
         print(describe(note))
         return
-    reader = Reader(target.tokenizer, target.shape.vocab_size, settings.data.chat_template_kwargs, positions)
+    reader = Reader(
+        target.tokenizer, target.shape.vocab_size, settings.data.chat_template_kwargs, positions
+    )
     turn = _turn(settings, target, reader)
-    sieve, rows, part, size = Sieve(target.tokenizer, turn, settings.self_prompts), list[str](), 0, part_size(settings)
+    sieve, rows, part, size = (
+        Sieve(target.tokenizer, turn, settings.self_prompts),
+        list[str](),
+        0,
+        part_size(settings),
+    )
     while True:
         before, first = len(rows), part
         while len(rows) < wanted and is_finished(shard_path(folder, part)):
-            rows += _kept(sieve, reader, Shard(shard_path(folder, part)), settings.data.max_prompt_tokens)
+            rows += _kept(
+                sieve, reader, Shard(shard_path(folder, part)), settings.data.max_prompt_tokens
+            )
             part += 1
         if len(rows) >= wanted:
             break
         written = part * size
         if part > first and len(rows) - before < _TOO_FEW * (part - first) * size:
             raise TrainingError(
-                f"the target writes too few turns that can be used: {len(rows)} of {written} were kept (left out: {_reasons(sieve.left_out)}). "
-                f"Ask for fewer, change the limits of the table [self_prompts], or give files of prompts"
+                f"the target writes too few turns that can be used: {len(rows)} of {written} were"
+                f" kept (left out: {_reasons(sieve.left_out)}). Ask for fewer, change the limits of"
+                " the table [self_prompts], or give files of prompts"
             )
         share = len(rows) / written if written and rows else _FIRST_GUESS
         more = math.ceil((wanted - len(rows)) / share / size)
         answer(
-            settings, target.dtype, len(turn.header) + most, _jobs(settings, turn, most, range(part, part + more)), ("prompts", " turns")
+            settings,
+            target.dtype,
+            len(turn.header) + most,
+            _jobs(settings, turn, most, range(part, part + more)),
+            ("prompts", " turns"),
         )
     _write(settings, rows[:wanted], part * size, dict(sieve.left_out))
 
 
 def inputs(settings: Settings, dtype: str, most: int) -> dict[str, Any]:
     """What the prompts depend on."""
-    table = {name: value for name, value in settings.to_dict()["self_prompts"].items() if name != "self_most_tokens"}
+    table = {
+        name: value
+        for name, value in settings.to_dict()["self_prompts"].items()
+        if name != "self_most_tokens"
+    }
     return table | {
-        "target": smollm2.exact(settings.run.target), "dtype": dtype, "seed": settings.run.seed, "self_most_tokens": most,
-        "self prompts": settings.data.own_prompts, "part": part_size(settings), "max_prompt_tokens": settings.data.max_prompt_tokens,
+        "target": smollm2.exact(settings.run.target),
+        "dtype": dtype,
+        "seed": settings.run.seed,
+        "self_most_tokens": most,
+        "self prompts": settings.data.own_prompts,
+        "part": part_size(settings),
+        "max_prompt_tokens": settings.data.max_prompt_tokens,
         "chat_template_kwargs": settings.data.chat_template_kwargs,
-    }  # fmt: skip
+    }
 
 
 def most_tokens(settings: Settings) -> int:
     """Of a turn that is sampled: as set, or a quarter of what a prompt may have."""
-    return settings.self_prompts.self_most_tokens or max(settings.self_prompts.self_least_tokens + 1, settings.data.max_prompt_tokens // 4)
+    return settings.self_prompts.self_most_tokens or max(
+        settings.self_prompts.self_least_tokens + 1, settings.data.max_prompt_tokens // 4
+    )
 
 
 def part_size(settings: Settings) -> int:
@@ -122,8 +159,11 @@ def part_size(settings: Settings) -> int:
 
 
 def first_seed(settings: Settings) -> int:
-    """Of the first turn; each has the next. All turns begin alike, so runs whose seeds are neighbours must not share them."""
-    return int.from_bytes(hashlib.blake2b(f"prompts {settings.run.seed}".encode(), digest_size=6).digest())
+    """Of the first turn; each has the next. All turns begin alike, so runs whose seeds are
+    neighbours must not share them."""
+    return int.from_bytes(
+        hashlib.blake2b(f"prompts {settings.run.seed}".encode(), digest_size=6).digest()
+    )
 
 
 def describe(note: dict[str, Any]) -> str:
@@ -137,18 +177,28 @@ def _reasons(left_out: dict[str, int]) -> str:
 
 
 def _note(settings: Settings) -> dict[str, Any] | None:
-    return read_record(path_of(settings).with_suffix(".json"), _NOTE, "remove it, and the stage prompts ends again from its parts")
+    return read_record(
+        path_of(settings).with_suffix(".json"),
+        _NOTE,
+        "remove it, and the stage prompts ends again from its parts",
+    )
 
 
 def _turn(settings: Settings, target: Any, reader: Reader) -> Turn:
     """What the first run found: a template may write today's date, and a run may last longer."""
     path = folder_of(settings) / "turn.json"
-    found = read_record(path, _TURN, f"remove {folder_of(settings)} to begin the stage prompts anew")
+    found = read_record(
+        path, _TURN, f"remove {folder_of(settings)} to begin the stage prompts anew"
+    )
     if found is None:
         eos = target.config.eos_token_id
         own = getattr(target.tokenizer, "eos_token_id", None)
         ends = [*(eos if isinstance(eos, list) else [eos]), own]
-        turn = find_turn(target.tokenizer, reader.template_args, sorted({token for token in ends if token is not None}))
+        turn = find_turn(
+            target.tokenizer,
+            reader.template_args,
+            sorted({token for token in ends if token is not None}),
+        )
         write_record(path, vars(turn))
         return turn
     return Turn(**found)
@@ -157,17 +207,24 @@ def _turn(settings: Settings, target: Any, reader: Reader) -> Turn:
 def _jobs(settings: Settings, turn: Turn, most: int, parts: range) -> list[dict[str, Any]]:
     size, table = part_size(settings), settings.self_prompts
     sampling = {
-        "temperature": table.self_temperature, "top_p": table.self_top_p, "max_tokens": most,
+        "temperature": table.self_temperature,
+        "top_p": table.self_top_p,
+        "max_tokens": most,
         # The stops are the turn's, not the engine's.
-        "ignore_eos": True, "stop_token_ids": turn.stops,
-    }  # fmt: skip
+        "ignore_eos": True,
+        "stop_token_ids": turn.stops,
+    }
     return [
         {
-            "path": str(shard_path(folder_of(settings), part)), "count": size, "answered": [], "prompts": [turn.header] * size,
-            "sampling": sampling, "seed": first_seed(settings) + part * size,
+            "path": str(shard_path(folder_of(settings), part)),
+            "count": size,
+            "answered": [],
+            "prompts": [turn.header] * size,
+            "sampling": sampling,
+            "seed": first_seed(settings) + part * size,
         }
         for part in parts
-    ]  # fmt: skip
+    ]
 
 
 def _kept(sieve: Sieve, reader: Reader, shard: Shard, longest: int) -> list[str]:
@@ -186,7 +243,8 @@ def _kept(sieve: Sieve, reader: Reader, shard: Shard, longest: int) -> list[str]
         if len(ids) > longest:
             sieve.left_out["too long"] += 1
             continue
-        # The ids too: a template that writes today's date would make other prompts of the text tomorrow.
+        # The ids too: a template that writes today's date would make other prompts of the text
+        # tomorrow.
         rows.append(json.dumps({"messages": messages, "prompt_token_ids": ids}, ensure_ascii=False))
     return rows
 
@@ -195,6 +253,12 @@ def _write(settings: Settings, rows: list[str], written: int, left_out: dict[str
     path = path_of(settings)
     with whole_file(path) as file:
         file.write("".join(f"{row}\n" for row in rows).encode())
-    note = {"prompts": len(rows), "written": written, "left_out": left_out, "bytes": path.stat().st_size, "sha256": checksum(path)}
+    note = {
+        "prompts": len(rows),
+        "written": written,
+        "left_out": left_out,
+        "bytes": path.stat().st_size,
+        "sha256": checksum(path),
+    }
     write_record(path.with_suffix(".json"), note)
     print(describe(note))

@@ -1,7 +1,9 @@
-"""Token sequences on disk: safetensors shards, each with a checksum, read through the system's page cache.
+"""Token sequences on disk: safetensors shards, each with a checksum, read through the system's page
+cache.
 
-A shard ``NAME.safetensors`` holds ``tokens`` int32 [sum of lengths], ``starts`` int64 [N + 1] and ``prompt_lengths`` int32 [N];
-``NAME.json`` beside it says that it is whole. Tests: ``pytest tests/unit/test_files.py``.
+A shard ``NAME.safetensors`` holds ``tokens`` int32 [sum of lengths], ``starts`` int64 [N + 1] and
+``prompt_lengths`` int32 [N]; ``NAME.json`` beside it says that it is whole. Tests: ``pytest
+tests/unit/test_files.py``.
 """
 
 import json
@@ -22,7 +24,8 @@ _NOTE = {"bytes": AtLeast(int, 0), "sha256": str}
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and its answer: token ids int32 [S], of which the first ``prompt_length`` are the prompt's."""
+    """A prompt and its answer: token ids int32 [S], of which the first ``prompt_length`` are the
+    prompt's."""
 
     tokens: np.ndarray
     prompt_length: int
@@ -55,7 +58,9 @@ def _note(path: Path) -> dict[str, Any] | None:
 
 def finish(path: Path, **more: object) -> None:
     """Notes that the shard is whole, with its checksum."""
-    write_record(path.with_suffix(".json"), {"bytes": path.stat().st_size, "sha256": checksum(path), **more})
+    write_record(
+        path.with_suffix(".json"), {"bytes": path.stat().st_size, "sha256": checksum(path), **more}
+    )
 
 
 def check(path: Path) -> None:
@@ -67,7 +72,8 @@ def check(path: Path) -> None:
     note = _note(path)
     if note is None or not is_finished(path) or checksum(path) != note["sha256"]:
         raise TrainingError(
-            f"{path} is absent or not as it was written: remove it and its .json, and run its stage again; then look at the disk"
+            f"{path} is absent or not as it was written: remove it and its .json, and run its stage"
+            " again; then look at the disk"
         )
 
 
@@ -75,7 +81,11 @@ def write_sequences(path: Path, sequences: Sequence[tuple[Sequence[int], int]]) 
     """Writes (token ids, prompt length) pairs as a shard."""
     lengths = np.array([len(tokens) for tokens, _ in sequences], np.int64)
     arrays = {
-        "tokens": np.concatenate([np.asarray(tokens, np.int32) for tokens, _ in sequences]) if sequences else np.zeros(0, np.int32),
+        "tokens": (
+            np.concatenate([np.asarray(tokens, np.int32) for tokens, _ in sequences])
+            if sequences
+            else np.zeros(0, np.int32)
+        ),
         "starts": np.concatenate([[0], lengths.cumsum()]).astype(np.int64),
         "prompt_lengths": np.array([n for _, n in sequences], np.int32),
     }
@@ -105,13 +115,19 @@ class Shard:
             return np.memmap(path, dtype, "r", base + start, count) if count else np.zeros(0, dtype)
 
         self.tokens = array("tokens", np.int32)
-        self.starts, self.prompt_lengths = np.array(array("starts", np.int64)), np.array(array("prompt_lengths", np.int32))
+        self.starts, self.prompt_lengths = (
+            np.array(array("starts", np.int64)),
+            np.array(array("prompt_lengths", np.int32)),
+        )
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
 
     def __getitem__(self, index: int) -> Sample:
-        return Sample(np.array(self.tokens[self.starts[index] : self.starts[index + 1]]), int(self.prompt_lengths[index]))
+        return Sample(
+            np.array(self.tokens[self.starts[index] : self.starts[index + 1]]),
+            int(self.prompt_lengths[index]),
+        )
 
 
 class Sequences:

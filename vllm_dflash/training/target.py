@@ -1,6 +1,8 @@
-"""The frozen target: its config and tokenizer, and the whole model in plain PyTorch once a stage needs it.
+"""The frozen target: its config and tokenizer, and the whole model in plain PyTorch once a stage
+needs it.
 
-Limits: decoder layers at ``model.layers`` and an ``lm_head`` (Qwen3, Llama and their like), one device.
+Limits: decoder layers at ``model.layers`` and an ``lm_head`` (Qwen3, Llama and their like), one
+device.
 Tests: ``pytest tests/unit/test_train_drafter.py``.
 """
 
@@ -55,7 +57,9 @@ def find_target(settings: Settings) -> Target:
         text = hub.load_config(path, trusted).get_text_config()
     except hub.TargetError as error:
         raise TrainingError(f"target {error}") from None
-    return Target(name, text, hub.load_tokenizer(path, trusted), hub.resolved_dtype(text, settings.run.dtype))
+    return Target(
+        name, text, hub.load_tokenizer(path, trusted), hub.resolved_dtype(text, settings.run.dtype)
+    )
 
 
 def load_target(target: Target, settings: Settings, device: str) -> Any:
@@ -66,7 +70,10 @@ def load_target(target: Target, settings: Settings, device: str) -> Any:
     """
     model = hub.load_model(target.path, target.dtype, device, settings.run.trust_remote_code)
     if not hasattr(getattr(model, "model", None), "layers") or not hasattr(model, "lm_head"):
-        raise TrainingError(f"{type(model).__name__} has no model.layers and lm_head, where features are taken: train for another target")
+        raise TrainingError(
+            f"{type(model).__name__} has no model.layers and lm_head, where features are taken:"
+            " train for another target"
+        )
     return model.requires_grad_(False)
 
 

@@ -1,8 +1,9 @@
-"""User turns that a target writes itself: where its chat template has them, and which of them are kept. Pure.
+"""User turns that a target writes itself: where its chat template has them, and which of them are
+kept. Pure.
 
-As Magpie does (Xu et al., 2024): an aligned model that is given its template up to the user's header goes
-on with what a user might say. Limits: what is kept out are repeats, lengths and scripts; nothing here
-judges what a turn asks for.
+As Magpie does (Xu et al., 2024): an aligned model that is given its template up to the user's
+header goes on with what a user might say. Limits: what is kept out are repeats, lengths and
+scripts; nothing here judges what a turn asks for.
 
     pytest tests/unit/test_train_turns.py
 """
@@ -31,7 +32,8 @@ class Turn:
     header: list[int]
     """Token ids up to the turn."""
     rest: str
-    """Text of the header that its tokens leave out, for it would become one token with the turn's first word."""
+    """Text of the header that its tokens leave out, for it would become one token with the turn's
+    first word."""
     stops: list[int]
     """Tokens that end it."""
     mark: str
@@ -47,21 +49,32 @@ def find_turn(tokenizer: Any, template_args: Mapping[str, Any], eos: Sequence[in
         eos: the target's own end tokens.
 
     Raises:
-        TrainingError: there is no template, it refuses a user's message alone, or it does not show the message.
+        TrainingError: there is no template, it refuses a user's message alone, or it does not show
+            the message.
     """
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         what = "no tokenizer" if tokenizer is None else "no chat template in its tokenizer"
-        raise TrainingError(f"the target has {what}, so it cannot write a user's turn: {_GIVE_FILES}")
+        raise TrainingError(
+            f"the target has {what}, so it cannot write a user's turn: {_GIVE_FILES}"
+        )
     texts = [_around(tokenizer, template_args, word) for word in _SENTINELS]
     header, end = texts[0]
     if any(text != texts[0] for text in texts):
-        raise TrainingError(f"the target's chat template writes another header for another message: {_GIVE_FILES}")
+        raise TrainingError(
+            f"the target's chat template writes another header for another message: {_GIVE_FILES}"
+        )
     ids = _ids(tokenizer, header)
     # The tokens that are the same whatever the turn begins with.
     kept = len(ids)
     for word in _SENTINELS:
         whole = _ids(tokenizer, header + word)
-        kept = min(kept, next((i for i, (one, other) in enumerate(zip(ids, whole, strict=False)) if one != other), len(whole)))
+        kept = min(
+            kept,
+            next(
+                (i for i, (one, other) in enumerate(zip(ids, whole, strict=False)) if one != other),
+                len(whole),
+            ),
+        )
     rest = _text(tokenizer, ids)[len(_text(tokenizer, ids[:kept])) :]
     marks, stops = _ids(tokenizer, end)[:1], list(eos)
     is_token = bool(marks) and marks[0] in _added(tokenizer)
@@ -76,25 +89,38 @@ def _around(tokenizer: Any, template_args: Mapping[str, Any], word: str) -> tupl
 
     def render(**more: Any) -> str:
         message = [{"role": "user", "content": word}]
-        return str(tokenizer.apply_chat_template(message, tokenize=False, **dict(template_args) | more))
+        return str(
+            tokenizer.apply_chat_template(message, tokenize=False, **dict(template_args) | more)
+        )
 
     try:
         text, asked = render(add_generation_prompt=False), render(add_generation_prompt=True)
-    except Exception as error:  # a template is a program of the target's author, and raises what it likes
-        raise TrainingError(f"the target's chat template refuses a user's message alone ({error}): {_GIVE_FILES}") from None
+    except (
+        Exception
+    ) as error:  # a template is a program of the target's author, and raises what it likes
+        raise TrainingError(
+            f"the target's chat template refuses a user's message alone ({error}): {_GIVE_FILES}"
+        ) from None
     if text.count(word) != 1 or asked.count(word) != 1:
-        raise TrainingError(f"the target's chat template does not write a user's message once, as it is: {_GIVE_FILES}")
+        raise TrainingError(
+            "the target's chat template does not write a user's message once, as it is:"
+            f" {_GIVE_FILES}"
+        )
     header, end = text.split(word)
     # Some templates mark the end of a turn by the answer's header alone.
     return header, end.strip() or asked.split(word)[1].strip()
 
 
 def _first(tokenizer: Any) -> list[int]:
-    """What a text begins with where the template has no header: the token before it, or the one between two texts."""
+    """What a text begins with where the template has no header: the token before it, or the one
+    between two texts."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return [token]
-    raise TrainingError(f"the target's chat template has no header for a user, and its tokenizer no first token: {_GIVE_FILES}")
+    raise TrainingError(
+        "the target's chat template has no header for a user, and its tokenizer no first token:"
+        f" {_GIVE_FILES}"
+    )
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -102,7 +128,9 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return str(
+        tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    )
 
 
 def _added(tokenizer: Any) -> set[int]:
@@ -154,7 +182,8 @@ class Sieve:
 
 
 def ascii_share(text: str) -> float:
-    """The share of ASCII among the letters of ``text``; 1 where it has none. It tells scripts apart, not languages."""
+    """The share of ASCII among the letters of ``text``; 1 where it has none. It tells scripts
+    apart, not languages."""
     letters = [c for c in text if c.isalpha()]
     return sum(c.isascii() for c in letters) / len(letters) if letters else 1.0
 
@@ -166,7 +195,8 @@ def repetition(ids: Sequence[int]) -> float:
 
 
 def normal_form(text: str) -> bytes:
-    """The same for texts that differ in case, spaces, punctuation, accents' encoding and numbers only: eight bytes."""
+    """The same for texts that differ in case, spaces, punctuation, accents' encoding and numbers
+    only: eight bytes."""
     plain = unicodedata.normalize("NFKC", text).casefold()
     words = re.findall(r"[^\W\d_]+", plain) or [plain]
     return hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest()

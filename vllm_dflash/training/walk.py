@@ -1,7 +1,9 @@
-"""The trainer's tau: a held-out answer is gone through as decoding would, from one batch of drafts at all of its places.
+"""The trainer's tau: a held-out answer is gone through as decoding would, from one batch of drafts
+at all of its places.
 
-A mean over all places says more than decoding gives, for decoding skips ahead where drafts are long and so meets hard places more often
-(docs/log.md). The walk starts at the answer's first token, and its next place is the one after what was accepted.
+A mean over all places says more than decoding gives, for decoding skips ahead where drafts are long
+and so meets hard places more often (docs/log.md). The walk starts at the answer's first token, and
+its next place is the one after what was accepted.
 
     pytest tests/unit/test_train_walk.py
 """
@@ -46,17 +48,30 @@ class Estimate:
 
 @torch.inference_mode()
 def estimate(
-    model: Any, drafter: Drafter, answers: Sequence[tuple[Sequence[int], int]], max_tokens: int, eos_token_id: int | None,
+    model: Any,
+    drafter: Drafter,
+    answers: Sequence[tuple[Sequence[int], int]],
+    max_tokens: int,
+    eos_token_id: int | None,
     done: Callable[[], object] = lambda: None,
-) -> Estimate:  # fmt: skip
-    """tau of whole blocks over (token ids, prompt length) pairs: the target's greedy text, ``block_size`` tokens past ``max_tokens``.
+) -> Estimate:
+    """tau of whole blocks over (token ids, prompt length) pairs: the target's greedy text,
+    ``block_size`` tokens past ``max_tokens``.
 
     Args:
         done: called after each answer.
     """
     walks = []
     for tokens, prompt_length in answers:
-        walks.append(walk(accepted_everywhere(model, drafter, tokens, prompt_length), tokens, prompt_length, max_tokens, eos_token_id))
+        walks.append(
+            walk(
+                accepted_everywhere(model, drafter, tokens, prompt_length),
+                tokens,
+                prompt_length,
+                max_tokens,
+                eos_token_id,
+            )
+        )
         done()
     k = drafter.config.max_speculative_tokens
     accepted = [n for w in walks for n in w.accepted]
@@ -64,8 +79,15 @@ def estimate(
     return Estimate(Acceptance.of(accepted, k), tau(sum(everywhere), len(everywhere)) or 1.0)
 
 
-def walk(accepted: Sequence[int], tokens: Sequence[int], prompt_length: int, max_tokens: int, eos_token_id: int | None) -> Walk:
-    """The drafts that decoding meets, with the stops of ``decoding.generate``; ``accepted`` is of every place from ``prompt_length`` on. Pure."""
+def walk(
+    accepted: Sequence[int],
+    tokens: Sequence[int],
+    prompt_length: int,
+    max_tokens: int,
+    eos_token_id: int | None,
+) -> Walk:
+    """The drafts that decoding meets, with the stops of ``decoding.generate``; ``accepted`` is of
+    every place from ``prompt_length`` on. Pure."""
     answer = list(tokens[prompt_length:])
     room = min(max_tokens, len(answer))
     on_the_way, made = [], 1
@@ -77,12 +99,16 @@ def walk(accepted: Sequence[int], tokens: Sequence[int], prompt_length: int, max
     return Walk(on_the_way, list(accepted[: max(1, min(room, end) - 1)]))
 
 
-def accepted_everywhere(model: Any, drafter: Drafter, tokens: Sequence[int], prompt_length: int) -> list[int]:
+def accepted_everywhere(
+    model: Any, drafter: Drafter, tokens: Sequence[int], prompt_length: int
+) -> list[int]:
     """Accepted tokens of the draft at every place of the answer that a token follows."""
     device, k = model.device, drafter.config.max_speculative_tokens
     ids = torch.tensor([list(tokens)], device=device)
     features, _ = target_features(model, drafter.config.target_layer_ids, ids, use_cache=False)
-    context = drafter.context_kv(drafter.context(features), torch.arange(ids.shape[1], device=device)[None])
+    context = drafter.context_kv(
+        drafter.context(features), torch.arange(ids.shape[1], device=device)[None]
+    )
     accepted: list[int] = []
     for anchors in _pieces(prompt_length, ids.shape[1] - 1, device):
         at = anchors[0, :, None] + torch.arange(1, k + 1, device=device)
@@ -103,6 +129,14 @@ def _drafts(model: Any, drafter: Drafter, ids: Tensor, anchors: Tensor, context:
     block = torch.full((*anchors.shape, size), drafter.config.mask_token_id, device=ids.device)
     block[..., 0] = ids.gather(1, anchors)
     embeds = drafter.embed(model.get_input_embeddings(), block.flatten(1))
-    hidden = drafter(embeds, block_positions(anchors, size), context, context_mask(anchors, size, ids.shape[1]), size)
-    logits = drafter.logits(model.lm_head, hidden.unflatten(1, (-1, size))[0, :, drafter.config.first_row :]).float()
+    hidden = drafter(
+        embeds,
+        block_positions(anchors, size),
+        context,
+        context_mask(anchors, size, ids.shape[1]),
+        size,
+    )
+    logits = drafter.logits(
+        model.lm_head, hidden.unflatten(1, (-1, size))[0, :, drafter.config.first_row :]
+    ).float()
     return drafter.head.draft(logits, block[0, :, 0])[0]

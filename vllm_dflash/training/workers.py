@@ -1,7 +1,9 @@
-"""The processes that train together: which one this is, and sums over all of them by torch.distributed; one process needs none of it.
+"""The processes that train together: which one this is, and sums over all of them by
+torch.distributed; one process needs none of it.
 
-Every worker holds the whole drafter and its optimizer, and the gradients are summed before they are clipped, so that all take the same step;
-``sharding`` has them hold parts. Tests: ``pytest tests/unit/test_train_workers.py``.
+Every worker holds the whole drafter and its optimizer, and the gradients are summed before they are
+clipped, so that all take the same step; ``sharding`` has them hold parts. Tests: ``pytest
+tests/unit/test_train_workers.py``.
 """
 
 from collections.abc import Iterable
@@ -22,14 +24,19 @@ class Workers:
     @classmethod
     def current(cls) -> "Workers":
         """By the process group, if there is one."""
-        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else cls()
+        return (
+            cls(dist.get_rank(), dist.get_world_size())
+            if dist.is_available() and dist.is_initialized()
+            else cls()
+        )
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Sums the gradients of all workers in place, in one message; a parameter without one counts as zero."""
+        """Sums the gradients of all workers in place, in one message; a parameter without one
+        counts as zero."""
         if self.count == 1:
             return
         kept = list(parameters)

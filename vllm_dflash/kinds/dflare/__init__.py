@@ -1,4 +1,5 @@
-"""DFlare (arXiv 2606.02091): a context vector for each draft layer, and projections for the context.
+"""DFlare (arXiv 2606.02091): a context vector for each draft layer, and projections for the
+context.
 
 Layer d's context is ``hidden_norm(sum_t softmax(F)[d, t] h_t)``, with a learned F
 (``layer_fusion_weights``, D x T); its keys and values come from ``k_proj_target`` and

@@ -19,49 +19,78 @@ class Reference(Drafter):
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__(config)
-        self.fc = nn.Linear(config.num_features * config.hidden_size, config.hidden_size, bias=False)
+        self.fc = nn.Linear(
+            config.num_features * config.hidden_size, config.hidden_size, bias=False
+        )
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def context(self, features: Tensor) -> Tensor:
         """``features`` [..., T * H] -> c [..., H]."""
         return self.hidden_norm(self.fc(features))
 
-    def layer_key_value(self, index: int, c: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def layer_key_value(
+        self, index: int, c: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return self.layers[index].self_attn.key_value(c, cos, sin)
 
 
 class Served(nn.Module):
-    """The same on vLLM's layers. The fusion runs at full width on every rank; keys and values of this rank's heads."""
+    """The same on vLLM's layers. The fusion runs at full width on every rank; keys and values of
+    this rank's heads."""
 
-    def __init__(self, config: DrafterConfig, num_kv_heads: int, dtype: torch.dtype, quant_config: Any, prefix: str) -> None:
+    def __init__(
+        self,
+        config: DrafterConfig,
+        num_kv_heads: int,
+        dtype: torch.dtype,
+        quant_config: Any,
+        prefix: str,
+    ) -> None:
         super().__init__()
         from vllm.model_executor.layers.linear import ReplicatedLinear
 
         from vllm_dflash.models.norm import RMSNorm as ServedRMSNorm
 
-        self.num_layers, self.num_kv_heads, self.head_dim = config.num_hidden_layers, num_kv_heads, config.head_dim
+        self.num_layers, self.num_kv_heads, self.head_dim = (
+            config.num_hidden_layers,
+            num_kv_heads,
+            config.head_dim,
+        )
         self.config = config
         hidden, kv_size = config.hidden_size, num_kv_heads * config.head_dim
         self.fc = ReplicatedLinear(
-            config.num_features * hidden, hidden, bias=False, params_dtype=dtype, prefix=f"{prefix}.fc", return_bias=False
-        )  # fmt: skip
+            config.num_features * hidden,
+            hidden,
+            bias=False,
+            params_dtype=dtype,
+            prefix=f"{prefix}.fc",
+            return_bias=False,
+        )
         self.hidden_norm = ServedRMSNorm(hidden, eps=config.rms_norm_eps)
         self.quantized = quant_config is not None
         # Packed weights cannot be stacked.
         self.attentions: Sequence[Any] = ()
-        """The draft layers' attention modules, in a sequence, for modules would be registered a second time."""
+        """The draft layers' attention modules, in a sequence, for modules would be registered a
+        second time."""
         if not self.quantized:
             # A layer of vLLM's, so that its weight is packed as the platform likes it.
             self.proj = ReplicatedLinear(
-                hidden, 2 * self.num_layers * kv_size, bias=config.attention_bias, params_dtype=dtype, prefix=f"{prefix}.proj",
+                hidden,
+                2 * self.num_layers * kv_size,
+                bias=config.attention_bias,
+                params_dtype=dtype,
+                prefix=f"{prefix}.proj",
                 return_bias=False,
-            )  # fmt: skip
+            )
             for name, parameter in list(self.proj.named_parameters()):
                 # In place of that with vLLM's loader, which takes whole tensors.
-                self.proj.register_parameter(name, in_parts(nn.Parameter(parameter.data, requires_grad=False)))
+                self.proj.register_parameter(
+                    name, in_parts(nn.Parameter(parameter.data, requires_grad=False))
+                )
 
     def load(self, name: str, tensor: Tensor) -> None:
-        """Takes what it needs of one tensor of a checkpoint, in any order: its own, and the draft layers' keys and values."""
+        """Takes what it needs of one tensor of a checkpoint, in any order: its own, and the draft
+        layers' keys and values."""
         layer, module, kind = of_layer(name)
         if name == "fc.weight":
             by_feature = tensor.unflatten(1, (self.config.num_features, -1))
@@ -71,14 +100,19 @@ class Served(nn.Module):
         elif module in ("k_proj", "v_proj") and not self.quantized:
             size = self.num_kv_heads * self.head_dim
             start = (layer + (module == "v_proj") * self.num_layers) * size
-            load_into(getattr(self.proj, kind), own_heads(tensor, self.config, self.num_kv_heads), slice(start, start + size))
+            load_into(
+                getattr(self.proj, kind),
+                own_heads(tensor, self.config, self.num_kv_heads),
+                slice(start, start + size),
+            )
 
     def combine(self, features: Tensor) -> Tensor:
         """``features`` [N, T * H] -> context [N, H]."""
         return self.hidden_norm(self.fc(features))
 
     def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """``context`` [N, H] -> keys and values [N, D, kv heads, head_dim] of all draft layers, before k_norm and rotary."""
+        """``context`` [N, H] -> keys and values [N, D, kv heads, head_dim] of all draft layers,
+        before k_norm and rotary."""
         shape = (-1, 2, self.num_layers, self.num_kv_heads, self.head_dim)
         if self.quantized:
             each = [a.qkv_proj(context)[0][:, a.q_size :] for a in self.attentions]
@@ -88,7 +122,8 @@ class Served(nn.Module):
         return kv[:, 0], kv[:, 1]
 
     def fast(self) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
-        """``combine`` and ``project`` in one, kernel by kernel; None for weights packed otherwise."""
+        """``combine`` and ``project`` in one, kernel by kernel; None for weights packed
+        otherwise."""
         from vllm_dflash.cpu.layers import Linear, live
 
         if self.quantized or not hasattr(self.fc, "cpu_linear"):
