@@ -77,10 +77,11 @@ def main(arguments: list[str] | None = None) -> int:
     _add_cluster(commands)
     args = parser.parse_args(arguments)
     try:
-        keeps_name = vars(args).pop("keeps_name", False)
-        if getattr(args, "target", None) == smollm2.NAME and not keeps_name:
-            args = argparse.Namespace(**vars(args) | {"target": smollm2.resolve(args.target)})
-        ended = int(args.run(args))
+        asked = dict(vars(args))
+        keeps_name = asked.pop("keeps_name", False)
+        if asked.get("target") == smollm2.NAME and not keeps_name:
+            asked["target"] = smollm2.resolve(smollm2.NAME)
+        ended = int(args.run(argparse.Namespace(**asked)))
         sys.stdout.flush()
     except smollm2.SmolLM2Error as error:
         print(f"vllm-dflash: {error}", file=sys.stderr)
