@@ -1,6 +1,7 @@
 """The drafter that is planned for a target: its shape, its mask token, its first weights, and what
 is refused."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +88,23 @@ def test_wrong_layers_are_refused(target: Path) -> None:
         TrainingError, match=r"target_layer_ids \[9\] are outside the target's 5 layers"
     ):
         plan(chosen, find_target(chosen))
+
+
+def test_the_first_loss_is_near_ln_v() -> None:
+    """With the target's final norm as it is, the mask's embedding asked for the mask's own token:
+    on a target with a tied embedding the first loss was 66 where ln V is 10.8."""
+    chosen = settings(PAIR / "target", Path("p"), Path("o"))
+    config, _ = plan(chosen, find_target(chosen))
+    model = AutoModelForCausalLM.from_pretrained(PAIR / "target", dtype=torch.float32)
+    drafter = first_weights(config, chosen, model)
+    ids = torch.full((1, config.block_size), config.mask_token_id)
+    with torch.no_grad():
+        hidden = model.get_input_embeddings()(ids)
+        for layer in drafter.layers:
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        logits = model.get_output_embeddings()(drafter.norm(hidden))[0, 0]
+    loss = float((logits.logsumexp(-1) - logits).mean())
+    assert 0 < loss - math.log(config.vocab_size) < 1
 
 
 def test_from_target_layers(target: Path) -> None:

@@ -4,6 +4,7 @@ first weights.
 pytest tests/unit/test_train_drafter.py
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,6 +24,8 @@ from vllm_dflash.training.target import Target
 from vllm_dflash.weights import MASK_EMBEDDING_FILE
 
 _RESERVED = re.compile(r"reserved|unused|mask", re.IGNORECASE)
+_START = 0.5
+"""Nats above ln V that the first loss may begin at."""
 
 
 def plan(settings: Settings, target: Target) -> tuple[DrafterConfig, str]:
@@ -165,6 +168,8 @@ def first_weights(config: DrafterConfig, settings: Settings, model: Any) -> Draf
         with torch.no_grad():
             # lm_head was trained behind this norm.
             drafter.norm.weight.copy_(model.model.norm.weight)
+            if not (settings.drafter.init_from_target or settings.drafter.init_layers):
+                drafter.norm.weight.mul_(_start_scale(config, model))
         if settings.drafter.init_from_target:
             _copy_layers(drafter, model)
         if settings.drafter.init_layers is not None:
@@ -178,6 +183,27 @@ def first_weights(config: DrafterConfig, settings: Settings, model: Any) -> Draf
             for name, block_own in kinds.kind_of(config).context.own_projections.items():
                 setattr(layer.self_attn, name, getattr(layer.self_attn, block_own))
     return drafter
+
+
+def _start_scale(config: DrafterConfig, model: Any) -> float:
+    """What the final norm is scaled by, so that the first loss is near ln V.
+
+    Random layers add little to the embedding of the mask, which by itself, behind a norm as the
+    target has it, asks for the mask's own token: the first loss was several times ln V, and the
+    first steps went into unlearning that (docs/log.md). The factor leaves the mask's embedding a
+    loss of at most ``_START`` above ln V against any token.
+    """
+    row = model.get_input_embeddings().weight[config.mask_token_id].detach().float()
+    row = row * torch.rsqrt(row.square().mean() + config.rms_norm_eps)
+    head = model.get_output_embeddings().weight.detach().float()
+    logits = (head @ (row * model.model.norm.weight.detach().float())).double()
+    logits -= logits.mean()
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        scale = (low + high) / 2
+        excess = float((scale * logits).logsumexp(0)) - math.log(len(logits))
+        low, high = (scale, high) if excess < _START else (low, scale)
+    return high
 
 
 def with_weights(config: DrafterConfig, weights: Mapping[str, torch.Tensor]) -> Drafter:
