@@ -104,7 +104,7 @@ def test_the_first_loss_is_near_ln_v() -> None:
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         logits = model.get_output_embeddings()(drafter.norm(hidden))[0, 0]
     loss = float((logits.logsumexp(-1) - logits).mean())
-    assert 0 < loss - math.log(config.vocab_size) < 1
+    assert 0 < loss - math.log(config.vocab_size) < 3
 
 
 def test_from_target_layers(target: Path) -> None:

@@ -24,8 +24,9 @@ from vllm_dflash.training.target import Target
 from vllm_dflash.weights import MASK_EMBEDDING_FILE
 
 _RESERVED = re.compile(r"reserved|unused|mask", re.IGNORECASE)
-_START = 0.5
-"""Nats above ln V that the first loss may begin at."""
+_START = 2.0
+"""Nats above ln V that the mask's embedding may cost at first: less takes longer to grow
+back than it saves, more has to be unlearned (docs/log.md)."""
 
 
 def plan(settings: Settings, target: Target) -> tuple[DrafterConfig, str]:
