@@ -88,6 +88,10 @@ NEEDS_TORCH = {
     "training.walk",
     "training.workers",
     "weights",
+    "weights.headers",
+    "weights.mask_embedding",
+    "weights.messages",
+    "weights.values",
 }
 """Cannot be imported without torch."""
 NEEDS_RAY = {"metrics.on_ray"}
