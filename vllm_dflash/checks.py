@@ -116,7 +116,7 @@ def check_padding(folder: Path, draft_sample_method: str) -> None:
         DrafterConfigError: the drafter embeds by a table of its own, or its probabilities are asked
             for.
     """
-    from vllm_dflash.weights import read_shapes
+    from vllm_dflash.weights.headers import read_shapes
 
     if any(name.removeprefix("model.") == "embed_tokens.weight" for name in read_shapes(folder)):
         raise DrafterConfigError(

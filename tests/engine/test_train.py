@@ -24,7 +24,7 @@ from vllm_dflash.reference.decoding import generate
 from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.sequences import Shard, shard_path
 from vllm_dflash.training.settings import STAGES
-from vllm_dflash.weights import read_mask_embedding
+from vllm_dflash.weights.mask_embedding import read_mask_embedding
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 

@@ -25,7 +25,7 @@ from unit.test_checks import configure
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.tools.inspect import inspect_checkpoint
-from vllm_dflash.weights import check_finite
+from vllm_dflash.weights.values import check_finite
 
 # A checkpoint is a kind and a format; each breakage is applied to all four.
 CHECKPOINTS: dict[str, dict[str, Any]] = {

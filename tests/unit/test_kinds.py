@@ -23,7 +23,8 @@ from vllm_dflash.checks import check_sampling, check_v2_runner
 from vllm_dflash.cli import main
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.drafting.layout import block_layout
-from vllm_dflash.formats import SPECULATORS, format_names, parse, write
+from vllm_dflash.formats import format_names, parse, write
+from vllm_dflash.formats.speculators import SPECULATORS
 from vllm_dflash.heads import Ranking
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.reference.checkpoint import new_drafter
@@ -39,7 +40,7 @@ from vllm_dflash.training.target import find_target
 ROOT = Path(__file__).parents[2]
 OURS = ("dflare", "dflash")
 METHOD = {
-    ("formats", "METHOD"),
+    ("formats/__init__", "METHOD"),
     ("adaptive/settings", "SECTION"),
     ("plugin", "_NAME"),
     ("evaluation/methods", "FIXED"),

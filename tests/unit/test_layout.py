@@ -8,6 +8,7 @@ from vllm_dflash.drafting.layout import (
     BlockLayout,
     block_layout,
     committed_rows,
+    end_blocks_at,
     without_rejected,
 )
 
@@ -104,3 +105,42 @@ def test_positions_past_the_end_do_not_exist() -> None:
     assert got.sample_indices.tolist() == [1, 2, 3, 7, 7, 7], (
         "the one mask that exists is the batch's last row"
     )
+
+
+@pytest.mark.parametrize(
+    ("first_row", "samples", "moved"),
+    [(1, [[1, 2, 3], [7, 7, 7]], "rows 5 to 7"), (0, [[0, 1, 2], [6, 7, 7]], "rows 4 to 6")],
+)
+def test_blocks_are_moved_back_by_their_overflow(
+    first_row: int, samples: list[list[int]], moved: str
+) -> None:
+    """Two blocks of four before position 12: the first, at 8 to 11, just fits; the second, at 10 to
+    13, is two too long. Each has a slot in two KV cache groups, whose pages differ."""
+    ids = torch.tensor([[100, 1, 2, 3], [200, 4, 5, 6]], dtype=torch.int32)
+    positions = torch.tensor([[8, 9, 10, 11], [10, 11, 12, 13]])
+    groups = [
+        torch.tensor([[36, 37, 38, 39], [22, 23, 24, 25]]),
+        torch.tensor([[60, 61, 62, 63], [70, 71, 40, 41]]),
+    ]
+    last = torch.tensor([[11], [13]])
+    asked = torch.tensor([[0, 1, 2], [4, 5, 6]]) + first_row
+    end_blocks_at(
+        12,
+        last_positions=last,
+        rows=[ids, positions],
+        slots=groups,
+        sample_indices=asked,
+        first_row=first_row,
+    )
+    # The second block's anchor and first mask now are its last two rows.
+    assert ids[0].tolist() == [100, 1, 2, 3]
+    assert ids[1, 2:].tolist() == [200, 4]
+    assert positions[0].tolist() == [8, 9, 10, 11]
+    assert positions[1, 2:].tolist() == [10, 11]
+    nothing = [PAD_SLOT_ID, PAD_SLOT_ID]
+    assert [group.tolist() for group in groups] == [
+        [[36, 37, 38, 39], [*nothing, 22, 23]],
+        [[60, 61, 62, 63], [*nothing, 70, 71]],
+    ]
+    assert asked.tolist() == samples, f"asked were {moved} of the second block"
+    assert last.tolist() == [[11], [13]], "the caller's, and not changed"

@@ -24,8 +24,10 @@ NEEDS_VLLM = {
     "cpu.verification",
     "drafting.backend",
     "drafting.context_store",
+    "drafting.metadata",
     "drafting.v1",
     "drafting.v2",
+    "drafting.watch",
     "models.context",
     "models.drafter",
     "models.kernels",
@@ -88,6 +90,10 @@ NEEDS_TORCH = {
     "training.walk",
     "training.workers",
     "weights",
+    "weights.headers",
+    "weights.mask_embedding",
+    "weights.messages",
+    "weights.values",
 }
 """Cannot be imported without torch."""
 NEEDS_RAY = {"metrics.on_ray"}

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.kinds.dflash.context import Reference as DFlashDrafter
 from vllm_dflash.reference.checkpoint import load_drafter, save_drafter
-from vllm_dflash.weights import check_tensors, expected_tensors, read_shapes
+from vllm_dflash.weights import check_tensors, expected_tensors
+from vllm_dflash.weights.headers import read_shapes
 
 CONFIG = DrafterConfig(
     hidden_size=32,

@@ -15,31 +15,22 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
-from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer as NativeDFlashProposer
-from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
 from vllm_dflash.checks import check_logits_processors, drafter_config
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.drafting.backend import Backend
 from vllm_dflash.drafting.context_store import ContextStore
-from vllm_dflash.drafting.coverage import ContextCoverage, Hole, without_first_pages
-from vllm_dflash.drafting.layout import (
-    PAD_SLOT_ID,
-    BlockLayout,
-    block_bounds,
-    block_layout,
-    paged_slots,
-)
+from vllm_dflash.drafting.coverage import without_first_pages
+from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_layout
+from vllm_dflash.drafting.metadata import layer_metadata
+from vllm_dflash.drafting.watch import ContextWatch
 from vllm_dflash.drafts import Drafts
 from vllm_dflash.heads import Ranked, Ranking
-from vllm_dflash.log import logger
 from vllm_dflash.metrics.drafter import attach as record_drafter
 from vllm_dflash.models.drafter import DrafterForCausalLM
-
-_logger = init_logger(logger.name)
 
 
 class DFlashProposer(NativeDFlashProposer):
@@ -61,7 +52,7 @@ class DFlashProposer(NativeDFlashProposer):
         check_logits_processors()
         super().__init__(vllm_config, device, runner)
         self.runner = runner
-        self._coverage: ContextCoverage | None = None
+        self.watch = ContextWatch(self)
         # The whole block, whatever K is; vLLM's buffers hold K + 1 queries a request.
         drafter = drafter_config(self.draft_model_config.hf_config)
         self.draft_block_size, self._first_row = drafter.block_size, drafter.first_row
@@ -119,14 +110,6 @@ class DFlashProposer(NativeDFlashProposer):
         )
 
     @property
-    def coverage(self) -> ContextCoverage:
-        """Which context positions hold draft K/V; made late, as vLLM sets the page size after the
-        proposer is built."""
-        if self._coverage is None:
-            self._coverage = ContextCoverage(self.page_size)
-        return self._coverage
-
-    @property
     def page_size(self) -> int:
         """Tokens a page of the draft layers' KV cache, which vLLM calls ``block_size``."""
         return self.block_size
@@ -163,7 +146,7 @@ class DFlashProposer(NativeDFlashProposer):
         """
         self._last_draft_probs = None
         cad, k = common_attn_metadata, num_speculative_tokens
-        starts, lengths = self._written(cad, num_rejected_tokens_gpu)
+        starts, lengths = self.watch.written(cad, num_rejected_tokens_gpu)
         self._store_context(
             cad,
             target_hidden_states,
@@ -172,7 +155,7 @@ class DFlashProposer(NativeDFlashProposer):
             num_rejected_tokens_gpu,
             later=k == 0,
         )
-        first_pages = self._watch(cad, starts, lengths)
+        first_pages = self.watch.note(cad, starts, lengths)
         if k == 0:
             return self.backend.hand_out(
                 torch.empty(cad.num_reqs, 0, dtype=torch.int64, device=self.device), None
@@ -222,16 +205,14 @@ class DFlashProposer(NativeDFlashProposer):
     def skip(self, features: Sequence[torch.Tensor], cad: CommonAttentionMetadata) -> Drafts:
         """In place of ``propose``: keeps a step's ``features``, T of [N, H] or longer, and drafts
         nothing."""
-        num_tokens, count, batch = cad.num_actual_tokens, cad.num_reqs, self.runner.input_batch
+        num_tokens, count = cad.num_actual_tokens, cad.num_reqs
         if features[0].shape[0] != num_tokens:
             features = [feature[:num_tokens] for feature in features]
         self.context.keep(
             features, self.runner.positions[:num_tokens], cad.slot_mapping[:num_tokens]
         )
-        if num_tokens != count or not self.coverage.goes_on(
-            batch.req_ids, batch.num_computed_tokens_cpu[:count]
-        ):
-            self._watch(cad, *self._written(cad, None))
+        if num_tokens != count or not self.watch.goes_on(count):
+            self.watch.note(cad, *self.watch.written(cad, None))
         return Drafts([[]] * cad.num_reqs)
 
     def _store_context(
@@ -277,7 +258,7 @@ class DFlashProposer(NativeDFlashProposer):
                 layout,
                 seq_lens=(layout.seq_lens - first_pages * self.page_size).to(layout.seq_lens.dtype),
             )
-        metadata = self._layer_metadata(layout, cad)
+        metadata = layer_metadata(self, self._causal, layout, cad)
         if self.backend.run_layers is not None:
             return self.backend.run_layers(
                 layout.input_ids, layout.positions, layout.slot_mapping, metadata
@@ -304,102 +285,11 @@ class DFlashProposer(NativeDFlashProposer):
                 positions=self.positions[:num_input_tokens],
             )
 
-    def _written(
-        self, cad: CommonAttentionMetadata, num_rejected: torch.Tensor | None
-    ) -> tuple[list[int], list[int]]:
-        """Of each request the first position that this step computed, and how many were committed.
-
-        On a GPU the host does not wait for the rejected, and they are counted too.
-        """
-        count = cad.num_reqs
-        starts = self.runner.input_batch.num_computed_tokens_cpu[:count].tolist()
-        if cad.num_actual_tokens == count:
-            return starts, [1] * count
-        bounds = cad.query_start_loc_cpu[: count + 1].tolist()
-        rejected = self.backend.lost_rows(num_rejected, count)
-        return starts, [
-            end - begin - lost
-            for begin, end, lost in zip(bounds, bounds[1:], rejected, strict=False)
-        ]
-
-    def _watch(
-        self, cad: CommonAttentionMetadata, starts: list[int], lengths: list[int]
-    ) -> torch.Tensor | None:
-        """Notes what this step has written; returns [B] int64 first sound pages where some
-        request's context has a hole."""
-        batch = self.runner.input_batch
-        # Where the rejected are counted as written, a hole shorter than a block goes unnoticed.
-        for hole in self.coverage.step(
-            batch.req_ids[: cad.num_reqs], starts, lengths, self.runner.requests
-        ):
-            table = cad.block_table_tensor[hole.row]
-            _logger.warning_once(
-                "the drafter's context of a request has a hole (positions %d to %d): a step ran"
-                " without the drafter. It is left out of what the drafter attends to, and counted",
-                hole.start,
-                hole.end - 1,
-            )
-            self.coverage.add(hole, table.tolist())
-            self.context.flush()
-            self._fill_with_zeros(hole, table)
-        return self.coverage.first_pages(cad.block_table_tensor, starts, lengths)
-
-    def _fill_with_zeros(self, hole: Hole, table: torch.Tensor) -> None:
-        """Zeros for the hole's keys and values, so that a page that is still in use holds nothing
-        of another request."""
-        positions = torch.arange(hole.start, hole.end, device=table.device)
-        self.model.store_zeros(paged_slots(table[None], positions[None], self.page_size)[0])
-
-    def _layer_metadata(self, layout: BlockLayout, cad: CommonAttentionMetadata) -> dict[str, Any]:
-        """Attention metadata by draft layer; layers differ only in whether a query sees later ones
-        of its block."""
-        built = {}
-        for flag in sorted(set(self._causal.values())):
-            # Past vLLM's DFlashProposer, which asserts that no layer is causal.
-            _, by_layer = SpecDecodeBaseProposer.build_per_group_and_layer_attn_metadata(
-                self, self._block_metadata(layout, cad, flag)
-            )
-            built[flag] = by_layer
-            for name, metadata in by_layer.items():
-                if getattr(metadata, "causal", None) is not flag:
-                    raise DrafterConfigError(
-                        f"the attention backend of {name} cannot attend"
-                        f" {'causally' if flag else 'to both sides'}: choose another with"
-                        " attention_backend in the speculative config, such as FLASH_ATTN"
-                    )
-        return {name: built[flag][name] for name, flag in self._causal.items()}
-
-    def _block_metadata(
-        self, layout: BlockLayout, cad: CommonAttentionMetadata, causal: bool
-    ) -> CommonAttentionMetadata:
-        """Attention metadata of the block: b queries a request."""
-        upper_bound, b, starts = (
-            cad.seq_lens_cpu_upper_bound,
-            self.draft_block_size,
-            block_bounds(cad.num_reqs, self.draft_block_size),
-        )
-        return CommonAttentionMetadata(
-            query_start_loc=self.backend.query_start_loc(starts),
-            query_start_loc_cpu=starts,
-            seq_lens=layout.seq_lens,
-            # An upper bound may count rejected tokens; it only sizes work.
-            seq_lens_cpu_upper_bound=(
-                None if upper_bound is None else (upper_bound + b).clamp(max=self.max_model_len)
-            ),
-            num_reqs=cad.num_reqs,
-            num_actual_tokens=layout.input_ids.shape[0],
-            max_query_len=b,
-            max_seq_len=min(cad.max_seq_len + b, self.max_model_len),
-            block_table_tensor=cad.block_table_tensor,
-            slot_mapping=layout.slot_mapping,
-            causal=causal,
-        )
-
 
 def context_counts(worker: Any) -> dict[str, int]:
     """Context positions that a worker's drafter has computed, taken over and missed:
     ``llm.collective_rpc(context_counts)``."""
-    return dict(vars(worker.model_runner.drafter.coverage.counts))
+    return dict(vars(worker.model_runner.drafter.watch.coverage.counts))
 
 
 def _backend(proposer: DFlashProposer, device: torch.device) -> Backend:

@@ -27,7 +27,8 @@ from vllm_dflash.formats import IGNORED_TENSORS, tensor_name
 from vllm_dflash.kinds import own_tensors
 from vllm_dflash.models.own import MASK_EMBEDDING, OwnTables
 from vllm_dflash.models.parameters import load_into
-from vllm_dflash.weights import check_finite, check_shapes, expected_tensors
+from vllm_dflash.weights import check_shapes, expected_tensors
+from vllm_dflash.weights.values import check_finite
 
 # A checkpoint's name of a projection -> (vLLM's fused parameter, its shard).
 _FUSED = {

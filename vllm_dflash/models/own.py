@@ -18,7 +18,8 @@ from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.models.parameters import load_into
-from vllm_dflash.weights import MASK_EMBEDDING_FILE, load_mask_embedding, target_ids
+from vllm_dflash.weights.mask_embedding import MASK_EMBEDDING_FILE, load_mask_embedding
+from vllm_dflash.weights.values import target_ids
 
 if TYPE_CHECKING:
     from vllm_dflash.models.drafter import DrafterForCausalLM

@@ -15,15 +15,10 @@ from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import CONFIG_FILE, IGNORED_TENSORS, published_format, tensor_name, write
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.reference.drafter import Drafter, OwnTables
-from vllm_dflash.weights import (
-    MASK_EMBEDDING_FILE,
-    SINGLE_FILE,
-    check_finite,
-    check_tensors,
-    expected_tensors,
-    read_mask_embedding,
-    weight_files,
-)
+from vllm_dflash.weights import check_tensors, expected_tensors
+from vllm_dflash.weights.headers import SINGLE_FILE, weight_files
+from vllm_dflash.weights.mask_embedding import MASK_EMBEDDING_FILE, read_mask_embedding
+from vllm_dflash.weights.values import check_finite
 
 _OWN = {"embed_tokens.weight": "embed_tokens", "lm_head.weight": "lm_head", "d2t": "d2t"}
 

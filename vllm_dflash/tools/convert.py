@@ -27,14 +27,9 @@ from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import CONFIG_FILE, IGNORED_TENSORS, parse, read_raw, tensor_name, write
 from vllm_dflash.hub import drafter_folder, no_drafter_at
 from vllm_dflash.progress import Progress
-from vllm_dflash.weights import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    check_tensors,
-    read_headers,
-    target_ids,
-    weight_files,
-)
+from vllm_dflash.weights import check_tensors
+from vllm_dflash.weights.headers import INDEX_FILE, SINGLE_FILE, read_headers, weight_files
+from vllm_dflash.weights.values import target_ids
 
 
 def convert(

@@ -26,15 +26,10 @@ from vllm_dflash.kinds import kind_of
 from vllm_dflash.progress import Progress
 from vllm_dflash.tools.describe import as_text
 from vllm_dflash.tools.repair import config_problems
-from vllm_dflash.weights import (
-    MASK_EMBEDDING_FILE,
-    READABLE,
-    check_finite,
-    is_finite,
-    read_header,
-    tensor_problems,
-    weight_files,
-)
+from vllm_dflash.weights import READABLE, tensor_problems
+from vllm_dflash.weights.headers import read_header, weight_files
+from vllm_dflash.weights.mask_embedding import MASK_EMBEDDING_FILE
+from vllm_dflash.weights.values import check_finite, is_finite
 
 
 @dataclass

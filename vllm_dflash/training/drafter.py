@@ -21,7 +21,7 @@ from vllm_dflash.reference.drafter import Drafter, OwnTables
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.settings import Settings
 from vllm_dflash.training.target import Target
-from vllm_dflash.weights import MASK_EMBEDDING_FILE
+from vllm_dflash.weights.mask_embedding import MASK_EMBEDDING_FILE
 
 _RESERVED = re.compile(r"reserved|unused|mask", re.IGNORECASE)
 _START = 2.0

@@ -1,0 +1,129 @@
+"""The formats that kinds were published in, which share their keys.
+
+pytest tests/unit/test_formats.py tests/unit/test_config.py
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_dflash import fields, keys, kinds
+from vllm_dflash.config import DrafterConfig, DrafterConfigError, default_target_layer_ids
+from vllm_dflash.formats.layers import draft_vocab, read_attention, read_layers, write_layers
+from vllm_dflash.formats.speculators import SPECULATORS
+
+
+def parse_published(raw: Mapping[str, Any]) -> DrafterConfig:
+    """The drafter that such a ``config.json`` describes; see ``formats.parse``."""
+    kind = kinds.architectures()[_architecture(raw)]
+    nested = raw.get("dflash_config")
+    if not isinstance(nested, Mapping):
+        raise fields.bad(
+            "dflash_config",
+            "is missing" if nested is None else f"is {fields.shown(nested)}",
+            f"it holds mask_token_id and target_layer_ids. {fields.CAME_WITH}",
+        )
+    keys.check_dflash_config(nested)
+    depth = fields.optional_positive_int(raw, "num_target_layers")
+    transformer = read_layers(raw)
+    if nested.get("target_layer_ids") is None:
+        raise _no_layers(depth, transformer["num_hidden_layers"])
+    # Newer checkpoints hold the block size beside the mask token.
+    for place, name in ((raw, "block_size"), (nested, "dflash_config.block_size")):
+        fields.optional_positive_int(place, name)
+    block_size = fields.positive_int(
+        raw if raw.get("block_size") is not None else {"block_size": nested.get("block_size")},
+        "block_size",
+    )
+    windows, causal = read_attention(raw, raw, nested)
+    return DrafterConfig(
+        **transformer,
+        block_size=block_size,
+        mask_token_id=fields.token_id(nested, "dflash_config.mask_token_id"),
+        target_layer_ids=fields.layer_ids(
+            nested["target_layer_ids"], "dflash_config.target_layer_ids"
+        ),
+        num_target_layers=depth,
+        draft_vocab_size=draft_vocab(raw, raw),
+        sliding_windows=windows,
+        sliding_causal=causal,
+        quantization_config=fields.quantization(raw),
+        dtype=fields.dtype(raw),
+        kind=kind.name,
+        unknown_keys=tuple(sorted(keys.check_keys(raw, by_transformers=True))),
+        format=kind.format,
+    )
+
+
+def _architecture(raw: Mapping[str, Any]) -> str:
+    """The one architecture that the file gives, by its published name or vLLM's."""
+    given = raw.get("architectures")
+    known = (
+        [name for name in given if name in kinds.architectures()] if fields.is_list(given) else []
+    )
+    if not known:
+        raise fields.bad(
+            "architectures",
+            f"is {fields.shown(given)}, none of"
+            f" {', '.join(kind.architecture for kind in kinds.every().values())}",
+            f"this is no {kinds.labels()} drafter. Point 'model' in the speculative config at the"
+            " drafter's folder",
+        )
+    if given is None or len(given) > 1:
+        raise fields.bad(
+            "architectures", f"is {fields.shown(given)}", f"give a list of one. {fields.CAME_WITH}"
+        )
+    return known[0]
+
+
+def _no_layers(depth: int | None, num_hidden_layers: int) -> DrafterConfigError:
+    """The refusal of a file without target layers.
+
+    z-lab's own code and SGLang take ``default_target_layer_ids`` then, vLLM's dflash its layers for
+    EAGLE-3; a drafter that was trained on others drafts from what it has never seen, and nothing
+    but acceptance would tell.
+    """
+    rule = ""
+    if depth is not None and depth >= 4:
+        ids = ", ".join(map(str, default_target_layer_ids(num_hidden_layers, depth)))
+        rule = (
+            f" If the drafter was trained by DFlash's rule for {num_hidden_layers} draft layers and"
+            f" {depth} of the target's, they are [{ids}]: write them in, and vllm-dflash doctor"
+            " says what is accepted with them and with their neighbours."
+        )
+    return fields.bad(
+        "dflash_config.target_layer_ids",
+        "is missing",
+        f"give a list of zero-based target layers.{rule} {fields.CAME_WITH}",
+    )
+
+
+def write_published(config: DrafterConfig, format: str) -> dict[str, Any]:
+    """The contents of ``config.json`` in ``format``; raises as ``formats.write``."""
+    kind = kinds.kind_of(config)
+    if kind.format != format:
+        raise DrafterConfigError(
+            f"{format} holds no {kind.name} drafter", f"write it as {kind.format} or {SPECULATORS}"
+        )
+    nested: dict[str, Any] = {
+        "mask_token_id": config.mask_token_id,
+        "target_layer_ids": list(config.target_layer_ids),
+    }
+    if config.sliding_windows:
+        nested["causal"] = config.sliding_causal
+        if config.sliding_causal and None in config.sliding_windows:
+            nested.pop(
+                "causal"
+            )  # vLLM's reading of a mixed drafter without it: causal in the sliding layers
+    out = {
+        "architectures": [kind.architecture],
+        "block_size": config.block_size,
+        "dflash_config": nested,
+    }
+    out |= write_layers(config)
+    if config.num_target_layers is not None:
+        out["num_target_layers"] = config.num_target_layers
+    if config.draft_vocab_size is not None:
+        out["draft_vocab_size"] = config.draft_vocab_size
+    if config.quantization_config is not None:
+        out["quantization_config"] = dict(config.quantization_config)
+    return dict(sorted(out.items()))

@@ -1,0 +1,92 @@
+"""The speculators library's format: the drafter's layers in ``transformer_layer_config``, layer ids
+counted from one.
+
+    pytest tests/unit/test_formats.py tests/unit/test_config.py
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_dflash import fields, keys, kinds
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.formats.layers import draft_vocab, read_attention, read_layers, write_layers
+
+SPECULATORS = "speculators"
+
+
+def parse_speculators(raw: Mapping[str, Any]) -> DrafterConfig:
+    """The drafter that such a ``config.json`` describes; see ``formats.parse``."""
+    kind = raw["speculators_model_type"]
+    if kind not in kinds.names():
+        raise fields.bad(
+            "speculators_model_type",
+            f"is {fields.shown(kind)}, not one of {', '.join(kinds.names())}",
+            "serve it with vLLM itself",
+        )
+    layers = raw.get("transformer_layer_config")
+    if not isinstance(layers, Mapping):
+        raise fields.bad(
+            "transformer_layer_config",
+            "is missing" if layers is None else f"is {fields.shown(layers)}",
+            f"it describes the drafter's layers. {fields.CAME_WITH}",
+        )
+    ids = fields.layer_ids(
+        raw.get("aux_hidden_state_layer_ids"), "aux_hidden_state_layer_ids", one_based=True
+    )
+    fields.refuse(
+        raw, "sample_from_anchor", *((False, 0) if kinds.every()[kind].first_row else (True, 1))
+    )
+    unknown = keys.check_keys(raw, by_transformers=False)
+    unknown += [
+        f"transformer_layer_config.{name}"
+        for name in keys.check_keys(layers, by_transformers=False)
+    ]
+    # Not a field of the library's; ours, so that converting there and back loses nothing.
+    depth = fields.optional_positive_int(raw, "num_target_layers")
+    windows, _ = read_attention(layers, layers, {})
+    sliding_causal = not fields.flag(raw, "sliding_window_non_causal") and bool(windows)
+    return DrafterConfig(
+        **read_layers(layers),
+        block_size=fields.positive_int(raw, "block_size"),
+        mask_token_id=fields.token_id(raw, "mask_token_id"),
+        target_layer_ids=ids,
+        num_target_layers=depth,
+        draft_vocab_size=draft_vocab(raw, layers),
+        sliding_windows=windows,
+        sliding_causal=sliding_causal,
+        quantization_config=fields.quantization(raw),
+        dtype=fields.dtype(raw, layers),
+        kind=kind,
+        unknown_keys=tuple(sorted(unknown)),
+        format=SPECULATORS,
+    )
+
+
+def write_speculators(config: DrafterConfig, verifier: str) -> dict[str, Any]:
+    """The contents of ``config.json``; ``verifier`` is the target's name or path."""
+    kind = kinds.kind_of(config)
+    out = {
+        "architectures": [kind.speculators_architecture],
+        "speculators_model_type": kind.name,
+        "speculators_config": {
+            "algorithm": kind.name,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [
+                {"proposal_type": "greedy", "speculative_tokens": config.max_speculative_tokens}
+            ],
+            "verifier": {"name_or_path": verifier, "architectures": []},
+        },
+        "aux_hidden_state_layer_ids": [i + 1 for i in config.target_layer_ids],
+        "block_size": config.block_size,
+        "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
+        "dtype": config.dtype,
+        "mask_token_id": config.mask_token_id,
+        "sample_from_anchor": kind.first_row == 0,
+        "sliding_window_non_causal": bool(config.sliding_windows) and not config.sliding_causal,
+        "transformer_layer_config": write_layers(config),
+    }
+    if config.num_target_layers is not None:
+        out["num_target_layers"] = config.num_target_layers
+    if config.quantization_config is not None:
+        out["quantization_config"] = dict(config.quantization_config)
+    return out
