@@ -200,7 +200,7 @@ def test_damaged(tmp_path: Path, found: Any, monkeypatch: pytest.MonkeyPatch) ->
                         if same
                         else [f"{state.name} {file}, {damage}: other prompts, without a word"]
                     )
-                except TrainingError as refusal:
+                except RunError as refusal:
                     if path.stem not in str(refusal) or "remove" not in str(refusal):
                         faults.append(f"{state.name} {file}, {damage}: {refusal}")
                 except Exception as error:
