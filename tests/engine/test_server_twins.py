@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import signal
+import threading
 import time
 import urllib.error
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from engine.harness import DRAFTER, PROMPTS, TARGET
+from engine.harness import DRAFTER, PROMPTS, TARGET, wait_until_gone
 from engine.test_serve import metric, request, server
 from engine.test_server_features import wait_until_idle
 from vllm_dflash.tools.convert import convert
@@ -41,6 +42,8 @@ FLAGS = (
     "--structured-outputs-config",
     json.dumps({"enable_in_reasoning": True}),
 )
+DRAIN = ("--shutdown-timeout", "60")
+"""On SIGTERM requests that run may go on for so many seconds; without it vLLM ends them at once."""
 GREEDY: dict[str, Any] = {"model": "embedded", "temperature": 0}
 PARAMETERS = {
     "type": "object",
@@ -145,11 +148,10 @@ def drafter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def drafted(drafter: Path, **more: Any) -> Iterator[int]:
+def drafted(drafter: Path, *flags: str, **more: Any) -> Iterator[int]:
     adaptive = json.dumps({"dflash": {"adaptive": False}})
-    with server(
-        *FLAGS, "--tokenizer", str(TARGET), "--additional-config", adaptive, model=drafter, **more
-    ) as port:
+    own = ("--tokenizer", str(TARGET), "--additional-config", adaptive)
+    with server(*FLAGS, *own, *flags, model=drafter, **more) as port:
         yield port
 
 
@@ -159,7 +161,7 @@ def twins(drafter: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[T
         "VLLM_SERVER_DEV_MODE": "1",
         "PROMETHEUS_MULTIPROC_DIR": str(tmp_path_factory.mktemp("metrics")),
     }
-    with server(*FLAGS, env=env) as plain, drafted(drafter, env=env) as ours:
+    with server(*FLAGS, *DRAIN, env=env) as plain, drafted(drafter, *DRAIN, env=env) as ours:
         yield Twins(plain, ours)
 
 
@@ -308,6 +310,45 @@ def _text(path: Path) -> str:
         return path.read_text()
     except (FileNotFoundError, ProcessLookupError):
         return ""
+
+
+@pytest.mark.parametrize("name", ["plain", "drafted"])
+def test_sigterm_under_load(twins: Twins, name: str) -> None:
+    """With a ``--shutdown-timeout`` requests that run are answered to their end, and then the
+    server ends. The twins' last test.
+
+    It is sent once every stream has begun, so that nothing depends on how fast that is.
+    """
+    port, begun, told = getattr(twins, name), threading.Barrier(5), threading.Event()
+    long = {"max_tokens": 120, "ignore_eos": True}
+    body = GREEDY | ASKS["chat"][1] | {"stream": True} | long
+
+    def read() -> str:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        connection.request("POST", CHAT, json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        first = response.readline()
+        begun.wait(60)
+        told.wait(60)
+        return (first + response.read()).decode()
+
+    root, whole = root_of(port), ask(port, "chat", **long)["choices"][0]["message"]["content"]
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(read) for _ in range(4)]
+        begun.wait(60)
+        os.kill(root, signal.SIGTERM)
+        told.set()
+        answers = [each.result() for each in asked]
+    pieces = [
+        [json.loads(line[6:]) for line in answer.splitlines() if line.startswith("data: {")]
+        for answer in answers
+    ]
+    texts = [
+        "".join(c["delta"].get("content") or "" for p in each for c in p["choices"])
+        for each in pieces
+    ]
+    assert texts == [whole] * 4
+    wait_until_gone(root, 60)
 
 
 @pytest.mark.parametrize("name", ["EngineCore", "Worker"])
