@@ -5,6 +5,7 @@ from vllm_dflash.patch import Patch
 _CPU = "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl"
 _LINEAR = "vllm.model_executor.layers.linear"
 _LAYERS = "vllm.model_executor.layers"
+_ATTENTION = f"{_LAYERS}.attention.attention"
 
 PATCH = Patch(
     target=_CPU,
@@ -17,10 +18,17 @@ PATCH = Patch(
             "0.32": "919186a00115492f",
             "0.33": "35db5405fdf9cbc6",
         },
+        f"{_ATTENTION}:unified_attention_with_output": "6ccc85b077f77ad2",
+        f"{_ATTENTION}:unified_kv_cache_update": "15c42e35b1527a99",
+        f"{_ATTENTION}:get_attention_context": "b031f2543656ef85",
+        "vllm._custom_ops:cpu_attention_with_kv_cache": "09e9c5e678935648",
+        "vllm._custom_ops:cpu_attn_reshape_and_cache": "04f49aaf077158bd",
         f"{_LINEAR}:UnquantizedLinearMethod.apply": "9f33567159bae1a6",
         f"{_LINEAR}:ColumnParallelLinear.forward": "7a5bb4e88db0cef8",
         f"{_LINEAR}:RowParallelLinear.forward": "8c0c1e9b4d0db1d1",
         f"{_LAYERS}.utils:dispatch_cpu_unquantized_gemm": "fa9bad87bd635a9b",
+        f"{_LAYERS}.utils:dispatch_unquantized_gemm": "105b10792257faea",
+        "vllm._custom_ops:create_onednn_mm": "fa092f2e75fcaeab",
         "vllm._custom_ops:CPUDNNLGEMMHandler": "7def9e96fa90e177",
         "vllm._custom_ops:onednn_mm": "7ddd8fbdaec84eab",
         f"{_LAYERS}.vocab_parallel_embedding:UnquantizedEmbeddingMethod.embedding": (
@@ -28,7 +36,9 @@ PATCH = Patch(
         ),
         f"{_LAYERS}.vocab_parallel_embedding:VocabParallelEmbedding.forward": "2873e82f22057de8",
         f"{_LAYERS}.logits_processor:LogitsProcessor._get_logits": "efd0bb96f0b3a993",
+        f"{_LAYERS}.logits_processor:LogitsProcessor._apply_head": "970e1de4f67401dd",
         f"{_LAYERS}.rotary_embedding.base:RotaryEmbedding.forward_cpu": "bcf30919fa9727e2",
+        "vllm._custom_ops:rotary_embedding": "df31775366c45cd2",
     },
     why=(
         "run as modules, half of a forward of one request is Python between kernels: the same"

@@ -24,11 +24,15 @@ PATCH = Patch(
     fingerprints={
         **cpu_layers.PATCH.fingerprints,
         f"{_MODELS}.qwen2:Qwen2Model.forward": "084d26fb4e1e559b",
+        f"{_MODELS}.qwen2:Qwen2Model.embed_input_ids": "270fff45169289dc",
+        f"{_MODELS}.interfaces:EagleModelMixin": "2931519f21c4dd27",
         f"{_MODELS}.qwen2:Qwen2MLP": "08041865ce4038a8",
         f"{_MODELS}.qwen3:Qwen3Attention": "dc2f9c64955b5a22",
         f"{_MODELS}.qwen3:Qwen3DecoderLayer": "b8db4584dee92972",
         f"{_MODELS}.qwen3:Qwen3Model": "d53a91e5a8e50063",
         f"{_LAYERS}.layernorm:RMSNorm.forward_native": "1e4b2b94b1ce009a",
+        "vllm.ir.ops.layernorm:rms_norm": "12044f5e1b907e37",
+        "vllm.ir.ops.layernorm:fused_add_rms_norm": "8785226184c83678",
         f"{_LAYERS}.activation:SiluAndMul": "e1bb742c2f34d62a",
     },
     why=(

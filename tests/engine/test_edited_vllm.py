@@ -124,6 +124,60 @@ def test_an_edited_target_runs_by_its_modules(tmp_path: Path) -> None:
     assert tokens(plain) != unedited
 
 
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (
+            (
+                "model_executor/models/qwen2.py",
+                "return self.embed_tokens(input_ids)",
+                "return self.embed_tokens(input_ids) * 1.5",
+            ),
+            "left out: vllm.model_executor.models.qwen2:Qwen2Model.forward",
+        ),
+        (
+            (
+                "ir/ops/layernorm.py",
+                "x = x * torch.rsqrt(variance + epsilon)",
+                "x = 1.2 * x * torch.rsqrt(variance + epsilon)",
+            ),
+            "left out: vllm.model_executor.models.qwen2:Qwen2Model.forward",
+        ),
+        (
+            (
+                "model_executor/layers/attention/attention.py",
+                "    del kv_cache_dummy_dep\n    layer_name",
+                "    del kv_cache_dummy_dep\n    query = query * 1.5\n    layer_name",
+            ),
+            "left out: vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl",
+        ),
+        (
+            (
+                "v1/sample/sampler.py",
+                "return logits.div_(temp.unsqueeze(dim=1))",
+                "return logits.div_(2 * temp.unsqueeze(dim=1))",
+            ),
+            "plug-in      off: the patches do not fit this vLLM",
+        ),
+        (
+            (
+                "v1/sample/ops/topk_topp_sampler.py",
+                "logits_f32 = logits.to(dtype=torch.float32)",
+                "logits_f32 = 2 * logits.to(dtype=torch.float32)",
+            ),
+            "plug-in      off: the patches do not fit this vLLM",
+        ),
+    ],
+    ids=["embedding", "norm", "attention", "temperature", "noise"],
+)
+def test_an_edited_function_that_a_repeated_body_calls_is_seen(
+    tmp_path: Path, edit: tuple[str, str, str], words: str
+) -> None:
+    """What was repeated is more than the bodies that were fingerprinted at first: with the first
+    two the target wrote another text, and status said nothing."""
+    assert words in status(edited(tmp_path, edit)).stdout
+
+
 def test_an_edited_rejection_sampler_is_refused_and_plain_serving_works(tmp_path: Path) -> None:
     old = "assert metadata.max_spec_len <= MAX_SPEC_LEN"
     env = edited(tmp_path, (SAMPLER, old, f"{old}\n        edited = True"))

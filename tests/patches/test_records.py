@@ -6,12 +6,13 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
-from vllm_dflash.patches import ALL
+from vllm_dflash.patches import ALL, cpu_layers, cpu_target, v1_draft_metadata, v1_verifier
 
 import foreign
-from vllm_dflash.upstream import SourceNotFoundError, Sources
+from vllm_dflash.upstream import Definition, SourceNotFoundError, Sources
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = """
@@ -164,3 +165,77 @@ def _with_bases(sources: Sources, dotted: str) -> Iterator[str]:
         with suppress(SourceNotFoundError):  # of another package
             if isinstance(base, ast.Name):
                 yield from _with_bases(sources, f"{definition.module}:{base.id}")
+
+
+NOT_REPEATED = {
+    "of tensor parallelism, where vLLM's modules run": (
+        "tensor_model_parallel_all_gather tensor_model_parallel_all_reduce"
+        " split_tensor_along_last_dim get_masked_input_and_mask LogitsProcessor._gather_logits"
+        " get_tensor_model_parallel_world_size get_pp_group"
+    ),
+    "other kernels, another device's or another number format's": (
+        "causal_conv1d_weight_pack weight_packed_linear_cpu check_cpu_sgl_kernel is_fp8"
+        " linear_batch_invariant zentorch_sdpa_attn vocab_parallel_embedding"
+    ),
+    "makes the modules, which are vLLM's own": (
+        "support_torch_compile CustomOp.register RMSNorm MergedColumnParallelLinear"
+        " QKVParallelLinear RowParallelLinear get_rope extract_layer_index set_default_rope_theta"
+    ),
+    "called by us as well": (
+        "LogprobsTensors SamplerOutput batched_count_greater_than apply_bad_words"
+        " Sampler._combine_outputs_with_spec_tokens Sampler.apply_penalties"
+        " Sampler.compute_logprobs apply_top_k_top_p get_forward_context"
+    ),
+    "verification that ours takes the place of": (
+        "apply_bad_words_with_drafts apply_all_penalties _expand _rejection_greedy_sample"
+        " _rejection_random_sample _sample_recovered_tokens apply_sampling_constraints"
+        " rejection_sample unconditional_to_conditional_rates"
+    ),
+    "refused: use_fp64_gumbel": "empty_exponential_noise_like sample_with_exponential_noise",
+    "moves or holds data and computes nothing": (
+        "current_platform logger IntermediateTensors _encode_layer_name async_tensor_h2d"
+        " process_dict_updates register_op _FLASHINFER_BF16_BACKENDS GPUModelRunner._get_cumsum_and_arange"
+    ),
+}
+"""vLLM's functions that a repeated body calls and that are no part of what is repeated: why."""
+
+
+@pytest.mark.parametrize(
+    "record",
+    [cpu_layers.PATCH, cpu_target.PATCH, v1_verifier.PATCH, v1_draft_metadata.PATCH],
+    ids=lambda record: record.name,
+)
+def test_what_a_repeated_body_calls_is_fingerprinted_too(record: Any) -> None:
+    """A body that only delegates is repeated with what it calls."""
+    sources, allowed = Sources(), {n for names in NOT_REPEATED.values() for n in names.split()}
+    bodies = [sources.locate(name) for name in record.fingerprints]
+    named = {f"{body.module}:{body.qualname}" for body in bodies}
+    missing = set()
+    for body in bodies:
+        for called in _called(sources, body):
+            full = f"{called.module}:{called.qualname}"
+            is_named = any(full == name or full.startswith(f"{name}.") for name in named)
+            if called.qualname and not is_named and called.qualname not in allowed:
+                missing.add(f"{full}, by {body.qualname}")
+    assert not missing
+
+
+def _called(sources: Sources, body: Definition) -> Iterator[Definition]:
+    """vLLM's functions that a definition calls by name, or by a method's name of its own class."""
+    for call in ast.walk(body.node):
+        if not isinstance(call, ast.Call):
+            continue
+        parts = ast.unparse(call.func).split(".")
+        names = [f"{body.module}:{'.'.join(parts)}", f"{body.module}:{parts[0]}"]
+        if parts[0] == "self":
+            names = [f"{body.module}:{'.'.join([body.qualname.split('.')[0], *parts[1:]])}"]
+        for name in names:
+            with suppress(SourceNotFoundError):
+                found = sources.find(name)
+                if isinstance(found.node, ast.Module) and len(parts) > 1:
+                    found = sources.find(f"{found.module}:{parts[1]}")
+                if found.module.startswith("vllm") and not isinstance(
+                    found.node, ast.Module | ast.Import
+                ):
+                    yield found
+                break
