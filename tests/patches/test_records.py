@@ -184,7 +184,7 @@ NOT_REPEATED = {
     "called by us as well": (
         "LogprobsTensors SamplerOutput batched_count_greater_than apply_bad_words"
         " Sampler._combine_outputs_with_spec_tokens Sampler.apply_penalties"
-        " Sampler.compute_logprobs apply_top_k_top_p get_forward_context"
+        " Sampler.compute_logprobs Sampler.gather_logprobs Sampler.greedy_sample apply_top_k_top_p get_forward_context"
     ),
     "verification that ours takes the place of": (
         "apply_bad_words_with_drafts apply_all_penalties _expand _rejection_greedy_sample"
@@ -194,7 +194,8 @@ NOT_REPEATED = {
     "refused: use_fp64_gumbel": "empty_exponential_noise_like sample_with_exponential_noise",
     "moves or holds data and computes nothing": (
         "current_platform logger IntermediateTensors _encode_layer_name async_tensor_h2d"
-        " process_dict_updates register_op _FLASHINFER_BF16_BACKENDS GPUModelRunner._get_cumsum_and_arange"
+        " process_dict_updates register_op _FLASHINFER_BF16_BACKENDS _resolve_layer_name"
+        " GPUModelRunner._get_cumsum_and_arange"
     ),
 }
 """vLLM's functions that a repeated body calls and that are no part of what is repeated: why."""
