@@ -184,7 +184,8 @@ NOT_REPEATED = {
     "called by us as well": (
         "LogprobsTensors SamplerOutput batched_count_greater_than apply_bad_words"
         " Sampler._combine_outputs_with_spec_tokens Sampler.apply_penalties"
-        " Sampler.compute_logprobs Sampler.gather_logprobs Sampler.greedy_sample apply_top_k_top_p get_forward_context"
+        " Sampler.compute_logprobs Sampler.gather_logprobs Sampler.greedy_sample"
+        " apply_top_k_top_p get_forward_context"
     ),
     "verification that ours takes the place of": (
         "apply_bad_words_with_drafts apply_all_penalties _expand _rejection_greedy_sample"

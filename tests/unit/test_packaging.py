@@ -160,7 +160,7 @@ def test_status_says_how_to_get_a_vllm_where_there_is_none(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The extra `cpu` was empty: it installed nothing, and said nothing."""
-    monkeypatch.setattr("vllm_dflash.cli.installed_vllm", lambda: None)
+    monkeypatch.setattr("vllm_dflash.cli.status.installed_vllm", lambda: None)
     assert main(["status"]) == 1
     out = capsys.readouterr().out
     assert "pip install 'vllm-dflash[cuda]'" in out

@@ -14,7 +14,7 @@ from vllm_dflash.training import flex, objective
 from vllm_dflash.training.batches import Batch
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.objective import Objective, denominator, dpace_weights, gamma_at
-from vllm_dflash.training.settings import Train
+from vllm_dflash.training.tables import Train
 
 VOCAB, LENGTH, ROWS, BLOCKS = 512, 40, 4, 5
 

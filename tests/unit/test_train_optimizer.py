@@ -8,7 +8,7 @@ import torch
 from pairs import random_drafter_config
 from vllm_dflash.reference.checkpoint import new_drafter
 from vllm_dflash.training.optimizer import Optimizer, learning_rate
-from vllm_dflash.training.settings import Train
+from vllm_dflash.training.tables import Train
 
 
 def test_schedules() -> None:

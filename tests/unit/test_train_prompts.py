@@ -12,7 +12,7 @@ from vllm_dflash.prompts import PromptError, load_prompts
 from vllm_dflash.training.engines import device_sets
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.prompts import Reader, split
-from vllm_dflash.training.settings import Data
+from vllm_dflash.training.tables import Data
 
 TARGET = Path(__file__).parents[2] / "examples" / "embedded_pair" / "target"
 TEMPLATE = (

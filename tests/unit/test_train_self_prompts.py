@@ -13,10 +13,10 @@ from training_runs import SMALL, lines_of
 from vllm_dflash.files import RunError
 from vllm_dflash.training import self_prompts, target
 from vllm_dflash.training import settings as training_settings
-from vllm_dflash.training.errors import TrainingError
+from vllm_dflash.training.errors import SettingsError, TrainingError
 from vllm_dflash.training.prompts import Reader, split
 from vllm_dflash.training.sequences import write_sequences
-from vllm_dflash.training.settings import Settings, SettingsError
+from vllm_dflash.training.settings import Settings
 
 TARGET = Path(__file__).parents[2] / "examples" / "embedded_pair" / "target"
 WORDS = [

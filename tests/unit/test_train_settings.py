@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from vllm_dflash.cli import main
+from vllm_dflash.training.errors import SettingsError
 from vllm_dflash.training.pipeline import fit_lengths
-from vllm_dflash.training.settings import STAGES, SettingsError, every_field, load
+from vllm_dflash.training.settings import STAGES, every_field, load
 
 NEEDED = {"target": "t", "out": "o", "prompts": ("p",)}
 

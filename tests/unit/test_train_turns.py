@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from vllm_dflash.training.errors import TrainingError
-from vllm_dflash.training.settings import SelfPrompts
+from vllm_dflash.training.tables import SelfPrompts
 from vllm_dflash.training.turns import Sieve, Turn, ascii_share, find_turn, normal_form, repetition
 
 TARGET = Path(__file__).parents[2] / "examples" / "embedded_pair" / "target"

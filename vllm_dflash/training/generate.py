@@ -19,7 +19,8 @@ from vllm_dflash.training.engines import run_engines
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.prompts import Prompt, Reader, Split, split
 from vllm_dflash.training.sequences import Sequences, is_finished, shard_path, write_sequences
-from vllm_dflash.training.settings import Data, Settings
+from vllm_dflash.training.settings import Settings
+from vllm_dflash.training.tables import Data
 
 _SPLIT = {
     "shards": AtLeast(int, 1),

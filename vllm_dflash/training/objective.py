@@ -24,7 +24,7 @@ from vllm_dflash.reference.drafter import Drafter
 from vllm_dflash.reference.loss import block_labels, default_gamma, position_weights
 from vllm_dflash.reference.masks import block_positions, context_mask
 from vllm_dflash.training.batches import Batch
-from vllm_dflash.training.settings import Train
+from vllm_dflash.training.tables import Train
 
 _LOGITS_AT_ONCE = 1 << 28
 """Logits (elements) above which a forward ranks its blocks in pieces, and ranks them again in the

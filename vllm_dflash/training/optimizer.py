@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.reference.drafter import Drafter
-from vllm_dflash.training.settings import Train
 from vllm_dflash.training.sharding import like, whole
+from vllm_dflash.training.tables import Train
 
 _BETAS = (0.9, 0.95)
 _MOMENTUM = 0.95

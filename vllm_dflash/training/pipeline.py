@@ -14,8 +14,9 @@ from typing import Any
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.files import RunError, write_record
 from vllm_dflash.lock import hold
-from vllm_dflash.training.errors import TrainingError
-from vllm_dflash.training.settings import STAGES, Data, Generate, Settings, SettingsError, load
+from vllm_dflash.training.errors import SettingsError, TrainingError
+from vllm_dflash.training.settings import STAGES, Settings, load
+from vllm_dflash.training.tables import Data, Generate
 
 
 def run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:

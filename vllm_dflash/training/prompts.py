@@ -19,7 +19,7 @@ import numpy as np
 from vllm_dflash.prompts import surrogate
 from vllm_dflash.records import object_of
 from vllm_dflash.training.errors import TrainingError
-from vllm_dflash.training.settings import Data
+from vllm_dflash.training.tables import Data
 
 _COLUMNS = (
     "prompt",

@@ -23,7 +23,8 @@ from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.generate import answer
 from vllm_dflash.training.prompts import Reader
 from vllm_dflash.training.sequences import Shard, is_finished, shard_path
-from vllm_dflash.training.settings import Data, Settings
+from vllm_dflash.training.settings import Settings
+from vllm_dflash.training.tables import Data
 from vllm_dflash.training.turns import Sieve, Turn, find_turn
 
 _FIRST_GUESS = 0.7

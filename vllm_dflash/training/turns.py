@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_dflash.training.errors import TrainingError
-from vllm_dflash.training.settings import SelfPrompts
+from vllm_dflash.training.tables import SelfPrompts
 
 _SENTINELS = ("Wombat", "quartz", "73914")
 """Contents whose first characters no tokenizer puts into one token."""

@@ -1,0 +1,68 @@
+"""The command ``vllm-dflash``: what is installed and replaced in vLLM, and the tools around
+checkpoints.
+
+    vllm-dflash --help
+
+One file a command: its flags and their help. What it does is imported when it runs, so that
+``--help`` and ``status`` import neither torch nor vLLM.
+"""
+
+import argparse
+import os
+import signal
+import sys
+
+import vllm_dflash
+from vllm_dflash import smollm2
+from vllm_dflash.cli import bench, cluster, compat, convert, doctor, inspect, status, top, train
+
+_NOBODY_READS = 128 + signal.SIGPIPE
+"""The exit status of a program that the signal ends."""
+_HELP = """\
+Block-diffusion speculative decoding (DFlash, DFlare) for stock vLLM.
+
+A new drafter, in this order:
+  vllm-dflash status                            is the plug-in on?
+  vllm-dflash inspect DRAFTER                   what is it, and is it whole?
+  vllm-dflash doctor --target T --draft DRAFTER does the pair fit, and how much is accepted?
+  vllm serve T --speculative-config '{"method": "dflash", "model": "DRAFTER"}'
+  vllm-dflash bench --target T --draft DRAFTER  how fast is it here, and against what?
+  vllm-dflash top URL                           does it pay on a running server?
+
+No drafter yet:
+  vllm-dflash train --target T --prompts P --out RUN
+
+More than one device or machine, on Ray:
+  vllm-dflash batch PROMPTS --target T --draft DRAFTER --out DIR
+  vllm-dflash up --target T --draft DRAFTER --replicas 1,8
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="vllm-dflash", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"%(prog)s {vllm_dflash.__version__}"
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for each in (status, compat, inspect, convert, doctor, bench, train, top, cluster):
+        each.add(commands)
+    args = parser.parse_args(arguments)
+    try:
+        asked = dict(vars(args))
+        keeps_name = asked.pop("keeps_name", False)
+        if asked.get("target") == smollm2.NAME and not keeps_name:
+            asked["target"] = smollm2.resolve(smollm2.NAME)
+        ended = int(args.run(argparse.Namespace(**asked)))
+        sys.stdout.flush()
+    except smollm2.SmolLM2Error as error:
+        print(f"vllm-dflash: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # As with `| head`: nobody reads on. Python flushes once more at its end, into what cannot
+        # break.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _NOBODY_READS
+    return ended

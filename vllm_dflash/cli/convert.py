@@ -1,0 +1,35 @@
+"""The flags of ``vllm-dflash convert``."""
+
+from typing import Any
+
+from vllm_dflash.cli.flags import PAIR, add_command, run_of
+from vllm_dflash.formats import format_names
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    convert = add_command(
+        commands,
+        "convert",
+        "writes a checkpoint in another format, without loss",
+        "Writes the drafter SRC to the new folder DST in another format; every tensor is bit-equal,"
+        " which is checked by reading it back. z-lab's format holds DFlash, AngelSlim's DFlare,"
+        " speculators' both. A mask embedding, a tokenizer and a licence travel along.",
+        [
+            f"vllm-dflash convert {PAIR}/dflash /tmp/dflash-speculators --to speculators"
+            f" --verifier {PAIR}/target"
+        ],
+    )
+    convert.add_argument(
+        "source", metavar="SRC", help="the drafter's folder, or a hub id that is downloaded"
+    )
+    convert.add_argument(
+        "destination", metavar="DST", help="a folder that is not there yet, or empty"
+    )
+    convert.add_argument("--to", choices=format_names(), required=True, help="the format to write")
+    convert.add_argument(
+        "--verifier",
+        metavar="NAME",
+        help="for speculators: the target's hub id or folder, which that format names",
+    )
+    convert.set_defaults(run=run_of("tools.convert"))

@@ -1,0 +1,68 @@
+"""``vllm-dflash status``: what is installed, and what is replaced in vLLM. Neither torch nor
+vLLM is imported for it."""
+
+import importlib.metadata
+import textwrap
+from typing import Any
+
+import vllm_dflash
+from vllm_dflash.cli.flags import add_command
+from vllm_dflash.patch import SCOPES
+from vllm_dflash.plugin import patch_set, why_off
+from vllm_dflash.supported import SUPPORTED_VLLM, installed_vllm
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    status = add_command(
+        commands,
+        "status",
+        "versions, whether the plug-in is on, and its patches",
+        "Prints the versions, whether the plug-in is on, and every patch with its reason. "
+        "Ends with 1 where vLLM would run without the plug-in. Imports neither torch nor vLLM.",
+        ["vllm-dflash status"],
+    )
+    status.set_defaults(run=lambda _: _status())
+
+
+def _status() -> int:
+    version = installed_vllm()
+    print(f"vllm-dflash  {vllm_dflash.__version__}")
+    print(f"vLLM         {version or 'not installed'} (supported: {SUPPORTED_VLLM})")
+    if version is None:
+        print(
+            "             for a GPU: pip install 'vllm-dflash[cuda]'; for a CPU: python -m"
+            " vllm_dflash.install_cpu"
+        )
+    print(f"torch        {_version('torch')}")
+    problems = patch_set().check(version)
+    state = why_off() or ("off: the patches do not fit this vLLM" if problems else "on")
+    print(f"plug-in      {state}")
+    for problem in problems:
+        print(f"  {problem}")
+    rows = patch_set().report()
+    for row in rows:
+        if row.note:
+            print(f"  {row.state}: {row.target}\n{_paragraph('', row.note)}")
+    print(
+        "\npatches (applied in vLLM's processes, each when its module is imported or its object"
+        " made)"
+    )
+    for row in rows:
+        print(f"\n  {row.target}")
+        print(f"    {SCOPES[row.scope]}, {row.needs}{f'; {row.state}' if row.note else ''}")
+        print(_paragraph("why", row.why))
+        print(_paragraph("until", row.until))
+    return 0 if state == "on" else 1
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _paragraph(title: str, text: str) -> str:
+    start = f"    {title + ':' if title else '':<7}"
+    return textwrap.fill(text, width=110, initial_indent=start, subsequent_indent=" " * 11)
