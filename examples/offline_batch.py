@@ -41,9 +41,9 @@ def main() -> None:
         help="share of the GPU's memory, or on a CPU of the machine's, for vLLM",
     )
     arguments = parser.parse_args()
-    prompts = [json.loads(line)["prompt"] for line in arguments.prompts.read_text().splitlines()][
-        : arguments.limit
-    ]
+    prompts = [
+        json.loads(line)["prompt"] for line in arguments.prompts.read_text().strip().split("\n")
+    ][: arguments.limit]
     speculative = {
         "method": "dflash",
         "model": arguments.drafter,

@@ -140,7 +140,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a batch size and method: medians over the rounds, and ratios taken within each
     round."""
     prompts = [
-        json.loads(line)["prompt"] for line in args.prompts.read_text().splitlines()[: args.count]
+        json.loads(line)["prompt"]
+        for line in args.prompts.read_text().strip().split("\n")[: args.count]
     ]
     engines = {method: Engine(method, args) for method in tqdm(METHODS, desc="starting engines")}
     rows = []

@@ -86,9 +86,10 @@ def rules(path: Path) -> list[dict[str, Any]]:
 
 
 def fill_in(expression: str, values: Mapping[str, str]) -> str:
-    """Raises ValueError where a variable is left that ``values`` does not have."""
+    """Raises ValueError where a variable is left that ``values`` does not have. ``$1`` is none, but
+    a group of label_replace's, and stays."""
     filled = re.sub(r"\$\{?(\w+)\}?", lambda found: values.get(found[1], found[0]), expression)
-    if "$" in filled:
+    if re.search(r"\$(?!\d)", filled):
         raise ValueError(f"no value for a variable of {filled!r}: have {', '.join(values)}")
     return filled
 

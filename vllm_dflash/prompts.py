@@ -70,7 +70,7 @@ def read_lines(path: str) -> Iterator[tuple[Any, str]]:
         PromptError: it cannot be read, is empty, or a line is no JSON; the line is named.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{path} cannot be read ({error}): give a file of JSON lines") from None
     empty = True
@@ -93,12 +93,20 @@ def token_ids(line: Any, where: str, tokenizer: Any, vocab_size: int) -> list[in
     if (
         isinstance(ids, list)
         and ids
-        and all(isinstance(i, int) and 0 <= i < vocab_size for i in ids)
+        # True is a whole number to Python.
+        and all(type(i) is int and 0 <= i < vocab_size for i in ids)
     ):
         return ids
     messages, text = (
         (line.get("messages"), line.get("prompt")) if isinstance(line, dict) else (None, None)
     )
+    if messages == [] and ids is None and not text:
+        # A template would write its own opening to it, a system's message perhaps, and be answered.
+        raise PromptError(
+            f"{where}: messages is empty: give at least one message, such as"
+            ' {"role": "user", "content": "..."}'
+        )
+    messages = messages or None
     if ids is not None or not (isinstance(messages, list) or (isinstance(text, str) and text)):
         raise PromptError(
             f"{where}: give prompt (text), messages (a chat) or prompt_token_ids (ids below"

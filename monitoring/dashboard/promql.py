@@ -48,5 +48,11 @@ def share(metric: str, by: str, where: str = "") -> str:
     return ratio(rate(metric, by, where), rate(metric, "", where), on="", many=True)
 
 
+def last_of_path(expression: str, label: str) -> str:
+    """The same with the last part of a label that is a path or an id of a hub: all that a tile has
+    room for."""
+    return f'label_replace({expression}, "{label}", "$1", "{label}", ".*/([^/]+)/*")'
+
+
 def _by(labels: str) -> str:
     return f" by ({labels})" if labels else ""

@@ -5,7 +5,16 @@ pytest tests/engine/test_monitoring.py        (runs every query against a real s
 """
 
 from monitoring.dashboard.panel import TIMES, TOKENS, TOKENS_A_SECOND, Note, Panel, per_second
-from monitoring.dashboard.promql import BY_ENGINE, EACH, mean, rate, ratio, selector, share
+from monitoring.dashboard.promql import (
+    BY_ENGINE,
+    EACH,
+    last_of_path,
+    mean,
+    rate,
+    ratio,
+    selector,
+    share,
+)
 
 OUTPUT = "vllm_dflash_output_tokens_total"
 ACCEPTED, DRAFT_LENGTH = "vllm_dflash_accepted_length", "vllm_dflash_draft_length"
@@ -52,7 +61,7 @@ PAYING = (
         ((speedup(), "speed-up"),),
         TIMES,
         "paying",
-        4,
+        5,
         5,
         decimals=2,
         thresholds=((None, "red"), (1, "yellow"), (1.1, "green")),
@@ -69,7 +78,7 @@ PAYING = (
         ((mean(ACCEPTED), "tau"),),
         TOKENS,
         "paying",
-        4,
+        5,
         5,
         minimum=1,
         decimals=2,
@@ -101,7 +110,7 @@ PAYING = (
         ((ratio(rate(OUTPUT, where='step="speculative"'), rate(OUTPUT)), "share"),),
         "percentunit",
         "paying",
-        4,
+        5,
         5,
         maximum=1,
         decimals=0,
@@ -115,7 +124,7 @@ PAYING = (
         ((rate("vllm:generation_tokens_total"), "tokens/s"),),
         TOKENS_A_SECOND,
         "paying",
-        4,
+        5,
         5,
         decimals=0,
         trend=True,
@@ -123,11 +132,11 @@ PAYING = (
     Panel(
         "number",
         "Drafter",
-        "What drafts: the checkpoint, the block's tokens, the most that is drafted a step (K), and"
-        " whether the controller is on.",
+        "What drafts: the last part of the checkpoint's path or name, the block's tokens, the most"
+        " that is drafted a step (K), and whether the controller is on.",
         (
             (
-                selector("vllm_dflash_drafter_info"),
+                last_of_path(selector("vllm_dflash_drafter_info"), "drafter"),
                 (
                     "{{drafter}}: block {{block_size}}, K {{num_speculative_tokens}}, adaptive:"
                     " {{adaptive}}"
@@ -136,8 +145,8 @@ PAYING = (
         ),
         "none",
         "paying",
-        4,
-        5,
+        24,
+        3,
         names=True,
     ),
     Panel(

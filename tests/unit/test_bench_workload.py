@@ -102,6 +102,25 @@ def test_our_own_form(tmp_path):
         file_prompts(write(tmp_path / "bad.jsonl", {"prompt_token_ids": [256]}), Tokenizer(), 256)
 
 
+def test_prompts_that_look_like_some(tmp_path):
+    """True counts as a token id in Python, and a template writes an opening to no messages."""
+    for line, message in (
+        ({"prompt_token_ids": [True, False]}, "line 1: give prompt"),
+        ({"messages": []}, "line 1: messages is empty: give at least one message"),
+        ({"messages": [], "prompt": ""}, "line 1: messages is empty"),
+    ):
+        with pytest.raises(PromptError, match=message):
+            file_prompts(write(tmp_path / "bad.jsonl", line), Tokenizer("a template"), 256)
+    path = write(tmp_path / "both.jsonl", {"messages": [], "prompt": "a"})
+    assert file_prompts(path, Tokenizer("a template"), 256).prompts == [[97]]
+
+
+def test_a_byte_order_mark(tmp_path):
+    """A batch run took it, and --prompts of every other command did not."""
+    path = write(tmp_path / "marked.jsonl", '\ufeff{"prompt": "a\u2028b"}')
+    assert file_prompts(path, Tokenizer(), 9000).prompts == [[97, 0x2028, 98]]
+
+
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(PromptError, match="is empty: give at least one line"):
         file_prompts(write(tmp_path / "empty.jsonl", ""), Tokenizer(), 256)

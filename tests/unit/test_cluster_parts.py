@@ -9,9 +9,10 @@ import pytest
 from damage import DAMAGES, DENIALS, REMEDY, as_a_user
 from vllm_dflash.cluster import parts
 from vllm_dflash.cluster.batch import STATE, Job, complete
-from vllm_dflash.cluster.rows import failed
+from vllm_dflash.cluster.rows import failed, sampling_of
 from vllm_dflash.cluster.settings import ClusterError, EngineSettings
 from vllm_dflash.files import RunError
+from vllm_dflash.prompts import PromptError
 
 
 def lines(path: Path, *rows: str) -> str:
@@ -128,7 +129,9 @@ DEEP = '{"prompt": "x", "note": ' + "[" * 100_000 + "]" * 100_000 + "}"
             )
             for depth in range(100, 1100, 50)
         ),
-        ('{"prompt": "x", "note": NaN, "other": 1e999}', None),
+        ('{"prompt": "x", "note": NaN}', "which JSON cannot hold"),
+        ('{"prompt": "x", "note": [{"a": -Infinity}]}', "line 2 holds NaN, Infinity or a number"),
+        ('{"prompt": "x", "other": 1e999}', "give null or text in its place"),
         ('{"prompt": "\\u0000"}', None),
     ],
 )
@@ -136,7 +139,7 @@ def test_a_row_that_is_hard_to_write_costs_itself_alone(
     tmp_path: Path, line: str, problem: str | None
 ) -> None:
     """Half of a surrogate pair once ended the job in ``encode``, and deep nesting in a
-    RecursionError, and the next run again.
+    RecursionError, and the next run again. NaN was written back, which is no JSON.
 
     Depths that the parser takes and the encoder may not are either answered and written as they
     came, or rows with an error.
@@ -155,6 +158,21 @@ def test_a_row_that_is_hard_to_write_costs_itself_alone(
         )
     else:
         assert out[1]["line"] == line
+
+
+@pytest.mark.parametrize("own", [0, 5, "", [], False])
+def test_sampling_parameters_that_are_no_object(own: Any) -> None:
+    """0, "", [] and false were taken for none."""
+    with pytest.raises(PromptError, match=r"sampling_params is .*: give an object such as"):
+        sampling_of({"sampling_params": own}, {"max_tokens": 4})
+
+
+def test_sampling_parameters_over_the_runs() -> None:
+    defaults = {"max_tokens": 4, "seed": 1}
+    for none in ({}, {"sampling_params": None}, {"sampling_params": {}}):
+        assert sampling_of(none, defaults) == defaults
+    own = {"sampling_params": {"max_tokens": 8, "top_p": None}}
+    assert sampling_of(own, defaults) == {"max_tokens": 8, "seed": 1}
 
 
 def test_a_parquet_row_that_is_hard_to_read_costs_itself_alone(tmp_path: Path) -> None:

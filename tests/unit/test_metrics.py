@@ -175,6 +175,7 @@ def test_a_damaged_snapshot_costs_its_own_series_alone(folder: Path, damage: str
         [[["1"]], 3],
         [["1"], 3, 4],
         [["1"], float("nan")],
+        [["\ud83d"], 3],
     ],
 )
 def test_a_sample_of_another_shape_is_left_out(folder: Path, sample: object):
@@ -183,6 +184,15 @@ def test_a_sample_of_another_shape_is_left_out(folder: Path, sample: object):
     assert 'vllm_dflash_reached_tokens_total{engine="1",model_name="m",position="1"} 3.0' in read(
         wait=False
     )
+
+
+@pytest.mark.parametrize("label", ["m\ud83d", None, [], {}])
+def test_a_snapshot_with_a_label_that_cannot_be_written_is_left_out(folder: Path, label: object):
+    """Half of a surrogate pair once made all of /metrics fail with a UnicodeEncodeError."""
+    target = folder / snapshots.file_name("engine", "0")
+    snapshots.write(target, {"labels": [label, "0"], "samples": {"reached_tokens": [[["1"], 2]]}})
+    leave(folder, "1", reached_tokens=[(["1"], 3)])
+    assert read(wait=False).count("vllm_dflash_reached_tokens_total{") == 1
 
 
 def test_files_of_others_in_the_folder(folder: Path):

@@ -124,6 +124,50 @@ def test_the_drafters_name_is_shown() -> None:
     )
 
 
+@needs_prometheus
+@pytest.mark.parametrize(
+    ("drafter", "shown"),
+    [("/models/deep/down/d-1", "d-1"), ("org/d-1", "d-1"), ("d-1", "d-1"), ("/a/d-1/", "d-1")],
+)
+def test_the_drafters_tile_has_the_last_part_of_its_path(
+    tmp_path: Path, drafter: str, shown: str
+) -> None:
+    """A whole local path was unreadable in it."""
+    (panel,) = [panel for row, panel in PANELS if (row, panel["title"]) == ("Paying?", "Drafter")]
+    values = dict.fromkeys(("instance", "model", "engine"), ".*")
+    expression = queries.fill_in(panel["targets"][0]["expr"], values)
+    series = 'vllm_dflash_drafter_info{block_size="8", drafter="%s"}'
+    case = {
+        "tests": [
+            {
+                "interval": "1m",
+                "input_series": [{"series": series % drafter, "values": "1"}],
+                "promql_expr_test": [
+                    {
+                        "expr": expression,
+                        "eval_time": "0m",
+                        "exp_samples": [{"labels": series % shown, "value": 1}],
+                    }
+                ],
+            }
+        ]
+    }
+    path = tmp_path / "case.yml"
+    path.write_text(yaml.safe_dump(case))
+    assert "SUCCESS" in _promtool("test", "rules", path)
+
+
+def test_tiles_fill_their_lines_and_have_room_for_their_titles() -> None:
+    """ "Tokens a verification" was cut in a tile of four columns of 24."""
+    tiles = [panel for row, panel in PANELS if row == "Paying?" and panel["type"] == "stat"]
+    for tile in tiles:
+        assert tile["gridPos"]["w"] >= (5 if len(tile["title"]) > 16 else 4), tile["title"]
+    lines = {tile["gridPos"]["y"] for tile in tiles}
+    assert [
+        sum(t["gridPos"]["w"] for t in tiles if t["gridPos"]["y"] == y) for y in sorted(lines)
+    ] == [24, 24]
+
+
 def test_the_context_panel_has_a_sentence_under_it() -> None:
     (note,) = [panel for panel in DASHBOARD["panels"] if panel["type"] == "text"]
     (context,) = [panel for _, panel in PANELS if panel["title"] == "Drafter's context"]

@@ -106,6 +106,21 @@ def test_half_of_a_surrogate_pair_is_named_by_its_line(
             load_prompts(path, 8, tokenizer, 4096)
 
 
+def test_a_byte_order_mark(tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('\ufeff{"prompt_token_ids": [5]}\n', encoding="utf-8")
+    assert [prompt.ids for prompt in Reader(tokenizer, 4096, "{}").read(str(path))] == [[5]]
+
+
+def test_truth_values_are_no_ids(tokenizer, tmp_path: Path) -> None:
+    for row in (
+        {"prompt_token_ids": [True, False]},
+        {"prompt_token_ids": [5], "response_token_ids": [True]},
+    ):
+        with pytest.raises(TrainingError, match="token_ids is no list of ids below 4096"):
+            list(Reader(tokenizer, 4096, "{}").read(lines(tmp_path / "p.jsonl", row)))
+
+
 def test_a_response_past_the_positions(tokenizer, tmp_path: Path) -> None:
     """3,000 tokens were once taken for a target of 1,024 positions. A part of an answer is the
     target's text too, so it is cut, and counted."""

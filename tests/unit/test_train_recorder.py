@@ -2,18 +2,20 @@
 nothing of it disturbs the client."""
 
 import asyncio
+import inspect
 import json
 import os
 import resource
 import shutil
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from training_runs import in_child
-from vllm_dflash.training import recorder
+from vllm_dflash.training import recordable, recorder
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.recorder import FOLDER, MAX_MB, TrafficRecorder
 
@@ -39,6 +41,16 @@ class Server:
 
     def __init__(self, status: int = 200) -> None:
         self.status, self.body, self.heard = status, b"", b""
+        # What vLLM keeps in its application's state; "m" and what has no name is the target.
+        self.defaults: dict[str, Any] = {}
+        self.args = SimpleNamespace(chat_template=None)
+        handler = SimpleNamespace(default_sampling_params=self.defaults)
+        self.state = SimpleNamespace(
+            openai_serving_chat=handler,
+            openai_serving_completion=handler,
+            openai_serving_models=SimpleNamespace(is_base_model=lambda name: name == "m"),
+            args=self.args,
+        )
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.heard = (await receive())["body"]
@@ -79,13 +91,13 @@ def ask(
     async def send(message: dict[str, Any]) -> None:
         got.append(message.get("body", b""))
 
-    asyncio.run(middleware({"type": "http", "path": path}, receive, send))
+    asyncio.run(middleware({"type": "http", "path": path, "app": app}, receive, send))
     assert (b"".join(got), app.heard) == (app.body, raw)
     middleware.writer.drain()
 
 
 def recorded(served) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in served[1].writer.path.read_text().splitlines()]
+    return [json.loads(line) for line in served[1].writer.path.read_text().split("\n") if line]
 
 
 def test_what_is_recorded(served) -> None:
@@ -170,6 +182,86 @@ def test_what_the_target_would_not_have_said(served, name: str) -> None:
     assert recorded(served) == []
 
 
+MORE = {
+    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+    "reasoning_content": "2 + 2",
+    "reasoning": "2 + 2",
+    "name": "Ann",
+    "tool_call_id": "1",
+    "a_key_of_a_later_vllm": "x",
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_a_message_with_more_than_role_and_content(served, name: str) -> None:
+    """A template writes of it, and the recorded prompt had it taken off: the answer to another
+    prompt. Null is nothing to vLLM."""
+    said = {"role": "assistant", "content": "so"}
+    for value in (MORE[name], None):
+        ask(served, {"messages": [*CHAT["messages"], said | {name: value}]}, WHOLE)
+    assert [line["messages"] for line in recorded(served)] == [[*CHAT["messages"], said]]
+
+
+def test_no_prompt(served) -> None:
+    """These lines once ended ``vllm-dflash train``, which refuses them; and true is no token."""
+    text = {"choices": [{"index": 0, "text": "bc", "finish_reason": "stop"}]}
+    ask(served, {"messages": []}, WHOLE)
+    for prompt in ("", [], [True, False]):
+        ask(served, {"prompt": prompt}, text, "/v1/completions")
+    assert recorded(served) == []
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r\n"])
+def test_line_ends_of_other_alphabets_are_text(served, mark: str) -> None:
+    """vLLM streams U+2028 as it is, and a line of the stream was cut at it."""
+    text = f"one{mark}two"
+    raw = stream(text).decode()
+    for escape, char in (("\\u2028", "\u2028"), ("\\u2029", "\u2029"), ("\\u0085", "\x85")):
+        raw = raw.replace(escape, char)
+    ask(served, CHAT | {"stream": True}, raw.encode())
+    ask(served, CHAT | {"stream": True}, raw.replace("\n", "\r\n").encode())
+    assert [line["response"] for line in recorded(served)] == [text] * 2
+
+
+DEFAULTS = {
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+    "stop_token_ids": [5],
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_the_servers_defaults(served, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """generation_config.json and --override-generation-config set sampling parameters that no
+    request shows; a request's own value wins, but for stop tokens, which vLLM joins."""
+    served[0].defaults |= {"temperature": 0.6, "top_k": 20, "max_tokens": 99}
+    ask(served, CHAT, WHOLE)
+    served[0].defaults[name] = DEFAULTS[name]
+    ask(served, CHAT, WHOLE)
+    ask(served, CHAT, WHOLE)
+    assert len(recorded(served)) == 1
+    assert caplog.text.count(f"the server's default is {name}=") == 1
+    ask(served, CHAT | {name: recordable._NEUTRAL[name][0]}, WHOLE)
+    assert len(recorded(served)) == (1 if name == "stop_token_ids" else 2)
+
+
+def test_what_is_not_the_targets_own(served, caplog: pytest.LogCaptureFixture) -> None:
+    """An adapter's answers, chats through --chat-template, and a vLLM that does not say."""
+    text = {"choices": [{"index": 0, "text": "bc", "finish_reason": "stop"}]}
+    ask(served, CHAT | {"model": "adapter"}, WHOLE)
+    served[0].args.chat_template = "{{ messages }}"
+    ask(served, CHAT | {"model": "m"}, WHOLE)
+    assert recorded(served) == []
+    assert "--chat-template is not the target's own template" in caplog.text
+    ask(served, {"prompt": "a", "model": "m"}, text, "/v1/completions")
+    assert len(recorded(served)) == 1
+    del served[0].state.openai_serving_models
+    ask(served, {"prompt": "a"}, text, "/v1/completions")
+    assert len(recorded(served)) == 1
+    assert "nothing is recorded" in caplog.text
+
+
 def test_fields_that_change_nothing_are_no_reason(served) -> None:
     plain = {
         "model": "m",
@@ -209,11 +301,51 @@ def test_every_field_of_vllm_is_judged() -> None:
         kept = {
             name: value
             for name, value in request.items()
-            if not recorder._leaves_alone(name, value)
+            if not recordable._leaves_alone(name, value)
         }
         assert kept.keys() <= {"add_special_tokens", "mm_payload", "routed_experts_prompt_start"}, (
             kept
         )
+
+
+@pytest.mark.vllm
+def test_what_a_server_adds_is_where_vllm_keeps_it(tmp_path: Path, monkeypatch) -> None:
+    """The names in vLLM's sources, and Starlette's own application in the scope."""
+    pytest.importorskip("vllm")
+    from fastapi import FastAPI, Request
+    from vllm.entrypoints.generate import api_router
+    from vllm.entrypoints.launchers.api_server import app_state
+    from vllm.entrypoints.openai.chat_completion import serving as chats
+    from vllm.entrypoints.openai.completion import serving as completions
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+
+    source = inspect.getsource
+    assert "state.openai_serving_chat = " in source(api_router)
+    assert "state.openai_serving_completion = " in source(api_router)
+    assert "state.args = args" in source(app_state)
+    assert "state.openai_serving_models = " in source(app_state)
+    for module in (chats, completions):
+        assert "self.default_sampling_params = " in source(module)
+    assert callable(OpenAIServingModels.is_base_model)
+
+    monkeypatch.setenv(FOLDER, str(tmp_path / "traffic"))
+    app, found = FastAPI(), []
+    app.add_middleware(TrafficRecorder)
+    monkeypatch.setattr(TrafficRecorder, "_record", lambda self, scope, *_: found.append(scope))
+
+    @app.post("/v1/completions")
+    async def answer(request: Request) -> dict[str, Any]:
+        return await request.json()
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        pass
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    asyncio.run(app({**scope, "query_string": b""}, receive, send))
+    assert [each["app"] for each in found] == [app]
 
 
 def test_a_file_that_vanishes_meanwhile(served, monkeypatch: pytest.MonkeyPatch) -> None:

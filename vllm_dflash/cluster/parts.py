@@ -174,10 +174,18 @@ def _parse(line: bytes, number: int) -> tuple[dict[str, Any], str | None]:
     text = line.decode(errors="replace").rstrip("\r\n")
     try:
         row = json.loads(line)
-        # It is written beside its answer. An encoder gives up at less depth than the parser.
-        json.dumps(row)
     except (ValueError, RecursionError) as error:
         return {"line": text}, f"line {number} is no JSON ({error}): give one object a line"
+    try:
+        # It is written beside its answer. An encoder gives up at less depth than the parser.
+        json.dumps(row, allow_nan=False)
+    except RecursionError as error:
+        return {"line": text}, f"line {number} is no JSON ({error}): give one object a line"
+    except ValueError:
+        return {"line": text}, (
+            f"line {number} holds NaN, Infinity or a number past 1.8e308, which JSON cannot hold"
+            " beside its answer: give null or text in its place"
+        )
     if not isinstance(row, dict):
         return {"line": text}, f'line {number} is no object: give one such as {{"prompt": "..."}}'
     return row, None

@@ -33,7 +33,9 @@ def sampling_of(row: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
     Raises:
         PromptError: they are no object.
     """
-    own = row.get(SAMPLING) or {}
+    own = row.get(SAMPLING)
+    if own is None:
+        own = {}
     if not isinstance(own, Mapping):
         raise PromptError(f"{SAMPLING} is {own!r}: give an object such as {{'temperature': 0.7}}")
     # Parquet gives every row all the fields that any row has.

@@ -151,7 +151,7 @@ def counters(text: str) -> dict[str, Any]:
     position."""
     values: dict[str, float] = defaultdict(float)
     positions: dict[int, float] = defaultdict(float)
-    for line in text.splitlines():
+    for line in text.split("\n"):
         found = _SAMPLE.match(line)
         if found is None:
             continue

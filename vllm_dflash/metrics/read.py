@@ -21,6 +21,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from vllm_dflash.metrics import catalog, recorder, snapshots
+from vllm_dflash.prompts import surrogate
 from vllm_dflash.records import AtLeast, misfit
 
 _FAMILIES = {
@@ -67,13 +68,10 @@ def families(found: Iterable[dict[str, Any]]) -> Iterator[Metric]:
 def _fits(metric: catalog.Metric, snapshot: dict[str, Any], sample: Any) -> bool:
     """Whether a sample is one of this metric: one that is not, from a damaged file, would cost the
     whole answer."""
-    if (
-        misfit(sample, [object]) is not None
-        or len(sample) != 2
-        or misfit(sample[0], [(str, int)]) is not None
-    ):
+    if misfit(sample, [object]) is not None or len(sample) != 2 or not isinstance(sample[0], list):
         return False
-    if len(snapshot["labels"]) + len(sample[0]) != len(metric.label_names):
+    labels = [*snapshot["labels"], *sample[0]]
+    if len(labels) != len(metric.label_names) or not all(map(_is_label, labels)):
         return False
     if metric.kind != catalog.HISTOGRAM:
         return misfit(sample[1], float) is None
@@ -87,6 +85,12 @@ def _fits(metric: catalog.Metric, snapshot: dict[str, Any], sample: Any) -> bool
         and misfit(sample[1][1], float) is None
         and len(sample[1][0]) == len(metric.buckets) + 1
     )
+
+
+def _is_label(value: Any) -> bool:
+    """Whether a label can be written: half of a surrogate pair, which JSON's escapes may hold, is
+    no UTF-8."""
+    return misfit(value, (str, int)) is None and surrogate(str(value)) is None
 
 
 def _cumulative(

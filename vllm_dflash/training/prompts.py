@@ -124,7 +124,7 @@ class Reader:
             yield from enumerate(_dataset(path), 1)
             return
         try:
-            with path.open(encoding="utf-8") as file:
+            with path.open(encoding="utf-8-sig") as file:
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         yield number, _json(line, f"{path}, line {number}")
@@ -180,7 +180,9 @@ class Reader:
 
     def _ids(self, ids: Any, name: str, where: str) -> list[int]:
         good = isinstance(ids, Sequence) and all(
-            isinstance(i, int) and 0 <= i < self.vocab_size for i in ids
+            # True is a whole number to Python.
+            isinstance(i, int) and not isinstance(i, bool) and 0 <= i < self.vocab_size
+            for i in ids
         )
         if not good or not ids:
             raise TrainingError(

@@ -8,13 +8,8 @@ named on the server's command line.
 The lines are texts of users: the files are readable by their owner alone, hold no headers or names,
 and never more than
 VLLM_DFLASH_RECORD_MAX_MB (1024) together; then recording ends and serving goes on, as it does when
-the disk is full. Completions and chats with one answer in text are written; what cannot be told
-from the texts again (tools, images, a template of the request's own, reasoning that the server took
-out) is not, nor what the target would not have said by itself (structured outputs, biases, bans,
-penalties, a prompt that was
-cut): a request that sets a field which is not known to leave the answer alone is left out. Writing
-is a thread's work, with a queue that
-drops lines rather than wait.
+the disk is full. What of it can be trained on, ``recordable.py`` says. Writing is a thread's work,
+with a queue that drops lines rather than wait.
 
     pytest tests/unit/test_train_recorder.py tests/engine/test_serve.py
 """
@@ -30,6 +25,7 @@ from typing import Any
 
 from vllm_dflash.log import logger
 from vllm_dflash.training.errors import TrainingError
+from vllm_dflash.training.recordable import Serving, answer_text, as_line
 
 FOLDER = "VLLM_DFLASH_RECORD"
 MAX_MB = "VLLM_DFLASH_RECORD_MAX_MB"
@@ -37,71 +33,6 @@ _DEFAULT_MAX_MB = 1024
 _LARGEST_BODY = 1 << 22
 _WAITING_LINES = 256
 _CHAT, _COMPLETION = "/v1/chat/completions", "/v1/completions"
-_HARMLESS = frozenset(
-    {
-        "model",
-        "messages",
-        "prompt",
-        "max_tokens",
-        "max_completion_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "seed",
-        "stream",
-        "stream_options",
-        "stream_interval",
-        "logprobs",
-        "top_logprobs",
-        "prompt_logprobs",
-        "return_token_ids",
-        "return_tokens_as_token_ids",
-        "return_token_offsets",
-        "return_prompt_text",
-        "user",
-        "metadata",
-        "store",
-        "request_id",
-        "session_id",
-        "priority",
-        "cache_salt",
-        "service_tier",
-    }
-)
-"""Fields of a request that leave the answer to the target, whatever they hold. Others may be left
-out, or as in ``_NEUTRAL``."""
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "length_penalty": (1,),
-    "min_tokens": (0,),
-    "echo": (False,),
-    "ignore_eos": (False,),
-    "use_beam_search": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
-    "include_reasoning": (True,),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "stop": ([], ""),
-    "stop_token_ids": ([],),
-    "bad_words": ([],),
-    "logit_bias": ({},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "suffix": ("",),
-    "response_format": ({"type": "text"},),
-    "chat_template_kwargs": ({},),
-    "documents": ([],),
-    "vllm_xargs": ({},),
-}
-"""What other fields may hold: values that vLLM takes for nothing."""
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -120,6 +51,7 @@ class TrafficRecorder:
         if not limit.isdecimal() or limit == "0":
             raise TrainingError(f"{MAX_MB} is {limit!r}: give a whole number of megabytes")
         self.app, self.writer = app, LineWriter(Path(folder), int(limit) << 20)
+        self._told: set[str] = set()
         logger.warning("every prompt and answer is recorded in %s, up to %s MB", folder, limit)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -142,15 +74,23 @@ class TrafficRecorder:
             elif message["type"] == "http.response.body":
                 answered.add(message.get("body", b""))
                 if not message.get("more_body"):
-                    self._record(path, asked, answered)
+                    self._record(scope, asked, answered)
 
         await self.app(scope, hear, say)
 
-    def _record(self, path: str, asked: "Body", answered: "Body") -> None:
+    def _record(self, scope: Scope, asked: "Body", answered: "Body") -> None:
         if not (asked.good and answered.good):
             return
+        chat = scope["path"] == _CHAT
         try:
-            line = as_line(path == _CHAT, json.loads(asked.data), answer_text(bytes(answered.data)))
+            serving = Serving.of(scope["app"], chat)
+        except (KeyError, AttributeError) as error:
+            self._tell_once(f"this vLLM does not say its defaults ({error}): nothing is recorded")
+            return
+        if why := serving.left_out(chat):
+            self._tell_once(why)
+        try:
+            line = as_line(chat, json.loads(asked.data), answer_text(bytes(answered.data)), serving)
         except (
             ValueError,
             KeyError,
@@ -161,6 +101,11 @@ class TrafficRecorder:
             line = None
         if line is not None:
             self.writer.put(line)
+
+    def _tell_once(self, why: str) -> None:
+        if why not in self._told:
+            self._told.add(why)
+            logger.warning("%s", why)
 
 
 class Body:
@@ -175,57 +120,6 @@ class Body:
             self.data.clear()
         elif self.good:
             self.data += part
-
-
-def answer_text(body: bytes) -> tuple[str, str] | None:
-    """The answer's text and finish reason of a response, streamed or whole; None where it is no
-    single plain text."""
-    if body.lstrip().startswith(b"{"):
-        events = [json.loads(body)]
-    else:
-        data = [line[6:] for line in body.decode().splitlines() if line.startswith("data: ")]
-        if not data or data.pop() != "[DONE]":
-            return None  # cut short: the client has gone
-        events = [json.loads(line) for line in data]
-    text, reason = "", None
-    for choice in (choice for event in events for choice in event["choices"]):
-        part = choice.get("delta") or choice.get("message") or choice
-        if choice["index"] != 0 or any(
-            part.get(name)
-            for name in ("tool_calls", "function_call", "reasoning", "reasoning_content", "refusal")
-        ):
-            return None
-        text += part.get("content") or part.get("text") or ""
-        reason = choice.get("finish_reason") or reason
-    return (text, reason) if text and reason in ("stop", "length") else None
-
-
-def as_line(chat: bool, request: dict[str, Any], answer: tuple[str, str] | None) -> str | None:
-    """A line as ``vllm-dflash train`` reads it; None where the prompt could not be told from it
-    again."""
-    if answer is None or not all(_leaves_alone(name, value) for name, value in request.items()):
-        return None
-    prompt = request["messages" if chat else "prompt"]
-    if chat:
-        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt):
-            return None
-        asked: dict[str, Any] = {
-            "messages": [{"role": m["role"], "content": m["content"]} for m in prompt]
-        }
-    elif isinstance(prompt, str):
-        asked = {"prompt": prompt}
-    elif prompt and all(isinstance(i, int) for i in prompt):
-        asked = {"prompt_token_ids": prompt}
-    else:
-        return None
-    return json.dumps(
-        asked | {"response": answer[0], "finish_reason": answer[1]}, ensure_ascii=False
-    )
-
-
-def _leaves_alone(name: str, value: Any) -> bool:
-    """Whether a request's field leaves prompt and answer to the target."""
-    return name in _HARMLESS or value is None or value in _NEUTRAL.get(name, ())
 
 
 class LineWriter:
