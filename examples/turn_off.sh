@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Three ways a vLLM environment can look with this package installed; each line shows what vLLM's processes would do.
+# Three ways a vLLM environment can look with this package installed; each line shows what
+# vLLM's processes would do.
 #   examples/turn_off.sh
 set -euo pipefail
 STATUS=${STATUS:-$(cd "$(dirname "$0")" && pwd)/../.venv/bin/vllm-dflash}

@@ -1,10 +1,11 @@
 """Finds, in syntax trees, stores into attributes of objects that are not ours.
 
 The rule. A store is ``x.a = ...`` in any form (also ``+=``, ``del``, a loop's or a ``with``'s
-target), ``setattr`` and ``delattr`` in any spelling, and a change of ``vars(x)`` or ``x.__dict__``.
-It is allowed where ``x`` is ours, which has to show in the source:
+target), and ``setattr`` and ``delattr`` in any spelling. So is all that is done with the table of
+attributes, ``vars(x)`` or ``x.__dict__``, but read it on the spot; likewise with ``x.__globals__``
+and ``sys.modules``. It is allowed where ``x`` is ours, which has to show in the source:
 
-- ``self`` or ``cls`` in a class of ours;
+- the first parameter of a method of a class of ours, by whatever name;
 - what a class of ours was called for, or a copy that was made on the spot (``copy.copy``,
   ``copy.deepcopy``);
 - a name, parameter, attribute or return value that is annotated with a class of ours, by itself or
@@ -12,7 +13,9 @@ It is allowed where ``x`` is ours, which has to show in the source:
 - a name or an attribute of ``self`` to which nothing but such things and None is assigned, what is
   taken out of one, and what a loop goes over.
 
-All else is not ours, ``Any`` too. There is no list of exceptions.
+All else is not ours, ``Any`` too. There is no list of exceptions. What stores without showing where
+is a store into what is not ours: ``setattr`` that is handed on, or called with a ``*`` for its
+object, ``exec``, ``eval`` and ``mock.patch``.
 """
 
 import ast
@@ -21,12 +24,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from store_forms import stores
+
 _COPIES = {"copy.copy", "copy.deepcopy"}
 _MADE_HERE = "a copy"
 _TAKING = {"get", "setdefault", "pop", "popleft", "values", "items", "append"}
 _PASSING = {"list", "tuple", "sorted", "reversed", "iter", "next", "set", "deque", "ModuleList"}
-_SETTERS = {"setattr", "delattr", "__setattr__", "__delattr__"}
-_DICT_METHODS = {"update", "setdefault", "pop", "clear", "popitem"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 
@@ -131,7 +134,7 @@ class Package:
                 continue
             if child.returns is not None:
                 state(child.name, child.returns)
-            scope = Scope(self, known.path, child, None, owner)
+            scope = Scope(self, known.path, child, None, owner, is_method=True)
             for inner in ast.walk(child):
                 if isinstance(inner, ast.AnnAssign) and _is_self(inner.target):
                     state(inner.target.attr, inner.annotation)
@@ -151,7 +154,8 @@ class Scope:
     node: Function | ast.Module
     outer: "Scope | None"
     owner: str | None
-    """The class that it is a method of."""
+    """The class that it is a method of, or inside a method of."""
+    is_method: bool = False
     _busy: set[str] = field(default_factory=set)
 
     def infer(self, value: ast.expr | None) -> str | None:
@@ -192,6 +196,8 @@ class Scope:
         name = getattr(function, "id", getattr(function, "attr", ""))
         if ast.unparse(function) in _COPIES:
             return _MADE_HERE
+        if name == "super":
+            return self.owner
         called = (
             self.package.names[self.path].get(name, "") if isinstance(function, ast.Name) else ""
         )
@@ -217,8 +223,6 @@ class Scope:
 
     def lookup(self, name: str) -> str | None:
         """What a name is; None where one of its bindings is not ours."""
-        if self.owner is not None and name in ("self", "cls"):
-            return self.owner
         if name in self._busy:
             return None
         self._busy.add(name)
@@ -240,7 +244,11 @@ class Scope:
                 arguments.vararg,
                 arguments.kwarg,
             ]:
-                if a is not None and a.arg == name:
+                if a is None or a.arg != name:
+                    continue
+                if a is self._own_object():
+                    yield self.owner
+                else:
                     yield self.package.annotated(a.annotation, self.path, self.owner)
         annotated = False
         for node in _own_nodes(self.node):
@@ -256,6 +264,15 @@ class Scope:
             for target, value in _pairs(node):
                 if isinstance(target, ast.Name) and target.id == name and not _is_none(value):
                     yield self.infer(value)
+
+    def _own_object(self) -> ast.arg | None:
+        """The parameter of a method that is the object, or its class."""
+        if not self.is_method or not isinstance(self.node, ast.FunctionDef | ast.AsyncFunctionDef):
+            return None
+        if any(getattr(d, "id", "") == "staticmethod" for d in self.node.decorator_list):
+            return None
+        parameters = [*self.node.args.posonlyargs, *self.node.args.args]
+        return parameters[0] if parameters and parameters[0].annotation is None else None
 
 
 def foreign_stores(package: Package) -> Iterator[str]:
@@ -278,35 +295,12 @@ def _visit(
                 child,
                 scope,
                 owner if isinstance(node, ast.ClassDef) else scope.owner,
+                is_method=isinstance(node, ast.ClassDef),
             )
-        for target in _stores(child):
-            if inner.infer(target) is None:
+        for target in stores(child, node):
+            if target is None or inner.infer(target) is None:
                 yield f"{path}:{child.lineno}: {ast.unparse(child).splitlines()[0]}"
         yield from _visit(package, path, child, inner, inside)
-
-
-def _stores(node: ast.AST) -> Iterator[ast.expr]:
-    """The objects that a node stores into."""
-    match node:
-        case ast.Attribute(value=owner, ctx=ast.Store() | ast.Del()):
-            yield owner
-        case ast.Subscript(value=table, ctx=ast.Store() | ast.Del()):
-            yield from _dict_of(table)
-        case ast.Call(func=function, args=[owner, _, *_]) if (
-            getattr(function, "id", getattr(function, "attr", "")) in _SETTERS
-        ):
-            yield owner
-        case ast.Call(func=ast.Attribute(value=table, attr=name)) if name in _DICT_METHODS:
-            yield from _dict_of(table)
-
-
-def _dict_of(table: ast.expr) -> Iterator[ast.expr]:
-    match table:
-        case (
-            ast.Call(func=ast.Name(id="vars"), args=[owner])
-            | ast.Attribute(value=owner, attr="__dict__")
-        ):
-            yield owner
 
 
 def _own_nodes(node: ast.AST) -> Iterator[ast.AST]:

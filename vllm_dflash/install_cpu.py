@@ -9,7 +9,7 @@ vLLM version, the one that is tested.
 
     python -m venv .venv && .venv/bin/python -P vllm_dflash/install_cpu.py
         (from a checkout: what ``make install`` does)
-    pip install vllm-dflash && python -m vllm_dflash.install_cpu
+    pip install 'vllm-dflash[cpu]' && python -m vllm_dflash.install_cpu
         (in a virtual environment, from a package index)
 """
 

@@ -38,6 +38,7 @@ def test_a_link_leads_to_what_it_names(name: str, target: str) -> None:
     ("question", "answer", "file"),
     [
         ("where is a draft laid out?", "block_layout", "vllm_dflash/drafting/layout.py"),
+        ("where is a draft laid out?", "end_blocks_at", "vllm_dflash/drafting/layout.py"),
         ("where is it verified on a CPU?", "Verifier", "vllm_dflash/cpu/verification.py"),
         ("where does a GPU's graph record?", "_generate_draft", "vllm_dflash/drafting/v2.py"),
         ("where is K chosen?", "Controller", "vllm_dflash/adaptive/controller.py"),

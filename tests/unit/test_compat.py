@@ -250,7 +250,9 @@ def test_the_command_ends_with_1_where_something_is_to_do(
     assert "+        return 7" in out
     assert f"accept {Sources(new).locate('vllm.runner:Runner.size').fingerprint}" in out
     assert main(["compat", "--source", str(new), "--against", str(old), "--no-diffs"]) == 1
-    assert "return 7" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "  changed    vllm:LLM  (a.py)" in out
+    assert not [line for line in out.splitlines() if line.startswith(("+", "-", "@@"))]
     assert main(["compat", "--source", str(tmp_path)]) == 2
     assert "give the folder that holds vllm/" in capsys.readouterr().err
 

@@ -7,6 +7,7 @@ Tests: ``pytest tests/unit/test_kinds.py``.
 import ast
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -159,9 +160,9 @@ def test_the_tools_take_a_users_kind(
     assert kind.format in format_names()
     assert main(["inspect", str(source)]) == 0
     said = capsys.readouterr().out
-    assert f"{name}: {kind.sentence}" in said
+    assert f"context           {kind.label}: {kind.sentence}" in said
     assert main(["inspect", "--json", str(source)]) == 0
-    assert json.loads(capsys.readouterr().out)["conditioning"] == name
+    assert json.loads(capsys.readouterr().out)["kind"] == name
     convert(source, tmp_path / "theirs", SPECULATORS, verifier="target")
     raw = json.loads((tmp_path / "theirs" / "config.json").read_text())
     assert (raw["architectures"], raw["speculators_model_type"]) == (
@@ -307,6 +308,62 @@ def test_what_is_no_kind_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFi
         assert set(kinds.names()) == {*OURS, *NAMES}
     for name in broken:
         assert f"{name}:KIND is left out" in caplog.text
+
+
+HEADLESS = """
+from dataclasses import replace
+from vllm_dflash.kinds import Head
+from vllm_dflash.kinds.dflash import KIND as DFLASH
+
+KIND = replace(
+    DFLASH, name=NAME, architecture=f"{NAME}Model", is_known_to_vllm=False, head=Head(modules=WHERE)
+)
+"""
+
+
+def test_a_record_whose_parts_do_not_exist_is_left_out_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A head without `Served` was sound to inspect, and ended vLLM's start in an AttributeError.
+
+    A part may be bound in any way that Python knows.
+    """
+    bodies = {
+        "half": "class Reference: ...",
+        "gone": None,
+        "bad": "import no_such_module",
+        "late": "globals().update(Reference=1, Served=2)",
+        "whole": "import torch\nclass Reference: ...\nServed = Reference",
+    }
+    for name, body in bodies.items():
+        (tmp_path / f"{name}.py").write_text(f"NAME, WHERE = {name!r}, '{name}_head'\n{HEADLESS}")
+        if body is not None:
+            (tmp_path / f"{name}_head.py").write_text(body)
+        (tmp_path / f"{name}-1.dist-info").mkdir()
+        (tmp_path / f"{name}-1.dist-info" / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n"
+        )
+        (tmp_path / f"{name}-1.dist-info" / "entry_points.txt").write_text(
+            f"[{kinds.GROUP}]\n{name} = {name}:KIND\n"
+        )
+    with on_path(tmp_path), caplog.at_level("WARNING"):
+        assert set(kinds.names()) == {*OURS, *NAMES, "late", "whole"}
+        assert "whole_head" not in sys.modules
+        source = make_random_drafter(tmp_path / "d", config=random_drafter_config(kind="dflash"))
+        raw = json.loads((source / "config.json").read_text()) | {"architectures": ["halfModel"]}
+        (source / "config.json").write_text(json.dumps(raw))
+        assert main(["inspect", str(source)]) == 1
+    assert "halfModel" in capsys.readouterr().out
+    for said in (
+        "half:KIND is left out: its head has no Served in half_head. Mend its record",
+        "gone:KIND is left out: its head's Reference cannot be imported from gone_head",
+        "bad:KIND is left out: its head's Reference cannot be imported from bad_head",
+    ):
+        assert said in caplog.text
+
+
+def test_the_parts_of_our_kinds_exist() -> None:
+    assert not [problem for kind in kinds.every().values() for problem in kinds.missing_parts(kind)]
 
 
 def test_nothing_else_names_a_kind() -> None:

@@ -125,6 +125,8 @@ def test_a_wheel_comes_out_of_the_source_distribution(sdist: Path, tmp_path: Pat
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "vllm_dflash").rglob("*.py")}
     assert modules | {"vllm_dflash/py.typed", "vllm_dflash/patches/v1_proposer.py"} <= names
     assert "Keywords: vllm" in metadata
+    assert "Project-URL: DFlash (paper), https://arxiv.org/abs/" in metadata
+    assert "Provides-Extra: cpu" in metadata
     assert re.findall(r"\]\((?!https?:|#)[^)]*\)", metadata) == []
 
 
@@ -159,10 +161,27 @@ def test_the_cpu_build_is_installed_from_a_wheel_too() -> None:
 def test_status_says_how_to_get_a_vllm_where_there_is_none(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The extra `cpu` was empty: it installed nothing, and said nothing."""
+    """The extra `cpu` was empty: it installed nothing, and said nothing.
+
+    No extra can install vLLM's CPU build. This one brings what the command for that needs.
+    """
     monkeypatch.setattr("vllm_dflash.cli.status.installed_vllm", lambda: None)
     assert main(["status"]) == 1
     out = capsys.readouterr().out
     assert "pip install 'vllm-dflash[cuda]'" in out
-    assert "python -m vllm_dflash.install_cpu" in out
-    assert "cpu" not in PROJECT["project"]["optional-dependencies"]
+    both_steps = "[cpu]' && python -m vllm_dflash.install_cpu"
+    assert both_steps in out
+    assert both_steps in (ROOT / "README.md").read_text()
+    assert {"pip", "transformers"} <= set(PROJECT["project"]["optional-dependencies"]["cpu"])
+
+
+def test_the_extra_cpu_brings_no_build_that_the_second_step_would_have_to_undo() -> None:
+    needs = PROJECT["project"]["optional-dependencies"]["cpu"]
+    assert not [line for line in needs if line.startswith(("torch", "vllm", "nvidia"))]
+
+
+def test_project_urls_are_addresses_that_the_documents_name() -> None:
+    """Without a public address of its own the project names the papers of its two kinds."""
+    kinds = (ROOT / "docs" / "kinds.md").read_text()
+    for address in PROJECT["project"]["urls"].values():
+        assert address.removeprefix("https://arxiv.org/abs/") in kinds

@@ -31,7 +31,8 @@ def _status() -> int:
     print(f"vLLM         {version or 'not installed'} (supported: {SUPPORTED_VLLM})")
     if version is None:
         print(
-            "             for a GPU: pip install 'vllm-dflash[cuda]'; for a CPU: python -m"
+            "             for a GPU: pip install 'vllm-dflash[cuda]'\n"
+            "             for a CPU: pip install 'vllm-dflash[cpu]' && python -m"
             " vllm_dflash.install_cpu"
         )
     print(f"torch        {_version('torch')}")

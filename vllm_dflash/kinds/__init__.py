@@ -13,12 +13,14 @@ Records need no torch: what does is imported when a drafter is made.
 import functools
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from vllm_dflash.log import logger
+from vllm_dflash.upstream import SourceNotFoundError, Sources
 
 if TYPE_CHECKING:
     from vllm_dflash.config import DrafterConfig
@@ -31,6 +33,9 @@ FOR_TRAINING = "dflare"
 
 AFTER_ANCHOR = 1
 """``Kind.first_row`` where the anchor's row predicts nothing."""
+
+PARTS = ("Reference", "Served")
+"""The classes of a context's and of a head's modules."""
 
 Tensors = dict[str, tuple[int, ...]]
 """Names of a checkpoint's tensors, without a prefix, to their shapes."""
@@ -125,8 +130,8 @@ class Kind:
 def every() -> Mapping[str, Kind]:
     """All kinds by name: the package's, of these first what vLLM knows, then other packages'.
 
-    One that cannot be imported, or that takes a name of another, is left out with a warning: plain
-    serving goes on.
+    One that cannot be imported, that names parts which do not exist, or that takes a name of
+    another, is left out with a warning: plain serving goes on.
     """
     ours = [
         import_module(f"{__name__}.{item.name}").KIND for item in pkgutil.iter_modules(__path__)
@@ -142,6 +147,8 @@ def every() -> Mapping[str, Kind]:
         ]
         if taken:
             logger.warning("%s: it has a name of %s. Rename it", _LEFT_OUT % where, taken[0])
+        elif missing := missing_parts(kind):
+            logger.warning("%s: %s. Mend its record", _LEFT_OUT % where, "; ".join(missing))
         else:
             found[kind.name] = kind
     return found
@@ -159,6 +166,32 @@ def _others() -> Iterator[tuple[str, Kind]]:
             yield point.value, kind
         else:
             logger.warning("%s: it is no vllm_dflash.kinds.Kind", _LEFT_OUT % point.value)
+
+
+def missing_parts(kind: Kind) -> list[str]:
+    """The parts that a record names and that do not exist, a sentence each.
+
+    The modules are read as text, for they take torch and vLLM. One is imported only where its text
+    does not bind a part.
+    """
+    sources = Sources()
+    return [
+        problem
+        for record in (kind.context, kind.head)
+        for part in PARTS
+        if (problem := _missing_part(sources, type(record).__name__.lower(), record.modules, part))
+    ]
+
+
+def _missing_part(sources: Sources, axis: str, module: str, part: str) -> str | None:
+    with suppress(SourceNotFoundError):
+        sources.find(f"{module}:{part}")
+        return None
+    try:
+        is_there = hasattr(import_module(module), part)
+    except Exception as error:  # whatever another package's import ends in
+        return f"its {axis}'s {part} cannot be imported from {module} ({error!r})"
+    return None if is_there else f"its {axis} has no {part} in {module}"
 
 
 def names() -> tuple[str, ...]:

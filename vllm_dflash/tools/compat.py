@@ -92,7 +92,7 @@ class PatchFinding:
     def file(self) -> str:
         """Where the patch stands, from the checkout's root."""
         modules = {
-            name: vars(module)
+            name: dict(vars(module))
             for name, module in vars(patches).items()
             if isinstance(module, ModuleType)
         }

@@ -60,7 +60,7 @@ def _config_rows(config: DrafterConfig) -> list[tuple[str, str]]:
     quantization = config.quantization_config
     return [
         ("format", config.format),
-        ("conditioning", f"{config.kind}: {kind_of(config).sentence}"),
+        ("context", f"{kind_of(config).label}: {kind_of(config).sentence}"),
         (
             "block size",
             f"{config.block_size}: num_speculative_tokens {f'1 to {k}' if k > 1 else '1'}",

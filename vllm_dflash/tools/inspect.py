@@ -202,7 +202,7 @@ def as_dict(found: Inspection) -> dict[str, Any]:
         if config is None
         else {
             "format": config.format,
-            "conditioning": config.kind,
+            "kind": config.kind,
             "block_size": config.block_size,
             "max_speculative_tokens": config.max_speculative_tokens,
             "num_hidden_layers": config.num_hidden_layers,

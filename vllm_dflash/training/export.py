@@ -132,7 +132,8 @@ tags: [speculative-decoding, {kind.name}]
 # {kind.label} drafter for {target.name}
 
 ```
-vllm serve {served_as} --speculative-config '{json.dumps(served)}'
+vllm serve {served_as} \\
+    --speculative-config '{json.dumps(served)}'
 ```
 
 {what}{config.num_hidden_layers} layers, blocks of {config.block_size}, conditioned on target layers {", ".join(map(str, config.target_layer_ids))} (counted from 0).

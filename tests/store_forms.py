@@ -1,0 +1,88 @@
+"""The forms of Python in which an attribute of an object is stored, by one node of a syntax tree.
+
+``foreign.py`` has the rule, and says whose the objects are.
+"""
+
+import ast
+from collections.abc import Iterator
+
+_SETTERS = {"setattr": 3, "delattr": 2, "__setattr__": 3, "__delattr__": 2}
+"""With how many arguments each has, its object the first; a bound method has one less."""
+_READING = {"get", "items", "keys", "values", "copy"}
+_COPYING = {"dict", "frozenset", "iter", "len", "list", "set", "sorted", "tuple"}
+
+
+def stores(node: ast.AST, parent: ast.AST) -> Iterator[ast.expr | None]:
+    """The objects that a node stores into; None where that does not show."""
+    match node:
+        case ast.Attribute(value=owner, ctx=ast.Store() | ast.Del()):
+            yield owner
+        case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in _SETTERS:
+            yield _set_by(node, name)
+        case ast.Name(id=name) | ast.Attribute(attr=name) if name in _SETTERS:
+            if not (isinstance(parent, ast.Call) and parent.func is node):
+                yield None
+        case ast.Call(func=ast.Name(id="exec" | "eval")):
+            yield None
+        case ast.Call(
+            func=ast.Attribute(value=ast.Name(id="builtins"), attr="exec" | "eval")
+            | ast.Attribute(
+                value=ast.Name(id="patch") | ast.Attribute(attr="patch"),
+                attr="object" | "dict" | "multiple",
+            )
+            | ast.Attribute(value=ast.Name(id="mock") | ast.Attribute(attr="mock"), attr="patch")
+        ):
+            yield None
+        case ast.ImportFrom(module="unittest.mock" | "mock"):
+            yield None
+        case ast.ImportFrom(module="sys", names=names) if any(n.name == "modules" for n in names):
+            yield None
+        case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str(name)), *_]) if (
+            name in _SETTERS
+        ):
+            yield None
+        case ast.expr() if not _reads(parent, node):
+            yield from _dict_of(node)
+
+
+def _set_by(call: ast.Call, name: str) -> ast.expr | None:
+    """The object of a call of one of ``_SETTERS``."""
+    if isinstance(call.func, ast.Attribute) and name.startswith("__"):
+        if any(isinstance(argument, ast.Starred) for argument in call.args):
+            return None
+        if len(call.args) < _SETTERS[name]:
+            return call.func.value
+    return None if not call.args or isinstance(call.args[0], ast.Starred) else call.args[0]
+
+
+def _dict_of(table: ast.expr) -> Iterator[ast.expr]:
+    """The object whose attributes a table holds."""
+    match table:
+        case (
+            ast.Call(func=ast.Name(id="vars"), args=[owner])
+            | ast.Attribute(value=owner, attr="__dict__" | "__globals__", ctx=ast.Load())
+            | ast.Attribute(value=ast.Name(id="sys") as owner, attr="modules", ctx=ast.Load())
+            | ast.Call(
+                func=ast.Name(id="getattr"),
+                args=[owner, ast.Constant(value="__dict__" | "__globals__"), *_],
+            )
+        ):
+            yield owner
+
+
+def _reads(parent: ast.AST, table: ast.expr) -> bool:
+    """Whether what is around a table only reads it, or copies it."""
+    match parent:
+        case ast.Subscript(ctx=ast.Load()):
+            return parent.value is table
+        case ast.Attribute(attr=name):
+            return name in _READING
+        case ast.Call(func=ast.Name(id=name)):
+            return name in _COPYING
+        case ast.For(iter=over) | ast.comprehension(iter=over):
+            return over is table
+        case ast.Dict(keys=keys, values=values):  # {**table}
+            return any(key is None and value is table for key, value in zip(keys, values))
+        case ast.keyword(arg=None) | ast.Compare() | ast.BinOp():
+            return True
+    return False
