@@ -253,6 +253,10 @@ class DrafterConfig:
                 f"known are {', '.join(ROPE_TYPES)}; use another checkpoint",
                 field="rope_scaling.rope_type",
             )
+        if self.rope_scaling is not None:
+            from vllm_dflash.fields import check_scaling
+
+            check_scaling(self.rope_scaling, self.head_dim)
 
     def _check_layers(self) -> None:
         if not self.target_layer_ids:

@@ -85,6 +85,19 @@ def is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def json_type(value: Any) -> str:
+    """What JSON calls it, for a message: ``null``, ``a list``."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    if is_number(value):
+        return "a number"
+    if isinstance(value, str):
+        return "a text"
+    return "a list" if is_list(value) else "an object"
+
+
 def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
     """Whether it is a list of JSON."""
     return isinstance(value, Sequence) and not isinstance(value, str)
@@ -176,6 +189,20 @@ def layer_ids(value: Any, name: str, *, one_based: bool = False) -> tuple[int, .
     return tuple(i - one_based for i in value)
 
 
+def agree(name: str, value: Any, other: str, theirs: Any) -> None:
+    """Refuses two places of one setting that both give it, and differ: one would win in silence.
+
+    Raises:
+        DrafterConfigError: names both, and ``name`` as the field.
+    """
+    if None not in (value, theirs) and value != theirs:
+        raise bad(
+            name,
+            f"is {shown(value)}, and {other} is {shown(theirs)}",
+            f"give the value that the drafter was trained with, once. {CAME_WITH}",
+        )
+
+
 def dtype(*sources: Mapping[str, Any]) -> str:
     """The first ``dtype`` or (older) ``torch_dtype`` that one of ``sources`` gives; bfloat16 where
     none does."""
@@ -188,6 +215,8 @@ def dtype(*sources: Mapping[str, Any]) -> str:
     for name, value in given:
         if value not in ("bfloat16", "float16", "float32"):
             raise bad(name, f"is {shown(value)}", f"one of bfloat16, float16, float32. {CAME_WITH}")
+    for raw in sources:
+        agree("dtype", raw.get("dtype"), "torch_dtype", raw.get("torch_dtype"))
     return str(given[0][1]) if given else "bfloat16"
 
 
@@ -231,7 +260,10 @@ def rope(
                 f"is {shown(value)}",
                 "give an object such as {'rope_type': 'yarn', 'factor': 4.0}, or null",
             )
-        merged |= _of_layer_types(name, value or {}, kinds)
+        shared = _of_layer_types(name, value or {}, kinds)
+        for key in shared.keys() & merged.keys():
+            agree(f"{name}.{key}", shared[key], f"rope_parameters.{key}", merged[key])
+        merged |= {key: each for key, each in shared.items() if each is not None}
     theta = merged.pop("rope_theta", None)
     for place in (raw, {"rope_theta": theta}):
         positive_float(place, "rope_theta", default_theta)
@@ -243,8 +275,9 @@ def rope(
         {"rope_theta": theta} if raw.get("rope_theta") is None else raw, "rope_theta", default_theta
     )
     older = merged.pop("type", None)
-    kind = merged.get("rope_type") if older is None else older
     where = "rope_parameters" if raw.get("rope_scaling") is None else "rope_scaling"
+    agree(f"{where}.rope_type", merged.get("rope_type"), "type beside it", older)
+    kind = merged.get("rope_type") if older is None else older
     if kind is None and "factor" in merged:
         raise bad(
             where, "has a factor and no rope_type", f"name it, such as linear or yarn. {CAME_WITH}"
@@ -270,7 +303,11 @@ def _of_layer_types(
 ) -> Mapping[str, Any]:
     """``given``, or where it holds parameters by layer type, those that all of the drafter's types
     share."""
-    nested = {key: value for key, value in given.items() if isinstance(value, Mapping)}
+    nested = {
+        key: value
+        for key, value in given.items()
+        if isinstance(value, Mapping) and key not in _ROPE_NAMES
+    }
     if not nested:
         return given
     ours = [nested.get(kind) for kind in kinds]
@@ -305,8 +342,10 @@ def _check_rope(given: Mapping[str, Any], kind: str, place: str) -> None:
         ):
             continue
         if name in _OTHER_SCALING_FIELDS.get(kind, ()):
-            if not isinstance(value, bool):
-                positive_float(given, f"{place}.{name}")
+            if name == "truncate":
+                flag(given, f"{place}.{name}")
+            else:
+                _check_scaling(given, f"{place}.{name}")
         elif kind == "default" and name in _SCALING_NAMES:
             _check_scaling(
                 given, f"{place}.{name}"
@@ -321,6 +360,12 @@ def _check_rope(given: Mapping[str, Any], kind: str, place: str) -> None:
 
 
 _SCALING_NAMES = frozenset(name for names in _SCALING_FIELDS.values() for name in names)
+_ROPE_NAMES = frozenset(
+    {"type", "rope_type", "rope_theta", "mrope_section", *_NEUTRAL_ROPE, *_SCALING_NAMES}.union(
+        *_OTHER_SCALING_FIELDS.values()
+    )
+)
+"""Parameters of rotary positions: no layer type is called so."""
 _ROPE_REMEDIES = {
     "partial_rotary_factor": (
         "remove it from config.json if the drafter was trained with rotary positions in the whole"
@@ -348,6 +393,41 @@ def _check_scaling(scaling: Mapping[str, Any], path: str) -> None:
         positive_int(scaling, path)
     else:
         positive_float(scaling, path)
+
+
+def check_scaling(scaling: Mapping[str, Any], head_dim: int) -> None:
+    """Refuses parameters of a scaling, each of its type, that do not fit each other or the heads.
+
+    Args:
+        scaling: ``rope_type`` and its parameters.
+        head_dim: all of it is rotated.
+
+    Raises:
+        DrafterConfigError: names the first.
+    """
+    for name in ("short_factor", "long_factor"):
+        count = len(scaling.get(name, ()))
+        if scaling.get("rope_type") == "longrope" and count != head_dim // 2:
+            raise bad(
+                f"rope_scaling.{name}",
+                f"has length {count}",
+                f"give {head_dim // 2} numbers, one a pair of head_dim's {head_dim}. {CAME_WITH}",
+            )
+    for kind, low, high in (
+        ("llama3", "low_freq_factor", "high_freq_factor"),
+        ("yarn", "beta_slow", "beta_fast"),
+    ):
+        least, most = (scaling.get(name, _YARN.get(name)) for name in (low, high))
+        if scaling.get("rope_type") == kind and None not in (least, most) and least >= most:
+            raise bad(
+                f"rope_scaling.{low}",
+                f"is {least}, not below {high}, which is {most}",
+                f"they bound a range of frequencies. {CAME_WITH}",
+            )
+
+
+_YARN = {"beta_slow": 1, "beta_fast": 32}
+"""vLLM's and transformers' defaults."""
 
 
 def _is_neutral(value: Any, neutral: Sequence[Any]) -> bool:

@@ -4,8 +4,8 @@ or not known.
 A key that changes what a drafter computes and is passed over shows as nothing but low acceptance.
 So each key is in one of
 four places: read by ``vllm_dflash.formats``, ``_REFUSED`` (unless it says what is so anyway),
-``_NO_EFFECT`` (reviewed), or
-unknown, which is told to the user. Pure Python.
+``_NO_EFFECT`` (reviewed), or unknown, which is told to the user. Keys that transformers or vLLM
+reads for something else are refused too. Pure Python.
 
     pytest tests/unit/test_config_keys.py
 """
@@ -136,6 +136,109 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 what is so without them."""
 
 
+_OF_TRANSFORMERS = frozenset(
+    {
+        "_auto_class",
+        "_check_received_keys",
+        "_decode_special_floats",
+        "_dict_from_json_file",
+        "_encode_special_floats",
+        "_experts_implementation",
+        "_get_config_dict",
+        "_get_files_timestamps",
+        "_get_generation_parameters",
+        "_getattr_without_heterogeneous_validation",
+        "_hasattr_without_heterogeneous_validation",
+        "_iter_config_keys_with_heterogeneous_adjustment",
+        "_remove_keys_not_serialized",
+        "_update_heterogeneous_to_dict_output",
+        "_upload_modified_files",
+        "_validate_axial_rope_parameters",
+        "_validate_default_rope_parameters",
+        "_validate_dynamic_rope_parameters",
+        "_validate_linear_rope_parameters",
+        "_validate_llama3_rope_parameters",
+        "_validate_longrope_rope_parameters",
+        "_validate_proportional_rope_parameters",
+        "_validate_yarn_rope_parameters",
+        "allow_global_per_layer_attribute_access",
+        "attribute_map",
+        "base_model_ep_plan",
+        "base_model_fsdp_plan",
+        "base_model_pp_plan",
+        "base_model_tp_plan",
+        "convert_rope_params_to_dict",
+        "default_rope_type",
+        "default_theta",
+        "dict_dtype_to_str",
+        "from_dict",
+        "from_json_file",
+        "from_pretrained",
+        "get_config_dict",
+        "get_mtp_config",
+        "get_text_config",
+        "ignore_keys_at_rope_validation",
+        "is_custom_code",
+        "is_heterogeneous",
+        "is_remote_code",
+        "keys_to_ignore_at_inference",
+        "nested_rope_parameter_keys",
+        "per_layer_attributes",
+        "per_layer_config",
+        "push_to_hub",
+        "register_for_auto_class",
+        "save_pretrained",
+        "serialize_explicit_per_layer_config",
+        "standardize_rope_params",
+        "sub_configs",
+        "to_dict",
+        "to_diff_dict",
+        "to_json_file",
+        "to_json_string",
+        "update",
+        "update_from_string",
+        "use_return_dict",
+        "validate",
+        "validate_architecture",
+        "validate_layer_type",
+        "validate_output_attentions",
+        "validate_rope",
+        "validate_token_ids",
+    }
+)
+"""Attributes and methods of transformers' config classes: a key of the same name takes their place,
+and they fail, or mean something else. ``tests/unit/test_config_keys.py`` compares."""
+
+_READ_ELSEWHERE = frozenset(
+    {
+        # By transformers' get_text_config, and what vLLM renames to one of them
+        "decoder",
+        "generator",
+        "text_config",
+        "text_encoder",
+        "llm_config",
+        "thinker_config",
+        "vision_config",
+        "encoder_config",
+        "block_configs",
+        "mtp_layer_types",
+        # By vLLM, instead of settings that the drafter is read from
+        "compression_config",
+        "hidden_size_per_head",
+        "n_head_kv",
+        "num_kv_heads",
+        "multi_query_group_num",
+        "num_attention_groups",
+        "compress_ratios",
+        "qk_rope_head_dim",
+        "qk_nope_head_dim",
+    }
+)
+"""Keys that transformers or vLLM reads a setting by that is the drafter's under another name."""
+_READ_REMEDIES = {
+    "compression_config": "call it quantization_config if the weights are packed so, else remove it"
+}
+
 _OF_THE_KIND = frozenset({"projector_type", "model_arch"})
 """Keys that name the drafter's kind."""
 
@@ -223,6 +326,11 @@ _NO_EFFECT: dict[str, _Kind] = {
     "is_encoder_decoder": _FLAG,
     "chunk_size_feed_forward": _COUNT,
     "problem_type": _TEXT,
+    "num_labels": (
+        lambda v: fields.is_int(v) and 0 <= v <= 1024,
+        "a whole number up to 1024",
+        False,
+    ),
     "torchscript": _FLAG,
     "auto_map": (_is_object, "an object", False),
     "speculators_config": _OBJECT,
@@ -277,6 +385,7 @@ def check_keys(raw: Mapping[str, Any], *, by_transformers: bool) -> list[str]:
     """
     unknown = []
     for name, value in raw.items():
+        name = str(name)
         if name in _OF_THE_KIND:
             fields.refuse(raw, name, *kinds.names())
         elif name in _REFUSED:
@@ -289,11 +398,29 @@ def check_keys(raw: Mapping[str, Any], *, by_transformers: bool) -> list[str]:
                     f"is {fields.shown(value)}",
                     f"give {kind}, or remove it. {fields.CAME_WITH}",
                 )
+        elif _is_read_elsewhere(name, value):
+            raise fields.bad(
+                name,
+                f"= {fields.shown(value)} is not supported: transformers or vLLM reads a key of"
+                " this name for something else than the drafter",
+                f"{_READ_REMEDIES.get(name, 'remove it')}. {fields.CAME_WITH}",
+            )
+        elif "sink" in name:  # of attention, which every model spells in its own way
+            fields.refuse(raw, name, False, 0)
         elif name not in READ:
-            unknown.append(str(name))
+            unknown.append(name)
     if by_transformers:
         _check_for_transformers(raw)
     return unknown
+
+
+def _is_read_elsewhere(name: str, value: Any) -> bool:
+    # A null counts too where it takes the place of an attribute.
+    return (
+        name in _OF_TRANSFORMERS
+        or name.startswith("__")
+        or (name in _READ_ELSEWHERE and value is not None)
+    )
 
 
 def check_dflash_config(nested: Mapping[str, Any]) -> None:

@@ -32,6 +32,9 @@ _WRONG_TYPES: list[Any] = [
     [None],
     {"a": 1},
     {},
+    [{}],
+    [[]],
+    {"a": {}},
     True,
     False,
     math.nan,
@@ -182,6 +185,30 @@ _SHOWN_BY = {
 }
 
 
+_POSITIONS = {"original_max_position_embeddings": 128}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 16,
+    "long_factor": [1.0] * 16,
+    **_POSITIONS,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    **_POSITIONS,
+}
+_YARN = {"rope_type": "yarn", "factor": 4.0, **_POSITIONS}
+
+
+@pytest.mark.parametrize("scaling", [_LONGROPE, _LLAMA3, _YARN])
+def test_scalings_that_fit(scaling: dict[str, Any]) -> None:
+    """What the cases below break was whole before."""
+    config = DrafterConfig.from_dict(_changed("z-lab", "rope_scaling", scaling))
+    assert (config.head_dim, config.rope_scaling) == (32, scaling)
+
+
 @pytest.mark.parametrize("format", LEGAL)
 @pytest.mark.parametrize(
     ("field", "value", "words"),
@@ -208,6 +235,22 @@ _SHOWN_BY = {
             {"rope_type": "longrope", "original_max_position_embeddings": 64, "short_factor": 1.0},
             "short_factor",
         ),
+        *(
+            ("rope_scaling", {**_LONGROPE, name: factors}, f"{name} has length {len(factors)}")
+            for name in ("short_factor", "long_factor")
+            for factors in ([1.0], [1.0] * 15, [1.0] * 32)
+        ),
+        ("rope_scaling", {**_LLAMA3, "low_freq_factor": 8.0}, "low_freq_factor is 8.0"),
+        ("rope_scaling", {**_LLAMA3, "low_freq_factor": 4.0}, "low_freq_factor is 4.0"),
+        ("rope_scaling", {**_YARN, "beta_slow": 64}, "beta_slow is 64"),
+        ("rope_scaling", {**_YARN, "beta_fast": 0.5}, "which is 0.5"),
+        ("rope_scaling", {**_YARN, "attention_factor": True}, "attention_factor is True"),
+        ("rope_scaling", {**_YARN, "truncate": 1}, "truncate is 1"),
+        ("rope_scaling", {"rope_type": {}}, "rope_scaling.rope_type is {}"),
+        ("rope_scaling", {"type": {"a": 1}}, "rope_scaling.rope_type is {'a': 1}"),
+        ("rope_scaling", {**_YARN, "factor": {}}, "rope_scaling.factor is {}"),
+        ("rope_scaling", {**_YARN, "type": "linear"}, "type beside it is 'linear'"),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 2.0}, "rope_parameters.factor is 2.0"),
         ("num_hidden_layers", 10**9, "num_hidden_layers"),
         ("rms_norm_eps", 2.0, "rms_norm_eps"),
     ],
@@ -222,7 +265,9 @@ def test_a_value_out_of_range(format: str, field: str, value: Any, words: str) -
         }
     )
     path = spelled.get(field, field)
-    if format == "speculators" and path in _LEGAL_EVERYWHERE and path != "block_size":
+    if format == "speculators" and (
+        path == "rope_parameters" or (path in _LEGAL_EVERYWHERE and path != "block_size")
+    ):
         path = f"transformer_layer_config.{path}"
     with pytest.raises(DrafterConfigError) as error:
         DrafterConfig.from_dict(_changed(format, path, value))
@@ -230,6 +275,16 @@ def test_a_value_out_of_range(format: str, field: str, value: Any, words: str) -
     assert REMEDY.search(str(error.value)), error.value
     if field == "layer_ids":
         assert path.rpartition(".")[2] in str(error.value)
+
+
+@pytest.mark.parametrize("value", [None, [1], "x", 3, True])
+def test_a_config_of_another_type(value: Any) -> None:
+    """``null`` was said to hold NoneType."""
+    with pytest.raises(DrafterConfigError) as error:
+        DrafterConfig.from_dict(value)
+    words = {None: "null", "x": "a text", 3: "a number"}
+    said = "a list" if value == [1] else "true or false" if value is True else words[value]
+    assert f"it holds {said}, not an object" in str(error.value)
 
 
 @pytest.mark.parametrize(

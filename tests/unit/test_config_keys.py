@@ -21,7 +21,7 @@ from unit.test_config import QWEN3_8B
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.fields import QUANTIZATION_METHODS
 from vllm_dflash.formats import write
-from vllm_dflash.keys import _NO_EFFECT, READ
+from vllm_dflash.keys import _NO_EFFECT, _OF_TRANSFORMERS, _READ_ELSEWHERE, _REFUSED, READ
 from vllm_dflash.tools.inspect import inspect_checkpoint
 from vllm_dflash.tools.repair import config_problems
 
@@ -50,6 +50,24 @@ OTHER_VALUES: dict[str, Any] = {
     "no_rope_layers": [1, 0],
     "attention_chunk_size": 8192,
     "scale_emb": 12,
+    "attention_sinks": True,
+    "use_sink": True,
+    "num_sink_tokens": 4,
+    "sinks": [1.0],
+    "text_config": {},
+    "text_encoder": {"a": 1},
+    "decoder": {},
+    "generator": {},
+    "llm_config": {},
+    "sub_configs": {},
+    "attribute_map": {"a": "b"},
+    "to_dict": None,
+    "get_text_config": 1,
+    "__class__": "x",
+    "per_layer_config": {"0": {}},
+    "mtp_layer_types": 3,
+    "compression_config": {"quant_method": "fp8"},
+    "num_kv_heads": 1,
     "target_hidden_size": 2048,
     "norm_before_fc": True,
     "logit_scale": -1.0,
@@ -140,6 +158,90 @@ def test_every_key_of_transformers_is_in_one_place() -> None:
         else:
             assert name not in config.unknown_keys, f"{name}: read it, refuse it or review it"
     assert not READ & _NO_EFFECT.keys()
+
+
+def test_names_of_transformers_own_attributes() -> None:
+    """``to_dict: 1`` was an unknown key for inspect, and ended vLLM's start with "int object is not
+    callable"."""
+    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+    kinds = (Qwen3Config, Qwen2Config, LlamaConfig, MistralConfig)
+    theirs = {name for kind in kinds for name in dir(kind) if not name.startswith("__")}
+    judged = READ | _NO_EFFECT.keys() | _REFUSED.keys()
+    assert theirs - judged <= _OF_TRANSFORMERS
+    assert not _OF_TRANSFORMERS & (judged | _READ_ELSEWHERE)
+    # The server may judge what such a class gives back.
+    assert not _OF_TRANSFORMERS & {name for kind in kinds for name in kind().to_dict()}
+    for name in sorted(_OF_TRANSFORMERS):
+        for value in (None, {}, 1):
+            assert refusal(QWEN3_8B | {name: value}).field == name
+
+
+def test_names_that_get_text_config_looks_for() -> None:
+    import inspect
+
+    from transformers import PretrainedConfig
+
+    source = inspect.getsource(PretrainedConfig.get_text_config)
+    line = {"decoder", "generator", "text_config", "text_encoder"}
+    assert line <= _READ_ELSEWHERE
+    assert all(f'"{name}"' in source for name in line)
+    assert source.count("_possible_text_config_names = (") == 2, "read it anew"
+
+
+@pytest.mark.parametrize("value", [None, False, 0])
+def test_no_sinks(value: Any) -> None:
+    config = DrafterConfig.from_dict(QWEN3_8B | {"attention_sinks": value})
+    assert config.unknown_keys == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "nested"),
+    [
+        ("block_size", (16, 8), {"block_size": 8}),
+        ("mask_token_id", (151669, 5), {}),
+        ("is_causal", (False, True), {"causal": False}),
+        ("dtype", ("bfloat16", "float16"), {}),
+    ],
+)
+def test_a_setting_in_two_places(name: str, values: Any, nested: dict[str, Any]) -> None:
+    """``block_size: 16`` won in silence over ``dflash_config.block_size: 8``."""
+    inner = QWEN3_8B["dflash_config"] | nested
+    raw = QWEN3_8B | {"dflash_config": inner, "torch_dtype": "bfloat16"}
+    same = inner.get("causal" if name == "is_causal" else name, values[0])
+    assert DrafterConfig.from_dict(raw | {name: same})
+    other = next(value for value in values if value != same)
+    if name == "is_causal":
+        sliding = ["sliding_attention"] * QWEN3_8B["num_hidden_layers"]
+        raw |= {"layer_types": sliding, "sliding_window": 64, "use_sliding_window": True}
+    error = refusal(raw | {name: other})
+    assert error.field == name
+    beside = {"dtype": "torch_dtype", "is_causal": "dflash_config.causal"}
+    assert beside.get(name, f"dflash_config.{name}") in error.problem
+
+
+@pytest.mark.parametrize("name", [*sorted(READ), "speculators_model_type", "new_trick"])
+@pytest.mark.parametrize("value", [[{}], [[]], [[{}]], {"a": {}}, {"a": [[]]}, {}, []])
+def test_values_that_cannot_be_a_key(name: str, value: Any) -> None:
+    """``architectures: [{}]`` ended inspect and vLLM's start in a bare TypeError: unhashable
+    type."""
+    from vllm_dflash.formats import is_foreign
+
+    raw = QWEN3_8B | {name: value}
+    assert is_foreign(raw) in (True, False)
+    error = refused_or_read(raw)
+    assert error is None or error.remedy
+    assert all(config_problems(raw)) or error is None
+
+
+@pytest.mark.parametrize("value", [None, [], [{}], [[]], {"a": 1}, "x", ["A", "B"]])
+def test_unjudged_architectures_are_not_ours(value: Any) -> None:
+    from types import SimpleNamespace
+
+    from vllm_dflash.formats import is_ours
+
+    draft = SimpleNamespace(architectures=value)
+    assert not is_ours(SimpleNamespace(method="dflash", draft_model_config=draft))
 
 
 def test_unknown_keys_are_told() -> None:
@@ -269,6 +371,12 @@ def test_what_passes_is_read_by_transformers(name: str) -> None:
         ("dflash_config", [1]),
         ("hidden_act", None),
         ("partial_rotary_factor", 0.5),
+        ("architectures", [{}]),
+        ("text_config", {"hidden_size": 8}),
+        ("to_dict", 1),
+        ("attention_sinks", True),
+        ("num_kv_heads", 1),
+        ("torch_dtype", "float16"),
     ],
 )
 def test_inspect_doctor_and_start_say_the_same(
@@ -283,7 +391,7 @@ def test_inspect_doctor_and_start_say_the_same(
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
     found = inspect_checkpoint(folder)
     assert len(found.errors) == 1, found.problems
-    assert found.errors[0].field.startswith(name)
+    assert name in (found.errors[0].field.partition(".")[0], f"torch_{found.errors[0].field}")
     (check,) = checkpoint_checks(found)
     assert (check.state, check.remedy) == ("error", found.errors[0].remedy)
     with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is compared)

@@ -283,8 +283,8 @@ def test_every_bad_field_of_a_config_at_once() -> None:
     (nothing,) = config_problems([])
     assert (
         str(nothing)
-        == "it holds list, not an object of settings: use the config.json that the checkpoint came"
-        " with"
+        == "it holds a list, not an object of settings: use the config.json that the checkpoint"
+        " came with"
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash import kinds
+from vllm_dflash import fields, kinds
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats.published import parse_published, write_published
 from vllm_dflash.formats.speculators import SPECULATORS, parse_speculators, write_speculators
@@ -52,8 +52,11 @@ def is_ours(speculative: Any) -> bool:
     """Whether a vLLM ``SpeculativeConfig``, or None, is for a drafter that this package serves."""
     if speculative is None or speculative.method != METHOD:
         return False
-    architectures: list[str] = speculative.draft_model_config.architectures or []
-    return len(architectures) == 1 and architectures[0] in kinds.architectures()
+    # Of a file that nothing has judged yet: it may hold anything.
+    architectures = speculative.draft_model_config.architectures
+    return isinstance(architectures, list) and architectures in (
+        [name] for name in kinds.architectures()
+    )
 
 
 def is_foreign(raw: Any) -> bool:
@@ -117,7 +120,7 @@ def parse(raw: Mapping[str, Any]) -> DrafterConfig:
     """
     if not isinstance(raw, Mapping):
         raise DrafterConfigError(
-            f"it holds {type(raw).__name__}, not an object of settings",
+            f"it holds {fields.json_type(raw)}, not an object of settings",
             "use the config.json that the checkpoint came with",
         )
     config = parse_speculators(raw) if "speculators_model_type" in raw else parse_published(raw)

@@ -74,6 +74,7 @@ def read_attention(
     causal, said = fields.optional_flag(raw, "is_causal"), "is_causal"
     if fields.optional_flag(nested, "dflash_config.causal") is not None and causal is None:
         causal, said = nested["causal"], "dflash_config.causal"
+    fields.agree("is_causal", causal, "dflash_config.causal", nested.get("causal"))
     if causal and not all(sliding):
         raise fields.bad(
             said,

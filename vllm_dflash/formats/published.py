@@ -34,6 +34,8 @@ def parse_published(raw: Mapping[str, Any]) -> DrafterConfig:
         raw if raw.get("block_size") is not None else {"block_size": nested.get("block_size")},
         "block_size",
     )
+    for name in ("block_size", "mask_token_id"):
+        fields.agree(name, raw.get(name), f"dflash_config.{name}", nested.get(name))
     windows, causal = read_attention(raw, raw, nested)
     return DrafterConfig(
         **transformer,
@@ -58,7 +60,7 @@ def _architecture(raw: Mapping[str, Any]) -> str:
     """The one architecture that the file gives, by its published name or vLLM's."""
     given = raw.get("architectures")
     known = (
-        [name for name in given if name in kinds.architectures()] if fields.is_list(given) else []
+        [name for name in kinds.architectures() if name in given] if fields.is_list(given) else []
     )
     if not known:
         raise fields.bad(

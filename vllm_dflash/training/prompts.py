@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_dflash.fields import json_type
 from vllm_dflash.prompts import surrogate
 from vllm_dflash.records import object_of
 from vllm_dflash.training.errors import TrainingError
@@ -137,7 +138,7 @@ class Reader:
     def _prompt(self, row: Any, where: str) -> Prompt:
         if not isinstance(row, dict):
             raise TrainingError(
-                f"{where}: it holds {type(row).__name__}, not an object with prompt, messages or"
+                f"{where}: it holds {json_type(row)}, not an object with prompt, messages or"
                 " prompt_token_ids"
             )
         given = {name: row[name] for name in _COLUMNS if row.get(name) is not None}
