@@ -23,7 +23,7 @@ from vllm_dflash.checks import check_logits_processors, drafter_config
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.drafting.backend import Backend
 from vllm_dflash.drafting.context_store import ContextStore
-from vllm_dflash.drafting.coverage import without_first_pages
+from vllm_dflash.drafting.coverage import ContextCoverage, without_first_pages
 from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_layout
 from vllm_dflash.drafting.metadata import layer_metadata
 from vllm_dflash.drafting.watch import ContextWatch
@@ -113,6 +113,11 @@ class DFlashProposer(NativeDFlashProposer):
     def page_size(self) -> int:
         """Tokens a page of the draft layers' KV cache, which vLLM calls ``block_size``."""
         return self.block_size
+
+    @property
+    def coverage(self) -> ContextCoverage:
+        """Which context positions hold draft K/V."""
+        return self.watch.coverage
 
     @torch.inference_mode()
     def propose(
@@ -289,7 +294,7 @@ class DFlashProposer(NativeDFlashProposer):
 def context_counts(worker: Any) -> dict[str, int]:
     """Context positions that a worker's drafter has computed, taken over and missed:
     ``llm.collective_rpc(context_counts)``."""
-    return dict(vars(worker.model_runner.drafter.watch.coverage.counts))
+    return dict(vars(worker.model_runner.drafter.coverage.counts))
 
 
 def _backend(proposer: DFlashProposer, device: torch.device) -> Backend:

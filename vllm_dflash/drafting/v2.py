@@ -32,6 +32,8 @@ class DFlashSpeculator(NativeDFlashSpeculator):
     moved to end there."""
 
     _speculator_name = "vllm-dflash"
+    coverage = None
+    """Known with the V1 runner only: here no step is without ``propose``."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         speculative = vllm_config.speculative_config

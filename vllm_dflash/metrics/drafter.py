@@ -110,7 +110,8 @@ class DrafterRecord:
             "drafter_seconds": [([], self.seconds.sample())],
         }
         # The proposer makes it once the page size is known, in its first step.
-        coverage = getattr(self._drafter(), "coverage", None) if any(self.seconds.counts) else None
+        drafter = self._drafter() if any(self.seconds.counts) else None
+        coverage = drafter and drafter.coverage
         if coverage is not None:
             found["draft_context_positions"] = [
                 ([state], count) for state, count in vars(coverage.counts).items()
