@@ -229,6 +229,7 @@ NOT_REPEATED = {
     "other kernels, another device's or another number format's": (
         "causal_conv1d_weight_pack weight_packed_linear_cpu check_cpu_sgl_kernel is_fp8"
         " linear_batch_invariant zentorch_sdpa_attn vocab_parallel_embedding"
+        " mixed_sample_eligible _aiter_raw_fused_sample"
     ),
     "makes the modules, which are vLLM's own": (
         "support_torch_compile CustomOp.register RMSNorm MergedColumnParallelLinear"
