@@ -16,8 +16,8 @@ import pytest
 
 from broken import REMEDY
 from pairs import make_random_drafter, random_drafter_config
+from published import QWEN3_8B
 from unit.test_checks import configure
-from unit.test_config import QWEN3_8B
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.fields import QUANTIZATION_METHODS
 from vllm_dflash.formats import write

@@ -12,41 +12,22 @@ from typing import Any
 import pytest
 
 from pairs import random_drafter_config
+from published import QWEN3_8B
 from variants import VARIANTS
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import is_ours, parse, published_format, tensor_name, write
 from vllm_dflash.weights import expected_tensors
 
-# The fields of z-lab/Qwen3-8B-DFlash-b16's config.json that say something about the drafter.
-Z_LAB_QWEN3_8B: dict[str, Any] = {
-    "architectures": ["DFlashDraftModel"],
-    "attention_bias": False,
+# The whole of it, with the fields that say nothing about the drafter.
+Z_LAB_QWEN3_8B: dict[str, Any] = QWEN3_8B | {
     "attention_dropout": 0.0,
-    "block_size": 16,
     "bos_token_id": 151643,
-    "dflash_config": {"mask_token_id": 151669, "target_layer_ids": [1, 9, 17, 25, 33]},
-    "dtype": "bfloat16",
     "eos_token_id": 151645,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "layer_types": ["full_attention"] * 5,
-    "max_position_embeddings": 40960,
     "max_window_layers": 5,
-    "model_type": "qwen3",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 5,
-    "num_key_value_heads": 8,
-    "num_target_layers": 36,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000,
     "sliding_window": None,
     "tie_word_embeddings": False,
     "use_cache": True,
     "use_sliding_window": False,
-    "vocab_size": 151936,
 }
 
 # AngelSlim/Qwen3-4b-dflare: nine target layers, seven draft layers.
