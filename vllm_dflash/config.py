@@ -163,6 +163,11 @@ class DrafterConfig:
         return self.block_size - self.first_row
 
     @property
+    def draft_tokens(self) -> int:
+        """How many tokens the drafter ranks: its draft vocabulary's, or all of the target's."""
+        return self.draft_vocab_size or self.vocab_size
+
+    @property
     def first_row(self) -> int:
         """The kind's ``first_row``."""
         return kinds.kind_of(self).first_row

@@ -208,8 +208,9 @@ def test_without_prompts_killed_while_the_target_writes_them(tmp_path: Path) -> 
 
 
 def test_llama(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A DFlare drafter for a target of another family, with a mask embedding of its own, exported
-    in speculators' format."""
+    """A DFlare drafter for a target of another family, with a mask embedding and a draft
+    vocabulary of its own, which lacks one of the six tokens that the target says, exported in
+    speculators' format."""
     target = make_target(tmp_path / "target")
     held_out, ids = held_out_file(tmp_path / "held-out.jsonl", 8)
     prompts = answered_prompts(target, tmp_path / "prompts.jsonl", 24, 40)
@@ -227,12 +228,17 @@ def test_llama(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         response_tokens=40,
         cache=False,
         mask_embedding=True,
+        draft_vocab_size=5,
     )
     answer_held_out(chosen, ids)
     assert run_stages(chosen, STAGES), capsys.readouterr().out
     assert agreed(tmp_path / "run", 2)["trainer_tau"] > 1.5
     config = DrafterConfig.from_pretrained(tmp_path / "run" / "drafter")
-    assert (config.format, config.kind) == ("speculators", "dflare")
+    assert (config.format, config.kind, config.draft_vocab_size) == ("speculators", "dflare", 5)
+    assert (
+        "It drafts 5 of the target's 512 tokens"
+        in (tmp_path / "run" / "drafter" / "README.md").read_text()
+    )
     trained = read_mask_embedding(tmp_path / "run" / "drafter", config)
     row = (
         AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)

@@ -78,7 +78,7 @@ def write_speculators(config: DrafterConfig, verifier: str) -> dict[str, Any]:
         },
         "aux_hidden_state_layer_ids": [i + 1 for i in config.target_layer_ids],
         "block_size": config.block_size,
-        "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
+        "draft_vocab_size": config.draft_tokens,
         "dtype": config.dtype,
         "mask_token_id": config.mask_token_id,
         "sample_from_anchor": kind.first_row == 0,

@@ -284,9 +284,7 @@ class DrafterForCausalLM(nn.Module):
         self.draft_ids: torch.Tensor | None = None
         # A target's logit scale or soft cap is left out: both are monotonic, and drafts are ranked
         # unless probabilities are asked for.
-        self.logits_processor = LogitsProcessor(
-            self.drafter_config.draft_vocab_size or self.drafter_config.vocab_size
-        )
+        self.logits_processor = LogitsProcessor(self.drafter_config.draft_tokens)
         check_kernels(self.model)
         self._loading = Loading(self, draft)
         self.model.layers[-1].self_attn.attn.loaded = self._loading.finish

@@ -131,10 +131,7 @@ class OwnTables:
                 drafter.has_own_embed_tokens = True
             else:
                 table = drafter.lm_head = ParallelLMHead(
-                    config.draft_vocab_size or vocab,
-                    hidden,
-                    params_dtype=drafter.dtype,
-                    prefix="draft_lm_head",
+                    config.draft_tokens, hidden, params_dtype=drafter.dtype, prefix="draft_lm_head"
                 )
                 drafter.has_own_lm_head = True
             self._made[name] = table

@@ -15,7 +15,7 @@ from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import CONFIG_FILE, IGNORED_TENSORS, published_format, tensor_name, write
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.reference.drafter import Drafter, OwnTables
-from vllm_dflash.weights import check_tensors, expected_tensors
+from vllm_dflash.weights import check_tensors, expected_tensors, optional_tensors
 from vllm_dflash.weights.headers import SINGLE_FILE, weight_files
 from vllm_dflash.weights.mask_embedding import MASK_EMBEDDING_FILE, read_mask_embedding
 from vllm_dflash.weights.values import check_finite
@@ -31,24 +31,23 @@ def new_drafter(config: DrafterConfig) -> Drafter:
 
 
 def save_drafter(folder: str | Path, model: Drafter) -> None:
-    """Writes ``model`` to ``folder`` (made if absent) in its kind's published format and in the
-    dtype that it is held in.
-
-    Raises:
-        DrafterConfigError: it has tables of its own, which those formats do not hold.
-    """
-    if model.own != OwnTables():
-        raise DrafterConfigError(
-            "this drafter has tables of its own (embedding, lm_head)",
-            "convert its checkpoint with vllm-dflash convert",
-        )
+    """Writes ``model``, tables of its own too, to ``folder`` (made if absent) in its kind's
+    published format and in the dtype that it is held in."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    held = next(model.parameters()).dtype
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     mask = tensors.pop("mask_embedding", None)
-    assert {n: tuple(t.shape) for n, t in tensors.items()} == expected_tensors(model.config)
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    config = model.config.with_(dtype=dtype)
+    for name, own in _OWN.items():
+        table = getattr(model.own, own)
+        if table is not None:
+            tensors[name] = table.detach().contiguous().to(held if own != "d2t" else table.dtype)
+    shapes, expected = (
+        {n: tuple(t.shape) for n, t in tensors.items()},
+        expected_tensors(model.config),
+    )
+    assert expected.items() <= shapes.items() <= (optional_tensors(model.config) | expected).items()
+    config = model.config.with_(dtype=str(held).removeprefix("torch."))
     save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
     if mask is not None:
         # A copy: torch writes all of what a tensor is a view of.

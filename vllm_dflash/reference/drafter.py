@@ -214,6 +214,21 @@ class OwnTables:
     d2t: Tensor | None = None
     """[draft vocabulary] int64: a draft token's id plus this is the target's."""
 
+    def on(self, like: Tensor) -> "OwnTables":
+        """The same on the device and in the dtype of ``like``."""
+        return OwnTables(
+            *(None if t is None else t.to(like) for t in (self.embed_tokens, self.lm_head)),
+            None if self.d2t is None else self.d2t.to(like.device),
+        )
+
+    @property
+    def draft_ids(self) -> Tensor | None:
+        """The target's ids [draft vocabulary] int64 of the draft vocabulary; None: it is the
+        target's."""
+        if self.d2t is None:
+            return None
+        return torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
+
 
 class Drafter(nn.Module):
     """The whole drafter but for ``context`` and ``layer_key_value``, which the kinds define."""
@@ -257,15 +272,30 @@ class Drafter(nn.Module):
             embeds = torch.where(is_mask, self.mask_embedding.to(embeds.dtype), embeds)
         return embeds
 
+    def draft_logits(self, lm_head: nn.Module, hidden: Tensor) -> Tensor:
+        """Logits [..., draft vocabulary or V] of ``hidden`` [..., H]."""
+        return lm_head(hidden) if self.own.lm_head is None else F.linear(hidden, self.own.lm_head)
+
     def logits(self, lm_head: nn.Module, hidden: Tensor) -> Tensor:
         """Logits [..., V] of ``hidden`` [..., H]; minus infinity for tokens that the draft
         vocabulary lacks."""
-        logits = lm_head(hidden) if self.own.lm_head is None else F.linear(hidden, self.own.lm_head)
-        if self.own.d2t is None:
+        logits, ids = self.draft_logits(lm_head, hidden), self.own.draft_ids
+        if ids is None:
             return logits
         full = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))
-        full[..., torch.arange(logits.shape[-1], device=logits.device) + self.own.d2t] = logits
+        full[..., ids] = logits
         return full
+
+    def draft_labels(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the target's ``tokens`` [...] int64 are in ``draft_logits`` (0 for those that the
+        draft vocabulary lacks), and whether it has them."""
+        ids = self.own.draft_ids
+        if ids is None:
+            return tokens, torch.ones_like(tokens, dtype=torch.bool)
+        places = tokens.new_full((self.config.vocab_size,), -1)
+        places[ids] = torch.arange(len(ids), device=ids.device)
+        found = places[tokens]
+        return found.clamp(min=0), found >= 0
 
     def forward(
         self,

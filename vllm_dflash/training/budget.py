@@ -52,6 +52,7 @@ def budget(
         settings.train,
         {name: prod(shape) for name, shape in expected_tensors(config).items()},
     )
+    sizes = {name: n for name, n in sizes.items() if name not in ("lm_head.weight", "d2t")}
     parameters = sum(sizes.values())
     steps = table.steps or max(1, round(table.epochs * prompts / table.batch_size))
     sequences = steps * table.batch_size
@@ -69,7 +70,7 @@ def budget(
     queries = (
         sequences * min(table.anchors, settings.generate.response_tokens - 1) * config.block_size
     )
-    head = config.vocab_size * config.hidden_size
+    head = config.draft_tokens * config.hidden_size
     moments = 2 if table.optimizer == "adamw" else 1
     kept = parameters * _FLOAT32 * (1 + moments + bool(table.ema))
     dtype = getattr(torch, settings.run.dtype if settings.run.dtype != "auto" else config.dtype)

@@ -17,7 +17,7 @@ from torch import nn
 from vllm_dflash import kinds
 from vllm_dflash.config import DrafterConfig, DrafterConfigError, default_target_layer_ids
 from vllm_dflash.reference.checkpoint import load_drafter, new_drafter
-from vllm_dflash.reference.drafter import Drafter, OwnTables
+from vllm_dflash.reference.drafter import Drafter
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.settings import Settings
 from vllm_dflash.training.target import Target
@@ -42,6 +42,11 @@ def plan(settings: Settings, target: Target) -> tuple[DrafterConfig, str]:
         mask, why = mask_token(target, table.mask_token_id, bool(table.mask_embedding))
         config = _new(settings, target, mask)
         config.check()
+        if config.draft_vocab_size is not None and not kinds.kind_of(config).head.is_argmax:
+            raise TrainingError(
+                f"the head of {config.kind} ranks the target's whole vocabulary: leave"
+                " draft_vocab_size out"
+            )
     except DrafterConfigError as error:
         raise TrainingError(str(error)) from None
     return config, why
@@ -157,12 +162,15 @@ def first_weights(config: DrafterConfig, settings: Settings, model: Any) -> Draf
             loaded = load_drafter(settings.drafter.init, torch.float32)
         except DrafterConfigError as error:
             raise TrainingError(f"init: {error}") from None
-        if loaded.own != OwnTables():
+        if loaded.own.embed_tokens is not None or (loaded.own.lm_head is None) != (
+            loaded.own.d2t is None
+        ):
             raise TrainingError(
                 f"the drafter of init, {settings.drafter.init}, has an embedding or lm_head of its"
                 " own, which is not trained here: begin with its layers by init_layers, or give a"
                 " drafter without"
             )
+        drafter.own = loaded.own
         drafter.mask_embedding = loaded.mask_embedding
         drafter.load_state_dict(loaded.state_dict())
     else:
@@ -317,6 +325,7 @@ def _new(settings: Settings, target: Target, mask: int) -> DrafterConfig:
             target.dtype if settings.export.export_dtype == "auto" else settings.export.export_dtype
         ),
         kind=table.kind,
+        draft_vocab_size=table.draft_vocab_size,
     )
 
 
@@ -331,6 +340,7 @@ def _continued(settings: Settings, target: Target) -> tuple[DrafterConfig, str]:
         ("target_layer_ids", config.target_layer_ids),
         ("mask_token_id", config.mask_token_id),
         ("intermediate_size", config.intermediate_size),
+        ("draft_vocab_size", config.draft_vocab_size),
     ):
         given = getattr(table, name)
         if given not in (None, wanted):
@@ -340,11 +350,6 @@ def _continued(settings: Settings, target: Target) -> tuple[DrafterConfig, str]:
             )
     if config.kind != table.kind:
         raise TrainingError(f"the drafter of init is a {config.kind}: set kind to it")
-    if config.draft_vocab_size is not None:
-        raise TrainingError(
-            "the drafter of init has a draft vocabulary of its own, which is not trained here: give"
-            " one without"
-        )
     reach = table.max_position_embeddings or config.max_position_embeddings
     config = config.with_(block_size=table.block_size, max_position_embeddings=reach)
     check_pair(config, target.shape, config.max_speculative_tokens, 1)

@@ -137,7 +137,7 @@ vllm serve {served_as} \\
 ```
 
 {what}{config.num_hidden_layers} layers, blocks of {config.block_size}, conditioned on target layers {", ".join(map(str, config.target_layer_ids))} (counted from 0).
-The mask token is {config.mask_token_id}: {mask_why}.{_end_token(config, target)}
+The mask token is {config.mask_token_id}: {mask_why}.{_end_token(config, target)}{_vocabulary(config)}
 
 ## Acceptance
 Greedy, {proof["prompts"]} held-out prompts x {settings.prove.prove_tokens} tokens, {target.dtype}. The trainer's own estimate: tau {proof["trainer_tau"]:.2f}.
@@ -166,6 +166,16 @@ def _end_token(config: DrafterConfig, target: Target) -> str:
     return (
         " That costs nothing: decoding stops at an end token, so no draft begins with one. With"
         " ignore_eos some do; they are drafted worse, and the output is the same."
+    )
+
+
+def _vocabulary(config: DrafterConfig) -> str:
+    """Which tokens it drafts, where it does not draft all."""
+    if config.draft_vocab_size is None:
+        return ""
+    return (
+        f" It drafts {config.draft_vocab_size} of the target's {config.vocab_size} tokens, those"
+        " that its answers hold most often (`d2t`); what it cannot draft is decoded as ever."
     )
 
 

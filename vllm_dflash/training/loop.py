@@ -22,7 +22,7 @@ from vllm_dflash.records import AtLeast, Optional
 from vllm_dflash.reference.checkpoint import save_drafter
 from vllm_dflash.reference.drafter import Drafter
 from vllm_dflash.reference.masks import context_mask
-from vllm_dflash.training import checkpoints, flex, sharding
+from vllm_dflash.training import checkpoints, draft_vocab, flex, sharding
 from vllm_dflash.training.batches import Batch, Plan
 from vllm_dflash.training.drafter import first_weights, with_weights
 from vllm_dflash.training.errors import TrainingError
@@ -158,6 +158,8 @@ class Trainer:
         self.steps = self.table.steps or self.plan.steps(self.table.epochs)
         self.features = Features(settings, self.data, config, target, model)
         drafter = first_weights(config, settings, model).to(model.device).train()
+        if config.draft_vocab_size is not None:
+            self._own_vocabulary(drafter, config.draft_vocab_size)
         on_cuda = model.device.type == "cuda"
         blocks: Callable[..., Any] = context_mask
         if self.table.attention == "flex" or (
@@ -177,6 +179,18 @@ class Trainer:
         self.skipped = self.bad_in_a_row = 0
         self.recent: list[list[float]] = []
         self.began = time.monotonic()
+
+    def _own_vocabulary(self, drafter: Drafter, size: int) -> None:
+        """Gives the drafter its draft vocabulary, unless what it was begun from has one."""
+        ids, vocab = drafter.own.draft_ids, self.config.vocab_size
+        if ids is None:
+            ids = draft_vocab.most_frequent(self.data, size, vocab)
+            drafter.own = draft_vocab.own_tables(ids, self.config, self.model)
+        else:
+            drafter.own = drafter.own.on(self.model.lm_head.weight)
+        if self.workers.first:
+            share = draft_vocab.covered(self.data, ids, vocab)
+            print(f"draft vocabulary: {size} of {vocab} tokens, {share:.2%} of the answers'")
 
     @property
     def seconds(self) -> float:
@@ -276,11 +290,9 @@ class Trainer:
         drafter = with_weights(self.config, sharding.whole(self.optimizer.weights())).to(
             self.model.device
         )
-        return (
-            drafter.to(getattr(torch, self.config.dtype))
-            .to(getattr(torch, self.target.dtype))
-            .eval()
-        )
+        dtype = getattr(torch, self.target.dtype)
+        drafter.own = draft_vocab.rounded(self.drafter.own, self.config, dtype)
+        return drafter.to(getattr(torch, self.config.dtype)).to(dtype).eval()
 
     def measure(self, drafter: Drafter, prompts: int) -> Estimate:
         """tau on the first held-out prompts, by walking through the target's own answers."""

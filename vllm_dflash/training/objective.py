@@ -134,7 +134,10 @@ class Objective(torch.nn.Module):
         [blocks, K]; in pieces where all logits at once would be too many."""
 
         def piece(h: Tensor, x: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            logits = self.drafter.head.scores(self.drafter.logits(head, h).float(), x)
+            # A token that the draft vocabulary lacks teaches nothing, and ends what is accepted.
+            y, known = self.drafter.draft_labels(y)
+            v = v & known
+            logits = self.drafter.head.scores(self.drafter.draft_logits(head, h).float(), x)
             losses = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none").view(
                 y.shape
             )
@@ -146,7 +149,7 @@ class Objective(torch.nn.Module):
             correct = ((logits.detach().argmax(-1) == y) & v).float()
             return (losses * share * v).sum(), correct.cumprod(-1).sum()
 
-        most = max(1, _LOGITS_AT_ONCE // (labels.shape[1] * self.drafter.config.vocab_size))
+        most = max(1, _LOGITS_AT_ONCE // (labels.shape[1] * self.drafter.config.draft_tokens))
         if most >= len(hidden):
             return piece(hidden, before, labels, valid)
         sums = [

@@ -196,6 +196,13 @@ class Drafter:
         "train a mask embedding of the drafter's own (default: only where no token is free, or"
         " where what is begun from has one)",
     )
+    draft_vocab_size: int | None = _set(
+        None,
+        "it drafts only so many tokens, those that the answers hold most often, through rows of the"
+        " target's lm_head of its own: a small model's drafts cost less, and no draft holds another"
+        " token (default: all tokens)",
+        least=2,
+    )
     max_position_embeddings: int | None = _set(
         None, "longest context that it may be served with (default: the target's)", least=1
     )

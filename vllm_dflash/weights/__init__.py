@@ -82,7 +82,7 @@ def optional_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
     hidden = config.hidden_size
     return {
         "embed_tokens.weight": (config.vocab_size, hidden),
-        "lm_head.weight": (config.draft_vocab_size or config.vocab_size, hidden),
+        "lm_head.weight": (config.draft_tokens, hidden),
     }
 
 
