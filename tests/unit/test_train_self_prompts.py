@@ -139,6 +139,35 @@ def test_mixed_with_files(tmp_path: Path, found: Any, monkeypatch: pytest.Monkey
         self_prompts.as_files(settings)
 
 
+def test_openings(tmp_path: Path, found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turns begin with them in rotation, and a text is whole; other openings are another run; what
+    is no list of texts is refused."""
+    Answers(monkeypatch, found.tokenizer)
+    path = tmp_path / "openings.json"
+    path.write_text(json.dumps(["", "import the ", "class\n"]))
+    settings = chosen(tmp_path / "run", self_openings=str(path), self_repetition=1.0)
+    self_prompts.write_prompts(settings, found, 1024)
+    texts = [row["messages"][0]["content"] for row in lines_of(self_prompts.path_of(settings))]
+    begun = [[text.startswith(opening) for text in texts] for opening in ("import the", "class\n")]
+    assert all(5 <= sum(each) <= 8 for each in begun), texts
+    assert not any(text.startswith("import the ") and " " not in text[11:] for text in texts[:3])
+    path.write_text(json.dumps(["Explain"]))
+    with pytest.raises(RunError, match="begun by the stage prompts with self_openings"):
+        self_prompts.write_prompts(settings, found, 1024)
+    for wrong, words in (
+        ("{}", "is no list of texts"),
+        ("[]", "is no list of texts"),
+        ("[1]", "is no list of texts"),
+        ("[", "cannot be read as JSON"),
+        ('["<|mask|>"]', "holds a special token"),
+    ):
+        path.write_text(wrong)
+        with pytest.raises(TrainingError, match=words):
+            self_prompts.write_prompts(
+                chosen(tmp_path / wrong[:2], self_openings=str(path)), found, 1024
+            )
+
+
 def test_a_target_that_says_one_thing(
     tmp_path: Path, found: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

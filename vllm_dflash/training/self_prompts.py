@@ -24,8 +24,8 @@ from vllm_dflash.training.generate import answer
 from vllm_dflash.training.prompts import Reader
 from vllm_dflash.training.sequences import Shard, is_finished, shard_path
 from vllm_dflash.training.settings import Settings
-from vllm_dflash.training.tables import Data
-from vllm_dflash.training.turns import Sieve, Turn, find_turn
+from vllm_dflash.training.tables import Data, SelfPrompts
+from vllm_dflash.training.turns import Sieve, Turn, find_turn, opening_ids
 
 _FIRST_GUESS = 0.7
 """Share of turns that are kept, until some were seen."""
@@ -94,6 +94,10 @@ def write_prompts(settings: Settings, target: Any, positions: int) -> None:
         target.tokenizer, target.shape.vocab_size, settings.data.chat_template_kwargs, positions
     )
     turn = _turn(settings, target, reader)
+    begun = [
+        [*turn.header, *ids]
+        for ids in opening_ids(target.tokenizer, turn, openings(settings.self_prompts))
+    ]
     sieve, rows, part, size = (
         Sieve(target.tokenizer, turn, settings.self_prompts),
         list[str](),
@@ -121,8 +125,8 @@ def write_prompts(settings: Settings, target: Any, positions: int) -> None:
         answer(
             settings,
             target.dtype,
-            len(turn.header) + most,
-            _jobs(settings, turn, most, range(part, part + more)),
+            max(map(len, begun)) + most,
+            _jobs(settings, turn, begun, most, range(part, part + more)),
             ("prompts", " turns"),
         )
     _write(settings, rows[:wanted], part * size, dict(sieve.left_out))
@@ -133,8 +137,12 @@ def inputs(settings: Settings, dtype: str, most: int) -> dict[str, Any]:
     table = {
         name: value
         for name, value in settings.to_dict()["self_prompts"].items()
-        if name != "self_most_tokens"
+        if name not in ("self_most_tokens", "self_openings")
     }
+    if (
+        settings.self_prompts.self_openings
+    ):  # without it as in runs from before there was the setting
+        table["self_openings"] = openings(settings.self_prompts)
     return table | {
         "target": smollm2.exact(settings.run.target),
         "dtype": dtype,
@@ -145,6 +153,26 @@ def inputs(settings: Settings, dtype: str, most: int) -> dict[str, Any]:
         "max_prompt_tokens": settings.data.max_prompt_tokens,
         "chat_template_kwargs": settings.data.chat_template_kwargs,
     }
+
+
+def openings(table: SelfPrompts) -> list[str]:
+    """What turns begin with, in their rotation.
+
+    Raises:
+        TrainingError: the file holds no such list.
+    """
+    if not table.self_openings:
+        return [""]
+    path = Path(table.self_openings)
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"self_openings: {path} cannot be read as JSON: {error}") from None
+    if not isinstance(found, list) or not found or not all(isinstance(s, str) for s in found):
+        raise TrainingError(
+            f'self_openings: {path} is no list of texts: write one, such as ["", "Explain"]'
+        )
+    return found
 
 
 def most_tokens(settings: Settings) -> int:
@@ -205,7 +233,10 @@ def _turn(settings: Settings, target: Any, reader: Reader) -> Turn:
     return Turn(**found)
 
 
-def _jobs(settings: Settings, turn: Turn, most: int, parts: range) -> list[dict[str, Any]]:
+def _jobs(
+    settings: Settings, turn: Turn, begun: list[list[int]], most: int, parts: range
+) -> list[dict[str, Any]]:
+    """The parts to write; the turns begin with ``begun`` in rotation, whatever the parts' size."""
     size, table = part_size(settings), settings.self_prompts
     sampling = {
         "temperature": table.self_temperature,
@@ -220,7 +251,7 @@ def _jobs(settings: Settings, turn: Turn, most: int, parts: range) -> list[dict[
             "path": str(shard_path(folder_of(settings), part)),
             "count": size,
             "answered": [],
-            "prompts": [turn.header] * size,
+            "prompts": [begun[i % len(begun)] for i in range(part * size, (part + 1) * size)],
             "sampling": sampling,
             "seed": first_seed(settings) + part * size,
         }
@@ -232,7 +263,7 @@ def _kept(sieve: Sieve, reader: Reader, shard: Shard, longest: int) -> list[str]
     """Lines of JSON for the turns of a part that are kept."""
     rows = []
     for sample in (shard[i] for i in range(len(shard))):
-        text = sieve.keep(sample.tokens[sample.prompt_length :].tolist())
+        text = sieve.keep(sample.tokens[len(sieve.turn.header) :].tolist())
         if text is None:
             continue
         messages = [{"role": "user", "content": text}]

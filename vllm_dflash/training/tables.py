@@ -116,6 +116,12 @@ class Data:
 class SelfPrompts:
     """The target's own user turns, for prompts self:N."""
 
+    self_openings: str | None = _set(
+        None,
+        "a file with a JSON list of beginnings, such as those of the traffic that is expected: turn"
+        ' by turn the target goes on from the next of them; "" for a turn that begins freely'
+        " (default: all do)",
+    )
     self_temperature: float = _set(1.0, "of the turns, Magpie's", least=0)
     self_top_p: float = _set(1.0, "nucleus of the turns, Magpie's", least=0.01, most=1)
     self_least_tokens: int = _set(4, "shorter turns are left out", least=1)

@@ -84,6 +84,24 @@ def find_turn(tokenizer: Any, template_args: Mapping[str, Any], eos: Sequence[in
     return Turn(begin, rest, sorted(set(stops)), "" if is_token else end, not end)
 
 
+def opening_ids(tokenizer: Any, turn: Turn, openings: Sequence[str]) -> list[list[int]]:
+    """Token ids that follow ``turn.header`` where a turn begins with each text; none for an empty
+    one.
+
+    Spaces at a text's end are left out: they would be one token with the next word.
+
+    Raises:
+        TrainingError: a text holds a token that is not made of text.
+    """
+    found = []
+    for text in (opening.rstrip(" ") for opening in openings):
+        ids = _ids(tokenizer, turn.rest + text) if text else []
+        if not _added(tokenizer).isdisjoint(ids):
+            raise TrainingError(f"self_openings: {text!r} holds a special token: leave it out")
+        found.append(ids)
+    return found
+
+
 def _around(tokenizer: Any, template_args: Mapping[str, Any], word: str) -> tuple[str, str]:
     """What the template writes before a user's message ``word``, and what after."""
 
@@ -148,7 +166,8 @@ class Sieve:
         self._seen: set[bytes] = set()
 
     def keep(self, tokens: Sequence[int]) -> str | None:
-        """The text of a turn that was sampled, or None where it is left out."""
+        """The text of a turn, what it was begun with and what was sampled, or None where it is left
+        out."""
         text, why = self._judge(list(tokens))
         if why is not None:
             self.left_out[why] += 1
