@@ -60,7 +60,7 @@ def dpace_weights(losses: Tensor, valid: Tensor, alpha: float) -> Tensor:
     """Each position's share in the expected accepted length, from the cross-entropies ``losses``
     [..., K]; detached."""
     confidence = (1 - alpha) * torch.exp(-losses.detach()) + alpha
-    reached = confidence.cumprod(-1) * valid
+    reached = confidence.cumprod(-1) * valid.long().cumprod(-1)
     return reached.flip(-1).cumsum(-1).flip(-1)
 
 
