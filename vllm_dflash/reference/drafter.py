@@ -217,7 +217,8 @@ class OwnTables:
     def on(self, like: Tensor) -> "OwnTables":
         """The same on the device and in the dtype of ``like``."""
         return OwnTables(
-            *(None if t is None else t.to(like) for t in (self.embed_tokens, self.lm_head)),
+            None if self.embed_tokens is None else self.embed_tokens.to(like),
+            None if self.lm_head is None else self.lm_head.to(like),
             None if self.d2t is None else self.d2t.to(like.device),
         )
 
