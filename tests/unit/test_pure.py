@@ -76,6 +76,7 @@ NEEDS_TORCH = {
     "tools.pair_runs",
     "training.budget",
     "training.checkpoints",
+    "training.draft_vocab",
     "training.drafter",
     "training.export",
     "training.extract_engine",
