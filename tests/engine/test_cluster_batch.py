@@ -185,7 +185,8 @@ def test_a_bad_row_costs_itself_alone_and_errors_are_counted(tmp_path: Path) -> 
 
 
 def test_room_that_is_taken_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the check another job takes it: Ray waits for ever. It is said within a minute."""
+    """After the check another job takes it: Ray waits for ever. It is said within a minute, and
+    what was waited for does not take the room later."""
     import ray
 
     @ray.remote(num_cpus=2)
@@ -205,6 +206,12 @@ def test_room_that_is_taken_meanwhile(tmp_path: Path, monkeypatch: pytest.Monkey
     finally:
         ray.kill(other)
     assert time.monotonic() - began < 60
+    until = time.monotonic() + 30
+    while ray.available_resources().get("CPU", 0) < 2:
+        assert time.monotonic() < until, "the job that was given up has taken the room"
+        time.sleep(0.2)
+    time.sleep(1)
+    assert ray.available_resources()["CPU"] == 2
 
 
 def test_parquet_in_and_out(tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def test_the_loopback_is_not(host: str) -> None:
 def test_ray_on_one_machine_listens_there_alone(
     monkeypatch: pytest.MonkeyPatch, address: str | None, backend: str, local: bool
 ) -> None:
-    """Ray's variable is set before it is imported."""
+    """Ray's variable is set before it is imported, and not for what the process starts later."""
     monkeypatch.setattr(os, "environ", {} if address is None else {"RAY_ADDRESS": address})
 
     def seen() -> None:
@@ -182,3 +182,4 @@ def test_ray_on_one_machine_listens_there_alone(
     )
     with pytest.raises(ClusterError, match="0" if local else "None"), connection.connect(engine, 1):
         pass
+    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ

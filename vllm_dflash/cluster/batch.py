@@ -12,6 +12,7 @@ reason nor what was accepted, and it has no place for a row that ends the engine
 
 import argparse
 import copy
+import gc
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -160,14 +161,11 @@ def _answer(
                 runtime_env=runtime_env,
                 **_reserve(job.engine, groups),
             )
+        late = False
         try:
             yield from done.iter_rows()
         except ray.exceptions.GetTimeoutError:
-            raise ClusterError(
-                f"the cluster had room, but {job.replicas} replicas did not start within"
-                f" {_PLACED_S} s: another job has taken it, or its nodes are slow to start"
-                " processes; look at `ray status`, and run the command again"
-            ) from None
+            late = True
         except ray.exceptions.RayError as error:
             raise ClusterError(
                 f"{_cause(error)}\nwhat is answered is kept: mend this, and run the command again"
@@ -175,6 +173,16 @@ def _answer(
         finally:
             for group in groups:
                 remove_placement_group(group)
+        if late:
+            # Ray Data gives up actors that it waits for only with what holds them: else they would
+            # take the room as soon as there is some, and keep it.
+            del done, items
+            gc.collect()
+            raise ClusterError(
+                f"the cluster had room, but {job.replicas} replicas did not start within"
+                f" {_PLACED_S} s: another job has taken it, or its nodes are slow to start"
+                " processes; look at `ray status`, and run the command again"
+            )
 
 
 def _cause(error: BaseException) -> str:

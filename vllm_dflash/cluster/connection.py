@@ -56,12 +56,11 @@ def connect(
         ClusterError: no Ray, no such cluster, nodes that differ or lack a checkpoint, or no room
             within ``seconds``.
     """
-    if "RAY_ADDRESS" not in os.environ and not uses_ray(engine):
-        os.environ.setdefault(_OVER_MACHINES, "0")
-    ray = _import_ray()
-    ours, folder = not ray.is_initialized(), None
-    if ours:
-        folder = _init(ray, dashboard)
+    with _here_alone("RAY_ADDRESS" not in os.environ and not uses_ray(engine)):
+        ray = _import_ray()
+        ours, folder = not ray.is_initialized(), None
+        if ours:
+            folder = _init(ray, dashboard)
     try:
         check_nodes(engine, seconds)
         check_room(engine.bundles * replicas + (extra or []), seconds)
@@ -71,6 +70,20 @@ def connect(
             ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _here_alone(wanted: bool) -> Iterator[None]:
+    """Has a cluster that is started meanwhile listen on this machine alone, where that is wanted
+    and the user has not said otherwise; what this process starts later is not changed."""
+    set_here = wanted and _OVER_MACHINES not in os.environ
+    if set_here:
+        os.environ[_OVER_MACHINES] = "0"
+    try:
+        yield
+    finally:
+        if set_here:
+            os.environ.pop(_OVER_MACHINES, None)
 
 
 def variables(engine: EngineSettings) -> dict[str, str]:
