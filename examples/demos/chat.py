@@ -150,7 +150,11 @@ def read(llm: Any, most: int | None) -> list[Question]:
 
 
 def warm_up(llms: dict[str, Any], questions: Sequence[Question], tokens: int) -> None:
-    """One question of each kind alone, then a full load; not measured."""
+    """One question of each kind alone, then a full load; not measured.
+
+    With a number of requests that is new the controller tries what it does not know: a short answer
+    would be all trials.
+    """
     alone = [next(q for q in questions if q.kind == kind).token_ids for kind in KINDS]
     loads = [*([ids] for ids in alone), list(take([q.token_ids for q in questions], TOGETHER))]
     with Progress(total=len(llms) * len(loads), desc="warming up") as bar:

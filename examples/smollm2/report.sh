@@ -4,7 +4,7 @@
 # variables:
 #   EAGLE3=HEAD ./report.sh                       # with EAGLE-3, where there is a head
 #   REPEATS=1 CONCURRENCY=1,8 NUM_PROMPTS=16 ./report.sh
-# It takes hours on two cores; report.md is written anew after every repeat.
+# It takes some ten hours on two slow cores; report.md is written anew after every repeat.
 set -euo pipefail
 cd "$(dirname "$0")"
 : "${BENCH:=vllm-dflash bench}" "${DRAFT:=dflash}" "${EAGLE3:=}" "${OUT:=bench}"
