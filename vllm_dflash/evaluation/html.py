@@ -13,6 +13,7 @@ from vllm_dflash.evaluation.tables import (
     facts,
     groups,
     method_table,
+    overview_table,
     phase_table,
     speed_table,
 )
@@ -42,6 +43,8 @@ def page(results: Mapping[str, Any]) -> str:
         "</ul>",
     ]
     body.append(_table(method_table(results), "h2"))
+    if (overview := overview_table(results)) is not None:
+        body.append(_table(overview, "h2"))
     try:
         from vllm_dflash.evaluation import plots
     except ImportError:

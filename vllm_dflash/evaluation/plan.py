@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash import humaneval, smollm2
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.evaluation.methods import Drafter, Method, UsageError, parse_methods
 from vllm_dflash.evaluation.server import NAME, Server, connect
@@ -21,6 +22,7 @@ from vllm_dflash.evaluation.workload import (
     PromptSet,
     dataset_prompts,
     file_prompts,
+    humaneval_prompts,
     points,
     random_prompts,
 )
@@ -69,7 +71,7 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         """For the report: what all methods share."""
         shared = {
-            "target": self.target,
+            "target": smollm2.name_of(self.target),
             "max_tokens": str(self.max_tokens),
             "repeats": self.repeats,
             "fresh_engines": self.fresh_engines or None,
@@ -99,18 +101,13 @@ def make_plan(args: argparse.Namespace) -> Plan:
         else parse_methods(args.methods, _drafters(args), args.eagle3)
     )
     tokenizer = load_tokenizer(target)
-    if args.num_prompts is not None and args.num_prompts < max(args.concurrency):
-        raise UsageError(
-            f"--num-prompts {args.num_prompts} never has {max(args.concurrency)} requests in"
-            " flight: give at least as many"
-        )
     prompt_sets = _prompt_sets(args, target, tokenizer)
     every = points(
         list(prompt_sets),
         args.prompt_tokens or [None],
         args.temperature,
         args.concurrency,
-        args.num_prompts,
+        _num_prompts(args.num_prompts, args.concurrency),
         args.swing,
     )
     server = None
@@ -207,11 +204,13 @@ def _prompt_sets(args: argparse.Namespace, target: str, tokenizer: Any) -> dict[
         name, _, path = text.partition("=")
         if name == RANDOM and not path:
             sets.append(random_prompts(vocab_size))
+        elif name.lower() == humaneval.NAME and not path:
+            sets.append(humaneval_prompts(tokenizer, vocab_size))
         elif name.lower() in DATASETS and path:
             sets.append(dataset_prompts(name.lower(), path, tokenizer, vocab_size))
         else:
             raise UsageError(
-                f"--dataset {text}: give {RANDOM}, or NAME=PATH with a NAME of"
+                f"--dataset {text}: give {RANDOM}, {humaneval.NAME}, or NAME=PATH with a NAME of"
                 f" {', '.join(DATASETS)}"
             )
     if not sets:
@@ -224,6 +223,24 @@ def _prompt_sets(args: argparse.Namespace, target: str, tokenizer: Any) -> dict[
     if len(set(names)) < len(names):
         raise UsageError(f"two prompt sets have the same name ({', '.join(names)}): rename a file")
     return dict(zip(names, sets, strict=True))
+
+
+def _num_prompts(given: list[int] | None, concurrency: Sequence[int]) -> list[int] | None:
+    """Requests with each concurrency; None: as the workload has them."""
+    if given is None:
+        return None
+    counts = given * len(concurrency) if len(given) == 1 else given
+    if len(counts) != len(concurrency):
+        raise UsageError(
+            f"--num-prompts gives {len(counts)} numbers for {len(concurrency)} of --concurrency:"
+            " give one, or one for each"
+        )
+    for count, load in zip(counts, concurrency, strict=True):
+        if count < load:
+            raise UsageError(
+                f"--num-prompts {count} never has {load} requests in flight: give at least as many"
+            )
+    return counts
 
 
 def _vocab_size(target: str) -> int:

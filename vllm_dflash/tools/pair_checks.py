@@ -9,11 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash import smollm2
 from vllm_dflash.config import DrafterConfig, DrafterConfigError, TargetShape, check_pair
 from vllm_dflash.hub import are_equal, load_tokenizer, resolved_dtype
 from vllm_dflash.plugin import why_off
+from vllm_dflash.records import RecordError, read
 from vllm_dflash.tools.inspect import Inspection
 
+_TRAINING = {"settings": {"run": {"target": str}}}
+"""What ``train`` leaves beside a drafter, as far as it is read here."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -246,6 +250,32 @@ def _mask_token(mask: int, tokenizer: Any) -> Check:
             "compare mask_token_id with the drafter's model card",
         )
     return Check("mask token", "ok", f"{mask}, {name!r}")
+
+
+def training_checks(folder: Path, target: str) -> list[Check]:
+    """Whether a drafter that was trained with ``smollm2`` is to serve it; none for another one, for
+    a folder's path says nothing about its weights.
+
+    Args:
+        target: its folder or hub id, never the name.
+    """
+    try:
+        trained = read(folder / "training.json", _TRAINING)
+    except RecordError:  # another program's
+        return []
+    if trained is None or trained["settings"]["run"]["target"] != smollm2.NAME:
+        return []
+    name = smollm2.exact(smollm2.NAME)
+    if smollm2.name_of(target) == name:
+        return [Check("trained with", "ok", name)]
+    return [
+        Check(
+            "trained with",
+            "warning",
+            f"{name}, whose weights are not those of {target}, nor is its text",
+            f"serve it with --target {smollm2.NAME}; the tau below says what is left with this one",
+        )
+    ]
 
 
 def plugin_check() -> Check:
