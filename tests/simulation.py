@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from vllm_dflash.adaptive.controller import Controller, Plan
+from vllm_dflash.adaptive.controller import Controller
 from vllm_dflash.adaptive.cost import Work
+from vllm_dflash.adaptive.plans import Plan
 
 Batch = dict[str, Sequence[float]]
 """Request to the probability with which its draft token at each position is accepted, once all

@@ -259,7 +259,7 @@ class DrafterConfig:
                 field="rope_scaling.rope_type",
             )
         if self.rope_scaling is not None:
-            from vllm_dflash.fields import check_scaling
+            from vllm_dflash.formats.rope import check_scaling
 
             check_scaling(self.rope_scaling, self.head_dim)
 

@@ -191,7 +191,8 @@ async def run_round_async(
 def draft_at_random(seed: int) -> None:
     """The controller's choices by dice: whether a step drafts, and how much of each draft is
     verified."""
-    from vllm_dflash.adaptive.controller import Controller, Plan
+    from vllm_dflash.adaptive.controller import Controller
+    from vllm_dflash.adaptive.plans import Plan
 
     rng = random.Random(seed)
 

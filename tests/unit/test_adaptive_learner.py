@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from step_records import ran_of, scheduled_of, scheduler_of
-from vllm_dflash.adaptive.controller import Plan
 from vllm_dflash.adaptive.cost import Work
 from vllm_dflash.adaptive.learner import Learner
+from vllm_dflash.adaptive.plans import Plan
 from vllm_dflash.steps import Step, Steps
 
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from simulation import two_cores
-from vllm_dflash.adaptive.controller import _SAVED, EXPLORATION, Controller, Plan
+from vllm_dflash.adaptive.controller import Controller
 from vllm_dflash.adaptive.cost import STALE, Work
+from vllm_dflash.adaptive.plans import Plan
+from vllm_dflash.adaptive.trials import _SAVED, EXPLORATION
 
 GOOD, BAD = [0.8, 0.78, 0.76, 0.74, 0.72, 0.7, 0.68], [0.01] * 7
 PLAIN = two_cores(Work(1, 1, 0))

@@ -21,11 +21,11 @@ from unit.test_checks import configure
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.fields import QUANTIZATION_METHODS
 from vllm_dflash.formats import write
-from vllm_dflash.keys import _NO_EFFECT, _OF_TRANSFORMERS, _READ_ELSEWHERE, _REFUSED, READ
+from vllm_dflash.formats.keys import NO_EFFECT, OF_TRANSFORMERS, READ, READ_ELSEWHERE, REFUSED
 from vllm_dflash.tools.inspect import inspect_checkpoint
 from vllm_dflash.tools.repair import config_problems
 
-# Per key a value that is not its default. Of no effect are those of ``_NO_EFFECT``, each reviewed
+# Per key a value that is not its default. Of no effect are those of ``NO_EFFECT``, each reviewed
 # there.
 OTHER_VALUES: dict[str, Any] = {
     "partial_rotary_factor": 0.25,
@@ -157,7 +157,7 @@ def test_every_key_of_transformers_is_in_one_place() -> None:
             assert error.field == name, error  # noqa: PT017 (refusing it is one way of three)
         else:
             assert name not in config.unknown_keys, f"{name}: read it, refuse it or review it"
-    assert not READ & _NO_EFFECT.keys()
+    assert not READ & NO_EFFECT.keys()
 
 
 def test_names_of_transformers_own_attributes() -> None:
@@ -167,12 +167,12 @@ def test_names_of_transformers_own_attributes() -> None:
 
     kinds = (Qwen3Config, Qwen2Config, LlamaConfig, MistralConfig)
     theirs = {name for kind in kinds for name in dir(kind) if not name.startswith("__")}
-    judged = READ | _NO_EFFECT.keys() | _REFUSED.keys()
-    assert theirs - judged <= _OF_TRANSFORMERS
-    assert not _OF_TRANSFORMERS & (judged | _READ_ELSEWHERE)
+    judged = READ | NO_EFFECT.keys() | REFUSED.keys()
+    assert theirs - judged <= OF_TRANSFORMERS
+    assert not OF_TRANSFORMERS & (judged | READ_ELSEWHERE)
     # The server may judge what such a class gives back.
-    assert not _OF_TRANSFORMERS & {name for kind in kinds for name in kind().to_dict()}
-    for name in sorted(_OF_TRANSFORMERS):
+    assert not OF_TRANSFORMERS & {name for kind in kinds for name in kind().to_dict()}
+    for name in sorted(OF_TRANSFORMERS):
         for value in (None, {}, 1):
             assert refusal(QWEN3_8B | {name: value}).field == name
 
@@ -184,7 +184,7 @@ def test_names_that_get_text_config_looks_for() -> None:
 
     source = inspect.getsource(PretrainedConfig.get_text_config)
     line = {"decoder", "generator", "text_config", "text_encoder"}
-    assert line <= _READ_ELSEWHERE
+    assert line <= READ_ELSEWHERE
     assert all(f'"{name}"' in source for name in line)
     assert source.count("_possible_text_config_names = (") == 2, "read it anew"
 
@@ -331,7 +331,7 @@ _VALUES: list[Any] = [
     1.5,
 ]
 _KEYS = sorted(
-    (READ | _NO_EFFECT.keys())
+    (READ | NO_EFFECT.keys())
     - {"speculators_model_type", "transformer_layer_config", "architectures", "model", "method"}
 )
 

@@ -34,7 +34,7 @@ from vllm_dflash.reference.rotary import rotary_angles
 from vllm_dflash.tools.convert import convert
 from vllm_dflash.training.drafter import plan
 from vllm_dflash.training.export import folder_of
-from vllm_dflash.training.loop import final_folder, trained_folder
+from vllm_dflash.training.learned import final_folder, trained_folder
 from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.target import find_target
 

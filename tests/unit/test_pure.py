@@ -31,6 +31,7 @@ NEEDS_VLLM = {
     "models.context",
     "models.drafter",
     "models.kernels",
+    "models.layers",
     "models.loading",
     "models.norm",
     "models.own",

@@ -26,7 +26,7 @@ from training_runs import (
 )
 from vllm_dflash.files import RunError
 from vllm_dflash.lock import hold
-from vllm_dflash.training import checkpoints, loop
+from vllm_dflash.training import checkpoints, learned
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.logs import Log, read
 from vllm_dflash.training.pipeline import run_stages
@@ -76,12 +76,12 @@ def undisturbed(make) -> Settings:
 
 
 def weights(chosen: Settings) -> dict[str, torch.Tensor]:
-    return load_file(loop.final_folder(chosen) / "model.safetensors")
+    return load_file(learned.final_folder(chosen) / "model.safetensors")
 
 
 def entries(chosen: Settings) -> list[dict]:
     """The log without its clock."""
-    lines = (loop.folder_of(chosen) / "log.jsonl").read_text().splitlines()
+    lines = (learned.folder_of(chosen) / "log.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
@@ -106,7 +106,7 @@ def test_killed_at_every_kind_of_write(make, undisturbed: Settings) -> None:
         "train/result.json",
     ):
         run_and_kill(chosen, HERE, run / moment)
-        assert loop.result(chosen) is None
+        assert learned.result(chosen) is None
     run_stages(chosen, HERE)
     assert entries(chosen) == entries(undisturbed)
     mine, theirs = weights(chosen), weights(undisturbed)
@@ -118,8 +118,8 @@ def test_killed_at_every_kind_of_write(make, undisturbed: Settings) -> None:
 def test_it_learns(undisturbed: Settings) -> None:
     found = [e for e in entries(undisturbed) if "loss" in e]
     assert found[-1]["loss"] < 0.7 * found[0]["loss"]
-    assert loop.result(undisturbed)["tau"] > 1.3
-    assert loop.result(undisturbed)["skipped"] == 0
+    assert learned.result(undisturbed)["tau"] > 1.3
+    assert learned.result(undisturbed)["skipped"] == 0
 
 
 def test_a_finished_run_does_nothing(undisturbed: Settings) -> None:
@@ -162,14 +162,18 @@ def test_another_config_is_refused(make, undisturbed: Settings) -> None:
         held_out_prompts=undisturbed.data.held_out_prompts,
         lr=1.0,
     )
-    before = loop.result(undisturbed)
-    (loop.folder_of(undisturbed) / "result.json").rename(loop.folder_of(undisturbed) / "aside")
+    before = learned.result(undisturbed)
+    (learned.folder_of(undisturbed) / "result.json").rename(
+        learned.folder_of(undisturbed) / "aside"
+    )
     with pytest.raises(
         RunError, match=r"stage train with .*lr 0.02 \(now 1.0\).*choose another --out"
     ):
         run_stages(other, HERE)
-    (loop.folder_of(undisturbed) / "aside").rename(loop.folder_of(undisturbed) / "result.json")
-    assert loop.result(undisturbed) == before
+    (learned.folder_of(undisturbed) / "aside").rename(
+        learned.folder_of(undisturbed) / "result.json"
+    )
+    assert learned.result(undisturbed) == before
 
 
 def test_other_responses_are_noticed(make, parts, tmp_path: Path) -> None:
@@ -242,7 +246,7 @@ def test_a_disk_that_fills_up(make, kilobytes: int, tmp_path: Path) -> None:
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         shutil.copytree(made.run.out, disk / "run", dirs_exist_ok=True)
         run_stages(chosen, HERE)
-        assert loop.result(chosen) is not None
+        assert learned.result(chosen) is not None
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)
 
@@ -262,7 +266,7 @@ def test_a_full_disk(make) -> None:
     assert "the same command goes on from there" in said
     assert not list(Path(chosen.run.out).rglob("*.part"))
     run_stages(chosen, HERE)
-    assert loop.result(chosen) is not None
+    assert learned.result(chosen) is not None
 
 
 def test_a_disk_that_is_full_for_the_log(tmp_path: Path) -> None:
@@ -315,7 +319,7 @@ def test_a_loss_that_is_not_finite(make, parts, tmp_path: Path) -> None:
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     chosen = make(target, cache=False)
     run_stages(chosen, HERE)
-    assert 0 < loop.result(chosen)["skipped"] < 12
+    assert 0 < learned.result(chosen)["skipped"] < 12
     assert all(bool(t.isfinite().all()) for t in weights(chosen).values())
 
 

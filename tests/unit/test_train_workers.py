@@ -12,7 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from training_runs import answer_held_out, answered_prompts, held_out_file, make_target, settings
-from vllm_dflash.training import drafter, loop, target
+from vllm_dflash.training import drafter, learned, loop, target
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.settings import Settings
@@ -45,12 +45,12 @@ def make(tmp_path_factory: pytest.TempPathFactory):
 
 
 def curve(chosen: Settings) -> list[float]:
-    lines = (loop.folder_of(chosen) / "log.jsonl").read_text().splitlines()
+    lines = (learned.folder_of(chosen) / "log.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]
 
 
 def weights(chosen: Settings) -> dict[str, torch.Tensor]:
-    return load_file(loop.final_folder(chosen) / "model.safetensors")
+    return load_file(learned.final_folder(chosen) / "model.safetensors")
 
 
 def work(chosen: Settings, rank: int, count: int, meeting: str) -> None:
@@ -88,7 +88,7 @@ def test_two_workers_are_one_with_twice_the_batch(make, tmp_path: Path, weightin
     assert curve(one)[-1] < 0.8 * curve(one)[0]
     assert curve(two) == pytest.approx(curve(one), rel=2e-4)
     assert curve(pieces) == pytest.approx(curve(one), rel=2e-4)
-    assert loop.result(two)["tau"] == pytest.approx(loop.result(one)["tau"], rel=0.02)
+    assert learned.result(two)["tau"] == pytest.approx(learned.result(one)["tau"], rel=0.02)
 
 
 @pytest.mark.parametrize(("optimizer", "rounding"), [("adamw", 1e-3), ("muon", 5e-3)])
@@ -114,11 +114,11 @@ def goes_on_sharded(
     one: Settings, two: Settings, finished: dict[str, torch.Tensor], meeting: Path
 ) -> None:
     """From the last but one checkpoint of one process."""
-    folder = loop.folder_of(one)
+    folder = learned.folder_of(one)
     for path in (folder / "result.json", folder / "checkpoints" / "step-00000010.json"):
         path.unlink()
     together(dataclasses.replace(one, train=two.train), 2, meeting)
-    assert loop.result(one)["steps"] == 10
+    assert learned.result(one)["steps"] == 10
     assert all(torch.allclose(w, finished[name], atol=1e-3) for name, w in weights(one).items())
 
 

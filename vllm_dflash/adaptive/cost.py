@@ -45,6 +45,11 @@ _NEARNESS = 1.5
 """How fast the weight of a kind falls with the distance of its batch size, in powers of two."""
 
 
+def power(num_reqs: int) -> int:
+    """The nearest power of two, by its logarithm: so many requests are about as many."""
+    return round(math.log2(num_reqs))
+
+
 @dataclass(frozen=True)
 class Work:
     """What one step computes."""
@@ -75,7 +80,7 @@ class Work:
         drafter's rows and verified tokens."""
         verified = self.num_tokens - self.num_reqs
         return (
-            round(math.log2(self.num_reqs)),
+            power(self.num_reqs),
             self.draft_rows // self.num_reqs,
             round(verified / self.num_reqs),
         )
@@ -179,19 +184,19 @@ class StepCost:
 
     def has_seen(self, num_reqs: int) -> bool:
         """Whether steps with drafts were seen at about as many requests, and enough without."""
-        power = round(math.log2(num_reqs))
-        drafting = any(rows for each, rows, _ in self._kinds if each == power)
+        size = power(num_reqs)
+        drafting = any(rows for each, rows, _ in self._kinds if each == size)
         # None that verifies what was drafted before it: what drafting is held against has to be
         # known for sure.
-        plain = self._kinds.get((power, 0, 0))
+        plain = self._kinds.get((size, 0, 0))
         return drafting and plain is not None and len(plain.seconds) >= _FEWEST_PLAIN
 
     def near(self, num_reqs: int) -> LocalCost:
         """The cost of steps of about ``num_reqs`` requests: least squares of relative errors,
         weighted by nearness and age."""
         size, weights = math.log2(num_reqs), []
-        for (power, _, _), kind in self._kinds.items():
-            age, distance = self._steps - kind.last_seen, power - size
+        for (theirs, _, _), kind in self._kinds.items():
+            age, distance = self._steps - kind.last_seen, theirs - size
             weights.append(
                 len(kind.seconds) * _FADE**age * math.exp(-_NEARNESS * distance * distance) + 1e-6
             )

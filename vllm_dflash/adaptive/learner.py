@@ -4,8 +4,9 @@ enough to be looked at. Pure.
 pytest tests/unit/test_adaptive_learner.py
 """
 
-from vllm_dflash.adaptive.controller import Controller, Plan
+from vllm_dflash.adaptive.controller import Controller
 from vllm_dflash.adaptive.cost import Work
+from vllm_dflash.adaptive.plans import Plan
 from vllm_dflash.steps import Step
 
 _MEASURED_EVERY = 4

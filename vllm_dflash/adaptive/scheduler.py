@@ -20,8 +20,9 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds
 
-from vllm_dflash.adaptive.controller import Controller, Plan
+from vllm_dflash.adaptive.controller import Controller
 from vllm_dflash.adaptive.learner import Learner
+from vllm_dflash.adaptive.plans import Plan
 from vllm_dflash.compat import num_drafted
 from vllm_dflash.drafts import confidences_of
 from vllm_dflash.patches.adaptive_scheduler import cut_drafts, cut_placeholders, plan_drafts

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_dflash import fields
 from vllm_dflash.config import DEFAULT_RMS_NORM_EPS, DEFAULT_ROPE_THETA, DrafterConfig
+from vllm_dflash.formats.rope import read_rope
 
 _SIZES = (
     "hidden_size",
@@ -45,7 +46,7 @@ def read_layers(raw: Mapping[str, Any]) -> dict[str, Any]:
             f" num_attention_heads {sizes['num_attention_heads']}",
             f"it cannot be derived. {fields.CAME_WITH}",
         )
-    theta, scaling = fields.rope(
+    theta, scaling = read_rope(
         raw, DEFAULT_ROPE_THETA, _layer_kinds(raw, sizes["num_hidden_layers"])
     )
     return sizes | {

@@ -6,10 +6,11 @@ pytest tests/unit/test_formats.py tests/unit/test_config.py
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_dflash import fields, keys, kinds
+from vllm_dflash import fields, kinds
 from vllm_dflash.config import DrafterConfig, DrafterConfigError, default_target_layer_ids
 from vllm_dflash.formats.layers import draft_vocab, read_attention, read_layers, write_layers
 from vllm_dflash.formats.speculators import SPECULATORS
+from vllm_dflash.formats.unread import check_dflash_config, check_keys
 
 
 def parse_published(raw: Mapping[str, Any]) -> DrafterConfig:
@@ -22,7 +23,7 @@ def parse_published(raw: Mapping[str, Any]) -> DrafterConfig:
             "is missing" if nested is None else f"is {fields.shown(nested)}",
             f"it holds mask_token_id and target_layer_ids. {fields.CAME_WITH}",
         )
-    keys.check_dflash_config(nested)
+    check_dflash_config(nested)
     depth = fields.optional_positive_int(raw, "num_target_layers")
     transformer = read_layers(raw)
     if nested.get("target_layer_ids") is None:
@@ -51,7 +52,7 @@ def parse_published(raw: Mapping[str, Any]) -> DrafterConfig:
         quantization_config=fields.quantization(raw),
         dtype=fields.dtype(raw),
         kind=kind.name,
-        unknown_keys=tuple(sorted(keys.check_keys(raw, by_transformers=True))),
+        unknown_keys=tuple(sorted(check_keys(raw, by_transformers=True))),
         format=kind.format,
     )
 

@@ -7,9 +7,10 @@ counted from one.
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_dflash import fields, keys, kinds
+from vllm_dflash import fields, kinds
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.formats.layers import draft_vocab, read_attention, read_layers, write_layers
+from vllm_dflash.formats.unread import check_keys
 
 SPECULATORS = "speculators"
 
@@ -36,10 +37,9 @@ def parse_speculators(raw: Mapping[str, Any]) -> DrafterConfig:
     fields.refuse(
         raw, "sample_from_anchor", *((False, 0) if kinds.every()[kind].first_row else (True, 1))
     )
-    unknown = keys.check_keys(raw, by_transformers=False)
+    unknown = check_keys(raw, by_transformers=False)
     unknown += [
-        f"transformer_layer_config.{name}"
-        for name in keys.check_keys(layers, by_transformers=False)
+        f"transformer_layer_config.{name}" for name in check_keys(layers, by_transformers=False)
     ]
     # Not a field of the library's; ours, so that converting there and back loses nothing.
     depth = fields.optional_positive_int(raw, "num_target_layers")

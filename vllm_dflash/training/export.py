@@ -18,7 +18,7 @@ from vllm_dflash.files import whole_folder
 from vllm_dflash.formats import METHOD, published_format
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.tools.convert import convert
-from vllm_dflash.training import loop, prove
+from vllm_dflash.training import learned, prove
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.generate import sequences
 from vllm_dflash.training.settings import Settings
@@ -41,10 +41,10 @@ def export(settings: Settings, target: Target, mask_why: str) -> Path:
         TrainingError: nothing is trained, what is trained is not proven, or the format cannot hold
             it.
     """
-    trained, proof = loop.result(settings), prove.proof(settings)
+    trained, proof = learned.result(settings), prove.proof(settings)
     if trained is None or proof is None or proof["question"]["trained"] != trained:
         raise TrainingError(
-            f"the drafter in {loop.final_folder(settings)} is not proven yet: run the stages train"
+            f"the drafter in {learned.final_folder(settings)} is not proven yet: run the stages train"
             " and prove first"
         )
     if not proof["agree"]:
@@ -52,7 +52,7 @@ def export(settings: Settings, target: Target, mask_why: str) -> Path:
             f"trainer and serving disagree about tau ({prove.path_of(settings)}): a drafter like"
             " that is not exported"
         )
-    source, out = loop.trained_folder(settings), folder_of(settings)
+    source, out = learned.trained_folder(settings), folder_of(settings)
     config = DrafterConfig.from_pretrained(source)
     with whole_folder(out) as part:
         try:

@@ -39,7 +39,7 @@ def _run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
         export,
         features,
         generate,
-        loop,
+        learned,
         prove,
         self_prompts,
         target,
@@ -68,7 +68,7 @@ def _run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
         if settings.features.extract_with == "transformers":
             model = target.load_target(found, settings, target.device())
         features.cache(settings, config, found, model)
-    if "train" in stages and loop.result(settings) is None:
+    if "train" in stages and learned.result(settings) is None:
         _train(settings, config, found, model)
     model = None
     if "prove" in stages and not prove.prove(settings, found, target.device()):

@@ -24,7 +24,7 @@ from vllm_dflash.records import AtLeast
 from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.reference.decoding import generate
 from vllm_dflash.tools.pair_runs import EngineError, Pair, run_engine
-from vllm_dflash.training import loop
+from vllm_dflash.training import learned
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.generate import held_out
 from vllm_dflash.training.settings import Settings
@@ -82,10 +82,10 @@ def prove(settings: Settings, target: Target, device: str) -> bool:
     Raises:
         TrainingError: nothing is trained yet, or the engine failed.
     """
-    trained = loop.result(settings)
+    trained = learned.result(settings)
     if trained is None:
         raise TrainingError(
-            f"{loop.folder_of(settings)} is not finished: run the stage train first"
+            f"{learned.folder_of(settings)} is not finished: run the stage train first"
         )
     question = {
         "trained": trained,
@@ -107,14 +107,14 @@ def _run(settings: Settings, target: Target, device: str, count: int) -> list[Pr
     answers = held_out(settings)
     if count > len(answers):
         raise TrainingError(
-            f"{loop.result_path(settings)} counts {count} prompts, and {len(answers)} are held out:"
-            " remove it, and the stage train ends anew"
+            f"{learned.result_path(settings)} counts {count} prompts, and {len(answers)} are held"
+            " out: remove it, and the stage train ends anew"
         )
     chosen = [answers[i] for i in range(count)]
     prompts = [s.tokens[: s.prompt_length].tolist() for s in chosen]
     texts = [s.tokens[s.prompt_length :].tolist() for s in chosen]
     folder, tokens, eos = (
-        loop.trained_folder(settings),
+        learned.trained_folder(settings),
         settings.prove.prove_tokens,
         target.eos_token_id,
     )

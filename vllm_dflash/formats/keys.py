@@ -1,10 +1,9 @@
-"""Every key of a ``config.json`` that is not a setting of a drafter: refused by name, of no effect,
-or not known.
+"""Every key that a ``config.json`` of this family may have: a setting of the drafter, refused by
+name, or of no effect. ``vllm_dflash.formats.unread`` judges a file by them.
 
 A key that changes what a drafter computes and is passed over shows as nothing but low acceptance.
-So each key is in one of
-four places: read by ``vllm_dflash.formats``, ``_REFUSED`` (unless it says what is so anyway),
-``_NO_EFFECT`` (reviewed), or unknown, which is told to the user. Keys that transformers or vLLM
+So each key is in one of four places: ``READ``, ``REFUSED`` (unless it says what is so anyway),
+``NO_EFFECT`` (reviewed), or unknown, which is told to the user. Keys that transformers or vLLM
 reads for something else are refused too. Pure Python.
 
     pytest tests/unit/test_config_keys.py
@@ -13,7 +12,7 @@ reads for something else are refused too. Pure Python.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vllm_dflash import fields, kinds
+from vllm_dflash import fields
 
 READ = frozenset(
     {
@@ -56,7 +55,7 @@ READ = frozenset(
 )
 """Settings of a drafter: ``formats`` and ``DrafterConfig.check`` judge them."""
 
-_REFUSED: dict[str, tuple[Any, ...]] = {
+REFUSED: dict[str, tuple[Any, ...]] = {
     # Rotary positions
     "is_neox_style": (True,),
     "rope_interleaved": (False,),
@@ -136,7 +135,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 what is so without them."""
 
 
-_OF_TRANSFORMERS = frozenset(
+OF_TRANSFORMERS = frozenset(
     {
         "_auto_class",
         "_check_received_keys",
@@ -209,7 +208,7 @@ _OF_TRANSFORMERS = frozenset(
 """Attributes and methods of transformers' config classes: a key of the same name takes their place,
 and they fail, or mean something else. ``tests/unit/test_config_keys.py`` compares."""
 
-_READ_ELSEWHERE = frozenset(
+READ_ELSEWHERE = frozenset(
     {
         # By transformers' get_text_config, and what vLLM renames to one of them
         "decoder",
@@ -235,11 +234,11 @@ _READ_ELSEWHERE = frozenset(
     }
 )
 """Keys that transformers or vLLM reads a setting by that is the drafter's under another name."""
-_READ_REMEDIES = {
+READ_REMEDIES = {
     "compression_config": "call it quantization_config if the weights are packed so, else remove it"
 }
 
-_OF_THE_KIND = frozenset({"projector_type", "model_arch"})
+OF_THE_KIND = frozenset({"projector_type", "model_arch"})
 """Keys that name the drafter's kind."""
 
 
@@ -285,7 +284,7 @@ _OBJECT: _Kind = (_is_object, "an object", True)
 _MONOTONIC: _Kind = (_is_positive, "a positive number or null", True)
 _ANYTHING: _Kind = (_anything, "", True)
 
-_NO_EFFECT: dict[str, _Kind] = {
+NO_EFFECT: dict[str, _Kind] = {
     # Training and generation
     "attention_dropout": _NUMBER,
     "initializer_range": (
@@ -355,7 +354,7 @@ _NO_EFFECT: dict[str, _Kind] = {
 """Keys that cannot change what is computed, reviewed; with their type, for transformers refuses
 another one at vLLM's start."""
 
-_DFLASH_CONFIG = frozenset(
+DFLASH_CONFIG = frozenset(
     {
         "mask_token_id",
         "target_layer_ids",
@@ -367,101 +366,5 @@ _DFLASH_CONFIG = frozenset(
     }
 )
 """What is read of ``dflash_config``."""
-_MODEL_TYPES = ("qwen3", "qwen2", "llama", "mistral")
+MODEL_TYPES = ("qwen3", "qwen2", "llama", "mistral")
 """Whose config class vLLM may read the file by: the layers are Qwen3's in all of them."""
-
-
-def check_keys(raw: Mapping[str, Any], *, by_transformers: bool) -> list[str]:
-    """Judges every key of ``raw`` that no setting of the drafter is read from; returns those that
-    are not known.
-
-    Args:
-        by_transformers: whether transformers reads this object at vLLM's start, which takes null
-            for no setting of a type.
-
-    Raises:
-        DrafterConfigError: names a key that would change what is computed, or that holds what it
-            cannot.
-    """
-    unknown = []
-    for name, value in raw.items():
-        name = str(name)
-        if name in _OF_THE_KIND:
-            fields.refuse(raw, name, *kinds.names())
-        elif name in _REFUSED:
-            fields.refuse(raw, name, *_REFUSED[name])
-        elif name in _NO_EFFECT:
-            fits, kind, nullable = _NO_EFFECT[name]
-            if not fits(value) and not (value is None and (nullable or not by_transformers)):
-                raise fields.bad(
-                    name,
-                    f"is {fields.shown(value)}",
-                    f"give {kind}, or remove it. {fields.CAME_WITH}",
-                )
-        elif _is_read_elsewhere(name, value):
-            raise fields.bad(
-                name,
-                f"= {fields.shown(value)} is not supported: transformers or vLLM reads a key of"
-                " this name for something else than the drafter",
-                f"{_READ_REMEDIES.get(name, 'remove it')}. {fields.CAME_WITH}",
-            )
-        elif "sink" in name:  # of attention, which every model spells in its own way
-            fields.refuse(raw, name, False, 0)
-        elif name not in READ:
-            unknown.append(name)
-    if by_transformers:
-        _check_for_transformers(raw)
-    return unknown
-
-
-def _is_read_elsewhere(name: str, value: Any) -> bool:
-    # A null counts too where it takes the place of an attribute.
-    return (
-        name in _OF_TRANSFORMERS
-        or name.startswith("__")
-        or (name in _READ_ELSEWHERE and value is not None)
-    )
-
-
-def check_dflash_config(nested: Mapping[str, Any]) -> None:
-    """The same for ``dflash_config``, all of which is about what the drafter computes: an unknown
-    key is refused there."""
-    for name in nested:
-        path = f"dflash_config.{name}"
-        if name in _NO_EFFECT or name in _DFLASH_CONFIG:
-            continue
-        if name not in _REFUSED and nested[name] not in (None, False):
-            raise fields.bad(
-                path,
-                f"= {fields.shown(nested[name])} is not known here, and ignoring it might only show"
-                " as low acceptance",
-                "use a newer vllm-dflash, or remove it from config.json if the drafter computes"
-                " nothing with it",
-            )
-        fields.refuse(nested, path, *_REFUSED.get(name, (False,)))
-    fields.refuse(nested, "dflash_config.sample_from_anchor", False)
-
-
-_NULL_IS_REFUSED = (
-    "head_dim",
-    "rms_norm_eps",
-    "attention_bias",
-    "use_sliding_window",
-    "max_window_layers",
-    "hidden_act",
-)
-
-
-def _check_for_transformers(raw: Mapping[str, Any]) -> None:
-    """What transformers refuses at vLLM's start, without a remedy and sometimes without a name."""
-    kind = raw.get("model_type")
-    if kind not in _MODEL_TYPES:
-        state = "is missing" if kind is None else f"is {fields.shown(kind)}"
-        raise fields.bad(
-            "model_type",
-            state,
-            f"one of {', '.join(_MODEL_TYPES)}: vLLM reads the file by it. {fields.CAME_WITH}",
-        )
-    for name in _NULL_IS_REFUSED:
-        if name in raw and raw[name] is None:
-            raise fields.bad(name, "is null", f"give a value, or remove it. {fields.CAME_WITH}")

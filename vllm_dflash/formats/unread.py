@@ -1,0 +1,105 @@
+"""Judges every key of a ``config.json`` that no setting of the drafter is read from.
+
+pytest tests/unit/test_config_keys.py
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_dflash import fields, kinds
+from vllm_dflash.formats import keys
+
+_NULL_IS_REFUSED = (
+    "head_dim",
+    "rms_norm_eps",
+    "attention_bias",
+    "use_sliding_window",
+    "max_window_layers",
+    "hidden_act",
+)
+
+
+def check_keys(raw: Mapping[str, Any], *, by_transformers: bool) -> list[str]:
+    """Judges every key of ``raw`` that no setting of the drafter is read from; returns those that
+    are not known.
+
+    Args:
+        by_transformers: whether transformers reads this object at vLLM's start, which takes null
+            for no setting of a type.
+
+    Raises:
+        DrafterConfigError: names a key that would change what is computed, or that holds what it
+            cannot.
+    """
+    unknown = []
+    for name, value in raw.items():
+        name = str(name)
+        if name in keys.OF_THE_KIND:
+            fields.refuse(raw, name, *kinds.names())
+        elif name in keys.REFUSED:
+            fields.refuse(raw, name, *keys.REFUSED[name])
+        elif name in keys.NO_EFFECT:
+            fits, kind, nullable = keys.NO_EFFECT[name]
+            if not fits(value) and not (value is None and (nullable or not by_transformers)):
+                raise fields.bad(
+                    name,
+                    f"is {fields.shown(value)}",
+                    f"give {kind}, or remove it. {fields.CAME_WITH}",
+                )
+        elif _is_read_elsewhere(name, value):
+            raise fields.bad(
+                name,
+                f"= {fields.shown(value)} is not supported: transformers or vLLM reads a key of"
+                " this name for something else than the drafter",
+                f"{keys.READ_REMEDIES.get(name, 'remove it')}. {fields.CAME_WITH}",
+            )
+        elif "sink" in name:  # of attention, which every model spells in its own way
+            fields.refuse(raw, name, False, 0)
+        elif name not in keys.READ:
+            unknown.append(name)
+    if by_transformers:
+        _check_for_transformers(raw)
+    return unknown
+
+
+def _is_read_elsewhere(name: str, value: Any) -> bool:
+    # A null counts too where it takes the place of an attribute.
+    return (
+        name in keys.OF_TRANSFORMERS
+        or name.startswith("__")
+        or (name in keys.READ_ELSEWHERE and value is not None)
+    )
+
+
+def check_dflash_config(nested: Mapping[str, Any]) -> None:
+    """The same for ``dflash_config``, all of which is about what the drafter computes: an unknown
+    key is refused there."""
+    for name in nested:
+        path = f"dflash_config.{name}"
+        if name in keys.NO_EFFECT or name in keys.DFLASH_CONFIG:
+            continue
+        if name not in keys.REFUSED and nested[name] not in (None, False):
+            raise fields.bad(
+                path,
+                f"= {fields.shown(nested[name])} is not known here, and ignoring it might only show"
+                " as low acceptance",
+                "use a newer vllm-dflash, or remove it from config.json if the drafter computes"
+                " nothing with it",
+            )
+        fields.refuse(nested, path, *keys.REFUSED.get(name, (False,)))
+    fields.refuse(nested, "dflash_config.sample_from_anchor", False)
+
+
+def _check_for_transformers(raw: Mapping[str, Any]) -> None:
+    """What transformers refuses at vLLM's start, without a remedy and sometimes without a name."""
+    kind = raw.get("model_type")
+    if kind not in keys.MODEL_TYPES:
+        state = "is missing" if kind is None else f"is {fields.shown(kind)}"
+        raise fields.bad(
+            "model_type",
+            state,
+            f"one of {', '.join(keys.MODEL_TYPES)}: vLLM reads the file by it. {fields.CAME_WITH}",
+        )
+    for name in _NULL_IS_REFUSED:
+        if name in raw and raw[name] is None:
+            raise fields.bad(name, "is null", f"give a value, or remove it. {fields.CAME_WITH}")
