@@ -116,15 +116,16 @@ def change(llm: Any, step: dict[str, Any]) -> None:
 def put(model: torch.nn.Module, name: str, tensor: Tensor, how: str) -> None:
     """Past vLLM's loaders; ``name`` and ``tensor`` as the model has them."""
     module, _, kind = name.rpartition(".")
-    if module.endswith(("q_proj", "k_proj", "v_proj")):
-        layer, _, projection = module.rpartition(".")
+    layer, _, projection = module.rpartition(".")
+    joined, starts = "", {}
+    if projection in ("q_proj", "k_proj", "v_proj"):
         attention = model.get_submodule(layer)
-        starts = {
-            "q_proj": 0,
-            "k_proj": attention.q_size,
-            "v_proj": attention.q_size + attention.kv_size,
-        }
-        module, start = f"{layer}.qkv_proj", starts[projection]
+        ends = attention.q_size, attention.q_size + attention.kv_size
+        joined, starts = "qkv_proj", dict(zip(("q_proj", "k_proj", "v_proj"), (0, *ends)))
+    elif projection in ("gate_proj", "up_proj"):
+        joined, starts = "gate_up_proj", {"gate_proj": 0, "up_proj": len(tensor)}
+    if joined:
+        module, start = f"{layer}.{joined}", starts[projection]
         whole = getattr(model.get_submodule(module), kind).data.clone()
         whole[start : start + len(tensor)] = tensor
         tensor = whole

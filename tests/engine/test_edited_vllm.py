@@ -19,15 +19,29 @@ from typing import Any
 import pytest
 
 from engine.harness import DRAFTER, TARGET, Job, engine_env, held_out_prompts, run_engine
+from pairs import make_random_drafter, random_prompts
+from targets import FAMILIES, VOCAB
 
 pytestmark = pytest.mark.engine
-QWEN3, SAMPLER, SCHEDULER = (
+QWEN3, LLAMA, SAMPLER, SCHEDULER = (
     "model_executor/models/qwen3.py",
+    "model_executor/models/llama.py",
     "v1/sample/rejection_sampler.py",
     "v1/core/sched/scheduler.py",
 )
-NOT_LOUDER = QWEN3, "self.o_proj(attn_output)", "self.o_proj(attn_output * 0.9)"
-"""Another model: what it writes shows whether it is this one that runs."""
+ARCHITECTURES = {
+    "qwen3": (QWEN3, "qwen2:Qwen2Model.forward"),
+    "llama": (LLAMA, "llama:LlamaModel.forward"),
+}
+"""Of targets: the file, and what is left out where it was edited."""
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Target and drafter by architecture."""
+    folder = tmp_path_factory.mktemp("llama")
+    llama = FAMILIES["llama"].make(folder / "target", scale=0.25)
+    return {"qwen3": (TARGET, DRAFTER), "llama": (llama, make_random_drafter(folder / "drafter"))}
 
 
 def edited(folder: Path, *edits: tuple[str, str, str]) -> dict[str, str]:
@@ -74,13 +88,13 @@ def status(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
 
 
 def run(
-    env: dict[str, str], folder: Path, *drafters: Path | None, **changes: Any
+    env: dict[str, str], folder: Path, *drafters: Path | None, target: Path = TARGET, **changes: Any
 ) -> list[dict[str, Any]]:
     """An engine for each drafter; a process of its own, as the harness's has imported vLLM
     already."""
-    prompts = held_out_prompts(3)
+    prompts = prompts_of(target)
     jobs = [
-        Job(TARGET, drafter, prompts, max_tokens=24, **changes).to_json() for drafter in drafters
+        Job(target, drafter, prompts, max_tokens=24, **changes).to_json() for drafter in drafters
     ]
     out = folder / "reports.json"
     done = subprocess.run(
@@ -100,6 +114,10 @@ def run(
     return reports
 
 
+def prompts_of(target: Path) -> list[list[int]]:
+    return held_out_prompts(3) if target == TARGET else random_prompts(3, VOCAB)
+
+
 def tokens(report: dict[str, Any]) -> list[Sequence[int]]:
     return report["batches"][0]["tokens"]
 
@@ -108,19 +126,24 @@ def accepted(report: dict[str, Any]) -> int:
     return report["batches"][0]["counters"]["accepted"]
 
 
-def test_an_edited_target_runs_by_its_modules(tmp_path: Path) -> None:
-    """Fast layers that repeat another source would write another text, without any error."""
-    env = edited(tmp_path, NOT_LOUDER)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_edited_target_runs_by_its_modules(
+    tmp_path: Path, pairs: dict[str, tuple[Path, Path]], architecture: str
+) -> None:
+    """Fast layers that repeat another source would write another text, without any error. The edit
+    makes another model: what it writes shows whether it is this one that runs."""
+    (file, left_out), (target, drafter) = ARCHITECTURES[architecture], pairs[architecture]
+    env = edited(tmp_path, (file, "self.o_proj(attn_output)", "self.o_proj(attn_output * 0.9)"))
     said = status(env)
     assert said.returncode == 0
     assert "plug-in      on" in said.stdout
-    assert "left out: vllm.model_executor.models.qwen2:Qwen2Model.forward" in said.stdout
+    assert f"left out: vllm.model_executor.models.{left_out}" in said.stdout
     assert said.stdout.count("left out: ") == 1
-    plain, drafted = run(env, tmp_path, None, DRAFTER)
+    plain, drafted = run(env, tmp_path, None, drafter, target=target)
     assert tokens(drafted) == tokens(plain)
     assert accepted(drafted) > 0
     assert "leaves a part out" in drafted["log"]
-    unedited = run_engine(TARGET, None, held_out_prompts(3), max_tokens=24)[0].tokens
+    unedited = run_engine(target, None, prompts_of(target), max_tokens=24)[0].tokens
     assert tokens(plain) != unedited
 
 
@@ -134,6 +157,22 @@ def test_an_edited_target_runs_by_its_modules(tmp_path: Path) -> None:
                 "return self.embed_tokens(input_ids) * 1.5",
             ),
             "left out: vllm.model_executor.models.qwen2:Qwen2Model.forward",
+        ),
+        (
+            (
+                LLAMA,
+                "return self.embed_tokens(input_ids)",
+                "return self.embed_tokens(input_ids) * 1.5",
+            ),
+            "left out: vllm.model_executor.models.llama:LlamaModel.forward",
+        ),
+        (
+            (
+                "model_executor/layers/fusion/fused_act_quant.py",
+                "    return act_fn(x)",
+                "    return act_fn(1.5 * x)",
+            ),
+            "left out: vllm.model_executor.models.llama:LlamaModel.forward",
         ),
         (
             (
@@ -168,7 +207,7 @@ def test_an_edited_target_runs_by_its_modules(tmp_path: Path) -> None:
             "plug-in      off: the patches do not fit this vLLM",
         ),
     ],
-    ids=["embedding", "norm", "attention", "temperature", "noise"],
+    ids=["embedding", "llama embedding", "activation", "norm", "attention", "temperature", "noise"],
 )
 def test_an_edited_function_that_a_repeated_body_calls_is_seen(
     tmp_path: Path, edit: tuple[str, str, str], words: str
@@ -201,10 +240,13 @@ def test_an_edited_constructor_of_the_scheduler_and_comments_change_nothing(tmp_
     env = edited(
         tmp_path,
         (SCHEDULER, old, f"{old}        self.was_edited = True\n"),
-        (
-            QWEN3,
-            "output, _ = self.o_proj(attn_output)",
-            "output, _ = self.o_proj(attn_output)  # as it was",
+        *(
+            (
+                file,
+                "output, _ = self.o_proj(attn_output)",
+                "output, _ = self.o_proj(attn_output)  # as it was",
+            )
+            for file in (QWEN3, LLAMA)
         ),
         (
             SAMPLER,
