@@ -41,7 +41,9 @@ def _phi3() -> Any:
     """vLLM's Phi-3 is its Llama under another name."""
     from transformers import Phi3Config
 
-    return Phi3Config(**_SHAPE, num_hidden_layers=5)
+    return Phi3Config(
+        **_SHAPE | {"num_attention_heads": 2, "num_key_value_heads": 1}, num_hidden_layers=5
+    )
 
 
 def _qwen2() -> Any:
