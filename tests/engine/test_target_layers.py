@@ -19,9 +19,11 @@ SMOLLM2: dict[str, Any] = dict(
     hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64
 )
 LLAMAS: dict[str, dict[str, Any]] = {
-    "llama, biases and scaled positions": {
+    "llama, biases, windows, scaled positions": {
         "attention_bias": True,
         "mlp_bias": True,
+        "layer_types": ["sliding_attention"] * 5,
+        "sliding_window": 16,
         "rope_parameters": {
             "rope_type": "llama3",
             "rope_theta": 10000.0,
