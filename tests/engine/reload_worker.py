@@ -83,8 +83,6 @@ WeightTransferEngineFactory.register_engine("files", FromFiles)
 def change(llm: Any, step: dict[str, Any]) -> None:
     """Does what the step says."""
     how, runner = step["how"], model_runner(llm)
-    if "reset" in step:
-        llm.collective_rpc("reload_weights", kwargs={"weights_path": step["reset"]})
     if how == "reload":
         llm.collective_rpc("reload_weights", kwargs={"weights_path": step["path"]})
     elif how == "reload some":
@@ -193,6 +191,12 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
         temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, detokenize=False
     )
     for step in job["steps"]:
+        if "reset" in step:
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": step["reset"]})
+            if not hasattr(runner, "speculator"):
+                # What V1's layers prepare in their next forward is then of these weights.
+                one = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+                llm.generate([{"prompt_token_ids": job["prompts"][0]}], one, use_tqdm=False)
         error, first = None, len(drafts)
         try:
             change(llm, step)
