@@ -49,7 +49,7 @@ ALL = (
     v1_draft_metadata.PATCH,
     v1_steps_without_drafts.PATCH,
     cpu_layers.PATCH,
-    cpu_target.PATCH,
+    *cpu_target.PATCHES,
     v2_speculator.PATCH,
     request_params.PATCH,
     streaming_sessions.PATCH,

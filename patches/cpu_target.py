@@ -1,5 +1,5 @@
 """CPU: the target's layers run kernel by kernel beside a drafter, to the last bit what vLLM's
-modules compute."""
+modules compute. One record an architecture, so that each drops out alone."""
 
 from typing import Any
 
@@ -17,29 +17,56 @@ def _replace(original: Any, model: Any) -> Any:
 _MODELS = "vllm.model_executor.models"
 _LAYERS = "vllm.model_executor.layers"
 
-PATCH = Patch(
-    target=f"{_MODELS}.qwen2:Qwen2Model.forward",
-    scope="instance",
-    needs="optional",
-    fingerprints={
-        **cpu_layers.PATCH.fingerprints,
+
+def _record(target: str, fingerprints: dict[str, str]) -> Patch:
+    """Of the model class whose ``forward`` is replaced in the loaded target."""
+    return Patch(
+        target=target,
+        scope="instance",
+        needs="optional",
+        fingerprints={
+            **cpu_layers.PATCH.fingerprints,
+            f"{_MODELS}.interfaces:EagleModelMixin": "2931519f21c4dd27",
+            f"{_LAYERS}.layernorm:RMSNorm.forward_native": "1e4b2b94b1ce009a",
+            "vllm.ir.ops.layernorm:rms_norm": "12044f5e1b907e37",
+            "vllm.ir.ops.layernorm:fused_add_rms_norm": "8785226184c83678",
+            f"{_LAYERS}.activation:SiluAndMul": "e1bb742c2f34d62a",
+            **fingerprints,
+        },
+        why=(
+            "as cpu_layers.py; where its source is not the one that was repeated, the target would"
+            " write another text, so vLLM's modules run. A model is built by vLLM, and no plug-in"
+            " is asked how it runs"
+        ),
+        until="vLLM's CPU build records what it runs, as CUDA graphs do",
+        replace=_replace,
+    )
+
+
+QWEN3 = _record(
+    f"{_MODELS}.qwen2:Qwen2Model.forward",
+    {
         f"{_MODELS}.qwen2:Qwen2Model.forward": "084d26fb4e1e559b",
         f"{_MODELS}.qwen2:Qwen2Model.embed_input_ids": "270fff45169289dc",
-        f"{_MODELS}.interfaces:EagleModelMixin": "2931519f21c4dd27",
         f"{_MODELS}.qwen2:Qwen2MLP": "08041865ce4038a8",
         f"{_MODELS}.qwen3:Qwen3Attention": "dc2f9c64955b5a22",
         f"{_MODELS}.qwen3:Qwen3DecoderLayer": "b8db4584dee92972",
         f"{_MODELS}.qwen3:Qwen3Model": "d53a91e5a8e50063",
-        f"{_LAYERS}.layernorm:RMSNorm.forward_native": "1e4b2b94b1ce009a",
-        "vllm.ir.ops.layernorm:rms_norm": "12044f5e1b907e37",
-        "vllm.ir.ops.layernorm:fused_add_rms_norm": "8785226184c83678",
-        f"{_LAYERS}.activation:SiluAndMul": "e1bb742c2f34d62a",
+        # What they change inside of the model that they make would not be seen.
+        f"{_MODELS}.qwen3:Qwen3ForCausalLM.__init__": "a2be11dac2f931b4",
     },
-    why=(
-        "as cpu_layers.py; where its source is not the one that was repeated, the target would"
-        " write another text, so vLLM's modules run. A model is built by vLLM, and no plug-in is"
-        " asked how it runs"
-    ),
-    until="vLLM's CPU build records what it runs, as CUDA graphs do",
-    replace=_replace,
 )
+LLAMA = _record(
+    f"{_MODELS}.llama:LlamaModel.forward",
+    {
+        f"{_MODELS}.llama:LlamaModel.forward": "7489814fa37f6dfe",
+        f"{_MODELS}.llama:LlamaModel.embed_input_ids": "270fff45169289dc",
+        f"{_MODELS}.llama:LlamaMLP": "1c9b9ffb406f2097",
+        f"{_MODELS}.llama:LlamaAttention": "2757935ec5ed4a11",
+        f"{_MODELS}.llama:LlamaDecoderLayer": "178aba69b178169e",
+        f"{_MODELS}.llama:LlamaForCausalLM.__init__": "5a532838114ad172",
+        f"{_LAYERS}.fusion.fused_act_quant:maybe_fused_act_quant": "690c250c724863fb",
+        f"{_LAYERS}.fusion.quant_activation:get_input_quant_key": "251b778e08c40b0e",
+    },
+)
+PATCHES = (QWEN3, LLAMA)

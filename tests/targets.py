@@ -30,6 +30,22 @@ def _llama() -> Any:
     return LlamaConfig(**_SHAPE, num_hidden_layers=5, head_dim=32)
 
 
+def _mistral() -> Any:
+    """vLLM's Mistral extends each of its Llama's classes."""
+    from transformers import MistralConfig
+
+    return MistralConfig(**_SHAPE, num_hidden_layers=5, head_dim=32)
+
+
+def _phi3() -> Any:
+    """vLLM's Phi-3 is its Llama under another name."""
+    from transformers import Phi3Config
+
+    return Phi3Config(
+        **_SHAPE | {"num_attention_heads": 2, "num_key_value_heads": 1}, num_hidden_layers=5
+    )
+
+
 def _qwen2() -> Any:
     """Biases in its projections, and one KV head."""
     from transformers import Qwen2Config
@@ -122,7 +138,7 @@ class Family:
             for name, p in model.named_parameters():
                 if "norm" in name:
                     p.uniform_(0.5, 1.5)
-                elif p.dim() > 1:
+                elif p.dim() > 1 or name.endswith("_proj.bias"):
                     p.normal_(0, scale)
                 p.copy_(p.bfloat16())
             model.lm_head.weight[spoken:] = 0
@@ -137,3 +153,4 @@ FAMILIES = {
     "nemotron-h": Family(_nemotron_h),
     "qwen3-next": Family(_qwen3_next),
 }
+EXTENDING_LLAMA = {"mistral": Family(_mistral), "phi-3": Family(_phi3)}

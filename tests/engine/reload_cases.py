@@ -10,6 +10,9 @@ The table of docs/features.md is what this prints (``test_reload.py``:
 from typing import Any
 
 RUNNERS = ("v1", "v2")
+ARCHITECTURES = {"qwen3": "target", "llama": "Llama target"}
+"""Of targets, as the table names them. With the V2 runner all of a target's layers are vLLM's own,
+so Llama is tried on V1 alone, and there less."""
 TARGET_KINDS = {
     "embedding": r"embed_tokens",
     "layer norms": r"layernorm",
@@ -21,6 +24,8 @@ TARGET_KINDS = {
     "lm_head": r"lm_head",
     "all": r".",
 }
+HEAD_NORMS = ("query norms", "key norms")
+"""Kinds that Llama has not."""
 LOADED = (*TARGET_KINDS, "merged adapter")
 """Kinds that are loaded with the whole checkpoint."""
 WHOLE = (
@@ -106,12 +111,25 @@ REFUSALS = {
 REFUSING = ("dflash", "dflare")
 """Drafters that updates which do not fit are tried with."""
 
-TARGET_CASES = (
+_QWEN3_CASES = (
     [(way, kind) for way in ("reload", "update") for kind in LOADED]
     + [("reload some", kind) for kind in WHOLE]
     + [(way, kind) for way in WAYS for kind in PAST_LOADERS]
-    + [("sleep and wake", "base"), ("reload", "tied, all"), ("reload", "with LoRA")]
 )
+_LLAMA_CASES = (
+    [("reload", kind) for kind in ("projections", "biases", "all", "merged adapter")]
+    + [("update", "all"), ("reload some", "projections")]
+    + [(way, k) for way in WAYS for k in PAST_LOADERS if k not in (*HEAD_NORMS, "lm_head")]
+)
+OTHER_ENGINES = ("tied, all", "with LoRA")
+"""Kinds of which each has an engine of its own."""
+_OTHER_CASES = [("sleep and wake", "base"), ("reload", "tied, all"), ("reload", "with LoRA")]
+TARGET_CASES = [
+    (architecture, *case)
+    for architecture, cases in zip(ARCHITECTURES, (_QWEN3_CASES, _LLAMA_CASES), strict=True)
+    for case in cases + _OTHER_CASES
+]
+"""Architecture, way and kind."""
 DRAFTER_CASES = (
     [
         (name, "draft update", kind)
@@ -128,25 +146,28 @@ PLAIN = "plain vLLM's, not a fresh engine's"
 UNCHANGED = "refused by name, nothing changes"
 CLOSED = "nothing changes"
 NOT_RUN = "not run: vLLM's V2 runner on a CPU cannot verify drafts with LoRA"
+AS_QWEN3 = "not run: the target's layers are vLLM's own, as Qwen3's"
 PLAIN_IS_WRONG = {*((way, "lm_head") for way in WAYS), ("reload", "tied, all")}
 """vLLM's CPU build packs the lm_head when it is loaded, and where it is the embedding's not even
 then."""
 
 
-def target_result(runner: str, way: str, kind: str) -> str:
+def target_result(runner: str, architecture: str, way: str, kind: str) -> str:
     """What text and drafts have to be after one of ``TARGET_CASES``."""
+    if (runner, architecture) == ("v2", "llama"):
+        return AS_QWEN3
     if (runner, kind) == ("v2", "with LoRA"):
         return NOT_RUN
     return PLAIN if (way, kind) in PLAIN_IS_WRONG else FRESH
 
 
 _HOW = {
-    "reload": "target: `reload_weights`",
-    "update": "target: `start_weight_update`, `update_weights`, `finish_weight_update`",
-    "reload some": "target: `reload_weights` with one kind's tensors alone",
-    "new storage": "target: a parameter's storage swapped (`.data = `)",
-    "new parameter": "target: a parameter swapped",
-    "in place": "target: a parameter overwritten (`.copy_`)",
+    "reload": "`reload_weights`",
+    "update": "`start_weight_update`, `update_weights`, `finish_weight_update`",
+    "reload some": "`reload_weights` with one kind's tensors alone",
+    "new storage": "a parameter's storage swapped (`.data = `)",
+    "new parameter": "a parameter swapped",
+    "in place": "a parameter overwritten (`.copy_`)",
     "sleep and wake": "the worker's `sleep` and `wake_up` (on a CPU they move nothing)",
     "draft update": "drafter: `start_draft_weight_update`, one tensor at a time",
     "draft load": "drafter: `load_weights`, one tensor at a time",
@@ -156,10 +177,11 @@ _HOW = {
 def table() -> str:
     """The cases that have one result in one line, with the result on both runners."""
     lines: dict[tuple[str, ...], list[str]] = {}
-    for way, kind in TARGET_CASES:
-        lines.setdefault(
-            (_HOW[way], *(target_result(runner, way, kind) for runner in RUNNERS)), []
-        ).append(kind)
+    for case in TARGET_CASES:
+        architecture, way, kind = case
+        how = f"{ARCHITECTURES[architecture]}: {_HOW[way]}"
+        results = (target_result(runner, *case) for runner in RUNNERS)
+        lines.setdefault((how, *results), []).append(kind)
     for name, way, kind in DRAFTER_CASES:
         lines.setdefault((f"{_HOW[way]} ({name})", FRESH, FRESH), []).append(kind)
     for name in REFUSING:

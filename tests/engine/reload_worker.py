@@ -83,8 +83,6 @@ WeightTransferEngineFactory.register_engine("files", FromFiles)
 def change(llm: Any, step: dict[str, Any]) -> None:
     """Does what the step says."""
     how, runner = step["how"], model_runner(llm)
-    if "reset" in step:
-        llm.collective_rpc("reload_weights", kwargs={"weights_path": step["reset"]})
     if how == "reload":
         llm.collective_rpc("reload_weights", kwargs={"weights_path": step["path"]})
     elif how == "reload some":
@@ -116,15 +114,16 @@ def change(llm: Any, step: dict[str, Any]) -> None:
 def put(model: torch.nn.Module, name: str, tensor: Tensor, how: str) -> None:
     """Past vLLM's loaders; ``name`` and ``tensor`` as the model has them."""
     module, _, kind = name.rpartition(".")
-    if module.endswith(("q_proj", "k_proj", "v_proj")):
-        layer, _, projection = module.rpartition(".")
+    layer, _, projection = module.rpartition(".")
+    joined, starts = "", {}
+    if projection in ("q_proj", "k_proj", "v_proj"):
         attention = model.get_submodule(layer)
-        starts = {
-            "q_proj": 0,
-            "k_proj": attention.q_size,
-            "v_proj": attention.q_size + attention.kv_size,
-        }
-        module, start = f"{layer}.qkv_proj", starts[projection]
+        ends = attention.q_size, attention.q_size + attention.kv_size
+        joined, starts = "qkv_proj", dict(zip(("q_proj", "k_proj", "v_proj"), (0, *ends)))
+    elif projection in ("gate_proj", "up_proj"):
+        joined, starts = "gate_up_proj", {"gate_proj": 0, "up_proj": len(tensor)}
+    if joined:
+        module, start = f"{layer}.{joined}", starts[projection]
         whole = getattr(model.get_submodule(module), kind).data.clone()
         whole[start : start + len(tensor)] = tensor
         tensor = whole
@@ -192,6 +191,12 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
         temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, detokenize=False
     )
     for step in job["steps"]:
+        if "reset" in step:
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": step["reset"]})
+            if not hasattr(runner, "speculator"):
+                # What V1's layers prepare in their next forward is then of these weights.
+                one = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+                llm.generate([{"prompt_token_ids": job["prompts"][0]}], one, use_tqdm=False)
         error, first = None, len(drafts)
         try:
             change(llm, step)

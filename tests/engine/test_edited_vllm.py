@@ -18,16 +18,23 @@ from typing import Any
 
 import pytest
 
-from engine.harness import DRAFTER, TARGET, Job, engine_env, held_out_prompts, run_engine
+from engine.harness import DRAFTER, TARGET, Job, engine_env, held_out_prompts, run_engines
+from pairs import make_random_drafter, random_prompts
+from targets import FAMILIES, VOCAB
 
 pytestmark = pytest.mark.engine
-QWEN3, SAMPLER, SCHEDULER = (
+QWEN3, LLAMA, SAMPLER, SCHEDULER = (
     "model_executor/models/qwen3.py",
+    "model_executor/models/llama.py",
     "v1/sample/rejection_sampler.py",
     "v1/core/sched/scheduler.py",
 )
-NOT_LOUDER = QWEN3, "self.o_proj(attn_output)", "self.o_proj(attn_output * 0.9)"
-"""Another model: what it writes shows whether it is this one that runs."""
+ARCHITECTURES = {
+    "qwen3": (QWEN3, "qwen2:Qwen2Model.forward"),
+    "llama": (LLAMA, "llama:LlamaModel.forward"),
+}
+"""Of targets: the file, and what is left out where it was edited."""
+NOT_LOUDER = "self.o_proj(attn_output)", "self.o_proj(attn_output * 0.9)"
 
 
 def edited(folder: Path, *edits: tuple[str, str, str]) -> dict[str, str]:
@@ -74,13 +81,13 @@ def status(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
 
 
 def run(
-    env: dict[str, str], folder: Path, *drafters: Path | None, **changes: Any
+    env: dict[str, str], folder: Path, *pairs: tuple[Path, Path | None], **changes: Any
 ) -> list[dict[str, Any]]:
-    """An engine for each drafter; a process of its own, as the harness's has imported vLLM
-    already."""
-    prompts = held_out_prompts(3)
+    """An engine for each target with its drafter or none; a process of its own, as the harness's
+    has imported vLLM already."""
     jobs = [
-        Job(TARGET, drafter, prompts, max_tokens=24, **changes).to_json() for drafter in drafters
+        Job(target, drafter, prompts_of(target), max_tokens=24, **changes).to_json()
+        for target, drafter in pairs
     ]
     out = folder / "reports.json"
     done = subprocess.run(
@@ -100,6 +107,10 @@ def run(
     return reports
 
 
+def prompts_of(target: Path) -> list[list[int]]:
+    return held_out_prompts(3) if target == TARGET else random_prompts(3, VOCAB)
+
+
 def tokens(report: dict[str, Any]) -> list[Sequence[int]]:
     return report["batches"][0]["tokens"]
 
@@ -108,20 +119,50 @@ def accepted(report: dict[str, Any]) -> int:
     return report["batches"][0]["counters"]["accepted"]
 
 
-def test_an_edited_target_runs_by_its_modules(tmp_path: Path) -> None:
-    """Fast layers that repeat another source would write another text, without any error."""
-    env = edited(tmp_path, NOT_LOUDER)
-    said = status(env)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_edited_architecture_drops_out_alone(tmp_path: Path, architecture: str) -> None:
+    file, left_out = ARCHITECTURES[architecture]
+    said = status(edited(tmp_path, (file, *NOT_LOUDER)))
     assert said.returncode == 0
     assert "plug-in      on" in said.stdout
-    assert "left out: vllm.model_executor.models.qwen2:Qwen2Model.forward" in said.stdout
+    assert f"left out: vllm.model_executor.models.{left_out}" in said.stdout
     assert said.stdout.count("left out: ") == 1
-    plain, drafted = run(env, tmp_path, None, DRAFTER)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Any]:
+    """By architecture reports of a ``plain`` and a ``drafted`` engine where both were edited, and
+    the text of an ``unedited`` one."""
+    folder, models = tmp_path_factory.mktemp("edited"), tmp_path_factory.mktemp("models")
+    llama = FAMILIES["llama"].make(models / "llama", scale=0.25)
+    pairs = {"qwen3": (TARGET, DRAFTER), "llama": (llama, make_random_drafter(models / "drafter"))}
+    env = edited(folder, *((file, *NOT_LOUDER) for file, _ in ARCHITECTURES.values()))
+    asked = {
+        (name, kind): (target, drafter if kind == "drafted" else None)
+        for name, (target, drafter) in pairs.items()
+        for kind in ("plain", "drafted")
+    }
+    found: dict[tuple[str, str], Any] = dict(
+        zip(asked, run(env, folder, *asked.values()), strict=True)
+    )
+    targets = [target for target, _ in pairs.values()]
+    jobs = [Job(target, None, prompts_of(target), max_tokens=24) for target in targets]
+    for name, batches in zip(pairs, run_engines(jobs), strict=True):
+        found[name, "unedited"] = batches[0].tokens
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_edited_target_runs_by_its_modules(
+    written: dict[tuple[str, str], Any], architecture: str
+) -> None:
+    """Fast layers that repeat another source would write another text, without any error. The edit
+    makes another model: what it writes shows whether it is this one that runs."""
+    plain, drafted = written[architecture, "plain"], written[architecture, "drafted"]
     assert tokens(drafted) == tokens(plain)
     assert accepted(drafted) > 0
     assert "leaves a part out" in drafted["log"]
-    unedited = run_engine(TARGET, None, held_out_prompts(3), max_tokens=24)[0].tokens
-    assert tokens(plain) != unedited
+    assert tokens(plain) != written[architecture, "unedited"]
 
 
 @pytest.mark.parametrize(
@@ -134,6 +175,22 @@ def test_an_edited_target_runs_by_its_modules(tmp_path: Path) -> None:
                 "return self.embed_tokens(input_ids) * 1.5",
             ),
             "left out: vllm.model_executor.models.qwen2:Qwen2Model.forward",
+        ),
+        (
+            (
+                LLAMA,
+                "return self.embed_tokens(input_ids)",
+                "return self.embed_tokens(input_ids) * 1.5",
+            ),
+            "left out: vllm.model_executor.models.llama:LlamaModel.forward",
+        ),
+        (
+            (
+                "model_executor/layers/fusion/fused_act_quant.py",
+                "    return act_fn(x)",
+                "    return act_fn(1.5 * x)",
+            ),
+            "left out: vllm.model_executor.models.llama:LlamaModel.forward",
         ),
         (
             (
@@ -168,7 +225,7 @@ def test_an_edited_target_runs_by_its_modules(tmp_path: Path) -> None:
             "plug-in      off: the patches do not fit this vLLM",
         ),
     ],
-    ids=["embedding", "norm", "attention", "temperature", "noise"],
+    ids=["embedding", "llama embedding", "activation", "norm", "attention", "temperature", "noise"],
 )
 def test_an_edited_function_that_a_repeated_body_calls_is_seen(
     tmp_path: Path, edit: tuple[str, str, str], words: str
@@ -185,12 +242,12 @@ def test_an_edited_rejection_sampler_is_refused_and_plain_serving_works(tmp_path
     assert said.returncode == 1
     assert "plug-in      off: the patches do not fit this vLLM" in said.stdout
     assert "RejectionSampler, whose source has changed" in said.stdout
-    (plain,) = run(env, tmp_path, None)
+    (plain,) = run(env, tmp_path, (TARGET, None))
     assert len(tokens(plain)) == 3
     with pytest.raises(
         RuntimeError, match=r"(?s)supports vLLM .*RejectionSampler, whose source has changed"
     ):
-        run(env, tmp_path, DRAFTER)
+        run(env, tmp_path, (TARGET, DRAFTER))
 
 
 def test_an_edited_constructor_of_the_scheduler_and_comments_change_nothing(tmp_path: Path) -> None:
@@ -201,10 +258,13 @@ def test_an_edited_constructor_of_the_scheduler_and_comments_change_nothing(tmp_
     env = edited(
         tmp_path,
         (SCHEDULER, old, f"{old}        self.was_edited = True\n"),
-        (
-            QWEN3,
-            "output, _ = self.o_proj(attn_output)",
-            "output, _ = self.o_proj(attn_output)  # as it was",
+        *(
+            (
+                file,
+                "output, _ = self.o_proj(attn_output)",
+                "output, _ = self.o_proj(attn_output)  # as it was",
+            )
+            for file in (QWEN3, LLAMA)
         ),
         (
             SAMPLER,
@@ -215,6 +275,6 @@ def test_an_edited_constructor_of_the_scheduler_and_comments_change_nothing(tmp_
     said = status(env)
     assert said.stdout == before
     assert said.returncode == 0
-    (drafted,) = run(env, tmp_path, DRAFTER, adaptive=True)
+    (drafted,) = run(env, tmp_path, (TARGET, DRAFTER), adaptive=True)
     assert accepted(drafted) > 0
     assert "leaves a part out" not in drafted["log"]

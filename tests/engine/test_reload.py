@@ -8,8 +8,8 @@ weights change many times.
 """
 
 import re
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,26 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from engine.reload_cases import (
+    AS_QWEN3,
     DRAFTER_CASES,
     DRAFTERS,
     FRESH,
-    LOADED,
+    HEAD_NORMS,
     NOT_RUN,
-    PAST_LOADERS,
+    OTHER_ENGINES,
     REFUSALS,
     REFUSING,
     RUNNERS,
     SHARED,
     TARGET_CASES,
     TARGET_KINDS,
-    WAYS,
-    WHOLE,
     table,
     target_result,
 )
 from engine.reloads import MAX_TOKENS, job, redraw, run, wrong_drafts
 from lora import make_adapter, merge
 from pairs import make_random_drafter, make_random_target, random_drafter_config
+from targets import FAMILIES, VOCAB
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1000)]
 
@@ -44,11 +44,11 @@ Report = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """An untied target with biases as ``base``, and by kind the same with other weights of that
-    kind."""
+def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
+    """By architecture an untied target with biases as ``base``, and by kind the same with other
+    weights of that kind."""
     folder = tmp_path_factory.mktemp("targets")
-    base = make_random_target(folder / "base", attention_bias=True)
+    base = make_random_target(folder / "qwen3" / "base", attention_bias=True)
     tensors = load_file(base / "model.safetensors")
     # vLLM's Qwen3 has none for the output projection.
     save_file(
@@ -56,110 +56,121 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         base / "model.safetensors",
         metadata={"format": "pt"},
     )
-    kinds = {
-        kind: redraw(base, folder / kind, pattern, i)
-        for i, (kind, pattern) in enumerate(TARGET_KINDS.items())
+    tied = make_random_target(folder / "qwen3" / "tied", tied=True)
+    make = partial(FAMILIES["llama"].make, spoken=VOCAB)
+    llama = make(folder / "llama" / "base", attention_bias=True, mlp_bias=True)
+    tied_llama = make(folder / "llama" / "tied", tie_word_embeddings=True)
+    without = [kind for kind in TARGET_KINDS if kind not in HEAD_NORMS]
+    return {
+        "qwen3": of_each_kind(base, tied, TARGET_KINDS),
+        "llama": of_each_kind(llama, tied_llama, without),
     }
-    merged = merge(folder / "merged", base, make_adapter(folder / "adapter", base))
-    tied = make_random_target(folder / "tied", tied=True)
+
+
+def of_each_kind(base: Path, tied: Path, kinds: Iterable[str]) -> dict[str, Path]:
+    """Both, and what becomes of them by kind of weight that is another."""
+    folder = base.parent
     return {
         "base": base,
-        "merged adapter": merged,
+        "merged adapter": merge(folder / "merged", base, make_adapter(folder / "adapter", base)),
         "tied": tied,
         "tied, all": redraw(tied, folder / "tied, all", ".", 9),
-    } | kinds
+    } | {kind: redraw(base, folder / kind, TARGET_KINDS[kind], i) for i, kind in enumerate(kinds)}
 
 
 @pytest.fixture(scope="module")
-def fresh(targets: dict[str, Path]) -> dict[str, list[list[int]]]:
+def fresh(targets: dict[str, dict[str, Path]]) -> dict[str, dict[str, list[list[int]]]]:
     """What plain engines write that were started with each target."""
-    reports = run([job(path, None, [{"how": "nothing"}]) for path in targets.values()])
-    found = {kind: steps[0]["tokens"] for kind, steps in zip(targets, reports, strict=True)}
-    assert len({str(tokens) for tokens in found.values()}) == len(found), (
-        "weights that make no difference test nothing"
-    )
+    paths = [path for kinds in targets.values() for path in kinds.values()]
+    reports = iter(run([job(path, None, [{"how": "nothing"}]) for path in paths]))
+    found = {
+        architecture: {kind: next(reports)[0]["tokens"] for kind in kinds}
+        for architecture, kinds in targets.items()
+    }
+    for written in found.values():
+        assert len({str(tokens) for tokens in written.values()}) == len(written), (
+            "weights that make no difference test nothing"
+        )
     return found
 
 
-def target_steps(targets: dict[str, Path]) -> dict[tuple[str, str], dict[str, Any]]:
-    """By way and kind. Before each the engine has another kind's weights, so that what is left of
-    them is seen."""
-    base = targets["base"]
-    steps: dict[tuple[str, str], dict[str, Any]] = {}
-    for way in ("reload", "update"):
-        steps |= {(way, kind): {"how": way, "path": targets[kind]} for kind in LOADED}
-    steps |= {
-        ("reload some", k): {
-            "how": "reload some",
-            "path": targets[k],
-            "reset": base,
-            "only": TARGET_KINDS[k],
-        }
-        for k in WHOLE
-    }
-    for way in WAYS:
-        steps |= {
-            (way, kind): {
+def target_steps(architecture: str, targets: dict[str, Path]) -> dict[tuple[str, str], Any]:
+    """By way and kind, of one engine. Before each it has another kind's weights, so that what is
+    left of them is seen."""
+    steps: dict[tuple[str, str], Any] = {}
+    for of, way, kind in TARGET_CASES:
+        if of != architecture or kind in OTHER_ENGINES:
+            continue
+        if way == "sleep and wake":
+            steps[way, kind] = {"how": "sleep", "reset": targets["base"]}
+        elif way in ("reload", "update"):
+            steps[way, kind] = {"how": way, "path": targets[kind]}
+        else:
+            steps[way, kind] = {
                 "how": way,
                 "path": targets[kind],
-                "reset": base,
+                "reset": targets["base"],
                 "only": TARGET_KINDS[kind],
             }
-            for kind in PAST_LOADERS
-        }
-    return steps | {("sleep and wake", "base"): {"how": "sleep", "reset": base}}
+    return steps
+
+
+def target_jobs(
+    architecture: str, targets: dict[str, Path], drafter: Path, runner: str
+) -> dict[tuple[tuple[str, ...], ...], dict[str, Any]]:
+    """Engines whose target's weights change, by who, architecture, way and kind of each step."""
+    changes, jobs = target_steps(architecture, targets), {}
+    tied = [{"how": "reload", "path": targets["tied, all"]}]
+    for who, drafts in (("ours", drafter), ("plain", None)):
+        names = tuple((who, architecture, *key) for key in changes)
+        jobs[names] = job(targets["base"], drafts, list(changes.values()), runner)
+        name = who, architecture, "reload", "tied, all"
+        jobs[(name,)] = job(targets["tied"], drafts, tied, runner)
+    if runner == "v1":  # on V2 vLLM's CPU layers for LoRA cannot verify drafts
+        lora = {"enable_lora": True, "max_lora_rank": 8}
+        steps = [{"how": "reload", "path": targets["all"]}]
+        name = "ours", architecture, "reload", "with LoRA"
+        jobs[(name,)] = job(targets["base"], drafter, steps, runner, **lora)
+    return jobs
 
 
 @pytest.fixture(scope="module")
 def reports(
-    targets: dict[str, Path],
-    random_drafter: Path,
-    drafters: dict[str, dict[str, Path]],
-    fresh: dict[str, list[list[int]]],
+    targets: dict[str, dict[str, Path]], random_drafter: Path, drafters: dict[str, dict[str, Path]]
 ) -> Callable[[str], dict[tuple[str, ...], Report]]:
     """By runner all reports, by who, way and kind; all engines of a runner are in one process."""
 
     @cache
     def of(runner: str) -> dict[tuple[str, ...], Report]:
-        steps, names = target_steps(targets), []
-        tied = [{"how": "reload", "path": targets["tied, all"]}]
-        jobs = [
-            job(targets["base"], drafter, list(steps.values()), runner)
-            for drafter in (random_drafter, None)
-        ]
-        names += [[(who, *key) for key in steps] for who in ("ours", "plain")]
-        jobs += [job(targets["tied"], drafter, tied, runner) for drafter in (random_drafter, None)]
-        names += [[("ours", "reload", "tied, all")], [("plain", "reload", "tied, all")]]
-        if runner == "v1":  # on V2 vLLM's CPU layers for LoRA cannot verify drafts
-            lora = [{"how": "reload", "path": targets["all"]}]
-            jobs.append(
-                job(
-                    targets["base"], random_drafter, lora, runner, enable_lora=True, max_lora_rank=8
-                )
-            )
-            names.append([("ours", "reload", "with LoRA")])
+        jobs = {}
+        for architecture, kinds in targets.items():
+            if target_result(runner, architecture, "reload", "all") != AS_QWEN3:
+                jobs |= target_jobs(architecture, kinds, random_drafter, runner)
         for name, folders in drafters.items():
-            theirs = drafter_steps(name, folders)
-            jobs.append(job(targets["base"], folders["base"], list(theirs.values()), runner))
-            names.append([(name, *key) for key in theirs])
-        found = run(jobs, runner)
+            steps = drafter_steps(name, folders)
+            names = tuple((name, *key) for key in steps)
+            jobs[names] = job(
+                targets["qwen3"]["base"], folders["base"], list(steps.values()), runner
+            )
+        found = run(list(jobs.values()), runner)
         return {
             key: report
-            for keys, steps in zip(names, found, strict=True)
-            for key, report in zip(keys, steps, strict=True)
+            for keys, reports in zip(jobs, found, strict=True)
+            for key, report in zip(keys, reports, strict=True)
         }
 
     return of
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-@pytest.mark.parametrize(("way", "kind"), TARGET_CASES)
+@pytest.mark.parametrize(("architecture", "way", "kind"), TARGET_CASES)
 def test_target(
     reports: Callable[[str], dict[tuple[str, ...], Report]],
-    fresh: dict[str, list[list[int]]],
-    targets: dict[str, Path],
+    fresh: dict[str, dict[str, list[list[int]]]],
+    targets: dict[str, dict[str, Path]],
     random_drafter: Path,
     runner: str,
+    architecture: str,
     way: str,
     kind: str,
 ) -> None:
@@ -170,27 +181,28 @@ def test_target(
     that had been replaced. Drafts are
     the reference's with the new weights, for the drafter takes the target's embedding and lm_head.
     """
-    result = target_result(runner, way, kind)
-    if result == NOT_RUN:
+    result = target_result(runner, architecture, way, kind)
+    if result in (NOT_RUN, AS_QWEN3):
         pytest.skip(result)
-    report = reports(runner)["ours", way, kind]
+    report = reports(runner)["ours", architecture, way, kind]
     assert report["error"] is None
     weights = {"with LoRA": "all"}.get(kind, kind)
-    plain = reports(runner).get(("plain", way, kind))
+    plain = reports(runner).get(("plain", architecture, way, kind))
     if plain is not None:
         assert report["tokens"] == plain["tokens"]
     if result != FRESH:
         assert plain is not None
         return
-    assert report["tokens"] == [tokens[: MAX_TOKENS[runner]] for tokens in fresh[weights]]
-    wrong, count = wrong_drafts(report, targets[weights], random_drafter)
+    expected = fresh[architecture][weights]
+    assert report["tokens"] == [tokens[: MAX_TOKENS[runner]] for tokens in expected]
+    wrong, count = wrong_drafts(report, targets[architecture][weights], random_drafter)
     assert wrong == 0
     assert count > 20
 
 
 @pytest.fixture(scope="module")
 def drafters(
-    tmp_path_factory: pytest.TempPathFactory, targets: dict[str, Path]
+    tmp_path_factory: pytest.TempPathFactory, targets: dict[str, dict[str, Path]]
 ) -> dict[str, dict[str, Path]]:
     """By drafter, a ``base`` and by kind the same with other weights of that kind."""
     folder, found = tmp_path_factory.mktemp("drafters"), {}
@@ -199,7 +211,7 @@ def drafters(
             folder / name / "base", config=random_drafter_config(**changes), **form
         )
         if name == "the target's tables":
-            theirs = load_file(targets["base"] / "model.safetensors")
+            theirs = load_file(targets["qwen3"]["base"] / "model.safetensors")
             tables = {
                 "embed_tokens.weight": theirs["model.embed_tokens.weight"],
                 "lm_head.weight": theirs["lm_head.weight"],
@@ -252,8 +264,8 @@ def drafter_steps(name: str, folders: dict[str, Path]) -> dict[tuple[str, str], 
 def test_drafter(
     reports: Callable[[str], dict[tuple[str, ...], Report]],
     drafters: dict[str, dict[str, Path]],
-    targets: dict[str, Path],
-    fresh: dict[str, list[list[int]]],
+    targets: dict[str, dict[str, Path]],
+    fresh: dict[str, dict[str, list[list[int]]]],
     runner: str,
     name: str,
     way: str,
@@ -263,9 +275,11 @@ def test_drafter(
     tensor a (256) must match b (0)`."""
     report = reports(runner)[name, way, kind]
     assert report["error"] is None
-    assert report["tokens"] == [tokens[: MAX_TOKENS[runner]] for tokens in fresh["base"]]
+    assert report["tokens"] == [tokens[: MAX_TOKENS[runner]] for tokens in fresh["qwen3"]["base"]]
     wrong, count = wrong_drafts(
-        report, targets["base"], drafters[name]["all" if kind == "after refusals" else kind]
+        report,
+        targets["qwen3"]["base"],
+        drafters[name]["all" if kind == "after refusals" else kind],
     )
     assert wrong == 0
     assert count > 20
@@ -277,7 +291,7 @@ def test_drafter(
 def test_bad_update_changes_nothing(
     reports: Callable[[str], dict[tuple[str, ...], Report]],
     drafters: dict[str, dict[str, Path]],
-    targets: dict[str, Path],
+    targets: dict[str, dict[str, Path]],
     runner: str,
     name: str,
     kind: str,
@@ -288,15 +302,15 @@ def test_bad_update_changes_nothing(
     else:
         assert re.search(REFUSALS[kind], report["error"], re.DOTALL), report["error"]
     last = "base" if name == "dflash" else "all"
-    assert wrong_drafts(report, targets["base"], drafters[name][last])[0] == 0
+    assert wrong_drafts(report, targets["qwen3"]["base"], drafters[name][last])[0] == 0
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_the_targets_tables_are_not_overwritten(
     reports: Callable[[str], dict[tuple[str, ...], Report]],
     drafters: dict[str, dict[str, Path]],
-    targets: dict[str, Path],
-    fresh: dict[str, list[list[int]]],
+    targets: dict[str, dict[str, Path]],
+    fresh: dict[str, dict[str, list[list[int]]]],
     runner: str,
 ) -> None:
     """vLLM keeps one of two tables that are equal: the drafter's new lm_head would have become the
@@ -304,8 +318,8 @@ def test_the_targets_tables_are_not_overwritten(
     name, kind = SHARED
     report = reports(runner)[name, "draft update", kind]
     assert "lm_head.weight was the target's at the start" in report["error"]
-    assert report["tokens"] == [tokens[: MAX_TOKENS[runner]] for tokens in fresh["base"]]
-    assert wrong_drafts(report, targets["base"], drafters[name]["layers"])[0] == 0
+    assert report["tokens"] == [tokens[: MAX_TOKENS[runner]] for tokens in fresh["qwen3"]["base"]]
+    assert wrong_drafts(report, targets["qwen3"]["base"], drafters[name]["layers"])[0] == 0
 
 
 def test_the_documents_table() -> None:

@@ -155,13 +155,19 @@ def test_outside_of_patches_no_attribute_of_a_foreign_object_is_set() -> None:
 
 def test_every_class_of_vllms_that_we_extend_or_repeat_is_named_in_a_record() -> None:
     """Extended: a base of a class of ours. Repeated: code that asks by identity whether an object's
-    class is vLLM's very own."""
+    class is vLLM's very own, or has a table of such classes."""
     sources, used = Sources(), {}
     for path in sorted((ROOT / "vllm_dflash").rglob("*.py")):
         for name in _extended_or_repeated(ast.parse(path.read_text())):
             used.setdefault(name, path.relative_to(ROOT))
     assert "vllm.v1.sample.rejection_sampler:RejectionSampler" in used
-    assert "vllm.model_executor.models.qwen3:Qwen3Model" in used
+    for name in (
+        "qwen3:Qwen3Model",
+        "qwen3:Qwen3ForCausalLM",
+        "llama:LlamaModel",
+        "llama:LlamaMLP",
+    ):
+        assert f"vllm.model_executor.models.{name}" in used
     named = {
         _class_of(sources, key)
         for record in ALL
@@ -204,6 +210,11 @@ def _extended_or_repeated(tree: ast.Module) -> Iterator[str]:
         ):
             for side in node.comparators:
                 yield from names(side)
+        if isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                rows = value.args if isinstance(value, ast.Call) else [value]
+                for part in (*filter(None, [key]), *rows):
+                    yield from names(part)
 
 
 def _class_of(sources: Sources, dotted: str) -> str:
@@ -229,11 +240,12 @@ NOT_REPEATED = {
     "other kernels, another device's or another number format's": (
         "causal_conv1d_weight_pack weight_packed_linear_cpu check_cpu_sgl_kernel is_fp8"
         " linear_batch_invariant zentorch_sdpa_attn vocab_parallel_embedding"
-        " mixed_sample_eligible _aiter_raw_fused_sample"
+        " mixed_sample_eligible _aiter_raw_fused_sample _FUSED_ACT_QUANT _FUSED_ACT_QUANT_SUPPORT"
     ),
     "makes the modules, which are vLLM's own": (
         "support_torch_compile CustomOp.register RMSNorm MergedColumnParallelLinear"
         " QKVParallelLinear RowParallelLinear get_rope extract_layer_index set_default_rope_theta"
+        " LlamaForCausalLM._init_model ParallelLMHead LogitsProcessor PPMissingLayer maybe_prefix"
     ),
     "called by us as well": (
         "LogprobsTensors SamplerOutput batched_count_greater_than apply_bad_words"
@@ -258,8 +270,8 @@ NOT_REPEATED = {
 
 @pytest.mark.parametrize(
     "record",
-    [cpu_layers.PATCH, cpu_target.PATCH, v1_verifier.PATCH, v1_draft_metadata.PATCH],
-    ids=lambda record: record.name,
+    [cpu_layers.PATCH, *cpu_target.PATCHES, v1_verifier.PATCH, v1_draft_metadata.PATCH],
+    ids=lambda record: record.qualname,
 )
 def test_what_a_repeated_body_calls_is_fingerprinted_too(record: Any) -> None:
     """A body that only delegates is repeated with what it calls."""

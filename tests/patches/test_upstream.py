@@ -124,7 +124,7 @@ pending = {
     "InputProcessor._validate_params", "attach_router",
     # of objects that are not there yet
     "GPUModelRunner.rejection_sampler", "GPUModelRunner._calc_spec_decode_metadata", "GPUModelRunner.propose_draft_token_ids",
-    "Qwen2Model.forward", "Scheduler.schedule", "Scheduler.update_from_output", "Scheduler.shutdown",
+    "Qwen2Model.forward", "LlamaModel.forward", "Scheduler.schedule", "Scheduler.update_from_output", "Scheduler.shutdown",
 }
 assert {name for name, state in states().items() if state == "pending"} == pending, states()
 
@@ -167,6 +167,7 @@ assert sorted(applied + unneeded) == sorted(record.target for record in classes)
 for record in classes:
     assert (in_place(record) is before[record]) == (record.target in unneeded), record.target
 
+from vllm.model_executor.models.llama import LlamaModel
 from vllm.model_executor.models.qwen3 import Qwen3Model
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.sample.rejection_sampler import RejectionSampler
@@ -174,8 +175,9 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 import vllm_dflash.cpu.target_layers as cpu_layers
 cpu_layers.EagerTarget = lambda model: lambda *args: "fast"
-runner, scheduler, model = (cls.__new__(cls) for cls in (CPUModelRunner, Scheduler, Qwen3Model))
-torch.nn.Module.__init__(model)
+runner, scheduler, *models = (cls.__new__(cls) for cls in (CPUModelRunner, Scheduler, Qwen3Model, LlamaModel))
+for model in models:
+    torch.nn.Module.__init__(model)
 runner.sampler, runner.speculative_config, runner.device = Sampler(), None, torch.device("cpu")
 runner.rejection_sampler = sampler = RejectionSampler(runner.sampler)
 runner.input_ids = SimpleNamespace(np=numpy.zeros(8, dtype=numpy.int32))
@@ -184,7 +186,8 @@ def around(original, *others):
 steps = SimpleNamespace(around_schedule=around, around_update=around, around_shutdown=around)
 jobs = [
     (runner, [v1_verifier.PATCH], (runner,)), (runner, [v1_draft_metadata.PATCH], (runner, 4)),
-    (runner, [v1_steps_without_drafts.PATCH], (SimpleNamespace(unless_off=around),)), (model, [cpu_target.PATCH], (model,)),
+    (runner, [v1_steps_without_drafts.PATCH], (SimpleNamespace(unless_off=around),)),
+    *((model, [record], (model,)) for model, record in zip(models, cpu_target.PATCHES, strict=True)),
     (scheduler, scheduler_steps.PATCHES, (steps,)),
 ]
 attached = [record for _, records, _ in jobs for record in records]
@@ -194,7 +197,7 @@ for owner, records, context in jobs:
     assert patches.attach(owner, records, *context)
 for owner, records, _ in jobs:
     assert all(getattr(owner, record.name) != own[record] for record in records)
-assert model.forward() == "fast"
+assert all(model.forward() == "fast" for model in models)
 assert {row.state for row in patches.report() if row.scope == "instance"} == {"applied"}
 
 assert patches.revert() == []

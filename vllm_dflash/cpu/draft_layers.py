@@ -111,11 +111,16 @@ def _projection(context: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 class _DraftLayer(Layer):
     """Norms are vLLM's kernels, in place."""
 
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer)
+        attention = layer.self_attn
+        self._q_norm, self._k_norm = live(attention.q_norm), live(attention.k_norm)
+
     def heads(self, qk: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         count, num_heads = len(qk), self.q_size // self.head_dim
         queries, keys = qk[:, :num_heads].contiguous(), qk[:, num_heads:].contiguous()
-        _rms_norm(queries, queries, self.q_norm["weight"], self.eps)
-        _rms_norm(keys, keys, self.k_norm["weight"], self.eps)
+        _rms_norm(queries, queries, self._q_norm["weight"], self.eps)
+        _rms_norm(keys, keys, self._k_norm["weight"], self.eps)
         self.rotate(positions, queries.view(count, -1), keys.view(count, -1))
         return queries, keys
 
@@ -125,5 +130,5 @@ class _DraftLayer(Layer):
 
     def norm_and_rotate(self, keys: Tensor, positions: Tensor) -> None:
         """In place: adjacent rows [N, kv heads, head_dim]."""
-        _rms_norm(keys, keys, self.k_norm["weight"], self.eps)
+        _rms_norm(keys, keys, self._k_norm["weight"], self.eps)
         self.rotate(positions, keys.view(len(keys), -1), None)

@@ -159,7 +159,6 @@ class Layer:
             attention.kv_size,
             attention.head_dim,
         )
-        self.q_norm, self.k_norm = live(attention.q_norm), live(attention.k_norm)
         self.rotate = _rotation(attention.rotary_emb, self.input_norm["weight"].dtype)
         self._attn, self._name, self._impl = (
             attention.attn,
@@ -170,7 +169,7 @@ class Layer:
 
     def heads(self, qk: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """``qk`` [N, heads, head_dim] of queries and then keys, a part of wider rows; returns both,
-        normed and rotated."""
+        normed where their heads have norms, and rotated."""
         raise NotImplementedError
 
     def norm_sum(self, hidden: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,52 +4,96 @@ last bit, with less between them.
 With one request, half of the target's forward is Python between small operators, seven for each
 norm and a dozen calls for each attention (docs/performance.md). A norm is one call here, which does
 the same arithmetic in the same order, so that the target writes what it writes without a drafter.
-Limits: Qwen3, not its mixtures of experts, and those of ``layers.py``; elsewhere, and in steps with
-embeddings for input, the modules run.
+Limits: Qwen3 and Llama, by vLLM's very own classes (``ARCHITECTURES``), not what extends them, and
+those of ``layers.py``; elsewhere, and in steps with embeddings for input, the modules run.
 
     pytest tests/engine/test_target_layers.py tests/engine/test_reload.py
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
-from vllm.model_executor.models.qwen3 import Qwen3DecoderLayer, Qwen3Model
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.models.llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaMLP,
+    LlamaModel,
+)
+from vllm.model_executor.models.qwen2 import Qwen2MLP
+from vllm.model_executor.models.qwen3 import (
+    Qwen3Attention,
+    Qwen3DecoderLayer,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
 
 from vllm_dflash.cpu.layers import Layer, Workspace, can_run, embedding, live
+from vllm_dflash.patch import Patch
 from vllm_dflash.patches import cpu_target
 from vllm_dflash.plugin import patch_set
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """vLLM's classes of one architecture. The layers below compute what all of them do; they differ
+    in whether an attention has norms of its heads and in which projections have biases, and both
+    are seen in the modules."""
+
+    model: type
+    layer: type
+    attention: type
+    mlp: type
+    record: Patch
+    """Fingerprints of what is repeated."""
+
+    def is_of(self, model: Any) -> bool:
+        """Whether these very classes made the model and each of its layers."""
+        layers = {(type(layer), type(layer.self_attn), type(layer.mlp)) for layer in model.layers}
+        return (type(model), layers) == (self.model, {(self.layer, self.attention, self.mlp)})
+
+
+ARCHITECTURES = {
+    Qwen3ForCausalLM: _Architecture(
+        Qwen3Model, Qwen3DecoderLayer, Qwen3Attention, Qwen2MLP, cpu_target.QWEN3
+    ),
+    LlamaForCausalLM: _Architecture(
+        LlamaModel, LlamaDecoderLayer, LlamaAttention, LlamaMLP, cpu_target.LLAMA
+    ),
+}
 
 
 def use_eager_layers(target: Any) -> bool:
     """Lets a loaded target model run its layers by this module's class; returns whether they fit
     it."""
-    model: Any = getattr(target, "model", None)
-    if type(model) is not Qwen3Model or not _is_known(model) or not can_run(model):
+    # By class: those that extend these also change what is inside, as Ernie 4.5 does of Llama.
+    architecture = ARCHITECTURES.get(type(target))
+    if architecture is None or not architecture.is_of(model := target.model):
         return False
-    return patch_set().attach(model, [cpu_target.PATCH], model)
+    if not _is_known(model) or not can_run(model):
+        return False
+    return patch_set().attach(model, [architecture.record], model)
 
 
 def _is_known(model: Any) -> bool:
-    """Whether each part of the model is vLLM's own, as its class says, and nothing listens to
-    it."""
+    """Whether each part of the model's layers is vLLM's own, as its class says, and nothing listens
+    to it."""
     norms = [model.norm]
     for layer in model.layers:
         attention = layer.self_attn
-        norms += [
-            layer.input_layernorm,
-            layer.post_attention_layernorm,
-            attention.q_norm,
-            attention.k_norm,
-        ]
+        norms += [layer.input_layernorm, layer.post_attention_layernorm, *_head_norms(attention)]
         rotates_by = getattr(attention.rotary_emb, "_forward_method", None)
         if (
-            type(layer) is not Qwen3DecoderLayer
-            or type(layer.mlp.act_fn) is not SiluAndMul
+            type(layer.mlp.act_fn) is not SiluAndMul
+            or type(attention.attn) is not Attention
             or getattr(rotates_by, "__func__", None) is not RotaryEmbedding.forward_cpu
             or attention.attn.kv_sharing_target_layer_name is not None
             or attention.attn.query_quant is not None
@@ -58,14 +102,23 @@ def _is_known(model: Any) -> bool:
     has_hooks = any(
         module._forward_hooks or module._forward_pre_hooks for module in model.modules()
     )
-    return not has_hooks and all(
-        type(norm) is RMSNorm and norm.pass_weight and norm.variance_size_override is None
-        for norm in norms
+    return (
+        not has_hooks
+        and type(model.embed_tokens) is VocabParallelEmbedding
+        and all(
+            type(norm) is RMSNorm and norm.pass_weight and norm.variance_size_override is None
+            for norm in norms
+        )
     )
 
 
+def _head_norms(attention: Any) -> list[Any]:
+    """The norms of queries and of keys; Llama has none."""
+    return [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+
+
 class EagerTarget:
-    """In place of a loaded ``Qwen3Model``'s ``forward``."""
+    """In place of the ``forward`` of a loaded model of ``ARCHITECTURES``."""
 
     def __init__(self, model: Any) -> None:
         self._model, self._modules = model, model.forward
@@ -74,7 +127,7 @@ class EagerTarget:
         self._names = [layer.self_attn.attn.layer_name for layer in model.layers]
         self._norm = live(model.norm)
         self._joined = [part for layer in self._layers for part in layer.joined_parts]
-        self._head_norms = [norm for layer in self._layers for norm in (layer.q_norm, layer.k_norm)]
+        self._head_norms = [norm for layer in self._layers for norm in layer.head_norms]
 
     def __call__(
         self,
@@ -82,9 +135,10 @@ class EagerTarget:
         positions: Tensor,
         intermediate_tensors: Any = None,
         inputs_embeds: Tensor | None = None,
+        **others: Any,
     ) -> Any:
         """As the model's ``forward``: ``input_ids`` [N] int32, ``positions`` [N] int64 -> [N, H],
-        with T features [N, H] where they are asked for."""
+        with T features [N, H] where they are asked for. ``others`` are the modules' to know."""
         context = get_forward_context() if is_forward_context_available() else None
         metadata, slots = (
             (None, None) if context is None else (context.attn_metadata, context.slot_mapping)
@@ -92,9 +146,12 @@ class EagerTarget:
         if (
             input_ids is None
             or inputs_embeds is not None
+            or others
             or not (isinstance(metadata, dict) and isinstance(slots, dict))
         ):
-            return self._modules(input_ids, positions, intermediate_tensors, inputs_embeds)
+            return self._modules(
+                input_ids, positions, intermediate_tensors, inputs_embeds, **others
+            )
         if any(
             slots.get(name) is None or metadata[name].num_actual_tokens != len(input_ids)
             for name in self._names
@@ -103,7 +160,8 @@ class EagerTarget:
         taps, features = self._model.aux_hidden_state_layers, []
         # Anew in each step, 1 us a layer: whatever has changed a weight, no trace of it is left
         # that could be looked for.
-        torch._foreach_copy_(self._joined, [norm["weight"] for norm in self._head_norms])
+        if self._joined:
+            torch._foreach_copy_(self._joined, [norm["weight"] for norm in self._head_norms])
         residual = self._embed(input_ids)
         first = self._layers[0]
         workspace, hidden = (
@@ -128,16 +186,15 @@ class _TargetLayer(Layer):
 
     def __init__(self, layer: Any) -> None:
         super().__init__(layer)
-        weight = self.q_norm["weight"]
-        self._is_float, self._num_heads = (
-            weight.dtype == torch.float32,
-            self.q_size // self.head_dim,
-        )
-        num_keys = layer.self_attn.kv_size // self.head_dim
-        self._qk_weight = torch.empty(self._num_heads + num_keys, self.head_dim, dtype=weight.dtype)
+        dtype = self.input_norm["weight"].dtype
+        self._is_float, self._num_heads = dtype == torch.float32, self.q_size // self.head_dim
+        self.head_norms = [live(norm) for norm in _head_norms(layer.self_attn)]
+        """Of the queries and of the keys, or none."""
+        counts = [self._num_heads, layer.self_attn.kv_size // self.head_dim]
+        self._qk_weight = torch.empty(sum(counts), self.head_dim, dtype=dtype)
         """[heads, head_dim]: the weights of both norms, for one multiplication."""
-        self.joined_parts = self._qk_weight[: self._num_heads], self._qk_weight[self._num_heads :]
-        """Of the queries and of the keys: every forward writes them first."""
+        self.joined_parts = self._qk_weight.split(counts) if self.head_norms else ()
+        """Of each of ``head_norms``: every forward writes them first."""
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """``x`` [N, H], normed; in 16 bits it may still be in float32, as a sum is."""
@@ -146,12 +203,16 @@ class _TargetLayer(Layer):
         return torch.rms_norm(x.float(), weight.shape, None, self.eps).to(weight.dtype) * weight
 
     def heads(self, qk: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Without norms ``qk`` is rotated where it lies, as vLLM's attention does."""
+        both = self._normed_heads(qk) if self.head_norms else qk
+        self.rotate(positions, both.view(len(both), -1), None)
+        return both[:, : self._num_heads], both[:, self._num_heads :]
+
+    def _normed_heads(self, qk: Tensor) -> Tensor:
         normed = torch.rms_norm(
             qk if self._is_float else qk.float(), (self.head_dim,), None, self.eps
         )
-        both = (normed if self._is_float else normed.to(qk.dtype)).mul_(self._qk_weight)
-        self.rotate(positions, both.view(len(both), -1), None)
-        return both[:, : self._num_heads], both[:, self._num_heads :]
+        return (normed if self._is_float else normed.to(qk.dtype)).mul_(self._qk_weight)
 
     def norm_sum(self, hidden: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         if self._is_float:
