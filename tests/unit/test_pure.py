@@ -75,6 +75,7 @@ NEEDS_TORCH = {
     "tools.inspect",
     "tools.pair_checks",
     "tools.pair_runs",
+    "tools.run_checks",
     "training.budget",
     "training.checkpoints",
     "training.draft_vocab",

@@ -110,36 +110,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         _num_prompts(args.num_prompts, args.concurrency),
         args.swing,
     )
-    server = None
-    if args.server:
-        if args.swing:
-            raise UsageError(
-                "--swing needs the bench's own engines: leave out --server, or sweep --concurrency"
-            )
-        if tokenizer is None:
-            raise UsageError(
-                f"{target} has no tokenizer, which turns prompts into text: give --target, the"
-                " model's folder or hub id"
-            )
-        server = Server(args.server, target, tokenizer, model)
-    longest = max(
-        len(prompt)
-        for p in every
-        for prompt in prompt_sets[p.prompt_set].take(p.num_prompts, p.prompt_tokens)
-    )
-    # vLLM's own dflash drafts for nobody in a step in which the longest request, its draft tokens
-    # counted, leaves no room for a block.
-    needed = (
-        longest
-        + args.max_tokens.most
-        + 2 * (1 + max(method.num_speculative_tokens for method in methods))
-    )
-    if args.max_model_len is not None and args.max_model_len < longest + args.max_tokens.most:
-        raise UsageError(
-            f"--max-model-len {args.max_model_len} has no room for a prompt of {longest} tokens and"
-            f" {args.max_tokens.most} more: give {needed}, or a smaller --prompt-tokens or"
-            " --max-tokens"
-        )
+    server = _server(args, target, tokenizer, model) if args.server else None
+    needed = _model_len(args, every, prompt_sets, methods)
     return Plan(
         target,
         methods,
@@ -158,6 +130,48 @@ def make_plan(args: argparse.Namespace) -> Plan:
         args.fresh_engines,
         args.slice,
     )
+
+
+def _server(args: argparse.Namespace, target: str, tokenizer: Any, model: str) -> Server:
+    """The running server that is measured."""
+    if args.swing:
+        raise UsageError(
+            "--swing needs the bench's own engines: leave out --server, or sweep --concurrency"
+        )
+    if tokenizer is None:
+        raise UsageError(
+            f"{target} has no tokenizer, which turns prompts into text: give --target, the"
+            " model's folder or hub id"
+        )
+    return Server(args.server, target, tokenizer, model)
+
+
+def _model_len(
+    args: argparse.Namespace,
+    every: Sequence[Point],
+    prompt_sets: Mapping[str, PromptSet],
+    methods: Sequence[Method],
+) -> int:
+    """Positions that the longest request needs where every method drafts to its end."""
+    longest = max(
+        len(prompt)
+        for p in every
+        for prompt in prompt_sets[p.prompt_set].take(p.num_prompts, p.prompt_tokens)
+    )
+    # vLLM's own dflash drafts for nobody in a step in which the longest request, its draft tokens
+    # counted, leaves no room for a block.
+    needed = (
+        longest
+        + args.max_tokens.most
+        + 2 * (1 + max(method.num_speculative_tokens for method in methods))
+    )
+    if args.max_model_len is not None and args.max_model_len < longest + args.max_tokens.most:
+        raise UsageError(
+            f"--max-model-len {args.max_model_len} has no room for a prompt of {longest} tokens and"
+            f" {args.max_tokens.most} more: give {needed}, or a smaller --prompt-tokens or"
+            " --max-tokens"
+        )
+    return needed
 
 
 def _embedded(name: str) -> Path:

@@ -73,7 +73,27 @@ class Server:
                 for ids, n in rows
             )
         )
-        command = [
+        # The client needs no engine, so none of ours is loaded into it.
+        env = os.environ | {"VLLM_DFLASH": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+        done = subprocess.run(
+            self._command(job, prompts, out),
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        if done.returncode or not out.is_file():
+            lines = done.stdout.strip().splitlines()[-_LINES_SHOWN:]
+            raise EngineFailedError(
+                f"`vllm bench serve` ended with {done.returncode}: {lines[-1] if lines else ''}",
+                "\n".join(lines),
+            )
+        return json.loads(out.read_text())
+
+    def _command(self, job: Job, prompts: Path, out: Path) -> list[str]:
+        """vLLM's own client, which reads the prompts and writes its result to ``out``."""
+        return [
             str(Path(sys.executable).with_name("vllm")),
             "bench",
             "serve",
@@ -107,27 +127,10 @@ class Server:
             "50,95",
             "--save-result",
             "--result-dir",
-            str(folder),
+            str(out.parent),
             "--result-filename",
             out.name,
         ]
-        # The client needs no engine, so none of ours is loaded into it.
-        env = os.environ | {"VLLM_DFLASH": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
-        done = subprocess.run(
-            command,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        if done.returncode or not out.is_file():
-            lines = done.stdout.strip().splitlines()[-_LINES_SHOWN:]
-            raise EngineFailedError(
-                f"`vllm bench serve` ended with {done.returncode}: {lines[-1] if lines else ''}",
-                "\n".join(lines),
-            )
-        return json.loads(out.read_text())
 
 
 def connect(url: str) -> tuple[str, str]:
