@@ -27,6 +27,9 @@ def _record(target: str, fingerprints: dict[str, str]) -> Patch:
         fingerprints={
             **cpu_layers.PATCH.fingerprints,
             f"{_MODELS}.interfaces:EagleModelMixin": "2931519f21c4dd27",
+            # A call of a norm is these two; ``target_layers`` sees whether a class has its own.
+            "vllm.model_executor.custom_op:CustomOp.forward": "6d01cf24b16e8252",
+            "vllm.model_executor.custom_op:CustomOp.forward_cpu": "0ccb0330e5b22a4f",
             f"{_LAYERS}.layernorm:RMSNorm.forward_native": "1e4b2b94b1ce009a",
             "vllm.ir.ops.layernorm:rms_norm": "12044f5e1b907e37",
             "vllm.ir.ops.layernorm:fused_add_rms_norm": "8785226184c83678",
@@ -46,6 +49,7 @@ def _record(target: str, fingerprints: dict[str, str]) -> Patch:
 QWEN3 = _record(
     f"{_MODELS}.qwen2:Qwen2Model.forward",
     {
+        f"{_MODELS}.qwen2:Qwen2Model.__init__": "11c4b2efdca7a938",
         f"{_MODELS}.qwen2:Qwen2Model.forward": "084d26fb4e1e559b",
         f"{_MODELS}.qwen2:Qwen2Model.embed_input_ids": "270fff45169289dc",
         f"{_MODELS}.qwen2:Qwen2MLP": "08041865ce4038a8",
@@ -59,6 +63,7 @@ QWEN3 = _record(
 LLAMA = _record(
     f"{_MODELS}.llama:LlamaModel.forward",
     {
+        f"{_MODELS}.llama:LlamaModel.__init__": "bdb12c910c6f1005",
         f"{_MODELS}.llama:LlamaModel.forward": "7489814fa37f6dfe",
         f"{_MODELS}.llama:LlamaModel.embed_input_ids": "270fff45169289dc",
         f"{_MODELS}.llama:LlamaMLP": "1c9b9ffb406f2097",

@@ -235,6 +235,24 @@ def test_an_edited_function_that_a_repeated_body_calls_is_seen(
     assert words in status(edited(tmp_path, edit)).stdout
 
 
+def test_a_norm_with_a_method_of_its_own_runs(tmp_path: Path) -> None:
+    """No body was edited: a method that vLLM's dispatch prefers was added. The fast layers, which
+    knew the old one, wrote the old text."""
+    own = (
+        "    def forward_cpu(self, x, residual=None):\n"
+        "        out = self.forward_native(x, residual)\n"
+        "        return (out[0] * 0.9, out[1]) if isinstance(out, tuple) else out * 0.9\n\n"
+    )
+    old = "    def forward_native(\n"
+    env = edited(tmp_path, ("model_executor/layers/layernorm.py", old, own + old))
+    plain, drafted = run(env, tmp_path, (TARGET, None), (TARGET, DRAFTER))
+    assert tokens(drafted) == tokens(plain)
+    assert (
+        tokens(plain)
+        != run_engines([Job(TARGET, None, prompts_of(TARGET), max_tokens=24)])[0][0].tokens
+    )
+
+
 def test_an_edited_rejection_sampler_is_refused_and_plain_serving_works(tmp_path: Path) -> None:
     old = "assert metadata.max_spec_len <= MAX_SPEC_LEN"
     env = edited(tmp_path, (SAMPLER, old, f"{old}\n        edited = True"))

@@ -243,21 +243,24 @@ NOT_REPEATED = {
         " mixed_sample_eligible _aiter_raw_fused_sample _FUSED_ACT_QUANT _FUSED_ACT_QUANT_SUPPORT"
     ),
     "makes the modules, which are vLLM's own": (
-        "support_torch_compile CustomOp.register RMSNorm MergedColumnParallelLinear"
-        " QKVParallelLinear RowParallelLinear get_rope extract_layer_index set_default_rope_theta"
-        " LlamaForCausalLM._init_model ParallelLMHead LogitsProcessor PPMissingLayer maybe_prefix"
+        "support_torch_compile CustomOp.register CustomOp.__init__ RMSNorm VocabParallelEmbedding"
+        " MergedColumnParallelLinear QKVParallelLinear RowParallelLinear get_rope"
+        " extract_layer_index set_default_rope_theta LlamaForCausalLM._init_model ParallelLMHead"
+        " LogitsProcessor PPMissingLayer maybe_prefix make_layers spec_decode_needs_target_embed"
+        " make_empty_intermediate_tensors_factory"
     ),
     "called by us as well": (
         "LogprobsTensors SamplerOutput batched_count_greater_than apply_bad_words"
         " Sampler._combine_outputs_with_spec_tokens Sampler.apply_penalties"
         " Sampler.compute_logprobs Sampler.gather_logprobs Sampler.greedy_sample"
-        " apply_top_k_top_p get_forward_context"
+        " apply_top_k_top_p get_forward_context RotaryEmbeddingBase._match_cos_sin_cache_dtype"
     ),
     "verification that ours takes the place of": (
         "apply_bad_words_with_drafts apply_all_penalties _expand _rejection_greedy_sample"
         " _rejection_random_sample _sample_recovered_tokens apply_sampling_constraints"
         " rejection_sample unconditional_to_conditional_rates"
     ),
+    "of a class that must have its own": "CustomOp.forward_native",
     "refused: use_fp64_gumbel": "empty_exponential_noise_like sample_with_exponential_noise",
     "moves or holds data and computes nothing": (
         "current_platform logger IntermediateTensors _encode_layer_name async_tensor_h2d"
@@ -295,8 +298,12 @@ def _called(sources: Sources, body: Definition) -> Iterator[Definition]:
             continue
         parts = ast.unparse(call.func).split(".")
         names = [f"{body.module}:{'.'.join(parts)}", f"{body.module}:{parts[0]}"]
-        if parts[0] == "self":
-            names = [f"{body.module}:{'.'.join([body.qualname.split('.')[0], *parts[1:]])}"]
+        if parts[0] in ("self", "super()"):
+            own = f"{body.module}:{body.qualname.split('.')[0]}"
+            classes = [own]
+            with suppress(SourceNotFoundError):
+                classes = list(_with_bases(sources, own))[parts[0] == "super()" :]
+            names = [".".join([each, *parts[1:]]) for each in classes]
         for name in names:
             with suppress(SourceNotFoundError):
                 found = sources.find(name)

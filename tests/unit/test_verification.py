@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("vllm")
 
 from vllm_dflash.cpu.sampling import SeedDraws
-from vllm_dflash.cpu.verification import DraftMetadata, keep_accepted
+from vllm_dflash.cpu.verification import DraftMetadata, Verifier, keep_accepted
 
 pytestmark = pytest.mark.vllm
 
@@ -40,6 +40,21 @@ def test_draws_are_vllms_whatever_is_asked_for_first() -> None:
     assert draws.at("a", 8, range(1)) != expected[:1]
     draws.forget_all_but({"b"})
     assert list(draws._drawn) == ["b"]
+
+
+def test_a_requests_draws_are_by_the_seed_that_vllm_gave_its_generator() -> None:
+    """Not by the request's own, which vLLM might have changed."""
+    runner = SimpleNamespace(
+        requests={"a": SimpleNamespace(output_token_ids=[1]), "b": None},
+        input_batch=SimpleNamespace(req_ids=["b", "a"]),
+    )
+    generator = torch.Generator().manual_seed(8)
+    torch.rand(3, generator=generator)
+    sampling = SimpleNamespace(generators={1: generator})
+    verifier = Verifier.__new__(Verifier)
+    verifier._runner, verifier._draws = runner, SeedDraws()
+    rows, seeds = verifier._seeded([2, 1], sampling)
+    assert (rows, seeds) == ([3, 4], SeedDraws().at("a", 8, range(1, 3)))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -90,11 +91,11 @@ def _is_known(model: Any) -> bool:
     for layer in model.layers:
         attention = layer.self_attn
         norms += [layer.input_layernorm, layer.post_attention_layernorm, *_head_norms(attention)]
-        rotates_by = getattr(attention.rotary_emb, "_forward_method", None)
         if (
             type(layer.mlp.act_fn) is not SiluAndMul
+            or not _ends_in(layer.mlp.act_fn, SiluAndMul.forward_cpu, SiluAndMul.forward_native)
             or type(attention.attn) is not Attention
-            or getattr(rotates_by, "__func__", None) is not RotaryEmbedding.forward_cpu
+            or not _ends_in(attention.rotary_emb, RotaryEmbedding.forward_cpu)
             or attention.attn.kv_sharing_target_layer_name is not None
             or attention.attn.query_quant is not None
         ):
@@ -106,9 +107,22 @@ def _is_known(model: Any) -> bool:
         not has_hooks
         and type(model.embed_tokens) is VocabParallelEmbedding
         and all(
-            type(norm) is RMSNorm and norm.pass_weight and norm.variance_size_override is None
+            type(norm) is RMSNorm
+            and _ends_in(norm, CustomOp.forward_cpu, RMSNorm.forward_native)
+            and norm.pass_weight
+            and norm.variance_size_override is None
             for norm in norms
         )
+    )
+
+
+def _ends_in(module: Any, *functions: Any) -> bool:
+    """Whether a call of the module is, by vLLM's own dispatch, one of these functions: a class may
+    have another ``forward``, or what ``forward`` chooses from, of its own."""
+    method = getattr(module, "_forward_method", None)
+    return (
+        type(module).forward is CustomOp.forward
+        and getattr(method, "__func__", method) in functions
     )
 
 

@@ -226,12 +226,12 @@ class Verifier(RejectionSampler):
             return rows, seeds
         requests, request_ids, first = self._runner.requests, self._runner.input_batch.req_ids, 0
         for row, drafts in enumerate(num_draft_tokens):
-            if row in sampling.generators:
-                request = requests[request_ids[row]]
-                place = len(request.output_token_ids)
+            if (generator := sampling.generators.get(row)) is not None:
+                place = len(requests[request_ids[row]].output_token_ids)
                 rows += range(first, first + drafts + 1)
+                # What vLLM has made of the request's seed; nothing was drawn by it.
                 seeds += self._draws.at(
-                    request_ids[row], request.sampling_params.seed, range(place, place + drafts + 1)
+                    request_ids[row], generator.initial_seed(), range(place, place + drafts + 1)
                 )
             first += drafts + 1
         self._draws.forget_all_but(requests)

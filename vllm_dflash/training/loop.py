@@ -196,9 +196,8 @@ class Trainer:
     def as_exported(self) -> Drafter:
         """A copy with the weights that are exported, rounded as on disk, in the dtype that the
         target runs in; all workers must call it."""
-        drafter = with_weights(self.config, sharding.whole(self.optimizer.weights())).to(
-            self.model.device
-        )
+        weights = sharding.whole(self.optimizer.weights())
+        drafter: Drafter = with_weights(self.config, weights).to(self.model.device)
         dtype = getattr(torch, self.target.dtype)
         drafter.own = draft_vocab.rounded(self.drafter.own, self.config, dtype)
         return drafter.to(getattr(torch, self.config.dtype)).to(dtype).eval()
