@@ -4,10 +4,11 @@ they are served.
 pytest tests/unit/test_bench_workload.py tests/engine/test_doctor.py
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from vllm_dflash.json_text import loads
 
 BUILT_IN = (
     (
@@ -79,8 +80,8 @@ def read_lines(path: str) -> Iterator[tuple[Any, str]]:
             continue
         where, empty = f"{path}, line {number}", False
         try:
-            yield json.loads(line), where
-        except (ValueError, RecursionError) as error:
+            yield loads(line), where
+        except ValueError as error:
             raise PromptError(f"{where} is no JSON ({error}): give one object a line") from None
     if empty:
         raise PromptError(f'{path} is empty: give at least one line such as {{"prompt": "..."}}')
