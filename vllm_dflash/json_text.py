@@ -8,6 +8,7 @@ wherever its stack happens to end. Pure: no part of this package is imported.
 """
 
 import json
+from collections import Counter
 from typing import Any
 
 MOST_LEVELS = 200
@@ -45,8 +46,7 @@ def loads(text: str | bytes) -> Any:
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise RepeatedKeyError(next(key for i, key in enumerate(keys) if key in keys[:i]))
+        raise RepeatedKeyError(Counter(key for key, _ in pairs).most_common(1)[0][0])
     return found
 
 
