@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash.json_text import loads
+from vllm_dflash.regular import check_input
 
 BUILT_IN = (
     (
@@ -71,6 +72,7 @@ def read_lines(path: str) -> Iterator[tuple[Any, str]]:
         PromptError: it cannot be read, is empty, or a line is no JSON; the line is named.
     """
     try:
+        check_input(path)
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{path} cannot be read ({error}): give a file of JSON lines") from None

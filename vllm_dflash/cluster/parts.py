@@ -19,6 +19,7 @@ from vllm_dflash.cluster.settings import ClusterError
 from vllm_dflash.files import whole_file
 from vllm_dflash.json_text import loads
 from vllm_dflash.records import AtLeast, misfit
+from vllm_dflash.regular import check_input
 
 FORMATS = (".jsonl", ".parquet")
 _RESULT_TYPES = {
@@ -88,6 +89,7 @@ def index(paths: Sequence[str], rows_per_part: int) -> Input:
     for path in paths:
         absolute = str(Path(path).resolve())
         try:
+            check_input(path)
             cut = _cut_lines if path.endswith(".jsonl") else _cut_parquet
             whole = cut(absolute, rows_per_part, parts, zlib.crc32(Path(path).name.encode(), whole))
         except (OSError, ValueError) as error:

@@ -19,6 +19,7 @@ from vllm_dflash.fields import json_type
 from vllm_dflash.json_text import loads
 from vllm_dflash.prompts import surrogate
 from vllm_dflash.records import object_of
+from vllm_dflash.regular import check_input
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.tables import Data
 
@@ -125,6 +126,7 @@ class Reader:
             yield from enumerate(_dataset(path), 1)
             return
         try:
+            check_input(path)
             with path.open(encoding="utf-8-sig") as file:
                 for number, line in enumerate(file, 1):
                     if line.strip():
