@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash.config import DrafterConfig, DrafterConfigError, TargetShape, check_pair, printable
-from vllm_dflash.formats import is_foreign, is_ours, published_format, read_raw, write
+from vllm_dflash.formats import CONFIG_FILE, is_foreign, is_ours, published_format, read_raw, write
 from vllm_dflash.hub import count_tokens, drafter_folder, load_tokenizer
 from vllm_dflash.kinds import AFTER_ANCHOR, kind_of
 from vllm_dflash.log import logger
@@ -226,13 +226,21 @@ def read_early(model: str, revision: str | None) -> DrafterConfig | None:
     ours.
 
     Raises:
-        DrafterConfigError: its config.json is unusable. Later, transformers would refuse some of
-            that without a remedy.
+        DrafterConfigError: its config.json is unusable. Later, transformers or vLLM would refuse
+            some of that without a remedy.
     """
     folder = drafter_folder(model, revision)
     if folder is None or is_foreign(read_raw(folder)):
         return None
-    return DrafterConfig.from_pretrained(folder)
+    drafter = DrafterConfig.from_pretrained(folder)
+    if drafter.quantization_config is not None:
+        from vllm_dflash.weights.quantization import check_quantization
+
+        try:
+            check_quantization(drafter)
+        except DrafterConfigError as error:
+            raise error.at(folder / CONFIG_FILE) from None
+    return drafter
 
 
 def _attributes(drafter: DrafterConfig) -> dict[str, Any]:

@@ -4,10 +4,12 @@ they are served.
 pytest tests/unit/test_bench_workload.py tests/engine/test_doctor.py
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from vllm_dflash.json_text import loads
+from vllm_dflash.regular import check_input
 
 BUILT_IN = (
     (
@@ -70,6 +72,7 @@ def read_lines(path: str) -> Iterator[tuple[Any, str]]:
         PromptError: it cannot be read, is empty, or a line is no JSON; the line is named.
     """
     try:
+        check_input(path)
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{path} cannot be read ({error}): give a file of JSON lines") from None
@@ -79,8 +82,8 @@ def read_lines(path: str) -> Iterator[tuple[Any, str]]:
             continue
         where, empty = f"{path}, line {number}", False
         try:
-            yield json.loads(line), where
-        except (ValueError, RecursionError) as error:
+            yield loads(line), where
+        except ValueError as error:
             raise PromptError(f"{where} is no JSON ({error}): give one object a line") from None
     if empty:
         raise PromptError(f'{path} is empty: give at least one line such as {{"prompt": "..."}}')

@@ -1,5 +1,4 @@
-"""Reads the JSON records that commands keep, each against the shape that it was written in. Pure:
-no part of this package is imported.
+"""Reads the JSON records that commands keep, each against the shape that it was written in. Pure.
 
 A record is an object. Its shape says what each of its fields is: a type, ``None`` for null, a tuple
 of those that may be, ``AtLeast``, ``[shape]`` for a list, ``{name: shape}`` for an object with at
@@ -17,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from vllm_dflash.json_text import loads
 
 FORMAT = 1
 """Of all records; another is refused, for its fields may mean something else."""
@@ -55,12 +56,9 @@ def object_of(text: str) -> dict[str, Any]:
     """The JSON object that a user gave as text.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none, or gives a key twice.
     """
-    try:
-        found = json.loads(text)
-    except RecursionError:
-        raise ValueError("it is too deep") from None
+    found = loads(text)
     if not isinstance(found, dict):
         raise ValueError("it is no object")
     return found
@@ -77,8 +75,8 @@ def read(path: Path, shape: Mapping[str, Any]) -> dict[str, Any] | None:
         raw = read_regular(path)
         if raw is None:
             return None
-        found = json.loads(raw.decode())
-    except (OSError, ValueError, RecursionError) as error:
+        found = loads(raw.decode())
+    except (OSError, ValueError) as error:
         said = (
             error.strerror
             if isinstance(error, OSError) and error.strerror

@@ -1,7 +1,7 @@
-"""Reads files of a folder that anyone may have made: regular files only, and no more of them than
-there is reason for.
+"""Reads files that anyone may have made, a checkpoint's and those that a command is given: regular
+files only, and no more of a checkpoint's than there is reason for.
 
-A pipe or a device under a checkpoint's name would be waited for, or fill the memory. Pure Python.
+A pipe or a device would be waited for, or fill the memory. Pure Python.
 
     pytest tests/unit/test_broken_files.py
 """
@@ -36,13 +36,28 @@ def size_of_regular(path: Path) -> int | None:
         return None
     except (OSError, ValueError) as error:
         raise DrafterConfigError(f"{path} cannot be looked at ({_reason(error)})", _FETCH) from None
-    kind = stat.S_IFMT(status.st_mode)
-    if kind != stat.S_IFREG:
-        raise DrafterConfigError(
-            f"{path} is {_KINDS.get(kind, 'no file')}, not a regular file",
-            f"remove it, and {_FETCH}",
-        )
+    other = _other_than_regular(status)
+    if other is not None:
+        raise DrafterConfigError(f"{path} is {other}", f"remove it, and {_FETCH}")
     return status.st_size
+
+
+def check_input(path: str | Path) -> None:
+    """Refuses an input of a command that is no regular file, links followed, before it is opened.
+
+    Raises:
+        OSError: it is a pipe, a device or a folder, or is not there.
+    """
+    other = _other_than_regular(Path(path).stat())
+    if other is not None:
+        raise OSError(f"it is {other}")
+
+
+def _other_than_regular(status: os.stat_result) -> str | None:
+    kind = stat.S_IFMT(status.st_mode)
+    if kind == stat.S_IFREG:
+        return None
+    return f"{_KINDS.get(kind, 'no file')}, not a regular file"
 
 
 def read_regular(path: Path, most: int) -> bytes | None:

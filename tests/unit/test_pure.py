@@ -53,6 +53,7 @@ ASKS_VLLM = {
     "tools.engine_run",
     "training.extract_engine",
     "training.generate_engine",
+    "weights.quantization",
 }
 """Import vLLM when they are called: inside of functions."""
 NEEDS_TORCH = {
@@ -96,6 +97,7 @@ NEEDS_TORCH = {
     "weights.headers",
     "weights.mask_embedding",
     "weights.messages",
+    "weights.quantization",
     "weights.values",
 }
 """Cannot be imported without torch."""

@@ -17,7 +17,9 @@ from typing import Any
 
 from vllm_dflash.cluster.settings import ClusterError
 from vllm_dflash.files import whole_file
+from vllm_dflash.json_text import loads
 from vllm_dflash.records import AtLeast, misfit
+from vllm_dflash.regular import check_input
 
 FORMATS = (".jsonl", ".parquet")
 _RESULT_TYPES = {
@@ -87,6 +89,7 @@ def index(paths: Sequence[str], rows_per_part: int) -> Input:
     for path in paths:
         absolute = str(Path(path).resolve())
         try:
+            check_input(path)
             cut = _cut_lines if path.endswith(".jsonl") else _cut_parquet
             whole = cut(absolute, rows_per_part, parts, zlib.crc32(Path(path).name.encode(), whole))
         except (OSError, ValueError) as error:
@@ -173,14 +176,12 @@ def read(part: Part) -> Iterator[tuple[dict[str, Any], str | None]]:
 def _parse(line: bytes, number: int) -> tuple[dict[str, Any], str | None]:
     text = line.decode(errors="replace").rstrip("\r\n")
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        row = loads(line)
+    except ValueError as error:
         return {"line": text}, f"line {number} is no JSON ({error}): give one object a line"
     try:
-        # It is written beside its answer. An encoder gives up at less depth than the parser.
+        # It is written beside its answer.
         json.dumps(row, allow_nan=False)
-    except RecursionError as error:
-        return {"line": text}, f"line {number} is no JSON ({error}): give one object a line"
     except ValueError:
         return {"line": text}, (
             f"line {number} holds NaN, Infinity or a number past 1.8e308, which JSON cannot hold"
@@ -275,7 +276,7 @@ def read_output(part: Part, folder: Path) -> list[dict[str, Any]]:
         problem = next((m for row in rows if (m := misfit(row, _RESULT_SHAPE, "a row"))), None)
         if problem is None and len(rows) != part.rows:
             problem = f"{len(rows)} rows, not {part.rows}"
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         problem = str(error).partition("\n")[0]
     if problem is not None:
         raise ClusterError(
@@ -293,4 +294,4 @@ def _read_results(path: Path) -> list[dict[str, Any]]:
             return file.read(
                 [name for name in file.schema_arrow.names if name in _RESULT_TYPES]
             ).to_pylist()
-    return [json.loads(line.decode()) for line in path.read_bytes().split(b"\n") if line]
+    return [loads(line.decode()) for line in path.read_bytes().split(b"\n") if line]

@@ -8,7 +8,6 @@ Pure Python. A field that would change what the drafter computes and is not know
 ignored, it would only show as low acceptance. Tests: ``pytest tests/unit/test_formats.py``.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from vllm_dflash import fields, kinds
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats.published import parse_published, write_published
 from vllm_dflash.formats.speculators import SPECULATORS, parse_speculators, write_speculators
+from vllm_dflash.json_text import RepeatedKeyError, loads
 from vllm_dflash.regular import read_regular
 
 CONFIG_FILE = "config.json"
@@ -94,7 +94,8 @@ def read_raw(folder: str | Path) -> Any:
     """The contents of ``folder/config.json``, sound or not.
 
     Raises:
-        DrafterConfigError: the file is absent, no regular file, too large or no JSON.
+        DrafterConfigError: the file is absent, no regular file, too large, no JSON, or gives a key
+            twice.
     """
     path = Path(folder) / CONFIG_FILE
     data = read_regular(path, _LARGEST_CONFIG)
@@ -104,8 +105,15 @@ def read_raw(folder: str | Path) -> Any:
             "point at a folder that holds a drafter's config.json and safetensors",
         )
     try:
-        return json.loads(data.decode())
-    except (ValueError, RecursionError) as error:
+        return loads(data.decode())
+    except RepeatedKeyError as error:
+        raise DrafterConfigError(
+            f"{path} gives the key {fields.shown(error.key)} twice, and nothing says which of its"
+            " two values the drafter was trained with",
+            f"give it once. {fields.CAME_WITH}",
+            field=error.key,
+        ) from None
+    except ValueError as error:
         raise DrafterConfigError(
             f"{path} is not JSON ({error})", "fetch the checkpoint again"
         ) from None

@@ -14,7 +14,6 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from vllm_dflash.hub import (
     resolved_dtype,
 )
 from vllm_dflash.prompts import PromptError, load_prompts
+from vllm_dflash.regular import check_input
 from vllm_dflash.tools.inspect import inspect_checkpoint
 from vllm_dflash.tools.pair_checks import (
     Check,
@@ -245,8 +245,13 @@ def as_dict(diagnosis: Diagnosis) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """``vllm-dflash doctor``: 0 all good, 1 something would hurt serving, 2 wrong usage."""
-    if args.prompts is not None and not Path(args.prompts).is_file():
-        return _usage(f"--prompts {args.prompts} is not there: give a file of JSON lines")
+    try:
+        if args.prompts is not None:
+            check_input(args.prompts)
+    except OSError as error:
+        return _usage(
+            f"--prompts {args.prompts} cannot be read ({error}): give a file of JSON lines"
+        )
     try:
         diagnosis = diagnose(args, progress=True, show=_nothing if args.json else _print)
     except PromptError as error:

@@ -2,8 +2,8 @@
 
     vllm-dflash inspect examples/embedded_pair/dflash
 
-Reads every tensor once, on the CPU; needs neither vLLM nor the target. Tests: ``pytest
-tests/unit/test_tools.py``.
+Reads every tensor once, on the CPU; needs neither vLLM nor the target. A ``quantization_config`` is
+read by vLLM where it is installed. Tests: ``pytest tests/unit/test_tools.py``.
 """
 
 import argparse

@@ -7,7 +7,6 @@ Limits: token ids of all prompts in memory. Tests: ``pytest tests/unit/test_trai
 """
 
 import hashlib
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from vllm_dflash.fields import json_type
+from vllm_dflash.json_text import loads
 from vllm_dflash.prompts import surrogate
 from vllm_dflash.records import object_of
+from vllm_dflash.regular import check_input
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.tables import Data
 
@@ -125,6 +126,7 @@ class Reader:
             yield from enumerate(_dataset(path), 1)
             return
         try:
+            check_input(path)
             with path.open(encoding="utf-8-sig") as file:
                 for number, line in enumerate(file, 1):
                     if line.strip():
@@ -276,8 +278,8 @@ def _is_chat(messages: Any) -> bool:
 
 def _json(line: str, where: str) -> Any:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
+        return loads(line)
+    except ValueError as error:
         raise TrainingError(f"{where} is not JSON ({error}): mend or remove the line") from None
 
 

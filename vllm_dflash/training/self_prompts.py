@@ -18,7 +18,9 @@ from typing import Any
 
 from vllm_dflash import smollm2
 from vllm_dflash.files import checksum, claim, read_record, whole_file, write_record
+from vllm_dflash.json_text import loads
 from vllm_dflash.records import AtLeast
+from vllm_dflash.regular import check_input
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.generate import answer
 from vllm_dflash.training.prompts import Reader
@@ -165,7 +167,8 @@ def openings(table: SelfPrompts) -> list[str]:
         return [""]
     path = Path(table.self_openings)
     try:
-        found = json.loads(path.read_text())
+        check_input(path)
+        found = loads(path.read_text())
     except (OSError, ValueError) as error:
         raise TrainingError(f"self_openings: {path} cannot be read as JSON: {error}") from None
     if not isinstance(found, list) or not found or not all(isinstance(s, str) for s in found):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash import kinds
+from vllm_dflash.regular import check_input
 from vllm_dflash.training.errors import SettingsError
 from vllm_dflash.training.tables import (
     LARGEST,
@@ -162,6 +163,7 @@ def load(path: str | None, flags: Mapping[str, Any]) -> Settings:
 
 def _read(path: str) -> dict[str, Any]:
     try:
+        check_input(path)
         return tomllib.loads(Path(path).read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(

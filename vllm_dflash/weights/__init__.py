@@ -18,6 +18,7 @@ from vllm_dflash.kinds import own_tensors
 from vllm_dflash.weights.headers import read_headers, weight_files
 from vllm_dflash.weights.mask_embedding import read_mask_embedding
 from vllm_dflash.weights.messages import CAME_WITH, some
+from vllm_dflash.weights.quantization import check_packed, check_quantization
 from vllm_dflash.weights.values import target_ids
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -113,11 +114,16 @@ def tensor_problems(
         return
     shapes = {name: shape for name, (_, shape) in (found or {}).items()}
     dtypes = {name: dtype for name, (dtype, _) in (found or {}).items()}
-    checks: list[Callable[[], object]] = [lambda: read_mask_embedding(folder, config, dtype)]
+    named = {tensor_name(name): dtype for name, dtype in dtypes.items()}
+    checks: list[Callable[[], object]] = [
+        lambda: check_quantization(config, dtype),
+        lambda: read_mask_embedding(folder, config, dtype),
+    ]
     if found is not None:
         checks = [
             lambda: check_dtypes(config, dtypes),
             lambda: check_shapes(config, shapes),
+            lambda: check_packed(config, named),
             *checks,
             lambda: check_draft_vocabulary(config, folder),
         ]

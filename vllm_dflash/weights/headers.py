@@ -3,12 +3,12 @@
 pytest tests/unit/test_weights.py tests/unit/test_broken_weights.py
 """
 
-import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.json_text import loads
 from vllm_dflash.regular import read_regular, size_of_regular
 from vllm_dflash.weights.messages import FETCH_AGAIN, some
 
@@ -49,9 +49,9 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 def _shards(folder: Path, index: Path, data: bytes) -> list[Path]:
     try:
-        names = sorted(set(json.loads(data)["weight_map"].values()))
+        names = sorted(set(loads(data)["weight_map"].values()))
         paths = [folder / name for name in names]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DrafterConfigError(
             f"{index} is no safetensors index ({error!r})", FETCH_AGAIN
         ) from None
