@@ -3,11 +3,12 @@ float32, all of every answer.
 
 An engine without a drafter gets each round of requests whole and at once. The other, with settings
 drawn anew every few rounds (K, the controller or dice in its place, chunks, pages, prefix cache,
-priorities, AsyncLLM), gets them as they arrive, aborts among them. Token ids, texts, finish and
-stop reasons, log-probabilities and token counts have to be alike for greedy requests and for those
-with a seed; requests without one are their neighbours. A difference that noise of at most 1e-4 on
-plain decoding's logits makes too is a tie; every other is shrunk and printed with a command that
-shows it again. Ends with 1 if there is one.
+priorities, AsyncLLM, an engine core in its own process, a prefix cache that is dropped), gets them
+as they arrive, aborts among them. Token ids, texts, finish and stop reasons, log-probabilities and
+token counts have to be alike for greedy requests and for those with a seed; requests without one
+are their neighbours. A difference that noise of at most 1e-4 on plain decoding's logits makes too
+is a tie; every other is shrunk and printed with a command that shows it again. Ends with 1 if there
+is one. What ends the engine without a drafter too is vLLM's own: it is said, and not drawn again.
 
     python tests/fuzz_differential.py --pair embedded --minutes 30 --seed 1
 """
@@ -27,20 +28,24 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fuzzing.child import Child, Crash
+from fuzzing.child import BothEnded, Child, Crash
 from fuzzing.compare import difference, first_difference
+from fuzzing.deaths import cause
 from fuzzing.draw import (
+    ADAPTERS,
     KNOWN,
-    MAX_MODEL_LEN,
     REFUSED,
     draw_common,
     draw_round,
     draw_settings,
     is_compared,
+    ordinary,
+    without,
 )
+from fuzzing.engines import draft_args, kinds, plain_args, shared_args
 from fuzzing.pairs import PAIRS, Pair
 from fuzzing.shrink import shrink
-from lora import RANK, make_adapter
+from lora import make_adapter
 
 NOISE = (1e-6, 1e-5, 1e-4)
 """What plain decoding's logits are shaken by to see whether a difference is a tie; the last is the
@@ -65,6 +70,8 @@ class Tally:
     engines: Counter[str] = field(default_factory=Counter)
     counters: Counter[str] = field(default_factory=Counter)
     ties: list[str] = field(default_factory=list)
+    deaths: list[str] = field(default_factory=list)
+    """What ended the engine without a drafter too: vLLM's own."""
     differences: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -82,7 +89,11 @@ class Tally:
                 f" {drafts:.0f} drafts, tau {1 + accepted / max(drafts, 1):.2f}"
             ),
             *self.ties,
-            f"{len(self.ties)} ties, {len(self.differences)} differences",
+            *self.deaths,
+            (
+                f"{len(self.ties)} ties, {len(self.differences)} differences,"
+                f" {len(self.deaths)} deaths of both engines"
+            ),
         ]
         return "\n".join(lines)
 
@@ -111,93 +122,72 @@ class Fuzzer:
         self.rng, self.tally = random.Random(seed), Tally()
         self.plain, self.ours = Child("plain", folder), Child("drafts", folder, METHODS[method])
         self.common: dict[str, Any] = {}
+        self.left_out = set(pair.left_out)
+        """Fields that end vLLM's own engine: not drawn."""
         self._kinds: Counter[str] = Counter()
         self.settings: dict[str, Any] = {}
 
     def start(self, common: dict[str, Any], settings: dict[str, Any]) -> None:
         """Both engines; that without a drafter only where it has to differ from the one before."""
-        base = {"model": str(self.pair.target), "max_model_len": MAX_MODEL_LEN}
-        if "thinking_token_budget" in self.include:
-            base["reasoning_config"] = {"reasoning_start_str": "def", "reasoning_end_str": "return"}
-        adapter = self._adapter() if common["enable_lora"] else None
-        if adapter:
-            base["max_lora_rank"] = RANK
+        shared = shared_args(self.pair, common, self.include)
+        adapters = self._adapters() if common["enable_lora"] else []
         if common != self.common:
-            args = {
-                "max_num_seqs": 32,
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": 2048,
-                "enable_prefix_caching": False,
-            }
-            self.plain.start(args=base | common | args, adapter=adapter)
+            self.common = {}
+            try:
+                self.plain.start(args=plain_args(shared), adapters=adapters)
+            except Crash as crash:
+                raise BothEnded(f"did not start: {crash}") from crash
         self.common, self.settings = common, settings
-        args = (
-            base | common | settings["args"] | {"speculative_config": self._speculative(settings)}
-        )
-        if self.method == "ours":
-            args["additional_config"] = {"dflash": {"adaptive": settings["plan"] != "whole"}}
-        plan_seed = (
-            settings["plan_seed"]
-            if settings["plan"] == "random" and self.method == "ours"
-            else None
-        )
+        by_dice = settings["plan"] == "random" and self.method == "ours"
         self.ours.start(
-            args=args,
+            args=draft_args(shared, settings, self.pair.drafter, self.method),
             asynchronous=settings["asynchronous"],
-            plan_seed=plan_seed,
-            adapter=adapter,
+            plan_seed=settings["plan_seed"] if by_dice else None,
+            adapters=adapters,
             fault=settings.get("fault"),
+            own_process=settings.get("own_process", False),
+            resets=settings.get("resets", ()),
         )
-        for name in (
-            f"plan {settings['plan']}",
-            "LoRA" if adapter else "no LoRA",
-            "AsyncLLM" if settings["asynchronous"] else "LLM",
-            settings["draft_sample_method"],
-        ):
-            self.tally.engines[name] += 1
+        self.tally.engines.update(kinds(common, settings))
 
-    def _adapter(self) -> str:
-        folder = self.folder / "adapter"
-        return str(folder if folder.exists() else make_adapter(folder, self.pair.target))
-
-    def _speculative(self, settings: dict[str, Any]) -> dict[str, Any]:
-        k = settings["num_speculative_tokens"]
-        if self.method == "ngram":
-            return {
-                "method": "ngram",
-                "num_speculative_tokens": k,
-                "prompt_lookup_max": 3,
-                "prompt_lookup_min": 1,
-            }
-        return {
-            "method": "dflash",
-            "model": str(self.pair.drafter),
-            "num_speculative_tokens": k,
-            "draft_sample_method": settings["draft_sample_method"],
-        }
+    def _adapters(self) -> list[str]:
+        folders = [self.folder / f"adapter{n}" for n in range(ADAPTERS)]
+        return [
+            str(folder if folder.exists() else make_adapter(folder, self.pair.target, seed=3 + n))
+            for n, folder in enumerate(folders)
+        ]
 
     def run(self, rounds: Iterable[int]) -> Tally:
         """As many rounds as there are in ``rounds``."""
         runs = False
         for number in rounds:
-            if number % ROUNDS == 0 or not runs:
-                common = (
-                    self.common
-                    if self.common and self.rng.random() < 0.6
-                    else draw_common(self.rng)
+            if number % ROUNDS == 0 or not runs or not self.common:
+                runs = self._start_drawn()
+            if runs:
+                drawn = draw_round(
+                    self.rng, self.pair.corpus, self.common | self.settings, self.include
                 )
-                try:
-                    self.start(common, draw_settings(self.rng))
-                except Crash as crash:
-                    self._print(f"an engine did not start: {crash}", [])
-                    runs = False
-                    continue
-                runs = True
-            self.round(
-                draw_round(self.rng, self.pair.corpus, self.common | self.settings, self.include)
-            )
+                self.round(without(drawn, self.left_out))
         self.end()
         return self.tally
+
+    def _start_drawn(self) -> bool:
+        """Engines as the dice say; False where one did not start."""
+        common = self.common
+        if not common or self.rng.random() >= 0.6:
+            common = draw_common(self.rng, list(self.pair.overrides))
+        common = ordinary(common, self.left_out)
+        settings = draw_settings(self.rng)
+        try:
+            self.start(common, settings)
+        except BothEnded as crash:
+            self.common, self.settings = common, settings
+            self._learn([], crash)
+            return False
+        except Crash as crash:
+            self._print(f"an engine did not start: {crash}", [])
+            return False
+        return True
 
     def end(self) -> None:
         self.plain.end()
@@ -229,7 +219,7 @@ class Fuzzer:
                 crashes.append(f"{'plain' if child is self.plain else 'drafts'}: {found}")
                 child.restart()
         if crashes:
-            raise Crash("\n".join(crashes))
+            raise (BothEnded if len(crashes) == 2 else Crash)("\n".join(crashes))
         self.tally.counters.update(answers[1]["counters"])
         return [answer["answers"] for answer in answers]
 
@@ -312,14 +302,59 @@ class Fuzzer:
         return None
 
     def _crashed(self, requests: list[dict[str, Any]], crash: Crash) -> None:
-        """Looks for a request that ends the engine alone."""
+        """Looks for a request that ends the engine alone. Where both engines ended, the round is
+        asked again without what ended them."""
+        alone = requests
         for request in requests:
             try:
                 self.ask([request | {"arrives": 0}])
             except Crash as again:
-                requests, crash = [request], again
-                break
-        self._print(f"an engine ended: {crash}", requests)
+                if type(again) is type(crash):
+                    alone, crash = [request], again
+                    break
+        if not isinstance(crash, BothEnded):
+            self._print(f"an engine ended: {crash}", alone)
+        elif self._learn(alone, crash):
+            self.round(without(requests, self.left_out))
+
+    def _learn(self, requests: list[dict[str, Any]], crash: BothEnded) -> bool:
+        """What ended both engines is vLLM's own: says so, and leaves its cause out from now on.
+        True where one was found and both engines run without it."""
+        common, settings = self.common, self.settings
+
+        def lives(tried: dict[str, Any], asked: list[dict[str, Any]]) -> bool:
+            shared = shared_args(self.pair, tried, self.include)
+            adapters = self._adapters() if tried["enable_lora"] else []
+            try:
+                self.plain.start(args=plain_args(shared), adapters=adapters)
+                self.plain.send(do="run", requests=[self._as_plain(r) for r in asked])
+                self.plain.read()
+            except Crash:
+                return False
+            return True
+
+        found = cause(common, requests, lives)
+        self.common = {}  # The engine without a drafter is another now.
+        last = str(crash).strip().splitlines()[-1]
+        self.tally.deaths.append(
+            f"vLLM's own: both engines ended ({last}); left out from now on:"
+            f" {found or 'nothing, no single cause'}"
+        )
+        self.tally.outcomes["ended both engines"] += len(requests)
+        print(f"\n{self.tally.deaths[-1]}\n", flush=True)
+        if found is None or found in self.left_out:
+            return False
+        self.left_out.add(found)
+        self.settings = settings
+        try:
+            self.start(ordinary(common, self.left_out), settings)
+        except BothEnded as again:
+            self.common = ordinary(common, self.left_out)
+            return self._learn([], again)
+        except Crash as again:
+            self._print(f"an engine did not start: {again}", [])
+            return False
+        return True
 
     def _report(self, found: str, request: dict[str, Any], requests: list[dict[str, Any]]) -> None:
         self.tally.outcomes["different"] += 1
@@ -340,6 +375,9 @@ class Fuzzer:
         """What differs, by request."""
         try:
             plain, ours = self.ask(requests)
+        except BothEnded as crash:
+            print(f"vLLM's own: both engines ended: {crash}", flush=True)
+            return {}
         except Crash as crash:
             return {r["id"]: f"an engine ended: {crash}" for r in requests}
         found = {}

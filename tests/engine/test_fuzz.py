@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fuzz_differential import Fuzzer, Tally
-from fuzzing.draw import draw_round
+from fuzzing.draw import ORDINARY, draw_round
 from fuzzing.pairs import PAIRS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -32,11 +32,6 @@ def settings(**changes: Any) -> dict[str, Any]:
     return found | changes
 
 
-COMMON = {
-    "logprobs_mode": "raw_logprobs",
-    "structured_outputs_config": {"backend": "auto"},
-    "enable_lora": False,
-}
 FEW_PAGES = {"block_size": 32, "num_gpu_blocks_override": 18}
 """So many that running requests are preempted."""
 ENGINES = {
@@ -57,9 +52,9 @@ def tally(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     fuzzer, rng = Fuzzer(name, PAIRS[name](folder), folder), random.Random(5)
     try:
         for engine in ENGINES[name]:
-            fuzzer.start(COMMON, engine)
+            fuzzer.start(ORDINARY, engine)
             for _ in range(ROUNDS):
-                fuzzer.round(draw_round(rng, fuzzer.pair.corpus, engine))
+                fuzzer.round(draw_round(rng, fuzzer.pair.corpus, ORDINARY | engine))
     finally:
         fuzzer.end()
     print(f"\n{name}: {fuzzer.tally}")
@@ -81,10 +76,10 @@ def test_a_fault_is_found(tmp_path_factory: pytest.TempPathFactory) -> None:
     fuzzer.most_shrunk = 0  # ``test_fuzzing.py`` sees to that
     engine = settings(fault="one temperature for all")
     try:
-        fuzzer.start(COMMON, engine)
+        fuzzer.start(ORDINARY, engine)
         rng = random.Random(0)
         while not fuzzer.tally.differences and fuzzer.tally.requests < 300:
-            fuzzer.round(draw_round(rng, fuzzer.pair.corpus, engine))
+            fuzzer.round(draw_round(rng, fuzzer.pair.corpus, ORDINARY | engine))
     finally:
         fuzzer.end()
     assert fuzzer.tally.differences

@@ -15,6 +15,10 @@ class Crash(Exception):  # noqa: N818
     """An engine ended, with the end of its log."""
 
 
+class BothEnded(Crash):
+    """So did the engine without a drafter: vLLM's own."""
+
+
 class Child:
     """One ``serving.py`` process, started again after it ended."""
 

@@ -2,7 +2,7 @@
 draws the same again."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,20 @@ MAX_MODEL_LEN = 512
 REFUSED = ("min_p", "logit_bias")
 """Fields that vLLM refuses with any speculative method (docs/features.md): the request alone fails,
 and its neighbours go on."""
+ORDINARY: dict[str, Any] = {
+    "logprobs_mode": "raw_logprobs",
+    "structured_outputs_config": {"backend": "auto"},
+    "enable_lora": False,
+    "max_loras": 1,
+    "enable_prompt_embeds": False,
+    "reasoning": "none",
+    "override": "none",
+}
+"""Settings of both engines where nothing is drawn. ``reasoning``: whether grammars wait for a
+reasoning parser's end, and if so whether they hold in the reasoning too. ``override``: one of the
+pair's."""
+ADAPTERS = 3
+"""LoRA adapters, 1 to this."""
 KNOWN = ("thinking_token_budget", "logprob_token_ids")
 """Fields that vLLM itself answers wrongly, without a drafter or with any (docs/features.md); drawn
 only where asked for by name."""
@@ -36,6 +50,8 @@ _CHOICES = [
     ["self.assertEqual(result, expected)", "return self.value", "raise ValueError(message)"],
     ["a", "ab", "abc"],
 ]
+_TEMPERATURES = [9e-6, 1e-3, 0.01, 0.015, 0.02, 0.3, 0.3, 0.7, 0.7, 1.0, 1.0, 1.3, 2.0]
+"""vLLM makes 0.01 of what is below it and above 0."""
 _GRAMMARS = [
     'start: "self" ("." NAME)+ "\\n"\nNAME: /[a-z]{1,6}/\n',
     'start: "x" | "(" start ")"\n',
@@ -56,15 +72,44 @@ class Corpus:
     vocab: int
 
 
-def draw_common(rng: random.Random) -> dict[str, Any]:
-    """Settings of both engines: those that change what a request is answered."""
+def draw_common(rng: random.Random, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Settings of both engines: those that change what a request is answered. ``overrides``: names
+    of the pair's, of which one may be drawn."""
     return {
         "logprobs_mode": rng.choice(
             ["raw_logprobs"] * 5 + ["processed_logprobs", "raw_logits", "processed_logits"]
         ),
-        "structured_outputs_config": {"backend": rng.choice(["auto", "auto", "guidance"])},
+        "structured_outputs_config": _draw_backend(rng),
         "enable_lora": rng.random() < 0.12,
+        "max_loras": rng.choice([1, ADAPTERS]),
+        "enable_prompt_embeds": rng.random() < 0.15,
+        "reasoning": rng.choice(["none"] * 6 + ["outside", "inside"]),
+        "override": rng.choice([*overrides, "none"]) if rng.random() < 0.3 else "none",
     }
+
+
+def _draw_backend(rng: random.Random) -> dict[str, Any]:
+    backend = rng.choice(["auto", "auto", "guidance", "xgrammar", "outlines"])
+    found: dict[str, Any] = {"backend": backend}
+    if backend in ("guidance", "xgrammar") and rng.random() < 0.4:
+        found["disable_any_whitespace"] = True
+    if backend == "guidance" and rng.random() < 0.4:
+        found["disable_additional_properties"] = True
+    return found
+
+
+def without(requests: Sequence[dict[str, Any]], names: Collection[str]) -> list[dict[str, Any]]:
+    """The requests without these fields, their own and those of their sampling parameters."""
+    return [
+        {k: v for k, v in r.items() if k not in names}
+        | {"params": {k: v for k, v in r["params"].items() if k not in names}}
+        for r in requests
+    ]
+
+
+def ordinary(common: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Settings of both engines, those of these names as where nothing is drawn."""
+    return {k: ORDINARY[k] if k in names else v for k, v in common.items()}
 
 
 def draw_settings(rng: random.Random) -> dict[str, Any]:
@@ -72,9 +117,12 @@ def draw_settings(rng: random.Random) -> dict[str, Any]:
     is driven."""
     block_size = rng.choice([None, None, 32, 64])
     pages = -(-MAX_MODEL_LEN // (block_size or 128))
+    max_num_seqs = rng.choice([1, 2, 4, 8, 16, 16])
+    # No fewer than requests (vLLM's own rule), and above K.
+    budget = rng.choice([64, 80, 128, 256, 1024, max(max_num_seqs, rng.randint(8, 20))])
     args: dict[str, Any] = {
-        "max_num_seqs": rng.choice([1, 2, 4, 8, 16, 16]),
-        "max_num_batched_tokens": rng.choice([64, 80, 128, 256, 1024]),
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": budget,
         "enable_prefix_caching": rng.random() < 0.7,
         "num_gpu_blocks_override": rng.choice([pages + 2, pages + 3, 2 * pages, 16 * pages]),
         "scheduling_policy": rng.choice(["fcfs", "fcfs", "priority"]),
@@ -92,6 +140,8 @@ def draw_settings(rng: random.Random) -> dict[str, Any]:
         "plan": plan,
         "plan_seed": rng.randrange(1 << 30),
         "asynchronous": rng.random() < 0.2,
+        "own_process": rng.random() < 0.15,
+        "resets": sorted(rng.sample(range(60), rng.choice([0, 0, 0, 1, 5]))),
     }
 
 
@@ -106,7 +156,7 @@ def draw_round(
     if settings.get("enable_lora") and rng.random() < 0.8:
         # All or none: on a CPU vLLM gives the last adapter to those without one that are in a step
         # with it, with a drafter as without.
-        requests = [request | {"lora": True} for request in requests]
+        requests = [request | {"lora": rng.randint(1, ADAPTERS)} for request in requests]
     return requests
 
 
@@ -130,7 +180,7 @@ def _draw_request(
             value = draw(rng, corpus, params, prompt)
             if value is not None:
                 params[name] = value
-    _leave_out(params, settings.get("enable_lora", False))
+    _leave_out(params, settings)
     request: dict[str, Any] = {
         "id": number,
         "prompt": prompt,
@@ -145,7 +195,19 @@ def _draw_request(
     if rng.random() < 0.05 and len(prompt) < MAX_MODEL_LEN // 2:
         request["text"] = rng.choice(corpus.texts)
         request["truncate_prompt_tokens"] = rng.randint(1, 40)
+    if rng.random() < 0.1:
+        request["cache_salt"] = rng.choice(["a", "b"])
+    if settings.get("enable_prompt_embeds") and "text" not in request and rng.random() < 0.5:
+        request["embeds"] = _draw_embeds(rng, len(prompt))
+        # vLLM has no log-probabilities of a prompt that is not tokens.
+        params.pop("prompt_logprobs", None)
     return request
+
+
+def _draw_embeds(rng: random.Random, length: int) -> list[int]:
+    """The part of a prompt, from a position to before another, that comes as embeddings."""
+    start = rng.choice([0, 0, rng.randrange(length)])
+    return [start, rng.choice([length, rng.randint(start + 1, length)])]
 
 
 def _draw_prompt(rng: random.Random, corpus: Corpus, shared: list[list[int]]) -> list[int]:
@@ -167,7 +229,7 @@ def _draw_sampling(rng: random.Random, params: dict[str, Any], seeds_hold: bool)
     kind = rng.choices(
         ["greedy", "seeded", "free"], [0.5, 0.4, 0.1] if seeds_hold else [0.7, 0.1, 0.2]
     )[0]
-    params["temperature"] = 0.0 if kind == "greedy" else rng.choice([0.02, 0.3, 0.7, 1.0, 1.3, 2.0])
+    params["temperature"] = 0.0 if kind == "greedy" else rng.choice(_TEMPERATURES)
     if kind != "greedy":
         params |= {
             "top_p": rng.choice([1.0, 1.0, 0.9, 0.5, 0.01]),
@@ -175,13 +237,13 @@ def _draw_sampling(rng: random.Random, params: dict[str, Any], seeds_hold: bool)
         }
     if kind == "seeded":
         params |= {
-            "seed": rng.choice([0, 1, 7, 2**31, 2**62, -5, rng.randrange(1 << 20)]),
+            "seed": rng.choice([0, 1, 7, 2**31, 2**62, -5, -1, rng.randrange(1 << 20)]),
             "n": rng.choice([1, 1, 1, 2, 3]),
         }
 
 
 def _structured(rng: random.Random, *_: Any) -> dict[str, Any]:
-    found: dict[str, Any] = rng.choice(
+    kind: dict[str, Any] = rng.choice(
         [
             {"json": rng.choice(_SCHEMAS)},
             {"json": rng.choice(_SCHEMAS)},
@@ -192,6 +254,14 @@ def _structured(rng: random.Random, *_: Any) -> dict[str, Any]:
             {"structural_tag": _TAG},
         ]
     )
+    found = dict(kind)
+    for name, value in (
+        ("disable_any_whitespace", True),
+        ("disable_additional_properties", True),
+        ("whitespace_pattern", "[ \n]?"),
+    ):
+        if rng.random() < 0.1:
+            found[name] = value
     return found
 
 
@@ -248,10 +318,17 @@ _FIELDS: dict[str, tuple[float, Draw]] = {
 }
 
 
-def _leave_out(params: dict[str, Any], has_lora: bool) -> None:
+def _leave_out(params: dict[str, Any], settings: dict[str, Any]) -> None:
     """Takes out what vLLM refuses in any engine, for it would be the same refusal again and again,
     and what ends any of its engines."""
-    if has_lora:
+    if settings["structured_outputs_config"]["backend"] == "outlines":
+        structured = params.get("structured_outputs", {})
+        if structured.keys() & {"json_object", "grammar", "structural_tag"}:
+            del params["structured_outputs"]
+    if settings["logprobs_mode"].startswith("processed") and 0 < params["temperature"] < 0.02:
+        # Divided by so little, float32's noise is more than log-probabilities may differ by.
+        params.pop("logprobs", None)
+    if settings["enable_lora"]:
         # On a CPU vLLM's adapter of the logits counts a step's requests, and prompt positions are
         # more or fewer: an error.
         params.pop("prompt_logprobs", None)
@@ -270,6 +347,7 @@ def _leave_out(params: dict[str, Any], has_lora: bool) -> None:
 def is_compared(request: dict[str, Any], settings: dict[str, Any]) -> bool:
     """Whether a request has but one right answer."""
     params = request["params"]
+    # A seed of -1 is none for vLLM.
     return params["temperature"] == 0 or (
-        "seed" in params and settings["draft_sample_method"] == "greedy"
+        params.get("seed", -1) != -1 and settings["draft_sample_method"] == "greedy"
     )

@@ -5,7 +5,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engine.harness import DFLARE, DRAFTER, PROMPTS, TARGET
 from fuzzing.draw import Corpus
@@ -15,6 +15,30 @@ class Pair(NamedTuple):
     target: Path
     drafter: Path
     corpus: Corpus
+    overrides: dict[str, dict[str, Any]]
+    """By name, vLLM's ``hf_overrides`` with which the target runs too."""
+    left_out: tuple[str, ...] = ()
+    """Fields of ``draw.ORDINARY`` with which vLLM's own engine ends."""
+
+
+_YARN = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 2.0,
+        "original_max_position_embeddings": 512,
+        "rope_theta": 10000.0,
+    }
+}
+
+
+def _window(layers: int) -> dict[str, Any]:
+    """Every layer sees 32 positions."""
+    return {
+        "sliding_window": 32,
+        "use_sliding_window": True,
+        "max_window_layers": 0,
+        "layer_types": ["sliding_attention"] * layers,
+    }
 
 
 def _tokenizer() -> "object":
@@ -30,6 +54,7 @@ def _embedded(drafter: Path) -> Pair:
         TARGET,
         drafter,
         Corpus([tokenizer(text)["input_ids"] for text in texts], texts, len(tokenizer)),
+        {"yarn": _YARN, "window": _window(8)},
     )
 
 
@@ -62,9 +87,10 @@ def _random_pair(family: str, kind: str, folder: Path) -> Pair:
     known = [[*p, *generate(model, None, p, 40, 0).tokens] for p in prompts]
     # Most prompts are beginnings of what the drafter knows: there its drafts are accepted.
     beginnings = [text[: rng.randint(4, 12)] for text in known for _ in range(3)]
-    return Pair(
-        target, drafter, Corpus(known + beginnings, [tokenizer.decode(p) for p in known], vocab)
-    )
+    corpus = Corpus(known + beginnings, [tokenizer.decode(p) for p in known], vocab)
+    # vLLM's LoRA of experts takes Triton's kernels, which a CPU has not.
+    left_out = ("enable_lora",) if "moe" in family else ()
+    return Pair(target, drafter, corpus, {"yarn": _YARN}, left_out)
 
 
 PAIRS: dict[str, Callable[[Path], Pair]] = {

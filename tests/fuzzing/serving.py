@@ -8,11 +8,14 @@ the file named on the command line.
 import asyncio
 import gc
 import json
+import os
 import random
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 SETTINGS: dict[str, Any] = {
@@ -24,6 +27,8 @@ SETTINGS: dict[str, Any] = {
     "generation_config": "vllm",
     "max_logprobs": -1,
 }
+STEP = 0.003
+"""Seconds of ``AsyncLLM`` for a step of ``LLM``."""
 COUNTERS = (
     "num_preemptions",
     "spec_decode_num_drafts",
@@ -55,21 +60,54 @@ def sampling_params(request: dict[str, Any]) -> Any:
     return SamplingParams(**fields, output_kind=kinds[request.get("stream", "final")])
 
 
-def prompt(request: dict[str, Any], adapter: str | None) -> dict[str, Any]:
-    """What ``add_request`` and ``generate`` take of a request beside its sampling parameters."""
-    from vllm import TextPrompt, TokensPrompt
-    from vllm.lora.request import LoRARequest
+class Prompts:
+    """What ``add_request`` and ``generate`` take of a request beside its sampling parameters.
+    ``target``: where embeddings of prompts come from; ``adapters``: LoRAs, the first is number 1.
+    """
 
-    found: dict[str, Any] = {
-        "prompt": TokensPrompt(prompt_token_ids=request["prompt"]),
-        "priority": request.get("priority", 0),
-    }
-    if adapter and request.get("lora"):
-        found["lora_request"] = LoRARequest("adapter", 1, adapter)
-    if "text" in request:
-        found["prompt"] = TextPrompt(prompt=request["text"])
-        found["tokenization_kwargs"] = {"truncate_prompt_tokens": request["truncate_prompt_tokens"]}
-    return found
+    def __init__(self, target: str, adapters: Sequence[str]) -> None:
+        self._target, self._adapters = Path(target), adapters
+
+    def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
+        from vllm import TextPrompt, TokensPrompt
+        from vllm.lora.request import LoRARequest
+
+        found: dict[str, Any] = {
+            "prompt": TokensPrompt(prompt_token_ids=request["prompt"]),
+            "priority": request.get("priority", 0),
+        }
+        if self._adapters and request.get("lora"):
+            number = int(request["lora"])
+            found["lora_request"] = LoRARequest(
+                f"adapter {number}", number, self._adapters[number - 1]
+            )
+        if "text" in request:
+            found["prompt"] = TextPrompt(prompt=request["text"])
+            found["tokenization_kwargs"] = {
+                "truncate_prompt_tokens": request["truncate_prompt_tokens"]
+            }
+        elif "embeds" in request:
+            found["prompt"] = self._embeds(request["prompt"], *request["embeds"])
+        if "cache_salt" in request:
+            found["prompt"]["cache_salt"] = request["cache_salt"]
+        return found
+
+    def _embeds(self, tokens: list[int], start: int, end: int) -> Any:
+        """The tokens' own embeddings, the others of the prompt as tokens."""
+        from vllm.inputs import EmbedsPrompt
+
+        found = EmbedsPrompt(prompt_embeds=self._table[tokens])
+        are_tokens = [not start <= i < end for i in range(len(tokens))]
+        if any(are_tokens):
+            found |= {"prompt_token_ids": tokens, "prompt_is_token_ids": are_tokens}
+        return found
+
+    @cached_property
+    def _table(self) -> Any:
+        from safetensors import safe_open
+
+        with safe_open(self._target / "model.safetensors", "pt") as file:
+            return file.get_tensor("model.embed_tokens.weight").float()
 
 
 class Answers:
@@ -124,9 +162,10 @@ def _step(step: Any) -> dict[int, tuple[float, int | None, str | None]] | None:
 
 
 def run_round(
-    llm: Any, requests: list[dict[str, Any]], adapter: str | None
+    llm: Any, requests: list[dict[str, Any]], prompt: Prompts, resets: Sequence[int]
 ) -> dict[int, dict[str, Any]]:
-    """All of the requests, each arriving and maybe aborted at its engine step."""
+    """All of the requests, each arriving and maybe aborted at its engine step; in steps of
+    ``resets`` the prefix cache is dropped, and what runs begins again."""
     from vllm.exceptions import VLLMValidationError
 
     engine, answers, step = llm.llm_engine, Answers(requests), 0
@@ -136,7 +175,7 @@ def run_round(
             request = waiting.pop(0)
             try:
                 engine.add_request(
-                    str(request["id"]), params=sampling_params(request), **prompt(request, adapter)
+                    str(request["id"]), params=sampling_params(request), **prompt(request)
                 )
             except (ValueError, VLLMValidationError) as refusal:
                 answers.refuse(request["id"], refusal)
@@ -146,7 +185,10 @@ def run_round(
         for request_id in [i for i, at in aborts.items() if at <= step]:
             engine.abort_request([str(request_id)])
             del aborts[request_id]
-        for output in engine.step():
+        if step in resets:
+            engine.reset_prefix_cache(reset_running_requests=True)
+        # Of an engine core in its own process a step without requests would wait for ever.
+        for output in engine.step() if engine.has_unfinished_requests() else ():
             answers.take(int(output.request_id), output)
         step += 1
         assert step < 20_000, (
@@ -157,7 +199,7 @@ def run_round(
 
 
 async def run_round_async(
-    llm: Any, requests: list[dict[str, Any]], adapter: str | None
+    llm: Any, requests: list[dict[str, Any]], prompt: Prompts, resets: Sequence[int]
 ) -> dict[int, dict[str, Any]]:
     """The same on ``AsyncLLM``: arrivals by the clock, and an aborted request's client hangs up
     after so many outputs."""
@@ -166,10 +208,10 @@ async def run_round_async(
     answers = Answers(requests)
 
     async def ask(request: dict[str, Any]) -> None:
-        await asyncio.sleep(request["arrives"] * 0.003)
+        await asyncio.sleep(request["arrives"] * STEP)
         seen = 0
         try:
-            given = prompt(request, adapter)
+            given = prompt(request)
             stream = llm.generate(
                 given.pop("prompt"),
                 sampling_params(request),
@@ -184,7 +226,11 @@ async def run_round_async(
         except (ValueError, VLLMValidationError) as refusal:
             answers.refuse(request["id"], refusal)
 
-    await asyncio.wait_for(asyncio.gather(*map(ask, requests)), 240)
+    async def reset(step: int) -> None:
+        await asyncio.sleep(step * STEP)
+        await llm.reset_prefix_cache(reset_running_requests=True)
+
+    await asyncio.wait_for(asyncio.gather(*map(ask, requests), *map(reset, resets)), 240)
     return answers.found
 
 
@@ -243,7 +289,8 @@ class Server:
         self.llm: Any = None
         self.loop: asyncio.AbstractEventLoop | None = None
         self._counters: dict[str, float] = {}
-        self.adapter: str | None = None
+        self.prompt, self.resets = Prompts("", ()), list[int]()
+        self.own_process = False
         self._fault = ExitStack()
         self._controller = {
             name: vars(Controller)[name] for name in ("kept_plan", "plan", "lengths")
@@ -254,18 +301,22 @@ class Server:
         args: dict[str, Any],
         asynchronous: bool = False,
         plan_seed: int | None = None,
-        adapter: str | None = None,
+        adapters: Sequence[str] = (),
         fault: str | None = None,
+        own_process: bool = False,
+        resets: Sequence[int] = (),
     ) -> dict[str, Any]:
-        """``adapter``: the LoRA of the requests that want one. ``fault``: a key of
-        ``broken_rules.RULES``, to see whether it is found."""
+        """``adapters``: LoRAs of the requests that want one. ``fault``: a key of
+        ``broken_rules.RULES``, to see whether it is found. ``own_process``: of the engine core."""
         from vllm import LLM, AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from vllm_dflash.adaptive.controller import Controller
 
         self.stop()
-        self.adapter = adapter
+        self.prompt, self.resets = Prompts(args["model"], adapters), list(resets)
+        self.own_process = own_process
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(own_process))
         for name, method in self._controller.items():
             setattr(Controller, name, method)
         if plan_seed is not None:
@@ -289,12 +340,12 @@ class Server:
         if self.loop is not None:
             return {
                 "answers": self.loop.run_until_complete(
-                    run_round_async(self.llm, requests, self.adapter)
+                    run_round_async(self.llm, requests, self.prompt, self.resets)
                 ),
                 "counters": {},
             }
         with noise_on_logits(self.llm, noise):
-            answers = run_round(self.llm, requests, self.adapter)
+            answers = run_round(self.llm, requests, self.prompt, self.resets)
         metrics = {m.name: getattr(m, "value", 0) for m in self.llm.get_metrics()}
         counters = {name: metrics.get(f"vllm:{name}", 0) for name in COUNTERS}
         before, self._counters = self._counters, counters
@@ -312,6 +363,8 @@ class Server:
                 self.llm.shutdown()
             self.loop.run_until_complete(asyncio.sleep(0.1))
             self.loop.close()
+        elif self.own_process and self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
         self.llm, self.loop, self._counters = None, None, {}
         gc.collect()
         cleanup_dist_env_and_memory()

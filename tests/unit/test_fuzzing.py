@@ -2,21 +2,28 @@
 
 import json
 import random
+from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fuzz_differential import Fuzzer
+from fuzzing.child import Crash
 from fuzzing.compare import difference
+from fuzzing.deaths import cause
 from fuzzing.draw import (
     KNOWN,
     MAX_MODEL_LEN,
+    ORDINARY,
     Corpus,
     draw_common,
     draw_round,
     draw_settings,
     is_compared,
 )
+from fuzzing.pairs import Pair
 from fuzzing.shrink import shrink
 
 CORPUS = Corpus([[5, 6, 7, 8] * 20, [9, 10, 11] * 30], ["return self.value\n", "def a(b):\n"], 64)
@@ -26,7 +33,7 @@ REQUEST: dict[str, Any] = {"id": 0, "prompt": [1], "params": {"temperature": 0.0
 def rounds(seed: int, count: int, include: tuple[str, ...] = ()) -> list[list[dict[str, Any]]]:
     rng = random.Random(seed)
     return [
-        draw_round(rng, CORPUS, draw_settings(rng) | draw_common(rng), include)
+        draw_round(rng, CORPUS, draw_settings(rng) | draw_common(rng, ["yarn"]), include)
         for _ in range(count)
     ]
 
@@ -56,11 +63,113 @@ def test_every_field_is_drawn_and_prompts_fit() -> None:
     assert {name for r in rounds(0, 50, KNOWN) for q in r for name in q["params"]} >= set(KNOWN)
 
 
-def test_only_what_has_one_answer_is_compared() -> None:
-    greedy, seeded, free = (
-        {"params": p}
-        for p in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 1}, {"temperature": 1.0})
+def test_what_a_request_has_beside_its_parameters() -> None:
+    """Prompts as embeddings are a part of their prompt, each LoRA is drawn, and a salt is."""
+    requests = [r for drawn in rounds(0, 150) for r in drawn]
+    parts = [(r["embeds"], len(r["prompt"])) for r in requests if "embeds" in r]
+    assert all(0 <= start < end <= length for (start, end), length in parts)
+    assert {end - start == length for (start, end), length in parts} == {True, False}
+    assert {r["lora"] for r in requests if "lora" in r} == {1, 2, 3}
+    assert {r["cache_salt"] for r in requests if "cache_salt" in r} == {"a", "b"}
+
+
+def test_every_engine_has_room_for_its_requests_and_a_draft() -> None:
+    """vLLM starts no engine with fewer tokens a step than requests, or than a draft and one."""
+    rng, small = random.Random(0), 0
+    for _ in range(300):
+        drawn = draw_settings(rng)
+        budget = drawn["args"]["max_num_batched_tokens"]
+        assert budget >= drawn["args"]["max_num_seqs"]
+        assert budget > drawn["num_speculative_tokens"]
+        small += budget < 64
+    assert small > 20
+
+
+def test_engines_of_every_kind_are_drawn() -> None:
+    rng = random.Random(0)
+    drawn = [draw_common(rng, ["yarn", "window"]) for _ in range(300)]
+    assert all(common.keys() == ORDINARY.keys() for common in drawn)
+    assert {c["override"] for c in drawn} == {"none", "yarn", "window"}
+    assert {c["reasoning"] for c in drawn} == {"none", "outside", "inside"}
+    backends = {c["structured_outputs_config"]["backend"] for c in drawn}
+    assert backends == {"auto", "xgrammar", "guidance", "outlines"}
+
+
+class Engine:
+    """One that ends at whatever ``ends`` says of its arguments and a request."""
+
+    def __init__(self, ends: Callable[[dict[str, Any], dict[str, Any]], bool]) -> None:
+        self._ends = ends
+
+    def start(self, args: dict[str, Any], **_: Any) -> None:
+        self._args = args
+
+    def restart(self) -> None:
+        pass
+
+    def send(self, do: str, requests: list[dict[str, Any]], **_: Any) -> None:
+        self._asked = requests
+
+    def read(self) -> dict[str, Any]:
+        if any(self._ends(self._args, request) for request in self._asked):
+            raise Crash("the process ended with -11:\n  ...\nAttributeError: no float32")
+        return {"answers": {str(r["id"]): answer() for r in self._asked}, "counters": {}}
+
+
+def asked(ends: Callable[..., bool], others: Callable[..., bool] = lambda *_: False) -> Fuzzer:
+    """A fuzzer after one round: the engine with drafts ends at ``ends`` and ``others``."""
+    fuzzer = Fuzzer("embedded", Pair(Path("t"), Path("d"), CORPUS, {}), Path())
+    fuzzer.plain = Engine(ends)  # type: ignore[assignment]
+    fuzzer.ours = Engine(lambda *a: ends(*a) or others(*a))  # type: ignore[assignment]
+    fuzzer._adapters = list  # type: ignore[method-assign]
+    settings = draw_settings(random.Random(0)) | {"draft_sample_method": "greedy"}
+    fuzzer.start(ORDINARY | {"enable_lora": True}, settings)
+    fuzzer.round(
+        [
+            REQUEST | {"id": i, "arrives": i, "params": {"temperature": 0.0, "stop": ["a"] * i}}
+            for i in range(4)
+        ]
     )
+    return fuzzer
+
+
+@pytest.mark.parametrize(
+    ("ends", "name"),
+    [
+        (lambda args, _: args["enable_lora"], "enable_lora"),
+        (lambda _, request: request["params"].get("stop") == ["a", "a"], "stop"),
+    ],
+)
+def test_what_ends_both_engines_is_vllms_own(ends: Callable[..., bool], name: str) -> None:
+    """LoRA of experts ends any of vLLM's engines on a CPU: the fuzzer counted every death as a
+    difference, and compared nothing from then on."""
+    fuzzer = asked(ends)
+    assert fuzzer.tally.differences == []
+    assert fuzzer.left_out == {name}
+    assert fuzzer.tally.deaths[0].endswith(f"no float32); left out from now on: {name}")
+    assert fuzzer.tally.outcomes["alike"] == 4
+
+
+def test_what_ends_the_engine_with_drafts_alone_is_a_difference() -> None:
+    fuzzer = asked(lambda *_: False, lambda _, request: request["id"] == 2)
+    assert fuzzer.left_out == set()
+    assert fuzzer.tally.deaths == []
+    assert "an engine ended: drafts" in fuzzer.tally.differences[0]
+    fuzzer = asked(lambda _, r: r["id"] == 1 and "stop" in r["params"], lambda _, r: r["id"] == 2)
+    assert len(fuzzer.tally.deaths) == len(fuzzer.tally.differences) == 1
+
+
+def test_no_single_cause() -> None:
+    assert cause(ORDINARY, [REQUEST], lambda *_: False) is None
+    assert cause(ORDINARY, [REQUEST], lambda _, asked: asked != [REQUEST]) is None
+
+
+def test_only_what_has_one_answer_is_compared() -> None:
+    greedy, seeded, free, minus_one = (
+        {"params": {"temperature": temperature} | seed}
+        for temperature, seed in ((0.0, {}), (1.0, {"seed": 1}), (1.0, {}), (1.0, {"seed": -1}))
+    )
+    assert not is_compared(minus_one, {"draft_sample_method": "greedy"}), "no seed for vLLM"
     assert [is_compared(r, {"draft_sample_method": "greedy"}) for r in (greedy, seeded, free)] == [
         True,
         True,
