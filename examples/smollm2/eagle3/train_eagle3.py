@@ -13,6 +13,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from speculators.train.vocab_mapping import build_vocab_mappings_from_distributi
 from transformers import AutoConfig, LlamaConfig
 
 from vllm_dflash import hub, smollm2
-from vllm_dflash.files import claim, put, whole_file, whole_folder, write_record
+from vllm_dflash.files import claim, disk_refusals, put, whole_file, whole_folder, write_record
 from vllm_dflash.progress import Progress
 from vllm_dflash.reference.decoding import target_features
 from vllm_dflash.training.batches import Plan
@@ -124,6 +125,30 @@ def layer_ids(layers: int) -> list[int]:
     return [2, layers // 2, layers - 3]
 
 
+class Cache:
+    """Hidden states of training sequences on the disk, bfloat16, each computed when it is first
+    trained on."""
+
+    def __init__(self, path: Path, starts: np.ndarray, width: int) -> None:
+        count, tokens = len(starts) - 1, int(starts[-1])
+        with disk_refusals(path), path.open("ab") as file:
+            os.posix_fallocate(file.fileno(), 0, 2 * tokens * width + count)
+        self.values = np.memmap(path, np.int16, "r+", count, (tokens, width))
+        self.there = np.memmap(path, np.uint8, "r+", 0, (count,))
+        self.starts = starts
+
+    def put(self, number: int, hidden: torch.Tensor) -> None:
+        """Keeps sequence ``number``'s hidden states [S, width], bfloat16."""
+        found = hidden.view(torch.int16).numpy()
+        self.values[self.starts[number] : self.starts[number + 1]] = found
+        self.there[number] = 1
+
+    def get(self, number: int) -> torch.Tensor:
+        """What ``put`` was given."""
+        found = np.array(self.values[self.starts[number] : self.starts[number + 1]])
+        return torch.from_numpy(found).view(torch.bfloat16)
+
+
 class Trainer:
     """Head, target and optimizer; ``step`` is a function of the step's number and the weights."""
 
@@ -138,6 +163,11 @@ class Trainer:
         layers = self.target.config.num_hidden_layers
         # The last one is before the final norm: the head has that norm itself.
         self.outputs = [i - 1 for i in layer_ids(layers)] + [layers - 1]
+        self.cache = None
+        if args.cache:
+            starts = np.cumsum([0, *run.answers.lengths])
+            width = 4 * self.target.config.hidden_size
+            self.cache = Cache(args.out / "hidden_states", starts, width)
         config = TrainerConfig(lr=args.lr, num_epochs=1, save_path="", optimizer="adamw")
         [self.optimizer] = build_optimizers(self.head, config)
         self.call, _ = Eagle3DraftModel.get_trainer_kwargs(
@@ -147,19 +177,37 @@ class Trainer:
             loss_implementation="eager",
         )
 
-    def pack(self, samples: list[Sample]) -> dict[str, Any]:
+    @torch.no_grad()
+    def hidden(self, samples: list[Sample]) -> list[torch.Tensor]:
+        """The target's states [S, 4 * H] over each sequence, in its dtype."""
+        ids = padded([s.tokens for s in samples])
+        found = target_features(self.target, self.outputs, ids, use_cache=False)[0]
+        return [row[: len(s.tokens)] for row, s in zip(found, samples, strict=True)]
+
+    def batch(self, rows: list[int]) -> dict[str, Any]:
+        """The library's batch of training sequences ``rows``."""
+        samples = [self.run.answers[row] for row in rows]
+        if self.cache is None:
+            return self.pack(samples)
+        if not all(self.cache.there[row] for row in rows):
+            for row, found in zip(rows, self.hidden(samples), strict=True):
+                self.cache.put(row, found.bfloat16())
+        return self.pack(samples, [self.cache.get(row) for row in rows])
+
+    def pack(
+        self, samples: list[Sample], hidden: list[torch.Tensor] | None = None
+    ) -> dict[str, Any]:
         """The library's batch of these sequences: one row, one after the other."""
-        with torch.no_grad():
-            ids = padded([s.tokens for s in samples])
-            hidden = target_features(self.target, self.outputs, ids, use_cache=False)[0].float()
+        if hidden is None:
+            hidden = self.hidden(samples)
         width = self.target.config.hidden_size
         batch = []
         for sample, found in zip(samples, hidden, strict=True):
             length = len(sample.tokens)
             batch.append(
                 {
-                    "hidden_states": found[:length, :-width],
-                    "verifier_last_hidden_states": found[:length, -width:],
+                    "hidden_states": found[:, :-width].float(),
+                    "verifier_last_hidden_states": found[:, -width:].float(),
                     "input_ids": torch.from_numpy(sample.tokens.astype(np.int64)),
                     "loss_mask": torch.arange(length) >= sample.prompt_length,
                     "lengths": torch.tensor([length]),
@@ -177,8 +225,7 @@ class Trainer:
         rate = self.args.lr * min(share, (self.run.steps - step) / self.run.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        rows = self.run.plan.batch(step).rows
-        packed = self.pack([self.run.answers[int(row)] for row in rows])
+        packed = self.batch([int(row) for row in self.run.plan.batch(step).rows])
         with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed_precision):
             _, loss, _ = self.head(**packed, **self.call)
         if not math.isfinite(loss.item()):
@@ -260,7 +307,7 @@ def cut(log: Path, done: int) -> None:
 
 def train(run: Run, args: argparse.Namespace) -> None:
     """Runs the training, or the rest of it, and writes the head."""
-    names = ("draft_vocab", "ttt_steps", "lr", "seed", "precision")
+    names = ("draft_vocab", "ttt_steps", "lr", "seed", "precision", "cache")
     settings = {name: getattr(args, name) for name in names}
     budget = {"steps": run.steps, "batch_size": run.batch_size, "sequences": len(run.answers)}
     claim(args.out, "eagle3", settings | budget | {"target": smollm2.exact(run.target)})
@@ -306,6 +353,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--cache", action="store_true", help="hidden states are computed once")
     parser.add_argument("--checkpoint-every", type=int, default=200)
     parser.add_argument("--log-every", type=int, default=10)
     args = parser.parse_args()
