@@ -12,7 +12,7 @@ from vllm_dflash.patch import Patch
 def _replace(original: Callable[..., bool]) -> Callable[..., bool]:
     @wraps(original)
     def handle_stopped_request(self: Any, request: Any) -> bool:
-        if request.resumable and is_ours(self.vllm_config.speculative_config):
+        if is_ours(self.vllm_config.speculative_config) and request.resumable:
             # The last output token is not computed yet, as without drafts; under asynchronous
             # scheduling placeholders say so already.
             computed = request.num_tokens - 1 + request.num_output_placeholders

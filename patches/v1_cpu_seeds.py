@@ -13,13 +13,12 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     def sample_tokens(self: Any, *arguments: Any, **keywords: Any) -> Any:
         from vllm_dflash.drafting.v1 import DFlashProposer
 
-        generators, discarded = self.input_batch.generators, self.discard_request_mask.np
-        if (
-            not generators
-            or self.device.type != "cpu"
-            or not isinstance(getattr(self, "drafter", None), DFlashProposer)
-        ):
+        if not isinstance(getattr(self, "drafter", None), DFlashProposer):
             return original(self, *arguments, **keywords)
+        generators = self.input_batch.generators
+        if not generators or self.device.type != "cpu":
+            return original(self, *arguments, **keywords)
+        discarded = self.discard_request_mask.np
         # The runner samples a token for these too, and throws it away: without their generators
         # nothing has to be taken back.
         withheld = {row: generators.pop(row) for row in list(generators) if discarded[row]}

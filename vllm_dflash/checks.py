@@ -64,10 +64,12 @@ def check_speculative_config(speculative: Any) -> dict[str, Any]:
 def advise_eager(vllm_config: Any) -> None:
     """Logs, once for all processes, that our drafter serves better without compilation on a CPU;
     ``vllm_config`` is vLLM's ``VllmConfig``."""
+    if not is_ours(vllm_config.speculative_config):
+        return
     from vllm.config import CompilationMode
     from vllm.platforms import current_platform
 
-    if not is_ours(vllm_config.speculative_config) or not current_platform.is_cpu():
+    if not current_platform.is_cpu():
         return
     if vllm_config.compilation_config.mode == CompilationMode.NONE or os.environ.get(_ADVISED):
         return

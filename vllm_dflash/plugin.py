@@ -41,14 +41,14 @@ def register() -> None:
     if problem is None:
         try:
             patch_set().apply(version)
+            _register_speculators()
         except PatchError as error:
             problem = str(error)
         except Exception as error:  # plain serving goes on whatever is wrong with us
-            problem = f"the patches could not be applied: {type(error).__name__}: {error}"
+            problem = f"it could not be set up: {type(error).__name__}: {error}"
     if problem is None:
         for name in kinds.architectures():
             ModelRegistry.register_model(name, "vllm_dflash.models.drafter:DrafterForCausalLM")
-        _register_speculators()
         choose_folder()
         return
     _refuse(problem)

@@ -26,6 +26,7 @@ from torch.nn.functional import silu
 from vllm import _custom_ops
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
@@ -62,6 +63,7 @@ def can_run(model: Any) -> bool:
         # By class: a wrapper, as for LoRA, has all that what it wraps has.
         and all(
             type(p) in (QKVParallelLinear, MergedColumnParallelLinear, RowParallelLinear)
+            and type(p).forward in (ColumnParallelLinear.forward, RowParallelLinear.forward)
             and hasattr(p, "cpu_linear")
             for p in linear
         )
