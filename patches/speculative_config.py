@@ -15,7 +15,7 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
         if self.method == METHOD and self.model is not None:
             from vllm_dflash.checks import read_early
 
-            drafter = read_early(self.model, self.revision)
+            drafter = read_early(self.model, self.revision, self.num_speculative_tokens)
             if drafter is not None and self.num_speculative_tokens is None:
                 self.num_speculative_tokens = drafter.max_speculative_tokens
         result = original(self, *arguments)

@@ -10,7 +10,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash import kinds
 from vllm_dflash.config import DrafterConfig, DrafterConfigError, TargetShape, check_pair, printable
+from vllm_dflash.fields import shown
 from vllm_dflash.formats import CONFIG_FILE, is_foreign, is_ours, published_format, read_raw, write
 from vllm_dflash.hub import count_tokens, drafter_folder, load_tokenizer
 from vllm_dflash.kinds import AFTER_ANCHOR, kind_of
@@ -223,16 +225,31 @@ def drafter_config(hf_config: Any) -> DrafterConfig:
     return DrafterConfig.from_dict(raw)
 
 
-def read_early(model: str, revision: str | None) -> DrafterConfig | None:
+def read_early(
+    model: str, revision: str | None, num_speculative_tokens: int | None
+) -> DrafterConfig | None:
     """The drafter at hand before vLLM has read it; None where it is not there yet or is none of
     ours.
 
     Raises:
-        DrafterConfigError: its config.json is unusable. Later, transformers or vLLM would refuse
-            some of that without a remedy.
+        DrafterConfigError: its config.json is unusable, or of another kind that needs K. Later,
+            transformers or vLLM would refuse some of that without a remedy.
     """
     folder = drafter_folder(model, revision)
-    if folder is None or is_foreign(read_raw(folder)):
+    if folder is None:
+        return None
+    raw = read_raw(folder)
+    if is_foreign(raw):
+        kind = raw.get("speculators_model_type")
+        if kind and num_speculative_tokens is None:
+            raise DrafterConfigError(
+                f"speculators_model_type is {shown(kind)}, not one of {', '.join(kinds.names())},"
+                " and num_speculative_tokens is not given",
+                "serve it with vLLM itself, with num_speculative_tokens and the method of its kind,"
+                " or point 'model' at another drafter",
+                field="speculators_model_type",
+                where=str(folder / CONFIG_FILE),
+            )
         return None
     drafter = DrafterConfig.from_pretrained(folder)
     if drafter.quantization_config is not None:

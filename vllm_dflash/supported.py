@@ -11,6 +11,11 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 SUPPORTED_VLLM = ">=0.32,<0.34"
+INSTALL_VLLM = (
+    "for a GPU: pip install 'vllm-dflash[cuda]'",
+    "for a CPU: pip install 'vllm-dflash[cpu]' && python -m vllm_dflash.install_cpu",
+)
+"""How to get it, and torch with it."""
 PROBLEM = "VLLM_DFLASH_PROBLEM"
 """Environment variable in which the first process that found one leaves, for those that it starts,
 why the plug-in is not on."""

@@ -25,6 +25,7 @@ from unit.test_checks import configure
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.tools.inspect import inspect_checkpoint
+from vllm_dflash.tools.pair_checks import checkpoint_checks
 from vllm_dflash.weights.values import check_finite
 
 # A checkpoint is a kind and a format; each breakage is applied to all four.
@@ -155,6 +156,33 @@ def test_a_bad_index(folder: Path, content: str) -> None:
     refused(folder, "model.safetensors.index.json")
 
 
+def test_an_index_without_shards(folder: Path) -> None:
+    """It was said to name shards that are not there, and none followed."""
+    shard(folder).write_text('{"weight_map": {}}')
+    refused(folder, "model.safetensors.index.json names no shards: fetch")
+
+
+def test_weights_that_are_zero_are_told(folder: Path) -> None:
+    """Nothing was said of a matrix that a cut write or no training at all left at zero. Biases and
+    a fusion that weighs all layers alike are zero by right."""
+    assert inspect_checkpoint(folder).warnings == []
+
+    def empty(tensors: dict[str, torch.Tensor]) -> None:
+        (name,) = [name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight")]
+        tensors[name].zero_()
+        for other in tensors:
+            if other.endswith(".bias"):
+                tensors[other].zero_()
+
+    edit(folder, empty)
+    found = inspect_checkpoint(folder)
+    assert found.sound
+    (warning,) = found.warnings
+    assert warning.startswith("the weights are zero in all of layers.1.mlp.up_proj.weight: not")
+    (check, _) = checkpoint_checks(found)
+    assert (check.name, check.state, check.found) == ("weights", "warning", warning)
+
+
 def test_shards_that_are_absent_cut_or_overlap(folder: Path) -> None:
     index = shard(folder)
     second = folder / "model-00002-of-00002.safetensors"
@@ -222,8 +250,9 @@ def _embedding(**changes: Any) -> dict[str, Any]:
         ([torch.ones(64)], "64 elements"),
         (None, "64 elements"),
         (_Pickled(), "cannot be read as tensors"),
-        (b"", "cannot be read as tensors"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "cannot be read as tensors"),
+        (b"", "cannot be read as tensors (torch.save writes no such file)"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "(torch.save writes no such file)"),
+        (b"embedding", "cannot be read as tensors (torch.save writes no such file)"),
         (b"PK\x03\x04 a zip that is none", "cannot be read as tensors"),
         (b"\x80\x02c__builtin__\neval\n.", "cannot be read as tensors"),
         (bytes(range(256)), "cannot be read as tensors"),

@@ -10,7 +10,7 @@ import pytest
 
 from pairs import make_random_drafter, make_random_target, random_drafter_config
 from vllm_dflash import checks
-from vllm_dflash.checks import _ADVISED, check_logits_processors
+from vllm_dflash.checks import _ADVISED, check_logits_processors, read_early
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.patching import PatchSet
 
@@ -24,16 +24,15 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_random_target(tmp_path_factory.mktemp("pair") / "target")
 
 
-def configure(target: Path, drafter: Path, k: int = 7, max_model_len: int = MAX_MODEL_LEN) -> Any:
+def configure(
+    target: Path, drafter: Path, k: int | None = 7, max_model_len: int = MAX_MODEL_LEN
+) -> Any:
     """vLLM's configuration of the pair, as ``LLM`` and ``vllm serve`` make it, with the plug-in
     loaded by its entry point."""
     from vllm.engine.arg_utils import EngineArgs
 
-    speculative: dict[str, Any] = {
-        "method": "dflash",
-        "model": str(drafter),
-        "num_speculative_tokens": k,
-    }
+    speculative: dict[str, Any] = {"method": "dflash", "model": str(drafter)}
+    speculative |= {} if k is None else {"num_speculative_tokens": k}
     return EngineArgs(
         model=str(target),
         skip_tokenizer_init=True,
@@ -236,3 +235,16 @@ def test_requests_that_vllms_own_verification_gets_wrong_are_refused(
                     validate(SimpleNamespace(vllm_config=engine), SamplingParams(**field))
                     == "vLLM's"
                 )
+
+
+@pytest.mark.vllm
+def test_another_kind_of_speculators_is_named_where_k_is_missing(
+    random_target: Path, tmp_path: Path
+) -> None:
+    """vLLM asked for num_speculative_tokens, as if the drafter were one of ours."""
+    folder = make_random_drafter(tmp_path / "d")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"speculators_model_type": "eagle3"}))
+    with pytest.raises(ValueError, match=r"speculators_model_type is 'eagle3', not one of dflash"):
+        configure(random_target, folder, k=None)
+    assert read_early(str(folder), None, 3) is None

@@ -168,10 +168,53 @@ def test_status_says_how_to_get_a_vllm_where_there_is_none(
     assert main(["status"]) == 1
     out = capsys.readouterr().out
     assert "pip install 'vllm-dflash[cuda]'" in out
+    # The patches were said not to fit a vLLM "None".
+    assert "plug-in      off: vLLM is not installed" in out
+    assert "fit" not in out.partition("\n\n")[0]
+    assert "None" not in out
+    assert "none is applied or was checked here" in out
     both_steps = "[cpu]' && python -m vllm_dflash.install_cpu"
     assert both_steps in out
     assert both_steps in (ROOT / "README.md").read_text()
     assert {"pip", "transformers"} <= set(PROJECT["project"]["optional-dependencies"]["cpu"])
+
+
+_WITHOUT = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "vllm", "transformers", "numpy"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+from vllm_dflash.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["inspect", "D"],
+        ["convert", "D", "E", "--to", "speculators"],
+        ["doctor", "--target", "T", "--draft", "D"],
+        ["train", "--target", "T", "--prompts", "P", "--out", "O"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_command_that_needs_torch_says_how_to_get_it(tmp_path: Path, command: list[str]) -> None:
+    """With the wheel alone inspect, convert and doctor ended in a traceback."""
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT, *command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "which is not installed here; it comes with vLLM:\n" in done.stderr
+    assert "  for a GPU: pip install 'vllm-dflash[cuda]'\n" in done.stderr
 
 
 def test_the_extra_cpu_brings_no_build_that_the_second_step_would_have_to_undo() -> None:

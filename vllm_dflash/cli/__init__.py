@@ -15,9 +15,12 @@ import sys
 import vllm_dflash
 from vllm_dflash import smollm2
 from vllm_dflash.cli import bench, cluster, compat, convert, doctor, inspect, status, top, train
+from vllm_dflash.supported import INSTALL_VLLM
 
 _NOBODY_READS = 128 + signal.SIGPIPE
 """The exit status of a program that the signal ends."""
+_COME_WITH_VLLM = ("vllm", "torch", "transformers", "numpy")
+"""What commands import when they run, and this package alone does not bring."""
 _HELP = """\
 Block-diffusion speculative decoding (DFlash, DFlare) for stock vLLM.
 
@@ -59,6 +62,18 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
     except smollm2.SmolLM2Error as error:
         print(f"vllm-dflash: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _COME_WITH_VLLM:
+            raise
+        print(
+            f"vllm-dflash: this command needs {package}, which is not installed here; it comes with"
+            " vLLM:",
+            *INSTALL_VLLM,
+            sep="\n  ",
+            file=sys.stderr,
+        )
         return 2
     except BrokenPipeError:
         # As with `| head`: nobody reads on. Python flushes once more at its end, into what cannot

@@ -9,7 +9,7 @@ import vllm_dflash
 from vllm_dflash.cli.flags import add_command
 from vllm_dflash.patch import SCOPES
 from vllm_dflash.plugin import patch_set, why_off
-from vllm_dflash.supported import SUPPORTED_VLLM, installed_vllm
+from vllm_dflash.supported import INSTALL_VLLM, SUPPORTED_VLLM, installed_vllm
 
 
 def add(commands: Any) -> None:
@@ -30,14 +30,17 @@ def _status() -> int:
     print(f"vllm-dflash  {vllm_dflash.__version__}")
     print(f"vLLM         {version or 'not installed'} (supported: {SUPPORTED_VLLM})")
     if version is None:
-        print(
-            "             for a GPU: pip install 'vllm-dflash[cuda]'\n"
-            "             for a CPU: pip install 'vllm-dflash[cpu]' && python -m"
-            " vllm_dflash.install_cpu"
-        )
+        for line in INSTALL_VLLM:
+            print(f"             {line}")
     print(f"torch        {_version('torch')}")
-    problems = patch_set().check(version)
-    state = why_off() or ("off: the patches do not fit this vLLM" if problems else "on")
+    problems = [] if version is None else patch_set().check(version)
+    state = why_off() or (
+        "off: vLLM is not installed"
+        if version is None
+        else "off: the patches do not fit this vLLM"
+        if problems
+        else "on"
+    )
     print(f"plug-in      {state}")
     for problem in problems:
         print(f"  {problem}")
@@ -46,8 +49,10 @@ def _status() -> int:
         if row.note:
             print(f"  {row.state}: {row.target}\n{_paragraph('', row.note)}")
     print(
-        "\npatches (applied in vLLM's processes, each when its module is imported or its object"
-        " made)"
+        f"\npatches (for vLLM {SUPPORTED_VLLM}; none is applied or was checked here)"
+        if version is None
+        else "\npatches (applied in vLLM's processes, each when its module is imported or its"
+        " object made)"
     )
     for row in rows:
         print(f"\n  {row.target}")

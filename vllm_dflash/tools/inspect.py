@@ -29,7 +29,8 @@ from vllm_dflash.tools.repair import config_problems
 from vllm_dflash.weights import READABLE, tensor_problems
 from vllm_dflash.weights.headers import read_header, weight_files
 from vllm_dflash.weights.mask_embedding import MASK_EMBEDDING_FILE
-from vllm_dflash.weights.values import check_finite, is_finite
+from vllm_dflash.weights.messages import FETCH_AGAIN, some
+from vllm_dflash.weights.values import check_finite, is_finite, is_zero
 
 
 @dataclass
@@ -160,6 +161,7 @@ def _read_tensors(found: Inspection, paths: list[Path], dtype: torch.dtype, prog
         disable=not progress,
     )
     bad: dict[str, torch.Tensor] = {}
+    zeros: list[str] = []
     with bar:
         for path in paths:
             with safe_open(path, framework="pt") as file:
@@ -184,8 +186,15 @@ def _read_tensors(found: Inspection, paths: list[Path], dtype: torch.dtype, prog
                         check_finite(pair, dtype)
                     except DrafterConfigError:
                         bad |= pair
+                    if kind == "weight" and ours != shares and is_zero(tensor):
+                        zeros.append(ours)
                     if ours == shares and tensor.is_floating_point() and tensor.ndim == 2:
                         found.fusion = tensor.float().softmax(dim=1).tolist()
+    if zeros:
+        found.warnings.append(
+            f"the weights are zero in all of {some(zeros)}: not trained, or not written whole."
+            f" Unless the drafter is meant so, {FETCH_AGAIN}"
+        )
     with _noting(found):
         check_finite(bad, dtype)
     sound = {name: tensor for name, tensor in bad.items() if is_finite(tensor)}

@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm_dflash import smollm2
 from vllm_dflash.config import DrafterConfig, DrafterConfigError, TargetShape, check_pair
+from vllm_dflash.formats import CONFIG_FILE
 from vllm_dflash.hub import are_equal, load_tokenizer, resolved_dtype
 from vllm_dflash.plugin import why_off
 from vllm_dflash.records import RecordError, read
@@ -55,12 +56,14 @@ def checkpoint_checks(found: Inspection) -> list[Check]:
     """The drafter's own folder."""
     if found.errors:
         return [refusal("checkpoint", error) for error in found.errors]
-    unknown = [
+    warnings = [
         Check("config keys", "warning", warning, "compare them with the drafter's model card")
+        if warning.startswith(CONFIG_FILE)
+        else Check("weights", "warning", warning)
         for warning in found.warnings
     ]
     return [
-        *unknown,
+        *warnings,
         Check(
             "checkpoint",
             "ok",

@@ -61,7 +61,9 @@ def _shards(folder: Path, index: Path, data: bytes) -> list[Path]:
             f"{index} names shards that are not files of this folder: {some(bad)}", FETCH_AGAIN
         )
     absent = [path.name for path in paths if size_of_regular(path) is None]
-    if absent or not names:
+    if not names:
+        raise DrafterConfigError(f"{index} names no shards", FETCH_AGAIN)
+    if absent:
         raise DrafterConfigError(
             f"{index} names shards that are not there: {some(absent)}", FETCH_AGAIN
         )

@@ -16,6 +16,9 @@ from vllm_dflash.weights.values import is_finite, overflow
 
 MASK_EMBEDDING_FILE = "mask_embedding.pt"
 _LARGEST_EMBEDDING = 1 << 26
+_BEGINNINGS = (b"PK", b"\x80")
+"""Of what torch.save writes: an archive, or a pickle. Of other bytes the unpickler says nothing of
+use."""
 
 
 def read_mask_embedding(
@@ -46,7 +49,11 @@ def load_mask_embedding(
     except (
         Exception
     ) as error:  # whatever the unpickler and torch's tensors end in: the file is not ours
-        first = (str(error).strip().splitlines() or [repr(error)])[0]
+        first = (
+            (str(error).strip().splitlines() or [repr(error)])[0]
+            if data.startswith(_BEGINNINGS)
+            else "torch.save writes no such file"
+        )
         raise DrafterConfigError(
             f"{path} cannot be read as tensors ({first})", FETCH_AGAIN
         ) from None

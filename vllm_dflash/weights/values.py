@@ -55,6 +55,14 @@ def is_finite(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
     return bool((wide if dtype is None else wide.to(dtype)).isfinite().all())
 
 
+def is_zero(tensor: torch.Tensor) -> bool:
+    """Whether it holds floats, and all of them are zero."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return False
+    wide = tensor.float() if tensor.element_size() == 1 else tensor
+    return not bool(wide.any())
+
+
 def _fits(
     name: str, tensor: torch.Tensor, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> bool:
