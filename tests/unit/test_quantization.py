@@ -22,6 +22,8 @@ from vllm_dflash.tools.inspect import inspect_checkpoint
 from vllm_dflash.tools.pair_checks import checkpoint_checks
 from vllm_dflash.weights.quantization import NEEDS, check_packed, check_quantization
 
+pytestmark = pytest.mark.vllm  # whose classes read it
+
 SOUND: dict[str, dict[str, Any]] = {
     "gptq": {"bits": 4, "group_size": 128, "desc_act": False, "sym": True},
     "awq": {"bits": 4, "group_size": 128, "zero_point": True},
