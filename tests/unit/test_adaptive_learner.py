@@ -19,6 +19,7 @@ class Controller:
     max_draft: int = 7
     block_size: int = 8
     seen: list[Any] = field(default_factory=list)
+    rough: list[Work | None] = field(default_factory=list)
 
     def observe(
         self,
@@ -28,14 +29,22 @@ class Controller:
         confidences: Any,
         stands_for: int,
         writes_backlog: bool,
+        rough: Work | None,
     ) -> None:
+        self.rough.append(rough)
         self.seen.append((work, seconds, outcomes, confidences, stands_for, writes_backlog))
 
 
-def learn(
-    *steps: tuple[Any, Any], synchronous: bool = True, why: str = "best", **attributes: Any
-) -> list[Any]:
+def learn(*steps: tuple[Any, Any], **how: Any) -> list[Any]:
     """What a controller gets of steps that are scheduled and ran one after the other."""
+    seen: list[Any] = controller_of(*steps, **how).seen
+    return seen
+
+
+def controller_of(
+    *steps: tuple[Any, Any], synchronous: bool = True, why: str = "best", **attributes: Any
+) -> Any:
+    """The controller that got it."""
     scheduler = scheduler_of({"a": 3, "b": 4}, **attributes)
     controller: Any = Controller()
     record, learner = Steps(scheduler), Learner(controller, synchronous)
@@ -48,7 +57,7 @@ def learn(
     for scheduled, ran in steps:
         schedule()
         update(scheduled, ran)
-    return controller.seen
+    return controller
 
 
 def plain(k: int = 0, **changed: Any) -> tuple[Any, Any]:
@@ -116,6 +125,15 @@ def test_a_step_with_a_prompt_or_an_ended_request_tells_no_cost() -> None:
     assert work is None
     [(work, _, outcomes, *_)] = learn(SPECULATIVE, ended={"b"})
     assert (work, outcomes) == (None, {"a": (3, 2)})
+
+
+def test_what_a_step_with_a_prompt_or_an_ended_request_computed_is_told_apart() -> None:
+    """Of a server whose every step has one nothing else is known; no request need be left."""
+    [rough] = controller_of(PROMPT).rough
+    assert rough == Work(2, 10, 16, rough.num_context)
+    for ended in ({"b"}, {"a", "b"}):
+        assert controller_of(SPECULATIVE, ended=ended).rough == [Work(2, 7, 16, 14)]
+    assert controller_of(SPECULATIVE).rough == [None]
 
 
 def test_of_steps_that_neither_draft_nor_verify_one_in_four_is_looked_at() -> None:

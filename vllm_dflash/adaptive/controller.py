@@ -14,13 +14,13 @@ from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_dflash.adaptive.acceptance import Acceptance, Confidences
-from vllm_dflash.adaptive.cost import StepCost, Work, power
+from vllm_dflash.adaptive.cost import STALE, StepCost, Work, power
 from vllm_dflash.adaptive.plans import Choice, Outlook, Plan
 from vllm_dflash.adaptive.trials import Trials
 
 _FIRST_TRIES = 4
 """Steps that each of a whole block and no draft gets at once, for a batch size that was not
-seen."""
+seen; again and again for ``STALE`` steps, if they cannot be measured."""
 _EVERY = 16
 """Steps between two choices, unless the number of requests changes by more than an eighth, or
 drafts tell much that is new."""
@@ -65,11 +65,15 @@ class Controller:
         """``group``: see ``Acceptance``."""
         self.max_draft, self.block_size = max_draft, block_size
         self.cost, self.acceptance = StepCost(), Acceptance(max_draft, group)
-        self._trials = Trials(apart=2 * _EVERY)
+        self._trials = Trials(2 * _EVERY, block_size)
+        self._rough = StepCost()
+        """Learned from steps with prompts or ended requests, for where there are no others."""
         self._steps, self._chosen_at, self._every = 0, 0, _EVERY
         self._tries: dict[int, list[int]] = {}
         """What is left of the first steps, by power of two of the requests: a number of requests
         may pass before all are done."""
+        self._num_first: dict[int, int] = {}
+        """How many first steps there were, by power of two."""
         self._rest: list[Plan] = []
         """What is left of a trial."""
         self._drafted_at: dict[int, float] = {}
@@ -78,7 +82,15 @@ class Controller:
         self._outlook: Outlook | None = None
         """By which the last choice was made."""
         self._seen: list[
-            tuple[Work | None, float, Mapping[str, tuple[int, int]], Confidences | None, int, bool]
+            tuple[
+                Work | None,
+                float,
+                Mapping[str, tuple[int, int]],
+                Confidences | None,
+                int,
+                bool,
+                Work | None,
+            ]
         ] = []
         """Steps that are to be learned from."""
 
@@ -90,6 +102,7 @@ class Controller:
         confidences: Confidences | None = None,
         stands_for: int = 1,
         writes_backlog: bool = False,
+        rough: Work | None = None,
     ) -> None:
         """Takes in a step, and learns from it by the next choice, or a few steps later. Nobody may
         change what is handed in until then.
@@ -102,8 +115,10 @@ class Controller:
             stands_for: how many such steps there were for each that is taken in.
             writes_backlog: whether it is the first that drafts after some that did not, and writes
                 the context of them all.
+            rough: where ``work`` is None, what the step computed with the prompts in it, as if
+                their rows were verified tokens; looked at only where all steps are such steps.
         """
-        self._seen.append((work, seconds, outcomes, confidences, stands_for, writes_backlog))
+        self._seen.append((work, seconds, outcomes, confidences, stands_for, writes_backlog, rough))
         # The first ones say the most.
         if len(self._seen) >= min(1 + self._steps // _YOUNG, _LEARN_EVERY) or any(
             map(self.acceptance.is_new, outcomes)
@@ -147,17 +162,22 @@ class Controller:
         self.acceptance.forget(requests)
 
     def _learn(self) -> None:
-        for work, seconds, outcomes, confidences, stands_for, writes_backlog in self._seen:
+        for work, seconds, outcomes, confidences, stands_for, writes_backlog, rough in self._seen:
+            # The first steps of a batch size were nobody's choice: they earn and owe nothing.
+            is_chosen = self._choice is not None
+            if is_chosen:
+                self._trials.earn(stands_for)
             if work is not None and writes_backlog:
                 # It tells nothing of steps that draft after others that did, and was not in what
                 # its trial was expected to lose.
-                if self._outlook is not None:
+                if is_chosen and self._outlook is not None:
                     self._trials.charge(seconds, self._outlook.credible(work))
             elif work is not None:
-                # A step that was held up, by another process for instance, buys no trials.
-                self._trials.earn(self.cost.observe(work, seconds), stands_for)
+                self.cost.observe(work, seconds)
                 if work.draft_rows:
                     self._drafted_at[power(work.num_reqs)] = time.monotonic()
+            elif rough is not None and not writes_backlog:
+                self._rough.observe(rough, seconds)
             for request, (verified, accepted) in outcomes.items():
                 if verified:
                     self.acceptance.observe(
@@ -173,15 +193,14 @@ class Controller:
             return self._rest.pop()
         self._learn()
         last = self._choice
-        tries = self._tries.setdefault(power(len(requests)), [])
-        if not tries and not self.cost.has_seen(len(requests)):
-            tries += [self.max_draft] * _FIRST_TRIES + [0] * _FIRST_TRIES
-        if tries:
+        first = self._first(len(requests))
+        if first is not None:
             self._choice = None
-            return Plan(tries.pop(0), why="first")
+            return first
+        cost = self.cost if self.cost.has_seen(len(requests)) else self._rough
         self._chosen_at, self.acceptance.has_news = self._steps, False
         outlook = Outlook(
-            self.cost.near(len(requests)),
+            cost.near(len(requests)),
             self.acceptance.expected(requests),
             len(requests),
             num_context,
@@ -202,6 +221,23 @@ class Controller:
         )
         self._rest = self._trials.choose(self._steps, outlook, best, draft.plan)
         return self._rest.pop() if self._rest else best.plan
+
+    def _first(self, num_reqs: int) -> Plan | None:
+        """The plan of a first step of a batch size; None where both kinds of steps are known.
+
+        Where prompts come and requests end in all of ``STALE`` first steps, what those took has to
+        do. Where not even that is known, drafts are whole, as without a controller, and the first
+        steps are made anew every ``STALE`` steps.
+        """
+        size = power(num_reqs)
+        tries, count = self._tries.setdefault(size, []), self._num_first.get(size, 0)
+        if not tries:
+            if self.cost.has_seen(num_reqs) or (count >= STALE and self._rough.has_both(num_reqs)):
+                return None
+            if count < STALE or count % STALE < 2 * _FIRST_TRIES:
+                tries += [self.max_draft] * _FIRST_TRIES + [0] * _FIRST_TRIES
+        self._num_first[size] = count + 1
+        return Plan(tries.pop(0) if tries else self.max_draft, why="first")
 
     def status(self) -> Status:
         """What was chosen last, and why."""

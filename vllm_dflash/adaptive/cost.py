@@ -148,15 +148,15 @@ class StepCost:
         """What the last steps took, over what steps of their kinds take."""
         return sorted(self._paces)[len(self._paces) // 2] if self._paces else 1.0
 
-    def observe(self, work: Work, seconds: float) -> float:
-        """Takes in a measured step; returns the seconds that such a step usually takes."""
+    def observe(self, work: Work, seconds: float) -> None:
+        """Takes in a measured step."""
         key, rows = work.kind, {work.num_tokens, -work.draft_rows}
         kind = self._kinds.get(key)
         is_new = not rows <= self._met
         self._met |= rows
         if kind is None:
             if is_new:
-                return seconds
+                return
             kind = self._kinds[key] = _Kind()
         if kind.seconds and self._steps - kind.last_seen > STALE:
             kind.keep_typical()
@@ -173,7 +173,6 @@ class StepCost:
             kind.add(work, seconds / self.pace)
         self._steps += 1
         kind.last_seen = self._steps
-        return kind.typical[1] * self.pace
 
     def _expected(self, kind: _Kind, work: Work) -> float:
         """Seconds of a step of a kind at a pace of 1: those of its typical one, and what the line
@@ -190,6 +189,11 @@ class StepCost:
         # known for sure.
         plain = self._kinds.get((size, 0, 0))
         return drafting and plain is not None and len(plain.seconds) >= _FEWEST_PLAIN
+
+    def has_both(self, num_reqs: int) -> bool:
+        """Whether any steps with the drafter and without were seen at about as many requests."""
+        size = power(num_reqs)
+        return len({rows > 0 for each, rows, _ in self._kinds if each == size}) == 2
 
     def near(self, num_reqs: int) -> LocalCost:
         """The cost of steps of about ``num_reqs`` requests: least squares of relative errors,

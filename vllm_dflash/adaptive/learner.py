@@ -49,13 +49,17 @@ class Learner:
         if is_dull and self._steps % _MEASURED_EVERY:
             return
         began = self._began(step)
+        work = None if began is None else self._work(step)
+        # Its time tells how long decoding takes only where it was all decoding.
+        is_exact = step.all_decode and not step.num_ended
         self.controller.observe(
-            None if began is None else self._work(step),
+            work if is_exact else None,
             step.ended - (began or step.ended),
             step.verified,
             step.confidences,
             _MEASURED_EVERY if is_dull else 1,
             writes_backlog,
+            None if is_exact else work,
         )
 
     def _began(self, step: Step) -> float | None:
@@ -72,10 +76,8 @@ class Learner:
             return step.scheduled_at
         return step.began
 
-    def _work(self, step: Step) -> Work | None:
-        """What the step computed; None where it was not all decoding."""
-        if not step.all_decode or step.num_ended:
-            return None
-        count = step.num_requests
+    def _work(self, step: Step) -> Work:
+        """What the step computed, the rows of prompts in it as if they were verified tokens."""
+        count = len(step.scheduled.num_scheduled_tokens)
         draft_rows = count * self.controller.block_size if step.num_drafted else 0
         return Work(count, step.scheduled.total_num_scheduled_tokens, draft_rows, step.num_context)

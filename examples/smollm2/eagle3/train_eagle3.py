@@ -56,7 +56,7 @@ class Run:
             ) from None
         self.target = settings["run"]["target"]
         self.path = smollm2.resolve(self.target)
-        config = AutoConfig.from_pretrained(self.path)
+        config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         self.dtype = hub.resolved_dtype(config, settings["run"]["dtype"])
         self.answers = Sequences(folder / "generate", shards)
         self.held_out = Sequences(folder / "generate" / "held-out", 1)
@@ -80,7 +80,7 @@ class Run:
 def build(run: Run, args: argparse.Namespace) -> Eagle3DraftModel:
     """An untrained head of one Llama layer, with the target's embedding, norm and lm_head frozen in
     it."""
-    target = AutoConfig.from_pretrained(run.path)
+    target = AutoConfig.from_pretrained(run.path, trust_remote_code=False)
     layer = LlamaConfig(
         vocab_size=target.vocab_size,
         hidden_size=target.hidden_size,
