@@ -27,7 +27,7 @@ from speculators.train.data import CollateFn
 from speculators.train.optimizers import build_optimizers
 from speculators.train.trainer import TrainerConfig
 from speculators.train.vocab_mapping import build_vocab_mappings_from_distribution
-from transformers import AutoConfig, LlamaConfig
+from transformers import LlamaConfig
 
 from vllm_dflash import hub, smollm2
 from vllm_dflash.files import claim, disk_refusals, put, whole_file, whole_folder, write_record
@@ -56,7 +56,7 @@ class Run:
             ) from None
         self.target = settings["run"]["target"]
         self.path = smollm2.resolve(self.target)
-        config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+        config = hub.load_config(self.path)
         self.dtype = hub.resolved_dtype(config, settings["run"]["dtype"])
         self.answers = Sequences(folder / "generate", shards)
         self.held_out = Sequences(folder / "generate" / "held-out", 1)
@@ -80,7 +80,7 @@ class Run:
 def build(run: Run, args: argparse.Namespace) -> Eagle3DraftModel:
     """An untrained head of one Llama layer, with the target's embedding, norm and lm_head frozen in
     it."""
-    target = AutoConfig.from_pretrained(run.path, trust_remote_code=False)
+    target = hub.load_config(run.path)
     layer = LlamaConfig(
         vocab_size=target.vocab_size,
         hidden_size=target.hidden_size,
