@@ -169,3 +169,82 @@ def large_gpu(work: Work) -> float:
         4.2 * max(1.0, work.num_tokens / 180)
         + (0.8 + 0.001 * work.draft_rows if work.draft_rows else 0)
     )
+
+
+GOOD, BAD = [0.8, 0.78, 0.76, 0.74, 0.72, 0.7, 0.68], [0.01] * 7
+"""Rates of acceptance by position; the last one goes on."""
+
+
+class Run:
+    """One engine's steps; ``wrong`` gives what was measured in place of the true seconds, by step
+    and what it computed."""
+
+    def __init__(
+        self,
+        wrong: Callable[[int, Work, float], float],
+        num_reqs: int = 1,
+        cost: Callable[[Work], float] = two_cores,
+        block: int = 8,
+        catches_up: float | None = None,
+    ) -> None:
+        """``catches_up``: seconds more for each step without a draft, where the next one drafts;
+        None: no step is said to write a backlog."""
+        self.controller, self.wrong, self.cost = Controller(block - 1, block), wrong, cost
+        self.block, self.catches_up, self.waiting = block, catches_up, 0
+        self.requests, self.random = [f"r{i}" for i in range(num_reqs)], np.random.default_rng(0)
+        self.lengths: dict[str, int] = {}
+        self.step = self.tokens = 0
+        self.seconds = 0.0
+        self.plans: list[Plan] = []
+
+    def run(
+        self,
+        steps: int,
+        rates: list[float] = GOOD,
+        prompts: bool = False,
+        rough: bool = False,
+        prompt_rows: Callable[[int], int] = lambda step: 0,
+    ) -> list[Plan]:
+        """So many more steps; returns their plans. ``prompts``: each has one in it, of
+        ``prompt_rows`` by step; ``rough``: what such steps took is told as that."""
+        for _ in range(steps):
+            plan = self.controller.plan(self.requests)
+            outcomes = {}
+            for request in self.requests:
+                count, accepted = self.lengths.get(request, 0), 0
+                while (
+                    accepted < count and self.random.random() < rates[min(accepted, len(rates) - 1)]
+                ):
+                    accepted += 1
+                outcomes[request] = (count, accepted)
+                self.tokens += accepted + 1
+            num_reqs, verified = len(self.requests), sum(count for count, _ in outcomes.values())
+            drafts, rows = plan.num_draft_tokens > 0, num_reqs + verified + prompt_rows(self.step)
+            work = Work(num_reqs, rows, self.block * num_reqs if drafts else 0)
+            seconds = self.cost(work) + (self.catches_up or 0.0) * self.waiting * drafts
+            self.seconds += seconds
+            self.controller.observe(
+                None if prompts else work,
+                self.wrong(self.step, work, seconds),
+                outcomes,
+                writes_backlog=self.catches_up is not None and drafts and self.waiting > 0,
+                **({"rough": work} if rough else {}),
+            )
+            self.waiting = 0 if drafts else self.waiting + 1
+            self.lengths = self.controller.lengths(self.requests, plan)
+            self.step += 1
+            self.plans.append(plan)
+        return self.plans[-steps:]
+
+
+def drafting(plans: list[Plan]) -> float:
+    """Share of the steps that drafted."""
+    return sum(plan.num_draft_tokens > 0 for plan in plans) / len(plans)
+
+
+def slow(last: int, factor: float, drafts: bool) -> Callable[[int, Work, float], float]:
+    """Up to step ``last`` those with the drafter, or those without, take ``factor`` times as
+    long."""
+    return lambda step, work, seconds: (
+        seconds * (factor if step < last and bool(work.draft_rows) == drafts else 1)
+    )

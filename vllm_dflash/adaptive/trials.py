@@ -14,7 +14,7 @@ are. So a trial comes within ``_SAVED`` / ``EXPLORATION`` steps of the batch siz
 time between two choices where nothing is owed, else within 4 ``block_size`` / ``EXPLORATION`` and
 three such times: until a trial may be settled, until it is, and until the next choice.
 
-    pytest tests/unit/test_adaptive_stale.py
+    pytest tests/unit/test_adaptive_stale.py tests/unit/test_adaptive_off.py
 """
 
 import math
