@@ -174,7 +174,7 @@ class Fuzzer:
     def _start_drawn(self) -> bool:
         """Engines as the dice say; False where one did not start."""
         common = self.common
-        if not common or self.rng.random() >= 0.6:
+        if not common or self.rng.random() >= 0.4:
             common = draw_common(self.rng, list(self.pair.overrides))
         common = ordinary(common, self.left_out)
         settings = draw_settings(self.rng)
@@ -335,13 +335,15 @@ class Fuzzer:
 
         found = cause(common, requests, lives)
         self.common = {}  # The engine without a drafter is another now.
-        last = str(crash).strip().splitlines()[-1]
+        # Of each engine's log the last line.
+        ends = [part.strip().splitlines()[-1] for part in str(crash).split("\ndrafts: ")]
         self.tally.deaths.append(
-            f"vLLM's own: both engines ended ({last}); left out from now on:"
+            f"vLLM's own: both engines ended ({'; '.join(ends)}); left out from now on:"
             f" {found or 'nothing, no single cause'}"
         )
         self.tally.outcomes["ended both engines"] += len(requests)
-        print(f"\n{self.tally.deaths[-1]}\n", flush=True)
+        case = self._replay_command(common, settings, requests)
+        print(f"\n{self.tally.deaths[-1]}\n{crash}\n    {case}\n", flush=True)
         if found is None or found in self.left_out:
             return False
         self.left_out.add(found)
@@ -392,13 +394,18 @@ class Fuzzer:
                     found[request["id"]] = words
         return found
 
-    def _print(self, found: str, requests: list[dict[str, Any]]) -> None:
-        case = json.dumps({"common": self.common, "settings": self.settings, "requests": requests})
+    def _replay_command(
+        self, common: dict[str, Any], settings: dict[str, Any], requests: list[dict[str, Any]]
+    ) -> str:
+        case = json.dumps({"common": common, "settings": settings, "requests": requests})
         include = "".join(f" --include {name}" for name in self.include)
-        text = (
-            f"{found}\n    python tests/fuzz_differential.py --pair {self.name}{include} --replay"
+        return (
+            f"python tests/fuzz_differential.py --pair {self.name}{include} --replay"
             f" {shlex.quote(case)}"
         )
+
+    def _print(self, found: str, requests: list[dict[str, Any]]) -> None:
+        text = f"{found}\n    {self._replay_command(self.common, self.settings, requests)}"
         self.tally.differences.append(text)
         print(f"\nDIFFERENCE {len(self.tally.differences)}: {text}\n", flush=True)
 

@@ -58,6 +58,10 @@ def draft_args(
             "draft_sample_method": settings["draft_sample_method"],
         }
     args = shared | settings["args"] | {"speculative_config": speculative}
+    if shared["enable_lora"]:
+        # vLLM starts no other beside a drafter.
+        least = args["max_num_seqs"] * (settings["num_speculative_tokens"] + 1)
+        args["max_num_batched_tokens"] = max(least, args["max_num_batched_tokens"])
     if method == "ours":
         args["additional_config"] = {"dflash": {"adaptive": settings["plan"] != "whole"}}
     return args

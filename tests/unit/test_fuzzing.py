@@ -147,6 +147,7 @@ def test_what_ends_both_engines_is_vllms_own(ends: Callable[..., bool], name: st
     assert fuzzer.tally.differences == []
     assert fuzzer.left_out == {name}
     assert fuzzer.tally.deaths[0].endswith(f"no float32); left out from now on: {name}")
+    assert fuzzer.tally.deaths[0].count("no float32") == 2, "the end of each engine's log"
     assert fuzzer.tally.outcomes["alike"] == 4
 
 
@@ -161,7 +162,7 @@ def test_what_ends_the_engine_with_drafts_alone_is_a_difference() -> None:
 
 def test_no_single_cause() -> None:
     assert cause(ORDINARY, [REQUEST], lambda *_: False) is None
-    assert cause(ORDINARY, [REQUEST], lambda _, asked: asked != [REQUEST]) is None
+    assert cause(ORDINARY, [REQUEST], lambda *_: True) is None, "a new engine goes on"
 
 
 def test_only_what_has_one_answer_is_compared() -> None:
