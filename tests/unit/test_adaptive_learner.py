@@ -136,6 +136,14 @@ def test_what_a_step_with_a_prompt_or_an_ended_request_computed_is_told_apart() 
     assert controller_of(SPECULATIVE).rough == [None]
 
 
+def test_a_step_of_nothing_is_none() -> None:
+    """vLLM runs one to hand on that the last request has ended: the controller failed there once,
+    by the logarithm of no request."""
+    nothing = scheduled_of({}, k=7), ran_of({})
+    assert controller_of(nothing).rough == [None]
+    assert controller_of(SPECULATIVE, nothing).rough == [None, None]
+
+
 def test_of_steps_that_neither_draft_nor_verify_one_in_four_is_looked_at() -> None:
     seen = learn(*[plain()] * 9)
     assert [(work, stands_for) for work, _, _, _, stands_for, _ in seen] == [

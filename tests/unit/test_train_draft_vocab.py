@@ -15,7 +15,7 @@ from training_runs import answer_held_out, answered_prompts, held_out_file, make
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.reference.checkpoint import load_drafter, new_drafter
 from vllm_dflash.reference.drafter import OwnTables
-from vllm_dflash.training import draft_vocab, loop
+from vllm_dflash.training import draft_vocab, learned
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.objective import Objective
 from vllm_dflash.training.pipeline import run_stages
@@ -93,7 +93,7 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answer_held_out(chosen, ids)
     run_stages(chosen, STAGES)
     assert f"draft vocabulary: {SIZE} of {VOCAB} tokens" in capsys.readouterr().out
-    folder = loop.trained_folder(chosen)
+    folder = learned.trained_folder(chosen)
     config, tensors = DrafterConfig.from_pretrained(folder), load_file(folder / "model.safetensors")
     assert config.draft_vocab_size == SIZE
     answered = np.concatenate([s.tokens[s.prompt_length :] for s in _all(chosen)])
@@ -106,14 +106,14 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     drafter = load_drafter(folder, torch.float32)
     logits = drafter.logits(torch.nn.Identity(), torch.randn(3, config.hidden_size))
     assert set(logits.isfinite().any(0).nonzero().flatten().tolist()) == set(best.tolist())
-    assert loop.result(chosen)["tau"] > 1.2
+    assert learned.result(chosen)["tau"] > 1.2
 
     more = settings(
         target, prompts, tmp_path / "more", **flags | dict(init=str(folder), layers=None, steps=2)
     )
     answer_held_out(more, ids)
     run_stages(more, STAGES)
-    again = load_file(loop.trained_folder(more) / "model.safetensors")
+    again = load_file(learned.trained_folder(more) / "model.safetensors")
     assert torch.equal(again["d2t"], tensors["d2t"])
     assert torch.equal(again["lm_head.weight"], tensors["lm_head.weight"])
     assert not torch.equal(again["norm.weight"], tensors["norm.weight"])

@@ -49,7 +49,9 @@ class Learner:
         if is_dull and self._steps % _MEASURED_EVERY:
             return
         began = self._began(step)
-        work = None if began is None else self._work(step)
+        # A step in which nothing is scheduled computes nothing.
+        is_empty = began is None or not step.scheduled.num_scheduled_tokens
+        work = None if is_empty else self._work(step)
         # Its time tells how long decoding takes only where it was all decoding.
         is_exact = step.all_decode and not step.num_ended
         self.controller.observe(
