@@ -44,3 +44,28 @@ def test_without_a_controller_drafts_are_whole(ours: Any, monkeypatch: pytest.Mo
     )
     scheduler.update_draft_token_ids(DraftTokenIds(["a"], [[1, 2, 3]]))
     assert taken == [7, [[1, 2, 3]]]
+
+
+@pytest.mark.parametrize("ours", [AdaptiveScheduler, AdaptiveAsyncScheduler])
+def test_a_controller_that_fails_while_it_plans_ends_alone(
+    ours: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took the engine with it: what was measured is learned when the next step is planned."""
+    taken: list[Any] = []
+    for theirs in (Scheduler, AsyncScheduler):
+        monkeypatch.setattr(
+            theirs,
+            "_update_after_schedule",
+            lambda self, output: taken.append(output.num_spec_tokens_to_schedule),
+        )
+    scheduler = ours.__new__(ours)
+    scheduler.controller, scheduler._confidences = None, {}
+    scheduler._learner = Learner(Controller(7, 8), scheduler._is_synchronous)
+    output = SimpleNamespace(num_spec_tokens_to_schedule=7)
+    monkeypatch.setattr(
+        ours, "_choose", lambda self, output: setattr(output, "num_spec_tokens_to_schedule", 1 / 0)
+    )
+    for _ in range(2):
+        scheduler._update_after_schedule(output)
+    assert scheduler._learner.is_closed
+    assert (scheduler.plan.num_draft_tokens, taken) == (7, [7, 7])

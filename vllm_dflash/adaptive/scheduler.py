@@ -25,6 +25,7 @@ from vllm_dflash.adaptive.learner import Learner
 from vllm_dflash.adaptive.plans import Plan
 from vllm_dflash.compat import num_drafted
 from vllm_dflash.drafts import confidences_of
+from vllm_dflash.log import logger
 from vllm_dflash.patches.adaptive_scheduler import cut_drafts, cut_placeholders, plan_drafts
 from vllm_dflash.patches.scheduler_steps import watch
 
@@ -56,12 +57,16 @@ class _Adaptive(Scheduler):
         return (not self._learner.is_closed and self._confidences) or None
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        if (
-            self._learner.is_closed
-        ):  # nothing is learned: whole drafts always, as without a controller
+        if not self._learner.is_closed:
+            whole = scheduler_output.num_spec_tokens_to_schedule
+            try:
+                self._choose(scheduler_output)
+            except Exception:  # what chooses must not end what serves
+                logger.exception("%s: ended here, as it failed; serving goes on", Learner.what)
+                self._learner.close()
+                plan_drafts(scheduler_output, whole)
+        if self._learner.is_closed:  # nothing is learned: whole drafts, as without a controller
             self._learner.plan = Plan(num_drafted(scheduler_output))
-        else:
-            self._choose(scheduler_output)
         super()._update_after_schedule(scheduler_output)
 
     def _choose(self, scheduler_output: SchedulerOutput) -> None:
