@@ -18,10 +18,8 @@ from vllm_dflash.adaptive.scheduler import AdaptiveAsyncScheduler, AdaptiveSched
 pytestmark = pytest.mark.vllm
 
 
-@pytest.mark.parametrize("ours", [AdaptiveScheduler, AdaptiveAsyncScheduler])
-def test_without_a_controller_drafts_are_whole(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """K stays as vLLM has it, nothing is asked of the controller, and drafts go to vLLM as they
-    came."""
+def _scheduled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """K of each step that reaches vLLM's own schedulers."""
     taken: list[Any] = []
     for theirs in (Scheduler, AsyncScheduler):
         monkeypatch.setattr(
@@ -29,6 +27,14 @@ def test_without_a_controller_drafts_are_whole(ours: Any, monkeypatch: pytest.Mo
             "_update_after_schedule",
             lambda self, output: taken.append(output.num_spec_tokens_to_schedule),
         )
+    return taken
+
+
+@pytest.mark.parametrize("ours", [AdaptiveScheduler, AdaptiveAsyncScheduler])
+def test_without_a_controller_drafts_are_whole(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K stays as vLLM has it, nothing is asked of the controller, and drafts go to vLLM as they
+    came."""
+    taken = _scheduled(monkeypatch)
     monkeypatch.setattr(
         Scheduler, "update_draft_token_ids", lambda self, ids: taken.append(ids.draft_token_ids)
     )
@@ -51,13 +57,7 @@ def test_a_controller_that_fails_while_it_plans_ends_alone(
     ours: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It took the engine with it: what was measured is learned when the next step is planned."""
-    taken: list[Any] = []
-    for theirs in (Scheduler, AsyncScheduler):
-        monkeypatch.setattr(
-            theirs,
-            "_update_after_schedule",
-            lambda self, output: taken.append(output.num_spec_tokens_to_schedule),
-        )
+    taken = _scheduled(monkeypatch)
     scheduler = ours.__new__(ours)
     scheduler.controller, scheduler._confidences = None, {}
     scheduler._learner = Learner(Controller(7, 8), scheduler._is_synchronous)
