@@ -19,7 +19,7 @@ from vllm_dflash.cpu.layers import can_run
 from vllm_dflash.cpu.target_layers import use_eager_layers
 from vllm_dflash.drafting.backend import Backend, Rows
 from vllm_dflash.drafting.context_store import WriteRows
-from vllm_dflash.drafting.layout import block_bounds, committed_rows, paged_slots
+from vllm_dflash.drafting.layout import block_bounds, committed_rows, paged_slots, sampled_anchors
 from vllm_dflash.drafts import Drafts
 from vllm_dflash.heads import Ranking
 from vllm_dflash.log import logger
@@ -86,12 +86,16 @@ class CPUBackend(Backend):
         logger.info("moved %d MiB of this process's memory into huge pages", use_huge_pages() >> 20)
 
     def next_token_ids(
-        self, native: Callable[..., tuple[Tensor, Tensor]], sampled: Tensor, *args: Any
+        self,
+        native: Callable[..., tuple[Tensor, Tensor]],
+        sampled: Tensor,
+        discarded: Tensor,
+        *args: Any,
     ) -> tuple[Tensor, Tensor]:
-        """As vLLM's, without its stand-ins for kernels, and without looking up tokens for requests
-        that need none."""
+        """As vLLM's, without its stand-ins for kernels, and without looking up tokens of prompts,
+        of which one that is given as embeddings has none."""
         if self.proposer.runner.discard_request_mask.np[: len(sampled)].any():
-            return native(sampled, *args)
+            return sampled_anchors(sampled, discarded[: len(sampled)])
         if sampled.shape[1] == 1:
             return sampled[:, 0], self._ones[: len(sampled)]
         output, anchors, counts = self._verifier.last

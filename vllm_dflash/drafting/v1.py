@@ -93,7 +93,7 @@ class DFlashProposer(NativeDFlashProposer):
         (-1: rejected) it keeps [B] int32."""
         native = super().prepare_next_token_ids_padded
         return self.backend.next_token_ids(
-            native, sampled_token_ids, requests, gpu_input_batch, discard_request_mask
+            native, sampled_token_ids, discard_request_mask, requests, gpu_input_batch
         )
 
     def prepare_inputs_padded(
