@@ -49,6 +49,7 @@ ALL = (
     v1_draft_metadata.PATCH,
     v1_steps_without_drafts.PATCH,
     cpu_layers.PATCH,
+    cpu_layers.LOGITS,
     *cpu_target.PATCHES,
     v2_speculator.PATCH,
     request_params.PATCH,
