@@ -85,21 +85,19 @@ def run(
 ) -> list[dict[str, Any]]:
     """An engine for each target with its drafter or none; a process of its own, as the harness's
     has imported vLLM already."""
-    jobs = [
-        Job(
-            target,
-            drafter,
-            prompts_of(target),
-            max_tokens=24,
-            record=drafter is not None,
-            **changes,
-        ).to_json()
-        for target, drafter in pairs
-    ]
+    return run_jobs(env, folder, [job(*pair, **changes) for pair in pairs])
+
+
+def job(target: Path, drafter: Path | None, **changes: Any) -> Job:
+    recorded = drafter is not None
+    return Job(target, drafter, prompts_of(target), max_tokens=24, record=recorded, **changes)
+
+
+def run_jobs(env: dict[str, str], folder: Path, jobs: Sequence[Job]) -> list[dict[str, Any]]:
     out = folder / "reports.json"
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("worker.py")), str(out)],
-        input=json.dumps(jobs),
+        input=json.dumps([job.to_json() for job in jobs]),
         env=env,
         capture_output=True,
         text=True,
@@ -254,6 +252,7 @@ def test_a_norm_with_a_method_of_its_own_runs(tmp_path: Path) -> None:
     env = edited(tmp_path, ("model_executor/layers/layernorm.py", old, own + old))
     plain, drafted = run(env, tmp_path, (TARGET, None), (TARGET, DRAFTER))
     assert tokens(drafted) == tokens(plain)
+    assert "a norm runs RMSNorm.forward_cpu" in drafted["log"]
     assert (
         tokens(plain)
         != run_engines([Job(TARGET, None, prompts_of(TARGET), max_tokens=24)])[0][0].tokens
@@ -305,11 +304,13 @@ def chosen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     """Reports by ``plain`` and ``drafted``, greedy and seeded, of a vLLM with ``CHOICES``."""
     folder = tmp_path_factory.mktemp("chosen")
     env = edited(folder, *CHOICES)
-    found = {"status": {"text": status(env).stdout}}
-    for kind, sampling in (("greedy", {}), ("seeded", SEEDED)):
-        reports = run(env, folder, (TARGET, None), (TARGET, DRAFTER), sampling=sampling)
-        found[f"plain {kind}"], found[f"drafted {kind}"] = reports
-    return found
+    asked = {
+        f"{name} {kind}": job(TARGET, drafter, sampling=sampling)
+        for kind, sampling in (("greedy", {}), ("seeded", SEEDED))
+        for name, drafter in (("plain", None), ("drafted", DRAFTER))
+    }
+    found = dict(zip(asked, run_jobs(env, folder, list(asked.values())), strict=True))
+    return found | {"status": {"text": status(env).stdout}}
 
 
 def test_an_operator_that_is_dispatched_elsewhere_keeps_the_modules(

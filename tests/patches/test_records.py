@@ -261,7 +261,9 @@ NOT_REPEATED = {
         " rejection_sample unconditional_to_conditional_rates"
     ),
     "of a class that must have its own": "CustomOp.forward_native",
-    "refused: use_fp64_gumbel": "empty_exponential_noise_like sample_with_exponential_noise",
+    "of use_fp64_gumbel, where vLLM's own sampler draws": (
+        "empty_exponential_noise_like sample_with_exponential_noise"
+    ),
     "moves or holds data and computes nothing": (
         "current_platform logger IntermediateTensors _encode_layer_name async_tensor_h2d"
         " process_dict_updates register_op _FLASHINFER_BF16_BACKENDS _resolve_layer_name"
