@@ -70,3 +70,4 @@ LOGITS = Patch(
     ),
     until=_UNTIL,
 )
+PATCHES = (PATCH, LOGITS)

@@ -275,13 +275,7 @@ NOT_REPEATED = {
 
 @pytest.mark.parametrize(
     "record",
-    [
-        cpu_layers.PATCH,
-        cpu_layers.LOGITS,
-        *cpu_target.PATCHES,
-        v1_verifier.PATCH,
-        v1_draft_metadata.PATCH,
-    ],
+    [*cpu_layers.PATCHES, *cpu_target.PATCHES, v1_verifier.PATCH, v1_draft_metadata.PATCH],
     ids=lambda record: record.qualname,
 )
 def test_what_a_repeated_body_calls_is_fingerprinted_too(record: Any) -> None:

@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 from vllm import ir
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.compilation import CompilationConfig
+from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear
@@ -19,14 +20,18 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.platforms import CpuArchEnum, current_platform
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
+from vllm.v1.sample.sampler import Sampler
 
+from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.cpu.dispatch import (
+    check_sampler,
     draws_by_kernel,
     is_cpu_linear,
     only_projects,
     other_choices,
     other_norms,
 )
+from vllm_dflash.models.norm import ServedRMSNorm
 
 pytestmark = pytest.mark.vllm
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -118,6 +123,38 @@ def test_another_processors_sampler_is_seen(
 ) -> None:
     monkeypatch.setattr(current_platform, "get_cpu_architecture", lambda: architecture)
     assert not draws_by_kernel(TopKTopPSampler())
+
+
+def test_another_sampler_than_vllms_is_refused() -> None:
+    class Another(Sampler):
+        pass
+
+    def sample(*args: Any) -> None:
+        """In place of the method."""
+
+    check_sampler(Sampler())
+    with pytest.raises(DrafterConfigError, match=r"sampler is .*Another, not vLLM's.*without"):
+        check_sampler(Another())
+    replaced = Sampler()
+    replaced.sample = sample  # type: ignore[method-assign,assignment]
+    with pytest.raises(DrafterConfigError, match=r"sampler is .*sample, not vLLM's.*without"):
+        check_sampler(replaced)
+
+
+def test_another_plug_ins_norm_is_not_made_in_place_of_the_drafters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM looks for a replacement by the class's name: the drafter's norm had that of vLLM's, and
+    was made as the other class, without a weight."""
+
+    class Another(RMSNorm):
+        pass
+
+    monkeypatch.setitem(op_registry_oot, "RMSNorm", Another)
+    assert type(RMSNorm(8)) is Another
+    norm = ServedRMSNorm(8)
+    assert type(norm) is ServedRMSNorm
+    assert norm.weight.shape == (8,)
 
 
 def test_noise_in_float64_is_not_the_kernels() -> None:

@@ -25,7 +25,9 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.utils import cpu_unquantized_gemm
 from vllm.platforms import CpuArchEnum, current_platform
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
+from vllm.v1.sample.sampler import Sampler
 
+from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.log import logger
 
 _LINEAR = ColumnParallelLinear.forward, ReplicatedLinear.forward, RowParallelLinear.forward
@@ -106,7 +108,12 @@ def _name(module: Any) -> str:
     method = vars(module).get("forward", type(module).forward)
     if method is CustomOp.forward:
         method = module._forward_method
-    return getattr(method, "__qualname__", repr(method))
+    return named(method)
+
+
+def named(found: Any) -> str:
+    """A function or class, for a message."""
+    return getattr(found, "__qualname__", repr(found))
 
 
 def leave_out(what: str, why: str) -> None:
@@ -116,6 +123,19 @@ def leave_out(what: str, why: str) -> None:
         what,
         why,
     )
+
+
+def check_sampler(sampler: Any) -> None:
+    """Raises ``DrafterConfigError`` where a runner's sampler is not vLLM's: verification repeats
+    how it samples."""
+    replaced = [getattr(sampler, name) for name in ("forward", "sample") if name in vars(sampler)]
+    if replaced or type(sampler) is not Sampler:
+        found = next(iter(replaced), type(sampler))
+        raise DrafterConfigError(
+            f"the runner's sampler is {named(found)}, not vLLM's, and drafts are verified on a CPU"
+            " as vLLM's samples",
+            "serve without a drafter, or without the plug-in that replaces it",
+        )
 
 
 def draws_by_kernel(sampler: Any) -> bool:

@@ -26,7 +26,7 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID, RejectionSampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from vllm_dflash.cpu.dispatch import draws_by_kernel
+from vllm_dflash.cpu.dispatch import check_sampler, draws_by_kernel, named
 from vllm_dflash.cpu.rows import Rows, ThinkingBudgets, each_row_alone, without_processors
 from vllm_dflash.cpu.sampling import DrawsInTurn, SeedDraws, Seeded, draw_tokens
 from vllm_dflash.log import logger
@@ -40,6 +40,7 @@ class Verifier(RejectionSampler):
     runner."""
 
     def __init__(self, runner: Any) -> None:
+        check_sampler(runner.sampler)
         super().__init__(runner.sampler, runner.speculative_config, runner.device)
         self._runner, self._draws = runner, SeedDraws()
         drawn_by = runner.sampler.topk_topp_sampler
@@ -47,7 +48,7 @@ class Verifier(RejectionSampler):
         if self._in_turn is not None:
             logger.info(
                 "vLLM draws tokens by %s here: drafts of sampled requests are verified by it too",
-                getattr(drawn_by.forward, "__qualname__", type(drawn_by).__qualname__),
+                named(drawn_by.forward),
             )
         self._budgets: ThinkingBudgets | None = None
         self.last: tuple[torch.Tensor | None, list[int], list[int]] = None, [], []

@@ -49,7 +49,7 @@ class Served(nn.Module):
         super().__init__()
         from vllm.model_executor.layers.linear import ReplicatedLinear
 
-        from vllm_dflash.models.norm import RMSNorm as ServedRMSNorm
+        from vllm_dflash.models.norm import ServedRMSNorm
 
         self.num_layers, self.num_kv_heads, self.head_dim = (
             config.num_hidden_layers,
