@@ -48,7 +48,7 @@ ALL = (
     v1_verifier.PATCH,
     v1_draft_metadata.PATCH,
     v1_steps_without_drafts.PATCH,
-    cpu_layers.PATCH,
+    *cpu_layers.PATCHES,
     *cpu_target.PATCHES,
     v2_speculator.PATCH,
     request_params.PATCH,

@@ -67,7 +67,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Job:
-    """One engine and what it generates, greedy."""
+    """One engine and what it generates, greedy unless ``sampling`` says otherwise."""
 
     target: Path
     drafter: Path | None
@@ -88,6 +88,8 @@ class Job:
     verified whole."""
     skip_steps: tuple[int, int] | None = None
     """Steps, from the first to before the second, that run without the drafter."""
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """Of ``SamplingParams``, where it is not greedy."""
 
     def to_json(self) -> dict[str, Any]:
         speculative = {
@@ -110,6 +112,7 @@ class Job:
             ),
             "kv_cache_memory_bytes": self.kv_cache_memory_bytes,
             "skip_steps": self.skip_steps,
+            "sampling": self.sampling,
         }
 
 

@@ -1,5 +1,5 @@
-"""Runs engines over batches of prompts, greedy, and reports what they did. Driven by
-``harness.run_engines``.
+"""Runs engines over batches of prompts, greedy unless asked otherwise, and reports what they did.
+Driven by ``harness.run_engines``.
 
 Each job names the target, the drafter, the settings and the batches; the report holds the tokens,
 vLLM's own counters for each batch and, if asked for, every draft made inside the engine.
@@ -55,13 +55,14 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         skip_drafting(llm, range(*job["skip_steps"]))
     if job.get("record"):
         record_drafts(model_runner(llm), drafts)
-    params = SamplingParams(
+    asked = dict(
         temperature=0,
         max_tokens=job["max_tokens"],
         ignore_eos=job.get("ignore_eos", True),
         logprobs=job.get("logprobs"),
         detokenize=False,
     )
+    params = SamplingParams(**asked | job.get("sampling", {}))
     batches = []
     for size in job["batch_sizes"]:
         before, first, tokens, logprobs, seconds = counters(llm), len(drafts), [], [], 0.0

@@ -17,6 +17,7 @@ NEEDS_VLLM = {
     "adaptive.scheduler",
     "cluster.replica",
     "cpu.backend",
+    "cpu.dispatch",
     "cpu.draft_layers",
     "cpu.layers",
     "cpu.rows",

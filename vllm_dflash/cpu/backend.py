@@ -13,6 +13,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_dflash.adaptive.acceptance import row_step
 from vllm_dflash.adaptive.settings import is_adaptive
+from vllm_dflash.cpu.dispatch import leave_out, other_choices
 from vllm_dflash.cpu.draft_layers import EagerContext, EagerLayers, eager_logits
 from vllm_dflash.cpu.huge_pages import use_huge_pages
 from vllm_dflash.cpu.layers import can_run
@@ -65,13 +66,15 @@ class CPUBackend(Backend):
             use_eager_layers(target_model)
             model = proposer.model.model
             if patch_set().fits(cpu_layers.PATCH) and can_run(model):
-                self.run_layers, logits = (
-                    (layers := EagerLayers(model)),
-                    eager_logits(proposer.model),
-                )
-                self.write_context = _in_chunks(
-                    _checked(proposer.model.check_features, EagerContext(model, layers))
-                )
+                if (why := next(other_choices(model), None)) is None:
+                    self.run_layers = layers = EagerLayers(model)
+                    self.write_context = _in_chunks(
+                        _checked(proposer.model.check_features, EagerContext(model, layers))
+                    )
+                else:
+                    leave_out("the kernels of the drafter's layers", why)
+                if patch_set().fits(cpu_layers.LOGITS):
+                    logits = eager_logits(proposer.model)
         self.ranking = Ranking(
             logits,
             _greedy_argmax,
