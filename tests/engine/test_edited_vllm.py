@@ -9,9 +9,11 @@ of all other files.
 
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -40,12 +42,36 @@ NOT_LOUDER = "self.o_proj(attn_output)", "self.o_proj(attn_output * 0.9)"
 def edited(folder: Path, *edits: tuple[str, str, str]) -> dict[str, str]:
     """An environment whose vLLM differs from the installed one by ``edits``: file, what is replaced
     once, and by what."""
+    return copied(
+        folder, {file: partial(_replaced_once, old=old, new=new) for file, old, new in edits}
+    )
+
+
+def renamed(folder: Path, old: str, new: str) -> dict[str, str]:
+    """An environment whose vLLM calls a name otherwise, wherever it stands."""
+    root, word = _installed(), re.compile(rf"\b{old}\b")
+    files = [path for path in root.rglob("*.py") if old in path.read_text()]
+    assert files
+    return copied(folder, {str(path.relative_to(root)): partial(word.sub, new) for path in files})
+
+
+def _installed() -> Path:
     spec = find_spec("vllm")
     assert spec is not None
     assert spec.origin is not None
-    installed, copy = Path(spec.origin).parent, folder / "vllm"
+    return Path(spec.origin).parent
+
+
+def _replaced_once(text: str, old: str, new: str) -> str:
+    assert old in text, old
+    return text.replace(old, new, 1)
+
+
+def copied(folder: Path, edits: Mapping[str, Callable[[str], str]]) -> dict[str, str]:
+    """An environment with a copy of the installed vLLM, of which each of these files is edited."""
+    installed, copy = _installed(), folder / "vllm"
     _link(installed, copy)
-    for file, old, new in edits:
+    for file, edit in edits.items():
         source, place = installed, copy
         for part in Path(file).parts[:-1]:
             source, place = source / part, place / part
@@ -53,11 +79,10 @@ def edited(folder: Path, *edits: tuple[str, str, str]) -> dict[str, str]:
                 place.unlink()
                 _link(source, place)
         source, place = installed / file, copy / file
-        text = source.read_text()
-        assert old in text, (file, old)
+        text = edit(source.read_text())
         assert place.parent.resolve().is_relative_to(folder.resolve())
         place.unlink()
-        place.write_text(text.replace(old, new, 1))
+        place.write_text(text)
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     return engine_env({"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"})
 
@@ -296,3 +321,83 @@ def test_an_edited_constructor_of_the_scheduler_and_comments_change_nothing(tmp_
     (drafted,) = run(env, tmp_path, (TARGET, DRAFTER), adaptive=True)
     assert accepted(drafted) > 0
     assert "leaves a part out" not in drafted["log"]
+
+
+RUNNER = "v1/worker/gpu_model_runner.py"
+OFF = "plug-in      off: the patches do not fit this vLLM"
+
+
+@pytest.mark.parametrize(
+    ("old", "words"),
+    [
+        ("disable_eagle_block_drop", ["plug-in      on", "left out: ", "use_eagle_block_drop"]),
+        ("scheduler_cls", ["plug-in      on", "left out: vllm.v1.core.sched.scheduler:Scheduler"]),
+        ("CompilationMode", ["plug-in      on", "left out: vllm.config:CompilationMode"]),
+        ("Qwen3DecoderLayer", ["plug-in      on", "left out: ", "qwen2:Qwen2Model.forward"]),
+        ("resumable", [OFF, "Request.resumable"]),
+        ("discard_request_mask", [OFF, "GPUModelRunner.discard_request_mask"]),
+        ("kv_cache_gid", [OFF, "SpecDecodeBaseProposer.kv_cache_gid"]),
+        ("logprob_token_ids", [OFF, "SamplingParams.logprob_token_ids"]),
+    ],
+)
+def test_a_name_that_is_gone_is_said(tmp_path: Path, old: str, words: list[str]) -> None:
+    """Such a name was read as a default or set for nobody: with the first, prefix-cache hits were
+    half as long without a word; others ended an engine that had started."""
+    said = status(renamed(tmp_path, old, f"{old}_renamed")).stdout
+    assert all(each in said for each in words), said
+
+
+def test_drafts_that_are_copied_bring_no_confidences_and_that_is_said(tmp_path: Path) -> None:
+    """They come with the very list of drafts: a copy lost them, and the controller went on without
+    a word."""
+    old = "return self._draft_token_ids, self.input_batch.req_ids"
+    new = "return [list(d) for d in self._draft_token_ids], self.input_batch.req_ids"
+    env = edited(tmp_path, (RUNNER, old, new))
+    said = status(env)
+    assert said.returncode == 0
+    assert "_get_draft_token_ids_cpu" in said.stdout.partition("left out: ")[2]
+    assert said.stdout.count("left out: ") == 1
+    (drafted,) = run(env, tmp_path, (TARGET, DRAFTER), adaptive=True)
+    assert accepted(drafted) > 0
+    assert "_get_draft_token_ids_cpu, whose source has changed" in drafted["log"]
+
+
+def test_a_record_behind_a_switch_names_it(tmp_path: Path) -> None:
+    """A body that vLLM had mended kept all of this package off, and nothing said how to go on."""
+    old = "    batch_size = x.shape[0]\n    assert cu_num_tokens"
+    env = edited(tmp_path, (SAMPLER, old, f"    edited = True\n{old}"))
+    said = status(env)
+    assert OFF in said.stdout
+    assert "VLLM_DFLASH_CPU_FIXES=0" in said.stdout
+    without = status(env | {"VLLM_DFLASH_CPU_FIXES": "0"})
+    assert without.returncode == 0
+    assert "plug-in      on" in without.stdout
+
+
+def test_a_proposer_that_is_imported_past_ours_is_refused_and_plain_serving_works(
+    tmp_path: Path,
+) -> None:
+    """The name that we replace was looked up by nobody: start ended in an assertion of vLLM's."""
+    old = "self.drafter = DFlashProposer(self.vllm_config"
+    new = (
+        "from vllm.v1.spec_decode.dflash import DFlashProposer as Native\n\n"
+        "                self.drafter = Native(self.vllm_config"
+    )
+    env = edited(tmp_path, (RUNNER, old, new))
+    (plain,) = run(env, tmp_path, (TARGET, None))
+    assert len(tokens(plain)) == 3
+    with pytest.raises(
+        RuntimeError, match=r"(?s)supports vLLM .*does not look DFlashProposer up any more"
+    ):
+        run(env, tmp_path, (TARGET, DRAFTER))
+
+
+@pytest.mark.parametrize("old", ["Qwen3DecoderLayer", "scheduler_cls"])
+def test_what_is_optional_does_not_end_the_rest(tmp_path: Path, old: str) -> None:
+    """Its modules were imported with those that are needed, and a setting was read where there is
+    none: both ended the engine."""
+    env = renamed(tmp_path, old, f"{old}_renamed")
+    plain, drafted = run(env, tmp_path, (TARGET, None), (TARGET, DRAFTER))
+    assert tokens(drafted) == tokens(plain)
+    assert accepted(drafted) > 0
+    assert "leaves a part out" in drafted["log"]

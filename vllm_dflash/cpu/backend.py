@@ -5,6 +5,7 @@ pytest tests/engine/test_draft_parity.py tests/engine/test_context_integrity.py
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,17 +14,22 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_dflash.adaptive.acceptance import row_step
 from vllm_dflash.adaptive.settings import is_adaptive
-from vllm_dflash.cpu.draft_layers import EagerContext, EagerLayers, eager_logits
 from vllm_dflash.cpu.huge_pages import use_huge_pages
-from vllm_dflash.cpu.layers import can_run
-from vllm_dflash.cpu.target_layers import use_eager_layers
 from vllm_dflash.drafting.backend import Backend, Rows
 from vllm_dflash.drafting.context_store import WriteRows
 from vllm_dflash.drafting.layout import block_bounds, committed_rows, paged_slots
 from vllm_dflash.drafts import Drafts
 from vllm_dflash.heads import Ranking
 from vllm_dflash.log import logger
-from vllm_dflash.patches import cpu_layers, v1_draft_metadata, v1_steps_without_drafts, v1_verifier
+from vllm_dflash.patch import Patch
+from vllm_dflash.patches import (
+    cpu_layers,
+    cpu_target,
+    v1_confidences,
+    v1_draft_metadata,
+    v1_steps_without_drafts,
+    v1_verifier,
+)
 from vllm_dflash.plugin import patch_set
 
 if TYPE_CHECKING:
@@ -62,21 +68,17 @@ class CPUBackend(Backend):
         self.write_context = _in_chunks(self.write_by_modules)
         # A connector takes and brings keys and values in vLLM's attention modules.
         if config.kv_transfer_config is None:
-            use_eager_layers(target_model)
-            model = proposer.model.model
-            if patch_set().fits(cpu_layers.PATCH) and can_run(model):
-                self.run_layers, logits = (
-                    (layers := EagerLayers(model)),
-                    eager_logits(proposer.model),
-                )
-                self.write_context = _in_chunks(
-                    _checked(proposer.model.check_features, EagerContext(model, layers))
-                )
+            for record in cpu_target.PATCHES:
+                patch_set().attempt(record, partial(_use_eager_layers, target_model, record))
+            fast = patch_set().attempt(cpu_layers.PATCH, lambda: _eager_parts(proposer.model))
+            if fast is not None:
+                self.run_layers, logits, write = fast
+                self.write_context = _in_chunks(_checked(proposer.model.check_features, write))
         self.ranking = Ranking(
             logits,
             _greedy_argmax,
             lambda hidden: _greedy_argmax(logits(hidden).to(torch.float32)),
-            confident=is_adaptive(config),
+            confident=is_adaptive(config) and patch_set().fits(v1_confidences.PATCH),
         )
         attach, runner = patch_set().attach, proposer.runner
         attach(runner, [v1_verifier.PATCH], runner)
@@ -140,6 +142,25 @@ class CPUBackend(Backend):
     def hand_out(self, tokens: Tensor, confidences: Tensor | None) -> Drafts:
         """As lists, with the confidences where the scheduler asks for them."""
         return Drafts(tokens.tolist(), None if confidences is None else confidences.tolist())
+
+
+def _use_eager_layers(target_model: Any, record: Patch) -> None:
+    # Imported here, as below: what is optional needs names of vLLM's that the rest does without.
+    from vllm_dflash.cpu.target_layers import use_eager_layers
+
+    use_eager_layers(target_model, record)
+
+
+def _eager_parts(drafter: Any) -> tuple[Any, Callable[[Tensor], Any], WriteRows] | None:
+    """A loaded drafter's layers, logits and context kernel by kernel; None where its modules
+    run."""
+    from vllm_dflash.cpu.draft_layers import EagerContext, EagerLayers, eager_logits
+    from vllm_dflash.cpu.layers import can_run
+
+    if not can_run(drafter.model):
+        return None
+    layers = EagerLayers(drafter.model)
+    return layers, eager_logits(drafter), EagerContext(drafter.model, layers)
 
 
 def _checked(check: Callable[[Tensor], None], write: WriteRows) -> WriteRows:
