@@ -9,17 +9,15 @@ of all other files.
 
 import json
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import vllm_copies
 from engine.harness import DRAFTER, TARGET, Job, engine_env, held_out_prompts, run_engines
 from pairs import make_random_drafter, random_prompts
 from targets import FAMILIES, VOCAB
@@ -42,57 +40,19 @@ NOT_LOUDER = "self.o_proj(attn_output)", "self.o_proj(attn_output * 0.9)"
 def edited(folder: Path, *edits: tuple[str, str, str]) -> dict[str, str]:
     """An environment whose vLLM differs from the installed one by ``edits``: file, what is replaced
     once, and by what."""
-    return copied(
-        folder, {file: partial(_replaced_once, old=old, new=new) for file, old, new in edits}
-    )
+    vllm_copies.edited(folder, *edits)
+    return _before_the_installed(folder)
 
 
 def renamed(folder: Path, old: str, new: str) -> dict[str, str]:
     """An environment whose vLLM calls a name otherwise, wherever it stands."""
-    root, word = _installed(), re.compile(rf"\b{old}\b")
-    files = [path for path in root.rglob("*.py") if old in path.read_text()]
-    assert files
-    return copied(folder, {str(path.relative_to(root)): partial(word.sub, new) for path in files})
+    vllm_copies.renamed(folder, old, new)
+    return _before_the_installed(folder)
 
 
-def _installed() -> Path:
-    spec = find_spec("vllm")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent
-
-
-def _replaced_once(text: str, old: str, new: str) -> str:
-    assert old in text, old
-    return text.replace(old, new, 1)
-
-
-def copied(folder: Path, edits: Mapping[str, Callable[[str], str]]) -> dict[str, str]:
-    """An environment with a copy of the installed vLLM, of which each of these files is edited."""
-    installed, copy = _installed(), folder / "vllm"
-    _link(installed, copy)
-    for file, edit in edits.items():
-        source, place = installed, copy
-        for part in Path(file).parts[:-1]:
-            source, place = source / part, place / part
-            if place.is_symlink():  # never write through one
-                place.unlink()
-                _link(source, place)
-        source, place = installed / file, copy / file
-        text = edit(source.read_text())
-        assert place.parent.resolve().is_relative_to(folder.resolve())
-        place.unlink()
-        place.write_text(text)
+def _before_the_installed(folder: Path) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     return engine_env({"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"})
-
-
-def _link(source: Path, place: Path) -> None:
-    """A folder with links to all that is in another, but for compiled files."""
-    place.mkdir()
-    for other in source.iterdir():
-        if other.name != "__pycache__":
-            (place / other.name).symlink_to(other)
 
 
 def status(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -325,26 +285,6 @@ def test_an_edited_constructor_of_the_scheduler_and_comments_change_nothing(tmp_
 
 RUNNER = "v1/worker/gpu_model_runner.py"
 OFF = "plug-in      off: the patches do not fit this vLLM"
-
-
-@pytest.mark.parametrize(
-    ("old", "words"),
-    [
-        ("disable_eagle_block_drop", ["plug-in      on", "left out: ", "use_eagle_block_drop"]),
-        ("scheduler_cls", ["plug-in      on", "left out: vllm.v1.core.sched.scheduler:Scheduler"]),
-        ("CompilationMode", ["plug-in      on", "left out: vllm.config:CompilationMode"]),
-        ("Qwen3DecoderLayer", ["plug-in      on", "left out: ", "qwen2:Qwen2Model.forward"]),
-        ("resumable", [OFF, "Request.resumable"]),
-        ("discard_request_mask", [OFF, "GPUModelRunner.discard_request_mask"]),
-        ("kv_cache_gid", [OFF, "SpecDecodeBaseProposer.kv_cache_gid"]),
-        ("logprob_token_ids", [OFF, "SamplingParams.logprob_token_ids"]),
-    ],
-)
-def test_a_name_that_is_gone_is_said(tmp_path: Path, old: str, words: list[str]) -> None:
-    """Such a name was read as a default or set for nobody: with the first, prefix-cache hits were
-    half as long without a word; others ended an engine that had started."""
-    said = status(renamed(tmp_path, old, f"{old}_renamed")).stdout
-    assert all(each in said for each in words), said
 
 
 def test_drafts_that_are_copied_bring_no_confidences_and_that_is_said(tmp_path: Path) -> None:

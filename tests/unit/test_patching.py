@@ -511,7 +511,7 @@ def test_an_optional_part_that_cannot_be_built_is_left_out(upstream: Path) -> No
     assert patches.attempt(part, lambda: "built") == "built"
     assert patches.attempt(part, fails) is None
     assert patches.attempt(part, lambda: "built") is None
-    assert [(row.state, row.note) for row in patches.report()][0] == (
+    assert next((row.state, row.note) for row in patches.report()) == (
         "left out",
         "upstream:build: ImportError: no such layer",
     )
