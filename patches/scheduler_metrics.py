@@ -1,27 +1,29 @@
 """Scheduler: our recorder watches that of an engine with one of our drafters."""
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
+from vllm_dflash.patches.guard import afterwards
+
+from vllm_dflash.log import logger
 from vllm_dflash.patch import Patch
 
 
-def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(original)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+def _attach(scheduler: Any) -> None:
+    try:
         from vllm_dflash.metrics.engine import attach
 
-        original(self, *args, **kwargs)
-        attach(self)
+        attach(scheduler)
+    except Exception:  # what watches must not end what serves
+        logger.exception("metrics of this engine's speculation: left out; serving goes on")
 
-    return init
 
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 
 PATCH = Patch(
     target="vllm.v1.core.sched.scheduler:Scheduler.__init__",
     needs="optional",
     signatures={"vllm.v1.core.sched.scheduler:Scheduler.__init__": "self, vllm_config, ..."},
+    names=(f"{_SCHEDULER}.vllm_config", f"{_SCHEDULER}.finished_req_ids"),
     why=(
         "lengths, steps without drafts and their times are seen in the engine's process only; the"
         " hook for metrics, a stat logger, runs in the API server, gets none of them, and is not"
@@ -29,5 +31,5 @@ PATCH = Patch(
         " a place. A scheduler without one of our drafters is left as it is"
     ),
     until="vLLM lets a plug-in observe steps in the engine's process",
-    replace=_replace,
+    replace=afterwards(_attach),
 )

@@ -12,12 +12,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import vllm_copies
 from engine.harness import DRAFTER, TARGET, Job, engine_env, held_out_prompts, run_engines
 from pairs import make_random_drafter, random_prompts
 from targets import FAMILIES, VOCAB
@@ -40,34 +40,19 @@ NOT_LOUDER = "self.o_proj(attn_output)", "self.o_proj(attn_output * 0.9)"
 def edited(folder: Path, *edits: tuple[str, str, str]) -> dict[str, str]:
     """An environment whose vLLM differs from the installed one by ``edits``: file, what is replaced
     once, and by what."""
-    spec = find_spec("vllm")
-    assert spec is not None
-    assert spec.origin is not None
-    installed, copy = Path(spec.origin).parent, folder / "vllm"
-    _link(installed, copy)
-    for file, old, new in edits:
-        source, place = installed, copy
-        for part in Path(file).parts[:-1]:
-            source, place = source / part, place / part
-            if place.is_symlink():  # never write through one
-                place.unlink()
-                _link(source, place)
-        source, place = installed / file, copy / file
-        text = source.read_text()
-        assert old in text, (file, old)
-        assert place.parent.resolve().is_relative_to(folder.resolve())
-        place.unlink()
-        place.write_text(text.replace(old, new, 1))
+    vllm_copies.edited(folder, *edits)
+    return _before_the_installed(folder)
+
+
+def renamed(folder: Path, old: str, new: str) -> dict[str, str]:
+    """An environment whose vLLM calls a name otherwise, wherever it stands."""
+    vllm_copies.renamed(folder, old, new)
+    return _before_the_installed(folder)
+
+
+def _before_the_installed(folder: Path) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     return engine_env({"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"})
-
-
-def _link(source: Path, place: Path) -> None:
-    """A folder with links to all that is in another, but for compiled files."""
-    place.mkdir()
-    for other in source.iterdir():
-        if other.name != "__pycache__":
-            (place / other.name).symlink_to(other)
 
 
 def status(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -386,3 +371,63 @@ def test_an_edited_constructor_of_the_scheduler_and_comments_change_nothing(tmp_
     (drafted,) = run(env, tmp_path, (TARGET, DRAFTER), adaptive=True)
     assert accepted(drafted) > 0
     assert "leaves a part out" not in drafted["log"]
+
+
+RUNNER = "v1/worker/gpu_model_runner.py"
+OFF = "plug-in      off: the patches do not fit this vLLM"
+
+
+def test_drafts_that_are_copied_bring_no_confidences_and_that_is_said(tmp_path: Path) -> None:
+    """They come with the very list of drafts: a copy lost them, and the controller went on without
+    a word."""
+    old = "return self._draft_token_ids, self.input_batch.req_ids"
+    new = "return [list(d) for d in self._draft_token_ids], self.input_batch.req_ids"
+    env = edited(tmp_path, (RUNNER, old, new))
+    said = status(env)
+    assert said.returncode == 0
+    assert "_get_draft_token_ids_cpu" in said.stdout.partition("left out: ")[2]
+    assert said.stdout.count("left out: ") == 1
+    (drafted,) = run(env, tmp_path, (TARGET, DRAFTER), adaptive=True)
+    assert accepted(drafted) > 0
+    assert "_get_draft_token_ids_cpu, whose source has changed" in drafted["log"]
+
+
+def test_a_record_behind_a_switch_names_it(tmp_path: Path) -> None:
+    """A body that vLLM had mended kept all of this package off, and nothing said how to go on."""
+    old = "    batch_size = x.shape[0]\n    assert cu_num_tokens"
+    env = edited(tmp_path, (SAMPLER, old, f"    edited = True\n{old}"))
+    said = status(env)
+    assert OFF in said.stdout
+    assert "VLLM_DFLASH_CPU_FIXES=0" in said.stdout
+    without = status(env | {"VLLM_DFLASH_CPU_FIXES": "0"})
+    assert without.returncode == 0
+    assert "plug-in      on" in without.stdout
+
+
+def test_a_proposer_that_is_imported_past_ours_is_refused_and_plain_serving_works(
+    tmp_path: Path,
+) -> None:
+    """The name that we replace was looked up by nobody: start ended in an assertion of vLLM's."""
+    old = "self.drafter = DFlashProposer(self.vllm_config"
+    new = (
+        "from vllm.v1.spec_decode.dflash import DFlashProposer as Native\n\n"
+        "                self.drafter = Native(self.vllm_config"
+    )
+    env = edited(tmp_path, (RUNNER, old, new))
+    (plain,) = run(env, tmp_path, (TARGET, None))
+    assert len(tokens(plain)) == 3
+    with pytest.raises(
+        RuntimeError, match=r"(?s)supports vLLM .*does not look DFlashProposer up any more"
+    ):
+        run(env, tmp_path, (TARGET, DRAFTER))
+
+
+@pytest.mark.parametrize("old", ["Qwen3DecoderLayer", "scheduler_cls"])
+def test_what_is_optional_does_not_end_the_rest(tmp_path: Path, old: str) -> None:
+    """Its modules were imported with those that are needed, and a setting was read where there is
+    none: both ended the engine."""
+    env = renamed(tmp_path, old, f"{old}_renamed")
+    plain, drafted = run(env, tmp_path, (TARGET, None), (TARGET, DRAFTER))
+    assert tokens(drafted) == tokens(plain)
+    assert accepted(drafted) > 0
+    assert "leaves a part out" in drafted["log"]

@@ -23,14 +23,8 @@ from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 from vllm.v1.sample.sampler import Sampler
 
 from vllm_dflash.config import DrafterConfigError
-from vllm_dflash.cpu.dispatch import (
-    check_sampler,
-    draws_by_kernel,
-    is_cpu_linear,
-    only_projects,
-    other_choices,
-    other_norms,
-)
+from vllm_dflash.cpu.dispatch import is_cpu_linear, only_projects, other_choices, other_norms
+from vllm_dflash.cpu.sampler_choice import check_sampler, draws_by_kernel
 from vllm_dflash.models.norm import ServedRMSNorm
 
 pytestmark = pytest.mark.vllm

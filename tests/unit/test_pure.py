@@ -21,6 +21,7 @@ NEEDS_VLLM = {
     "cpu.draft_layers",
     "cpu.layers",
     "cpu.rows",
+    "cpu.sampler_choice",
     "cpu.target_layers",
     "cpu.verification",
     "drafting.backend",

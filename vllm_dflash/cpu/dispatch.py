@@ -24,10 +24,8 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.utils import cpu_unquantized_gemm
 from vllm.platforms import CpuArchEnum, current_platform
-from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
-from vllm.v1.sample.sampler import Sampler
 
-from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.cpu.sampler_choice import named
 from vllm_dflash.log import logger
 
 _LINEAR = ColumnParallelLinear.forward, ReplicatedLinear.forward, RowParallelLinear.forward
@@ -111,38 +109,10 @@ def _name(module: Any) -> str:
     return named(method)
 
 
-def named(found: Any) -> str:
-    """A function or class, for a message."""
-    return getattr(found, "__qualname__", repr(found))
-
-
 def leave_out(what: str, why: str) -> None:
     """Says that vLLM's own runs in this engine where ours could have."""
     logger.warning(
         "vllm-dflash leaves a part out, and vLLM's own stays: %s in this engine, because %s",
         what,
         why,
-    )
-
-
-def check_sampler(sampler: Any) -> None:
-    """Raises ``DrafterConfigError`` where a runner's sampler is not vLLM's: verification repeats
-    how it samples."""
-    replaced = [getattr(sampler, name) for name in ("forward", "sample") if name in vars(sampler)]
-    if replaced or type(sampler) is not Sampler:
-        found = next(iter(replaced), type(sampler))
-        raise DrafterConfigError(
-            f"the runner's sampler is {named(found)}, not vLLM's, and drafts are verified on a CPU"
-            " as vLLM's samples",
-            "serve without a drafter, or without the plug-in that replaces it",
-        )
-
-
-def draws_by_kernel(sampler: Any) -> bool:
-    """Whether vLLM's sampler for random requests is the CPU's kernel, which takes one number of a
-    request's generator for a token. It is not on POWERPC and RISC-V."""
-    return (
-        type(sampler) is TopKTopPSampler
-        and getattr(sampler.forward, "__func__", None) is TopKTopPSampler.forward_cpu
-        and not sampler.use_fp64_gumbel
     )

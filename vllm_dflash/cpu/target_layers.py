@@ -19,20 +19,6 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from vllm.model_executor.models.llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaForCausalLM,
-    LlamaMLP,
-    LlamaModel,
-)
-from vllm.model_executor.models.qwen2 import Qwen2MLP
-from vllm.model_executor.models.qwen3 import (
-    Qwen3Attention,
-    Qwen3DecoderLayer,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-)
 
 from vllm_dflash.cpu.dispatch import leave_out, other_choices, other_norms
 from vllm_dflash.cpu.layers import Layer, Workspace, can_run, embedding, live
@@ -51,8 +37,6 @@ class _Architecture:
     layer: type
     attention: type
     mlp: type
-    record: Patch
-    """Fingerprints of what is repeated."""
 
     def is_of(self, model: Any) -> bool:
         """Whether these very classes made the model and each of its layers."""
@@ -60,29 +44,51 @@ class _Architecture:
         return (type(model), layers) == (self.model, {(self.layer, self.attention, self.mlp)})
 
 
-ARCHITECTURES = {
-    Qwen3ForCausalLM: _Architecture(
-        Qwen3Model, Qwen3DecoderLayer, Qwen3Attention, Qwen2MLP, cpu_target.QWEN3
-    ),
-    LlamaForCausalLM: _Architecture(
-        LlamaModel, LlamaDecoderLayer, LlamaAttention, LlamaMLP, cpu_target.LLAMA
-    ),
-}
+def _qwen3() -> dict[type, _Architecture]:
+    from vllm.model_executor.models.qwen2 import Qwen2MLP
+    from vllm.model_executor.models.qwen3 import (
+        Qwen3Attention,
+        Qwen3DecoderLayer,
+        Qwen3ForCausalLM,
+        Qwen3Model,
+    )
+
+    return {
+        Qwen3ForCausalLM: _Architecture(Qwen3Model, Qwen3DecoderLayer, Qwen3Attention, Qwen2MLP)
+    }
 
 
-def use_eager_layers(target: Any) -> bool:
-    """Lets a loaded target model run its layers by this module's class; returns whether they fit
-    it."""
+def _llama() -> dict[type, _Architecture]:
+    from vllm.model_executor.models.llama import (
+        LlamaAttention,
+        LlamaDecoderLayer,
+        LlamaForCausalLM,
+        LlamaMLP,
+        LlamaModel,
+    )
+
+    return {
+        LlamaForCausalLM: _Architecture(LlamaModel, LlamaDecoderLayer, LlamaAttention, LlamaMLP)
+    }
+
+
+ARCHITECTURES = {cpu_target.QWEN3: _qwen3, cpu_target.LLAMA: _llama}
+"""By the record of what is repeated. Each imports its own, so that each drops out alone."""
+
+
+def use_eager_layers(target: Any, record: Patch) -> bool:
+    """Lets a loaded target model of a record's architecture run its layers by this module's class;
+    returns whether they fit it."""
     # By class: those that extend these also change what is inside, as Ernie 4.5 does of Llama.
-    architecture = ARCHITECTURES.get(type(target))
+    architecture = ARCHITECTURES[record]().get(type(target))
     if architecture is None or not architecture.is_of(model := target.model):
         return False
-    if not can_run(model) or not patch_set().fits(architecture.record):
+    if not can_run(model):
         return False
     if (why := next(_unknown(model), None)) is not None:
-        leave_out(f"the kernels of {architecture.record.target}", why)
+        leave_out(f"the kernels of {record.target}", why)
         return False
-    return patch_set().attach(model, [architecture.record], model)
+    return patch_set().attach(model, [record], model)
 
 
 def _unknown(model: Any) -> Iterator[str]:

@@ -26,8 +26,8 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID, RejectionSampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from vllm_dflash.cpu.dispatch import check_sampler, draws_by_kernel, named
 from vllm_dflash.cpu.rows import Rows, ThinkingBudgets, each_row_alone, without_processors
+from vllm_dflash.cpu.sampler_choice import check_sampler, draws_by_kernel, named
 from vllm_dflash.cpu.sampling import DrawsInTurn, SeedDraws, Seeded, draw_tokens
 from vllm_dflash.log import logger
 

@@ -39,9 +39,6 @@ class DFlashProposer(NativeDFlashProposer):
 
     model: DrafterForCausalLM
     _draft: Callable[[torch.Tensor, torch.Tensor, int, Ranking], Ranked]
-    bounds_each_block = True
-    """A block that would reach past ``max_model_len`` is cut, so that every step fits
-    (``patches/v1_draft_fit.py``)."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
