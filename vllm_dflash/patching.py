@@ -28,7 +28,7 @@ from vllm_dflash.supported import SUPPORTED_VLLM, is_supported
 from vllm_dflash.upstream import Sources
 
 Built = TypeVar("Built")
-_TOLD = "VLLM_DFLASH_LEFT_OUT"
+TOLD = "VLLM_DFLASH_LEFT_OUT"
 """Inherited by the processes that vLLM starts, so that a user reads once what was left out."""
 _OWN = __name__.partition(".")[0]
 
@@ -311,8 +311,8 @@ class PatchSet:
 
     def _tell(self) -> None:
         left_out = [note for state, note in self._out.values() if state == "left out"]
-        if left_out and _TOLD not in os.environ:
-            os.environ[_TOLD] = "1"
+        if left_out and TOLD not in os.environ:
+            os.environ[TOLD] = "1"
             for note in left_out:
                 logger.warning("vllm-dflash leaves a part out, and vLLM's own stays: %s", note)
 

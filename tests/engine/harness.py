@@ -178,9 +178,13 @@ def run_worker(
 
 
 def engine_env(extra: dict[str, str] | None = None) -> dict[str, str]:
-    """An environment for one-process CPU engines, with this checkout's package on the path."""
+    """An environment for one-process CPU engines, with this checkout's package on the path; what
+    this process has been told already is told again."""
+    from vllm_dflash.patching import TOLD
+    from vllm_dflash.supported import PROBLEM
+
     return (
-        os.environ
+        {name: value for name, value in os.environ.items() if name not in (TOLD, PROBLEM)}
         | {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",

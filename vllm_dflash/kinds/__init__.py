@@ -175,6 +175,11 @@ def missing_parts(kind: Kind) -> list[str]:
     does not bind a part.
     """
     sources = Sources()
+    if kind.context.modules == kind.head.modules:
+        return [
+            f"its context and its head are both in {kind.context.modules}, where a part such as"
+            f" {PARTS[0]} can be of one of them: each needs a module of its own"
+        ]
     return [
         problem
         for record in (kind.context, kind.head)
