@@ -219,7 +219,8 @@ def own_tensors(config: "DrafterConfig") -> Tensors:
     return kind_of(config).own_tensors(config)
 
 
-def architectures() -> dict[str, Kind]:
+@functools.cache
+def architectures() -> Mapping[str, Kind]:
     """Architecture names in checkpoints, and those that vLLM looks up for them, to their kinds."""
     by_name = {kind.architecture: kind for kind in every().values()}
     return by_name | {kind.served_architecture: kind for kind in every().values()}
