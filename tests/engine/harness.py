@@ -49,9 +49,7 @@ class Batch:
         """Each draft with its request's whole committed sequence; drafts past the sequence's end
         are left out.
 
-        So are those of a prompt that is not prefilled to its end: vLLM's V1 runner gives them the
-        prompt's last token as anchor,
-        and throws them away.
+        So are those of a prompt that is not prefilled to its end: nobody takes them.
         """
         first = min(d["request"] for d in self.report["drafts"])
         found = []
@@ -90,6 +88,8 @@ class Job:
     """Steps, from the first to before the second, that run without the drafter."""
     sampling: dict[str, Any] = field(default_factory=dict)
     """Of ``SamplingParams``, where it is not greedy."""
+    as_embeddings: bool = False
+    """Whether the prompts are given as the embeddings of their tokens."""
 
     def to_json(self) -> dict[str, Any]:
         speculative = {
@@ -113,6 +113,7 @@ class Job:
             "kv_cache_memory_bytes": self.kv_cache_memory_bytes,
             "skip_steps": self.skip_steps,
             "sampling": self.sampling,
+            "as_embeddings": self.as_embeddings,
         }
 
 

@@ -40,6 +40,15 @@ def coverage(llm: Any) -> dict[str, int]:
     )
 
 
+def as_embeddings(target: str, prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The prompts as the target embeds them, without their token ids."""
+    from safetensors import safe_open
+
+    with safe_open(f"{target}/model.safetensors", "pt") as file:
+        table = file.get_tensor("model.embed_tokens.weight").float()
+    return [{"prompt_embeds": table[prompt["prompt_token_ids"]]} for prompt in prompts]
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import SamplingParams
 
@@ -68,6 +77,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         before, first, tokens, logprobs, seconds = counters(llm), len(drafts), [], [], 0.0
         for at in range(0, len(job["prompts"]), size):
             prompts = [{"prompt_token_ids": p} for p in job["prompts"][at : at + size]]
+            if job.get("as_embeddings"):
+                prompts = as_embeddings(job["target"], prompts)
             began = time.perf_counter()
             outputs = llm.generate(prompts, params, use_tqdm=False)
             seconds += time.perf_counter() - began
