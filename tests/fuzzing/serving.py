@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {
 }
 STEP = 0.003
 """Seconds of ``AsyncLLM`` for a step of ``LLM``."""
-SILENCE = 120.0
+SILENCE = 30.0
 """Seconds without an output after which a round is given up. Not steps: while a first grammar is
 compiled, a busy machine makes tens of thousands of empty ones."""
 COUNTERS = (
