@@ -30,6 +30,7 @@ from vllm_dflash.upstream import Sources
 Built = TypeVar("Built")
 TOLD = "VLLM_DFLASH_LEFT_OUT"
 """Inherited by the processes that vLLM starts, so that a user reads once what was left out."""
+LEFT_OUT = "vllm-dflash leaves a part out, and vLLM's own stays: %s"
 _OWN = __name__.partition(".")[0]
 
 
@@ -306,7 +307,7 @@ class PatchSet:
         if patch.needs != "optional":
             return False
         self._out[patch] = "left out", problem
-        logger.warning("vllm-dflash leaves a part out, and vLLM's own stays: %s", problem)
+        logger.warning(LEFT_OUT, problem)
         return True
 
     def _tell(self) -> None:
@@ -314,7 +315,7 @@ class PatchSet:
         if left_out and TOLD not in os.environ:
             os.environ[TOLD] = "1"
             for note in left_out:
-                logger.warning("vllm-dflash leaves a part out, and vLLM's own stays: %s", note)
+                logger.warning(LEFT_OUT, note)
 
     def _raise(self, problems: Sequence[str]) -> None:
         if problems:

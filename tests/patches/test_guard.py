@@ -52,6 +52,12 @@ OTHERS: dict[str, Callable[[], Any]] = {
 }
 
 
+def is_of_the_config(record: Patch) -> bool:
+    """Whether its first argument is the ``SpeculativeConfig`` itself: in plain serving there is
+    none, and it is never called."""
+    return ":SpeculativeConfig." in record.target
+
+
 def call(record: Patch, config: Any) -> tuple[list[Any], Any]:
     """A wrapper around a stand-in of the original: what that was called with, and what came
     back."""
@@ -70,9 +76,7 @@ def call(record: Patch, config: Any) -> tuple[list[Any], Any]:
     first = Untouchable(
         vllm_config=Untouchable(speculative_config=config), speculative_config=config
     )
-    if ":SpeculativeConfig." in record.target:
-        if config is None:
-            pytest.skip("without speculation there is none")
+    if is_of_the_config(record):
         first = config
     args = (first, *(Untouchable() for _ in range(count - 1)))
     assert record.replace is not None
@@ -82,11 +86,15 @@ def call(record: Patch, config: Any) -> tuple[list[Any], Any]:
     return calls, result
 
 
-@pytest.mark.parametrize("who", OTHERS)
 @pytest.mark.parametrize(
-    "record",
-    [r for r in WRAPPERS if r not in FOR_ALL and r is not server_metrics.PATCH],
-    ids=lambda record: record.qualname,
+    ("record", "who"),
+    [
+        pytest.param(record, who, id=f"{record.qualname}-{who}")
+        for record in WRAPPERS
+        if record not in FOR_ALL and record is not server_metrics.PATCH
+        for who in OTHERS
+        if who != "plain" or not is_of_the_config(record)
+    ],
 )
 def test_without_a_drafter_of_ours_a_wrapper_reads_nothing_but_who_drafts(
     record: Patch, who: str

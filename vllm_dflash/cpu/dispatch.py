@@ -27,6 +27,7 @@ from vllm.platforms import CpuArchEnum, current_platform
 
 from vllm_dflash.cpu.sampler_choice import named
 from vllm_dflash.log import logger
+from vllm_dflash.patching import LEFT_OUT
 
 _LINEAR = ColumnParallelLinear.forward, ReplicatedLinear.forward, RowParallelLinear.forward
 
@@ -111,8 +112,4 @@ def _name(module: Any) -> str:
 
 def leave_out(what: str, why: str) -> None:
     """Says that vLLM's own runs in this engine where ours could have."""
-    logger.warning(
-        "vllm-dflash leaves a part out, and vLLM's own stays: %s in this engine, because %s",
-        what,
-        why,
-    )
+    logger.warning(LEFT_OUT, f"{what} in this engine, because {why}")
