@@ -1,5 +1,6 @@
 """Names of vLLM's that our code reads or sets, gone from a copy of its source."""
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ from vllm_dflash.patches import ALL
 
 import vllm_copies
 from vllm_dflash.upstream import Sources
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -17,6 +20,8 @@ from vllm_dflash.upstream import Sources
         ("num_spec_tokens_to_schedule", "optional", "Scheduler"),
         ("CompilationMode", "optional", "CompilationMode"),
         ("Qwen3DecoderLayer", "optional", "Qwen2Model.forward"),
+        ("initialize_layerwise_reload", "required", "Attention"),
+        ("can_load", "required", "Attention"),
         ("resumable", "required", "Scheduler._handle_stopped_request"),
         ("discard_request_mask", "required", "GPUModelRunner.sample_tokens"),
         ("kv_cache_gid", "required", "DFlashProposer"),
@@ -50,3 +55,21 @@ def test_a_replacement_that_is_imported_past_is_said(tmp_path: Path) -> None:
     problems = [problem for patch in ALL for problem in patch.examine(sources)[1]]
     assert len(problems) == 1
     assert "GPUModelRunner.__init__ does not look DFlashProposer up any more" in problems[0]
+
+
+def test_what_the_model_imports_is_in_a_record() -> None:
+    """``status`` said that all was well where a name that only the drafter's model imports was
+    gone, and the engine's start ended in an ImportError."""
+    known = {
+        name for record in ALL for name in (*record.fingerprints, *record.signatures, *record.names)
+    }
+    classes = {name.rpartition(".")[0] for name in known if "." in name.partition(":")[2]}
+    imported = {
+        f"{node.module}:{alias.name}"
+        for path in (ROOT / "vllm_dflash" / "models").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vllm"
+        for alias in node.names
+    }
+    assert len(imported) > 20
+    assert imported - known - classes == set()
