@@ -27,8 +27,16 @@ def part_of_ours(module: str, name: str) -> Any:
     """What stands in the place of a part of vLLM's, imported once a drafter of ours needs it.
 
     Raises:
-        RuntimeError: it cannot be imported beside this vLLM; names the remedy.
+        RuntimeError: it cannot be imported beside this vLLM, or another plug-in has replaced
+            what it relies on; names the remedy.
     """
+    from vllm_dflash.patches import ALL
+
+    from vllm_dflash.plugin import patch_set
+
+    for record in ALL:
+        if record.needs == "required" and record.scope != "instance":
+            patch_set().fits(record)
     try:
         return getattr(import_module(module), name)
     except Exception as error:

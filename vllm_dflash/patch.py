@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vllm_dflash.replaced import replaced_by
 from vllm_dflash.upstream import SourceNotFoundError, Sources
 
 CPU_FIXES = "VLLM_DFLASH_CPU_FIXES"
@@ -125,6 +126,17 @@ class Patch:
             except SourceNotFoundError as error:
                 problems.append(f"{self.target}: relies on {function}, but {error}")
         return problems
+
+    def replaced(self) -> str | None:
+        """Which of the bodies that are replaced or repeated is not what runs in this process, or
+        None; a module that is not imported has none."""
+        for name in self.fingerprints:
+            if (found := replaced_by(name)) is not None:
+                return (
+                    f"{self.target}: relies on {name}, but it is {found}: another plug-in replaced"
+                    " it; load one of the two"
+                )
+        return None
 
     def differences(self, name: str, sources: Sources) -> list[str]:
         """Why an upstream name is not what it was written against, a line each. Raises

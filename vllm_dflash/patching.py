@@ -24,6 +24,7 @@ from vllm_dflash.log import logger
 from vllm_dflash.patch import Patch, is_switched_off
 from vllm_dflash.patches.on_import import AfterImport
 from vllm_dflash.patches.place import Replaced, kept_with
+from vllm_dflash.replaced import name_of
 from vllm_dflash.supported import SUPPORTED_VLLM, is_supported
 from vllm_dflash.upstream import Sources
 
@@ -166,12 +167,15 @@ class PatchSet:
                 return None
 
     def fits(self, patch: Patch) -> bool:
-        """Whether a record is in force. One that is needed raises ``PatchError`` where it does not
-        fit."""
+        """Whether a record is in force, by the source and by what has been imported of it. One that
+        is needed raises ``PatchError`` where it does not fit."""
         with self._lock:
             if patch not in self._checked:
                 self._examine(Sources(), patch)
             self._raise(self._checked[patch])
+            problem = None if patch in self._out else patch.replaced()
+            if problem and not self._leave_out(patch, problem + patch.remedy):
+                raise PatchError(problem)
             return patch not in self._out
 
     def revert(self) -> list[str]:
@@ -269,7 +273,9 @@ class PatchSet:
                 raise PatchError(f"{patch.target}: no {part} in the imported module")
         if patch.name not in vars(owner):
             raise PatchError(f"{patch.target}: no {patch.name} in the imported module")
-        found, expected = _name_of(vars(owner)[patch.name]), self._defined_as[patch.target]
+        if (problem := patch.replaced()) is not None:
+            raise PatchError(problem)
+        found, expected = name_of(vars(owner)[patch.name]), self._defined_as[patch.target]
         if found != expected:
             raise PatchError(
                 f"{patch.target}: expected {':'.join(expected)}, but it is {':'.join(found)}: "
@@ -286,7 +292,7 @@ class PatchSet:
                 own method where a record only runs something around it.
         """
         value = getattr(owner, patch.name)
-        found = _name_of(
+        found = name_of(
             value if callable(value) and hasattr(value, "__qualname__") else type(value)
         )
         roots = {patch.module.partition(".")[0], _OWN}
@@ -344,11 +350,6 @@ class PatchSet:
                 )
 
 
-def _name_of(value: Any) -> tuple[str, str]:
-    value = getattr(value, "fget", None) or value
-    return getattr(value, "__module__", "?"), getattr(value, "__qualname__", repr(value))
-
-
 def _describe(applied: Replaced) -> str:
-    ours, current = ":".join(_name_of(applied.replacement)), vars(applied.owner).get(applied.name)
-    return f"our {ours} was replaced by {':'.join(_name_of(current))}: load one of the two plug-ins"
+    ours, current = ":".join(name_of(applied.replacement)), vars(applied.owner).get(applied.name)
+    return f"our {ours} was replaced by {':'.join(name_of(current))}: load one of the two plug-ins"

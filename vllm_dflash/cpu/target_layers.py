@@ -109,7 +109,11 @@ def _unknown(model: Any) -> Iterator[str]:
         yield f"the embedding is {type(model.embed_tokens).__qualname__}"
     yield from other_choices(model)
     yield from other_norms(norms)
+    if torch.nn.modules.module._has_any_global_hook():
+        yield "torch's modules have hooks"
     for name, module in model.named_modules():
+        if module is not model and type(module).__call__ is not torch.nn.Module.__call__:
+            yield f"{type(module).__qualname__} has a __call__ of its own"
         if module._forward_hooks or module._forward_pre_hooks:
             yield f"{name or 'the model'} has hooks"
         if "forward" in vars(module):
