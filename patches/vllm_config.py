@@ -18,10 +18,10 @@ def _post_init(vllm_config: Any) -> None:
     if all(
         patch_set().fits(patch) for patch in (adaptive_scheduler.PATCH, *scheduler_steps.PATCHES)
     ):
-        settle_scheduler(vllm_config)
+        choose_scheduler(vllm_config)
 
 
-def settle_scheduler(vllm_config: Any) -> None:
+def choose_scheduler(vllm_config: Any) -> None:
     """Puts our scheduler into vLLM's ``VllmConfig`` where drafting is to be adaptive; does nothing
     where that was done before.
 

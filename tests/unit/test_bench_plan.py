@@ -1,4 +1,4 @@
-"""What the command refuses before anything starts, and what it settles."""
+"""What the command refuses before anything starts, and what it chooses itself."""
 
 import json
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm_dflash.patches.vllm_config import settle_scheduler
+from vllm_dflash.patches.vllm_config import choose_scheduler
 
 from vllm_dflash.adaptive.settings import SettingsError, is_adaptive, wants_adaptive
 from vllm_dflash.kinds import architectures
@@ -53,16 +53,16 @@ def test_other_peoples_settings_are_left_alone() -> None:
 def test_the_scheduler_that_fits() -> None:
     for is_async, name in ((False, "AdaptiveScheduler"), (True, "AdaptiveAsyncScheduler")):
         asked = config(True, is_async=is_async)
-        settle_scheduler(asked)
+        choose_scheduler(asked)
         assert asked.scheduler_config.scheduler_cls.endswith(f".{name}")
         assert is_adaptive(asked)
-        settle_scheduler(asked)  # vLLM makes its configuration more than once
+        choose_scheduler(asked)  # vLLM makes its configuration more than once
         assert is_adaptive(asked)
 
 
 def test_false_and_other_methods_are_left_alone() -> None:
     for asked in (config(False), config(True, method="ngram"), config(None, method="ngram")):
-        settle_scheduler(asked)
+        choose_scheduler(asked)
         assert asked.scheduler_config.scheduler_cls is None
 
 
@@ -70,7 +70,7 @@ def test_the_default() -> None:
     """On where it was measured to pay."""
     for is_async in (False, True):
         silent = config(None, is_async=is_async)
-        settle_scheduler(silent)
+        choose_scheduler(silent)
         assert is_adaptive(silent) is not is_async
 
 
@@ -86,7 +86,7 @@ def test_what_stands_in_the_way_is_named_where_it_was_asked_for(
     changes: dict[str, Any], remedy: str
 ) -> None:
     with pytest.raises(SettingsError, match=remedy):
-        settle_scheduler(config(True, **changes))
+        choose_scheduler(config(True, **changes))
     quiet = config(None, **changes)
-    settle_scheduler(quiet)
+    choose_scheduler(quiet)
     assert not is_adaptive(quiet)

@@ -12,7 +12,7 @@ trial of two. No more than that is ever owed, whatever was charged: a draft that
 of the steps before it may take longer, but does it once for each position, however seldom drafts
 are. So a trial comes within ``_SAVED`` / ``EXPLORATION`` steps of the batch size and the longest
 time between two choices where nothing is owed, else within 4 ``block_size`` / ``EXPLORATION`` and
-three such times: until a trial may be settled, until it is, and until the next choice.
+three such times: until what a trial lost may be charged, until it is, and until the next choice.
 
     pytest tests/unit/test_adaptive_stale.py tests/unit/test_adaptive_off.py
 """
@@ -50,7 +50,7 @@ class _Size:
     """When something was last tried."""
     tried: dict[str, int] = field(default_factory=dict)
     """The same for each kind of trial."""
-    unsettled: tuple[Plan, int, float] | None = None
+    uncharged: tuple[Plan, int, float] | None = None
     """The last trial: its plan, its steps and the steps that were paid for it."""
 
 
@@ -85,7 +85,7 @@ class Trials:
         now.count += 1
         is_early = step - now.last < self._apart
         if not is_early:
-            self._settle(outlook, best)
+            self._charge_last(outlook, best)
         candidates = self._candidates(outlook.survival, best.plan, draft)
         turn = "less" if now.count % 2 and "less" in candidates else "none"
         # What waited longest comes first; out of its turn only on credit.
@@ -108,7 +108,7 @@ class Trials:
                 steps = max(steps, min(_TRIAL_DRAFTS, int(now.budget / max(loss, 1e-9))))
             now.budget -= steps * loss
             now.last = now.tried[kind] = step
-            now.unsettled = None if is_paid else (plan, steps, steps * loss)
+            now.uncharged = None if is_paid else (plan, steps, steps * loss)
             return [plan] * steps
         return []
 
@@ -135,14 +135,14 @@ class Trials:
             found["whole"] = Plan(best.num_draft_tokens, why="trial")
         return found
 
-    def _settle(self, outlook: Outlook, best: Choice) -> None:
+    def _charge_last(self, outlook: Outlook, best: Choice) -> None:
         """Pays or gets back the difference between what the last trial was expected to lose and
         what it is now known to, and forgives what is owed beyond the dearest trial."""
         now = self._now
-        if now.unsettled is not None:
-            plan, steps, paid = now.unsettled
+        if now.uncharged is not None:
+            plan, steps, paid = now.uncharged
             now.budget += paid - steps * outlook.loss(best, plan) / self._seconds
-            now.unsettled = None
+            now.uncharged = None
         now.budget = max(now.budget, -self._most_owed)
 
     def until_next(self, step: int, seconds: float, next_choice: int) -> float:

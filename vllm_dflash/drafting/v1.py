@@ -106,6 +106,21 @@ class DFlashProposer(NativeDFlashProposer):
             native, common_attn_metadata, spec_decode_metadata, valid_sampled_tokens_count
         )
 
+    def validate_same_kv_cache_group(self, kv_cache_config: Any) -> None:
+        """As vLLM's, which has one group's metadata for all draft layers; with what to do.
+
+        Raises:
+            DrafterConfigError: the draft layers stand in several KV cache groups.
+        """
+        groups = [set(group.layer_names) for group in kv_cache_config.kv_cache_groups]
+        if sum(bool(group & self._draft_attn_layer_names) for group in groups) != 1:
+            raise DrafterConfigError(
+                "the drafter's layers came into several KV cache groups, and vLLM's V1 runner has"
+                " one for them",
+                "start vLLM with --disable-hybrid-kv-cache-manager, or with"
+                " VLLM_USE_V2_MODEL_RUNNER=1",
+            )
+
     @property
     def page_size(self) -> int:
         """Tokens a page of the draft layers' KV cache, which vLLM calls ``block_size``."""
