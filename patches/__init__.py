@@ -22,6 +22,7 @@ from vllm_dflash.patches import (
     server_metrics,
     speculative_config,
     streaming_sessions,
+    v1_confidences,
     v1_cpu_expand,
     v1_cpu_seeds,
     v1_draft_fit,
@@ -35,8 +36,8 @@ from vllm_dflash.patches import (
 )
 
 ALL = (
-    speculative_config.PATCH,
-    vllm_config.PATCH,
+    *speculative_config.PATCHES,
+    *vllm_config.PATCHES,
     adaptive_scheduler.PATCH,
     draft_lookahead.PATCH,
     draft_slots.PATCH,
@@ -49,7 +50,8 @@ ALL = (
     v1_verifier.PATCH,
     v1_draft_metadata.PATCH,
     v1_steps_without_drafts.PATCH,
-    cpu_layers.PATCH,
+    v1_confidences.PATCH,
+    *cpu_layers.PATCHES,
     *cpu_target.PATCHES,
     v2_speculator.PATCH,
     request_params.PATCH,

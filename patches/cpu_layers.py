@@ -6,6 +6,16 @@ _CPU = "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl"
 _LINEAR = "vllm.model_executor.layers.linear"
 _LAYERS = "vllm.model_executor.layers"
 _ATTENTION = f"{_LAYERS}.attention.attention"
+_LOGITS = f"{_LAYERS}.logits_processor:LogitsProcessor"
+_UNTIL = "vLLM's CPU build records what it runs, as CUDA graphs do"
+_GEMM = {
+    f"{_LAYERS}.utils:cpu_unquantized_gemm": "91ba507f4b7597b6",
+    f"{_LAYERS}.utils:dispatch_cpu_unquantized_gemm": "fa9bad87bd635a9b",
+    f"{_LAYERS}.utils:dispatch_unquantized_gemm": "105b10792257faea",
+    "vllm._custom_ops:create_onednn_mm": "fa092f2e75fcaeab",
+    "vllm._custom_ops:CPUDNNLGEMMHandler": "7def9e96fa90e177",
+    "vllm._custom_ops:onednn_mm": "7ddd8fbdaec84eab",
+}
 
 PATCH = Patch(
     target=_CPU,
@@ -23,20 +33,15 @@ PATCH = Patch(
         f"{_ATTENTION}:get_attention_context": "b031f2543656ef85",
         "vllm._custom_ops:cpu_attention_with_kv_cache": "09e9c5e678935648",
         "vllm._custom_ops:cpu_attn_reshape_and_cache": "04f49aaf077158bd",
+        **_GEMM,
         f"{_LINEAR}:UnquantizedLinearMethod.apply": "9f33567159bae1a6",
         f"{_LINEAR}:ColumnParallelLinear.forward": "7a5bb4e88db0cef8",
+        f"{_LINEAR}:ReplicatedLinear.forward": "8788221f1b16dc1e",
         f"{_LINEAR}:RowParallelLinear.forward": "8c0c1e9b4d0db1d1",
-        f"{_LAYERS}.utils:dispatch_cpu_unquantized_gemm": "fa9bad87bd635a9b",
-        f"{_LAYERS}.utils:dispatch_unquantized_gemm": "105b10792257faea",
-        "vllm._custom_ops:create_onednn_mm": "fa092f2e75fcaeab",
-        "vllm._custom_ops:CPUDNNLGEMMHandler": "7def9e96fa90e177",
-        "vllm._custom_ops:onednn_mm": "7ddd8fbdaec84eab",
         f"{_LAYERS}.vocab_parallel_embedding:UnquantizedEmbeddingMethod.embedding": (
             "1056ddd6d0692b53"
         ),
         f"{_LAYERS}.vocab_parallel_embedding:VocabParallelEmbedding.forward": "2873e82f22057de8",
-        f"{_LAYERS}.logits_processor:LogitsProcessor._get_logits": "efd0bb96f0b3a993",
-        f"{_LAYERS}.logits_processor:LogitsProcessor._apply_head": "970e1de4f67401dd",
         f"{_LAYERS}.rotary_embedding.base:RotaryEmbedding.forward_cpu": "bcf30919fa9727e2",
         "vllm._custom_ops:rotary_embedding": "df31775366c45cd2",
     },
@@ -44,5 +49,25 @@ PATCH = Patch(
         "run as modules, half of a forward of one request is Python between kernels: the same"
         " kernels are called one after the other. There is no hook for that, nor is one needed"
     ),
-    until="vLLM's CPU build records what it runs, as CUDA graphs do",
+    until=_UNTIL,
 )
+LOGITS = Patch(
+    target=f"{_LOGITS}.forward",
+    scope="ours",
+    needs="optional",
+    fingerprints={
+        **_GEMM,
+        f"{_LOGITS}.forward": "d6d197a7df0b32e9",
+        f"{_LOGITS}._get_logits": "efd0bb96f0b3a993",
+        f"{_LOGITS}._apply_head": "970e1de4f67401dd",
+        f"{_LAYERS}.vocab_parallel_embedding:UnquantizedEmbeddingMethod.apply": (
+            "64b2cfc332b47127"
+        ),
+    },
+    why=(
+        "the drafter's logits are one kernel's; where the modules would do more to them than"
+        " multiply by the head, drafts would be other tokens than the target's"
+    ),
+    until=_UNTIL,
+)
+PATCHES = (PATCH, LOGITS)

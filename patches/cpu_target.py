@@ -16,6 +16,7 @@ def _replace(original: Any, model: Any) -> Any:
 
 _MODELS = "vllm.model_executor.models"
 _LAYERS = "vllm.model_executor.layers"
+_IR = "vllm.ir.op"
 
 
 def _record(target: str, fingerprints: dict[str, str]) -> Patch:
@@ -27,12 +28,19 @@ def _record(target: str, fingerprints: dict[str, str]) -> Patch:
         fingerprints={
             **cpu_layers.PATCH.fingerprints,
             f"{_MODELS}.interfaces:EagleModelMixin": "2931519f21c4dd27",
-            # A call of a norm is these two; ``target_layers`` sees whether a class has its own.
+            # A call of a norm is these two; ``dispatch.py`` sees whether a class has its own.
             "vllm.model_executor.custom_op:CustomOp.forward": "6d01cf24b16e8252",
             "vllm.model_executor.custom_op:CustomOp.forward_cpu": "0ccb0330e5b22a4f",
             f"{_LAYERS}.layernorm:RMSNorm.forward_native": "1e4b2b94b1ce009a",
             "vllm.ir.ops.layernorm:rms_norm": "12044f5e1b907e37",
             "vllm.ir.ops.layernorm:fused_add_rms_norm": "8785226184c83678",
+            # How an implementation of these two is chosen; ``dispatch.py`` asks for the choice.
+            f"{_IR}:IrOp.__call__": "ace29b03648b5bd3",
+            f"{_IR}:IrOp._inner_call": "f6157a8904bf2c0f",
+            f"{_IR}:IrOp.dispatch": "dec1f0e4757f0283",
+            f"{_IR}:IrOp.get_priority": "4ab318411ede7032",
+            f"{_IR}:IrOpInplaceOverload.__call__": "ace29b03648b5bd3",
+            f"{_IR}:IrOpInplaceOverload._inner_call": "a4beaaa217c5cf1c",
             f"{_LAYERS}.activation:SiluAndMul": "e1bb742c2f34d62a",
             **fingerprints,
         },

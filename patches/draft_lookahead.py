@@ -1,22 +1,15 @@
 """Engine configuration: cache slots for a drafter's whole block, also where fewer of its tokens are
 verified."""
 
-from functools import wraps
 from typing import Any
 
-from vllm_dflash.formats import is_ours
+from vllm_dflash.patches.guard import instead
+
 from vllm_dflash.patch import Patch
 
 
-def _replace(original: Any) -> property:
-    @wraps(original.fget)
-    def num_lookahead_tokens(self: Any) -> int:
-        speculative = self.speculative_config
-        if is_ours(speculative):
-            return speculative.draft_model_config.hf_config.block_size
-        return original.fget(self)
-
-    return property(num_lookahead_tokens)
+def _num_lookahead_tokens(original: Any, config: Any) -> int:
+    return config.speculative_config.draft_model_config.hf_config.block_size
 
 
 PATCH = Patch(
@@ -28,5 +21,5 @@ PATCH = Patch(
         " drafted, and needs cache slots; no hook is asked how many"
     ),
     until="vLLM asks the drafter how many positions it writes",
-    replace=_replace,
+    replace=instead(_num_lookahead_tokens, "speculative_config"),
 )

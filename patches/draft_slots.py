@@ -4,8 +4,9 @@ tokens are verified."""
 from functools import wraps
 from typing import Any
 
+from vllm_dflash.patches.guard import drafts_ours
+
 from vllm_dflash.compat import draft_slots_needed
-from vllm_dflash.formats import is_ours
 from vllm_dflash.patch import Patch
 from vllm_dflash.upstream import Sources
 
@@ -19,7 +20,7 @@ def _replace(original: Any) -> property:
         known: int | None = self.__dict__.get(_KNOWN)
         if known is not None:
             return known
-        if is_ours(self):
+        if drafts_ours(self, ""):
             self.__dict__[_KNOWN] = (
                 self.draft_model_config.hf_config.block_size - 1
             )  # the anchor has its slot already

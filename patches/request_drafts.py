@@ -12,7 +12,22 @@ from vllm_dflash.patch import Patch
 from vllm_dflash.request_limits import Limits
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_OUTPUT = "vllm.v1.core.sched.output"
 _KEPT = "_vllm_dflash_limits"
+_READ = (
+    f"{_SCHEDULER}.requests",
+    f"{_SCHEDULER}.num_spec_tokens",
+    f"{_SCHEDULER}.parallel_config",
+    f"{_OUTPUT}:SchedulerOutput.finished_req_ids",
+    f"{_OUTPUT}:SchedulerOutput.num_scheduled_tokens",
+    f"{_OUTPUT}:SchedulerOutput.num_spec_tokens_to_schedule",
+    f"{_OUTPUT}:SchedulerOutput.scheduled_new_reqs",
+    f"{_OUTPUT}:NewRequestData.req_id",
+    f"{_OUTPUT}:NewRequestData.sampling_params",
+    "vllm.config.parallel:ParallelConfig.data_parallel_size",
+    "vllm.sampling_params:SamplingParams.extra_args",
+    "vllm.v1.request:Request.spec_token_ids",
+)
 _WHY = (
     "how much is drafted is vLLM's to say for a whole step, by no request; drafts of a request"
     " stand in its spec_token_ids from there on: tokens under synchronous scheduling, places for"
@@ -60,6 +75,7 @@ PATCHES = tuple(
         scope="instance",
         needs="optional",
         signatures={f"{_SCHEDULER}.{name}": signature},
+        names=_READ,
         why=_WHY,
         until=_UNTIL,
         replace=replace,

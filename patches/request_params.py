@@ -2,12 +2,11 @@
 malformed limit of drafts, with what to do."""
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 from vllm_dflash.patches import request_drafts, scheduler_init
+from vllm_dflash.patches.guard import instead
 
-from vllm_dflash.formats import is_ours
 from vllm_dflash.patch import Patch
 from vllm_dflash.request_limits import RequestError, most_drafts
 
@@ -16,29 +15,27 @@ WRONG_ON_A_V1_GPU = ("thinking_token_budget", "logprob_token_ids")
 39573); log probabilities are lost."""
 
 
-def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(original)
-    def validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        wrong = [name for name in WRONG_ON_A_V1_GPU if getattr(params, name, None) is not None]
-        if wrong and _verifies_by_vllm(self.vllm_config):
-            from vllm.exceptions import VLLMValidationError
+def _validate_params(
+    original: Callable[..., Any], self: Any, params: Any, *args: Any, **kwargs: Any
+) -> Any:
+    wrong = [name for name in WRONG_ON_A_V1_GPU if getattr(params, name, None) is not None]
+    if wrong and _verifies_by_vllm(self.vllm_config):
+        from vllm.exceptions import VLLMValidationError
 
-            raise VLLMValidationError(
-                f"{' and '.join(wrong)}: vLLM's V1 model runner does not keep to this beside a"
-                " drafter on a GPU. Start the server with VLLM_USE_V2_MODEL_RUNNER=1, or without a"
-                " drafter, or leave the field out",
-                parameter=wrong[0],
-            )
-        _check_limit(getattr(params, "extra_args", None), self.vllm_config)
-        return original(self, params, *args, **kwargs)
-
-    return validate_params
+        raise VLLMValidationError(
+            f"{' and '.join(wrong)}: vLLM's V1 model runner does not keep to this beside a"
+            " drafter on a GPU. Start the server with VLLM_USE_V2_MODEL_RUNNER=1, or without a"
+            " drafter, or leave the field out",
+            parameter=wrong[0],
+        )
+    _check_limit(getattr(params, "extra_args", None), self.vllm_config)
+    return original(self, params, *args, **kwargs)
 
 
 def _check_limit(extra_args: Any, config: Any) -> None:
     """Raises VLLMValidationError where a request's limit of drafts is malformed, or nobody would
     keep to it: here, and not in the engine, which such an error would end."""
-    if not extra_args or not is_ours(config.speculative_config):
+    if not extra_args:
         return
     from vllm.exceptions import VLLMValidationError
 
@@ -64,11 +61,7 @@ def _verifies_by_vllm(config: Any) -> bool:
     ours, on V2 by one that counts drafts."""
     from vllm.platforms import current_platform
 
-    return (
-        is_ours(config.speculative_config)
-        and not config.use_v2_model_runner
-        and not current_platform.is_cpu()
-    )
+    return not config.use_v2_model_runner and not current_platform.is_cpu()
 
 
 PATCH = Patch(
@@ -76,6 +69,12 @@ PATCH = Patch(
     signatures={
         "vllm.v1.engine.input_processor:InputProcessor._validate_params": "self, params, ..."
     },
+    names=(
+        *(f"vllm.sampling_params:SamplingParams.{name}" for name in WRONG_ON_A_V1_GPU),
+        "vllm.sampling_params:SamplingParams.extra_args",
+        "vllm.v1.engine.input_processor:InputProcessor.vllm_config",
+        "vllm.config.vllm:VllmConfig.use_v2_model_runner",
+    ),
     why=(
         "vLLM's V1 rejection sampler forces the end of thinking in other rows than plain decoding"
         " does, a neighbour's among them, and drops logprob_token_ids, both in silence; the hook"
@@ -86,5 +85,5 @@ PATCH = Patch(
         "vLLM's issue 39573 is closed, and its V1 rejection sampler returns logprob_token_ids; or"
         " the V1 runner is gone"
     ),
-    replace=_replace,
+    replace=instead(_validate_params),
 )

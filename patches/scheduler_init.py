@@ -1,33 +1,33 @@
 """Scheduler: in an engine with one of our drafters it keeps to what requests say of drafts, and our
 recorder watches it."""
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
+from vllm_dflash.patches.guard import afterwards
+
+from vllm_dflash.log import logger
 from vllm_dflash.patch import Patch
 
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 
-def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(original)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        from vllm_dflash.patches.request_drafts import limit_drafts
 
-        from vllm_dflash.formats import is_ours
+def _attach(scheduler: Any) -> None:
+    from vllm_dflash.patches.request_drafts import limit_drafts
+
+    limit_drafts(scheduler)
+    try:
         from vllm_dflash.metrics.engine import attach
 
-        original(self, *args, **kwargs)
-        if is_ours(self.vllm_config.speculative_config):
-            limit_drafts(self)
-            attach(self)
-
-    return init
+        attach(scheduler)
+    except Exception:  # what watches must not end what serves
+        logger.exception("metrics of this engine's speculation: left out; serving goes on")
 
 
 PATCH = Patch(
-    target="vllm.v1.core.sched.scheduler:Scheduler.__init__",
+    target=f"{_SCHEDULER}.__init__",
     needs="optional",
-    signatures={"vllm.v1.core.sched.scheduler:Scheduler.__init__": "self, vllm_config, ..."},
+    signatures={f"{_SCHEDULER}.__init__": "self, vllm_config, ..."},
+    names=(f"{_SCHEDULER}.vllm_config", f"{_SCHEDULER}.finished_req_ids"),
     why=(
         "what requests say of drafts is kept to, and lengths, steps without drafts and their times"
         " are seen, in the engine's process only; the hook for metrics, a stat logger, runs in the"
@@ -36,5 +36,5 @@ PATCH = Patch(
         " is left as it is"
     ),
     until="vLLM lets a plug-in observe steps in the engine's process",
-    replace=_replace,
+    replace=afterwards(_attach),
 )

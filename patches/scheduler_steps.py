@@ -18,12 +18,29 @@ _WHY = (
 _UNTIL = "vLLM lets a plug-in observe an engine's steps"
 
 
+_OUTPUT = "vllm.v1.core.sched.output:SchedulerOutput"
+_READ = (
+    *(f"{_SCHEDULER}.{name}" for name in ("connector", "requests", "running", "waiting")),
+    f"{_OUTPUT}.num_invalid_spec_tokens",
+    f"{_OUTPUT}.num_scheduled_tokens",
+    f"{_OUTPUT}.num_spec_tokens_to_schedule",
+    f"{_OUTPUT}.scheduled_cached_reqs",
+    f"{_OUTPUT}.scheduled_new_reqs",
+    f"{_OUTPUT}.scheduled_spec_decode_tokens",
+    f"{_OUTPUT}.total_num_scheduled_tokens",
+    "vllm.v1.outputs:ModelRunnerOutput.req_id_to_index",
+    "vllm.v1.outputs:ModelRunnerOutput.sampled_token_ids",
+)
+"""Of a step, by whoever watches."""
+
+
 def _record(name: str, signature: str, replace: Any) -> Patch:
     return Patch(
         target=f"{_SCHEDULER}.{name}",
         scope="instance",
         needs="optional",
         signatures={f"{_SCHEDULER}.{name}": signature},
+        names=_READ,
         why=_WHY,
         until=_UNTIL,
         replace=replace,

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from vllm_dflash.formats import METHOD, is_ours
+from vllm_dflash.patches.guard import drafts_ours
+
+from vllm_dflash.formats import METHOD
 from vllm_dflash.patch import Patch
 
 
@@ -19,25 +21,40 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
             if drafter is not None and self.num_speculative_tokens is None:
                 self.num_speculative_tokens = drafter.max_speculative_tokens
         result = original(self, *arguments)
-        if is_ours(self):
+        if drafts_ours(self, ""):
             from vllm_dflash.checks import check_speculative_config
 
             for name, value in check_speculative_config(self).items():
                 setattr(self.draft_model_config.hf_config, name, value)
-            # EAGLE's K/V of a position depend on the token after it, so vLLM takes back the last
-            # page of every prefix-cache hit. Ours depend on the target's hidden state at that
-            # position alone: hits are as long as without speculation.
-            self.disable_eagle_block_drop = True
+            from vllm_dflash.plugin import patch_set
+
+            if patch_set().fits(WHOLE_HITS):
+                self.disable_eagle_block_drop = True
         return result
 
     return post_init
 
+
+_CONFIG = "vllm.config.speculative:SpeculativeConfig"
 
 PATCH = Patch(
     # Not _verify_args: pydantic takes that one into its schema when the class is made, and
     # __post_init__ is looked up at each call.
     target="vllm.config.speculative:SpeculativeConfig.__post_init__",
     signatures={"vllm.config.speculative:SpeculativeConfig.__post_init__": "self"},
+    names=tuple(
+        f"{_CONFIG}.{name}"
+        for name in (
+            "method",
+            "model",
+            "revision",
+            "num_speculative_tokens",
+            "draft_model_config",
+            "draft_sample_method",
+            "target_model_config",
+            "target_parallel_config",
+        )
+    ),
     why=(
         "vLLM checks no drafter against its target: most mismatches would only show as low"
         " acceptance; no hook sees the config in the front end. What vLLM's own code reads of the"
@@ -46,3 +63,17 @@ PATCH = Patch(
     until="vLLM calls the draft model class's own check of its config",
     replace=_replace,
 )
+WHOLE_HITS = Patch(
+    target=f"{_CONFIG}.use_eagle_block_drop",
+    scope="ours",
+    needs="optional",
+    names=(f"{_CONFIG}.disable_eagle_block_drop",),
+    looked_up={f"{_CONFIG}.use_eagle_block_drop": ("disable_eagle_block_drop",)},
+    why=(
+        "EAGLE's K/V of a position depend on the token after it, so vLLM takes back the last page"
+        " of every prefix-cache hit. Ours depend on the target's hidden state there alone:"
+        " hits are as long as without speculation. vLLM has a setting for it, and asks no drafter"
+    ),
+    until="vLLM asks the method whether it needs the drop",
+)
+PATCHES = (PATCH, WHOLE_HITS)

@@ -2,24 +2,22 @@
 accepted than its output holds."""
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
-from vllm_dflash.formats import is_ours
+from vllm_dflash.patches.guard import instead
+
 from vllm_dflash.patch import Patch
 
+_REQUEST = "vllm.v1.request:Request"
 
-def _replace(original: Callable[..., bool]) -> Callable[..., bool]:
-    @wraps(original)
-    def handle_stopped_request(self: Any, request: Any) -> bool:
-        if is_ours(self.vllm_config.speculative_config) and request.resumable:
-            # The last output token is not computed yet, as without drafts; under asynchronous
-            # scheduling placeholders say so already.
-            computed = request.num_tokens - 1 + request.num_output_placeholders
-            request.num_computed_tokens = min(request.num_computed_tokens, computed)
-        return original(self, request)
 
-    return handle_stopped_request
+def _handle_stopped_request(original: Callable[..., bool], self: Any, request: Any) -> bool:
+    if request.resumable:
+        # The last output token is not computed yet, as without drafts; under asynchronous
+        # scheduling placeholders say so already.
+        computed = request.num_tokens - 1 + request.num_output_placeholders
+        request.num_computed_tokens = min(request.num_computed_tokens, computed)
+    return original(self, request)
 
 
 PATCH = Patch(
@@ -31,6 +29,13 @@ PATCH = Patch(
             "0.33": "d9af168b67737046",
         }
     },
+    names=(
+        "vllm.v1.core.sched.scheduler:Scheduler.vllm_config",
+        f"{_REQUEST}.resumable",
+        f"{_REQUEST}.num_tokens",
+        f"{_REQUEST}.num_output_placeholders",
+        f"{_REQUEST}.num_computed_tokens",
+    ),
     why=(
         "under synchronous scheduling (a CPU's) an output that ends among accepted drafts leaves"
         " those after its end counted as computed: a session's next input then keeps the last"
@@ -38,5 +43,5 @@ PATCH = Patch(
         " 0.32, and ends the engine on 0.33 (with any speculative method); no hook is asked"
     ),
     until="vLLM sets a stopped session back to its last token but one",
-    replace=_replace,
+    replace=instead(_handle_stopped_request),
 )

@@ -28,6 +28,9 @@ PATCH = Patch(
     # at each call.
     target="vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
     fingerprints={"vllm.v1.sample.rejection_sampler:expand_batch_to_tokens": "c1ed72c65a78f3ed"},
+    looked_up={
+        "vllm.v1.sample.rejection_sampler:apply_sampling_constraints": ("expand_batch_to_tokens",)
+    },
     why=(
         "the CPU's stand-in for the kernel writes an int64 copy and drops it, so temperature, top-k"
         " and top-p of every draft token are whatever the memory held: sampled output is not the"

@@ -26,6 +26,9 @@ PATCH = Patch(
             "logits, cu_num_draft_tokens, sampling_metadata"
         )
     },
+    looked_up={
+        "vllm.v1.sample.rejection_sampler:RejectionSampler.forward": ("apply_sampling_constraints",)
+    },
     why=(
         "the runner sends every step through the rejection sampler, also one without drafts, such"
         " as a prompt's; there a batch of requests with top_k but no top_p takes the maximum of an"

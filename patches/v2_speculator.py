@@ -1,23 +1,17 @@
 """V2 runner: our speculator in the place of vLLM's, for method dflash with our architectures."""
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
-from vllm_dflash.formats import is_ours
+from vllm_dflash.patches.guard import instead, part_of_ours
+
 from vllm_dflash.patch import Patch
 
 
-def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(original)
-    def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
-        if is_ours(vllm_config.speculative_config):
-            from vllm_dflash.drafting.v2 import DFlashSpeculator
-
-            return DFlashSpeculator(vllm_config, device)
-        return original(vllm_config, device, req_states)
-
-    return init_speculator
+def _init_speculator(
+    original: Callable[..., Any], vllm_config: Any, device: Any, req_states: Any
+) -> Any:
+    return part_of_ours("vllm_dflash.drafting.v2", "DFlashSpeculator")(vllm_config, device)
 
 
 PATCH = Patch(
@@ -31,10 +25,11 @@ PATCH = Patch(
     signatures={
         "vllm.v1.worker.gpu.spec_decode:init_speculator": "vllm_config, device, req_states"
     },
+    looked_up={"vllm.v1.worker.gpu.model_runner:GPUModelRunner.__init__": ("init_speculator",)},
     why=(
         "the speculator is picked from a list in the function's body; there is no registry to"
         " add to"
     ),
     until="vLLM lets a plug-in register a speculator for a method",
-    replace=_replace,
+    replace=instead(_init_speculator, "speculative_config"),
 )

@@ -1,31 +1,24 @@
 """Engine configuration: our scheduler, which chooses how much to draft, where drafting is adaptive;
 and advice for a CPU."""
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 from vllm_dflash.patches import adaptive_scheduler, scheduler_steps
+from vllm_dflash.patches.guard import afterwards
 
 from vllm_dflash.patch import Patch
 
 
-def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(original)
-    def post_init(self: Any) -> None:
-        from vllm_dflash.checks import advise_eager
-        from vllm_dflash.plugin import patch_set
+def _post_init(vllm_config: Any) -> None:
+    """After vLLM's own, which decides on asynchronous scheduling."""
+    from vllm_dflash.checks import advise_eager
+    from vllm_dflash.plugin import patch_set
 
-        original(self)
-        advise_eager(self)
-        # After vLLM's own, which decides on asynchronous scheduling.
-        if all(
-            patch_set().fits(patch)
-            for patch in (adaptive_scheduler.PATCH, *scheduler_steps.PATCHES)
-        ):
-            settle_scheduler(self)
-
-    return post_init
+    patch_set().attempt(ADVICE, lambda: advise_eager(vllm_config))
+    if all(
+        patch_set().fits(patch) for patch in (adaptive_scheduler.PATCH, *scheduler_steps.PATCHES)
+    ):
+        settle_scheduler(vllm_config)
 
 
 def settle_scheduler(vllm_config: Any) -> None:
@@ -42,6 +35,8 @@ def settle_scheduler(vllm_config: Any) -> None:
         vllm_config.scheduler_config.scheduler_cls = ours
 
 
+_CONFIG = "vllm.config.vllm:VllmConfig"
+
 PATCH = Patch(
     target="vllm.config.vllm:VllmConfig.__post_init__",
     signatures={
@@ -54,5 +49,18 @@ PATCH = Patch(
         " two. Whether vLLM compiles, of which it is advised against on a CPU, is known there"
     ),
     until="vLLM lets a speculative method, or a plug-in, name its scheduler",
-    replace=_replace,
+    names=(f"{_CONFIG}.speculative_config", f"{_CONFIG}.additional_config"),
+    replace=afterwards(_post_init, "speculative_config"),
 )
+ADVICE = Patch(
+    target="vllm.config:CompilationMode",
+    scope="ours",
+    needs="optional",
+    names=("vllm.config.compilation:CompilationConfig.mode",),
+    why=(
+        "our drafter serves better without compilation on a CPU, and vLLM compiles where nobody"
+        " says otherwise; nothing but a line of advice hangs on it"
+    ),
+    until="vLLM's CPU build records what it runs, as CUDA graphs do",
+)
+PATCHES = (PATCH, ADVICE)

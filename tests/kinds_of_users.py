@@ -27,16 +27,21 @@ def install(folder: Path) -> Path:
     return folder
 
 
+def forget_kinds() -> None:
+    kinds.every.cache_clear()
+    kinds.architectures.cache_clear()
+
+
 @contextmanager
 def on_path(folder: Path) -> Iterator[None]:
     """This process with ``folder`` on its path, and without it afterwards."""
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
-    kinds.every.cache_clear()
+    forget_kinds()
     try:
         yield
     finally:
         sys.path.remove(str(folder))
         for path in folder.glob("*.py"):
             sys.modules.pop(path.stem, None)
-        kinds.every.cache_clear()
+        forget_kinds()

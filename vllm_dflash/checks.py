@@ -182,14 +182,6 @@ def check_target(target: Any, pipeline_parallel_size: int) -> None:
             "serve this target without a DFlash drafter, or on a vLLM whose model has that"
             " interface",
         )
-    if target.use_fp64_gumbel and current_platform.is_cpu():
-        # The noise of a request with a seed is then drawn token by token from one generator; the
-        # verifier draws it by the token's place.
-        raise DrafterConfigError(
-            "use_fp64_gumbel is set, and drafts are verified on a CPU with the noise that vLLM's"
-            " sampler takes without it: a seed would give another text than without a drafter",
-            "leave use_fp64_gumbel out, or serve without a drafter",
-        )
     if target.is_hybrid and current_platform.is_cpu():
         # Not the drafter's doing: n-gram speculation changes the output too
         # (tests/engine/test_targets.py).

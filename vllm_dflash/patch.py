@@ -5,7 +5,7 @@ pytest tests/unit/test_patching.py tests/patches
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -44,6 +44,12 @@ class Patch:
     """Functions before or after which something is run: upstream name to its parameters, as
     ``Definition.signature`` has them; ``...`` at the end stands for any more. Their bodies may
     change."""
+    names: Sequence[str] = ()
+    """What code of ours reads or sets: attributes, as ``module:Class.name``, and names of modules.
+    One that is gone would be read as a default, or set for nobody, without a word."""
+    looked_up: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Upstream functions, each with the names that it must look up: the target's own, which a local
+    import would pass by, and attributes and keys that are only set here."""
     why: str
     """Why it is needed, and why no official hook serves."""
     until: str
@@ -90,7 +96,35 @@ class Patch:
                 problems += self.differences(name, sources)
             except SourceNotFoundError as error:
                 problems.append(f"{self.target}: relies on {name}, but {error}")
-        return None, problems
+        problems += self.missing(sources)
+        return None, [problem + self.remedy for problem in problems]
+
+    @property
+    def remedy(self) -> str:
+        """How to go on without it, to be added to a problem; empty where there is no way."""
+        return f" (set {self.switch}=0 to go on without this part)" if self.switch else ""
+
+    def missing(self, sources: Sources) -> list[str]:
+        """Which of ``names`` are gone, and which of ``looked_up`` nobody looks up, a line each."""
+        problems = []
+        for name in self.names:
+            try:
+                if "." not in name.partition(":")[2]:
+                    sources.find(name)
+                elif not sources.has_attribute(name):
+                    problems.append(f"{self.target}: relies on {name}, which is gone")
+            except SourceNotFoundError as error:
+                problems.append(f"{self.target}: relies on {name}, but {error}")
+        for function, names in self.looked_up.items():
+            try:
+                problems += [
+                    f"{self.target}: {function} does not look {name} up any more"
+                    for name in names
+                    if not sources.looks_up(function, name)
+                ]
+            except SourceNotFoundError as error:
+                problems.append(f"{self.target}: relies on {function}, but {error}")
+        return problems
 
     def differences(self, name: str, sources: Sources) -> list[str]:
         """Why an upstream name is not what it was written against, a line each. Raises

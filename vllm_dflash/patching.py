@@ -18,7 +18,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm_dflash.log import logger
 from vllm_dflash.patch import Patch, is_switched_off
@@ -27,8 +27,10 @@ from vllm_dflash.patches.place import Replaced, kept_with
 from vllm_dflash.supported import SUPPORTED_VLLM, is_supported
 from vllm_dflash.upstream import Sources
 
-_TOLD = "VLLM_DFLASH_LEFT_OUT"
+Built = TypeVar("Built")
+TOLD = "VLLM_DFLASH_LEFT_OUT"
 """Inherited by the processes that vLLM starts, so that a user reads once what was left out."""
+LEFT_OUT = "vllm-dflash leaves a part out, and vLLM's own stays: %s"
 _OWN = __name__.partition(".")[0]
 
 
@@ -149,6 +151,20 @@ class PatchSet:
             self._owners.add(owner)
             return True
 
+    def attempt(self, patch: Patch, build: Callable[[], Built]) -> Built | None:
+        """What an optional part of ours builds, its imports included; None where its record does
+        not fit, or ``build`` fails, which leaves the part out and is said."""
+        with self._lock:
+            if not self.fits(patch):
+                return None
+            try:
+                return build()
+            except Exception as error:
+                problem = f"{patch.target}: {type(error).__name__}: {error}"
+                if not self._leave_out(patch, problem):
+                    raise
+                return None
+
     def fits(self, patch: Patch) -> bool:
         """Whether a record is in force. One that is needed raises ``PatchError`` where it does not
         fit."""
@@ -230,7 +246,8 @@ class PatchSet:
                 original = vars(owner)[patch.name]
                 ready[patch] = Replaced(owner, patch.name, True, original, patch.replace(original))
             except PatchError as error:
-                problems += [] if self._leave_out(patch, str(error)) else [str(error)]
+                problem = f"{error}{patch.remedy}"
+                problems += [] if self._leave_out(patch, problem) else [problem]
             except Exception as error:
                 if not self._leave_out(patch, f"{type(error).__name__}: {error}"):
                     raise
@@ -290,15 +307,15 @@ class PatchSet:
         if patch.needs != "optional":
             return False
         self._out[patch] = "left out", problem
-        logger.warning("vllm-dflash leaves a part out, and vLLM's own stays: %s", problem)
+        logger.warning(LEFT_OUT, problem)
         return True
 
     def _tell(self) -> None:
         left_out = [note for state, note in self._out.values() if state == "left out"]
-        if left_out and _TOLD not in os.environ:
-            os.environ[_TOLD] = "1"
+        if left_out and TOLD not in os.environ:
+            os.environ[TOLD] = "1"
             for note in left_out:
-                logger.warning("vllm-dflash leaves a part out, and vLLM's own stays: %s", note)
+                logger.warning(LEFT_OUT, note)
 
     def _raise(self, problems: Sequence[str]) -> None:
         if problems:

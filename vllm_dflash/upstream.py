@@ -137,6 +137,26 @@ class Sources:
             )
         return True
 
+    def looks_up(self, dotted: str, name: str) -> bool:
+        """Whether a function calls ``name`` as one of its module's, or has it for an attribute or a
+        key.
+
+        Raises:
+            SourceNotFoundError: no such function.
+        """
+        nodes = list(ast.walk(self.locate(dotted).node))
+        is_local = any(
+            (isinstance(n, ast.alias) and (n.asname or n.name) == name)
+            or (isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Store))
+            for n in nodes
+        )
+        return any(
+            (isinstance(n, ast.Call) and ast.unparse(n.func) == name and not is_local)
+            or (isinstance(n, ast.Attribute) and n.attr == name)
+            or (isinstance(n, ast.Constant) and n.value == name)
+            for n in nodes
+        )
+
     def text(self, definition: Definition) -> str:
         """The definition as it stands in its file, decorators included."""
         lines = self._source(definition.module).text.splitlines(keepends=True)

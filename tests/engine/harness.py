@@ -49,9 +49,7 @@ class Batch:
         """Each draft with its request's whole committed sequence; drafts past the sequence's end
         are left out.
 
-        So are those of a prompt that is not prefilled to its end: vLLM's V1 runner gives them the
-        prompt's last token as anchor,
-        and throws them away.
+        So are those of a prompt that is not prefilled to its end: nobody takes them.
         """
         first = min(d["request"] for d in self.report["drafts"])
         found = []
@@ -67,7 +65,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Job:
-    """One engine and what it generates, greedy."""
+    """One engine and what it generates, greedy unless ``sampling`` says otherwise."""
 
     target: Path
     drafter: Path | None
@@ -88,6 +86,10 @@ class Job:
     verified whole."""
     skip_steps: tuple[int, int] | None = None
     """Steps, from the first to before the second, that run without the drafter."""
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """Of ``SamplingParams``, where it is not greedy."""
+    as_embeddings: bool = False
+    """Whether the prompts are given as the embeddings of their tokens."""
 
     def to_json(self) -> dict[str, Any]:
         speculative = {
@@ -110,6 +112,8 @@ class Job:
             ),
             "kv_cache_memory_bytes": self.kv_cache_memory_bytes,
             "skip_steps": self.skip_steps,
+            "sampling": self.sampling,
+            "as_embeddings": self.as_embeddings,
         }
 
 
@@ -175,9 +179,13 @@ def run_worker(
 
 
 def engine_env(extra: dict[str, str] | None = None) -> dict[str, str]:
-    """An environment for one-process CPU engines, with this checkout's package on the path."""
+    """An environment for one-process CPU engines, with this checkout's package on the path; what
+    this process has been told already is told again."""
+    from vllm_dflash.patching import TOLD
+    from vllm_dflash.supported import PROBLEM
+
     return (
-        os.environ
+        {name: value for name, value in os.environ.items() if name not in (TOLD, PROBLEM)}
         | {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -12,12 +12,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import vllm_copies
 from engine.harness import DRAFTER, TARGET, Job, engine_env, held_out_prompts, run_engines
 from pairs import make_random_drafter, random_prompts
 from targets import FAMILIES, VOCAB
@@ -40,34 +40,19 @@ NOT_LOUDER = "self.o_proj(attn_output)", "self.o_proj(attn_output * 0.9)"
 def edited(folder: Path, *edits: tuple[str, str, str]) -> dict[str, str]:
     """An environment whose vLLM differs from the installed one by ``edits``: file, what is replaced
     once, and by what."""
-    spec = find_spec("vllm")
-    assert spec is not None
-    assert spec.origin is not None
-    installed, copy = Path(spec.origin).parent, folder / "vllm"
-    _link(installed, copy)
-    for file, old, new in edits:
-        source, place = installed, copy
-        for part in Path(file).parts[:-1]:
-            source, place = source / part, place / part
-            if place.is_symlink():  # never write through one
-                place.unlink()
-                _link(source, place)
-        source, place = installed / file, copy / file
-        text = source.read_text()
-        assert old in text, (file, old)
-        assert place.parent.resolve().is_relative_to(folder.resolve())
-        place.unlink()
-        place.write_text(text.replace(old, new, 1))
+    vllm_copies.edited(folder, *edits)
+    return _before_the_installed(folder)
+
+
+def renamed(folder: Path, old: str, new: str) -> dict[str, str]:
+    """An environment whose vLLM calls a name otherwise, wherever it stands."""
+    vllm_copies.renamed(folder, old, new)
+    return _before_the_installed(folder)
+
+
+def _before_the_installed(folder: Path) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     return engine_env({"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"})
-
-
-def _link(source: Path, place: Path) -> None:
-    """A folder with links to all that is in another, but for compiled files."""
-    place.mkdir()
-    for other in source.iterdir():
-        if other.name != "__pycache__":
-            (place / other.name).symlink_to(other)
 
 
 def status(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -85,14 +70,19 @@ def run(
 ) -> list[dict[str, Any]]:
     """An engine for each target with its drafter or none; a process of its own, as the harness's
     has imported vLLM already."""
-    jobs = [
-        Job(target, drafter, prompts_of(target), max_tokens=24, **changes).to_json()
-        for target, drafter in pairs
-    ]
+    return run_jobs(env, folder, [job(*pair, **changes) for pair in pairs])
+
+
+def job(target: Path, drafter: Path | None, **changes: Any) -> Job:
+    recorded = drafter is not None
+    return Job(target, drafter, prompts_of(target), max_tokens=24, record=recorded, **changes)
+
+
+def run_jobs(env: dict[str, str], folder: Path, jobs: Sequence[Job]) -> list[dict[str, Any]]:
     out = folder / "reports.json"
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("worker.py")), str(out)],
-        input=json.dumps(jobs),
+        input=json.dumps([job.to_json() for job in jobs]),
         env=env,
         capture_output=True,
         text=True,
@@ -247,10 +237,95 @@ def test_a_norm_with_a_method_of_its_own_runs(tmp_path: Path) -> None:
     env = edited(tmp_path, ("model_executor/layers/layernorm.py", old, own + old))
     plain, drafted = run(env, tmp_path, (TARGET, None), (TARGET, DRAFTER))
     assert tokens(drafted) == tokens(plain)
+    assert "a norm runs RMSNorm.forward_cpu" in drafted["log"]
     assert (
         tokens(plain)
         != run_engines([Job(TARGET, None, prompts_of(TARGET), max_tokens=24)])[0][0].tokens
     )
+
+
+LOUDER_NORM = """
+    @classmethod
+    def get_default_ir_op_priority(cls, vllm_config):
+        from vllm import ir
+        from vllm.config.kernel import IrOpPriorityConfig
+
+        native = ir.ops.rms_norm.impls["native"].impl_fn
+
+        def louder(
+            x: torch.Tensor,
+            weight: torch.Tensor | None,
+            epsilon: float,
+            variance_size: int | None = None,
+        ) -> torch.Tensor:
+            return native(x, weight, epsilon, variance_size) * 1.1
+
+        if "louder" not in ir.ops.rms_norm.impls:
+            ir.ops.rms_norm.register_impl("louder")(louder)
+        return IrOpPriorityConfig.with_default(["native"], rms_norm=["louder"])
+
+"""
+CPU_PLATFORM = "class CpuPlatform(Platform):\n"
+CHOICES = (
+    ("platforms/cpu.py", CPU_PLATFORM, CPU_PLATFORM + LOUDER_NORM),
+    (
+        "v1/sample/ops/topk_topp_sampler.py",
+        "self.forward = self.forward_cpu",
+        "self.forward = self.forward_native",
+    ),
+    (
+        "model_executor/layers/logits_processor.py",
+        "            if self.scale != 1.0:\n                logits *= self.scale\n",
+        "            logits[..., ::2] -= 100.0\n"
+        "            if self.scale != 1.0:\n                logits *= self.scale\n",
+    ),
+)
+"""Another norm by the operator's priority, another sampler, and no token of an even number."""
+SEEDED = {"temperature": 1.0, "seed": 7, "top_p": 0.95}
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Reports by ``plain`` and ``drafted``, greedy and seeded, of a vLLM with ``CHOICES``."""
+    folder = tmp_path_factory.mktemp("chosen")
+    env = edited(folder, *CHOICES)
+    asked = {
+        f"{name} {kind}": job(TARGET, drafter, sampling=sampling)
+        for kind, sampling in (("greedy", {}), ("seeded", SEEDED))
+        for name, drafter in (("plain", None), ("drafted", DRAFTER))
+    }
+    found = dict(zip(asked, run_jobs(env, folder, list(asked.values())), strict=True))
+    return found | {"status": {"text": status(env).stdout}}
+
+
+def test_an_operator_that_is_dispatched_elsewhere_keeps_the_modules(
+    chosen: dict[str, dict[str, Any]],
+) -> None:
+    """The norm that was repeated had the recorded body, but vLLM ran another one: the fast layers
+    wrote another text, and status said nothing."""
+    plain, drafted = chosen["plain greedy"], chosen["drafted greedy"]
+    assert tokens(drafted) == tokens(plain)
+    assert "vLLM's IR op rms_norm runs louder, not native" in drafted["log"]
+
+
+def test_a_seed_gives_what_it_gives_by_the_sampler_that_vllm_chose(
+    chosen: dict[str, dict[str, Any]],
+) -> None:
+    """As on POWERPC and RISC-V, where vLLM does not sample by its CPU kernel: with drafts a seed
+    gave another text than without."""
+    assert tokens(chosen["drafted seeded"]) == tokens(chosen["plain seeded"])
+    assert tokens(chosen["plain seeded"]) != tokens(chosen["plain greedy"])
+    assert accepted(chosen["drafted seeded"]) > 0
+
+
+def test_drafts_are_ranked_by_what_vllm_makes_of_logits(chosen: dict[str, dict[str, Any]]) -> None:
+    """The drafter's fast logits left out what was added: drafts were tokens that the target never
+    writes, and acceptance fell without a word."""
+    assert "left out: vllm.model_executor.layers.logits_processor" in chosen["status"]["text"]
+    assert chosen["status"]["text"].count("left out: ") == 1
+    drafts = [d["draft"] for d in chosen["drafted greedy"]["batches"][0]["drafts"]]
+    assert len(drafts) > 5
+    assert all(token % 2 for draft in drafts for token in draft)
 
 
 def test_an_edited_rejection_sampler_is_refused_and_plain_serving_works(tmp_path: Path) -> None:
@@ -296,3 +371,63 @@ def test_an_edited_constructor_of_the_scheduler_and_comments_change_nothing(tmp_
     (drafted,) = run(env, tmp_path, (TARGET, DRAFTER), adaptive=True)
     assert accepted(drafted) > 0
     assert "leaves a part out" not in drafted["log"]
+
+
+RUNNER = "v1/worker/gpu_model_runner.py"
+OFF = "plug-in      off: the patches do not fit this vLLM"
+
+
+def test_drafts_that_are_copied_bring_no_confidences_and_that_is_said(tmp_path: Path) -> None:
+    """They come with the very list of drafts: a copy lost them, and the controller went on without
+    a word."""
+    old = "return self._draft_token_ids, self.input_batch.req_ids"
+    new = "return [list(d) for d in self._draft_token_ids], self.input_batch.req_ids"
+    env = edited(tmp_path, (RUNNER, old, new))
+    said = status(env)
+    assert said.returncode == 0
+    assert "_get_draft_token_ids_cpu" in said.stdout.partition("left out: ")[2]
+    assert said.stdout.count("left out: ") == 1
+    (drafted,) = run(env, tmp_path, (TARGET, DRAFTER), adaptive=True)
+    assert accepted(drafted) > 0
+    assert "_get_draft_token_ids_cpu, whose source has changed" in drafted["log"]
+
+
+def test_a_record_behind_a_switch_names_it(tmp_path: Path) -> None:
+    """A body that vLLM had mended kept all of this package off, and nothing said how to go on."""
+    old = "    batch_size = x.shape[0]\n    assert cu_num_tokens"
+    env = edited(tmp_path, (SAMPLER, old, f"    edited = True\n{old}"))
+    said = status(env)
+    assert OFF in said.stdout
+    assert "VLLM_DFLASH_CPU_FIXES=0" in said.stdout
+    without = status(env | {"VLLM_DFLASH_CPU_FIXES": "0"})
+    assert without.returncode == 0
+    assert "plug-in      on" in without.stdout
+
+
+def test_a_proposer_that_is_imported_past_ours_is_refused_and_plain_serving_works(
+    tmp_path: Path,
+) -> None:
+    """The name that we replace was looked up by nobody: start ended in an assertion of vLLM's."""
+    old = "self.drafter = DFlashProposer(self.vllm_config"
+    new = (
+        "from vllm.v1.spec_decode.dflash import DFlashProposer as Native\n\n"
+        "                self.drafter = Native(self.vllm_config"
+    )
+    env = edited(tmp_path, (RUNNER, old, new))
+    (plain,) = run(env, tmp_path, (TARGET, None))
+    assert len(tokens(plain)) == 3
+    with pytest.raises(
+        RuntimeError, match=r"(?s)supports vLLM .*does not look DFlashProposer up any more"
+    ):
+        run(env, tmp_path, (TARGET, DRAFTER))
+
+
+@pytest.mark.parametrize("old", ["Qwen3DecoderLayer", "scheduler_cls"])
+def test_what_is_optional_does_not_end_the_rest(tmp_path: Path, old: str) -> None:
+    """Its modules were imported with those that are needed, and a setting was read where there is
+    none: both ended the engine."""
+    env = renamed(tmp_path, old, f"{old}_renamed")
+    plain, drafted = run(env, tmp_path, (TARGET, None), (TARGET, DRAFTER))
+    assert tokens(drafted) == tokens(plain)
+    assert accepted(drafted) > 0
+    assert "leaves a part out" in drafted["log"]

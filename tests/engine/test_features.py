@@ -130,9 +130,13 @@ def answers(stop_token: int) -> dict[str, dict[str, Answer]]:
         for name in BACKENDS
         for engine in ("", "plain ")
     }
+    sampled = {name: common[name] for name in ("seed", "logprobs, seeded", "all at once")}
+    names["fp64"] = names["plain fp64"] = sampled
     names["logits processor"] = {"plain": common["plain"]}
     changes: dict[str, dict[str, Any]] = {
         "chunked": {"max_num_batched_tokens": 80, "enable_prefix_caching": False},
+        "fp64": {"use_fp64_gumbel": True},
+        "plain fp64": {"use_fp64_gumbel": True},
         "logits processor": {"logits_processors": ["a_module:AProcessor"]},
     }
     for name in BACKENDS:
@@ -413,6 +417,17 @@ def test_a_seed_and_a_prompt_in_chunks(answers: dict[str, dict[str, Answer]]) ->
     assert chunked.error is None
     assert chunked.tokens == whole.tokens
     assert answers["chunked"]["plain"].tokens == answers["plain"]["plain"].tokens
+
+
+@pytest.mark.parametrize("name", ["seed", "logprobs, seeded", "all at once"])
+def test_a_seed_by_noise_in_float64(answers: dict[str, dict[str, Answer]], name: str) -> None:
+    """With ``use_fp64_gumbel`` vLLM does not sample by its CPU kernel: a token takes many
+    numbers of its generator. A seed gave another text with a drafter than without."""
+    plain, ours = answers["plain fp64"][name], answers["fp64"][name]
+    assert plain.error is ours.error is None
+    assert ours.tokens == plain.tokens
+    assert ours.tokens != answers["ours"][name].tokens
+    assert ours.counters["accepted"] > 0
 
 
 def test_a_seed_gives_what_it_gives_without_a_drafter(

@@ -1,5 +1,5 @@
-"""Runs engines over batches of prompts, greedy, and reports what they did. Driven by
-``harness.run_engines``.
+"""Runs engines over batches of prompts, greedy unless asked otherwise, and reports what they did.
+Driven by ``harness.run_engines``.
 
 Each job names the target, the drafter, the settings and the batches; the report holds the tokens,
 vLLM's own counters for each batch and, if asked for, every draft made inside the engine.
@@ -40,6 +40,15 @@ def coverage(llm: Any) -> dict[str, int]:
     )
 
 
+def as_embeddings(target: str, prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The prompts as the target embeds them, without their token ids."""
+    from safetensors import safe_open
+
+    with safe_open(f"{target}/model.safetensors", "pt") as file:
+        table = file.get_tensor("model.embed_tokens.weight").float()
+    return [{"prompt_embeds": table[prompt["prompt_token_ids"]]} for prompt in prompts]
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import SamplingParams
 
@@ -55,18 +64,21 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         skip_drafting(llm, range(*job["skip_steps"]))
     if job.get("record"):
         record_drafts(model_runner(llm), drafts)
-    params = SamplingParams(
+    asked = dict(
         temperature=0,
         max_tokens=job["max_tokens"],
         ignore_eos=job.get("ignore_eos", True),
         logprobs=job.get("logprobs"),
         detokenize=False,
     )
+    params = SamplingParams(**asked | job.get("sampling", {}))
     batches = []
     for size in job["batch_sizes"]:
         before, first, tokens, logprobs, seconds = counters(llm), len(drafts), [], [], 0.0
         for at in range(0, len(job["prompts"]), size):
             prompts = [{"prompt_token_ids": p} for p in job["prompts"][at : at + size]]
+            if job.get("as_embeddings"):
+                prompts = as_embeddings(job["target"], prompts)
             began = time.perf_counter()
             outputs = llm.generate(prompts, params, use_tqdm=False)
             seconds += time.perf_counter() - began

@@ -261,11 +261,13 @@ NOT_REPEATED = {
         " rejection_sample unconditional_to_conditional_rates"
     ),
     "of a class that must have its own": "CustomOp.forward_native",
-    "refused: use_fp64_gumbel": "empty_exponential_noise_like sample_with_exponential_noise",
+    "of use_fp64_gumbel, where vLLM's own sampler draws": (
+        "empty_exponential_noise_like sample_with_exponential_noise"
+    ),
     "moves or holds data and computes nothing": (
         "current_platform logger IntermediateTensors _encode_layer_name async_tensor_h2d"
         " process_dict_updates register_op _FLASHINFER_BF16_BACKENDS _resolve_layer_name"
-        " GPUModelRunner._get_cumsum_and_arange"
+        " GPUModelRunner._get_cumsum_and_arange lazy tensors_str_no_data"
     ),
 }
 """vLLM's functions that a repeated body calls and that are no part of what is repeated: why."""
@@ -273,7 +275,7 @@ NOT_REPEATED = {
 
 @pytest.mark.parametrize(
     "record",
-    [cpu_layers.PATCH, *cpu_target.PATCHES, v1_verifier.PATCH, v1_draft_metadata.PATCH],
+    [*cpu_layers.PATCHES, *cpu_target.PATCHES, v1_verifier.PATCH, v1_draft_metadata.PATCH],
     ids=lambda record: record.qualname,
 )
 def test_what_a_repeated_body_calls_is_fingerprinted_too(record: Any) -> None:

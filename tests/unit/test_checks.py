@@ -133,19 +133,6 @@ def test_eager_is_advised_once_on_a_cpu(target, tmp_path, monkeypatch):
     assert [advice(speculative), advice(speculative)] == [1, 0]
 
 
-def test_noise_in_float64_is_refused_on_a_cpu(target, tmp_path):
-    """A seed gave another text with a drafter than without, and nothing said so."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    speculative = {"method": "dflash", "model": str(make_random_drafter(tmp_path / "dflash"))}
-    args = dict(model=str(target), skip_tokenizer_init=True, max_model_len=MAX_MODEL_LEN)
-    EngineArgs(**args, use_fp64_gumbel=True).create_engine_config()
-    with pytest.raises(ValueError, match=r"leave use_fp64_gumbel out, or serve without a drafter"):
-        EngineArgs(
-            **args, use_fp64_gumbel=True, speculative_config=speculative
-        ).create_engine_config()
-
-
 def test_weights_are_looked_at_before_any_process_starts(target, tmp_path):
     drafter = make_random_drafter(tmp_path / "dflash")
     weights = drafter / "model.safetensors"

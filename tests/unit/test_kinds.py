@@ -366,6 +366,16 @@ def test_the_parts_of_our_kinds_exist() -> None:
     assert not [problem for kind in kinds.every().values() for problem in kinds.missing_parts(kind)]
 
 
+def test_a_context_and_a_head_have_a_module_each() -> None:
+    """In one, the head's ``Reference`` would be taken for the context's, or the other way round."""
+    kind = next(iter(kinds.every().values()))
+    shared = dataclasses.replace(
+        kind, head=dataclasses.replace(kind.head, modules=kind.context.modules)
+    )
+    [problem] = kinds.missing_parts(shared)
+    assert "each needs a module of its own" in problem
+
+
 def test_nothing_else_names_a_kind() -> None:
     """Outside ``kinds/`` no string is a kind's name, but for those constants that are named so for
     something else."""

@@ -9,6 +9,7 @@ from vllm_dflash.drafting.layout import (
     block_layout,
     committed_rows,
     end_blocks_at,
+    sampled_anchors,
     without_rejected,
 )
 
@@ -78,6 +79,14 @@ def test_rejected_rows_are_not_stored() -> None:
         PAD_SLOT_ID,
         21,
     ]
+
+
+def test_sampled_anchors() -> None:
+    """A request whose prompt is not at its end keeps nothing, whatever was sampled for it."""
+    sampled = torch.tensor([[5, 6, -1], [7, -1, -1], [9, 8, 3]], dtype=torch.int32)
+    anchors, kept = sampled_anchors(sampled, torch.tensor([False, False, True]))
+    assert (anchors.tolist(), kept.tolist()) == ([6, 7, 0], [2, 1, 0])
+    assert anchors.dtype == kept.dtype == torch.int32
 
 
 def test_committed_rows() -> None:

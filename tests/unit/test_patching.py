@@ -448,3 +448,72 @@ def test_a_fingerprint_sees_code_and_not_comments_docstrings_or_lines(upstream: 
     assert Sources().locate("upstream:build").fingerprint == before["build"]
     assert Sources().locate("upstream:Runner.fits").fingerprint != before["Runner.fits"]
     assert Sources().locate("upstream:Runner").fingerprint != before["Runner"]
+
+
+NAMES = """
+    from dataclasses import dataclass
+
+    @dataclass
+    class Settings:
+        limit: int = 0
+
+    class Engine:
+        def __init__(self):
+            self.part: Settings = Settings()
+            self.used = self.part.limit
+
+        def past(self):
+            from upstream_names import Settings
+            return Settings()
+"""
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"names": ("upstream_names:Settings", "upstream_names:Settings.limit")}, None),
+        ({"names": ("upstream_names:Engine.used",)}, None),
+        ({"names": ("upstream_names:Settings.most",)}, "Settings.most, which is gone"),
+        ({"names": ("upstream_names:Gone",)}, "Gone is not in upstream_names's source"),
+        ({"looked_up": {"upstream_names:Engine.__init__": ("Settings", "limit")}}, None),
+        (
+            {"looked_up": {"upstream_names:Engine.past": ("Settings",)}},
+            "Engine.past does not look Settings up any more",
+        ),
+        (
+            {"looked_up": {"upstream_names:Engine.__init__": ("most",)}},
+            "Engine.__init__ does not look most up any more",
+        ),
+    ],
+)
+def test_a_name_that_is_gone_or_that_nobody_looks_up_is_a_problem(
+    upstream: Path, fields: dict[str, Any], problem: str | None
+) -> None:
+    """A getattr with a default, or a setattr, says nothing of it; and a replacement that a local
+    import passes by is never called."""
+    (upstream / "upstream_names.py").write_text(textwrap.dedent(NAMES))
+    _, problems = patch("upstream:build", switch="SWITCH", **fields).examine(Sources())
+    assert len(problems) == (problem is not None)
+    if problem is not None:
+        assert problem in problems[0]
+        assert "set SWITCH=0 to go on without this part" in problems[0]
+
+
+def test_an_optional_part_that_cannot_be_built_is_left_out(upstream: Path) -> None:
+    """Its imports used to stand beside those that are needed, and ended the rest."""
+    part = patch("upstream:build", scope="ours", needs="optional")
+    needed = patch("upstream:use", scope="ours")
+    patches = PatchSet([part, needed])
+
+    def fails() -> Any:
+        raise ImportError("no such layer")
+
+    assert patches.attempt(part, lambda: "built") == "built"
+    assert patches.attempt(part, fails) is None
+    assert patches.attempt(part, lambda: "built") is None
+    assert next((row.state, row.note) for row in patches.report()) == (
+        "left out",
+        "upstream:build: ImportError: no such layer",
+    )
+    with pytest.raises(ImportError, match="no such layer"):
+        patches.attempt(needed, fails)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from chi_square import p_of_fit
-from vllm_dflash.cpu.sampling import draw_tokens
+from vllm_dflash.cpu.sampling import DrawsInTurn, Seeded, draw_tokens
 
 
 @pytest.mark.slow
@@ -67,3 +67,53 @@ def test_a_generators_state_fixes_what_is_drawn() -> None:
 def test_no_numbers_give_a_token_all_the_same() -> None:
     """As vLLM's sampler: what is wrong is its logits' business, and the engine goes on."""
     assert 0 <= draw_tokens(torch.full((1, 4096), torch.nan)).item() < 4096
+
+
+def by_noise(logits, generators, k, p):
+    """As vLLM's native sampler: a whole row of noise a token."""
+    noise = torch.empty_like(logits)
+    noise.exponential_()
+    for row, generator in generators.items():
+        noise[row].exponential_(generator=generator)
+    return (logits.softmax(-1) / noise).argmax(-1), None
+
+
+def test_a_seed_draws_in_turn_what_it_draws_token_by_token() -> None:
+    """After drafts that were rejected, after a preemption, and where a request was not seen from
+    its start; beside a request without a seed and one with another."""
+    torch.manual_seed(0)
+    logits = torch.randn(8, 64)
+    plain = {}
+    for seed in (7, 8):
+        generator = torch.Generator().manual_seed(seed)
+        plain[seed] = [by_noise(row[None], {0: generator}, None, None)[0].item() for row in logits]
+    assert plain[7] != plain[8]
+    draws = DrawsInTurn(by_noise)
+
+    def drawn(name: str, seed: int, start: int, drafts: int) -> list[int]:
+        own = logits[start : start + drafts + 1]
+        other = logits[start : start + 1]
+        seeded = {1: Seeded(name, seed, start), 2: Seeded(f"beside {name}", 15 - seed, start)}
+        found = draws.draw(torch.cat([other, own, other]), [0, drafts, 0], seeded, None, None)
+        assert found[-1] == plain[15 - seed][start]
+        return found[1:-1].tolist()
+
+    for start, drafts in ((0, 3), (1, 3), (3, 0), (3, 4), (8 - 1, 0), (2, 2)):
+        assert drawn("a", 7, start, drafts) == plain[7][start : start + drafts + 1]
+    assert drawn("new", 8, 4, 2) == plain[8][4:7]
+    assert drawn("a", 8, 0, 1) == plain[8][:2]  # the name again, of another request
+    draws.forget_all_but({"a"})
+    assert list(draws._states) == ["a"]
+
+
+def test_rows_draw_in_turn_by_their_own_settings() -> None:
+    seen = []
+
+    def sampler(logits, generators, k, p):
+        seen.append((logits[:, 0].tolist(), k.tolist(), p))
+        return logits[:, 0], None
+
+    logits = torch.arange(5.0)[:, None].expand(5, 4)
+    found = DrawsInTurn(sampler).draw(logits, [2, 0, 0], {}, torch.arange(5) + 10, None)
+    assert found.tolist() == [0, 1, 2, 3, 4]
+    assert seen == [([0, 3, 4], [10, 13, 14], None), ([1], [11], None), ([2], [12], None)]

@@ -71,7 +71,9 @@ def scheduler_for(vllm_config: Any) -> str | None:
 
 def is_adaptive(vllm_config: Any) -> bool:
     """Whether the engine of a ``VllmConfig`` has our scheduler."""
-    return vllm_config.scheduler_config.scheduler_cls in (_SCHEDULER, _ASYNC_SCHEDULER)
+    # Where vLLM has no such setting, the record of our scheduler is left out and says so.
+    known = getattr(vllm_config.scheduler_config, "scheduler_cls", None)
+    return known in (_SCHEDULER, _ASYNC_SCHEDULER)
 
 
 def _obstacle(vllm_config: Any) -> str | None:

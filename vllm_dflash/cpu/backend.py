@@ -5,6 +5,7 @@ pytest tests/engine/test_draft_parity.py tests/engine/test_context_integrity.py
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,17 +14,22 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_dflash.adaptive.acceptance import row_step
 from vllm_dflash.adaptive.settings import is_adaptive
-from vllm_dflash.cpu.draft_layers import EagerContext, EagerLayers, eager_logits
 from vllm_dflash.cpu.huge_pages import use_huge_pages
-from vllm_dflash.cpu.layers import can_run
-from vllm_dflash.cpu.target_layers import use_eager_layers
 from vllm_dflash.drafting.backend import Backend, Rows
 from vllm_dflash.drafting.context_store import WriteRows
-from vllm_dflash.drafting.layout import block_bounds, committed_rows, paged_slots
+from vllm_dflash.drafting.layout import block_bounds, committed_rows, paged_slots, sampled_anchors
 from vllm_dflash.drafts import Drafts
 from vllm_dflash.heads import Ranking
 from vllm_dflash.log import logger
-from vllm_dflash.patches import cpu_layers, v1_draft_metadata, v1_steps_without_drafts, v1_verifier
+from vllm_dflash.patch import Patch
+from vllm_dflash.patches import (
+    cpu_layers,
+    cpu_target,
+    v1_confidences,
+    v1_draft_metadata,
+    v1_steps_without_drafts,
+    v1_verifier,
+)
 from vllm_dflash.plugin import patch_set
 
 if TYPE_CHECKING:
@@ -62,21 +68,19 @@ class CPUBackend(Backend):
         self.write_context = _in_chunks(self.write_by_modules)
         # A connector takes and brings keys and values in vLLM's attention modules.
         if config.kv_transfer_config is None:
-            use_eager_layers(target_model)
-            model = proposer.model.model
-            if patch_set().fits(cpu_layers.PATCH) and can_run(model):
-                self.run_layers, logits = (
-                    (layers := EagerLayers(model)),
-                    eager_logits(proposer.model),
-                )
-                self.write_context = _in_chunks(
-                    _checked(proposer.model.check_features, EagerContext(model, layers))
-                )
+            for record in cpu_target.PATCHES:
+                patch_set().attempt(record, partial(_use_eager_layers, target_model, record))
+            fast = patch_set().attempt(cpu_layers.PATCH, lambda: _eager_layers(proposer.model))
+            if fast is not None:
+                self.run_layers, write = fast
+                self.write_context = _in_chunks(_checked(proposer.model.check_features, write))
+            own = patch_set().attempt(cpu_layers.LOGITS, lambda: _eager_logits(proposer.model))
+            logits = own or logits
         self.ranking = Ranking(
             logits,
             _greedy_argmax,
             lambda hidden: _greedy_argmax(logits(hidden).to(torch.float32)),
-            confident=is_adaptive(config),
+            confident=is_adaptive(config) and patch_set().fits(v1_confidences.PATCH),
         )
         attach, runner = patch_set().attach, proposer.runner
         attach(runner, [v1_verifier.PATCH], runner)
@@ -86,12 +90,16 @@ class CPUBackend(Backend):
         logger.info("moved %d MiB of this process's memory into huge pages", use_huge_pages() >> 20)
 
     def next_token_ids(
-        self, native: Callable[..., tuple[Tensor, Tensor]], sampled: Tensor, *args: Any
+        self,
+        native: Callable[..., tuple[Tensor, Tensor]],
+        sampled: Tensor,
+        discarded: Tensor,
+        *args: Any,
     ) -> tuple[Tensor, Tensor]:
-        """As vLLM's, without its stand-ins for kernels, and without looking up tokens for requests
-        that need none."""
+        """As vLLM's, without its stand-ins for kernels, and without looking up tokens of prompts,
+        of which one that is given as embeddings has none."""
         if self.proposer.runner.discard_request_mask.np[: len(sampled)].any():
-            return native(sampled, *args)
+            return sampled_anchors(sampled, discarded[: len(sampled)])
         if sampled.shape[1] == 1:
             return sampled[:, 0], self._ones[: len(sampled)]
         output, anchors, counts = self._verifier.last
@@ -140,6 +148,36 @@ class CPUBackend(Backend):
     def hand_out(self, tokens: Tensor, confidences: Tensor | None) -> Drafts:
         """As lists, with the confidences where the scheduler asks for them."""
         return Drafts(tokens.tolist(), None if confidences is None else confidences.tolist())
+
+
+def _use_eager_layers(target_model: Any, record: Patch) -> None:
+    # Imported here, as below: what is optional needs names of vLLM's that the rest does without.
+    from vllm_dflash.cpu.target_layers import use_eager_layers
+
+    use_eager_layers(target_model, record)
+
+
+def _eager_layers(drafter: Any) -> tuple[Any, WriteRows] | None:
+    """A loaded drafter's layers and its context kernel by kernel; None where its modules run."""
+    from vllm_dflash.cpu.dispatch import leave_out, other_choices
+    from vllm_dflash.cpu.draft_layers import EagerContext, EagerLayers
+    from vllm_dflash.cpu.layers import can_run
+
+    if not can_run(drafter.model):
+        return None
+    if (why := next(other_choices(drafter.model), None)) is not None:
+        leave_out("the kernels of the drafter's layers", why)
+        return None
+    layers = EagerLayers(drafter.model)
+    return layers, EagerContext(drafter.model, layers)
+
+
+def _eager_logits(drafter: Any) -> Callable[[Tensor], Any] | None:
+    """Its logits by one kernel; None where the modules run."""
+    from vllm_dflash.cpu.draft_layers import eager_logits
+    from vllm_dflash.cpu.layers import can_run
+
+    return eager_logits(drafter) if can_run(drafter.model) else None
 
 
 def _checked(check: Callable[[Tensor], None], write: WriteRows) -> WriteRows:

@@ -12,6 +12,7 @@ from torch import Tensor
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 
+from vllm_dflash.cpu.dispatch import only_projects
 from vllm_dflash.cpu.layers import Layer, Linear, Workspace, embedding, live
 
 # By name each call would look its overload up.
@@ -93,6 +94,7 @@ def eager_logits(drafter: Any) -> Callable[[Tensor], Tensor]:
     )
     if (
         not is_plain
+        or not only_projects(processor)
         or drafter.draft_ids is not None
         or processor.head_dtype not in (None, drafter.dtype)
     ):

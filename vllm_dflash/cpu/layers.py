@@ -26,14 +26,17 @@ from torch.nn.functional import silu
 from vllm import _custom_ops
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
 )
-from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
+
+from vllm_dflash.cpu.dispatch import has_forward, is_cpu_linear
 
 # By name each call would look its overload up.
 _reshape_and_cache, _attention = (
@@ -45,7 +48,8 @@ _onednn_mm: Any = torch.ops._C.onednn_mm.default if hasattr(torch.ops._C, "onedn
 
 
 def can_run(model: Any) -> bool:
-    """Whether ``Layer`` computes what the modules of a loaded model's ``layers`` compute."""
+    """Whether a loaded model's ``layers`` are within the limits of ``Layer``; whether it computes
+    what they compute, ``dispatch.other_choices`` says too."""
     linear = [
         p
         for layer in model.layers
@@ -63,8 +67,7 @@ def can_run(model: Any) -> bool:
         # By class: a wrapper, as for LoRA, has all that what it wraps has.
         and all(
             type(p) in (QKVParallelLinear, MergedColumnParallelLinear, RowParallelLinear)
-            and type(p).forward in (ColumnParallelLinear.forward, RowParallelLinear.forward)
-            and hasattr(p, "cpu_linear")
+            and is_cpu_linear(p)
             for p in linear
         )
         and all(
@@ -80,6 +83,7 @@ def embedding(model: Any) -> Callable[[Tensor], Tensor]:
     if (
         getattr(model, "has_mask_embedding", False)
         or type(getattr(table, "quant_method", None)) is not UnquantizedEmbeddingMethod
+        or not has_forward(table, VocabParallelEmbedding.forward)
     ):
         return model.embed_input_ids
     parameters = live(table)
@@ -240,8 +244,6 @@ class Layer:
 
 def _rotation(rotary: Any, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor | None], Any]:
     """Rotates queries and keys, [N, heads * head_dim] each, by their positions [N], in place."""
-    if type(rotary).forward_cpu is not RotaryEmbedding.forward_cpu:
-        return rotary.forward_cpu
     table = rotary._match_cos_sin_cache_dtype(torch.empty(0, dtype=dtype))
     size, is_neox = rotary.head_size, rotary.is_neox_style
     return lambda positions, queries, keys: _rotary_embedding(

@@ -1,5 +1,5 @@
-"""Tokens drawn from logits on a CPU: by inverting the distribution function, and the noise of
-requests with a seed. Pure.
+"""Tokens drawn from logits on a CPU: by inverting the distribution function, and by vLLM's own
+numbers for requests with a seed. Pure.
 
 vLLM's CPU sampler makes a Gumbel variable for each token of the vocabulary, 25 us a row of 4,096;
 two uniform numbers a row say as much. Its own numbers remain where a request has a seed, for whose
@@ -8,7 +8,8 @@ output it is answerable.
     pytest tests/unit/test_sampling.py tests/engine/test_sampling.py
 """
 
-from collections.abc import Container
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -59,6 +60,17 @@ _BOUND = 2**31
 """vLLM's CPU sampler seeds a row's noise with a number below it."""
 
 
+@dataclass(frozen=True)
+class Seeded:
+    """A request with a seed, in one step."""
+
+    request_id: str
+    seed: int
+    """Of the generator that vLLM has made for it; nothing was drawn by that one."""
+    place: int
+    """Of the output token that comes next, counted from 0."""
+
+
 class SeedDraws:
     """The numbers that vLLM draws one after the other for a request with a seed, by the place of
     the output token that each is for."""
@@ -83,3 +95,73 @@ class SeedDraws:
         """Drops requests that have ended."""
         for request_id in [name for name in self._drawn if name not in running]:
             del self._drawn[request_id]
+
+
+class DrawsInTurn:
+    """Tokens drawn by vLLM's own sampler where it is another than the kernel that ``SeedDraws``
+    knows: it may draw any amount of a request's generator for a token, so a row's draw begins where
+    that of the row before it ended. One call for each place of the longest draft."""
+
+    def __init__(self, sampler: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+        """``sampler``: as vLLM's ``TopKTopPSampler``."""
+        self._sampler = sampler
+        self._states: dict[str, tuple[int, dict[int, torch.Tensor]]] = {}
+        """By request its seed, and its generator's state before the token of each place that may
+        come next."""
+
+    def draw(
+        self,
+        logits: torch.Tensor,
+        num_drafts: Sequence[int],
+        seeded: Mapping[int, Seeded],
+        top_k: torch.Tensor | None,
+        top_p: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """A token of each row.
+
+        Args:
+            logits: [R, V] float32, a request's rows one after the other; stays as it is.
+            num_drafts: [B]; a request has a row for each draft and one more.
+            seeded: by request, those with a seed.
+            top_k, top_p: [R], or None where no request has one.
+
+        Returns:
+            [R] int64.
+        """
+        first, total = [], 0
+        for count in num_drafts:
+            first.append(total)
+            total += count + 1
+        generators = {i: self._generator(s, logits.shape[1]) for i, s in seeded.items()}
+        sampled = torch.empty(total, dtype=torch.int64)
+        for depth in range(max(num_drafts) + 1):
+            requests = [i for i, count in enumerate(num_drafts) if count >= depth]
+            rows = torch.tensor([first[i] + depth for i in requests])
+            own = {at: generators[i] for at, i in enumerate(requests) if i in generators}
+            settings = (None if s is None else s[rows] for s in (top_k, top_p))
+            sampled[rows] = self._sampler(logits[rows], own, *settings)[0].long()
+            for i in requests:
+                if i in generators:
+                    states = self._states[seeded[i].request_id][1]
+                    states[seeded[i].place + depth + 1] = generators[i].get_state()
+        return sampled
+
+    def _generator(self, request: Seeded, vocab: int) -> torch.Generator:
+        """As vLLM's sampler finds it before the request's next token; later states are dropped."""
+        seed, states = self._states.get(request.request_id, (None, {}))
+        generator = torch.Generator().manual_seed(request.seed)
+        at = 0
+        if seed == request.seed:
+            at = max((place for place in states if place <= request.place), default=0)
+            if at in states:
+                generator.set_state(states[at])
+        for _ in range(at, request.place):  # of a request that was not seen from its start
+            self._sampler(torch.zeros(1, vocab), {0: generator}, None, None)
+        states = {request.place: generator.get_state()}
+        self._states[request.request_id] = request.seed, states
+        return generator
+
+    def forget_all_but(self, running: Container[str]) -> None:
+        """Drops requests that have ended."""
+        for request_id in [name for name in self._states if name not in running]:
+            del self._states[request_id]

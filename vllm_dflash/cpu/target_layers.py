@@ -10,33 +10,17 @@ those of ``layers.py``; elsewhere, and in steps with embeddings for input, the m
     pytest tests/engine/test_target_layers.py tests/engine/test_reload.py
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context, is_forward_context_available
-from vllm.model_executor.custom_op import CustomOp
-from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from vllm.model_executor.models.llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaForCausalLM,
-    LlamaMLP,
-    LlamaModel,
-)
-from vllm.model_executor.models.qwen2 import Qwen2MLP
-from vllm.model_executor.models.qwen3 import (
-    Qwen3Attention,
-    Qwen3DecoderLayer,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-)
 
+from vllm_dflash.cpu.dispatch import leave_out, other_choices, other_norms
 from vllm_dflash.cpu.layers import Layer, Workspace, can_run, embedding, live
 from vllm_dflash.patch import Patch
 from vllm_dflash.patches import cpu_target
@@ -53,8 +37,6 @@ class _Architecture:
     layer: type
     attention: type
     mlp: type
-    record: Patch
-    """Fingerprints of what is repeated."""
 
     def is_of(self, model: Any) -> bool:
         """Whether these very classes made the model and each of its layers."""
@@ -62,68 +44,76 @@ class _Architecture:
         return (type(model), layers) == (self.model, {(self.layer, self.attention, self.mlp)})
 
 
-ARCHITECTURES = {
-    Qwen3ForCausalLM: _Architecture(
-        Qwen3Model, Qwen3DecoderLayer, Qwen3Attention, Qwen2MLP, cpu_target.QWEN3
-    ),
-    LlamaForCausalLM: _Architecture(
-        LlamaModel, LlamaDecoderLayer, LlamaAttention, LlamaMLP, cpu_target.LLAMA
-    ),
-}
+def _qwen3() -> dict[type, _Architecture]:
+    from vllm.model_executor.models.qwen2 import Qwen2MLP
+    from vllm.model_executor.models.qwen3 import (
+        Qwen3Attention,
+        Qwen3DecoderLayer,
+        Qwen3ForCausalLM,
+        Qwen3Model,
+    )
+
+    return {
+        Qwen3ForCausalLM: _Architecture(Qwen3Model, Qwen3DecoderLayer, Qwen3Attention, Qwen2MLP)
+    }
 
 
-def use_eager_layers(target: Any) -> bool:
-    """Lets a loaded target model run its layers by this module's class; returns whether they fit
-    it."""
+def _llama() -> dict[type, _Architecture]:
+    from vllm.model_executor.models.llama import (
+        LlamaAttention,
+        LlamaDecoderLayer,
+        LlamaForCausalLM,
+        LlamaMLP,
+        LlamaModel,
+    )
+
+    return {
+        LlamaForCausalLM: _Architecture(LlamaModel, LlamaDecoderLayer, LlamaAttention, LlamaMLP)
+    }
+
+
+ARCHITECTURES = {cpu_target.QWEN3: _qwen3, cpu_target.LLAMA: _llama}
+"""By the record of what is repeated. Each imports its own, so that each drops out alone."""
+
+
+def use_eager_layers(target: Any, record: Patch) -> bool:
+    """Lets a loaded target model of a record's architecture run its layers by this module's class;
+    returns whether they fit it."""
     # By class: those that extend these also change what is inside, as Ernie 4.5 does of Llama.
-    architecture = ARCHITECTURES.get(type(target))
+    architecture = ARCHITECTURES[record]().get(type(target))
     if architecture is None or not architecture.is_of(model := target.model):
         return False
-    if not _is_known(model) or not can_run(model):
+    if not can_run(model):
         return False
-    return patch_set().attach(model, [architecture.record], model)
+    if (why := next(_unknown(model), None)) is not None:
+        leave_out(f"the kernels of {record.target}", why)
+        return False
+    return patch_set().attach(model, [record], model)
 
 
-def _is_known(model: Any) -> bool:
-    """Whether each part of the model's layers is vLLM's own, as its class says, and nothing listens
-    to it."""
+def _unknown(model: Any) -> Iterator[str]:
+    """What of the model's layers is not vLLM's own, as its class says, or not what vLLM would run;
+    and what listens to them."""
     norms = [model.norm]
     for layer in model.layers:
         attention = layer.self_attn
         norms += [layer.input_layernorm, layer.post_attention_layernorm, *_head_norms(attention)]
+        if type(attention.attn) is not Attention:
+            yield f"an attention is {type(attention.attn).__qualname__}"
         if (
-            type(layer.mlp.act_fn) is not SiluAndMul
-            or not _ends_in(layer.mlp.act_fn, SiluAndMul.forward_cpu, SiluAndMul.forward_native)
-            or type(attention.attn) is not Attention
-            or not _ends_in(attention.rotary_emb, RotaryEmbedding.forward_cpu)
-            or attention.attn.kv_sharing_target_layer_name is not None
+            attention.attn.kv_sharing_target_layer_name is not None
             or attention.attn.query_quant is not None
         ):
-            return False
-    has_hooks = any(
-        module._forward_hooks or module._forward_pre_hooks for module in model.modules()
-    )
-    return (
-        not has_hooks
-        and type(model.embed_tokens) is VocabParallelEmbedding
-        and all(
-            type(norm) is RMSNorm
-            and _ends_in(norm, CustomOp.forward_cpu, RMSNorm.forward_native)
-            and norm.pass_weight
-            and norm.variance_size_override is None
-            for norm in norms
-        )
-    )
-
-
-def _ends_in(module: Any, *functions: Any) -> bool:
-    """Whether a call of the module is, by vLLM's own dispatch, one of these functions: a class may
-    have another ``forward``, or what ``forward`` chooses from, of its own."""
-    method = getattr(module, "_forward_method", None)
-    return (
-        type(module).forward is CustomOp.forward
-        and getattr(method, "__func__", method) in functions
-    )
+            yield "an attention shares another's cache, or quantizes its queries"
+    if type(model.embed_tokens) is not VocabParallelEmbedding:
+        yield f"the embedding is {type(model.embed_tokens).__qualname__}"
+    yield from other_choices(model)
+    yield from other_norms(norms)
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            yield f"{name or 'the model'} has hooks"
+        if "forward" in vars(module):
+            yield f"the forward of {name or 'the model'} was replaced"
 
 
 def _head_norms(attention: Any) -> list[Any]:

@@ -27,7 +27,9 @@ from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID, RejectionSamp
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_dflash.cpu.rows import Rows, ThinkingBudgets, each_row_alone, without_processors
-from vllm_dflash.cpu.sampling import SeedDraws, draw_tokens
+from vllm_dflash.cpu.sampler_choice import check_sampler, draws_by_kernel, named
+from vllm_dflash.cpu.sampling import DrawsInTurn, SeedDraws, Seeded, draw_tokens
+from vllm_dflash.log import logger
 
 _GREEDY_BELOW = 1e-5
 """Temperatures below are greedy, as vLLM's sampler has it."""
@@ -38,8 +40,16 @@ class Verifier(RejectionSampler):
     runner."""
 
     def __init__(self, runner: Any) -> None:
+        check_sampler(runner.sampler)
         super().__init__(runner.sampler, runner.speculative_config, runner.device)
         self._runner, self._draws = runner, SeedDraws()
+        drawn_by = runner.sampler.topk_topp_sampler
+        self._in_turn = None if draws_by_kernel(drawn_by) else DrawsInTurn(drawn_by)
+        if self._in_turn is not None:
+            logger.info(
+                "vLLM draws tokens by %s here: drafts of sampled requests are verified by it too",
+                named(drawn_by.forward),
+            )
         self._budgets: ThinkingBudgets | None = None
         self.last: tuple[torch.Tensor | None, list[int], list[int]] = None, [], []
         """What ``forward`` returned last where drafts were verified, each request's last kept
@@ -190,6 +200,13 @@ class Verifier(RejectionSampler):
         scaled = (logits.div_ if sampling.max_num_logprobs is None else logits.div)(
             temperature[:, None]
         )
+        if self._in_turn is not None:
+            sampled = self._in_turn.draw(
+                scaled, metadata.num_draft_tokens, self._seeded_requests(sampling), top_k, top_p
+            )
+            self._in_turn.forget_all_but(self._runner.requests)
+            scaled = apply_top_k_top_p(scaled, top_k, top_p)
+            return sampled if greedy is None else torch.where(is_greedy, greedy, sampled), scaled
         scaled = apply_top_k_top_p(scaled, top_k, top_p)
         seeded, seeds = self._seeded(metadata.num_draft_tokens, sampling)
         if len(seeded) == len(scaled):
@@ -224,18 +241,27 @@ class Verifier(RejectionSampler):
         seeds: list[int] = []
         if not sampling.generators:
             return rows, seeds
-        requests, request_ids, first = self._runner.requests, self._runner.input_batch.req_ids, 0
+        requests, first = self._seeded_requests(sampling), 0
         for row, drafts in enumerate(num_draft_tokens):
-            if (generator := sampling.generators.get(row)) is not None:
-                place = len(requests[request_ids[row]].output_token_ids)
+            if (request := requests.get(row)) is not None:
                 rows += range(first, first + drafts + 1)
-                # What vLLM has made of the request's seed; nothing was drawn by it.
-                seeds += self._draws.at(
-                    request_ids[row], generator.initial_seed(), range(place, place + drafts + 1)
-                )
+                places = range(request.place, request.place + drafts + 1)
+                seeds += self._draws.at(request.request_id, request.seed, places)
             first += drafts + 1
-        self._draws.forget_all_but(requests)
+        self._draws.forget_all_but(self._runner.requests)
         return rows, seeds
+
+    def _seeded_requests(self, sampling: SamplingMetadata) -> dict[int, Seeded]:
+        """By row of the batch, the requests with a seed."""
+        requests, request_ids = self._runner.requests, self._runner.input_batch.req_ids
+        return {
+            row: Seeded(
+                request_ids[row],
+                generator.initial_seed(),
+                len(requests[request_ids[row]].output_token_ids),
+            )
+            for row, generator in sampling.generators.items()
+        }
 
 
 def _has_processors(sampling: SamplingMetadata) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_dflash.drafting.context_store import WriteRows
-from vllm_dflash.drafting.layout import paged_slots, without_rejected
+from vllm_dflash.drafting.layout import paged_slots, sampled_anchors, without_rejected
 from vllm_dflash.drafts import Drafts
 from vllm_dflash.heads import Ranking
 
@@ -55,11 +55,18 @@ class Backend:
         )
 
     def next_token_ids(
-        self, native: Callable[..., tuple[Tensor, Tensor]], sampled: Tensor, *args: Any
+        self,
+        native: Callable[..., tuple[Tensor, Tensor]],
+        sampled: Tensor,
+        discarded: Tensor,
+        *args: Any,
     ) -> tuple[Tensor, Tensor]:
         """Each request's anchor [B] int32, and how many of ``sampled`` [B, n] (-1: rejected) it
-        keeps [B] int32; ``native`` is vLLM's way."""
-        return native(sampled, *args)
+        keeps [B] int32, none where it is ``discarded`` [B] bool; ``native`` is vLLM's way, which
+        looks up a token of each prompt, and ends the engine where a prompt is embeddings."""
+        if self.proposer.vllm_config.model_config.enable_prompt_embeds:
+            return sampled_anchors(sampled, discarded[: len(sampled)])
+        return native(sampled, *args, discarded)
 
     def rejected(
         self,

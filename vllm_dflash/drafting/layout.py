@@ -182,6 +182,21 @@ def block_bounds(num_reqs: int, block_size: int) -> torch.Tensor:
         return torch.arange(num_reqs + 1, dtype=torch.int32) * block_size
 
 
+def sampled_anchors(
+    sampled: torch.Tensor, discarded: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each request's last sampled token [B] int32, and how many it keeps [B] int32.
+
+    Args:
+        sampled: [B, n] token ids, -1 for what was rejected.
+        discarded: [B] bool, the requests whose prompt is not at its end: they keep none, and their
+            anchor, whose draft nobody takes, is token 0.
+    """
+    kept = ((sampled >= 0).sum(1) * ~discarded).int()
+    last = sampled.gather(1, (kept - 1).clamp(min=0).long()[:, None])[:, 0]
+    return (last * (kept > 0)).int(), kept
+
+
 def committed_rows(
     starts: Sequence[int], lengths: Sequence[int], device: torch.device
 ) -> slice | torch.Tensor:

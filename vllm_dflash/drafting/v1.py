@@ -39,9 +39,6 @@ class DFlashProposer(NativeDFlashProposer):
 
     model: DrafterForCausalLM
     _draft: Callable[[torch.Tensor, torch.Tensor, int, Ranking], Ranked]
-    bounds_each_block = True
-    """A block that would reach past ``max_model_len`` is cut, so that every step fits
-    (``patches/v1_draft_fit.py``)."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
@@ -93,7 +90,7 @@ class DFlashProposer(NativeDFlashProposer):
         (-1: rejected) it keeps [B] int32."""
         native = super().prepare_next_token_ids_padded
         return self.backend.next_token_ids(
-            native, sampled_token_ids, requests, gpu_input_batch, discard_request_mask
+            native, sampled_token_ids, discard_request_mask, requests, gpu_input_batch
         )
 
     def prepare_inputs_padded(

@@ -54,8 +54,11 @@ def is_ours(speculative: Any) -> bool:
         return False
     # Of a file that nothing has judged yet: it may hold anything.
     architectures = speculative.draft_model_config.architectures
-    return isinstance(architectures, list) and architectures in (
-        [name] for name in kinds.architectures()
+    return (
+        isinstance(architectures, list)
+        and len(architectures) == 1
+        and isinstance(architectures[0], str)
+        and architectures[0] in kinds.architectures()
     )
 
 

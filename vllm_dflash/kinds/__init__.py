@@ -175,6 +175,11 @@ def missing_parts(kind: Kind) -> list[str]:
     does not bind a part.
     """
     sources = Sources()
+    if kind.context.modules == kind.head.modules:
+        return [
+            f"its context and its head are both in {kind.context.modules}, where a part such as"
+            f" {PARTS[0]} can be of one of them: each needs a module of its own"
+        ]
     return [
         problem
         for record in (kind.context, kind.head)
@@ -214,7 +219,8 @@ def own_tensors(config: "DrafterConfig") -> Tensors:
     return kind_of(config).own_tensors(config)
 
 
-def architectures() -> dict[str, Kind]:
+@functools.cache
+def architectures() -> Mapping[str, Kind]:
     """Architecture names in checkpoints, and those that vLLM looks up for them, to their kinds."""
     by_name = {kind.architecture: kind for kind in every().values()}
     return by_name | {kind.served_architecture: kind for kind in every().values()}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_dflash.acceptance import Positions
 from vllm_dflash.compat import v2_skips_drafts
+from vllm_dflash.log import logger
 from vllm_dflash.metrics.catalog import BY_NAME
 from vllm_dflash.metrics.counts import Histogram, by_position
 from vllm_dflash.metrics.recorder import Recorder
@@ -26,11 +27,14 @@ if TYPE_CHECKING:
 
 
 def attach(drafter: "DFlashProposer | DFlashSpeculator", vllm_config: Any, device: Any) -> None:
-    """Records what ``drafter.propose`` does."""
-    parallel = vllm_config.parallel_config
-    if parallel.rank % parallel.tensor_parallel_size == 0:
-        record = DrafterRecord(drafter, vllm_config, on_gpu=device.type == "cuda")
-        drafter.propose = record.watch(drafter.propose)  # type: ignore[method-assign]
+    """Records what ``drafter.propose`` does; where that fails, says so, and the drafter serves."""
+    try:
+        parallel = vllm_config.parallel_config
+        if parallel.rank % parallel.tensor_parallel_size == 0:
+            record = DrafterRecord(drafter, vllm_config, on_gpu=device.type == "cuda")
+            drafter.propose = record.watch(drafter.propose)  # type: ignore[method-assign]
+    except Exception:  # what watches must not end what serves
+        logger.exception("metrics of this drafter: left out; serving goes on")
 
 
 class DrafterRecord:

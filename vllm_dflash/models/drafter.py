@@ -26,7 +26,7 @@ from vllm_dflash.models.context import ContextKV
 from vllm_dflash.models.kernels import check_kernels
 from vllm_dflash.models.layers import DrafterLayer
 from vllm_dflash.models.loading import Loading
-from vllm_dflash.models.norm import RMSNorm
+from vllm_dflash.models.norm import ServedRMSNorm
 
 
 class FromTarget(nn.Module):
@@ -74,7 +74,7 @@ class DrafterModel(nn.Module):
             )
             for i, window in enumerate(config.windows)
         )
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = ServedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         attentions = [layer.self_attn for layer in self.layers]
         self.context_kv = ContextKV(
             config, attentions, dtype, quant_config, maybe_prefix(prefix, "context_kv")

@@ -18,7 +18,7 @@ from vllm.model_executor.models.qwen2 import Qwen2MLP
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from vllm_dflash.config import DrafterConfig
-from vllm_dflash.models.norm import RMSNorm
+from vllm_dflash.models.norm import ServedRMSNorm
 
 
 class DraftAttention(Attention):
@@ -89,8 +89,8 @@ class DrafterAttention(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.o_proj",
         )
-        self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.q_norm = ServedRMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = ServedRMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.rotary_emb = get_rope(
             config.head_dim,
             max_position=config.max_position_embeddings,
@@ -142,8 +142,8 @@ class DrafterLayer(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.mlp",
         )
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = ServedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = ServedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None

@@ -10,12 +10,16 @@ The target keeps vLLM's: it has to write what it writes without a drafter, to th
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
-from vllm.model_executor.layers.layernorm import RMSNorm as VLLMRMSNorm
+from vllm.model_executor.layers.layernorm import RMSNorm
 
 
-class RMSNorm(VLLMRMSNorm):
+class ServedRMSNorm(RMSNorm):
     """As vLLM's: ``x`` [..., H] in the model's dtype; with a residual both are returned, summed
-    first, in place on a CPU."""
+    first, in place on a CPU.
+
+    Its name is no name of vLLM's: another plug-in's class for ``RMSNorm`` would be made in place of
+    it, without its constructor's call.
+    """
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if not x.is_cpu or torch.compiler.is_compiling():

@@ -179,6 +179,7 @@ def _check_patch(patch: Patch, release: Release, before: Release | None) -> Iter
             yield replace(finding, state=KNOWN) if finding.state == CHANGED else finding
         else:
             yield replace(finding, state=CHANGED)
+    yield from (Finding(problem, GONE) for problem in patch.missing(release.sources))
 
 
 def _is_there(patch: Patch, release: Release) -> bool:

@@ -69,7 +69,7 @@ class Served(nn.Module):
         prefix: str,
     ) -> None:
         super().__init__()
-        from vllm_dflash.models.norm import RMSNorm as ServedRMSNorm
+        from vllm_dflash.models.norm import ServedRMSNorm
 
         self.num_layers, self.num_kv_heads, self.head_dim = (
             config.num_hidden_layers,

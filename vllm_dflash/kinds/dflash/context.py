@@ -49,7 +49,7 @@ class Served(nn.Module):
         super().__init__()
         from vllm.model_executor.layers.linear import ReplicatedLinear
 
-        from vllm_dflash.models.norm import RMSNorm as ServedRMSNorm
+        from vllm_dflash.models.norm import ServedRMSNorm
 
         self.num_layers, self.num_kv_heads, self.head_dim = (
             config.num_hidden_layers,
@@ -124,9 +124,10 @@ class Served(nn.Module):
     def fast(self) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
         """``combine`` and ``project`` in one, kernel by kernel; None for weights packed
         otherwise."""
+        from vllm_dflash.cpu.dispatch import is_cpu_linear
         from vllm_dflash.cpu.layers import Linear, live
 
-        if self.quantized or not hasattr(self.fc, "cpu_linear"):
+        if self.quantized or not (is_cpu_linear(self.fc) and is_cpu_linear(self.proj)):
             return None
         rms_norm = torch.ops._C.rms_norm.default
         fc, proj = Linear(self.fc), Linear(self.proj)

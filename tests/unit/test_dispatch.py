@@ -1,0 +1,155 @@
+"""Which implementation vLLM would run is asked of vLLM, not taken for granted."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm import ir
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config.compilation import CompilationConfig
+from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.platforms import CpuArchEnum, current_platform
+from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
+from vllm.v1.sample.sampler import Sampler
+
+from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.cpu.dispatch import is_cpu_linear, only_projects, other_choices, other_norms
+from vllm_dflash.cpu.sampler_choice import check_sampler, draws_by_kernel
+from vllm_dflash.models.norm import ServedRMSNorm
+
+pytestmark = pytest.mark.vllm
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.fixture(autouse=True)
+def config() -> Iterator[None]:
+    with set_current_vllm_config(VllmConfig(compilation_config=CompilationConfig(mode=0))):
+        yield
+
+
+def model() -> Any:
+    rotary = get_rope(64, max_position=64, is_neox_style=True, rope_parameters=ROPE)
+    layer = SimpleNamespace(
+        mlp=SimpleNamespace(act_fn=SiluAndMul()), self_attn=SimpleNamespace(rotary_emb=rotary)
+    )
+    return SimpleNamespace(layers=[layer])
+
+
+def test_vllms_own_choices_on_this_processor_are_repeated() -> None:
+    assert list(other_choices(model())) == []
+    assert list(other_norms([RMSNorm(8)])) == []
+    assert only_projects(LogitsProcessor(16))
+    assert draws_by_kernel(TopKTopPSampler())
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "fused_add_rms_norm"])
+def test_another_implementation_of_an_operator_is_named(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``--ir-op-priority`` or a platform's default may choose; one that this processor lacks is
+    not chosen."""
+    op = getattr(ir.ops, name)
+    monkeypatch.setattr(op, "impls", dict(op.impls))
+    op.register_impl("lacking", supported=False)(op.impls["native"].impl_fn)
+    op.register_impl("mine")(op.impls["native"].impl_fn)
+    with op.set_priority(["lacking", "native"]):
+        assert list(other_norms([])) == []
+    with op.set_priority(["mine"]):
+        assert list(other_norms([])) == [f"vLLM's IR op {name} runs mine, not native"]
+
+
+def test_a_forward_of_another_class_or_of_the_module_itself_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class RMSNormOfAnother(RMSNorm):
+        def forward_cpu(self, *args: Any) -> Any:
+            return self.forward_native(*args)
+
+    assert next(other_norms([RMSNormOfAnother(8)])).endswith("RMSNormOfAnother.forward_cpu")
+    made = model()  # whose rotation vLLM keeps for the next
+    monkeypatch.setitem(vars(made.layers[0].self_attn.rotary_emb), "forward", print)
+    assert list(other_choices(made)) == ["the rotation runs print"]
+
+
+def test_power_has_an_activation_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The method that is called is the same; what it calls is not."""
+    made = model()
+    monkeypatch.setattr(current_platform, "get_cpu_architecture", lambda: CpuArchEnum.POWERPC)
+    assert list(other_choices(made)) == ["the activation runs POWERPC's kernel"]
+
+
+def test_logits_that_are_more_than_a_product_are_seen() -> None:
+    class Another(LogitsProcessor):
+        def forward(self, *args: Any) -> Any:
+            return None
+
+    assert not only_projects(Another(16))
+    assert not only_projects(LogitsProcessor(16, scale=0.5))
+    assert not only_projects(LogitsProcessor(16, soft_cap=30.0))
+
+
+def test_a_projection_with_another_kernel_is_seen() -> None:
+    from vllm.distributed import parallel_state
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel_state, "_TP", SimpleNamespace(world_size=1, rank_in_group=0))
+        linear = ReplicatedLinear(8, 8, params_dtype=torch.float32)
+    assert not is_cpu_linear(linear)  # nothing is loaded
+    linear.cpu_linear = torch.nn.functional.linear
+    assert is_cpu_linear(linear)
+    linear.quant_method._gemm_impl = print
+    assert not is_cpu_linear(linear)
+
+
+@pytest.mark.parametrize("architecture", [CpuArchEnum.POWERPC, CpuArchEnum.RISCV])
+def test_another_processors_sampler_is_seen(
+    architecture: CpuArchEnum, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(current_platform, "get_cpu_architecture", lambda: architecture)
+    assert not draws_by_kernel(TopKTopPSampler())
+
+
+def test_another_sampler_than_vllms_is_refused() -> None:
+    class Another(Sampler):
+        pass
+
+    def sample(*args: Any) -> None:
+        """In place of the method."""
+
+    check_sampler(Sampler())
+    with pytest.raises(DrafterConfigError, match=r"sampler is .*Another, not vLLM's.*without"):
+        check_sampler(Another())
+    replaced = Sampler()
+    replaced.sample = sample  # type: ignore[method-assign,assignment]
+    with pytest.raises(DrafterConfigError, match=r"sampler is .*sample, not vLLM's.*without"):
+        check_sampler(replaced)
+
+
+def test_another_plug_ins_norm_is_not_made_in_place_of_the_drafters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM looks for a replacement by the class's name: the drafter's norm had that of vLLM's, and
+    was made as the other class, without a weight."""
+
+    class Another(RMSNorm):
+        pass
+
+    monkeypatch.setitem(op_registry_oot, "RMSNorm", Another)
+    assert type(RMSNorm(8)) is Another
+    norm = ServedRMSNorm(8)
+    assert type(norm) is ServedRMSNorm
+    assert norm.weight.shape == (8,)
+
+
+def test_noise_in_float64_is_not_the_kernels() -> None:
+    assert not draws_by_kernel(TopKTopPSampler(use_fp64_gumbel=True))

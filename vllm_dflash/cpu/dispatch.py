@@ -1,0 +1,115 @@
+"""Which of several implementations vLLM itself would run, where code of ours runs in its place.
+
+A record's fingerprints say what an implementation does, not that it is the one that is chosen: the
+processor, an option such as ``--ir-op-priority`` or ``custom_ops``, or another plug-in's class may
+choose another. Asked once an engine, when its model is loaded.
+
+    pytest tests/unit/test_dispatch.py tests/engine/test_edited_vllm.py
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from vllm import ir
+from vllm.model_executor.custom_op import CustomOp
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.model_executor.layers.utils import cpu_unquantized_gemm
+from vllm.platforms import CpuArchEnum, current_platform
+
+from vllm_dflash.cpu.sampler_choice import named
+from vllm_dflash.log import logger
+from vllm_dflash.patching import LEFT_OUT
+
+_LINEAR = ColumnParallelLinear.forward, ReplicatedLinear.forward, RowParallelLinear.forward
+
+
+def ends_in(module: Any, *functions: Any) -> bool:
+    """Whether a call of a ``CustomOp`` is, by vLLM's own dispatch, one of these functions: a class
+    may have another ``forward``, or what ``forward`` chooses from, of its own."""
+    method = getattr(module, "_forward_method", None)
+    return has_forward(module, CustomOp.forward) and getattr(method, "__func__", method) in (
+        functions
+    )
+
+
+def has_forward(module: Any, *functions: Any) -> bool:
+    """Whether ``forward`` is one of these functions: neither its class nor the module itself has
+    another."""
+    return type(module).forward in functions and "forward" not in vars(module)
+
+
+def is_cpu_linear(projection: Any) -> bool:
+    """Whether a call of a projection is one of its ``cpu_linear``, which vLLM makes of its
+    weight."""
+    method: Any = getattr(projection, "quant_method", None)
+    return (
+        has_forward(projection, *_LINEAR)
+        and type(method) is UnquantizedLinearMethod
+        and method._gemm_impl is cpu_unquantized_gemm
+        and hasattr(projection, "cpu_linear")
+    )
+
+
+def only_projects(processor: Any) -> bool:
+    """Whether a drafter's ``LogitsProcessor`` only multiplies by the head and drops padding."""
+    return (
+        type(processor) is LogitsProcessor
+        and has_forward(processor, LogitsProcessor.forward)
+        and processor.soft_cap is None
+        and processor.scale == 1.0
+        and not processor.logits_as_input
+    )
+
+
+def other_choices(model: Any) -> Iterator[str]:
+    """What vLLM chose otherwise than what ``Layer`` repeats of a loaded model's activations and
+    rotations."""
+    for layer in model.layers:
+        activation, rotary = layer.mlp.act_fn, layer.self_attn.rotary_emb
+        if type(activation) is not SiluAndMul or not ends_in(
+            activation, SiluAndMul.forward_cpu, SiluAndMul.forward_native
+        ):
+            yield f"the activation runs {_name(activation)}"
+        if not ends_in(rotary, RotaryEmbedding.forward_cpu):
+            yield f"the rotation runs {_name(rotary)}"
+    # There ``SiluAndMul.forward_cpu`` runs a kernel of its own.
+    if current_platform.get_cpu_architecture() == CpuArchEnum.POWERPC:
+        yield "the activation runs POWERPC's kernel"
+
+
+def other_norms(norms: list[Any]) -> Iterator[str]:
+    """What vLLM chose otherwise than its native RMSNorm, operator by operator."""
+    for norm in norms:
+        if (
+            type(norm) is not RMSNorm
+            or not ends_in(norm, CustomOp.forward_cpu, RMSNorm.forward_native)
+            or not (norm.pass_weight and norm.pass_weight_add)
+            or norm.variance_size_override is not None
+        ):
+            yield f"a norm runs {_name(norm)}"
+    for op in (ir.ops.rms_norm, ir.ops.fused_add_rms_norm):
+        first = next(iter(op.get_priority()), "native")  # no priority at all is native too
+        if first != "native":
+            yield f"vLLM's IR op {op.name} runs {first}, not native"
+
+
+def _name(module: Any) -> str:
+    """Of what a call of a ``CustomOp`` ends in, as far as it is known."""
+    method = vars(module).get("forward", type(module).forward)
+    if method is CustomOp.forward:
+        method = module._forward_method
+    return named(method)
+
+
+def leave_out(what: str, why: str) -> None:
+    """Says that vLLM's own runs in this engine where ours could have."""
+    logger.warning(LEFT_OUT, f"{what} in this engine, because {why}")
