@@ -1,12 +1,14 @@
-"""Requests: settings that vLLM's V1 runner gets wrong beside drafts on a GPU are refused, with what
-to do."""
+"""Requests: settings that vLLM's V1 runner gets wrong beside drafts on a GPU are refused, and a
+malformed limit of drafts, with what to do."""
 
 from collections.abc import Callable
 from typing import Any
 
+from vllm_dflash.patches import request_drafts, scheduler_init
 from vllm_dflash.patches.guard import instead
 
 from vllm_dflash.patch import Patch
+from vllm_dflash.request_limits import RequestError, most_drafts
 
 WRONG_ON_A_V1_GPU = ("thinking_token_budget", "logprob_token_ids")
 """Fields of ``SamplingParams``. The budget is overshot and ends neighbours' thinking (vLLM issue
@@ -26,7 +28,32 @@ def _validate_params(
             " drafter, or leave the field out",
             parameter=wrong[0],
         )
+    _check_limit(getattr(params, "extra_args", None), self.vllm_config)
     return original(self, params, *args, **kwargs)
+
+
+def _check_limit(extra_args: Any, config: Any) -> None:
+    """Raises VLLMValidationError where a request's limit of drafts is malformed, or nobody would
+    keep to it: here, and not in the engine, which such an error would end."""
+    if not extra_args:
+        return
+    from vllm.exceptions import VLLMValidationError
+
+    from vllm_dflash.plugin import patch_set
+
+    try:
+        most = most_drafts(extra_args, config.speculative_config.num_speculative_tokens)
+        if most is not None and not all(
+            patch_set().fits(patch) for patch in (scheduler_init.PATCH, *request_drafts.PATCHES)
+        ):
+            raise RequestError(
+                "this vLLM's scheduler is not one that keeps to a request's limit of drafts"
+                " (`vllm-dflash status` says why): leave dflash out"
+            )
+    except RequestError as error:
+        raise VLLMValidationError(
+            f"extra_args (over HTTP vllm_xargs): {error}", parameter="extra_args"
+        ) from None
 
 
 def _verifies_by_vllm(config: Any) -> bool:
@@ -44,13 +71,15 @@ PATCH = Patch(
     },
     names=(
         *(f"vllm.sampling_params:SamplingParams.{name}" for name in WRONG_ON_A_V1_GPU),
+        "vllm.sampling_params:SamplingParams.extra_args",
         "vllm.v1.engine.input_processor:InputProcessor.vllm_config",
         "vllm.config.vllm:VllmConfig.use_v2_model_runner",
     ),
     why=(
         "vLLM's V1 rejection sampler forces the end of thinking in other rows than plain decoding"
         " does, a neighbour's among them, and drops logprob_token_ids, both in silence; the hook"
-        " for refusals, a logits processor's validate_params, is not asked beside a drafter"
+        " for refusals, a logits processor's validate_params, is not asked beside a"
+        " drafter. A malformed limit of drafts is refused at the same place"
     ),
     until=(
         "vLLM's issue 39573 is closed, and its V1 rejection sampler returns logprob_token_ids; or"

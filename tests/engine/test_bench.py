@@ -45,6 +45,26 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(Path(out, "results.json").read_text())
 
 
+def test_break_even(tmp_path: Path) -> None:
+    """Every draft is made, verified and rejected, at each prompt length; the report says what tau
+    that asks for."""
+    load = ["--concurrency", "2", "--num-prompts", "2", "--max-tokens", "12", "--repeats", "1"]
+    lengths = ["--prompt-tokens", "16,64"]
+    out = ["--dtype", "float32", "--out", str(tmp_path / "out")]
+    assert main(["bench", "--break-even", *load, *lengths, *out]) == 0
+    results = json.loads(Path(tmp_path, "out", "results.json").read_text())
+    assert [row["method"] for row in results["rows"]] == ["plain", "dflash"] * 2
+    for run in of(results, "dflash"):
+        # A token by chance is the target's once in as many as its vocabulary holds.
+        assert run["drafts"] >= 2 * 10
+        assert run["verified"] == K * run["drafts"]
+        assert run["accepted"] <= 1
+        assert run["differing_from_plain"] == 0
+    report = Path(tmp_path, "out", "report.md").read_text()
+    assert "tau at which drafting breaks even" in report
+    assert "| requests at a time | method | 16 tokens | 64 tokens |" in report
+
+
 def of(results: dict[str, Any], method: str) -> list[dict[str, Any]]:
     return [run for run in results["runs"] if run["method"] == method]
 

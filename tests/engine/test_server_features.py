@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import time
+import urllib.error
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -39,6 +40,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 COUNT, MAX_TOKENS = 8, 48
 SPECULATIVE = {"method": "dflash", "model": str(DRAFTER), "num_speculative_tokens": 7}
 TEXTS = [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()[:COUNT]]
+VERIFIED = "vllm:spec_decode_num_draft_tokens_total"
 DRAFTS, ACCEPTED = "vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_accepted_tokens_total"
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 """A conversation of one message is its text: chat and completion are then the same request."""
@@ -218,6 +220,44 @@ def test_arrivals_and_aborts(served: Served, expected: Expected) -> None:
     wait_until_idle(served.port)
     request(served.port, "/health")
     assert complete(served.port, prompts[0]) == expected.plain.tokens[0]
+
+
+def test_a_request_says_how_much_is_drafted(served: Served, expected: Expected) -> None:
+    """By JSON text, as ``vllm_xargs`` holds no objects; what is malformed is a bad request, and the
+    engine goes on."""
+    port, tokens = served.port, expected.plain.tokens[0]
+
+    def fields(said: Any) -> dict[str, Any]:
+        return {"vllm_xargs": {"dflash": said if isinstance(said, str) else json.dumps(said)}}
+
+    def drafted(said: Any) -> tuple[float, float]:
+        before = metric(port, VERIFIED)
+
+        def run() -> None:
+            assert complete(port, TEXTS[0], **fields(said)) == tokens
+
+        drafts, _ = counted(port, run)
+        return drafts, metric(port, VERIFIED) - before
+
+    assert drafted({"draft": False}) == (0, 0)
+    drafts, verified = drafted({"max_draft": 3})
+    assert drafts < verified <= 3 * drafts
+    chat = {"prompt": None, "messages": [{"role": "user", "content": TEXTS[0]}]}
+    for said in ({"max_draft": 8}, {"max_draft": True}, {"max_drafts": 1}, {"draft": 0}, "off"):
+        for path, more in (("completions", {}), ("chat/completions", chat)):
+            message = bad_request(port, f"/v1/{path}", body(TEXTS[0], **fields(said)) | more)
+            assert "vllm_xargs): dflash" in message
+            assert ": give" in message
+    bad_request(port, "/v1/completions", body(TEXTS[0], vllm_xargs={"dflash": {"draft": False}}))
+    assert complete(port, TEXTS[0]) == tokens
+
+
+def bad_request(port: int, path: str, asked: dict[str, Any]) -> str:
+    """The message of the server's answer, which has to be that of a bad request."""
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        request(port, path, asked)
+    assert refused.value.code == 400
+    return json.loads(refused.value.read())["error"]["message"]
 
 
 def test_structured_output(served: Served) -> None:

@@ -31,8 +31,8 @@ PAGE = 32
 """Tokens in a page of the KV cache."""
 PLAIN, DFLASH, SLIDING, PLAIN_LONG, TIGHT, TIGHT_SLIDING, ZERO, PLAIN_TEXT, TEXT = range(9)
 """The jobs: many features at once; a KV cache too small for the requests; steps with K = 0;
-structured output. SLIDING's drafter is DFlare with a full and two sliding layers, which have KV
-cache groups of their own."""
+structured output, and requests that limit their drafts. SLIDING's drafter is DFlare with a full and
+two sliding layers, which have KV cache groups of their own."""
 (
     GREEDY,
     COLD,
@@ -51,6 +51,8 @@ cache groups of their own."""
     LONG_TURN,
 ) = range(15)
 """The prompts of the first three jobs; the even ones accept scripted drafts."""
+OFF, AT_MOST_TWO = 2, 3
+"""Prompts of the last two jobs: their requests say how much is drafted."""
 DRAFT_AT_MOST = 2
 """In job ZERO, steps of more requests draft nothing."""
 
@@ -138,7 +140,7 @@ def runs(random_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     }
     text: dict[str, Any] = dict(
         target=str(TARGET),
-        prompts=held_out_prompts(3),
+        prompts=held_out_prompts(4),
         max_tokens=24,
         max_num_seqs=4,
         engine_args={"skip_tokenizer_init": False},
@@ -147,6 +149,10 @@ def runs(random_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
             for i, form in enumerate(
                 [{"regex": r"[a-z]{3}( [a-z]{4})+\."}, {"choice": ["return None", "return self"]}]
             )
+        }
+        | {
+            i: Request(dict(extra_args={"dflash": said}))
+            for i, said in ((OFF, {"draft": False}), (AT_MOST_TWO, {"max_draft": 2}))
         },
     )
     jobs = [
@@ -335,6 +341,20 @@ def test_steps_that_draft_nothing(runs: Runs) -> None:
             == []
         )
     assert runs.differences(ZERO, only=[4]) == []
+
+
+def test_requests_that_say_how_much_is_drafted(runs: Runs) -> None:
+    """A step commits one token of the one, of the other up to three; the output stays."""
+
+    def most_committed(prompt: int) -> int:
+        ((tokens, _, drafts),) = runs.drafts(TEXT, [prompt])
+        steps = pairwise([draft.anchor for draft in drafts if draft.anchor >= len(tokens)])
+        return max(other - one for one, other in steps)
+
+    assert most_committed(OFF) == 1
+    assert 1 < most_committed(AT_MOST_TWO) <= 3
+    for prompt in (OFF, AT_MOST_TWO):
+        assert runs.results[TEXT].outputs[prompt] == runs.results[PLAIN_TEXT].outputs[prompt]
 
 
 def test_structured_output(runs: Runs) -> None:

@@ -1,6 +1,7 @@
 """Random engines and random requests, as JSON: what the differential fuzzer asks. Pure; one seed
 draws the same again."""
 
+import json
 import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -283,6 +284,14 @@ def _logprobs(rng: random.Random, _: Corpus, params: dict[str, Any], __: list[in
 
 
 Draw = Callable[[random.Random, Corpus, dict[str, Any], list[int]], Any]
+
+
+def _extra_args(rng: random.Random, *_: Any) -> dict[str, Any]:
+    """Those of others, which say nothing to us, and limits of drafts that any K allows."""
+    said = rng.choice([{"draft": False}, {"draft": True}, {"max_draft": rng.randint(0, 1)}])
+    return rng.choice([{"anything": [1, "two"]}, {"dflash": said}, {"dflash": json.dumps(said)}])
+
+
 _FIELDS: dict[str, tuple[float, Draw]] = {
     "presence_penalty": (0.12, lambda r, *_: r.choice([-2.0, -0.4, 0.3, 2.0])),
     "frequency_penalty": (0.12, lambda r, *_: r.choice([-1.0, 0.2, 1.5])),
@@ -308,7 +317,7 @@ _FIELDS: dict[str, tuple[float, Draw]] = {
         0.06,
         lambda r, *_: {"max_pattern_size": r.choice([1, 3, 8]), "min_count": r.choice([2, 3])},
     ),
-    "extra_args": (0.04, lambda *_: {"anything": [1, "two"]}),
+    "extra_args": (0.12, _extra_args),
     "skip_reading_prefix_cache": (0.05, lambda r, *_: r.random() < 0.5),
     "stream_interval": (0.05, lambda r, *_: r.randint(1, 4)),
     "min_p": (0.005, lambda *_: 0.1),

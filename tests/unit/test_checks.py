@@ -224,6 +224,38 @@ def test_requests_that_vllms_own_verification_gets_wrong_are_refused(
                 )
 
 
+def test_a_malformed_limit_of_drafts_is_refused_with_the_request(target, tmp_path, monkeypatch):
+    """In the front end: in the engine core such an error would end the engine. So is a good one
+    where nobody would keep to it."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+    from vllm_dflash.patches.request_params import PATCH
+
+    from vllm_dflash.plugin import patch_set
+
+    drafter = make_random_drafter(tmp_path / "dflash")
+    ours = SimpleNamespace(
+        speculative_config=configure(target, drafter).speculative_config, use_v2_model_runner=False
+    )
+    none = SimpleNamespace(speculative_config=None, use_v2_model_runner=False)
+    validate = PATCH.replace(lambda self, params: "vLLM's")
+
+    def ask(said: Any, config: Any = ours) -> str:
+        params = SamplingParams(extra_args={"dflash": said})
+        return validate(SimpleNamespace(vllm_config=config), params)
+
+    for said in ({"draft": False}, {"max_draft": 7}, '{"max_draft": 7}'):
+        assert ask(said) == "vLLM's"
+    for said in ({"max_draft": 8}, {"max_draft": True}, {"draft": 1}, "off", 3):
+        with pytest.raises(VLLMValidationError, match=r"extra_args \(over HTTP.*\): dflash.*give"):
+            ask(said)
+        assert ask(said, none) == "vLLM's"
+    monkeypatch.setattr(patch_set(), "fits", lambda patch: False)
+    with pytest.raises(VLLMValidationError, match="leave dflash out"):
+        ask({"draft": False})
+    assert ask({"draft": True}) == "vLLM's"
+
+
 @pytest.mark.vllm
 def test_another_kind_of_speculators_is_named_where_k_is_missing(
     random_target: Path, tmp_path: Path

@@ -16,9 +16,9 @@ class Watching:
 
     what = "a test"
 
-    def __init__(self, scheduler: Any, adaptive: bool = True) -> None:
+    def __init__(self, scheduler: Any, adaptive: bool = True, **more: Any) -> None:
         self.scheduler = scheduler
-        self.outcomes = Outcomes(max_draft=3, block_size=4, max_model_len=300, adaptive=adaptive)
+        self.outcomes = Outcomes(3, 4, max_model_len=300, adaptive=adaptive, **more)
         self.times = StepTimes(None)
 
     def observe(self, step: Step) -> None:
@@ -30,9 +30,11 @@ class Watching:
         raise AssertionError("it failed")
 
 
-def watch(scheduler: Any, *steps: tuple[Any, Any], adaptive: bool = True) -> dict[str, Any]:
+def watch(
+    scheduler: Any, *steps: tuple[Any, Any], adaptive: bool = True, **more: Any
+) -> dict[str, Any]:
     """The samples after some steps."""
-    record, watching = Steps(scheduler), Watching(scheduler, adaptive)
+    record, watching = Steps(scheduler), Watching(scheduler, adaptive, **more)
     record.add(watching)
     schedule, update = (
         record.around_schedule(scheduler.schedule),
@@ -122,6 +124,16 @@ def test_why_there_was_no_draft(
     assert watch(scheduler, first, step, adaptive=adaptive)["speculation_refused"] == [
         ([reason], 1)
     ]
+
+
+@pytest.mark.parametrize("k", [0, 3])
+def test_requests_whose_users_want_no_drafts_say_so(k: int) -> None:
+    """Also in a step in which others have drafts, and one that is not looked at by request."""
+    found = watch(
+        scheduler_of({"a": 20, "b": 20}), *[plain(k)] * 2, adaptive=False, limits={"a": 0, "b": 2}
+    )
+    refused = {labels[0]: count for labels, count in found["speculation_refused"]}
+    assert refused == {"request": 2, "other": 2 if k else 1} | ({} if k else {"batch_size": 1})
 
 
 def test_plain_steps_count_the_same_however_they_are_read() -> None:

@@ -175,9 +175,16 @@ class _Learned:
 class Acceptance:
     """Conditional acceptance of draft tokens at up to ``max_draft`` positions."""
 
-    def __init__(self, max_draft: int, group: Callable[[str], Hashable] = lambda _: None) -> None:
-        """``group``: which of a request's kind are accepted alike."""
+    def __init__(
+        self,
+        max_draft: int,
+        group: Callable[[str], Hashable] = lambda _: None,
+        limit: Callable[[str], int] | None = None,
+    ) -> None:
+        """``group``: which of a request's kind are accepted alike, and have the same limit;
+        ``limit``: the draft tokens that a request may have, ``max_draft`` where left out."""
         self._max_draft, self._group = max_draft, group
+        self._limit = limit or (lambda _: max_draft)
         self._learned: dict[Hashable, _Learned] = {}
         self._requests: dict[str, tuple[_Learned, _Correction]] = {}
         """What was learned of a request's group, and of itself."""
@@ -208,9 +215,11 @@ class Acceptance:
         self, request: str, num_draft_tokens: int, confidences: Sequence[float] | None = None
     ) -> list[float]:
         """[K]: probability that a request's draft is accepted up to and with each position; past
-        its confidences by the positions' rates."""
+        its confidences by the positions' rates, past its limit 0."""
         learned, own = self._of(request)
-        return learned.survival(num_draft_tokens, own.factor, confidences)
+        allowed = min(self._limit(request), num_draft_tokens)
+        found = learned.survival(allowed, own.factor, confidences)
+        return found + [0.0] * (num_draft_tokens - allowed)
 
     def lengths(
         self,
@@ -232,7 +241,7 @@ class Acceptance:
             survival = self.survival(request, self._max_draft if own else num_draft_tokens, own)
             if own:
                 self._of(request)[0].recent.append(survival)
-            survivals[request] = survival[:num_draft_tokens]
+            survivals[request] = survival[: min(self._limit(request), num_draft_tokens)]
             found[request] = bisect_left(survivals[request], -threshold, key=operator.neg)
         _round_rows(found, survivals)
         return found

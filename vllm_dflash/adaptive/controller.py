@@ -60,11 +60,15 @@ class Controller:
     ``block_size`` rows."""
 
     def __init__(
-        self, max_draft: int, block_size: int, group: Callable[[str], Hashable] = lambda _: None
+        self,
+        max_draft: int,
+        block_size: int,
+        group: Callable[[str], Hashable] = lambda _: None,
+        limit: Callable[[str], int] | None = None,
     ) -> None:
-        """``group``: see ``Acceptance``."""
+        """``group``, ``limit``: see ``Acceptance``."""
         self.max_draft, self.block_size = max_draft, block_size
-        self.cost, self.acceptance = StepCost(), Acceptance(max_draft, group)
+        self.cost, self.acceptance = StepCost(), Acceptance(max_draft, group, limit)
         self._trials = Trials(2 * _EVERY, block_size)
         self._rough = StepCost()
         """Learned from steps with prompts or ended requests, for where there are no others."""

@@ -27,6 +27,7 @@ from vllm_dflash.compat import num_drafted
 from vllm_dflash.drafts import confidences_of
 from vllm_dflash.log import logger
 from vllm_dflash.patches.adaptive_scheduler import cut_drafts, cut_placeholders, plan_drafts
+from vllm_dflash.patches.request_drafts import limits_of
 from vllm_dflash.patches.scheduler_steps import watch
 
 
@@ -38,8 +39,9 @@ class _Adaptive(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         draft_config = self.vllm_config.speculative_config.draft_model_config.hf_config
+        self._limits = limits_of(self)
         self.controller = Controller(
-            self.num_spec_tokens, draft_config.block_size, self._temperature_class
+            self.num_spec_tokens, draft_config.block_size, self._group, self._limits.most
         )
         self._learner = Learner(self.controller, self._is_synchronous)
         self._confidences: dict[str, list[float]] = {}
@@ -89,16 +91,17 @@ class _Adaptive(Scheduler):
             for request_id in scheduler_output.finished_req_ids:
                 self._confidences.pop(request_id, None)
 
-    def _temperature_class(self, request_id: str) -> int:
+    def _group(self, request_id: str) -> tuple[int, int]:
         """Requests whose drafts are accepted alike: greedy ones, and sampled ones by steps of a
-        half."""
+        half; apart by the draft tokens that their users allow."""
         request = self.requests.get(request_id)
         params = None if request is None else request.sampling_params
-        return (
+        warmth = (
             0
             if params is None or params.sampling_type == SamplingType.GREEDY
             else min(math.ceil(2 * params.temperature), 4)
         )
+        return warmth, self._limits.most(request_id)
 
     def _drafting(self, scheduler_output: SchedulerOutput) -> tuple[list[str], int]:
         """The requests of a step that sample a token, and so can draft, and the positions of their

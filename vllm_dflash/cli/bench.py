@@ -43,6 +43,10 @@ def add(commands: Any) -> None:
                 "vllm-dflash bench --target T --draft a=DFLASH --draft b=DFLARE --methods"
                 " plain,dflash@a:7,dflash@b:7 --prompts mine.jsonl"
             ),
+            (
+                "vllm-dflash bench --break-even --concurrency 1,4,16 --prompt-tokens 128,2048,8192"
+                " --max-tokens 32"
+            ),
             "vllm-dflash bench --server http://127.0.0.1:8000 --dataset random --concurrency 1,8",
         ],
     )
@@ -60,10 +64,11 @@ def _add_methods(bench: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--methods",
         metavar="LIST",
-        default=DEFAULT_METHODS,
+        default=None,
         help=(
             "KIND, KIND:K for K drafted tokens a step, or KIND@NAME:K with a drafter of that"
-            " --draft NAME (default: %(default)s)"
+            " --draft NAME (default:"
+            f" {DEFAULT_METHODS}; of --break-even plain,dflash)"
         ),
     )
     what.add_argument("--target", metavar="T", help="the target's folder or hub id")
@@ -119,7 +124,15 @@ def _add_load(bench: argparse.ArgumentParser) -> None:
         "--prompt-tokens",
         metavar="LIST",
         type=list_of(_at_least_one),
-        help="lengths that prompts are cut or filled up to",
+        help="lengths that prompts are cut or filled up to; of several the report compares them",
+    )
+    load.add_argument(
+        "--break-even",
+        action="store_true",
+        help=(
+            "reject every draft, and report the tau at which drafting breaks even, by requests at a"
+            " time and prompt length"
+        ),
     )
     load.add_argument(
         "--temperature",

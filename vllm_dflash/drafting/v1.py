@@ -232,6 +232,15 @@ class DFlashProposer(NativeDFlashProposer):
             self.watch.note(cad, *self.watch.written(cad, None))
         return Drafts([[]] * cad.num_reqs)
 
+    def draft_by_chance(self) -> None:
+        """From now on hands out tokens by chance in place of the drafter's, so that next to none is
+        accepted: what drafting costs where it brings nothing. The drafter computes all the
+        same."""
+        hand_out, size = self.backend.hand_out, self.vllm_config.model_config.get_vocab_size()
+        self.backend.hand_out = lambda tokens, confidences: hand_out(  # type: ignore[method-assign]
+            torch.randint_like(tokens, size), confidences
+        )
+
     def _store_context(
         self,
         cad: CommonAttentionMetadata,

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_dflash.engines.child import Work, serve, start_llm
+from vllm_dflash.evaluation.rejection import reject_drafts, rejecting
 from vllm_dflash.evaluation.statistics import EARLY_STEPS, DraftCounts, percentile
 from vllm_dflash.patches.scheduler_steps import watch
 from vllm_dflash.steps import Step
@@ -122,10 +123,14 @@ class Engine:
     """An ``LLM`` and the watch over its scheduler."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        share = settings.get("gpu_memory_share")
+        share, rejects = settings.get("gpu_memory_share"), settings.get("reject_drafts", False)
+        args = settings["engine_args"]
         self.llm = start_llm(
-            settings["engine_args"], None if share is None else {"gpu_memory_utilization": share}
+            rejecting(args) if rejects else args,
+            None if share is None else {"gpu_memory_utilization": share},
         )
+        if rejects:
+            reject_drafts(self.llm)
         self.clock = Clock()
         self.watch = Watch(self.clock)
         scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from vllm_dflash.evaluation.lengths import length_groups, length_tables
 from vllm_dflash.evaluation.tables import (
     Table,
     acceptance_table,
@@ -43,13 +44,17 @@ def page(results: Mapping[str, Any]) -> str:
         "</ul>",
     ]
     body.append(_table(method_table(results), "h2"))
-    if (overview := overview_table(results)) is not None:
-        body.append(_table(overview, "h2"))
     try:
         from vllm_dflash.evaluation import plots
     except ImportError:
         plots = None  # type: ignore[assignment]
         body.append(f'<p class="note">{escape(NO_PLOTS)}</p>')
+    for (_, rows), over in zip(length_groups(results), length_tables(results), strict=True):
+        body.append(_table(over, "h2"))
+        if plots is not None:
+            body.append(plots.length_plots(results, rows))
+    if (overview := overview_table(results)) is not None:
+        body.append(_table(overview, "h2"))
     for title, rows in groups(results):
         body.append(f"<h2>{escape(title)}</h2>")
         if plots is not None:

@@ -12,8 +12,17 @@ from typing import Any
 
 from vllm_dflash import humaneval, smollm2
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
-from vllm_dflash.evaluation.methods import Drafter, Method, UsageError, parse_methods
+from vllm_dflash.evaluation.lengths import positions_of
+from vllm_dflash.evaluation.methods import (
+    DEFAULT_METHODS,
+    FIXED,
+    Drafter,
+    Method,
+    UsageError,
+    parse_methods,
+)
 from vllm_dflash.evaluation.server import NAME, Server, connect
+from vllm_dflash.evaluation.sweep import BASELINE
 from vllm_dflash.evaluation.workload import (
     DATASETS,
     RANDOM,
@@ -53,6 +62,8 @@ class Plan:
     server_url: str = ""
     fresh_engines: bool = False
     slice_seconds: float = 0.0
+    break_even: bool = False
+    """Whether all drafts are rejected, and the tau that drafting needs is what is asked for."""
 
     def requests(self, point: Point) -> list[tuple[list[int], int]]:
         """Prompt and number of tokens to generate of each phase's requests, one phase after the
@@ -76,6 +87,7 @@ class Plan:
             "repeats": self.repeats,
             "fresh_engines": self.fresh_engines or None,
             "slice_seconds": self.slice_seconds,
+            "break_even": self.break_even or None,
         }
         if self.server is not None:
             return shared
@@ -98,8 +110,10 @@ def make_plan(args: argparse.Namespace) -> Plan:
     methods = (
         [Method(NAME, NAME)]
         if args.server
-        else parse_methods(args.methods, _drafters(args), args.eagle3)
+        else parse_methods(args.methods or _default_methods(args), _drafters(args), args.eagle3)
     )
+    if args.break_even:
+        _check_break_even(args, methods)
     tokenizer = load_tokenizer(target)
     prompt_sets = _prompt_sets(args, target, tokenizer)
     every = points(
@@ -111,7 +125,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         args.swing,
     )
     server = _server(args, target, tokenizer, model) if args.server else None
-    needed = _model_len(args, every, prompt_sets, methods)
+    needed = _model_len(args, every, prompt_sets, methods, _positions(args, target))
     return Plan(
         target,
         methods,
@@ -129,7 +143,21 @@ def make_plan(args: argparse.Namespace) -> Plan:
         args.server or "",
         args.fresh_engines,
         args.slice,
+        args.break_even,
     )
+
+
+def _default_methods(args: argparse.Namespace) -> str:
+    return f"{BASELINE},{FIXED}" if args.break_even else DEFAULT_METHODS
+
+
+def _check_break_even(args: argparse.Namespace, methods: Sequence[Method]) -> None:
+    kinds = {method.kind for method in methods}
+    if args.server or args.swing or kinds - {BASELINE, FIXED} or len(kinds) < 2:
+        raise UsageError(
+            f"--break-even compares {BASELINE} with {FIXED}, on engines of its own at steady loads:"
+            f" leave out --server and --swing, and give --methods such as {BASELINE},{FIXED}:3"
+        )
 
 
 def _server(args: argparse.Namespace, target: str, tokenizer: Any, model: str) -> Server:
@@ -151,27 +179,31 @@ def _model_len(
     every: Sequence[Point],
     prompt_sets: Mapping[str, PromptSet],
     methods: Sequence[Method],
+    positions: int | None,
 ) -> int:
     """Positions that the longest request needs where every method drafts to its end."""
-    longest = max(
-        len(prompt)
+    longest, where = max(
+        (len(prompt), p.prompt_set)
         for p in every
         for prompt in prompt_sets[p.prompt_set].take(p.num_prompts, p.prompt_tokens)
     )
     # vLLM's own dflash drafts for nobody in a step in which the longest request, its draft tokens
     # counted, leaves no room for a block.
-    needed = (
-        longest
-        + args.max_tokens.most
-        + 2 * (1 + max(method.num_speculative_tokens for method in methods))
-    )
-    if args.max_model_len is not None and args.max_model_len < longest + args.max_tokens.most:
+    room = longest + args.max_tokens.most
+    needed = room + 2 * (1 + max(method.num_speculative_tokens for method in methods))
+    if positions is not None and room > positions:
+        raise UsageError(
+            f"the target has {positions} positions, and a prompt of {longest} tokens ({where}) with"
+            f" {args.max_tokens.most} more needs {room}: give a smaller --prompt-tokens or"
+            " --max-tokens, or rotary scaling by hf_overrides in --engine-args"
+        )
+    if args.max_model_len is not None and args.max_model_len < room:
         raise UsageError(
             f"--max-model-len {args.max_model_len} has no room for a prompt of {longest} tokens and"
             f" {args.max_tokens.most} more: give {needed}, or a smaller --prompt-tokens or"
             " --max-tokens"
         )
-    return needed
+    return needed if positions is None else min(needed, positions)
 
 
 def _embedded(name: str) -> Path:
@@ -212,7 +244,7 @@ def _drafter(path: str) -> Drafter:
 
 
 def _prompt_sets(args: argparse.Namespace, target: str, tokenizer: Any) -> dict[str, PromptSet]:
-    vocab_size = _vocab_size(target)
+    vocab_size = _text_config(target).vocab_size
     sets = [file_prompts(path, tokenizer, vocab_size) for path in args.prompts or []]
     for text in args.dataset or []:
         name, _, path = text.partition("=")
@@ -257,9 +289,15 @@ def _num_prompts(given: list[int] | None, concurrency: Sequence[int]) -> list[in
     return counts
 
 
-def _vocab_size(target: str) -> int:
+def _positions(args: argparse.Namespace, target: str) -> int | None:
+    """Those of the target; None where a server or the user's overrides decide."""
+    overridden = args.server or "hf_overrides" in args.engine_args
+    return None if overridden else positions_of(_text_config(target))
+
+
+def _text_config(target: str) -> Any:
     try:
-        return load_config(target).get_text_config().vocab_size
+        return load_config(target).get_text_config()
     except TargetError as error:
         raise UsageError(f"--target {error}") from None
 

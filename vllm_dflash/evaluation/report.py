@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash.evaluation.html import page
+from vllm_dflash.evaluation.lengths import break_even_of, length_tables
 from vllm_dflash.evaluation.tables import (
     NONE,
     Table,
@@ -50,7 +51,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
 def all_tables(results: Mapping[str, Any]) -> list[Table]:
     """In the order of the report."""
     overview = overview_table(results)
-    tables = [method_table(results), *([overview] if overview else [])]
+    tables = [method_table(results), *length_tables(results), *([overview] if overview else [])]
     for title, rows in groups(results):
         tables.append(speed_table(results, title, rows))
         tables += [
@@ -76,12 +77,14 @@ def short_lines(results: Mapping[str, Any]) -> list[str]:
         ]
         for row in rows:
             plain = row["against"].get("plain")
+            needed = break_even_of(row) if results["settings"].get("break_even") else None
             lines.append(
                 f"{results['points'][row['point']]['concurrency']:>8}  {row['method']:<{width}}"
                 f" {median(row['tokens_per_second'], '.1f'):>9}"
                 f" {NONE if row['tau'] is None else format(row['tau'], '.2f'):>6}"
                 f" {median(row['step_ms'], '.2f'):>9} "
                 f" {'' if plain is None else spread(plain['tokens_per_second'], '.2f')}"
+                f"{'' if needed is None else '; breaks even at tau ' + spread(needed, '.2f')}"
             )
     return lines
 

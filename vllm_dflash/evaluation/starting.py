@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm_dflash.engines.process import EngineFailedError
 from vllm_dflash.evaluation.job import BenchEngine, Engine
-from vllm_dflash.evaluation.methods import Method
+from vllm_dflash.evaluation.methods import FIXED, Method
 from vllm_dflash.evaluation.plan import Plan
 from vllm_dflash.progress import Progress
 
@@ -102,6 +102,7 @@ def engine_settings(plan: Plan, method: Method) -> dict[str, Any]:
     return {
         "engine_args": {**args, **plan.engine_args, **own},
         "gpu_memory_share": round(_GPU_MEMORY / len(plan.methods), 3),
+        "reject_drafts": plan.break_even and method.kind == FIXED,
     }
 
 

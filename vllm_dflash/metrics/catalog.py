@@ -313,8 +313,8 @@ ALL = (
                 "reason",
                 (
                     "controller: it chose so; batch_size: num_speculative_tokens_per_batch_size"
-                    " does; max_model_len: no room for a block; grammar: it forbids the draft;"
-                    " other"
+                    " does; request: its user does; max_model_len: no room for a block; grammar: it"
+                    " forbids the draft; other"
                 ),
             ),
         ),

@@ -18,19 +18,16 @@ from vllm_dflash.adaptive.controller import Status
 from vllm_dflash.adaptive.cost import Work
 from vllm_dflash.adaptive.settings import is_adaptive
 from vllm_dflash.checks import drafter_config
-from vllm_dflash.formats import is_ours
 from vllm_dflash.metrics.outcomes import Outcomes
 from vllm_dflash.metrics.recorder import Recorder
 from vllm_dflash.metrics.times import StepTimes
+from vllm_dflash.patches.request_drafts import limits_of
 from vllm_dflash.patches.scheduler_steps import watch
 from vllm_dflash.steps import Step
 
 
 def attach(scheduler: Any) -> None:
-    """Records what vLLM's ``Scheduler`` sees, where it speculates with one of our drafters; else
-    does nothing."""
-    if not is_ours(scheduler.vllm_config.speculative_config):
-        return
+    """Records what the ``Scheduler`` of an engine with one of our drafters sees."""
     record = EngineRecord(scheduler.vllm_config, scheduler)
     if not watch(scheduler, record):
         record.close()
@@ -50,6 +47,7 @@ class EngineRecord:
             block_size,
             vllm_config.model_config.max_model_len,
             self.adaptive,
+            limits_of(scheduler).by_request,
         )
         self.times = StepTimes(self._plain_seconds if self.adaptive else None)
         self.controller: dict[tuple[str, str], int] = {}

@@ -4,7 +4,8 @@ no draft. Pure.
 pytest tests/unit/test_metrics_engine.py
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from vllm_dflash.acceptance import Positions, tau
@@ -32,7 +33,17 @@ class Outcomes:
     """Counts of one engine's steps. Without adaptive drafting there are no confidences, and nobody
     but vLLM chose K."""
 
-    def __init__(self, max_draft: int, block_size: int, max_model_len: int, adaptive: bool) -> None:
+    def __init__(
+        self,
+        max_draft: int,
+        block_size: int,
+        max_model_len: int,
+        adaptive: bool,
+        limits: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        """``limits``: the draft tokens that a request may have, of those whose users say, at any
+        time."""
+        self._limits = limits
         self.block_size, self.max_model_len, self.adaptive = block_size, max_model_len, adaptive
         self.accepted_length, self.draft_length, self.request_accepted_length = (
             Histogram(BY_NAME[name].buckets)
@@ -61,7 +72,9 @@ class Outcomes:
             count = step.num_requests
             self.output["plain"] += step.num_committed
             self.draft_length.observe(0, count)
-            self._refuse("controller" if self.adaptive else "batch_size", count)
+            off = self._num_off(step)
+            self._refuse("request", off)
+            self._refuse("controller" if self.adaptive else "batch_size", count - off)
         else:
             self._by_request(step)
         for request_id in (*finished, *step.scheduled.finished_req_ids):
@@ -81,7 +94,7 @@ class Outcomes:
         for request_id in step.undrafted:
             self.output["plain"] += committed.get(request_id, 0)
             self.draft_length.observe(0)
-            self._refuse(self._why_none(step, step.requests[request_id]), 1)
+            self._refuse(self._why_none(step, request_id), 1)
         if not step.all_decode:
             others = step.requests.keys() - step.verified.keys() - set(step.undrafted)
             self.output["prefill"] += sum(committed.get(request_id, 0) for request_id in others)
@@ -112,10 +125,20 @@ class Outcomes:
             self.confident[bucket] += 1
             self.confident_accepted[bucket] += position < accepted
 
-    def _refuse(self, reason: str, count: int) -> None:
-        self.refused[reason] = self.refused.get(reason, 0) + count
+    def _num_off(self, step: Step) -> int:
+        """Requests of a step whose users want no drafts."""
+        if not self._limits:
+            return 0
+        return sum(self._limits.get(name) == 0 for name in step.scheduled.num_scheduled_tokens)
 
-    def _why_none(self, step: Step, request: Any) -> str:
+    def _refuse(self, reason: str, count: int) -> None:
+        if count:
+            self.refused[reason] = self.refused.get(reason, 0) + count
+
+    def _why_none(self, step: Step, request_id: str) -> str:
+        request = step.requests[request_id]
+        if self._limits.get(request_id) == 0:
+            return "request"
         if step.num_expected == 0:
             return "controller" if self.adaptive else "batch_size"
         if request.num_tokens + self.block_size >= self.max_model_len:
