@@ -7,6 +7,7 @@ Tests: ``pytest tests/unit/test_kinds.py``.
 import ast
 import dataclasses
 import json
+import pkgutil
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -39,7 +40,9 @@ from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.target import find_target
 
 ROOT = Path(__file__).parents[2]
-OURS = ("dflare", "dflash")
+OURS = tuple(sorted(item.name for item in pkgutil.iter_modules(kinds.__path__)))
+"""Every kind of this package has its comparisons here: it was a list, and one that was not added to
+it was compared with nothing."""
 METHOD = {
     ("formats/__init__", "METHOD"),
     ("adaptive/settings", "SECTION"),
@@ -113,21 +116,23 @@ def test_served_is_the_reference(kind: str, bias: bool) -> None:
 
 
 @pytest.mark.parametrize("confident", [False, True])
-@pytest.mark.parametrize("kind", ["dflash", "norepeat"])
+@pytest.mark.parametrize("kind", [*OURS, "norepeat"])
 def test_a_served_head_is_the_reference(kind: str, confident: bool) -> None:
-    config, batch, k = random_drafter_config(kind=kind), 5, 7
+    config, batch = random_drafter_config(kind=kind), 5
+    head, k = kind_of(config).head, config.max_speculative_tokens
     torch.manual_seed(0)
     lm_head, hidden, anchors = (
-        torch.randn(40, 16),
-        torch.randn(batch * k, 16),
-        torch.randint(40, (batch,), dtype=torch.int32),
+        torch.randn(config.vocab_size, config.hidden_size),
+        torch.randn(batch * k, config.hidden_size),
+        torch.randint(config.vocab_size, (batch,), dtype=torch.int32),
     )
     reference, served = (kind_of(config).head_part(part) for part in ("Reference", "Served"))
     ours, theirs = served(config, torch.float32), reference(config)
-    penalty = torch.tensor([20.0])
+    own = {name: 20 * torch.rand(shape) + 100 for name, shape in head.own_tensors(config).items()}
     with torch.inference_mode():
-        ours.load("head.penalty", penalty)
-        theirs.load_state_dict(dict.fromkeys(theirs.state_dict(), penalty))
+        for name, tensor in own.items():
+            ours.load(name, tensor)
+        theirs.load_state_dict({name.removeprefix("head."): own[name] for name in own})
         logits = (hidden @ lm_head.T).view(batch, k, -1)
         ranking = Ranking(
             lambda h: h @ lm_head.T,
@@ -141,8 +146,9 @@ def test_a_served_head_is_the_reference(kind: str, confident: bool) -> None:
         before = torch.cat([anchors[:, None].long(), expected[:, :-1]], dim=1)
         torch.testing.assert_close(theirs.scores(logits, before), scores)
     assert torch.equal(tokens, expected)
-    assert torch.equal(tokens, logits.argmax(-1)) == (kind == "dflash")
-    if confident and kind == "dflash":
+    if head.is_argmax:
+        assert torch.equal(tokens, logits.argmax(-1))
+    if confident and head.is_argmax:
         torch.testing.assert_close(confidences, logits.softmax(-1).amax(-1))
 
 
