@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kinds_of_users import NAMES, install, on_path
+from kinds_of_users import NAMES, install, on_path, write_package
 from pairs import make_random_drafter, random_drafter_config
 from training_runs import answer_held_out, answered_prompts, held_out_file, make_target, settings
 from vllm_dflash import kinds
@@ -302,14 +302,7 @@ def test_what_is_no_kind_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFi
         "twice": "from vllm_dflash.kinds.dflash import KIND",
     }
     for name, code in broken.items():
-        (tmp_path / f"{name}.py").write_text(code)
-        (tmp_path / f"{name}-1.dist-info").mkdir()
-        (tmp_path / f"{name}-1.dist-info" / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n"
-        )
-        (tmp_path / f"{name}-1.dist-info" / "entry_points.txt").write_text(
-            f"[{kinds.GROUP}]\n{name} = {name}:KIND\n"
-        )
+        write_package(tmp_path, name, code)
     with on_path(tmp_path), caplog.at_level("WARNING"):
         assert set(kinds.names()) == {*OURS, *NAMES}
     for name in broken:
@@ -342,16 +335,9 @@ def test_a_record_whose_parts_do_not_exist_is_left_out_by_name(
         "whole": "import torch\nclass Reference: ...\nServed = Reference",
     }
     for name, body in bodies.items():
-        (tmp_path / f"{name}.py").write_text(f"NAME, WHERE = {name!r}, '{name}_head'\n{HEADLESS}")
+        write_package(tmp_path, name, f"NAME, WHERE = {name!r}, '{name}_head'\n{HEADLESS}")
         if body is not None:
             (tmp_path / f"{name}_head.py").write_text(body)
-        (tmp_path / f"{name}-1.dist-info").mkdir()
-        (tmp_path / f"{name}-1.dist-info" / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n"
-        )
-        (tmp_path / f"{name}-1.dist-info" / "entry_points.txt").write_text(
-            f"[{kinds.GROUP}]\n{name} = {name}:KIND\n"
-        )
     with on_path(tmp_path), caplog.at_level("WARNING"):
         assert set(kinds.names()) == {*OURS, *NAMES, "late", "whole"}
         assert "whole_head" not in sys.modules
