@@ -6,8 +6,7 @@ applying imports nothing. Attributes of single objects are replaced by ``attach`
 is there. What is optional drops out singly where it does not fit, and leaves upstream's own in
 place.
 Limits: a target is a class, a function or an attribute of a class's objects; code that copied a
-name before (``from x
-import y``) keeps the original, so name the place where the name is looked up.
+name before (``from x import y``) keeps the original, so name the place where the name is looked up.
 
     pytest tests/unit/test_patching.py tests/patches
 """

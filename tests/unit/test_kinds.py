@@ -7,6 +7,7 @@ Tests: ``pytest tests/unit/test_kinds.py``.
 import ast
 import dataclasses
 import json
+import pkgutil
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kinds_of_users import NAMES, install, on_path
+from kinds_of_users import NAMES, install, on_path, write_package
 from pairs import make_random_drafter, random_drafter_config
 from training_runs import answer_held_out, answered_prompts, held_out_file, make_target, settings
 from vllm_dflash import kinds
@@ -39,7 +40,9 @@ from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.target import find_target
 
 ROOT = Path(__file__).parents[2]
-OURS = ("dflare", "dflash")
+OURS = tuple(sorted(item.name for item in pkgutil.iter_modules(kinds.__path__)))
+"""Every kind of this package has its comparisons here: it was a list, and one that was not added to
+it was compared with nothing."""
 METHOD = {
     ("formats/__init__", "METHOD"),
     ("adaptive/settings", "SECTION"),
@@ -113,21 +116,27 @@ def test_served_is_the_reference(kind: str, bias: bool) -> None:
 
 
 @pytest.mark.parametrize("confident", [False, True])
-@pytest.mark.parametrize("kind", ["dflash", "norepeat"])
+@pytest.mark.parametrize("kind", [*OURS, "norepeat"])
 def test_a_served_head_is_the_reference(kind: str, confident: bool) -> None:
-    config, batch, k = random_drafter_config(kind=kind), 5, 7
+    config, batch = random_drafter_config(kind=kind), 5
+    head, k = kind_of(config).head, config.max_speculative_tokens
     torch.manual_seed(0)
-    lm_head, hidden, anchors = (
-        torch.randn(40, 16),
-        torch.randn(batch * k, 16),
-        torch.randint(40, (batch,), dtype=torch.int32),
+    lm_head, anchors = (
+        torch.randn(config.vocab_size, config.hidden_size),
+        torch.randint(config.vocab_size, (batch,), dtype=torch.int32),
     )
+    # A request's rows are alike, so that one by itself would repeat tokens.
+    hidden = (
+        torch.randn(batch, 1, config.hidden_size) + torch.randn(batch, k, config.hidden_size) / 9
+    )
+    hidden = hidden.flatten(0, 1)
     reference, served = (kind_of(config).head_part(part) for part in ("Reference", "Served"))
     ours, theirs = served(config, torch.float32), reference(config)
-    penalty = torch.tensor([20.0])
+    own = {name: 20 + torch.rand(shape) for name, shape in head.own_tensors(config).items()}
     with torch.inference_mode():
-        ours.load("head.penalty", penalty)
-        theirs.load_state_dict(dict.fromkeys(theirs.state_dict(), penalty))
+        for name, tensor in own.items():
+            ours.load(name, tensor)
+        theirs.load_state_dict({name.removeprefix("head."): own[name] for name in own})
         logits = (hidden @ lm_head.T).view(batch, k, -1)
         ranking = Ranking(
             lambda h: h @ lm_head.T,
@@ -141,8 +150,8 @@ def test_a_served_head_is_the_reference(kind: str, confident: bool) -> None:
         before = torch.cat([anchors[:, None].long(), expected[:, :-1]], dim=1)
         torch.testing.assert_close(theirs.scores(logits, before), scores)
     assert torch.equal(tokens, expected)
-    assert torch.equal(tokens, logits.argmax(-1)) == (kind == "dflash")
-    if confident and kind == "dflash":
+    assert torch.equal(tokens, logits.argmax(-1)) == head.is_argmax
+    if confident and head.is_argmax:
         torch.testing.assert_close(confidences, logits.softmax(-1).amax(-1))
 
 
@@ -296,14 +305,7 @@ def test_what_is_no_kind_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFi
         "twice": "from vllm_dflash.kinds.dflash import KIND",
     }
     for name, code in broken.items():
-        (tmp_path / f"{name}.py").write_text(code)
-        (tmp_path / f"{name}-1.dist-info").mkdir()
-        (tmp_path / f"{name}-1.dist-info" / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n"
-        )
-        (tmp_path / f"{name}-1.dist-info" / "entry_points.txt").write_text(
-            f"[{kinds.GROUP}]\n{name} = {name}:KIND\n"
-        )
+        write_package(tmp_path, name, code)
     with on_path(tmp_path), caplog.at_level("WARNING"):
         assert set(kinds.names()) == {*OURS, *NAMES}
     for name in broken:
@@ -336,16 +338,9 @@ def test_a_record_whose_parts_do_not_exist_is_left_out_by_name(
         "whole": "import torch\nclass Reference: ...\nServed = Reference",
     }
     for name, body in bodies.items():
-        (tmp_path / f"{name}.py").write_text(f"NAME, WHERE = {name!r}, '{name}_head'\n{HEADLESS}")
+        write_package(tmp_path, name, f"NAME, WHERE = {name!r}, '{name}_head'\n{HEADLESS}")
         if body is not None:
             (tmp_path / f"{name}_head.py").write_text(body)
-        (tmp_path / f"{name}-1.dist-info").mkdir()
-        (tmp_path / f"{name}-1.dist-info" / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n"
-        )
-        (tmp_path / f"{name}-1.dist-info" / "entry_points.txt").write_text(
-            f"[{kinds.GROUP}]\n{name} = {name}:KIND\n"
-        )
     with on_path(tmp_path), caplog.at_level("WARNING"):
         assert set(kinds.names()) == {*OURS, *NAMES, "late", "whole"}
         assert "whole_head" not in sys.modules
