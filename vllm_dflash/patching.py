@@ -177,6 +177,17 @@ class PatchSet:
                 raise PatchError(problem)
             return patch not in self._out
 
+    def check_in_place(self) -> None:
+        """Raises ``PatchError`` where something else has replaced what this set put in place."""
+        with self._lock:
+            self._raise(
+                [
+                    f"{patch.target}: {_describe(applied)}"
+                    for patch, applied in self._applied.items()
+                    if not applied.is_in_place
+                ]
+            )
+
     def revert(self) -> list[str]:
         """Puts the originals back where our replacements still stand, and drops what is pending.
 
