@@ -6,6 +6,7 @@ pytest tests/unit/test_progress.py
 
 import io
 import sys
+import time
 from typing import Any
 
 from tqdm import tqdm
@@ -19,7 +20,9 @@ class Progress(tqdm):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         file = kwargs.get("file") or sys.stderr
-        self._in_lines = not file.isatty()
+        self._in_lines, self._printed_at = not file.isatty(), time.time()
+        self._printed: tuple[Any, ...] = ()
+        """Number, description and what stands beside the bar, of the last line."""
         if self._in_lines:
             often = {"mininterval": _SECONDS, "maxinterval": _SECONDS, "delay": _SECONDS}
             kwargs |= often | {"leave": True, "ascii": True}
@@ -31,6 +34,22 @@ class Progress(tqdm):
         if file.isatty():
             return tqdm.status_printer(file)
         return lambda text: print(text, file=file, flush=True)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> Any:
+        """Prints the bar, or ``msg`` in its place; as lines, where it is time for one. tqdm asks
+        at each change of what stands beside the bar, and for the last state twice."""
+        if not self._in_lines:
+            return super().display(msg, pos)
+        is_closed, now, state = self.disable, time.time(), (self.n, self.desc, self.postfix)
+        if (is_closed or now - self._printed_at >= _SECONDS) and state != self._printed:
+            self._printed_at, self._printed = now, state
+            self.sp(str(self))
+        return True
+
+    def clear(self, *args: Any, **kwargs: Any) -> None:
+        """Makes room for another line; nothing has to go where there are only lines."""
+        if not self._in_lines:
+            super().clear(*args, **kwargs)
 
     def close(self) -> None:
         """Prints the last state, where any was printed before."""

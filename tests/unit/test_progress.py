@@ -30,6 +30,36 @@ def test_elsewhere_than_on_a_terminal_long_work_says_a_line_now_and_then(
     assert "\r" not in log.getvalue()
 
 
+def test_the_last_line_comes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work that ended with a line had it twice in the log: the bar's end printed it again. What was
+    written beside it brought an empty line and a line of its own."""
+    monkeypatch.setattr(progress, "_SECONDS", 0.01)
+    log = io.StringIO()
+    with Progress(total=3, file=log) as bar:
+        for _ in range(3):
+            time.sleep(0.02)
+            bar.update()
+        bar.clear()
+        bar.refresh()
+    lines = log.getvalue().splitlines()
+    assert [line.partition("| ")[2].partition(" ")[0] for line in lines] == ["1/3", "2/3", "3/3"]
+
+
+def test_what_stands_beside_the_bar_brings_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training, which shows the loss, printed a line a step."""
+    monkeypatch.setattr(progress, "_SECONDS", 0.05)
+    log = io.StringIO()
+    with Progress(total=50, desc="train", file=log) as bar:
+        for step in range(50):
+            time.sleep(0.005)
+            bar.update()
+            bar.set_postfix_str(f"loss {step}")
+    lines = log.getvalue().splitlines()
+    assert 3 <= len(lines) <= 10
+    assert "50/50" in lines[-1]
+    assert "loss 49" in lines[-1]
+
+
 def test_short_work_says_nothing_there() -> None:
     log = io.StringIO()
     with Progress(total=2, file=log) as bar:
