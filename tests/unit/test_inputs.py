@@ -20,6 +20,7 @@ from vllm_dflash.training.self_prompts import openings
 from vllm_dflash.training.settings import load
 from vllm_dflash.training.tables import SelfPrompts
 
+TARGET = Path(__file__).parents[2] / "examples" / "embedded_pair" / "target"
 READ: dict[str, Callable[[str], object]] = {
     "doctor's prompts": lambda path: load_prompts(path, 1, None, 8),
     "bench's prompts": lambda path: file_prompts(path, None, 8),
@@ -56,3 +57,30 @@ def test_doctor_says_so_before_it_loads_a_model(
     given = ["doctor", "--target", "T", "--draft", "D", "--prompts", str(tmp_path / "in")]
     assert main(given) == 2
     assert "it is a pipe, not a regular file" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"--prompts": "/dev/zero"},
+        {"--prompts": "absent.jsonl"},
+        {"--prompts": "good.jsonl", "--held-out-prompts": "/dev/zero"},
+        {"--prompts": "self:8", "--self-openings": "/dev/zero"},
+        {"--prompts": "good.jsonl", "--target": "./absent"},
+    ],
+    ids=["device", "absent", "held out", "openings", "target"],
+)
+def test_train_makes_no_folder_for_what_it_refuses(
+    tmp_path: Path,
+    given: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It left a run folder with the settings of the refused run."""
+    monkeypatch.chdir(tmp_path)
+    Path("good.jsonl").write_text('{"prompt_token_ids": [1, 2]}\n')
+    flags = {"--target": str(TARGET), "--out": "run"} | given
+    assert main(["train", *(part for flag in flags.items() for part in flag)]) == 1
+    assert "vllm-dflash train: " in capsys.readouterr().err
+    assert not Path("run").exists()

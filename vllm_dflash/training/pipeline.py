@@ -26,16 +26,40 @@ def run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
     Raises:
         RunError: a stage cannot go on, or another command is at work in the folder.
     """
-    with hold(Path(settings.run.out), "vllm-dflash train"):
-        try:
-            return _run_stages(settings, stages)
-        except DrafterConfigError as error:
-            raise TrainingError(str(error)) from None
+    try:
+        # What cannot be used is refused before the folder is made.
+        plan = _plan(settings)
+        _check_inputs(settings, stages)
+        with hold(Path(settings.run.out), "vllm-dflash train"):
+            return _run_stages(*plan, stages)
+    except DrafterConfigError as error:
+        raise TrainingError(str(error)) from None
 
 
-def _run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
+def _plan(settings: Settings) -> tuple[Settings, Any, DrafterConfig, str]:
+    """The settings with what was left to be decided, the target, the drafter's shape and why its
+    mask token is what it is."""
+    from vllm_dflash.training import drafter, target
+
+    found = target.find_target(settings)
+    settings = drafter.decide_mask(settings, found)
+    config, why = drafter.plan(settings, found)
+    return fit_lengths(settings, reach(found, config)), found, config, why
+
+
+def _check_inputs(settings: Settings, stages: tuple[str, ...]) -> None:
+    from vllm_dflash.training import prompts, self_prompts
+
+    if "generate" in stages:
+        prompts.check_files(settings.data)
+    if "prompts" in stages and settings.data.own_prompts:
+        self_prompts.openings(settings.self_prompts)
+
+
+def _run_stages(
+    settings: Settings, found: Any, config: DrafterConfig, why: str, stages: tuple[str, ...]
+) -> bool:
     from vllm_dflash.training import (
-        drafter,
         export,
         features,
         generate,
@@ -45,10 +69,6 @@ def _run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
         target,
     )
 
-    found = target.find_target(settings)
-    settings = drafter.decide_mask(settings, found)
-    config, why = drafter.plan(settings, found)
-    settings = fit_lengths(settings, reach(found, config))
     print(_summary(settings, config, why))
     write_record(Path(settings.run.out) / "settings.json", settings.to_dict())
     if "prompts" in stages:
@@ -170,12 +190,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _dry_run(settings: Settings) -> int:
     """Prints the drafter's shape and what the run takes as comments, and every setting as TOML."""
-    from vllm_dflash.training import budget, drafter, target
+    from vllm_dflash.training import budget, target
 
-    found = target.find_target(settings)
-    settings = drafter.decide_mask(settings, found)
-    config, why = drafter.plan(settings, found)
-    settings = fit_lengths(settings, reach(found, config))
+    settings, found, config, why = _plan(settings)
     prompts, said = _expected_prompts(settings, found, reach(found, config))
     expected = budget.budget(settings, config, target.parameters(found, settings), prompts)
     lines = [

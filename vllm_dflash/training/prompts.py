@@ -132,10 +132,7 @@ class Reader:
                     if line.strip():
                         yield number, _json(line, f"{path}, line {number}")
         except (OSError, UnicodeDecodeError) as error:
-            raise TrainingError(
-                f"{path} cannot be read ({error}): give a file of JSON lines in UTF-8, or a"
-                " dataset's folder"
-            ) from None
+            raise _unreadable(path, error) from None
 
     def _prompt(self, row: Any, where: str) -> Prompt:
         if not isinstance(row, dict):
@@ -218,6 +215,29 @@ class Reader:
                 " response_token_ids"
             )
         return self.tokenizer
+
+
+def check_files(data: Data) -> None:
+    """Refuses prompts that cannot be opened, before anything is begun with them.
+
+    Raises:
+        TrainingError: a file is absent, not this user's to read, or no regular file.
+    """
+    for name in filter(None, (*data.files, data.held_out_prompts)):
+        path = Path(name)
+        try:
+            if not path.is_dir():
+                check_input(path)
+                path.open("rb").close()
+        except OSError as error:
+            raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> TrainingError:
+    return TrainingError(
+        f"{path} cannot be read ({error}): give a file of JSON lines in UTF-8, or a dataset's"
+        " folder"
+    )
 
 
 def split(reader: Reader, data: Data, seed: int) -> Split:
