@@ -17,10 +17,11 @@ and far above what a file that is meant has."""
 
 
 class RepeatedKeyError(ValueError):
-    """An object gives a key twice; ``key`` is its name."""
+    """An object gives a key twice; ``key`` is its name, ``value`` the whole as Python's own reader
+    takes it."""
 
-    def __init__(self, key: str) -> None:
-        self.key = key
+    def __init__(self, key: str, value: Any) -> None:
+        self.key, self.value = key, value
         super().__init__(f"it gives the key {json.dumps(key[:200])} twice")
 
 
@@ -33,21 +34,24 @@ def loads(text: str | bytes) -> Any:
     """
     if isinstance(text, bytes):
         text = text.decode(json.detect_encoding(text), "surrogatepass")
+    repeated: list[str] = []
+
+    def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            repeated.append(Counter(key for key, _ in pairs).most_common(1)[0][0])
+        return found
+
     try:
-        value = json.loads(text, object_pairs_hook=_each_once)
+        value = json.loads(text, object_pairs_hook=each_once)
     except RecursionError:
         raise _too_deep() from None
+    if repeated:
+        raise RepeatedKeyError(repeated[0], value)
     # Most texts have fewer brackets than that, and need no second look.
     if text.count("[") + text.count("{") > MOST_LEVELS and _is_deep(value):
         raise _too_deep()
     return value
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise RepeatedKeyError(Counter(key for key, _ in pairs).most_common(1)[0][0])
-    return found
 
 
 def _is_deep(value: Any) -> bool:

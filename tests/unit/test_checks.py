@@ -267,3 +267,13 @@ def test_another_kind_of_speculators_is_named_where_k_is_missing(
     with pytest.raises(ValueError, match=r"speculators_model_type is 'eagle3', not one of dflash"):
         configure(random_target, folder, k=None)
     assert read_early(str(folder), None, 3) is None
+
+
+def test_a_foreign_drafters_repeated_key_is_not_ours_to_judge(tmp_path: Path) -> None:
+    """vLLM serves it by the last value, and did not any more beside this package."""
+    for kind, key in (("speculators_model_type", '"eagle3"'), ("architectures", '["OtherModel"]')):
+        (tmp_path / "config.json").write_text(f'{{"{kind}": {key}, "x": 1, "x": 2}}')
+        assert read_early(str(tmp_path), None, 3) is None
+    (tmp_path / "config.json").write_text('{"architectures": ["DFlashDraftModel"], "x": 1, "x": 2}')
+    with pytest.raises(DrafterConfigError, match="gives the key 'x' twice"):
+        read_early(str(tmp_path), None, 3)

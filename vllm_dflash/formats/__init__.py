@@ -94,7 +94,8 @@ def read(folder: str | Path) -> DrafterConfig:
 
 
 def read_raw(folder: str | Path) -> Any:
-    """The contents of ``folder/config.json``, sound or not.
+    """The contents of ``folder/config.json``, sound or not; of a key that a foreign drafter gives
+    twice the last value, which vLLM takes.
 
     Raises:
         DrafterConfigError: the file is absent, no regular file, too large, no JSON, or gives a key
@@ -110,6 +111,8 @@ def read_raw(folder: str | Path) -> Any:
     try:
         return loads(data.decode())
     except RepeatedKeyError as error:
+        if is_foreign(error.value):
+            return error.value
         raise DrafterConfigError(
             f"{path} gives the key {fields.shown(error.key)} twice, and nothing says which of its"
             " two values the drafter was trained with",
