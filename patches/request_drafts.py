@@ -6,18 +6,16 @@ from functools import wraps
 from typing import Any
 
 from vllm_dflash.patches.adaptive_scheduler import cut_placeholders, plan_drafts
-from vllm_dflash.patches.place import kept_with
+from vllm_dflash.patches.scheduler import SCHEDULER, around, attach_once
 
-from vllm_dflash.patch import Patch
 from vllm_dflash.request_limits import Limits
 
-_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _OUTPUT = "vllm.v1.core.sched.output"
 _KEPT = "_vllm_dflash_limits"
 _READ = (
-    f"{_SCHEDULER}.requests",
-    f"{_SCHEDULER}.num_spec_tokens",
-    f"{_SCHEDULER}.parallel_config",
+    f"{SCHEDULER}.requests",
+    f"{SCHEDULER}.num_spec_tokens",
+    f"{SCHEDULER}.parallel_config",
     f"{_OUTPUT}:SchedulerOutput.finished_req_ids",
     f"{_OUTPUT}:SchedulerOutput.num_scheduled_tokens",
     f"{_OUTPUT}:SchedulerOutput.num_spec_tokens_to_schedule",
@@ -70,16 +68,7 @@ def _cut(scheduler: Any, limits: Limits) -> None:
 
 
 PATCHES = tuple(
-    Patch(
-        target=f"{_SCHEDULER}.{name}",
-        scope="instance",
-        needs="optional",
-        signatures={f"{_SCHEDULER}.{name}": signature},
-        names=_READ,
-        why=_WHY,
-        until=_UNTIL,
-        replace=replace,
-    )
+    around(name, signature, replace, names=_READ, why=_WHY, until=_UNTIL)
     for name, signature, replace in (
         ("_update_after_schedule", "self, scheduler_output", _around_schedule),
         ("update_draft_token_ids", "self, draft_token_ids", _around_drafts),
@@ -90,12 +79,7 @@ PATCHES = tuple(
 def limit_drafts(scheduler: Any) -> None:
     """Has vLLM's ``Scheduler`` keep to what its requests' users allow. Where that cannot be, such
     requests are refused (``request_params.py``)."""
-    from vllm_dflash.plugin import patch_set
-
-    if not {patch for patch, _ in kept_with(scheduler)}.issuperset(PATCHES):
-        limits = Limits(scheduler.num_spec_tokens)
-        if patch_set().attach(scheduler, PATCHES, scheduler, limits):
-            setattr(scheduler, _KEPT, limits)
+    attach_once(scheduler, PATCHES, _KEPT, lambda: Limits(scheduler.num_spec_tokens), scheduler)
 
 
 def limits_of(scheduler: Any) -> Limits:

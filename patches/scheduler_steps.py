@@ -3,12 +3,10 @@ watches them."""
 
 from typing import Any
 
-from vllm_dflash.patches.place import kept_with
+from vllm_dflash.patches.scheduler import SCHEDULER, around, attach_once
 
-from vllm_dflash.patch import Patch
 from vllm_dflash.steps import Observer, Steps
 
-_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _KEPT = "_vllm_dflash_steps"
 _WHY = (
     "what was verified and accepted, steps without drafts and their times are seen in the engine's"
@@ -16,11 +14,9 @@ _WHY = (
     " watch. No body is touched, so the same holds for every scheduler"
 )
 _UNTIL = "vLLM lets a plug-in observe an engine's steps"
-
-
 _OUTPUT = "vllm.v1.core.sched.output:SchedulerOutput"
 _READ = (
-    *(f"{_SCHEDULER}.{name}" for name in ("connector", "requests", "running", "waiting")),
+    *(f"{SCHEDULER}.{name}" for name in ("connector", "requests", "running", "waiting")),
     f"{_OUTPUT}.num_invalid_spec_tokens",
     f"{_OUTPUT}.num_scheduled_tokens",
     f"{_OUTPUT}.num_spec_tokens_to_schedule",
@@ -34,27 +30,17 @@ _READ = (
 """Of a step, by whoever watches."""
 
 
-def _record(name: str, signature: str, replace: Any) -> Patch:
-    return Patch(
-        target=f"{_SCHEDULER}.{name}",
-        scope="instance",
-        needs="optional",
-        signatures={f"{_SCHEDULER}.{name}": signature},
-        names=_READ,
-        why=_WHY,
-        until=_UNTIL,
-        replace=replace,
+PATCHES = tuple(
+    around(name, signature, replace, names=_READ, why=_WHY, until=_UNTIL)
+    for name, signature, replace in (
+        ("schedule", "self, ...", lambda original, steps: steps.around_schedule(original)),
+        (
+            "update_from_output",
+            "self, scheduler_output, model_runner_output",
+            lambda original, steps: steps.around_update(original),
+        ),
+        ("shutdown", "self", lambda original, steps: steps.around_shutdown(original)),
     )
-
-
-PATCHES = (
-    _record("schedule", "self, ...", lambda original, steps: steps.around_schedule(original)),
-    _record(
-        "update_from_output",
-        "self, scheduler_output, model_runner_output",
-        lambda original, steps: steps.around_update(original),
-    ),
-    _record("shutdown", "self", lambda original, steps: steps.around_shutdown(original)),
 )
 
 
@@ -64,14 +50,7 @@ def watch(scheduler: Any, observer: Observer) -> bool:
     Returns:
         Whether it can be; where not, the log and ``vllm-dflash status`` say why.
     """
-    from vllm_dflash.plugin import patch_set
-
-    attached = {patch for patch, _ in kept_with(scheduler)}
-    if not attached.issuperset(PATCHES):
-        steps = Steps(scheduler)
-        if not patch_set().attach(scheduler, PATCHES, steps):
-            return False
-        setattr(scheduler, _KEPT, steps)
-    known: Steps = getattr(scheduler, _KEPT)
-    known.add(observer)
-    return True
+    steps = attach_once(scheduler, PATCHES, _KEPT, lambda: Steps(scheduler))
+    if steps is not None:
+        steps.add(observer)
+    return steps is not None
