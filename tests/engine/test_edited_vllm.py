@@ -7,21 +7,15 @@ of all other files.
     pytest tests/engine/test_edited_vllm.py
 """
 
-import json
-import os
-import subprocess
-import sys
-import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import vllm_copies
-from engine.harness import DRAFTER, TARGET, Job, engine_env, held_out_prompts, run_engines
-from pairs import make_random_drafter, random_prompts
-from targets import FAMILIES, VOCAB
+from engine.harness import DRAFTER, TARGET, Job, engine_env, run_engines
+from engine.other_vllm import accepted, edited, prompts_of, renamed, run, status, tokens
+from pairs import make_random_drafter
+from targets import FAMILIES
 
 pytestmark = pytest.mark.engine
 QWEN3, LLAMA, SAMPLER, SCHEDULER = (
@@ -36,78 +30,6 @@ ARCHITECTURES = {
 }
 """Of targets: the file, and what is left out where it was edited."""
 NOT_LOUDER = "self.o_proj(attn_output)", "self.o_proj(attn_output * 0.9)"
-
-
-def edited(folder: Path, *edits: tuple[str, str, str]) -> dict[str, str]:
-    """An environment whose vLLM differs from the installed one by ``edits``: file, what is replaced
-    once, and by what."""
-    vllm_copies.edited(folder, *edits)
-    return _before_the_installed(folder)
-
-
-def renamed(folder: Path, old: str, new: str) -> dict[str, str]:
-    """An environment whose vLLM calls a name otherwise, wherever it stands."""
-    vllm_copies.renamed(folder, old, new)
-    return _before_the_installed(folder)
-
-
-def _before_the_installed(folder: Path) -> dict[str, str]:
-    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    return engine_env({"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"})
-
-
-def status(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "vllm_dflash.cli", "status"],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def run(
-    env: dict[str, str], folder: Path, *pairs: tuple[Path, Path | None], **changes: Any
-) -> list[dict[str, Any]]:
-    """An engine for each target with its drafter or none; a process of its own, as the harness's
-    has imported vLLM already."""
-    return run_jobs(env, folder, [job(*pair, **changes) for pair in pairs])
-
-
-def job(target: Path, drafter: Path | None, **changes: Any) -> Job:
-    recorded = drafter is not None
-    return Job(target, drafter, prompts_of(target), max_tokens=24, record=recorded, **changes)
-
-
-def run_jobs(env: dict[str, str], folder: Path, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    out = folder / "reports.json"
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("worker.py")), str(out)],
-        input=json.dumps([job.to_json() for job in jobs]),
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(done.stdout + done.stderr)
-    reports = json.loads(out.read_text())
-    for report in reports:
-        report["log"] = done.stdout + done.stderr
-    return reports
-
-
-def prompts_of(target: Path) -> list[list[int]]:
-    return held_out_prompts(3) if target == TARGET else random_prompts(3, VOCAB)
-
-
-def tokens(report: dict[str, Any]) -> list[Sequence[int]]:
-    return report["batches"][0]["tokens"]
-
-
-def accepted(report: dict[str, Any]) -> int:
-    return report["batches"][0]["counters"]["accepted"]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -224,166 +146,6 @@ def test_an_edited_function_that_a_repeated_body_calls_is_seen(
     """What was repeated is more than the bodies that were fingerprinted at first: with the first
     two the target wrote another text, and status said nothing."""
     assert words in status(edited(tmp_path, edit)).stdout
-
-
-def test_a_norm_with_a_method_of_its_own_runs(tmp_path: Path) -> None:
-    """No body was edited: a method that vLLM's dispatch prefers was added. The fast layers, which
-    knew the old one, wrote the old text."""
-    own = (
-        "    def forward_cpu(self, x, residual=None):\n"
-        "        out = self.forward_native(x, residual)\n"
-        "        return (out[0] * 0.9, out[1]) if isinstance(out, tuple) else out * 0.9\n\n"
-    )
-    old = "    def forward_native(\n"
-    env = edited(tmp_path, ("model_executor/layers/layernorm.py", old, own + old))
-    plain, drafted = run(env, tmp_path, (TARGET, None), (TARGET, DRAFTER))
-    assert tokens(drafted) == tokens(plain)
-    assert "a norm runs RMSNorm.forward_cpu" in drafted["log"]
-    assert (
-        tokens(plain)
-        != run_engines([Job(TARGET, None, prompts_of(TARGET), max_tokens=24)])[0][0].tokens
-    )
-
-
-LOUDER_NORM = """
-    @classmethod
-    def get_default_ir_op_priority(cls, vllm_config):
-        from vllm import ir
-        from vllm.config.kernel import IrOpPriorityConfig
-
-        native = ir.ops.rms_norm.impls["native"].impl_fn
-
-        def louder(
-            x: torch.Tensor,
-            weight: torch.Tensor | None,
-            epsilon: float,
-            variance_size: int | None = None,
-        ) -> torch.Tensor:
-            return native(x, weight, epsilon, variance_size) * 1.1
-
-        if "louder" not in ir.ops.rms_norm.impls:
-            ir.ops.rms_norm.register_impl("louder")(louder)
-        return IrOpPriorityConfig.with_default(["native"], rms_norm=["louder"])
-
-"""
-CPU_PLATFORM = "class CpuPlatform(Platform):\n"
-CHOICES = (
-    ("platforms/cpu.py", CPU_PLATFORM, CPU_PLATFORM + LOUDER_NORM),
-    (
-        "v1/sample/ops/topk_topp_sampler.py",
-        "self.forward = self.forward_cpu",
-        "self.forward = self.forward_native",
-    ),
-    (
-        "model_executor/layers/logits_processor.py",
-        "            if self.scale != 1.0:\n                logits *= self.scale\n",
-        "            logits[..., ::2] -= 100.0\n"
-        "            if self.scale != 1.0:\n                logits *= self.scale\n",
-    ),
-)
-"""Another norm by the operator's priority, another sampler, and no token of an even number."""
-SEEDED = {"temperature": 1.0, "seed": 7, "top_p": 0.95}
-
-
-@pytest.fixture(scope="module")
-def chosen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Reports by ``plain`` and ``drafted``, greedy and seeded, of a vLLM with ``CHOICES``."""
-    folder = tmp_path_factory.mktemp("chosen")
-    env = edited(folder, *CHOICES)
-    asked = {
-        f"{name} {kind}": job(TARGET, drafter, sampling=sampling)
-        for kind, sampling in (("greedy", {}), ("seeded", SEEDED))
-        for name, drafter in (("plain", None), ("drafted", DRAFTER))
-    }
-    found = dict(zip(asked, run_jobs(env, folder, list(asked.values())), strict=True))
-    return found | {"status": {"text": status(env).stdout}}
-
-
-def test_an_operator_that_is_dispatched_elsewhere_keeps_the_modules(
-    chosen: dict[str, dict[str, Any]],
-) -> None:
-    """The norm that was repeated had the recorded body, but vLLM ran another one: the fast layers
-    wrote another text, and status said nothing."""
-    plain, drafted = chosen["plain greedy"], chosen["drafted greedy"]
-    assert tokens(drafted) == tokens(plain)
-    assert "vLLM's IR op rms_norm runs louder, not native" in drafted["log"]
-
-
-def test_a_seed_gives_what_it_gives_by_the_sampler_that_vllm_chose(
-    chosen: dict[str, dict[str, Any]],
-) -> None:
-    """As on POWERPC and RISC-V, where vLLM does not sample by its CPU kernel: with drafts a seed
-    gave another text than without."""
-    assert tokens(chosen["drafted seeded"]) == tokens(chosen["plain seeded"])
-    assert tokens(chosen["plain seeded"]) != tokens(chosen["plain greedy"])
-    assert accepted(chosen["drafted seeded"]) > 0
-
-
-def test_drafts_are_ranked_by_what_vllm_makes_of_logits(chosen: dict[str, dict[str, Any]]) -> None:
-    """The drafter's fast logits left out what was added: drafts were tokens that the target never
-    writes, and acceptance fell without a word."""
-    assert "left out: vllm.model_executor.layers.logits_processor" in chosen["status"]["text"]
-    assert chosen["status"]["text"].count("left out: ") == 1
-    drafts = [d["draft"] for d in chosen["drafted greedy"]["batches"][0]["drafts"]]
-    assert len(drafts) > 5
-    assert all(token % 2 for draft in drafts for token in draft)
-
-
-def with_plug_in(folder: Path, body: str) -> dict[str, str]:
-    """An environment with another plug-in of vLLM's, which runs ``body`` when it is loaded."""
-    (folder / "other_plugin.py").write_text(f"def register():\n{textwrap.indent(body, '    ')}")
-    info = folder / "other_plugin-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other-plugin\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[vllm.general_plugins]\nother = other_plugin:register\n"
-    )
-    return _before_the_installed(folder)
-
-
-QUIETER = """
-from vllm.model_executor.{module} import {owner}
-original = {owner}.{name}
-def quieter(self, *args):
-    out = original(self, *args)
-    return (out[0] * 0.8, *out[1:]) if isinstance(out, tuple) else out * 0.8
-{owner}.{name} = quieter
-"""
-
-
-@pytest.mark.parametrize(
-    ("module", "owner", "name", "said"),
-    [
-        ("models.qwen2", "Qwen2MLP", "forward", "Qwen2MLP, but it is other_plugin:register."),
-        ("layers.layernorm", "RMSNorm", "__call__", "RMSNorm has a __call__ of its own"),
-    ],
-)
-def test_a_method_that_another_plug_in_sets_on_a_class_is_not_passed_by(
-    tmp_path: Path, module: str, owner: str, name: str, said: str
-) -> None:
-    """The source is as it was: the fast layers, which repeat it, wrote the text of a model without
-    the plug-in."""
-    env = with_plug_in(tmp_path, QUIETER.format(module=module, owner=owner, name=name))
-    plain, drafted = run(env, tmp_path, (TARGET, None), (TARGET, DRAFTER))
-    assert tokens(drafted) == tokens(plain)
-    assert said in drafted["log"]
-    assert "leaves a part out" in drafted["log"]
-
-
-def test_a_body_that_another_plug_in_replaces_is_refused_where_ours_needs_it(
-    tmp_path: Path,
-) -> None:
-    """Our proposer extends vLLM's, whose method the plug-in has set."""
-    env = with_plug_in(
-        tmp_path,
-        "from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer as Base\n"
-        "original = Base.prepare_inputs_padded\n"
-        "Base.prepare_inputs_padded = lambda self, *args: original(self, *args)\n",
-    )
-    (plain,) = run(env, tmp_path, (TARGET, None))
-    assert len(tokens(plain)) == 3
-    with pytest.raises(RuntimeError, match=r"prepare_inputs_padded, but it is other_plugin:.*one"):
-        run(env, tmp_path, (TARGET, DRAFTER))
 
 
 def test_an_edited_rejection_sampler_is_refused_and_plain_serving_works(tmp_path: Path) -> None:

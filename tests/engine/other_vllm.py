@@ -1,0 +1,91 @@
+"""Engines and ``vllm-dflash status`` in processes of their own, where vLLM is an edited copy or
+another plug-in is installed."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import vllm_copies
+from engine.harness import TARGET, Job, engine_env, held_out_prompts
+from pairs import random_prompts
+from targets import VOCAB
+
+
+def edited(folder: Path, *edits: tuple[str, str, str]) -> dict[str, str]:
+    """An environment whose vLLM differs from the installed one by ``edits``: file, what is replaced
+    once, and by what."""
+    vllm_copies.edited(folder, *edits)
+    return before_the_installed(folder)
+
+
+def renamed(folder: Path, old: str, new: str) -> dict[str, str]:
+    """An environment whose vLLM calls a name otherwise, wherever it stands."""
+    vllm_copies.renamed(folder, old, new)
+    return before_the_installed(folder)
+
+
+def before_the_installed(folder: Path) -> dict[str, str]:
+    """An environment that finds what is in a folder before what is installed."""
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return engine_env({"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"})
+
+
+def status(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """``vllm-dflash status``."""
+    return subprocess.run(
+        [sys.executable, "-m", "vllm_dflash.cli", "status"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def run(
+    env: dict[str, str], folder: Path, *pairs: tuple[Path, Path | None], **changes: Any
+) -> list[dict[str, Any]]:
+    """An engine for each target with its drafter or none; a process of its own, as the harness's
+    has imported vLLM already."""
+    return run_jobs(env, folder, [job(*pair, **changes) for pair in pairs])
+
+
+def job(target: Path, drafter: Path | None, **changes: Any) -> Job:
+    """Few prompts and short answers; drafts are recorded."""
+    recorded = drafter is not None
+    return Job(target, drafter, prompts_of(target), max_tokens=24, record=recorded, **changes)
+
+
+def run_jobs(env: dict[str, str], folder: Path, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """The jobs' reports, each with the process's ``log``. Raises RuntimeError with that."""
+    out = folder / "reports.json"
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("worker.py")), str(out)],
+        input=json.dumps([job.to_json() for job in jobs]),
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(done.stdout + done.stderr)
+    reports = json.loads(out.read_text())
+    for report in reports:
+        report["log"] = done.stdout + done.stderr
+    return reports
+
+
+def prompts_of(target: Path) -> list[list[int]]:
+    return held_out_prompts(3) if target == TARGET else random_prompts(3, VOCAB)
+
+
+def tokens(report: dict[str, Any]) -> list[Sequence[int]]:
+    return report["batches"][0]["tokens"]
+
+
+def accepted(report: dict[str, Any]) -> int:
+    return report["batches"][0]["counters"]["accepted"]
