@@ -6,7 +6,7 @@ from vllm_dflash.patch import Patch
 
 
 def _replace(original: Any, runner: Any, max_num_reqs: int) -> Any:
-    from vllm_dflash.cpu.verification import DraftMetadata
+    from vllm_dflash.cpu.draft_metadata import DraftMetadata
 
     return DraftMetadata(runner.input_ids.np, max_num_reqs)
 

@@ -23,6 +23,11 @@ SCOPES = {
 _OFF = frozenset({"0", "off", "false", "no"})
 
 
+class PatchError(RuntimeError):
+    """Patches do not fit what is installed; the message lists every problem, and nothing was
+    replaced."""
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Patch:
     """One replacement, or code of ours that repeats or extends upstream's. Dotted names are

@@ -20,10 +20,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from vllm_dflash.log import logger
-from vllm_dflash.patch import Patch, is_switched_off
+from vllm_dflash.patch import Patch, PatchError, is_switched_off
 from vllm_dflash.patches.on_import import AfterImport
 from vllm_dflash.patches.place import Replaced, kept_with
-from vllm_dflash.replaced import name_of
 from vllm_dflash.supported import SUPPORTED_VLLM, is_supported
 from vllm_dflash.upstream import Sources
 
@@ -31,12 +30,6 @@ Built = TypeVar("Built")
 TOLD = "VLLM_DFLASH_LEFT_OUT"
 """Inherited by the processes that vLLM starts, so that a user reads once what was left out."""
 LEFT_OUT = "vllm-dflash leaves a part out, and vLLM's own stays: %s"
-_OWN = __name__.partition(".")[0]
-
-
-class PatchError(RuntimeError):
-    """Patches do not fit what is installed; the message lists every problem, and nothing was
-    replaced."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +98,7 @@ class PatchSet:
             replaced = [
                 p for p in self.patches if p in self._applied and not self._applied[p].is_in_place
             ]
-            problems = [f"{patch.target}: {_describe(self._applied[patch])}" for patch in replaced]
+            problems = [f"{patch.target}: {self._applied[patch].describe()}" for patch in replaced]
             if not self._on:
                 problems += self.check(version)
             self._raise(problems)
@@ -140,7 +133,7 @@ class PatchSet:
             ready = []
             for patch in patches:
                 try:
-                    ready.append(self._built(owner, patch, context))
+                    ready.append(Replaced.of_object(owner, patch, context))
                 except Exception as error:
                     if not self._leave_out(patch, str(error)):
                         raise
@@ -182,7 +175,7 @@ class PatchSet:
         with self._lock:
             self._raise(
                 [
-                    f"{patch.target}: {_describe(applied)}"
+                    f"{patch.target}: {applied.describe()}"
                     for patch, applied in self._applied.items()
                     if not applied.is_in_place
                 ]
@@ -255,10 +248,7 @@ class PatchSet:
         problems: list[str] = []
         for patch in patches:
             try:
-                owner = self._resolve(patch)
-                assert patch.replace is not None
-                original = vars(owner)[patch.name]
-                ready[patch] = Replaced(owner, patch.name, True, original, patch.replace(original))
+                ready[patch] = Replaced.of_module(patch, self._defined_as[patch.target])
             except PatchError as error:
                 problem = f"{error}{patch.remedy}"
                 problems += [] if self._leave_out(patch, problem) else [problem]
@@ -269,54 +259,6 @@ class PatchSet:
         for patch, applied in ready.items():
             applied.put()
             self._applied[patch] = applied
-
-    def _resolve(self, patch: Patch) -> Any:
-        """The object that holds the target.
-
-        Raises:
-            PatchError: the name is gone, or it is not what the source defines.
-        """
-        owner: Any = sys.modules[patch.module]
-        for part in patch.qualname.split(".")[:-1]:
-            owner = vars(owner).get(part)
-            if owner is None:
-                raise PatchError(f"{patch.target}: no {part} in the imported module")
-        if patch.name not in vars(owner):
-            raise PatchError(f"{patch.target}: no {patch.name} in the imported module")
-        if (problem := patch.replaced()) is not None:
-            raise PatchError(problem)
-        found, expected = name_of(vars(owner)[patch.name]), self._defined_as[patch.target]
-        if found != expected:
-            raise PatchError(
-                f"{patch.target}: expected {':'.join(expected)}, but it is {':'.join(found)}: "
-                "another plug-in replaced it; load one of the two"
-            )
-        return owner
-
-    @staticmethod
-    def _built(owner: Any, patch: Patch, context: tuple[Any, ...]) -> Replaced:
-        """The replacement of an object's attribute, not put in place yet.
-
-        Raises:
-            PatchError: it is neither upstream's nor ours. A class of a third package may have its
-                own method where a record only runs something around it.
-        """
-        value = getattr(owner, patch.name)
-        found = name_of(
-            value if callable(value) and hasattr(value, "__qualname__") else type(value)
-        )
-        roots = {patch.module.partition(".")[0], _OWN}
-        if patch.name not in vars(owner) and patch.target not in patch.fingerprints:
-            roots.add(type(owner).__module__.partition(".")[0])
-        if found[0].partition(".")[0] not in roots:
-            raise PatchError(
-                f"{patch.target}: it is {':'.join(found)}: another plug-in replaced it; load one of"
-                " the two"
-            )
-        assert patch.replace is not None
-        return Replaced(
-            owner, patch.name, patch.name in vars(owner), value, patch.replace(value, *context)
-        )
 
     def _leave_out(self, patch: Patch, problem: str) -> bool:
         """Notes that an optional record is not applied, and says so; returns whether it may be."""
@@ -358,8 +300,3 @@ class PatchSet:
                     if not isinstance(error, PatchError)
                     else str(error)
                 )
-
-
-def _describe(applied: Replaced) -> str:
-    ours, current = ":".join(name_of(applied.replacement)), vars(applied.owner).get(applied.name)
-    return f"our {ours} was replaced by {':'.join(name_of(current))}: load one of the two plug-ins"

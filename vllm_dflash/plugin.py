@@ -17,8 +17,8 @@ from typing import Any
 from vllm_dflash import kinds
 from vllm_dflash.log import logger
 from vllm_dflash.metrics.snapshots import choose_folder
-from vllm_dflash.patch import is_switched_off
-from vllm_dflash.patching import PatchError, PatchSet
+from vllm_dflash.patch import PatchError, is_switched_off
+from vllm_dflash.patching import PatchSet
 from vllm_dflash.supported import PROBLEM, installed_vllm, is_supported, refusal
 
 SWITCH = "VLLM_DFLASH"

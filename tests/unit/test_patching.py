@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from releases import OLDEST
-from vllm_dflash.patch import Patch
-from vllm_dflash.patching import PatchError, PatchSet
+from vllm_dflash.patch import Patch, PatchError
+from vllm_dflash.patching import PatchSet
 from vllm_dflash.upstream import Definition, SourceNotFoundError, Sources
 
 VERSION = f"{OLDEST}.0"

@@ -19,6 +19,7 @@ NEEDS_VLLM = {
     "cpu.backend",
     "cpu.dispatch",
     "cpu.draft_layers",
+    "cpu.draft_metadata",
     "cpu.layers",
     "cpu.rows",
     "cpu.sampler_choice",

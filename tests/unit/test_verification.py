@@ -8,8 +8,9 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm_dflash.cpu.draft_metadata import DraftMetadata
 from vllm_dflash.cpu.sampling import SeedDraws
-from vllm_dflash.cpu.verification import DraftMetadata, Verifier, keep_accepted
+from vllm_dflash.cpu.verification import Verifier, keep_accepted
 
 pytestmark = pytest.mark.vllm
 
