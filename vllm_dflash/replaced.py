@@ -4,7 +4,7 @@ say what runs. Imports nothing of it.
 Limits: a definition is a function, a method or a class with its own methods. Code counts as another
 package's by the module whose globals it runs with, which ``functools.wraps`` does not copy.
 
-    pytest tests/unit/test_replaced.py tests/engine/test_edited_vllm.py
+    pytest tests/unit/test_replaced.py tests/engine/test_other_plug_ins.py
 """
 
 import functools

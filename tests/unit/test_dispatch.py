@@ -25,6 +25,7 @@ from vllm.v1.sample.sampler import Sampler
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.cpu.dispatch import (
     Untouched,
+    foreign_classes,
     is_cpu_linear,
     only_projects,
     other_choices,
@@ -161,12 +162,21 @@ def test_noise_in_float64_is_not_the_kernels() -> None:
     assert not draws_by_kernel(TopKTopPSampler(use_fp64_gumbel=True))
 
 
+class Computes:
+    """As a weight's method, or an attention's backend, does for its module."""
+
+    def apply(self, x: Any) -> Any:
+        return x
+
+
 class Layered(torch.nn.Module):
-    """A model of two projections; ``start_layer`` and the like are the target's to have."""
+    """A model of two projections."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        self.first.quant_method, self.second.impl = Computes(), Computes()
+        self.start_layer, self.end_layer = 0, 2
 
 
 @pytest.mark.parametrize(
@@ -177,23 +187,74 @@ class Layered(torch.nn.Module):
         lambda model: model.register_forward_hook(print),
         lambda model: setattr(model.second, "forward", print),
         lambda model: torch.nn.modules.module.register_module_forward_hook(lambda *_: None),
+        lambda model: setattr(model.second, "extra_repr", print),
+        lambda model: setattr(model.first.quant_method, "apply", print),
+        lambda model: setattr(model.second.impl, "apply", print),
+        lambda model: setattr(model, "end_layer", 1),
     ],
-    ids=["hook", "pre-hook", "the model's hook", "forward", "hook of all modules"],
+    ids=[
+        "hook",
+        "pre-hook",
+        "the model's hook",
+        "forward",
+        "hook of all modules",
+        "method",
+        "method of a weight's",
+        "method of a backend",
+        "fewer layers",
+    ],
 )
 def test_what_is_done_to_a_loaded_model_is_seen_at_its_next_forward(touch: Any) -> None:
     """``llm.apply_model`` is a way to steer and to probe: a hook that came after the fast layers
-    was never called."""
+    was never called. Nor was a method that was set later, or which layers it runs, heeded."""
     model = Layered()
     untouched = Untouched(model)
     assert untouched
     assert list(untouched.touched()) == []
     handle = touch(model)
-    assert not untouched
-    assert list(untouched.touched())
-    vars(model.second).pop("forward", None)
+    for _ in range(2):
+        assert not untouched
+        assert len(list(untouched.touched())) == 1
+    for part in (model.second, model.first.quant_method, model.second.impl):
+        for name in ("forward", "apply", "extra_repr"):
+            vars(part).pop(name, None)
     if handle is not None:
         handle.remove()
+    model.end_layer = 2
     assert untouched
+
+
+def test_an_attribute_that_is_no_method_changes_nothing() -> None:
+    """vLLM binds a cache to a layer, and takes over kernels after a load."""
+    model = Layered()
+    untouched = Untouched(model)
+    model.first.kv_cache = torch.zeros(1)
+    assert untouched
+    model.first.forward = print
+    assert not untouched
+    del model.first.kv_cache
+    assert not untouched
+    del model.first.forward
+    assert untouched
+
+
+def test_a_class_of_another_package_is_named() -> None:
+    """The fast layers stayed out without a word."""
+
+    class Another(torch.nn.Linear):
+        """Of another plug-in."""
+
+    layers = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.SiLU(), RMSNorm(2))
+    model = SimpleNamespace(layers=layers, do_not_compile=True)
+    assert list(foreign_classes(model)) == []
+    layers.append(Another(2, 2))
+    layers[0].quant_method = Computes()
+    named = list(foreign_classes(model))
+    assert [said.partition(" runs ")[0] for said in named] == ["layers.0", "layers.3"]
+    assert named[0].endswith("test_dispatch.Computes")
+    assert named[1].endswith("Another")
+    model.do_not_compile = False
+    assert list(foreign_classes(model)) == []
 
 
 def test_a_method_of_the_class_that_was_set_later_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +265,8 @@ def test_a_method_of_the_class_that_was_set_later_is_seen(monkeypatch: pytest.Mo
     with monkeypatch.context() as later:
         later.setattr(torch.nn.Module, "__call__", lambda *_: None)
         assert not untouched
-        assert "torch's modules run" in " ".join(untouched.touched())
+        [said] = untouched.touched()  # it was said of each class too
+        assert said.startswith("torch's modules run")
     with monkeypatch.context() as later:
         later.setattr(torch.nn.Module, "_call_impl", lambda *_: None)
         assert "torch's modules run" in " ".join(untouched.touched())

@@ -159,14 +159,16 @@ def _use_eager_layers(target_model: Any, record: Patch) -> None:
 
 def _eager_layers(drafter: Any) -> tuple[Any, WriteRows] | None:
     """A loaded drafter's layers and its context kernel by kernel; None where its modules run."""
-    from vllm_dflash.cpu.dispatch import leave_out, other_choices
+    from vllm_dflash.cpu.dispatch import foreign_classes, leave_out, other_choices
     from vllm_dflash.cpu.draft_layers import EagerContext, EagerLayers
     from vllm_dflash.cpu.layers import can_run
 
-    if not can_run(drafter.model):
-        return None
-    if (why := next(other_choices(drafter.model), None)) is not None:
+    fits = can_run(drafter.model)
+    others = other_choices if fits else foreign_classes
+    if (why := next(others(drafter.model), None)) is not None:
         leave_out("the kernels of the drafter's layers", why)
+        return None
+    if not fits:
         return None
     layers = EagerLayers(drafter.model)
     return layers, EagerContext(drafter.model, layers)

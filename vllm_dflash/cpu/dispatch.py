@@ -4,7 +4,7 @@ A record's fingerprints say what an implementation does, not that it is the one 
 processor, an option such as ``--ir-op-priority`` or ``custom_ops``, or another plug-in's class may
 choose another. Asked once an engine, when its model is loaded.
 
-    pytest tests/unit/test_dispatch.py tests/engine/test_edited_vllm.py
+    pytest tests/unit/test_dispatch.py tests/engine/test_other_choices.py
 """
 
 from collections.abc import Iterator
@@ -33,6 +33,7 @@ from vllm_dflash.patching import LEFT_OUT
 from vllm_dflash.replaced import replaced_by, shadowed
 
 _CALL = torch.nn.Module.__call__
+_KNOWN = frozenset({"vllm", "torch", "builtins", __name__.partition(".")[0]})
 _LINEAR = ColumnParallelLinear.forward, ReplicatedLinear.forward, RowParallelLinear.forward
 
 
@@ -106,49 +107,104 @@ def other_norms(norms: list[Any]) -> Iterator[str]:
             yield f"vLLM's IR op {op.name} runs {first}, not native"
 
 
+def foreign_classes(model: Any) -> Iterator[str]:
+    """Which classes of a loaded model's layers, and of what runs in them, are neither vLLM's,
+    torch's nor ours: another plug-in's are not repeated. Under compilation nothing is anyway."""
+    if not getattr(model, "do_not_compile", False):
+        return
+    for name, module in model.layers.named_modules(prefix="layers"):
+        for part in _with_what_it_runs(module):
+            kind = type(part)
+            if kind.__module__.partition(".")[0] not in _KNOWN:
+                yield f"{name} runs {kind.__module__}.{kind.__qualname__}"
+
+
 class Untouched:
     """Whether a loaded model's modules are what their classes say, and nobody listens to them: true
-    or false, at any time. ``llm.apply_model`` may register a hook or set a ``forward`` in a running
-    engine; asked for each forward, so it looks at no more than is needed."""
+    or false, at any time. ``llm.apply_model`` may register a hook or set a method in a running
+    engine.
+
+    Asked for each forward, so it looks at no more than is needed: a module that has got a method of
+    its own has more attributes than it had, and which they are is looked at only then. Limit: an
+    attribute that is taken away and a method that is set, both between two forwards, are not seen.
+    """
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._parts = [module for module in model.modules() if module is not model]
+        modules = list(model.modules())
         self._hooks = [
             hooks
-            for module in model.modules()
+            for module in modules
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ] + [_torch_modules._global_forward_hooks, _torch_modules._global_forward_pre_hooks]
-        self._calls = [(kind, kind.forward) for kind in {type(part) for part in self._parts}]
+        # The model's own ``forward`` is what ours stands in the place of.
+        modules.remove(model)
+        self._parts = [part for module in modules for part in _with_what_it_runs(module)]
+        self._attributes = [vars(part).keys() for part in self._parts]
+        self._counts = [0] * len(self._parts)
+        self._replaced: set[int] = set()
+        """Which of the parts had methods of their own when they had as many attributes."""
+        self._kinds = list({type(module) for module in modules})
+        self._forwards = [kind.forward for kind in self._kinds]
+        self._calls = [_CALL] * len(self._kinds)
+        self._range = _range_of(model)
 
     def __bool__(self) -> bool:
+        if (counts := [*map(len, self._attributes)]) != self._counts:
+            self._look_again(counts)
         return not (
-            any(self._hooks)
-            or any("forward" in vars(part) for part in self._parts)
-            or any(
-                kind.forward is not forward or kind.__call__ is not _CALL
-                for kind, forward in self._calls
-            )
+            self._replaced
+            or any(self._hooks)
+            or [kind.forward for kind in self._kinds] != self._forwards
+            or [kind.__call__ for kind in self._kinds] != self._calls
+            or _range_of(self._model) != self._range
         )
+
+    def _look_again(self, counts: list[int]) -> None:
+        for index, (now, before) in enumerate(zip(counts, self._counts, strict=True)):
+            if now != before and shadowed(self._parts[index]) is not None:
+                self._replaced.add(index)
+            elif now != before:
+                self._replaced.discard(index)
+        self._counts = counts
 
     def touched(self) -> Iterator[str]:
         """What is not as the classes say, in words; more than is asked for each forward."""
-        if any(self._hooks[-2:]) or torch.nn.Module.__call__ is not _CALL:
+        if any(self._hooks[-2:]):
             yield "torch's modules have hooks"
-        for name in ("__call__", "_wrapped_call_impl", "_call_impl"):
-            if (found := replaced_by(f"torch.nn.modules.module:Module.{name}")) is not None:
-                yield f"torch's modules run {found}"
+        calls = [
+            found
+            for name in ("__call__", "_wrapped_call_impl", "_call_impl")
+            if (found := replaced_by(f"torch.nn.modules.module:Module.{name}")) is not None
+        ]
+        if not calls and torch.nn.Module.__call__ is not _CALL:
+            calls = [named(torch.nn.Module.__call__)]
+        yield from (f"torch's modules run {found}" for found in calls)
+        if _range_of(self._model) != self._range:
+            yield "which layers it runs was set anew"
         for name, module in self._model.named_modules():
             what = name or "the model"
             if module._forward_hooks or module._forward_pre_hooks:
                 yield f"{what} has hooks"
-            if (own := shadowed(module)) is not None:
-                yield f"the {own} of {what} was replaced"
-            method = getattr(module, "quant_method", None)
-            if method is not None and (own := shadowed(method)) is not None:
-                yield f"the {own} of the weight of {what} was replaced"
-            if module is not self._model and type(module).__call__ is not _CALL:
+            for part in _with_what_it_runs(module):
+                if (own := shadowed(part)) is not None:
+                    of = what if part is module else f"the {type(part).__qualname__} of {what}"
+                    yield f"the {own} of {of} was replaced"
+            called = type(module).__call__
+            if module is not self._model and called not in (_CALL, torch.nn.Module.__call__):
                 yield f"{type(module).__qualname__} has a __call__ of its own"
+
+
+def _with_what_it_runs(module: Any) -> list[Any]:
+    """A module, and the objects that compute for it: its weight's method, an attention's
+    backend."""
+    parts = (getattr(module, name, None) for name in ("quant_method", "impl"))
+    return [module, *(part for part in parts if hasattr(part, "__dict__"))]
+
+
+def _range_of(model: Any) -> tuple[Any, Any]:
+    """The first of the layers that it runs, and the one after the last."""
+    return vars(model).get("start_layer"), vars(model).get("end_layer")
 
 
 def _name(module: Any) -> str:

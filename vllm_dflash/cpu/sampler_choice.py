@@ -1,7 +1,7 @@
 """Which sampler vLLM itself would run, where drafts are verified as it samples; asked once an
 engine. The layers' choices, which are optional, are in ``dispatch.py``.
 
-    pytest tests/unit/test_dispatch.py tests/engine/test_edited_vllm.py
+    pytest tests/unit/test_dispatch.py tests/engine/test_other_choices.py
 """
 
 from typing import Any

@@ -20,12 +20,17 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from vllm_dflash.cpu.dispatch import Untouched, leave_out, other_choices, other_norms
+from vllm_dflash.cpu.dispatch import (
+    Untouched,
+    foreign_classes,
+    leave_out,
+    other_choices,
+    other_norms,
+)
 from vllm_dflash.cpu.layers import Layer, Workspace, can_run, embedding, live
 from vllm_dflash.patch import Patch
 from vllm_dflash.patches import cpu_target
 from vllm_dflash.plugin import patch_set
-from vllm_dflash.replaced import shadowed
 
 
 @dataclass(frozen=True)
@@ -82,14 +87,14 @@ def use_eager_layers(target: Any, record: Patch) -> bool:
     returns whether they fit it."""
     # By class: those that extend these also change what is inside, as Ernie 4.5 does of Llama.
     architecture = ARCHITECTURES[record]().get(type(target))
-    if architecture is None or not architecture.is_of(model := target.model):
+    if architecture is None:
         return False
-    if not can_run(model):
-        return False
-    if (why := next(_unknown(model), None)) is not None:
+    model = target.model
+    fits = architecture.is_of(model) and can_run(model)
+    if (why := next(_unknown(model) if fits else foreign_classes(model), None)) is not None:
         leave_out(f"the kernels of {record.target}", why)
         return False
-    return patch_set().attach(model, [record], model)
+    return fits and patch_set().attach(model, [record], model)
 
 
 def _unknown(model: Any) -> Iterator[str]:
@@ -112,9 +117,6 @@ def _unknown(model: Any) -> Iterator[str]:
     yield from other_norms(norms)
     if (model.start_layer, model.end_layer) != (0, len(model.layers)):
         yield f"it runs layers {model.start_layer} to {model.end_layer} only"
-    for layer in model.layers:
-        if (name := shadowed(layer.self_attn.attn.impl)) is not None:
-            yield f"an attention's {name} was replaced"
     yield from Untouched(model).touched()
 
 
