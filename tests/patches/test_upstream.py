@@ -91,6 +91,7 @@ def test_every_patch_file_is_in_the_list_and_in_the_table():
         "guard",
         "place",
         "on_import",
+        "scheduler",
     }
     modules = {stem: importlib.import_module(f"vllm_dflash.patches.{stem}") for stem in files}
     records = {
