@@ -8,6 +8,7 @@ from typing import Any
 from pairs import make_random_drafter, random_drafter_config
 
 _ALL_LAYERS = {"target_layer_ids": (0, 1, 2, 3, 4)}
+_FEW = {"selector_rank": 12, "selector_top_k": 5}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -54,6 +55,9 @@ VARIANTS = {
     "dflash sliding causal": Variant({"sliding_windows": (24, 24, 24), "sliding_causal": True}),
     "dflash mixed": Variant({"sliding_windows": (24, None, 24)}),
     "dflash mixed causal": Variant({"sliding_windows": (24, None, 24), "sliding_causal": True}),
+    "dflash2": Variant({"kind": "dflash2", "head": {"selector_rank": 24, "selector_top_k": 16}}),
+    "dflash2 speculators": Variant({"kind": "dflash2", "head": _FEW}, format="speculators"),
+    "dflare candidates": Variant(_ALL_LAYERS | {"kind": "dflare-candidates", "head": _FEW}),
     "dflare": Variant(_ALL_LAYERS | {"kind": "dflare", "num_hidden_layers": 4}),
     "dflare biases": Variant(_ALL_LAYERS | {"kind": "dflare", "attention_bias": True}),
     "dflare mixed": Variant(_ALL_LAYERS | {"kind": "dflare", "sliding_windows": (None, 24, 24)}),

@@ -106,7 +106,7 @@ def check_v2_runner(drafter: DrafterConfig) -> None:
         DrafterConfigError: names the remedy.
     """
     kind = kind_of(drafter)
-    if not kind.head.is_argmax or kind.first_row != AFTER_ANCHOR:
+    if kind.first_row != AFTER_ANCHOR:
         raise DrafterConfigError(
             f"vLLM's V2 model runner does not draft as a {kind.label} drafter does",
             "set VLLM_USE_V2_MODEL_RUNNER=0",
@@ -258,7 +258,8 @@ def _attributes(drafter: DrafterConfig) -> dict[str, Any]:
     """What vLLM's own code reads of a draft config: it knows one spelling of each, and not all
     formats have it."""
     raw = write(drafter, published_format(drafter))
-    attributes = {_CONFIG: raw} | {
+    # By another name than the published one, which vLLM may treat in a way of its own.
+    attributes = {_CONFIG: raw, "architectures": [kind_of(drafter).served_architecture]} | {
         name: raw[name] for name in ("dflash_config", "block_size", "layer_types", "sliding_window")
     }
     if len(set(drafter.windows)) > 1:

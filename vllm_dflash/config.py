@@ -25,6 +25,10 @@ DEFAULT_ROPE_THETA = 1_000_000.0
 _LONGEST_PART = 2000
 
 
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def printable(text: object) -> str:
     """``text`` with every character that a terminal would act on, or not show, written as its
     escape.
@@ -149,12 +153,21 @@ class DrafterConfig:
     quantization_config: Mapping[str, Any] | None = None
     """As in config.json, for vLLM's quantized layers."""
     dtype: str = "bfloat16"
+    head: Mapping[str, Any] = field(default_factory=dict)
+    """The settings of the kind's head, by their keys in config.json; its defaults where they are
+    left out."""
     unknown_keys: tuple[str, ...] = field(default=(), compare=False)
     """Keys of its config.json that this package does not know: if one of them changes what is
     computed, tau is low."""
     format: str = field(default="z-lab", compare=False)
     """The checkpoint format that it was read from, one of
     ``vllm_dflash.formats.format_names()``."""
+
+    def __post_init__(self) -> None:
+        if self.kind in kinds.names():
+            settings = kinds.kind_of(self).head.settings
+            whole = {name: setting.default for name, setting in settings.items()}
+            object.__setattr__(self, "head", whole | dict(self.head))
 
     @property
     def max_speculative_tokens(self) -> int:
@@ -244,6 +257,7 @@ class DrafterConfig:
                 field="mask_token_id",
             )
         self._check_layers()
+        self._check_head()
         if self.draft_vocab_size is not None and not 0 < self.draft_vocab_size < self.vocab_size:
             raise DrafterConfigError(
                 f"draft_vocab_size {self.draft_vocab_size} is not between 1 and vocab_size"
@@ -262,6 +276,33 @@ class DrafterConfig:
             from vllm_dflash.formats.rope import check_scaling
 
             check_scaling(self.rope_scaling, self.head_dim)
+
+    def _check_head(self) -> None:
+        kind = kinds.kind_of(self)
+        for name, value in self.head.items():
+            setting = kind.head.settings.get(name)
+            if setting is None:
+                raise DrafterConfigError(
+                    f"{name} is no setting of a {kind.label} drafter's head",
+                    f"known are {', '.join(kind.head.settings) or 'none'}",
+                    field=name,
+                )
+            most = setting.most
+            if setting.counts_tokens:
+                most = min(most, self.vocab_size)
+            if not _is_int(value) or not setting.least <= value <= most:
+                raise DrafterConfigError(
+                    f"{name} is {value!r}",
+                    f"a whole number from {setting.least} to {most}",
+                    field=name,
+                )
+        if self.draft_vocab_size is not None and not kind.head.is_argmax:
+            raise DrafterConfigError(
+                f"draft_vocab_size is {self.draft_vocab_size}, and the head of a {kind.label}"
+                " drafter ranks the target's whole vocabulary",
+                "leave draft_vocab_size out, or use another checkpoint",
+                field="draft_vocab_size",
+            )
 
     def _check_layers(self) -> None:
         if not self.target_layer_ids:

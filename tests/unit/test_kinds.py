@@ -27,6 +27,7 @@ from vllm_dflash.drafting.layout import block_layout
 from vllm_dflash.formats import format_names, parse, write
 from vllm_dflash.formats.speculators import SPECULATORS
 from vllm_dflash.heads import Ranking
+from vllm_dflash.heads.reference import Block
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.reference.checkpoint import new_drafter
 from vllm_dflash.reference.loss import block_labels, position_weights
@@ -39,7 +40,8 @@ from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.target import find_target
 
 ROOT = Path(__file__).parents[2]
-OURS = ("dflare", "dflash")
+OURS = ("dflare", "dflash", "dflash2", "dflare-candidates")
+CONTEXTS = ("dflare", "dflash")
 METHOD = {
     ("formats/__init__", "METHOD"),
     ("adaptive/settings", "SECTION"),
@@ -80,9 +82,9 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.mark.vllm
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kind", [*OURS, "onelayer"])
+@pytest.mark.parametrize("kind", [*CONTEXTS, "onelayer"])
 def test_served_is_the_reference(kind: str, bias: bool) -> None:
-    if bias and kind not in OURS:
+    if bias and kind not in CONTEXTS:
         pytest.skip("the example has no biases")
     config = random_drafter_config(kind=kind, attention_bias=bias).with_()
     torch.manual_seed(0)
@@ -113,9 +115,9 @@ def test_served_is_the_reference(kind: str, bias: bool) -> None:
 
 
 @pytest.mark.parametrize("confident", [False, True])
-@pytest.mark.parametrize("kind", ["dflash", "norepeat"])
+@pytest.mark.parametrize("kind", ["dflash", "dflash2", "norepeat"])
 def test_a_served_head_is_the_reference(kind: str, confident: bool) -> None:
-    config, batch, k = random_drafter_config(kind=kind), 5, 7
+    config, batch, k = random_drafter_config(kind=kind, hidden_size=16, vocab_size=40), 5, 7
     torch.manual_seed(0)
     lm_head, hidden, anchors = (
         torch.randn(40, 16),
@@ -124,11 +126,11 @@ def test_a_served_head_is_the_reference(kind: str, confident: bool) -> None:
     )
     reference, served = (kind_of(config).head_part(part) for part in ("Reference", "Served"))
     ours, theirs = served(config, torch.float32), reference(config)
-    penalty = torch.tensor([20.0])
     with torch.inference_mode():
-        ours.load("head.penalty", penalty)
-        theirs.load_state_dict(dict.fromkeys(theirs.state_dict(), penalty))
-        logits = (hidden @ lm_head.T).view(batch, k, -1)
+        for name, tensor in theirs.state_dict().items():
+            tensor.copy_(torch.randn(tensor.shape) if tensor.numel() > 1 else 20.0)
+            ours.load(name if kind_of(config).head.parts else f"head.{name}", tensor)
+        block = Block(hidden.view(batch, k, -1), (hidden @ lm_head.T).view(batch, k, -1))
         ranking = Ranking(
             lambda h: h @ lm_head.T,
             lambda x: x.argmax(-1),
@@ -136,18 +138,19 @@ def test_a_served_head_is_the_reference(kind: str, confident: bool) -> None:
             confident,
         )
         tokens, confidences = ours.draft(hidden, anchors, k, ranking)
-        expected, scores = theirs.draft(logits, anchors)
+        expected, scores = theirs.draft(block, anchors)
         # What training ranks is what drafting ranks, where the drafted tokens are the ones before.
         before = torch.cat([anchors[:, None].long(), expected[:, :-1]], dim=1)
-        torch.testing.assert_close(theirs.scores(logits, before), scores)
+        torch.testing.assert_close(theirs.scores(block, before), scores)
+        assert torch.equal(theirs.lesson(block, before, expected).tokens, expected)
     assert torch.equal(tokens, expected)
-    assert torch.equal(tokens, logits.argmax(-1)) == (kind == "dflash")
-    if confident and kind == "dflash":
-        torch.testing.assert_close(confidences, logits.softmax(-1).amax(-1))
+    assert torch.equal(tokens, block.logits.argmax(-1)) == (kind == "dflash")
+    if confident and kind != "norepeat":
+        torch.testing.assert_close(confidences, scores.softmax(-1).amax(-1))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_tools_take_a_users_kind(
+@pytest.mark.parametrize("name", [*OURS, *NAMES])
+def test_the_tools_take_a_kind(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Inspect; convert to speculators and back.
@@ -177,8 +180,8 @@ def test_the_tools_take_a_users_kind(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_a_users_kind_is_trained_and_exported(
+@pytest.mark.parametrize("name", [*OURS, *NAMES])
+def test_a_kind_is_trained_and_exported(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Budget, one training step that changes its own tensors, proof, export and card."""
@@ -269,7 +272,8 @@ def test_what_vllm_would_draft_in_its_own_way_is_refused() -> None:
     low."""
     for name, on_v2, drawn in (
         ("dflash", True, True),
-        ("norepeat", False, False),
+        ("dflash2", True, False),
+        ("norepeat", True, False),
         ("fromanchor", False, True),
     ):
         config = random_drafter_config(kind=name)

@@ -23,8 +23,13 @@ from vllm.v1.worker.gpu.spec_decode.dflash.speculator import (
 from vllm_dflash.checks import check_v2_runner, drafter_config
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.drafting.layout import end_blocks_at
+from vllm_dflash.heads import Ranking
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.metrics.drafter import attach as record_drafter
+
+
+def _first_best(logits: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(-1)
 
 
 class DFlashSpeculator(NativeDFlashSpeculator):
@@ -32,6 +37,7 @@ class DFlashSpeculator(NativeDFlashSpeculator):
     moved to end there."""
 
     _speculator_name = "vllm-dflash"
+    _head: Any = None
     coverage = None
     """Known with the V1 runner only: here no step is without ``propose``."""
 
@@ -53,6 +59,18 @@ class DFlashSpeculator(NativeDFlashSpeculator):
             self.max_num_tokens, width, dtype=self.dtype, device=device
         )
         record_drafter(self, vllm_config, device)
+
+    def load_draft_model(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's; the loaded drafter, whose head drafts where it is not the best of each
+        row."""
+        model = super().load_draft_model(*args, **kwargs)
+        logits = model.compute_logits
+        self._ranking = Ranking(
+            logits, _first_best, lambda hidden: _first_best(logits(hidden)), confident=False
+        )
+        if not kind_of(model.drafter_config).head.is_argmax:
+            self._head = model.model.head
+        return model
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
         """Takes over the KV cache's groups and the attention groups.
@@ -97,6 +115,7 @@ class DFlashSpeculator(NativeDFlashSpeculator):
         asks the device for nothing. ``slot_mappings`` is None in memory profiling, when there is no
         KV cache yet.
         """
+        anchors = self._anchors(num_reqs) if self._head is not None else None
         if slot_mappings is not None:
             queries, samples = (
                 (num_reqs, self.num_query_per_req),
@@ -116,6 +135,20 @@ class DFlashSpeculator(NativeDFlashSpeculator):
                 ],
                 sample_indices=self.sample_indices[:num_samples].view(samples),
             )
-        super()._generate_draft(
-            num_reqs, num_tokens_padded, attn_metadata, slot_mappings, *args, **kwargs
+        if anchors is None:
+            super()._generate_draft(
+                num_reqs, num_tokens_padded, attn_metadata, slot_mappings, *args, **kwargs
+            )
+            return
+        rows = self.sample_indices[: num_reqs * self.num_speculative_steps]
+        hidden = self._run_model(num_tokens_padded, attn_metadata, slot_mappings, *args, **kwargs)
+        tokens, _ = self._head.draft(
+            hidden[rows], anchors, self.num_speculative_steps, self._ranking
         )
+        self.draft_tokens[:num_reqs] = tokens
+
+    def _anchors(self, num_reqs: int) -> torch.Tensor:
+        """Each request's anchor [num_reqs], of its block's first row; a copy, for blocks may be
+        moved."""
+        first = self.input_buffers.input_ids[: num_reqs * self.num_query_per_req]
+        return first[:: self.num_query_per_req].clone()

@@ -9,6 +9,7 @@ from typing import Any
 from vllm_dflash import fields
 from vllm_dflash.config import DEFAULT_RMS_NORM_EPS, DEFAULT_ROPE_THETA, DrafterConfig
 from vllm_dflash.formats.rope import read_rope
+from vllm_dflash.kinds import Kind
 
 _SIZES = (
     "hidden_size",
@@ -168,3 +169,9 @@ def draft_vocab(raw: Mapping[str, Any], layers: Mapping[str, Any]) -> int | None
         return None
     size = fields.positive_int(raw, "draft_vocab_size")
     return None if size == layers["vocab_size"] else size
+
+
+def read_head(kind: Kind, raw: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    """The settings of the kind's head, which ``raw`` holds under keys with ``place`` before
+    them."""
+    return {name: fields.positive_int(raw, f"{place}{name}") for name in kind.head.settings}

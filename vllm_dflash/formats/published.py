@@ -8,7 +8,13 @@ from typing import Any
 
 from vllm_dflash import fields, kinds
 from vllm_dflash.config import DrafterConfig, DrafterConfigError, default_target_layer_ids
-from vllm_dflash.formats.layers import draft_vocab, read_attention, read_layers, write_layers
+from vllm_dflash.formats.layers import (
+    draft_vocab,
+    read_attention,
+    read_head,
+    read_layers,
+    write_layers,
+)
 from vllm_dflash.formats.speculators import SPECULATORS
 from vllm_dflash.formats.unread import check_dflash_config, check_keys
 
@@ -23,7 +29,7 @@ def parse_published(raw: Mapping[str, Any]) -> DrafterConfig:
             "is missing" if nested is None else f"is {fields.shown(nested)}",
             f"it holds mask_token_id and target_layer_ids. {fields.CAME_WITH}",
         )
-    check_dflash_config(nested)
+    check_dflash_config(nested, kind.head.settings)
     depth = fields.optional_positive_int(raw, "num_target_layers")
     transformer = read_layers(raw)
     if nested.get("target_layer_ids") is None:
@@ -51,6 +57,7 @@ def parse_published(raw: Mapping[str, Any]) -> DrafterConfig:
         sliding_causal=causal,
         quantization_config=fields.quantization(raw),
         dtype=fields.dtype(raw),
+        head=read_head(kind, nested, "dflash_config."),
         kind=kind.name,
         unknown_keys=tuple(sorted(check_keys(raw, by_transformers=True))),
         format=kind.format,
@@ -110,6 +117,7 @@ def write_published(config: DrafterConfig, format: str) -> dict[str, Any]:
     nested: dict[str, Any] = {
         "mask_token_id": config.mask_token_id,
         "target_layer_ids": list(config.target_layer_ids),
+        **config.head,
     }
     if config.sliding_windows:
         nested["causal"] = config.sliding_causal

@@ -3,7 +3,7 @@
 pytest tests/unit/test_config_keys.py
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from vllm_dflash import fields, kinds
@@ -19,13 +19,16 @@ _NULL_IS_REFUSED = (
 )
 
 
-def check_keys(raw: Mapping[str, Any], *, by_transformers: bool) -> list[str]:
+def check_keys(
+    raw: Mapping[str, Any], *, by_transformers: bool, known: Container[str] = ()
+) -> list[str]:
     """Judges every key of ``raw`` that no setting of the drafter is read from; returns those that
     are not known.
 
     Args:
         by_transformers: whether transformers reads this object at vLLM's start, which takes null
             for no setting of a type.
+        known: keys of the kind's head, which are read.
 
     Raises:
         DrafterConfigError: names a key that would change what is computed, or that holds what it
@@ -34,6 +37,8 @@ def check_keys(raw: Mapping[str, Any], *, by_transformers: bool) -> list[str]:
     unknown = []
     for name, value in raw.items():
         name = str(name)
+        if name in known:
+            continue
         if name in keys.OF_THE_KIND:
             fields.refuse(raw, name, *kinds.names())
         elif name in keys.REFUSED:
@@ -71,12 +76,12 @@ def _is_read_elsewhere(name: str, value: Any) -> bool:
     )
 
 
-def check_dflash_config(nested: Mapping[str, Any]) -> None:
+def check_dflash_config(nested: Mapping[str, Any], known: Container[str] = ()) -> None:
     """The same for ``dflash_config``, all of which is about what the drafter computes: an unknown
     key is refused there."""
     for name in nested:
         path = f"dflash_config.{name}"
-        if name in keys.NO_EFFECT or name in keys.DFLASH_CONFIG:
+        if name in keys.NO_EFFECT or name in keys.DFLASH_CONFIG or name in known:
             continue
         if name not in keys.REFUSED and nested[name] not in (None, False):
             raise fields.bad(

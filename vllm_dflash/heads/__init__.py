@@ -1,7 +1,8 @@
-"""Heads over the block: how the hidden states of a block become its tokens, one file each.
+"""Heads over the block: how the hidden states of a block become its tokens, one file or folder
+each.
 
-A head's file has ``Reference`` (plain PyTorch, trained and the oracle) and ``Served`` (what vLLM's
-V1 runner calls); its record is a ``kinds.Head``.
+A head has ``Reference`` (plain PyTorch, trained and the oracle: ``heads/reference.py``) and
+``Served`` (what vLLM's model runners call); its record is a ``kinds.Head``.
 """
 
 from collections.abc import Callable

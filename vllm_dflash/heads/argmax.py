@@ -7,34 +7,20 @@ from torch import Tensor, nn
 
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.heads import Ranked, Ranking
+from vllm_dflash.heads.reference import Block, ReferenceHead
 
 
-class Reference(nn.Module):
+class Reference(ReferenceHead):
     """In plain PyTorch."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
 
-    def scores(self, logits: Tensor, before: Tensor) -> Tensor:
-        """What is ranked where the token before each row is known, as in training.
+    def scores(self, block: Block, before: Tensor) -> Tensor:
+        return block.logits
 
-        Args:
-            logits: [..., K, V], lm_head's.
-            before: [..., K] int64, the token before each row's.
-
-        Returns:
-            [..., K, V].
-        """
-        return logits
-
-    def draft(self, logits: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
-        """What is drafted after the tokens ``anchors`` [...] int64, of ``logits`` [..., K, V].
-
-        Returns:
-            Tokens [..., K] int64, and the scores [..., K, V] that they are the best by.
-        """
-        # Of equal scores, as bfloat16 often has them, argmax takes the first, as every engine does.
-        return logits.argmax(-1), logits
+    def draft(self, block: Block, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        return block.logits.argmax(-1), block.logits
 
 
 class Served(nn.Module):

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_dflash.config import DrafterConfig
-from vllm_dflash.kinds import kind_of
+from vllm_dflash.heads.reference import Block, ReferenceHead
+from vllm_dflash.kinds import Kind, kind_of
 from vllm_dflash.reference.masks import window_mask
 from vllm_dflash.reference.rotary import rotary_angles
 
@@ -243,7 +244,18 @@ class Drafter(nn.Module):
         self.register_parameter("mask_embedding", None)
         self.layers = nn.ModuleList(DraftLayer(config, window) for window in config.windows)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = kind_of(config).head_part("Reference")(config)
+        self._take_head(kind_of(config))
+
+    def _take_head(self, kind: Kind) -> None:
+        """Makes ``head``; its parameters are the drafter's, named as in a checkpoint."""
+        self.head: ReferenceHead
+        head = kind.head_part("Reference")(self.config)
+        if not kind.head.parts:
+            self.head = head
+            return
+        object.__setattr__(self, "head", head)  # no submodule: that would name them head.*
+        for part in kind.head.parts:
+            self.add_module(part, getattr(head, part))
 
     def context(self, features: Tensor) -> Tensor:
         """The context of the target's captured layer outputs ``features`` [..., T * H], in
@@ -286,6 +298,10 @@ class Drafter(nn.Module):
         full = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))
         full[..., ids] = logits
         return full
+
+    def block(self, lm_head: nn.Module, hidden: Tensor) -> Block:
+        """What the head ranks of ``hidden`` [..., H], over the target's whole vocabulary."""
+        return Block(hidden, self.logits(lm_head, hidden).float())
 
     def draft_labels(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Where the target's ``tokens`` [...] int64 are in ``draft_logits`` (0 for those that the
