@@ -64,6 +64,8 @@ NEEDS_TORCH = {
     "drafting.layout",
     "drafting.pending",
     "heads.argmax",
+    "heads.candidates.modules",
+    "heads.reference",
     "kinds.dflare.context",
     "kinds.dflash.context",
     "models.parameters",

@@ -57,6 +57,8 @@ class ReferenceHead(nn.Module):
             Tokens [..., K] int64, and the scores [..., K, V] that they are the best by.
         """
         before, tokens, scores = anchors, [], []
+        if not block.hidden.shape[-2]:
+            return anchors[..., None][..., :0], block.logits
         for index in range(block.hidden.shape[-2]):
             scores.append(self.scores(block.row(index), before))
             # Of equal scores, as bfloat16 often has them, argmax takes the first, as every engine

@@ -32,6 +32,9 @@ GROUP = "vllm_dflash.kinds"
 FOR_TRAINING = "dflare"
 """The kind that is trained where none is chosen (docs/study.md)."""
 
+OURS = "vllm-dflash"
+"""The format of kinds that nobody else has published."""
+
 AFTER_ANCHOR = 1
 """``Kind.first_row`` where the anchor's row predicts nothing."""
 
