@@ -153,6 +153,10 @@ class DrafterConfig:
     quantization_config: Mapping[str, Any] | None = None
     """As in config.json, for vLLM's quantized layers."""
     dtype: str = "bfloat16"
+    conv_kernel_size: int = 0
+    """Rows of its block that each row's convolution takes in, itself included; 0: there is none."""
+    conv_group_size: int = 0
+    """Channels that share the part of a convolution's kernel that comes from the row."""
     head: Mapping[str, Any] = field(default_factory=dict)
     """The settings of the kind's head, by their keys in config.json; its defaults where they are
     left out."""
@@ -296,12 +300,36 @@ class DrafterConfig:
                     f"a whole number from {setting.least} to {most}",
                     field=name,
                 )
+        self._check_convolution(kind)
         if self.draft_vocab_size is not None and not kind.head.is_argmax:
             raise DrafterConfigError(
                 f"draft_vocab_size is {self.draft_vocab_size}, and the head of a {kind.label}"
                 " drafter ranks the target's whole vocabulary",
                 "leave draft_vocab_size out, or use another checkpoint",
                 field="draft_vocab_size",
+            )
+
+    def _check_convolution(self, kind: kinds.Kind) -> None:
+        taps, group = self.conv_kernel_size, self.conv_group_size
+        if not taps and not group:
+            return
+        if not kind.convolves:
+            raise DrafterConfigError(
+                f"conv_kernel_size is {taps}, and a {kind.label} drafter has no convolution",
+                "use another kind, or leave it out",
+                field="conv_kernel_size",
+            )
+        if not 1 <= taps <= self.block_size:
+            raise DrafterConfigError(
+                f"conv_kernel_size is {taps}",
+                f"1 to block_size {self.block_size}, with conv_group_size; or neither",
+                field="conv_kernel_size",
+            )
+        if not group or self.hidden_size % group:
+            raise DrafterConfigError(
+                f"conv_group_size is {group}",
+                f"a divisor of hidden_size {self.hidden_size}",
+                field="conv_group_size",
             )
 
     def _check_layers(self) -> None:

@@ -28,7 +28,11 @@ class EagerLayers:
     def __init__(self, model: Any) -> None:
         self._embed = embedding(model)
         self._norm, self._eps = live(model.norm), model.norm.variance_epsilon
-        self.layers = [_DraftLayer(layer) for layer in model.layers]
+        self._reach = model.reach
+        self.layers = [
+            _DraftLayer(layer) if layer.mlp_conv is None else _Convolved(layer)
+            for layer in model.layers
+        ]
 
     def __call__(
         self,
@@ -51,6 +55,7 @@ class EagerLayers:
         hidden = torch.empty_like(residual)
         first, *others = self.layers
         workspace = Workspace(first, residual)
+        workspace.reach = self._reach(positions)
         _rms_norm(hidden, residual, first.input_norm["weight"], first.eps)
         hidden, _ = first(positions, hidden, residual, slots, metadata, workspace)
         for layer in others:
@@ -134,3 +139,29 @@ class _DraftLayer(Layer):
         """In place: adjacent rows [N, kv heads, head_dim]."""
         _rms_norm(keys, keys, self._k_norm["weight"], self.eps)
         self.rotate(positions, keys.view(len(keys), -1), None)
+
+
+class _Convolved(_DraftLayer):
+    """With convolutions around attention and MLP, by their modules."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer)
+        self._around_attention, self._around_mlp = layer.attention_conv, layer.mlp_conv
+
+    def attention(
+        self,
+        positions: Tensor,
+        hidden: Tensor,
+        slots: Tensor,
+        metadata: Mapping[str, CPUAttentionMetadata],
+        workspace: Workspace,
+    ) -> Tensor:
+        assert workspace.reach is not None
+        hidden, kernels = self._around_attention.before(hidden, workspace.reach)
+        hidden = super().attention(positions, hidden, slots, metadata, workspace)
+        return self._around_attention.after(hidden, kernels, workspace.reach)
+
+    def mlp(self, hidden: Tensor, workspace: Workspace) -> Tensor:
+        assert workspace.reach is not None
+        hidden, kernels = self._around_mlp.before(hidden, workspace.reach)
+        return self._around_mlp.after(super().mlp(hidden, workspace), kernels, workspace.reach)

@@ -145,6 +145,8 @@ class Workspace:
         )
         self.down = layer.down.workspace(rows)
         self.attended = rows.new_empty(len(rows), layer.q_size)
+        self.reach: Tensor | None = None
+        """See ``DrafterModel.reach``."""
 
 
 class Layer:
@@ -157,7 +159,7 @@ class Layer:
             live(layer.input_layernorm),
             layer.input_layernorm.variance_epsilon,
         )
-        self._post_norm = live(layer.post_attention_layernorm)
+        self.post_norm = live(layer.post_attention_layernorm)
         projections = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
         self.qkv, self.o, self.gate_up, self.down = map(Linear, projections)
         self.q_size, self._kv_size, self.head_dim = (
@@ -192,18 +194,32 @@ class Layer:
         workspace: Workspace,
     ) -> tuple[Tensor, Tensor]:
         """``hidden`` and ``residual`` [N, H]; returns both of the next layer, [N, H]."""
+        attended = self.attention(positions, hidden, slots, metadata, workspace)
+        hidden, residual = self.norm_sum(attended, residual, self.post_norm["weight"])
+        return self.mlp(hidden, workspace), residual
+
+    def attention(
+        self,
+        positions: Tensor,
+        hidden: Tensor,
+        slots: Tensor,
+        metadata: Mapping[str, CPUAttentionMetadata],
+        workspace: Workspace,
+    ) -> Tensor:
+        """From the normed ``hidden`` [N, H] to the output projection's [N, H]."""
         count, head_dim, num_qk = len(hidden), self.head_dim, self.q_size + self._kv_size
         qkv = self.qkv(hidden, workspace.qkv)
         queries, keys = self.heads(qkv[:, :num_qk].view(count, -1, head_dim), positions)
         self.store(keys, qkv[:, num_qk:].view(count, -1, head_dim), slots)
         self._attend(queries, workspace.attended.view(count, -1, head_dim), metadata[self._name])
-        hidden, residual = self.norm_sum(
-            self.o(workspace.attended, workspace.hidden), residual, self._post_norm["weight"]
-        )
+        return self.o(workspace.attended, workspace.hidden)
+
+    def mlp(self, hidden: Tensor, workspace: Workspace) -> Tensor:
+        """The normed ``hidden`` [N, H] -> [N, H]."""
         gate, up = self.gate_up(hidden, workspace.gate_up).chunk(2, dim=-1)
         # vLLM's one kernel for both is not vectorised: 98 us for 64 rows of 768, where these two
         # take 22.
-        return self.down(silu(gate).mul_(up), workspace.down), residual
+        return self.down(silu(gate).mul_(up), workspace.down)
 
     def store(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         """As ``CPUAttentionBackendImpl.do_kv_cache_update``: both [N, kv heads, head_dim]."""

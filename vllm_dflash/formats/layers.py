@@ -175,3 +175,25 @@ def read_head(kind: Kind, raw: Mapping[str, Any], place: str = "") -> dict[str, 
     """The settings of the kind's head, which ``raw`` holds under keys with ``place`` before
     them."""
     return {name: fields.positive_int(raw, f"{place}{name}") for name in kind.head.settings}
+
+
+_CONVOLUTION = ("conv_kernel_size", "conv_group_size")
+
+
+def keys_of(kind: Kind) -> set[str]:
+    """The keys that only some kinds have."""
+    return {*kind.head.settings, *(_CONVOLUTION if kind.convolves else ())}
+
+
+def read_convolution(kind: Kind, raw: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    """The fields of the convolution, where the kind may have one and ``raw`` says so."""
+    if not kind.convolves or raw.get(_CONVOLUTION[0]) in (None, 0):
+        return {}
+    return {name: fields.positive_int(raw, f"{place}{name}") for name in _CONVOLUTION}
+
+
+def write_convolution(config: DrafterConfig) -> dict[str, Any]:
+    """Those fields, where it has one."""
+    if not config.conv_kernel_size:
+        return {}
+    return {name: getattr(config, name) for name in _CONVOLUTION}

@@ -10,9 +10,12 @@ from vllm_dflash import fields, kinds
 from vllm_dflash.config import DrafterConfig, DrafterConfigError, default_target_layer_ids
 from vllm_dflash.formats.layers import (
     draft_vocab,
+    keys_of,
     read_attention,
+    read_convolution,
     read_head,
     read_layers,
+    write_convolution,
     write_layers,
 )
 from vllm_dflash.formats.speculators import SPECULATORS
@@ -29,7 +32,7 @@ def parse_published(raw: Mapping[str, Any]) -> DrafterConfig:
             "is missing" if nested is None else f"is {fields.shown(nested)}",
             f"it holds mask_token_id and target_layer_ids. {fields.CAME_WITH}",
         )
-    check_dflash_config(nested, kind.head.settings)
+    check_dflash_config(nested, keys_of(kind))
     depth = fields.optional_positive_int(raw, "num_target_layers")
     transformer = read_layers(raw)
     if nested.get("target_layer_ids") is None:
@@ -58,6 +61,7 @@ def parse_published(raw: Mapping[str, Any]) -> DrafterConfig:
         quantization_config=fields.quantization(raw),
         dtype=fields.dtype(raw),
         head=read_head(kind, nested, "dflash_config."),
+        **read_convolution(kind, nested, "dflash_config."),
         kind=kind.name,
         unknown_keys=tuple(sorted(check_keys(raw, by_transformers=True))),
         format=kind.format,
@@ -118,6 +122,7 @@ def write_published(config: DrafterConfig, format: str) -> dict[str, Any]:
         "mask_token_id": config.mask_token_id,
         "target_layer_ids": list(config.target_layer_ids),
         **config.head,
+        **write_convolution(config),
     }
     if config.sliding_windows:
         nested["causal"] = config.sliding_causal

@@ -11,9 +11,12 @@ from vllm_dflash import fields, kinds
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.formats.layers import (
     draft_vocab,
+    keys_of,
     read_attention,
+    read_convolution,
     read_head,
     read_layers,
+    write_convolution,
     write_layers,
 )
 from vllm_dflash.formats.unread import check_keys
@@ -43,8 +46,7 @@ def parse_speculators(raw: Mapping[str, Any]) -> DrafterConfig:
     fields.refuse(
         raw, "sample_from_anchor", *((False, 0) if kinds.every()[kind].first_row else (True, 1))
     )
-    settings = kinds.every()[kind].head.settings
-    unknown = check_keys(raw, by_transformers=False, known=settings)
+    unknown = check_keys(raw, by_transformers=False, known=keys_of(kinds.every()[kind]))
     unknown += [
         f"transformer_layer_config.{name}" for name in check_keys(layers, by_transformers=False)
     ]
@@ -64,6 +66,7 @@ def parse_speculators(raw: Mapping[str, Any]) -> DrafterConfig:
         quantization_config=fields.quantization(raw),
         dtype=fields.dtype(raw, layers),
         head=read_head(kinds.every()[kind], raw),
+        **read_convolution(kinds.every()[kind], raw),
         kind=kind,
         unknown_keys=tuple(sorted(unknown)),
         format=SPECULATORS,
@@ -93,7 +96,7 @@ def write_speculators(config: DrafterConfig, verifier: str) -> dict[str, Any]:
         "sliding_window_non_causal": bool(config.sliding_windows) and not config.sliding_causal,
         "transformer_layer_config": write_layers(config),
     }
-    out |= config.head
+    out |= {**config.head, **write_convolution(config)}
     if config.num_target_layers is not None:
         out["num_target_layers"] = config.num_target_layers
     if config.quantization_config is not None:

@@ -129,6 +129,8 @@ class Kind:
     first_row: int = AFTER_ANCHOR
     """The row of a block that predicts the token after the anchor; 0: the anchor's own, as
     ``sample_from_anchor`` has it in speculators' format."""
+    convolves: bool = False
+    """Its layers may have DFlash2's convolution over a block's rows."""
     is_known_to_vllm: bool = False
     """vLLM itself reads its speculators format."""
     served_as: str | None = None

@@ -23,6 +23,7 @@ from vllm_dflash.checks import drafter_config
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.models.context import ContextKV
+from vllm_dflash.models.convolution import rows_in_reach
 from vllm_dflash.models.kernels import check_kernels
 from vllm_dflash.models.layers import DrafterLayer
 from vllm_dflash.models.loading import Loading
@@ -62,6 +63,7 @@ class DrafterModel(nn.Module):
         self.mask_embedding = nn.Parameter(
             torch.zeros(config.hidden_size, dtype=dtype), requires_grad=False
         )
+        self.convolution = config.block_size, config.conv_kernel_size
         # vLLM tells layers apart by the number in their name: the draft's go on where the target's
         # end.
         self.layers = nn.ModuleList(
@@ -92,6 +94,11 @@ class DrafterModel(nn.Module):
             )
         return embeds
 
+    def reach(self, positions: torch.Tensor) -> torch.Tensor | None:
+        """For the layers' convolutions, of rows at ``positions`` [N] int64; None where there are
+        none."""
+        return rows_in_reach(positions, *self.convolution) if self.convolution[1] else None
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -101,9 +108,9 @@ class DrafterModel(nn.Module):
         """``input_ids`` [N] (anchors and masks), ``positions`` [N] int64; returns normed hidden
         states [N, H]."""
         hidden_states = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        residual = None
+        residual, reach = None, self.reach(positions)
         for layer in self.layers:
-            hidden_states, residual = layer(positions, hidden_states, residual)
+            hidden_states, residual = layer(positions, hidden_states, residual, reach)
         hidden_states, _ = self.norm(hidden_states, residual)
         return hidden_states
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.heads.reference import Block, ReferenceHead
 from vllm_dflash.kinds import Kind, kind_of
+from vllm_dflash.reference.convolution import BlockConvolution
 from vllm_dflash.reference.masks import window_mask
 from vllm_dflash.reference.rotary import rotary_angles
 
@@ -197,10 +198,23 @@ class DraftLayer(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.convolves = bool(config.conv_kernel_size)
+        if self.convolves:
+            self.attention_conv, self.mlp_conv = BlockConvolution(config), BlockConvolution(config)
 
     def forward(self, x: Tensor, where: Where, context: tuple[Tensor, Tensor]) -> Tensor:
+        if self.convolves:
+            return self._convolved(x, where, context)
         x = x + self.self_attn(self.input_layernorm(x), where, context)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def _convolved(self, x: Tensor, where: Where, context: tuple[Tensor, Tensor]) -> Tensor:
+        size = where.block_size
+        normed, kernels = self.attention_conv.before(self.input_layernorm(x), size)
+        attended = self.self_attn(normed, where, context)
+        x = x + self.attention_conv.after(attended, kernels, size)
+        normed, kernels = self.mlp_conv.before(self.post_attention_layernorm(x), size)
+        return x + self.mlp_conv.after(self.mlp(normed), kernels, size)
 
 
 @dataclass

@@ -322,6 +322,8 @@ def _new(settings: Settings, target: Target, mask: int) -> DrafterConfig:
         ),
         kind=table.kind,
         head=_head_settings(table.head_settings),
+        conv_kernel_size=table.conv_kernel_size,
+        conv_group_size=table.conv_group_size if table.conv_kernel_size else 0,
         draft_vocab_size=table.draft_vocab_size,
     )
 

@@ -62,6 +62,7 @@ CANDIDATES_OVER_DFLARE = replace(
     format=OURS,
     speculators_architecture="DFlareCandidatesSpeculator",
     head=CANDIDATES,
+    convolves=True,
 )
 
 KINDS = (KIND, CANDIDATES_OVER_DFLARE)

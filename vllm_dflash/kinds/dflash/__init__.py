@@ -48,6 +48,7 @@ DFLASH2 = replace(
     architecture="DFlash2DraftModel",
     speculators_architecture="DFlash2Speculator",
     head=CANDIDATES,
+    convolves=True,
     is_known_to_vllm=False,
     # By the published name vLLM keeps such a drafter off its V1 model runner.
     served_as="DFlashCandidatesDraftModel",
