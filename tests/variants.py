@@ -29,6 +29,11 @@ class Variant:
     tables: tuple[str, ...] = ()
     mask_embedding: bool = False
 
+    @property
+    def tokens(self) -> int:
+        """The most tokens that it drafts."""
+        return random_drafter_config(**self.changes).max_speculative_tokens
+
     def make(self, folder: Path) -> Path:
         return make_random_drafter(
             folder,
@@ -60,6 +65,18 @@ VARIANTS = {
     "dflash2 convolution": Variant({"kind": "dflash2", "head": _FEW, **_CONVOLUTION}),
     "dflash2 speculators": Variant(
         {"kind": "dflash2", "head": _FEW, **_CONVOLUTION}, format="speculators"
+    ),
+    "dspark": Variant({"kind": "dspark", "block_size": 7, "head": {"markov_rank": 24}}),
+    "dspark without confidence": Variant(
+        {"kind": "dspark", "head": {"markov_rank": 12, "enable_confidence_head": False}},
+        format="speculators",
+    ),
+    "dflare markov": Variant(
+        _ALL_LAYERS
+        | {
+            "kind": "dflare-markov",
+            "head": {"markov_rank": 12, "confidence_head_with_markov": False},
+        }
     ),
     "dflare candidates": Variant(_ALL_LAYERS | {"kind": "dflare-candidates", "head": _FEW}),
     "dflare candidates convolution": Variant(

@@ -25,10 +25,6 @@ DEFAULT_ROPE_THETA = 1_000_000.0
 _LONGEST_PART = 2000
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def printable(text: object) -> str:
     """``text`` with every character that a terminal would act on, or not show, written as its
     escape.
@@ -291,15 +287,8 @@ class DrafterConfig:
                     f"known are {', '.join(kind.head.settings) or 'none'}",
                     field=name,
                 )
-            most = setting.most
-            if setting.counts_tokens:
-                most = min(most, self.vocab_size)
-            if not _is_int(value) or not setting.least <= value <= most:
-                raise DrafterConfigError(
-                    f"{name} is {value!r}",
-                    f"a whole number from {setting.least} to {most}",
-                    field=name,
-                )
+            if not setting.fits(value, self.vocab_size):
+                raise DrafterConfigError(f"{name} is {value!r}", setting.wanted, field=name)
         self._check_convolution(kind)
         if self.draft_vocab_size is not None and not kind.head.is_argmax:
             raise DrafterConfigError(

@@ -47,7 +47,7 @@ def register() -> None:
         except Exception as error:  # plain serving goes on whatever is wrong with us
             problem = f"it could not be set up: {type(error).__name__}: {error}"
     if problem is None:
-        for name in kinds.architectures():
+        for name in kinds.registered_architectures():
             ModelRegistry.register_model(name, "vllm_dflash.models.drafter:DrafterForCausalLM")
         choose_folder()
         return
@@ -64,7 +64,7 @@ def _refuse(problem: str) -> None:
     if PROBLEM not in os.environ:
         os.environ[PROBLEM] = problem
         logger.warning("%s. Serving without a DFlash drafter is not affected", problem)
-    for name in kinds.architectures():
+    for name in kinds.registered_architectures():
         ModelRegistry.register_model(name, "vllm_dflash.models.unsupported:UnsupportedVLLM")
 
 

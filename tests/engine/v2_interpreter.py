@@ -119,9 +119,11 @@ class Result:
     kv_cache_groups: int = 1
 
 
-def run_engines(jobs: Sequence[Job], timeout_s: float = 900) -> list[Result]:
-    """Runs the jobs one after the other in one new process; raises with the end of its output where
-    it fails."""
+def run_engines(
+    jobs: Sequence[Job], timeout_s: float = 900, env: dict[str, str] | None = None
+) -> list[Result]:
+    """Runs the jobs one after the other in one new process, with ``env`` besides; raises with the
+    end of its output where it fails."""
     with tempfile.TemporaryDirectory() as scratch:
         question, answer = Path(scratch, "jobs.json"), Path(scratch, "results.json")
         question.write_text(json.dumps([asdict(job) for job in jobs]))
@@ -129,7 +131,12 @@ def run_engines(jobs: Sequence[Job], timeout_s: float = 900) -> list[Result]:
         with Path(scratch, "output.txt").open("w+") as output:
             try:
                 ended = subprocess.run(
-                    command, cwd=scratch, stdout=output, stderr=subprocess.STDOUT, timeout=timeout_s
+                    command,
+                    cwd=scratch,
+                    env=os.environ | (env or {}),
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    timeout=timeout_s,
                 ).returncode
             except subprocess.TimeoutExpired:
                 ended = f"no result after {timeout_s:.0f} s"

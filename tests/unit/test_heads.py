@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from pairs import random_drafter_config
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.heads import Ranking
 from vllm_dflash.heads.reference import Block, ReferenceHead
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.reference.checkpoint import new_drafter
@@ -138,3 +139,81 @@ def test_settings_that_no_head_can_have_are_refused(head: dict, said: str) -> No
 def test_a_head_of_candidates_ranks_the_whole_vocabulary() -> None:
     with pytest.raises(DrafterConfigError, match="leave draft_vocab_size out"):
         random_drafter_config(kind="dflash2").with_(draft_vocab_size=100)
+
+
+MARKOV = random_drafter_config(
+    kind="dspark", vocab_size=VOCAB, hidden_size=HIDDEN, head={"markov_rank": RANK}
+)
+
+
+def test_a_markov_head_adds_what_the_token_before_says() -> None:
+    head, tensors = head_of(MARKOV)
+    block, anchors = random_block(3), torch.tensor([4, 9, 29])
+    w1, w2 = (tensors[f"markov_head.markov_{name}.weight"] for name in ("w1", "w2"))
+    with torch.no_grad():
+        drafted, scores = head.draft(block, anchors)
+    for b in range(3):
+        before = int(anchors[b])
+        for k in range(K):
+            by_hand = [
+                float(block.logits[b, k, t])
+                + sum(float(w2[t, r]) * float(w1[before, r]) for r in range(RANK))
+                for t in range(VOCAB)
+            ]
+            assert scores[b, k].tolist() == pytest.approx(by_hand, rel=1e-4, abs=1e-4)
+            before = max(range(VOCAB), key=by_hand.__getitem__)
+            assert int(drafted[b, k]) == before
+    assert not torch.equal(drafted, block.logits.argmax(-1))
+
+
+@pytest.mark.parametrize("with_markov", [True, False])
+def test_the_confidence_head_learns_what_is_right_and_changes_nothing_else(
+    with_markov: bool,
+) -> None:
+    config = MARKOV.with_(head=MARKOV.head | {"confidence_head_with_markov": with_markov})
+    head, tensors = head_of(config)
+    block, labels = random_block(2), torch.randint(VOCAB, (2, K))
+    before = torch.randint(VOCAB, (2, K))
+    with torch.no_grad():
+        labels[0] = head.scores(block, before)[0].argmax(-1)
+    hidden = block.hidden.requires_grad_()
+    lesson = head.lesson(block._replace(hidden=hidden), before, labels)
+    weight, bias = (tensors[f"confidence_head.proj.{name}"] for name in ("weight", "bias"))
+    w1 = tensors["markov_head.markov_w1.weight"]
+    for at in ((0, 0), (1, 3)):
+        x = [*block.hidden[at].tolist(), *(w1[int(before[at])].tolist() if with_markov else [])]
+        odds = sum(float(w) * v for w, v in zip(weight[0], x, strict=True)) + float(bias[0])
+        right = int(lesson.tokens[at]) == int(labels[at])
+        assert right or at[0] == 1
+        expected = math.log1p(math.exp(-odds if right else odds))
+        assert float(lesson.others[at]) == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    torch.as_tensor(lesson.others).sum().backward()
+    assert hidden.grad is None or not hidden.grad.any()
+    assert all(p.grad is None for n, p in head.named_parameters() if "markov_head" in n)
+    assert head.confidence_head.proj.weight.grad.any()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_what_the_controller_gets_is_the_confidence_heads(enabled: bool) -> None:
+    """Its probability, in place of the softmax of the token that was chosen."""
+    config = MARKOV.with_(head=MARKOV.head | {"enable_confidence_head": enabled})
+    head, tensors = head_of(config)
+    served = kind_of(config).head_part("Served")(config, torch.float32)
+    for name, tensor in tensors.items():
+        served.load(name, tensor)
+    block, anchors = random_block(2), torch.tensor([4, 9])
+    ranking = Ranking(
+        lambda hidden: block.logits.flatten(0, 1),
+        lambda scores: scores.argmax(-1),
+        lambda hidden: block.logits.flatten(0, 1).argmax(-1),
+        confident=True,
+    )
+    with torch.no_grad():
+        tokens, confidences = served.draft(block.hidden.flatten(0, 1), anchors, K, ranking)
+        drafted, scores = head.draft(block, anchors)
+        before = torch.cat([anchors[:, None], drafted[:, :-1]], 1)
+        expected = head.confidences(block, before)
+    assert torch.equal(tokens, drafted)
+    assert (expected is None) != enabled
+    expected = scores.softmax(-1).amax(-1) if expected is None else expected.sigmoid()
+    torch.testing.assert_close(confidences, expected)

@@ -20,7 +20,7 @@ from kinds_of_users import NAMES, install, on_path
 from pairs import make_random_drafter, random_drafter_config
 from training_runs import answer_held_out, answered_prompts, held_out_file, make_target, settings
 from vllm_dflash import kinds
-from vllm_dflash.checks import check_sampling, check_v2_runner
+from vllm_dflash.checks import check_sampling
 from vllm_dflash.cli import main
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.drafting.layout import block_layout
@@ -40,7 +40,7 @@ from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.target import find_target
 
 ROOT = Path(__file__).parents[2]
-OURS = ("dflare", "dflash", "dflash2", "dflare-candidates")
+OURS = ("dflare", "dflash", "dflash2", "dspark", "dflare-candidates", "dflare-markov")
 CONTEXTS = ("dflare", "dflash")
 METHOD = {
     ("formats/__init__", "METHOD"),
@@ -115,7 +115,7 @@ def test_served_is_the_reference(kind: str, bias: bool) -> None:
 
 
 @pytest.mark.parametrize("confident", [False, True])
-@pytest.mark.parametrize("kind", ["dflash", "dflash2", "norepeat"])
+@pytest.mark.parametrize("kind", ["dflash", "dflash2", "dspark", "norepeat"])
 def test_a_served_head_is_the_reference(kind: str, confident: bool) -> None:
     config, batch, k = random_drafter_config(kind=kind, hidden_size=16, vocab_size=40), 5, 7
     torch.manual_seed(0)
@@ -145,7 +145,7 @@ def test_a_served_head_is_the_reference(kind: str, confident: bool) -> None:
         assert torch.equal(theirs.lesson(block, before, expected).tokens, expected)
     assert torch.equal(tokens, expected)
     assert torch.equal(tokens, block.logits.argmax(-1)) == (kind == "dflash")
-    if confident and kind != "norepeat":
+    if confident and kind not in ("norepeat", "dspark"):
         torch.testing.assert_close(confidences, scores.softmax(-1).amax(-1))
 
 
@@ -164,6 +164,7 @@ def test_the_tools_take_a_kind(
     assert main(["inspect", str(source)]) == 0
     said = capsys.readouterr().out
     assert f"context           {kind.label}: {kind.sentence}" in said
+    assert all(f"{name} {value}" in said for name, value in config.head.items())
     assert main(["inspect", "--json", str(source)]) == 0
     assert json.loads(capsys.readouterr().out)["kind"] == name
     convert(source, tmp_path / "theirs", SPECULATORS, verifier="target")
@@ -268,24 +269,12 @@ def test_the_anchors_row_may_predict() -> None:
 
 
 def test_what_vllm_would_draft_in_its_own_way_is_refused() -> None:
-    """vLLM's own ways of drafting know one head and one first row; with another only tau would be
-    low."""
-    for name, on_v2, drawn in (
-        ("dflash", True, True),
-        ("dflash2", True, False),
-        ("norepeat", True, False),
-        ("fromanchor", False, True),
-    ):
+    """vLLM's own ways of sampling know one head; with another only tau would be low."""
+    for name in ("dflash", "fromanchor", "dflash2", "dspark", "norepeat"):
         config = random_drafter_config(kind=name)
         with (
             nullcontext()
-            if on_v2
-            else pytest.raises(DrafterConfigError, match="VLLM_USE_V2_MODEL_RUNNER=0")
-        ):
-            check_v2_runner(config)
-        with (
-            nullcontext()
-            if drawn
+            if kind_of(config).head.is_argmax
             else pytest.raises(DrafterConfigError, match="leave draft_sample_method out")
         ):
             check_sampling(config, "probabilistic")

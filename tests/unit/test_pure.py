@@ -66,6 +66,7 @@ NEEDS_TORCH = {
     "drafting.pending",
     "heads.argmax",
     "heads.candidates.modules",
+    "heads.markov.modules",
     "heads.reference",
     "kinds.dflare.context",
     "kinds.dflash.context",

@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.spec_decode.dflash.speculator import (
     DFlashSpeculator as NativeDFlashSpeculator,
 )
 
-from vllm_dflash.checks import check_v2_runner, drafter_config
+from vllm_dflash.checks import drafter_config
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.drafting.layout import end_blocks_at
 from vllm_dflash.heads import Ranking
@@ -45,7 +45,6 @@ class DFlashSpeculator(NativeDFlashSpeculator):
         speculative = vllm_config.speculative_config
         assert speculative is not None
         drafter = drafter_config(speculative.draft_model_config.hf_config)
-        check_v2_runner(drafter)
         self.num_draft_tokens = speculative.num_speculative_tokens
         # The block is drafted whole, whatever K is: vLLM's own class takes its length from the
         # config.
@@ -53,6 +52,11 @@ class DFlashSpeculator(NativeDFlashSpeculator):
         block.num_speculative_tokens = drafter.max_speculative_tokens
         whole.speculative_config = block
         super().__init__(whole, device)
+        self._first_row = drafter.first_row
+        if not self._first_row:
+            # The anchor's row predicts too: as many rows as tokens.
+            self.sample_from_anchor = True
+            self.num_query_per_req = self.num_speculative_steps
         width = kind_of(drafter).context.width(drafter)
         # vLLM's buffer holds one hidden state a token, a context may be wider.
         self.hidden_states = torch.zeros(
@@ -124,7 +128,9 @@ class DFlashSpeculator(NativeDFlashSpeculator):
             num_queries, num_samples = prod(queries), prod(samples)
             end_blocks_at(
                 self.max_model_len,
-                last_positions=self.sample_pos[:num_samples].view(samples)[:, -1:],
+                # A row predicts its own position's token or the next one's.
+                last_positions=self.sample_pos[:num_samples].view(samples)[:, -1:]
+                - (not self._first_row),
                 rows=[
                     buffer[:num_queries].view(queries)
                     for buffer in (self.input_buffers.input_ids, self.input_buffers.positions)
@@ -134,6 +140,7 @@ class DFlashSpeculator(NativeDFlashSpeculator):
                     for group in self.draft_kv_cache_group_ids
                 ],
                 sample_indices=self.sample_indices[:num_samples].view(samples),
+                first_row=self._first_row,
             )
         if anchors is None:
             super()._generate_draft(

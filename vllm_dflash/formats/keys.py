@@ -51,6 +51,7 @@ READ = frozenset(
         "sample_from_anchor",
         "aux_hidden_state_layer_ids",
         "sliding_window_non_causal",
+        "markov_head_type",
     }
 )
 """Settings of a drafter: ``formats`` and ``DrafterConfig.check`` judge them."""
@@ -283,6 +284,15 @@ _TEXT: _Kind = (_is_text, "a text", True)
 _OBJECT: _Kind = (_is_object, "an object", True)
 _MONOTONIC: _Kind = (_is_positive, "a positive number or null", True)
 _ANYTHING: _Kind = (_anything, "", True)
+
+SCALES = (
+    "logit_scale",
+    "logits_scaling",
+    "final_logit_softcapping",
+    "output_multiplier",
+    "output_multiplier_scale",
+)
+"""Of logits: of no effect where the best is taken, and refused where something is added to them."""
 
 NO_EFFECT: dict[str, _Kind] = {
     # Training and generation

@@ -9,7 +9,7 @@ from typing import Any
 from vllm_dflash import fields
 from vllm_dflash.config import DEFAULT_RMS_NORM_EPS, DEFAULT_ROPE_THETA, DrafterConfig
 from vllm_dflash.formats.rope import read_rope
-from vllm_dflash.kinds import Kind
+from vllm_dflash.kinds import Kind, Setting
 
 _SIZES = (
     "hidden_size",
@@ -174,7 +174,17 @@ def draft_vocab(raw: Mapping[str, Any], layers: Mapping[str, Any]) -> int | None
 def read_head(kind: Kind, raw: Mapping[str, Any], place: str = "") -> dict[str, Any]:
     """The settings of the kind's head, which ``raw`` holds under keys with ``place`` before
     them."""
-    return {name: fields.positive_int(raw, f"{place}{name}") for name in kind.head.settings}
+    return {
+        name: _setting(setting, raw, f"{place}{name}")
+        for name, setting in kind.head.settings.items()
+    }
+
+
+def _setting(setting: Setting, raw: Mapping[str, Any], name: str) -> Any:
+    if setting.absent is not None and raw.get(name.rpartition(".")[2]) is None:
+        return setting.absent
+    read = fields.flag if isinstance(setting.default, bool) else fields.positive_int
+    return read(raw, name)
 
 
 _CONVOLUTION = ("conv_kernel_size", "conv_group_size")

@@ -19,20 +19,25 @@ from vllm_dflash.formats.layers import (
     write_layers,
 )
 from vllm_dflash.formats.speculators import SPECULATORS
-from vllm_dflash.formats.unread import check_dflash_config, check_keys
+from vllm_dflash.formats.unread import check_dflash_config, check_head, check_keys
 
 
 def parse_published(raw: Mapping[str, Any]) -> DrafterConfig:
     """The drafter that such a ``config.json`` describes; see ``formats.parse``."""
     kind = kinds.architectures()[_architecture(raw)]
-    nested = raw.get("dflash_config")
+    nested, place = raw.get("dflash_config"), "dflash_config."
+    if kind.is_flat and nested is None:
+        nested, place = raw, ""
     if not isinstance(nested, Mapping):
         raise fields.bad(
             "dflash_config",
             "is missing" if nested is None else f"is {fields.shown(nested)}",
             f"it holds mask_token_id and target_layer_ids. {fields.CAME_WITH}",
         )
-    check_dflash_config(nested, keys_of(kind))
+    if nested is not raw:
+        check_dflash_config(nested, keys_of(kind))
+    check_head(kind, raw, raw if kind.is_flat else nested)
+    known = {*keys_of(kind), "target_layer_ids", "causal"} if kind.is_flat else ()
     depth = fields.optional_positive_int(raw, "num_target_layers")
     transformer = read_layers(raw)
     if nested.get("target_layer_ids") is None:
@@ -50,20 +55,18 @@ def parse_published(raw: Mapping[str, Any]) -> DrafterConfig:
     return DrafterConfig(
         **transformer,
         block_size=block_size,
-        mask_token_id=fields.token_id(nested, "dflash_config.mask_token_id"),
-        target_layer_ids=fields.layer_ids(
-            nested["target_layer_ids"], "dflash_config.target_layer_ids"
-        ),
+        mask_token_id=fields.token_id(nested, f"{place}mask_token_id"),
+        target_layer_ids=fields.layer_ids(nested["target_layer_ids"], f"{place}target_layer_ids"),
         num_target_layers=depth,
         draft_vocab_size=draft_vocab(raw, raw),
         sliding_windows=windows,
         sliding_causal=causal,
         quantization_config=fields.quantization(raw),
         dtype=fields.dtype(raw),
-        head=read_head(kind, nested, "dflash_config."),
+        head=read_head(kind, raw) if kind.is_flat else read_head(kind, nested, place),
         **read_convolution(kind, nested, "dflash_config."),
         kind=kind.name,
-        unknown_keys=tuple(sorted(check_keys(raw, by_transformers=True))),
+        unknown_keys=tuple(sorted(check_keys(raw, by_transformers=True, known=known))),
         format=kind.format,
     )
 
@@ -133,8 +136,10 @@ def write_published(config: DrafterConfig, format: str) -> dict[str, Any]:
     out = {
         "architectures": [kind.architecture],
         "block_size": config.block_size,
-        "dflash_config": nested,
+        **(nested if kind.is_flat else {"dflash_config": nested}),
     }
+    if kind.first_row == 0:
+        out["sample_from_anchor"] = True
     out |= write_layers(config)
     if config.num_target_layers is not None:
         out["num_target_layers"] = config.num_target_layers

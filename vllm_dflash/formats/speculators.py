@@ -19,7 +19,7 @@ from vllm_dflash.formats.layers import (
     write_convolution,
     write_layers,
 )
-from vllm_dflash.formats.unread import check_keys
+from vllm_dflash.formats.unread import check_head, check_keys
 
 SPECULATORS = "speculators"
 
@@ -43,9 +43,7 @@ def parse_speculators(raw: Mapping[str, Any]) -> DrafterConfig:
     ids = fields.layer_ids(
         raw.get("aux_hidden_state_layer_ids"), "aux_hidden_state_layer_ids", one_based=True
     )
-    fields.refuse(
-        raw, "sample_from_anchor", *((False, 0) if kinds.every()[kind].first_row else (True, 1))
-    )
+    check_head(kinds.every()[kind], raw, raw, absent_from_anchor=False)
     unknown = check_keys(raw, by_transformers=False, known=keys_of(kinds.every()[kind]))
     unknown += [
         f"transformer_layer_config.{name}" for name in check_keys(layers, by_transformers=False)

@@ -95,6 +95,37 @@ def check_dflash_config(nested: Mapping[str, Any], known: Container[str] = ()) -
     fields.refuse(nested, "dflash_config.sample_from_anchor", False)
 
 
+def check_head(
+    kind: kinds.Kind,
+    raw: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    absent_from_anchor: bool = True,
+) -> None:
+    """Refuses what the kind's head and first row do not do.
+
+    Args:
+        settings: where the head's own keys are.
+        absent_from_anchor: what a file says of a kind whose anchor's row predicts by giving no
+            ``sample_from_anchor``.
+    """
+    if kind.first_row:
+        fields.refuse(raw, "sample_from_anchor", False, 0)
+    elif raw.get("sample_from_anchor", absent_from_anchor) not in (True, 1):
+        raise fields.bad(
+            "sample_from_anchor",
+            f"is {fields.shown(raw.get('sample_from_anchor'))}",
+            f"a {kind.label} drafter is served here only where its anchor's row predicts too"
+            " (true): serve it with vLLM itself, by its method dspark",
+        )
+    markov = ("vanilla",) if "markov_rank" in kind.head.settings else ()
+    for place in (raw, settings):
+        fields.refuse(place, "markov_head_type", *markov)
+        if not kind.head.is_argmax:
+            for name in keys.SCALES:
+                fields.refuse(place, name, 1)
+
+
 def _check_for_transformers(raw: Mapping[str, Any]) -> None:
     """What transformers refuses at vLLM's start, without a remedy and sometimes without a name."""
     kind = raw.get("model_type")

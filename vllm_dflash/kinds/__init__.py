@@ -72,14 +72,31 @@ def _no_tensors(config: "DrafterConfig") -> Tensors:
 
 @dataclass(frozen=True)
 class Setting:
-    """One of a head's settings in ``config.json``: a whole number."""
+    """One of a head's settings in ``config.json``: a whole number, or a flag."""
 
-    default: int
-    """Where a drafter is trained; a file has to give the value."""
+    default: int | bool
+    """Where a drafter is trained."""
+    absent: int | bool | None = None
+    """Where a file does not give it; None: it has to."""
     least: int = 1
     most: int = 1 << 16
     counts_tokens: bool = False
     """It is at most the vocabulary."""
+
+    def fits(self, value: object, vocab_size: int) -> bool:
+        """Whether it may be ``value``."""
+        if isinstance(value, bool) or isinstance(self.default, bool):
+            return isinstance(value, bool) and isinstance(self.default, bool)
+        most = min(self.most, vocab_size) if self.counts_tokens else self.most
+        return isinstance(value, int) and self.least <= value <= most
+
+    @property
+    def wanted(self) -> str:
+        """What it may be, for a message."""
+        if isinstance(self.default, bool):
+            return "true or false"
+        end = ", and at most the vocabulary" if self.counts_tokens else ""
+        return f"a whole number from {self.least} to {self.most}{end}"
 
 
 @dataclass(frozen=True)
@@ -129,6 +146,8 @@ class Kind:
     first_row: int = AFTER_ANCHOR
     """The row of a block that predicts the token after the anchor; 0: the anchor's own, as
     ``sample_from_anchor`` has it in speculators' format."""
+    is_flat: bool = False
+    """Its published format has no ``dflash_config``: what is in there stands at the top."""
     convolves: bool = False
     """Its layers may have DFlash2's convolution over a block's rows."""
     is_known_to_vllm: bool = False
@@ -273,3 +292,13 @@ def architectures() -> Mapping[str, Kind]:
     """Architecture names in checkpoints, and those that vLLM looks up for them, to their kinds."""
     by_name = {kind.architecture: kind for kind in every().values()}
     return by_name | {kind.served_architecture: kind for kind in every().values()}
+
+
+def registered_architectures() -> tuple[str, ...]:
+    """Those that our model is registered as; where vLLM has a model of its own by a published name,
+    that stays."""
+    return tuple(
+        name
+        for name, kind in architectures().items()
+        if kind.served_as is None or name == kind.served_as
+    )

@@ -269,7 +269,8 @@ class Drafter(nn.Module):
             return
         object.__setattr__(self, "head", head)  # no submodule: that would name them head.*
         for part in kind.head.parts:
-            self.add_module(part, getattr(head, part))
+            if getattr(head, part) is not None:
+                self.add_module(part, getattr(head, part))
 
     def context(self, features: Tensor) -> Tensor:
         """The context of the target's captured layer outputs ``features`` [..., T * H], in

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm_dflash.heads.candidates import CANDIDATES
+from vllm_dflash.heads.markov import MARKOV
 from vllm_dflash.kinds import OURS, Context, Kind, Tensors
 
 if TYPE_CHECKING:
@@ -65,4 +66,15 @@ CANDIDATES_OVER_DFLARE = replace(
     convolves=True,
 )
 
-KINDS = (KIND, CANDIDATES_OVER_DFLARE)
+MARKOV_OVER_DFLARE = replace(
+    KIND,
+    name="dflare-markov",
+    label="DFlare with a Markov head",
+    architecture="DFlareMarkovDraftModel",
+    format=OURS,
+    speculators_architecture="DFlareMarkovSpeculator",
+    head=MARKOV,
+    first_row=0,
+)
+
+KINDS = (KIND, CANDIDATES_OVER_DFLARE, MARKOV_OVER_DFLARE)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm_dflash.heads.candidates import CANDIDATES
+from vllm_dflash.heads.markov import MARKOV
 from vllm_dflash.kinds import Context, Kind, Tensors
 
 if TYPE_CHECKING:
@@ -54,4 +55,19 @@ DFLASH2 = replace(
     served_as="DFlashCandidatesDraftModel",
 )
 
-KINDS = (KIND, DFLASH2)
+DSPARK = replace(
+    KIND,
+    name="dspark",
+    label="DSpark",
+    architecture="Qwen3DSparkModel",
+    format="deepseek",
+    speculators_architecture="DSparkSpeculator",
+    head=MARKOV,
+    first_row=0,
+    is_flat=True,
+    is_known_to_vllm=False,
+    # By the published name vLLM runs its own, under a method of its own.
+    served_as="DFlashQwen3DSparkModel",
+)
+
+KINDS = (KIND, DFLASH2, DSPARK)
