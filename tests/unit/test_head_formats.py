@@ -104,6 +104,8 @@ def test_an_object_beside_the_top_level_is_dsparks_too() -> None:
     nested = {name: DSPARK[name] for name in ("mask_token_id", "target_layer_ids")}
     raw = {name: value for name, value in DSPARK.items() if name not in nested}
     assert parse(raw | {"dflash_config": nested}) == parse(DSPARK)
+    with pytest.raises(DrafterConfigError, match="target_layer_ids"):
+        parse(DSPARK | {"dflash_config": nested | {"target_layer_ids": [2, 9, 17, 25, 33]}})
 
 
 @pytest.mark.parametrize(

@@ -43,13 +43,14 @@ def parse_published(raw: Mapping[str, Any]) -> DrafterConfig:
     if nested.get("target_layer_ids") is None:
         raise _no_layers(depth, transformer["num_hidden_layers"])
     # Newer checkpoints hold the block size beside the mask token.
-    for place, name in ((raw, "block_size"), (nested, "dflash_config.block_size")):
-        fields.optional_positive_int(place, name)
+    for holder, name in ((raw, "block_size"), (nested, f"{place}block_size")):
+        fields.optional_positive_int(holder, name)
     block_size = fields.positive_int(
         raw if raw.get("block_size") is not None else {"block_size": nested.get("block_size")},
         "block_size",
     )
-    for name in ("block_size", "mask_token_id"):
+    twice = ("block_size", "mask_token_id", *(("target_layer_ids",) if kind.is_flat else ()))
+    for name in twice:
         fields.agree(name, raw.get(name), f"dflash_config.{name}", nested.get(name))
     windows, causal = read_attention(raw, raw, nested)
     return DrafterConfig(
