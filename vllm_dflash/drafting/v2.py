@@ -130,7 +130,7 @@ class DFlashSpeculator(NativeDFlashSpeculator):
                 self.max_model_len,
                 # A row predicts its own position's token or the next one's.
                 last_positions=self.sample_pos[:num_samples].view(samples)[:, -1:]
-                - (not self._first_row),
+                - (1 - self._first_row),
                 rows=[
                     buffer[:num_queries].view(queries)
                     for buffer in (self.input_buffers.input_ids, self.input_buffers.positions)
