@@ -17,8 +17,9 @@ from variants import VARIANTS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
-NAMES = ("dflash2 convolution", "dflash2 speculators")
-SPECULATORS = ("DFlash2Speculator", "DFlash2Speculator")
+NAMES = ("dflash2 convolution", "dflash2 speculators", "dspark", "dspark without confidence")
+SPECULATORS = {"dflash2": "DFlash2Speculator", "dspark": "DSparkSpeculator"}
+METHODS = {"dflash2": "dflash", "dspark": "dspark"}
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,16 @@ def runs(random_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         _with_one_k_norm(drafter)
     prompts = [[random.randrange(2, 500) for _ in range(n)] for n in (3, 40, 71, 13)]
     jobs = [
-        Job(str(random_target), prompts, 20, drafter=str(drafter), max_model_len=128)
-        for drafter in drafters
+        Job(
+            str(random_target),
+            prompts,
+            20,
+            drafter=str(drafter),
+            num_speculative_tokens=VARIANTS[name].tokens,
+            max_model_len=128,
+            speculative_config={"method": METHODS[VARIANTS[name].changes["kind"]]},
+        )
+        for name, drafter in zip(NAMES, drafters, strict=True)
     ]
     return Runs(jobs, run_engines(jobs, env={"VLLM_DFLASH": "0"}))
 
@@ -51,7 +60,7 @@ def _with_one_k_norm(drafter: Path) -> None:
 def test_vllms_own_drafts_are_the_references(runs: Runs, name: str) -> None:
     run = NAMES.index(name)
     assert runs.results[run].speculator.startswith("vllm.v1.worker.gpu.spec_decode.")
-    assert runs.results[run].speculator.endswith(SPECULATORS[run])
+    assert runs.results[run].speculator.endswith(SPECULATORS[VARIANTS[name].changes["kind"]])
     drafts = runs.compare(run)
     print(f"\n{name}: {sum(map(len, drafts))} tokens that vLLM's own drafted")
     assert len(drafts) >= 60
