@@ -55,6 +55,7 @@ PATCH = Patch(
             "num_speculative_tokens",
             "draft_model_config",
             "draft_sample_method",
+            "enable_adaptive_verification",
             "target_model_config",
             "target_parallel_config",
         )

@@ -51,7 +51,9 @@ def check_speculative_config(speculative: Any) -> dict[str, Any]:
         speculative.num_speculative_tokens,
         target.max_model_len,
     )
-    check_sampling(drafter, speculative.draft_sample_method)
+    check_sampling(
+        drafter, speculative.draft_sample_method, speculative.enable_adaptive_verification
+    )
     if folder is not None and (
         Path(speculative.model).is_dir() or any(folder.glob("*.safetensors"))
     ):
@@ -85,14 +87,25 @@ def advise_eager(vllm_config: Any) -> None:
     )
 
 
-def check_sampling(drafter: DrafterConfig, draft_sample_method: str) -> None:
-    """Refuses to draw drafts where the kind's head is not the best token of each row.
+def check_sampling(
+    drafter: DrafterConfig, draft_sample_method: str, adaptive_verification: bool = False
+) -> None:
+    """Refuses what vLLM does with a drafter's logits where the kind's head is not the best token of
+    each row: to draw drafts by them, or to cut drafts by what it makes of them.
 
     Raises:
         DrafterConfigError: names the setting.
     """
     kind = kind_of(drafter)
-    if draft_sample_method == "probabilistic" and not kind.head.is_argmax:
+    if kind.head.is_argmax:
+        return
+    if adaptive_verification:
+        raise DrafterConfigError(
+            f"enable_adaptive_verification is true, and a {kind.label} drafter's tokens are not the"
+            " best of the logits that vLLM would judge them by",
+            "leave enable_adaptive_verification out of the speculative config",
+        )
+    if draft_sample_method == "probabilistic":
         raise DrafterConfigError(
             f"draft_sample_method is probabilistic, and a {kind.label} drafter's tokens depend on"
             " each other",

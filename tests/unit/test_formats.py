@@ -156,7 +156,7 @@ def test_whether_sliding_layers_are_causal_is_said() -> None:
     sliding layers, which was written with false, drafted something else there."""
     raw = {name: SPECULATORS[name] for name in SPECULATORS if name != "sliding_window_non_causal"}
     for missing in (raw, raw | {"sliding_window_non_causal": None}):
-        with pytest.raises(DrafterConfigError, match="sliding_window_non_causal is missing.*true"):
+        with pytest.raises(DrafterConfigError, match=r"sliding_window_non_causal is missing.*true"):
             parse(missing)
     full = raw["transformer_layer_config"] | {"layer_types": ["full_attention"] * 3}
     config = parse(raw | {"transformer_layer_config": full})

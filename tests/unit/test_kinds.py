@@ -272,12 +272,16 @@ def test_what_vllm_would_draft_in_its_own_way_is_refused() -> None:
     """vLLM's own ways of sampling know one head; with another only tau would be low."""
     for name in ("dflash", "fromanchor", "dflash2", "dspark", "norepeat"):
         config = random_drafter_config(kind=name)
-        with (
-            nullcontext()
-            if kind_of(config).head.is_argmax
-            else pytest.raises(DrafterConfigError, match="leave draft_sample_method out")
+        for asked, setting in (
+            (("probabilistic",), "draft_sample_method"),
+            (("greedy", True), "enable_adaptive_verification"),
         ):
-            check_sampling(config, "probabilistic")
+            with (
+                nullcontext()
+                if kind_of(config).head.is_argmax
+                else pytest.raises(DrafterConfigError, match=f"leave {setting} out")
+            ):
+                check_sampling(config, *asked)
         check_sampling(config, "greedy")
 
 
