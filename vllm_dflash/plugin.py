@@ -71,11 +71,7 @@ def _refuse(problem: str) -> None:
 def _register_speculators() -> None:
     """Teaches vLLM to read the speculators format of kinds that it does not know, through its own
     registry of such types."""
-    from vllm.transformers_utils.configs.speculators.algos import (
-        SUPPORTED_SPECULATORS_TYPES,
-        register_speculator,
-        update_dflash,
-    )
+    from vllm.transformers_utils.configs.speculators.algos import register_speculator, update_dflash
 
     def register(kind: kinds.Kind) -> None:
         @register_speculator(kind.name)
@@ -83,9 +79,8 @@ def _register_speculators() -> None:
             update_dflash(config_dict, pre_trained_config)
             pre_trained_config["architectures"] = [kind.served_architecture]
 
-    # What vLLM reads already it may serve by a method of its own, which stays as it is.
-    for name, kind in kinds.every().items():
-        if name not in SUPPORTED_SPECULATORS_TYPES:
+    for kind in kinds.every().values():
+        if not kind.is_known_to_vllm:
             register(kind)
 
 

@@ -151,7 +151,8 @@ class Kind:
     convolves: bool = False
     """Its layers may have DFlash2's convolution over a block's rows."""
     is_known_to_vllm: bool = False
-    """vLLM itself reads its speculators format."""
+    """vLLM itself reads its speculators format, which stays so: it may serve it by a method of its
+    own."""
     served_as: str | None = None
     """What our model is registered as, where vLLM treats the published architecture in a way of its
     own."""

@@ -50,7 +50,6 @@ DFLASH2 = replace(
     speculators_architecture="DFlash2Speculator",
     head=CANDIDATES,
     convolves=True,
-    is_known_to_vllm=False,
     # By the published name vLLM keeps such a drafter off its V1 model runner.
     served_as="DFlashCandidatesDraftModel",
 )
@@ -65,7 +64,6 @@ DSPARK = replace(
     head=MARKOV,
     first_row=0,
     is_flat=True,
-    is_known_to_vllm=False,
     # By the published name vLLM runs its own, under a method of its own.
     served_as="DFlashQwen3DSparkModel",
 )
