@@ -217,3 +217,25 @@ def test_what_the_controller_gets_is_the_confidence_heads(enabled: bool) -> None
     assert (expected is None) != enabled
     expected = scores.softmax(-1).amax(-1) if expected is None else expected.sigmoid()
     torch.testing.assert_close(confidences, expected)
+
+
+@pytest.mark.parametrize("confident", [False, True])
+@pytest.mark.parametrize("config", [PLAIN, CANDIDATES, MARKOV], ids=["argmax", "walk", "markov"])
+def test_a_served_head_asks_the_device_for_nothing(config: DrafterConfig, confident: bool) -> None:
+    """On a GPU a graph records it, and a question would wait: torch's meta device has no answer."""
+    with torch.device("meta"):
+        served = kind_of(config).head_part("Served")(config, torch.bfloat16)
+        lm_head, hidden = (
+            torch.empty(rows, HIDDEN, dtype=torch.bfloat16) for rows in (VOCAB, 3 * K)
+        )
+        anchors = torch.empty(3, dtype=torch.int32)
+    ranking = Ranking(
+        lambda rows: rows @ lm_head.T,
+        lambda scores: scores.argmax(-1),
+        lambda rows: (rows @ lm_head.T).argmax(-1),
+        confident,
+    )
+    tokens, confidences = served.draft(hidden, anchors, K, ranking)
+    assert (tokens.shape, tokens.dtype) == ((3, K), torch.int64)
+    assert (confidences is not None) == confident
+    assert confidences is None or confidences.shape == (3, K)
