@@ -1,4 +1,4 @@
-"""What is replaced in vLLM, one file per seam, each with its record or records; README.md has the
+"""What is replaced in vLLM, one file for each place, with its record or records; README.md has the
 table.
 
 vllm-dflash status          what is applied

@@ -35,13 +35,13 @@ PATCH = Patch(
         "vllm._custom_ops:cpu_attn_reshape_and_cache": "04f49aaf077158bd",
         **_GEMM,
         f"{_LINEAR}:UnquantizedLinearMethod.apply": "9f33567159bae1a6",
-        f"{_LINEAR}:ColumnParallelLinear.forward": "7a5bb4e88db0cef8",
-        f"{_LINEAR}:ReplicatedLinear.forward": "8788221f1b16dc1e",
-        f"{_LINEAR}:RowParallelLinear.forward": "8c0c1e9b4d0db1d1",
+        f"{_LINEAR}:ColumnParallelLinear.forward": "7ab531913cb118c1",
+        f"{_LINEAR}:ReplicatedLinear.forward": "294a54e3a9c8ae97",
+        f"{_LINEAR}:RowParallelLinear.forward": "99e348fb44338352",
         f"{_LAYERS}.vocab_parallel_embedding:UnquantizedEmbeddingMethod.embedding": (
             "1056ddd6d0692b53"
         ),
-        f"{_LAYERS}.vocab_parallel_embedding:VocabParallelEmbedding.forward": "2873e82f22057de8",
+        f"{_LAYERS}.vocab_parallel_embedding:VocabParallelEmbedding.forward": "f37917a90dd53d88",
         f"{_LAYERS}.rotary_embedding.base:RotaryEmbedding.forward_cpu": "bcf30919fa9727e2",
         "vllm._custom_ops:rotary_embedding": "df31775366c45cd2",
     },
@@ -57,9 +57,9 @@ LOGITS = Patch(
     needs="optional",
     fingerprints={
         **_GEMM,
-        f"{_LOGITS}.forward": "d6d197a7df0b32e9",
-        f"{_LOGITS}._get_logits": "efd0bb96f0b3a993",
-        f"{_LOGITS}._apply_head": "970e1de4f67401dd",
+        f"{_LOGITS}.forward": "61ec03a3ebe863fd",
+        f"{_LOGITS}._get_logits": "fd1a27b09200dd6c",
+        f"{_LOGITS}._apply_head": "8c0cc6cb5adff22c",
         f"{_LAYERS}.vocab_parallel_embedding:UnquantizedEmbeddingMethod.apply": (
             "64b2cfc332b47127"
         ),

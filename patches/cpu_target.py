@@ -31,7 +31,7 @@ def _record(target: str, fingerprints: dict[str, str]) -> Patch:
             # A call of a norm is these two; ``dispatch.py`` sees whether a class has its own.
             "vllm.model_executor.custom_op:CustomOp.forward": "6d01cf24b16e8252",
             "vllm.model_executor.custom_op:CustomOp.forward_cpu": "0ccb0330e5b22a4f",
-            f"{_LAYERS}.layernorm:RMSNorm.forward_native": "1e4b2b94b1ce009a",
+            f"{_LAYERS}.layernorm:RMSNorm.forward_native": "a00ebc367406527b",
             "vllm.ir.ops.layernorm:rms_norm": "12044f5e1b907e37",
             "vllm.ir.ops.layernorm:fused_add_rms_norm": "8785226184c83678",
             # How an implementation of these two is chosen; ``dispatch.py`` asks for the choice.
@@ -57,9 +57,9 @@ def _record(target: str, fingerprints: dict[str, str]) -> Patch:
 QWEN3 = _record(
     f"{_MODELS}.qwen2:Qwen2Model.forward",
     {
-        f"{_MODELS}.qwen2:Qwen2Model.__init__": "11c4b2efdca7a938",
-        f"{_MODELS}.qwen2:Qwen2Model.forward": "084d26fb4e1e559b",
-        f"{_MODELS}.qwen2:Qwen2Model.embed_input_ids": "270fff45169289dc",
+        f"{_MODELS}.qwen2:Qwen2Model.__init__": "a64769e18e318676",
+        f"{_MODELS}.qwen2:Qwen2Model.forward": "0a26bc407aacac6d",
+        f"{_MODELS}.qwen2:Qwen2Model.embed_input_ids": "0eb9cc30747ed332",
         f"{_MODELS}.qwen2:Qwen2MLP": "08041865ce4038a8",
         f"{_MODELS}.qwen3:Qwen3Attention": "dc2f9c64955b5a22",
         f"{_MODELS}.qwen3:Qwen3DecoderLayer": "b8db4584dee92972",
@@ -71,9 +71,9 @@ QWEN3 = _record(
 LLAMA = _record(
     f"{_MODELS}.llama:LlamaModel.forward",
     {
-        f"{_MODELS}.llama:LlamaModel.__init__": "bdb12c910c6f1005",
-        f"{_MODELS}.llama:LlamaModel.forward": "7489814fa37f6dfe",
-        f"{_MODELS}.llama:LlamaModel.embed_input_ids": "270fff45169289dc",
+        f"{_MODELS}.llama:LlamaModel.__init__": "204c98571e1fab02",
+        f"{_MODELS}.llama:LlamaModel.forward": "b286aa0045f2e8b7",
+        f"{_MODELS}.llama:LlamaModel.embed_input_ids": "7e0842dff946cf15",
         f"{_MODELS}.llama:LlamaMLP": "1c9b9ffb406f2097",
         f"{_MODELS}.llama:LlamaAttention": "2757935ec5ed4a11",
         f"{_MODELS}.llama:LlamaDecoderLayer": "178aba69b178169e",

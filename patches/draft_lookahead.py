@@ -14,7 +14,7 @@ def _num_lookahead_tokens(original: Any, config: Any) -> int:
 
 PATCH = Patch(
     target="vllm.config.vllm:VllmConfig.num_lookahead_tokens",
-    fingerprints={"vllm.config.vllm:VllmConfig.num_lookahead_tokens": "dadea65e5151a144"},
+    fingerprints={"vllm.config.vllm:VllmConfig.num_lookahead_tokens": "aa2b957bb1d90c81"},
     why=(
         "vLLM drafts num_speculative_tokens + 1 positions; a drafter that has only seen whole"
         " blocks accepts next to nothing in a shorter one (docs/log.md), so all of its block is"

@@ -10,7 +10,7 @@ PATCH = Patch(
     scope="ours",
     fingerprints={
         f"{_LAYERS}.attention:Attention.get_kv_cache_spec": "2b8789b1c389d61d",
-        f"{_LAYERS}.layernorm:RMSNorm.forward_native": "1e4b2b94b1ce009a",
+        f"{_LAYERS}.layernorm:RMSNorm.forward_native": "a00ebc367406527b",
     },
     # Imported by ``models/``, or asked of a layer while its weights are loaded anew.
     names=(

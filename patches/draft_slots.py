@@ -42,7 +42,7 @@ PATCH = Patch(
     target="vllm.config.speculative:SpeculativeConfig.max_num_new_slots_for_drafting",
     fingerprints={
         "vllm.config.speculative:SpeculativeConfig.max_num_new_slots_for_drafting": {
-            "0.32": "35c89495f277993d"
+            "0.32": "713fb3db4e209569"
         }
     },
     why=(

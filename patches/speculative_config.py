@@ -46,19 +46,24 @@ PATCH = Patch(
     # __post_init__ is looked up at each call.
     target="vllm.config.speculative:SpeculativeConfig.__post_init__",
     signatures={f"{_CONFIG}.__post_init__": "self", f"{_CONFIG}.update_arch_": "self"},
-    names=tuple(
-        f"{_CONFIG}.{name}"
-        for name in (
-            "method",
-            "model",
-            "revision",
-            "num_speculative_tokens",
-            "draft_model_config",
-            "draft_sample_method",
-            "enable_adaptive_verification",
-            "target_model_config",
-            "target_parallel_config",
-        )
+    names=(
+        # By these vLLM learns to read the speculators format of our kinds (``plugin.py``).
+        "vllm.transformers_utils.configs.speculators.algos:register_speculator",
+        "vllm.transformers_utils.configs.speculators.algos:update_dflash",
+        *(
+            f"{_CONFIG}.{name}"
+            for name in (
+                "method",
+                "model",
+                "revision",
+                "num_speculative_tokens",
+                "draft_model_config",
+                "draft_sample_method",
+                "enable_adaptive_verification",
+                "target_model_config",
+                "target_parallel_config",
+            )
+        ),
     ),
     why=(
         "vLLM checks no drafter against its target: most mismatches would only show as low"

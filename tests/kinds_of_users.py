@@ -19,12 +19,17 @@ def install(folder: Path) -> Path:
     """Writes the packages, as an installer would; ``folder`` is then to be on the path."""
     blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
     for name, code in zip(NAMES, blocks, strict=True):
-        (folder / f"{name}.py").write_text(code)
-        info = folder / f"{name}-1.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
-        (info / "entry_points.txt").write_text(f"[{kinds.GROUP}]\n{name} = {name}:KIND\n")
+        write_package(folder, name, code)
     return folder
+
+
+def write_package(folder: Path, name: str, code: str) -> None:
+    """One module, whose ``KIND`` its distribution declares."""
+    (folder / f"{name}.py").write_text(code)
+    info = folder / f"{name}-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[{kinds.GROUP}]\n{name} = {name}:KIND\n")
 
 
 def forget_kinds() -> None:

@@ -2,10 +2,9 @@
 its twin without speculation.
 
 Two engines (V1, float32, the embedded pair) in processes of their own get the same requests, round
-after round: prompts and
-outputs of random lengths, greedy and sampled, penalties, stop tokens, logprobs, structured output,
-n > 1, seeds, arrivals in mid-flight. In the one with the drafter some requests are aborted in
-mid-flight too. Ends with 1 at the first difference, crash or leak.
+after round: prompts and outputs of random lengths, greedy and sampled, penalties, stop tokens,
+logprobs, structured output, n > 1, seeds, arrivals in mid-flight. In the one with the drafter some
+requests are aborted in mid-flight too. Ends with 1 at the first difference, crash or leak.
 
     python tests/soak.py --minutes 30       (make soak)
 """

@@ -2,13 +2,12 @@
 a server without.
 
 Both servers (V1, float32, the embedded pair, the controller as it is by default) get the same
-requests, round after round: chat
-and completions, greedy and with seeds, whole and as streams, streams whose client hangs up,
-structured output, scrapes of ``/metrics``. Answers have to be equal. Resident memory is read from
-/proc after each round: of the engine's process, its worker and the API server. Ends with 1 at the
-first difference, and where a process of the server with drafts grows by ``--most`` megabytes more
-than the same one of the server without, from the second third of the run to the last; the first
-third warms up.
+requests, round after round: chat and completions, greedy and with seeds, whole and as streams,
+streams whose client hangs up, structured output, scrapes of ``/metrics``. Answers have to be equal.
+Resident memory is read from /proc after each round: of the engine's process, its worker and the API
+server. Ends with 1 at the first difference, and where a process of the server with drafts grows by
+``--most`` megabytes more than the same one of the server without, from the second third of the run
+to the last; the first third warms up.
 
 More than the other, as either worker grows, by 417 MB without drafts and 461 with them in ten
 minutes. Most likely it is oneDNN's compiled code: a matrix product of vLLM's by itself keeps 0.6 to

@@ -427,10 +427,9 @@ def vocabularies_fit(drafter: DrafterConfig, target: TargetShape) -> bool:
     its embedding.
 
     A target's embedding is often longer than its tokenizer, rounded up for tensor parallelism; its
-    drafter may have been
-    trained without those rows (MiMo: 152,064 of 152,576). ``target.num_tokens`` says how many rows
-    text can reach; a
-    drafter that covers them all fits. Where it is not known, nothing but equality is sure.
+    drafter may have been trained without those rows (MiMo: 152,064 of 152,576).
+    ``target.num_tokens`` says how many rows text can reach; a drafter that covers them all fits.
+    Where it is not known, nothing but equality is sure.
     """
     if drafter.vocab_size == target.vocab_size:
         return True

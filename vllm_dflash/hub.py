@@ -2,8 +2,8 @@
 models and their dtype.
 
 Code that a checkpoint brings runs only where the user says so, and that is said outright: what is
-left open transformers asks at
-the terminal. Limits: transformers is imported when it is needed, for that takes seconds.
+left open transformers asks at the terminal. Limits: transformers is imported when it is needed, for
+that takes seconds.
 
     pytest tests/unit/test_remote_code.py
 """

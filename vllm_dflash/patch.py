@@ -20,7 +20,7 @@ SCOPES = {
     "instance": "replaced in single objects",
     "ours": "nothing is replaced: code of ours repeats or extends it",
 }
-_OFF = frozenset({"0", "off", "false"})
+_OFF = frozenset({"0", "off", "false", "no"})
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -118,6 +118,9 @@ class Patch:
                 problems.append(f"{self.target}: relies on {name}, but {error}")
         for function, names in self.looked_up.items():
             try:
+                where = sources.locate(function).module
+                if self.scope == "class" and self.name in names and where != self.module:
+                    problems.append(f"{self.target}: it is looked up in {where}")
                 problems += [
                     f"{self.target}: {function} does not look {name} up any more"
                     for name in names
@@ -157,7 +160,7 @@ class Patch:
 
 
 def is_switched_off(variable: str) -> bool:
-    """Whether an environment variable says 0, off or false."""
+    """Whether an environment variable says 0, off, false or no."""
     return os.environ.get(variable, "").strip().lower() in _OFF
 
 

@@ -6,8 +6,7 @@ applying imports nothing. Attributes of single objects are replaced by ``attach`
 is there. What is optional drops out singly where it does not fit, and leaves upstream's own in
 place.
 Limits: a target is a class, a function or an attribute of a class's objects; code that copied a
-name before (``from x
-import y``) keeps the original, so name the place where the name is looked up.
+name before (``from x import y``) keeps the original, so name the place where the name is looked up.
 
     pytest tests/unit/test_patching.py tests/patches
 """
@@ -177,6 +176,17 @@ class PatchSet:
             if problem and not self._leave_out(patch, problem + patch.remedy):
                 raise PatchError(problem)
             return patch not in self._out
+
+    def check_in_place(self) -> None:
+        """Raises ``PatchError`` where something else has replaced what this set put in place."""
+        with self._lock:
+            self._raise(
+                [
+                    f"{patch.target}: {_describe(applied)}"
+                    for patch, applied in self._applied.items()
+                    if not applied.is_in_place
+                ]
+            )
 
     def revert(self) -> list[str]:
         """Puts the originals back where our replacements still stand, and drops what is pending.

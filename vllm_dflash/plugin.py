@@ -46,6 +46,7 @@ def register() -> None:
             problem = str(error)
         except Exception as error:  # plain serving goes on whatever is wrong with us
             problem = f"it could not be set up: {type(error).__name__}: {error}"
+            patch_set().revert()
     if problem is None:
         for name in kinds.registered_architectures():
             ModelRegistry.register_model(name, "vllm_dflash.models.drafter:DrafterForCausalLM")

@@ -10,12 +10,17 @@ package's by the module whose globals it runs with, which ``functools.wraps`` do
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Iterator
 from typing import Any
 
 _OWN = __name__.partition(".")[0]
-# Decorators are of these; a mock is another's.
-_TRUSTED = (sys.stdlib_module_names | {"torch", _OWN}) - {"unittest"}
+_TRUSTED = sys.stdlib_module_names | {"torch", _OWN}
+"""Decorators are of these."""
+_UNTRUSTED = {"unittest"}
+"""A mock is another's."""
+_HOLDERS = functools.cached_property | functools.partial | functools.partialmethod
+_METHODS = types.FunctionType | staticmethod | classmethod | property | functools.partialmethod
 
 
 def replaced_by(dotted: str) -> str | None:
@@ -26,12 +31,24 @@ def replaced_by(dotted: str) -> str | None:
     found: Any = sys.modules.get(module)
     for part in qualname.split("."):
         found = inspect.getattr_static(found, part, None)
-    trusted = _TRUSTED | {module.partition(".")[0]}
+    package = module.partition(".")[0]
     members = vars(found).values() if isinstance(found, type) else ()
     for value in (found, *members):
-        for layer in _layers(value):
-            if _home(layer).partition(".")[0] not in trusted:
-                return f"{_home(layer)}:{getattr(layer, '__qualname__', type(layer).__qualname__)}"
+        layers = list(_layers(value))
+        # A decorator of another's may be around a function, and not in its place.
+        own = {package, _OWN} if value is found else {package, _OWN, *sys.stdlib_module_names}
+        for layer, trusted in zip(reversed(layers), (own, *[_TRUSTED | own] * len(layers))):
+            if _root(layer) not in trusted - _UNTRUSTED:
+                return _described(layer)
+    return None
+
+
+def shadowed(owner: Any) -> str | None:
+    """The name of a method of an object's class in whose place the object has something of its own;
+    None where there is none."""
+    for name in vars(owner):
+        if isinstance(inspect.getattr_static(type(owner), name, None), _METHODS):
+            return str(name)
     return None
 
 
@@ -49,17 +66,27 @@ def _layers(value: Any) -> Iterator[Any]:
             yield from _layers(part)
     elif isinstance(value, staticmethod | classmethod):
         yield from _layers(value.__func__)
-    elif isinstance(value, functools.cached_property | functools.partial):
+    elif isinstance(value, _HOLDERS):
         yield from _layers(value.func)
-    elif isinstance(value, Callable):  # type: ignore[arg-type]
+    elif callable(value) or hasattr(type(value), "__get__"):
         yield value
         if not isinstance(value, type) and hasattr(value, "__wrapped__"):
             yield from _layers(value.__wrapped__)
 
 
+def _root(value: Any) -> str:
+    return _home(value).partition(".")[0]
+
+
+def _described(value: Any) -> str:
+    return f"{_home(value)}:{getattr(value, '__qualname__', type(value).__qualname__)}"
+
+
 def _home(value: Any) -> str:
     """The module that a function's code runs in, or that a class is of; of any other object its
     class's."""
+    if inspect.ismethod(value):
+        value = value.__func__
     if inspect.isfunction(value):
         return str(value.__globals__.get("__name__", "?"))
     return str((value if isinstance(value, type) else type(value)).__module__)

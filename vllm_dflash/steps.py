@@ -39,8 +39,8 @@ class Step:
     """vLLM's ``Request``s, which for observers have taken in the step's tokens."""
     verified: Mapping[str, tuple[int, int]] = MappingProxyType({})
     """Of each request with a draft that was verified, its draft tokens and how many of the first
-    were accepted. Without those that a
-    grammar forbids: they were not the drafter's to get right."""
+    were accepted. Without those that a grammar forbids: they were not the drafter's to get
+    right."""
     undrafted: Sequence[str] = ()
     """The requests that decode and had no draft."""
     confidences: Mapping[str, Sequence[float]] | None = None

@@ -38,11 +38,15 @@ class Definition:
     qualname: str
     """Empty for a module."""
     node: _Definition | _Assigned | ast.Module
+    beside: tuple[ast.AST, ...] = ()
+    """What else says which code the name has: other statements that bind it, and the decorators of
+    the classes that it is in."""
 
     @property
     def fingerprint(self) -> str:
         """A sha256 prefix of the code: moved lines, comments and docstrings do not change it."""
-        return hashlib.sha256(_canonical(self.node).encode()).hexdigest()[:_DIGITS]
+        code = [self.node, *self.beside] if self.beside else self.node
+        return hashlib.sha256(_canonical(code).encode()).hexdigest()[:_DIGITS]
 
     @property
     def signature(self) -> str:
@@ -103,8 +107,11 @@ class Sources:
         source = self._source(module)
         body: Iterable[ast.stmt] = source.tree.body
         node: _Bound | None = None
+        decorators: list[ast.AST] = []
         for depth, name in enumerate(qualname.split(".")):
+            decorators += node.decorator_list if isinstance(node, ast.ClassDef) else []
             node = _last_binding(body, name)
+            others = [each for each in _bindings(body, name) if each is not node]
             if isinstance(node, ast.ImportFrom):
                 origin = _imported_module(node, module, source.is_package)
                 original = next(a.name for a in node.names if (a.asname or a.name) == name)
@@ -117,7 +124,8 @@ class Sources:
                     return self._find_elsewhere(module, qualname)
                 raise SourceNotFoundError(f"{dotted} is not in {module}'s source")
             body = node.body if isinstance(node, ast.ClassDef) else []
-        return Definition(module, qualname, cast(_Definition | _Assigned, node))
+        beside = (*decorators, *others)
+        return Definition(module, qualname, cast(_Definition | _Assigned, node), beside)
 
     def has_attribute(self, dotted: str) -> bool:
         """Whether objects of a class have an attribute ``module:Class.name``: the class defines it,
@@ -240,6 +248,11 @@ def _last_binding(body: Iterable[ast.stmt], name: str) -> _Bound | None:
     return None
 
 
+def _bindings(body: Iterable[ast.stmt], name: str) -> list[ast.stmt]:
+    """All statements that bind a name, or take it away."""
+    return [each for each in _flatten(body) if name in _names(each)]
+
+
 def _names(statement: ast.stmt) -> Iterator[str]:
     """The names that a statement binds."""
     match statement:
@@ -254,13 +267,15 @@ def _names(statement: ast.stmt) -> Iterator[str]:
                 for node in ast.walk(target)
                 if isinstance(node, ast.Name)
             )
-        case ast.AnnAssign(target=ast.Name()):
+        case ast.AnnAssign(target=ast.Name()) | ast.AugAssign(target=ast.Name()):
             yield cast(ast.Name, statement.target).id
+        case ast.Delete():
+            yield from (target.id for target in statement.targets if isinstance(target, ast.Name))
 
 
 def _flatten(body: Iterable[ast.stmt], type_checking: bool = False) -> Iterator[ast.stmt]:
-    """A body's statements, those inside ``if`` and ``try`` too; of ``if TYPE_CHECKING`` only where
-    asked for."""
+    """A body's statements, those inside ``if``, ``try``, ``with`` and loops too; of ``if
+    TYPE_CHECKING`` only where asked for."""
     for statement in body:
         if isinstance(statement, ast.If):
             if type_checking or "TYPE_CHECKING" not in ast.dump(statement.test):
@@ -274,6 +289,9 @@ def _flatten(body: Iterable[ast.stmt], type_checking: bool = False) -> Iterator[
                 statement.finalbody,
             ):
                 yield from _flatten(part, type_checking)
+        elif isinstance(statement, ast.With | ast.For | ast.While):
+            yield from _flatten(statement.body, type_checking)
+            yield from _flatten(getattr(statement, "orelse", ()), type_checking)
         else:
             yield statement
 

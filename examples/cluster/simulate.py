@@ -7,10 +7,9 @@ committed tokens by the number of requests in it (measured, lines between), the 
 (measured at one request), Poisson arrivals, output lengths (geometric), a queue and a batch limit a
 replica, and Ray Serve's
 router: of two replicas drawn at random the one with fewer requests. What it leaves out: the
-network, the router's own time and limits, replicas
-that die or start, the KV cache's limit and prompts of different lengths. Where the benchmark has no
-method adaptive, "adaptive" is the better of
-the two kinds of step at each batch size: an upper bound, for a controller has to learn.
+network, the router's own time and limits, replicas that die or start, the KV cache's limit and
+prompts of different lengths. Where the benchmark has no method adaptive, "adaptive" is the better
+of the two kinds of step at each batch size: an upper bound, for a controller has to learn.
 
     vllm-dflash bench --target T --draft D --methods plain,dflash,adaptive \
         --concurrency 1,2,4,8,16,32 --out bench

@@ -3,10 +3,10 @@ oracle of what is drafted in bfloat16.
 
 The package's reference and transformers' Qwen3 round elsewhere: before a norm's weight, before the
 norm of a sum, at each product of the rotary embedding, inside attention. Two correct computations
-then differ in last bits, and a drafter's two best logits are often no
-further apart: one draft token in fifty differs, and nothing says that this is rounding. With the
-same roundings one in two hundred does.
-Reads a checkpoint's tensors by their names; calls no model of vLLM's, of ours or of transformers'.
+then differ in last bits, and a drafter's two best logits are often no further apart: one draft
+token in fifty differs, and nothing says that this is rounding. With the same roundings one in two
+hundred does. Reads a checkpoint's tensors by their names; calls no model of vLLM's, of ours or of
+transformers'.
 Limits: Qwen3 targets, rotary embedding without scaling, no sliding windows, no tables of the
 drafter's own.
 """

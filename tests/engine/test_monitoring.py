@@ -2,8 +2,8 @@
 scrapes a real server under traffic.
 
 Limits: the window of a day of one alert is some seconds here, and thresholds are moved so that a
-sound server crosses them; whether
-alerts fire and stay quiet at theirs is promtool's test (tests/unit/test_monitoring.py).
+sound server crosses them; whether alerts fire and stay quiet at theirs is promtool's test
+(tests/unit/test_monitoring.py).
 
     pytest -s tests/engine/test_monitoring.py
 """

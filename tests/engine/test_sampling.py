@@ -206,10 +206,9 @@ def test_sampled_output_follows_the_target(
     issue 55005).
 
     The stand-in for its ``expand_kernel`` wrote into an int64 copy of a float buffer and dropped
-    the copy. First tokens, which
-    come with the prompt, were right and all others were not: token 0 in up to 99 of 100 places, in
-    one batch and not in the next.
-    Greedy requests in the same batches were hit too. ``patches/v1_cpu_expand.py`` has the cure.
+    the copy. First tokens, which come with the prompt, were right and all others were not: token 0
+    in up to 99 of 100 places, in one batch and not in the next. Greedy requests in the same batches
+    were hit too. ``patches/v1_cpu_expand.py`` has the cure.
     """
     answer, plain = answers[mode]["lossless"], answers["plain"]["lossless"]
     ours = samples(answer, temperature)

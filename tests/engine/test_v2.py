@@ -137,9 +137,8 @@ def test_drafts_after_a_chunk_of_the_prompt(runs: Runs) -> None:
 
 def test_drafts_near_max_model_len(runs: Runs) -> None:
     """vLLM's speculator gives a query past ``max_model_len`` a slot in the request's last page,
-    that of a position which is
-    in use: its K/V replaced the target's context for this draft and all later ones, and nothing
-    errored.
+    that of a position which is in use: its K/V replaced the target's context for this draft and all
+    later ones, and nothing errored.
     """
     drafts = runs.compare(FLOAT32, lambda prompt, draft: draft.anchor + K >= MAX_MODEL_LEN)
     assert sum(map(len, drafts)) >= 100

@@ -2,8 +2,7 @@
 PyTorch reference and the V1 runner.
 
 One process of V2 engines and, beside it, one of V1 engines, all on the same prompts: some are
-prefilled in chunks, and every
-second one ends at ``max_model_len``.
+prefilled in chunks, and every second one ends at ``max_model_len``.
 
     pytest tests/engine/test_v2_formats.py
 """

@@ -50,6 +50,20 @@ def test_a_newcomer_finds(question: str, answer: str, file: str) -> None:
     assert f"[`{answer}`](../{file})" in row
 
 
+def test_the_tests_that_a_docstring_names_exist() -> None:
+    """One named a file that there has never been: nobody could run what it promised."""
+    modules = [path for name in ("vllm_dflash", "patches") for path in (ROOT / name).rglob("*.py")]
+    named = {
+        (path.name, test)
+        for path in modules
+        for test in re.findall(
+            r"tests/[\w/]+\.py", ast.get_docstring(ast.parse(path.read_text())) or ""
+        )
+    }
+    assert len(named) > 100
+    assert [(where, test) for where, test in named if not (ROOT / test).is_file()] == []
+
+
 def test_every_folder_has_a_room() -> None:
     rooms = PAGE.read_text().partition("## What a GPU runs")[0]
     folders = [path.parent.name for path in (ROOT / "vllm_dflash").glob("*/__init__.py")]

@@ -16,6 +16,7 @@ import yaml
 
 from vllm_dflash.cluster import command
 from vllm_dflash.cluster.serve import as_yaml, serving_of
+from vllm_dflash.supported import is_supported
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "kuberay"
 FILES = ("rayservice.yaml", "rayjob.yaml")
@@ -46,6 +47,11 @@ def test_the_services_config_is_one_for_ray() -> None:
         schema.ServeDeploySchema(**config).applications[0].import_path
         == "ray.serve.llm:build_openai_app"
     )
+
+
+def test_the_image_has_a_supported_vllm() -> None:
+    text = (FOLDER / "Dockerfile").read_text()
+    assert is_supported(text.partition("FROM vllm/vllm-openai:v")[2].split()[0])
 
 
 def test_the_jobs_entrypoint_parses() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import vllm_dflash.tools.compat as compat
+from releases import OLDEST
 from vllm_dflash.cli import main
 from vllm_dflash.patch import Patch
 from vllm_dflash.tools.imported import imported_names
@@ -23,7 +24,7 @@ else:
 """
 OLD = {
     "__init__.py": INIT,
-    "_version.py": "__version__ = version = '0.32.0'\n",
+    "_version.py": f"__version__ = version = '{OLDEST}.0'\n",
     "envs.py": "HOME = '/'\n",
     "llm.py": "class LLM:\n    def chat(self): return 1\n",
     "ops.py": "def norm(x): return x\ndef rope(x): return x\n",
@@ -52,7 +53,7 @@ def old(tmp_path: Path) -> Path:
     return write(tmp_path / "old", OLD)
 
 
-def newer(tmp_path: Path, version: str = "0.32.9", **changes: str) -> Path:
+def newer(tmp_path: Path, version: str = f"{OLDEST}.9", **changes: str) -> Path:
     files = OLD | {"_version.py": f"__version__ = version = '{version}'\n"}
     return write(tmp_path / "new", files | {f"{name}.py": text for name, text in changes.items()})
 
@@ -106,8 +107,8 @@ def test_only_the_definitions_that_changed_are_shown(tmp_path: Path, old: Path) 
         [patch(old, "vllm.runner:Runner.size")], compat.release_in(new), compat.release_in(old)
     )
     assert found[0].names[1].diff.splitlines() == [
-        "--- 0.32.0  vllm.runner:Runner.size",
-        "+++ 0.32.9  vllm.runner:Runner.size",
+        f"--- {OLDEST}.0  vllm.runner:Runner.size",
+        f"+++ {OLDEST}.9  vllm.runner:Runner.size",
         "@@ -1,3 +1,3 @@",
         "     @property",
         "     def size(self):",

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kinds_of_users import NAMES, install, on_path
+from kinds_of_users import NAMES, install, on_path, write_package
 from pairs import make_random_drafter, random_drafter_config
 from training_runs import answer_held_out, answered_prompts, held_out_file, make_target, settings
 from vllm_dflash import kinds
@@ -40,8 +40,11 @@ from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.target import find_target
 
 ROOT = Path(__file__).parents[2]
-OURS = ("dflare", "dflash", "dflash2", "dspark", "dflare-candidates", "dflare-markov")
-CONTEXTS = ("dflare", "dflash")
+OURS = tuple(sorted(kinds.names()))
+"""Every kind of this package has its comparisons here: it was a list, and one that was not added to
+it was compared with nothing."""
+CONTEXTS = tuple({kinds.every()[name].context.modules: name for name in reversed(OURS)}.values())
+"""One kind of each context."""
 METHOD = {
     ("formats/__init__", "METHOD"),
     ("adaptive/settings", "SECTION"),
@@ -115,21 +118,30 @@ def test_served_is_the_reference(kind: str, bias: bool) -> None:
 
 
 @pytest.mark.parametrize("confident", [False, True])
-@pytest.mark.parametrize("kind", ["dflash", "dflash2", "dspark", "norepeat"])
+@pytest.mark.parametrize("kind", [*OURS, "norepeat"])
 def test_a_served_head_is_the_reference(kind: str, confident: bool) -> None:
-    config, batch, k = random_drafter_config(kind=kind, hidden_size=16, vocab_size=40), 5, 7
+    config, batch = random_drafter_config(kind=kind), 5
+    head, k = kind_of(config).head, config.max_speculative_tokens
     torch.manual_seed(0)
-    lm_head, hidden, anchors = (
-        torch.randn(40, 16),
-        torch.randn(batch * k, 16),
-        torch.randint(40, (batch,), dtype=torch.int32),
+    lm_head, anchors = (
+        torch.randn(config.vocab_size, config.hidden_size),
+        torch.randint(config.vocab_size, (batch,), dtype=torch.int32),
     )
+    # A request's rows are alike, so that one by itself would repeat tokens.
+    hidden = (
+        torch.randn(batch, 1, config.hidden_size) + torch.randn(batch, k, config.hidden_size) / 9
+    )
+    hidden = hidden.flatten(0, 1)
     reference, served = (kind_of(config).head_part(part) for part in ("Reference", "Served"))
     ours, theirs = served(config, torch.float32), reference(config)
+    own = {
+        name: torch.randn(shape) if max(shape) > 1 else 20 + torch.rand(shape)
+        for name, shape in head.own_tensors(config).items()
+    }
     with torch.inference_mode():
-        for name, tensor in theirs.state_dict().items():
-            tensor.copy_(torch.randn(tensor.shape) if tensor.numel() > 1 else 20.0)
-            ours.load(name if kind_of(config).head.parts else f"head.{name}", tensor)
+        for name, tensor in own.items():
+            ours.load(name, tensor)
+        theirs.load_state_dict({name.removeprefix("head."): own[name] for name in own})
         block = Block(hidden.view(batch, k, -1), (hidden @ lm_head.T).view(batch, k, -1))
         ranking = Ranking(
             lambda h: h @ lm_head.T,
@@ -144,8 +156,8 @@ def test_a_served_head_is_the_reference(kind: str, confident: bool) -> None:
         torch.testing.assert_close(theirs.scores(block, before), scores)
         assert torch.equal(theirs.lesson(block, before, expected).tokens, expected)
     assert torch.equal(tokens, expected)
-    assert torch.equal(tokens, block.logits.argmax(-1)) == (kind == "dflash")
-    if confident and kind not in ("norepeat", "dspark"):
+    assert torch.equal(tokens, block.logits.argmax(-1)) == head.is_argmax
+    if confidences is not None and not config.head.get("enable_confidence_head"):
         torch.testing.assert_close(confidences, scores.softmax(-1).amax(-1))
 
 
@@ -293,14 +305,7 @@ def test_what_is_no_kind_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFi
         "twice": "from vllm_dflash.kinds.dflash import KIND",
     }
     for name, code in broken.items():
-        (tmp_path / f"{name}.py").write_text(code)
-        (tmp_path / f"{name}-1.dist-info").mkdir()
-        (tmp_path / f"{name}-1.dist-info" / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n"
-        )
-        (tmp_path / f"{name}-1.dist-info" / "entry_points.txt").write_text(
-            f"[{kinds.GROUP}]\n{name} = {name}:KIND\n"
-        )
+        write_package(tmp_path, name, code)
     with on_path(tmp_path), caplog.at_level("WARNING"):
         assert set(kinds.names()) == {*OURS, *NAMES}
     for name in broken:
@@ -333,16 +338,9 @@ def test_a_record_whose_parts_do_not_exist_is_left_out_by_name(
         "whole": "import torch\nclass Reference: ...\nServed = Reference",
     }
     for name, body in bodies.items():
-        (tmp_path / f"{name}.py").write_text(f"NAME, WHERE = {name!r}, '{name}_head'\n{HEADLESS}")
+        write_package(tmp_path, name, f"NAME, WHERE = {name!r}, '{name}_head'\n{HEADLESS}")
         if body is not None:
             (tmp_path / f"{name}_head.py").write_text(body)
-        (tmp_path / f"{name}-1.dist-info").mkdir()
-        (tmp_path / f"{name}-1.dist-info" / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n"
-        )
-        (tmp_path / f"{name}-1.dist-info" / "entry_points.txt").write_text(
-            f"[{kinds.GROUP}]\n{name} = {name}:KIND\n"
-        )
     with on_path(tmp_path), caplog.at_level("WARNING"):
         assert set(kinds.names()) == {*OURS, *NAMES, "late", "whole"}
         assert "whole_head" not in sys.modules

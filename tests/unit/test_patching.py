@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
+from releases import OLDEST
 from vllm_dflash.patch import Patch
 from vllm_dflash.patching import PatchError, PatchSet
 from vllm_dflash.upstream import Definition, SourceNotFoundError, Sources
 
-VERSION = "0.32.0"
+VERSION = f"{OLDEST}.0"
 UPSTREAM = """
     from upstream_parts import Part, helper as aliased
 

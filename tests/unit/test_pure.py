@@ -48,6 +48,7 @@ ASKS_VLLM = {
     "cluster.serve",
     "engines.child",
     "evaluation.engine_child",
+    "evaluation.rejection",
     "kinds.dflash.context",
     "models.parameters",
     "patches.request_params",

@@ -63,9 +63,8 @@ def test_the_end_of_thinking_is_forced_where_plain_decoding_forces_it(
     the same output.
 
     vLLM forces the rest of the end in the last row of a step, wherever the budget runs out among
-    the drafts, and counts rows of
-    requests without a budget wrong: up to three tokens too many, and the end in a neighbour's
-    output (its issue 39573).
+    the drafts, and counts rows of requests without a budget wrong: up to three tokens too many, and
+    the end in a neighbour's output (its issue 39573).
     """
     generator = torch.Generator().manual_seed(budget)
     wanted: list[int] = torch.randint(1, VOCABULARY, (60,), generator=generator).tolist()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from vllm_dflash import kinds
 from vllm_dflash.cli import main
 from vllm_dflash.training.errors import SettingsError
 from vllm_dflash.training.pipeline import fit_lengths
@@ -44,7 +45,7 @@ def test_a_file_and_flags(tmp_path: Path) -> None:
         ({"epochs": "inf"}, "epochs is inf: at least 0.001 and at most"),
         ({"lr": "nan"}, "lr is nan: at least 0"),
         ({"top_p": 1.5}, "top_p is 1.5: at least 0.01 and at most 1"),
-        ({"kind": "eagle"}, "kind is 'eagle': one of dflash, "),
+        ({"kind": "eagle"}, f"kind is 'eagle': one of {', '.join(kinds.names())}"),
         ({"cache": "yes"}, "cache is 'yes': give true or false"),
         ({"target_layer_ids": "1,x"}, "target_layer_ids is '1,x': give a list"),
         ({"batch_size": 10, "workers": 4}, "batch_size 10 does not split into 4 workers"),

@@ -10,6 +10,8 @@ from vllm_dflash.cli.flags import add_command
 from vllm_dflash.patch import SCOPES
 from vllm_dflash.plugin import patch_set, why_off
 from vllm_dflash.supported import INSTALL_VLLM, SUPPORTED_VLLM, installed_vllm
+from vllm_dflash.tools.compat import GONE, check_names, installed_release
+from vllm_dflash.tools.imported import imported_names
 
 
 def add(commands: Any) -> None:
@@ -44,6 +46,8 @@ def _status() -> int:
     print(f"plug-in      {state}")
     for problem in problems:
         print(f"  {problem}")
+    for name, users in _gone() if version else ():
+        print(f"  gone: {name}, which {', '.join(users)} import")
     rows = patch_set().report()
     for row in rows:
         if row.note:
@@ -60,6 +64,14 @@ def _status() -> int:
         print(_paragraph("why", row.why))
         print(_paragraph("until", row.until))
     return 0 if state == "on" else 1
+
+
+def _gone() -> list[tuple[str, tuple[str, ...]]]:
+    """Names of vLLM's that this package imports and that the installed one has no longer, with the
+    files that do: what needs them ends."""
+    release = installed_release()
+    found = [] if release is None else check_names(imported_names("vllm"), release, None)
+    return [(each.name, each.users) for each in found if each.state == GONE]
 
 
 def _version(distribution: str) -> str:

@@ -46,8 +46,7 @@ def answered(output: Any) -> dict[str, Any]:
     """What is written of a finished request: vLLM's ``RequestOutput``.
 
     ``drafts``, ``draft_tokens`` and ``accepted_tokens`` are None without a drafter, and where vLLM
-    gives none: a request that ended at a
-    stop string.
+    gives none: a request that ended at a stop string.
     """
     done = output.outputs[0]
     counts = {"drafts": None, "draft_tokens": None, "accepted_tokens": None}

@@ -10,6 +10,8 @@ choose another. Asked once an engine, when its model is loaded.
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+import torch.nn.modules.module as _torch_modules
 from vllm import ir
 from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.layers.activation import SiluAndMul
@@ -28,7 +30,9 @@ from vllm.platforms import CpuArchEnum, current_platform
 from vllm_dflash.cpu.sampler_choice import named
 from vllm_dflash.log import logger
 from vllm_dflash.patching import LEFT_OUT
+from vllm_dflash.replaced import replaced_by, shadowed
 
+_CALL = torch.nn.Module.__call__
 _LINEAR = ColumnParallelLinear.forward, ReplicatedLinear.forward, RowParallelLinear.forward
 
 
@@ -100,6 +104,51 @@ def other_norms(norms: list[Any]) -> Iterator[str]:
         first = next(iter(op.get_priority()), "native")  # no priority at all is native too
         if first != "native":
             yield f"vLLM's IR op {op.name} runs {first}, not native"
+
+
+class Untouched:
+    """Whether a loaded model's modules are what their classes say, and nobody listens to them: true
+    or false, at any time. ``llm.apply_model`` may register a hook or set a ``forward`` in a running
+    engine; asked for each forward, so it looks at no more than is needed."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        modules = [module for module in model.modules() if module is not model]
+        self._own = [vars(module) for module in modules]
+        self._hooks = [
+            hooks
+            for module in model.modules()
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ] + [_torch_modules._global_forward_hooks, _torch_modules._global_forward_pre_hooks]
+        self._calls = [(kind, kind.forward) for kind in {type(module) for module in modules}]
+
+    def __bool__(self) -> bool:
+        return not (
+            any(self._hooks)
+            or any("forward" in own for own in self._own)
+            or any(
+                kind.forward is not forward or kind.__call__ is not _CALL
+                for kind, forward in self._calls
+            )
+        )
+
+    def touched(self) -> Iterator[str]:
+        """What is not as the classes say, in words; more than is asked for each forward."""
+        if any(self._hooks[-2:]) or torch.nn.Module.__call__ is not _CALL:
+            yield "torch's modules have hooks"
+        if (found := replaced_by("torch.nn.modules.module:Module")) is not None:
+            yield f"torch's modules run {found}"
+        for name, module in self._model.named_modules():
+            what = name or "the model"
+            if module._forward_hooks or module._forward_pre_hooks:
+                yield f"{what} has hooks"
+            if (own := shadowed(module)) is not None:
+                yield f"the {own} of {what} was replaced"
+            method = getattr(module, "quant_method", None)
+            if method is not None and (own := shadowed(method)) is not None:
+                yield f"the {own} of the weight of {what} was replaced"
+            if module is not self._model and type(module).__call__ is not _CALL:
+                yield f"{type(module).__qualname__} has a __call__ of its own"
 
 
 def _name(module: Any) -> str:

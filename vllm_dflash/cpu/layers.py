@@ -8,9 +8,8 @@ Limits: one rank, projections and a cache that are not quantized, no LoRA, vLLM'
 KV connector; elsewhere the modules run.
 
 Nothing that is made of weights is kept beyond them: they may be loaded anew, in place or by a new
-storage, at any time. A parameter is
-looked up in its module for each forward, and a prepared weight is taken anew when its module has
-another kernel.
+storage, at any time. A parameter is looked up in its module for each forward, and a prepared weight
+is taken anew when its module has another kernel.
 
     pytest tests/engine/test_draft_parity.py tests/engine/test_target_layers.py
     pytest tests/engine/test_reload.py

@@ -20,11 +20,12 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-from vllm_dflash.cpu.dispatch import leave_out, other_choices, other_norms
+from vllm_dflash.cpu.dispatch import Untouched, leave_out, other_choices, other_norms
 from vllm_dflash.cpu.layers import Layer, Workspace, can_run, embedding, live
 from vllm_dflash.patch import Patch
 from vllm_dflash.patches import cpu_target
 from vllm_dflash.plugin import patch_set
+from vllm_dflash.replaced import shadowed
 
 
 @dataclass(frozen=True)
@@ -109,15 +110,12 @@ def _unknown(model: Any) -> Iterator[str]:
         yield f"the embedding is {type(model.embed_tokens).__qualname__}"
     yield from other_choices(model)
     yield from other_norms(norms)
-    if torch.nn.modules.module._has_any_global_hook():
-        yield "torch's modules have hooks"
-    for name, module in model.named_modules():
-        if module is not model and type(module).__call__ is not torch.nn.Module.__call__:
-            yield f"{type(module).__qualname__} has a __call__ of its own"
-        if module._forward_hooks or module._forward_pre_hooks:
-            yield f"{name or 'the model'} has hooks"
-        if "forward" in vars(module):
-            yield f"the forward of {name or 'the model'} was replaced"
+    if (model.start_layer, model.end_layer) != (0, len(model.layers)):
+        yield f"it runs layers {model.start_layer} to {model.end_layer} only"
+    for layer in model.layers:
+        if (name := shadowed(layer.self_attn.attn.impl)) is not None:
+            yield f"an attention's {name} was replaced"
+    yield from Untouched(model).touched()
 
 
 def _head_norms(attention: Any) -> list[Any]:
@@ -130,6 +128,7 @@ class EagerTarget:
 
     def __init__(self, model: Any) -> None:
         self._model, self._modules = model, model.forward
+        self._untouched = Untouched(model)
         self._embed = embedding(model)
         self._layers = [_TargetLayer(layer) for layer in model.layers]
         self._names = [layer.self_attn.attn.layer_name for layer in model.layers]
@@ -156,6 +155,7 @@ class EagerTarget:
             or inputs_embeds is not None
             or others
             or not (isinstance(metadata, dict) and isinstance(slots, dict))
+            or not self._untouched
         ):
             return self._modules(
                 input_ids, positions, intermediate_tensors, inputs_embeds, **others

@@ -27,7 +27,7 @@ from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID, RejectionSamp
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_dflash.cpu.rows import Rows, ThinkingBudgets, each_row_alone, without_processors
-from vllm_dflash.cpu.sampler_choice import check_sampler, draws_by_kernel, named
+from vllm_dflash.cpu.sampler_choice import check_sampler, draws_by_kernel, is_as_checked, named
 from vllm_dflash.cpu.sampling import DrawsInTurn, SeedDraws, Seeded, draw_tokens
 from vllm_dflash.log import logger
 
@@ -73,6 +73,8 @@ class Verifier(RejectionSampler):
             Token ids [B, longest draft + 1] int32, rejected ones -1, and their log probabilities
             where asked for.
         """
+        if self._runner.sampler is not self.sampler or not is_as_checked(self.sampler):
+            check_sampler(self._runner.sampler)
         if self.synthetic_mode:
             return super().forward(metadata, draft_probs, logits, sampling_metadata)
         if draft_probs is not None:

@@ -3,8 +3,8 @@
 
 The draft model is ours because it is registered over the architecture's name, so vLLM's loader
 finds it; nothing of the loading is repeated here. A step that schedules fewer than
-``num_speculative_tokens`` drafts still drafts the whole block,
-and the model runner cuts the rest: the tokens that stay are the same.
+``num_speculative_tokens`` drafts still drafts the whole block, and the model runner cuts the rest:
+the tokens that stay are the same.
 Limits: text only, and one pipeline stage, as the drafter takes the target's embedding.
 
     pytest tests/engine/test_v2.py tests/engine/test_v2_formats.py tests/engine/test_v2_features.py
@@ -115,9 +115,8 @@ class DFlashSpeculator(NativeDFlashSpeculator):
         """Drafts ``num_reqs`` blocks into ``draft_tokens``.
 
         A full CUDA graph records this call, the moving below with it: it works on vLLM's persistent
-        buffers, in place, and
-        asks the device for nothing. ``slot_mappings`` is None in memory profiling, when there is no
-        KV cache yet.
+        buffers, in place, and asks the device for nothing. ``slot_mappings`` is None in memory
+        profiling, when there is no KV cache yet.
         """
         anchors = self._anchors(num_reqs) if self._head is not None else None
         if slot_mappings is not None:

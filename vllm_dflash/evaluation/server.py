@@ -2,8 +2,8 @@
 counters before and after.
 
 Limits: what the server does not tell is not there (steps, committed tokens, memory, outputs);
-conditional acceptance only where every
-draft was as long as the longest, for its counters have no other honest denominator.
+conditional acceptance only where every draft was as long as the longest, for its counters have no
+other honest denominator.
 
     pytest tests/unit/test_bench_server.py
 """

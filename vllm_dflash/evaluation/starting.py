@@ -56,8 +56,8 @@ def _launched(
     """Each method's engine, begun but not ready, or why there is none.
 
     The next one begins when the caller is done with the last: vLLM measures free memory while it
-    starts. Where ``kv_cache_memory_bytes``
-    says what there is to have, one more for each further core begins ahead.
+    starts. Where ``kv_cache_memory_bytes`` says what there is to have, one more for each further
+    core begins ahead.
     """
     at_once = len(os.sched_getaffinity(0)) if plan.engine_args.get("kv_cache_memory_bytes") else 1
     begun: deque[tuple[Method, BenchEngine | EngineFailedError]] = deque()

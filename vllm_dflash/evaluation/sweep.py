@@ -1,8 +1,8 @@
 """The order of a benchmark, and the record of its runs. No vLLM import.
 
 For each repeat, for each point, the methods take turns, a slice of a second or less each until all
-are done: a machine that slows down for
-some seconds slows down all. No method always comes first. Repeat 0 warms up and is not measured.
+are done: a machine that slows down for some seconds slows down all. No method always comes first.
+Repeat 0 warms up and is not measured.
 
     pytest tests/unit/test_bench_sweep.py
 """

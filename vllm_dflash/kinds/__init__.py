@@ -181,8 +181,8 @@ class Kind:
 def every() -> Mapping[str, Kind]:
     """All kinds by name: the package's, of these first what vLLM knows, then other packages'.
 
-    One that cannot be imported, that names parts which do not exist, or that takes a name of
-    another, is left out with a warning: plain serving goes on.
+    One of another package that cannot be imported, that names parts which do not exist, or that
+    takes a name of another, is left out with a warning: plain serving goes on.
     """
     ours = [
         kind

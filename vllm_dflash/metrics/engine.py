@@ -2,10 +2,8 @@
 (``times``), and writes what is known.
 
 It is the same for vLLM's schedulers and for ours. Under asynchronous scheduling a draft counts at
-the length that was scheduled, and
-steps overlap: a step's time is from the end of the one before to its own. Limits: confidences are
-known under synchronous scheduling
-only.
+the length that was scheduled, and steps overlap: a step's time is from the end of the one before to
+its own. Limits: confidences are known under synchronous scheduling only.
 
     pytest tests/unit/test_metrics_engine.py tests/engine/test_metrics.py
 """

@@ -28,6 +28,7 @@ from vllm_dflash.models.kernels import check_kernels
 from vllm_dflash.models.layers import DrafterLayer
 from vllm_dflash.models.loading import Loading
 from vllm_dflash.models.norm import ServedRMSNorm
+from vllm_dflash.plugin import patch_set
 
 
 class FromTarget(nn.Module):
@@ -129,6 +130,7 @@ class DrafterForCausalLM(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        patch_set().check_in_place()  # another plug-in's proposer would have loaded this model
         speculative_config = vllm_config.speculative_config
         assert speculative_config is not None
         draft = speculative_config.draft_model_config

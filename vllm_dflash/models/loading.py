@@ -2,12 +2,11 @@
 format, in portions of any size.
 
 At the start each tensor is loaded as it comes, and the end of the load says what is missing. Into a
-running engine vLLM pushes new
-ones between ``start_draft_weight_update`` and ``finish_weight_update``: they are kept in host
-memory until all are there, so that an
-update that is refused changes nothing, and are then copied in place, for CUDA graphs keep
-addresses. Limits: what goes wrong while they are copied (memory runs out) leaves some layers with
-new weights and some with old ones.
+running engine vLLM pushes new ones between ``start_draft_weight_update`` and
+``finish_weight_update``: they are kept in host memory until all are there, so that an update that
+is refused changes nothing, and are then copied in place, for CUDA graphs keep addresses. Limits:
+what goes wrong while they are copied (memory runs out) leaves some layers with new weights and some
+with old ones.
 
     pytest tests/engine/test_reload.py
 """

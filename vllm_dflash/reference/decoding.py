@@ -103,8 +103,8 @@ def draft_block(
     positions before it.
 
     Always the whole block, of which the first tokens are taken: a drafter that was trained on whole
-    blocks drafts badly in a
-    shorter one. Only ``max_model_len`` cuts it, as there are no positions past it.
+    blocks drafts badly in a shorter one. Only ``max_model_len`` cuts it, as there are no positions
+    past it.
     """
     device, num_queries = target.device, drafter.config.block_size
     if max_model_len is not None:

@@ -1,7 +1,7 @@
 """Rotary positions in plain PyTorch, with the scalings of the published configs, by transformers'
 own formulas.
 
-Tests: ``pytest tests/unit/test_rotary.py``.
+    pytest tests/engine/test_formats.py -k "yarn or rope"
 """
 
 import torch

@@ -88,8 +88,8 @@ def run_reference(pair: Pair, progress: bool) -> ReferenceRun:
     neighbouring target layers.
 
     Always, not only where tau is low: the layers of a target resemble their neighbours, so ids that
-    are off by one cost little enough to
-    be missed (the embedded pair: tau 3.59, with ids one higher 3.21, one lower 3.42).
+    are off by one cost little enough to be missed (the embedded pair: tau 3.59, with ids one higher
+    3.21, one lower 3.42).
 
     Raises:
         DrafterConfigError: quantized weights, or a target whose layers the reference does not know.

@@ -2,9 +2,8 @@
 and arithmetic. Pure.
 
 Arithmetic is matrix products only: 2 a parameter and token forward, 6 where weights learn, 4
-through the frozen lm_head; attention scores
-are left out. Limits: sequences are taken as long as they may get, so a run ends sooner than this
-says.
+through the frozen lm_head; attention scores are left out. Limits: sequences are taken as long as
+they may get, so a run ends sooner than this says.
 
     vllm-dflash train ... --dry-run             pytest tests/unit/test_train_budget.py
 """
