@@ -177,7 +177,7 @@ class Fuzzer:
         if not common or self.rng.random() >= 0.4:
             common = draw_common(self.rng, list(self.pair.overrides))
         common = ordinary(common, self.left_out)
-        settings = draw_settings(self.rng)
+        settings = draw_settings(self.rng, common["override"])
         try:
             self.start(common, settings)
         except BothEnded as crash:

@@ -23,6 +23,10 @@ ORDINARY: dict[str, Any] = {
 """Settings of both engines where nothing is drawn. ``reasoning``: whether grammars wait for a
 reasoning parser's end, and if so whether they hold in the reasoning too. ``override``: one of the
 pair's."""
+WINDOW_GROUPS = 4
+"""Groups of layers with pages of their own where the target's layers have a window and the
+drafter's have none: of three layers each, as the embedded pair's drafters have, and the target has
+eight."""
 ADAPTERS = 3
 """LoRA adapters, 1 to this."""
 KNOWN = ("thinking_token_budget", "logprob_token_ids")
@@ -76,21 +80,25 @@ class Corpus:
 def draw_common(rng: random.Random, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Settings of both engines: those that change what a request is answered. ``overrides``: names
     of the pair's, of which one may be drawn."""
+    embeds = rng.random() < 0.15
     return {
         "logprobs_mode": rng.choice(
             ["raw_logprobs"] * 5 + ["processed_logprobs", "raw_logits", "processed_logits"]
         ),
-        "structured_outputs_config": _draw_backend(rng),
+        "structured_outputs_config": _draw_backend(rng, embeds),
         "enable_lora": rng.random() < 0.12,
         "max_loras": rng.choice([1, ADAPTERS]),
-        "enable_prompt_embeds": rng.random() < 0.15,
+        "enable_prompt_embeds": embeds,
         "reasoning": rng.choice(["none"] * 6 + ["outside", "inside"]),
         "override": rng.choice([*overrides, "none"]) if rng.random() < 0.3 else "none",
     }
 
 
-def _draw_backend(rng: random.Random) -> dict[str, Any]:
-    backend = rng.choice(["auto", "auto", "guidance", "xgrammar", "outlines"])
+def _draw_backend(rng: random.Random, embeds: bool) -> dict[str, Any]:
+    # For prompt embeddings vLLM adds a token to the tokenizer, and guidance takes none that has
+    # more tokens than the target: each such request is refused.
+    guidance = [] if embeds else ["guidance"]
+    backend = rng.choice(["auto", "auto", "xgrammar", "outlines", *guidance])
     found: dict[str, Any] = {"backend": backend}
     if backend in ("guidance", "xgrammar") and rng.random() < 0.4:
         found["disable_any_whitespace"] = True
@@ -113,11 +121,15 @@ def ordinary(common: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
     return {k: ORDINARY[k] if k in names else v for k, v in common.items()}
 
 
-def draw_settings(rng: random.Random) -> dict[str, Any]:
+def draw_settings(rng: random.Random, override: str = "none") -> dict[str, Any]:
     """Settings of the engine that drafts, which may change nothing: ``args`` for vLLM, and how it
-    is driven."""
+    is driven. ``override``: the one that ``draw_common`` drew."""
     block_size = rng.choice([None, None, 32, 64])
     pages = -(-MAX_MODEL_LEN // (block_size or 128))
+    groups = WINDOW_GROUPS if override == "window" else 1
+    # vLLM starts no engine with fewer: a whole request's of each group, one more where a window
+    # slides, and one that stays empty.
+    least = groups * (pages + 1) + 1
     max_num_seqs = rng.choice([1, 2, 4, 8, 16, 16])
     # No fewer than requests (vLLM's own rule), and above K.
     budget = rng.choice([64, 80, 128, 256, 1024, max(max_num_seqs, rng.randint(8, 20))])
@@ -125,7 +137,9 @@ def draw_settings(rng: random.Random) -> dict[str, Any]:
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": budget,
         "enable_prefix_caching": rng.random() < 0.7,
-        "num_gpu_blocks_override": rng.choice([pages + 2, pages + 3, 2 * pages, 16 * pages]),
+        "num_gpu_blocks_override": rng.choice(
+            [least, least + 1, 2 * groups * pages, 16 * groups * pages]
+        ),
         "scheduling_policy": rng.choice(["fcfs", "fcfs", "priority"]),
         "stream_interval": rng.choice([1, 1, 3]),
     }
@@ -202,6 +216,10 @@ def _draw_request(
         request["embeds"] = _draw_embeds(rng, len(prompt))
         # vLLM has no log-probabilities of a prompt that is not tokens.
         params.pop("prompt_logprobs", None)
+        if request["embeds"] == [0, len(prompt)]:
+            # Of a prompt without tokens vLLM penalizes those that a request before it left in its
+            # row, in any engine.
+            params.pop("repetition_penalty", None)
     return request
 
 

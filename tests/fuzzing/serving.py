@@ -183,6 +183,8 @@ def run_round(
                 )
             except (ValueError, VLLMValidationError) as refusal:
                 answers.refuse(request["id"], refusal)
+                # What the engine's core refused is still counted by vLLM's front.
+                engine.abort_request([str(request["id"])])
                 continue
             if "aborted_after" in request:
                 aborts[request["id"]] = step + request["aborted_after"]
@@ -365,6 +367,7 @@ class Server:
 
     def stop(self) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory
+        from vllm.tokenizers import cached_get_tokenizer
 
         self._fault.close()
         if self.loop is not None:
@@ -375,6 +378,8 @@ class Server:
         elif self.own_process and self.llm is not None:
             self.llm.llm_engine.engine_core.shutdown()
         self.llm, self.loop, self._counters = None, None, {}
+        # vLLM adds a token to its one tokenizer for an engine that takes prompt embeddings.
+        cached_get_tokenizer.cache_clear()
         gc.collect()
         cleanup_dist_env_and_memory()
 

@@ -23,8 +23,14 @@ from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 from vllm.v1.sample.sampler import Sampler
 
 from vllm_dflash.config import DrafterConfigError
-from vllm_dflash.cpu.dispatch import is_cpu_linear, only_projects, other_choices, other_norms
-from vllm_dflash.cpu.sampler_choice import check_sampler, draws_by_kernel
+from vllm_dflash.cpu.dispatch import (
+    Untouched,
+    is_cpu_linear,
+    only_projects,
+    other_choices,
+    other_norms,
+)
+from vllm_dflash.cpu.sampler_choice import check_sampler, draws_by_kernel, is_as_checked
 from vllm_dflash.models.norm import ServedRMSNorm
 
 pytestmark = pytest.mark.vllm
@@ -153,3 +159,78 @@ def test_another_plug_ins_norm_is_not_made_in_place_of_the_drafters(
 
 def test_noise_in_float64_is_not_the_kernels() -> None:
     assert not draws_by_kernel(TopKTopPSampler(use_fp64_gumbel=True))
+
+
+class Layered(torch.nn.Module):
+    """A model of two projections; ``start_layer`` and the like are the target's to have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    "touch",
+    [
+        lambda model: model.first.register_forward_hook(print),
+        lambda model: model.first.register_forward_pre_hook(print),
+        lambda model: model.register_forward_hook(print),
+        lambda model: setattr(model.second, "forward", print),
+        lambda model: torch.nn.modules.module.register_module_forward_hook(lambda *_: None),
+    ],
+    ids=["hook", "pre-hook", "the model's hook", "forward", "hook of all modules"],
+)
+def test_what_is_done_to_a_loaded_model_is_seen_at_its_next_forward(touch: Any) -> None:
+    """``llm.apply_model`` is a way to steer and to probe: a hook that came after the fast layers
+    was never called."""
+    model = Layered()
+    untouched = Untouched(model)
+    assert untouched
+    assert list(untouched.touched()) == []
+    handle = touch(model)
+    assert not untouched
+    assert list(untouched.touched())
+    vars(model.second).pop("forward", None)
+    if handle is not None:
+        handle.remove()
+    assert untouched
+
+
+def test_a_method_of_the_class_that_was_set_later_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    untouched = Untouched(Layered())
+    with monkeypatch.context() as later:
+        later.setattr(torch.nn.Linear, "forward", print)
+        assert not untouched
+    with monkeypatch.context() as later:
+        later.setattr(torch.nn.Module, "__call__", print)
+        assert not untouched
+        assert "torch's modules run" in " ".join(untouched.touched())
+    assert untouched
+
+
+@pytest.mark.parametrize(
+    "touch",
+    [
+        lambda sampler: setattr(sampler, "apply_logits_processors", print),
+        lambda sampler: setattr(sampler, "greedy_sample", print),
+        lambda sampler: setattr(sampler, "forward", print),
+        lambda sampler: sampler.register_forward_pre_hook(print),
+        lambda sampler: sampler.topk_topp_sampler.register_forward_hook(print),
+    ],
+    ids=["processors", "greedy", "forward", "hook", "inner hook"],
+)
+def test_what_is_put_around_the_sampler_is_refused_at_any_time(touch: Any) -> None:
+    """Verification repeats how it samples."""
+    sampler = Sampler()
+    check_sampler(sampler)
+    assert is_as_checked(sampler)
+    touch(sampler)
+    assert not is_as_checked(sampler)
+    with pytest.raises(DrafterConfigError, match=r"not vLLM's.*serve without"):
+        check_sampler(sampler)
+
+
+def test_a_call_of_the_samplers_class_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sampler, "__call__", print)
+    with pytest.raises(DrafterConfigError, match="__call__"):
+        check_sampler(Sampler())

@@ -5,11 +5,14 @@ import random
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from engine.harness import TARGET
 from fuzz_differential import Fuzzer
+from fuzzing import serving
 from fuzzing.child import Crash
 from fuzzing.compare import difference
 from fuzzing.deaths import cause
@@ -83,6 +86,31 @@ def test_every_engine_has_room_for_its_requests_and_a_draft() -> None:
         assert budget > drawn["num_speculative_tokens"]
         small += budget < 64
     assert small > 20
+
+
+def test_a_window_takes_pages_for_each_group_of_layers() -> None:
+    """With a window over the target's eight layers and none over the drafter's three vLLM counts
+    pages for each group of three: engines with as few as without a window did not start."""
+    rng = random.Random(0)
+    for _ in range(300):
+        args = draw_settings(rng, "window")["args"]
+        block = args.get("block_size", 128)
+        window = -(-min(31 + args["max_num_batched_tokens"], MAX_MODEL_LEN) // block) + 1
+        needed = 3 * window + -(-MAX_MODEL_LEN // block)
+        assert args["num_gpu_blocks_override"] > needed, "and one stays empty"
+
+
+def test_what_vllm_answers_wrongly_beside_prompt_embeddings_is_not_drawn() -> None:
+    """Guidance takes no tokenizer with the token that vLLM adds for them, and of a prompt without
+    tokens vLLM penalizes those of a request before it."""
+    rng = random.Random(0)
+    drawn = [draw_common(rng, []) for _ in range(300)]
+    with_embeds = [c["structured_outputs_config"] for c in drawn if c["enable_prompt_embeds"]]
+    assert {config["backend"] for config in with_embeds} == {"auto", "xgrammar", "outlines"}
+    requests = [r for drawn in rounds(0, 300) for r in drawn if "embeds" in r]
+    whole = [r for r in requests if r["embeds"] == [0, len(r["prompt"])]]
+    assert not any("repetition_penalty" in r["params"] for r in whole)
+    assert any("repetition_penalty" in r["params"] for r in requests)
 
 
 def test_engines_of_every_kind_are_drawn() -> None:
@@ -163,6 +191,46 @@ def test_what_ends_the_engine_with_drafts_alone_is_a_difference() -> None:
 def test_no_single_cause() -> None:
     assert cause(ORDINARY, [REQUEST], lambda *_: False) is None
     assert cause(ORDINARY, [REQUEST], lambda *_: True) is None, "a new engine goes on"
+
+
+class Front:
+    """vLLM's: it counts a request before the engine's core, which refuses all, sees it."""
+
+    def __init__(self) -> None:
+        self._requests: set[str] = set()
+
+    def add_request(self, request_id: str, **_: Any) -> None:
+        self._requests.add(request_id)
+        raise ValueError("vocab size too small; 4096 vs 4097")
+
+    def abort_request(self, request_ids: list[str]) -> None:
+        self._requests.difference_update(request_ids)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._requests)
+
+    def step(self) -> list[Any]:
+        return []
+
+
+def test_what_the_core_refuses_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The front waited for it: the round was given up, and the fuzzer said "never done" and left
+    grammars out, without a word of the refusal."""
+    serving.sampling_params(REQUEST)  # imports vLLM, which takes seconds
+    monkeypatch.setattr(serving, "SILENCE", 0.5)
+    llm = SimpleNamespace(llm_engine=Front())
+    found = serving.run_round(llm, [REQUEST | {"arrives": 0}], lambda _: {}, ())  # type: ignore[arg-type]
+    assert found == {0: {"error": "ValueError: vocab size too small; 4096 vs 4097"}}
+
+
+def test_an_engine_leaves_no_tokenizer_to_the_next() -> None:
+    """The token that vLLM adds for prompt embeddings stayed in its one tokenizer, and guidance
+    refused all grammars of the engines after it in that process alone."""
+    from vllm.tokenizers import cached_get_tokenizer
+
+    tokenizer = cached_get_tokenizer(str(TARGET))
+    serving.Server().stop()
+    assert cached_get_tokenizer(str(TARGET)) is not tokenizer
 
 
 def test_only_what_has_one_answer_is_compared() -> None:

@@ -21,9 +21,28 @@ def test_draft_layers_in_several_groups_are_refused_on_v1() -> None:
 
     proposer = DFlashProposer.__new__(DFlashProposer)
     proposer._draft_attn_layer_names = {"draft.0", "draft.1"}
+    proposer.context = SimpleNamespace(may_wait=True)
     proposer.validate_same_kv_cache_group(cache(["target.0"], ["target.1", "draft.0", "draft.1"]))
     with pytest.raises(DrafterConfigError, match=r"several KV cache groups.*--disable-hybrid"):
         proposer.validate_same_kv_cache_group(cache(["target.0", "draft.0"], ["draft.1"]))
+
+
+@pytest.mark.parametrize(
+    ("groups", "may_wait"),
+    [([["target.0", "draft.0"]], True), ([["target.0"], ["draft.0"]], False)],
+)
+def test_features_wait_only_where_their_pages_are_nobody_elses(
+    groups: list[list[str]], may_wait: bool
+) -> None:
+    """vLLM's KV cache groups share their memory: what waited was written into pages that a target's
+    layers had meanwhile, and the text was wrong (a sliding target with the prefix cache)."""
+    from vllm_dflash.drafting.v1 import DFlashProposer
+
+    proposer = DFlashProposer.__new__(DFlashProposer)
+    proposer._draft_attn_layer_names = {"draft.0"}
+    proposer.context = SimpleNamespace(may_wait=True)
+    proposer.validate_same_kv_cache_group(cache(*groups))
+    assert proposer.context.may_wait is may_wait
 
 
 def test_layers_that_differ_in_causality_in_one_group_are_refused_on_v2(

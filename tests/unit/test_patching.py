@@ -86,6 +86,41 @@ def other_part(original: type) -> type:
     return type("OtherPart", (original,), {"name": lambda self: "ours over " + original.name(self)})
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "if True:\n    def helper(): return 'other'\nelse:\n    def helper(): return 'helper'\n",
+        "try:\n    def helper(): return 'other'\nexcept E:\n    def helper(): return 'helper'\n",
+        "def helper(): return 'helper'\nhelper = wrapper(helper)\n",
+        "def helper(): return 'helper'\nwith context:\n    def helper(): return 'other'\n",
+        "def helper(): return 'helper'\ndel helper\n",
+    ],
+    ids=["if", "try", "bound anew", "with", "deleted"],
+)
+def test_whatever_else_binds_a_name_is_in_its_fingerprint(upstream: Path, text: str) -> None:
+    """The last definition stood for the name, also where another one runs."""
+    known = Sources().locate("upstream_parts:helper").fingerprint
+    (upstream / "upstream_parts.py").write_text(text)
+    assert Sources().locate("upstream_parts:helper").fingerprint != known
+
+
+def test_a_decorator_of_the_class_is_in_its_methods_fingerprints(upstream: Path) -> None:
+    known = Sources().locate("upstream:Runner.fits").fingerprint
+    text = (upstream / "upstream.py").read_text()
+    (upstream / "upstream.py").write_text(text.replace("class Runner", "@register\nclass Runner"))
+    assert Sources().locate("upstream:Runner.fits").fingerprint != known
+
+
+def test_a_name_that_is_looked_up_in_another_module_is_told(upstream: Path) -> None:
+    """The function has moved, and its old module only hands it on: the replacement there would be
+    read by nobody."""
+    record = patch("upstream:aliased", looked_up={"upstream:use": ("aliased",)})
+    assert record.missing(Sources()) == []
+    (upstream / "moved.py").write_text((upstream / "upstream.py").read_text())
+    (upstream / "upstream.py").write_text("from moved import *")
+    assert "it is looked up in moved" in " ".join(record.missing(Sources()))
+
+
 def test_a_module_that_is_already_imported_is_patched_at_once(upstream: Path) -> None:
     module: Any = importlib.import_module("upstream")
     patches = PatchSet(

@@ -15,8 +15,9 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+import torch
 
-from vllm_dflash.replaced import replaced_by
+from vllm_dflash.replaced import replaced_by, shadowed
 
 UPSTREAM = """
     import contextlib, dataclasses, functools
@@ -72,6 +73,18 @@ def theirs(*args: Any) -> None:
     """What another plug-in puts there."""
 
 
+class Bound:
+    """Its method is no function."""
+
+    def method(self, *args: Any) -> None: ...
+
+
+class Descriptor:
+    """It gives a method, and cannot be called itself."""
+
+    def __get__(self, owner: Any, kind: Any = None) -> Any: ...
+
+
 def wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
     """It says that it has the original's module and name."""
 
@@ -96,12 +109,15 @@ def test_what_the_source_defines_is_not_replaced(upstream: Any, name: str) -> No
         ("forward", MagicMock()),
         ("forward", functools.partial(theirs)),
         ("forward", contextlib.contextmanager(theirs)),
+        ("forward", functools.partialmethod(theirs)),
+        ("forward", Bound().method),
+        ("forward", Descriptor()),
         ("kind", staticmethod(theirs)),
         ("size", functools.cached_property(theirs)),
         ("width", property(theirs)),
         ("__call__", theirs),
     ],
-    ids=repr,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_a_method_that_was_set_on_a_class_is_named(upstream: Any, name: str, value: Any) -> None:
     setattr(upstream.Layer, name, value)
@@ -124,6 +140,23 @@ def test_below_a_wrapper_of_ours_it_is_seen_too(upstream: Any) -> None:
     assert replaced_by("upstream:helper") is None
     upstream.helper = afterwards(lambda owner: None)(wrapped(upstream.helper))
     assert replaced_by("upstream:helper") == f"{__name__}:helper"
+
+
+@pytest.mark.parametrize("value", [torch.ops.aten.add, torch.relu], ids=["operator", "builtin"])
+def test_a_kernel_in_the_place_of_a_function_is_named(upstream: Any, value: Any) -> None:
+    """torch is trusted around upstream's function, not in its place: a plug-in with a kernel of its
+    own was passed by."""
+    upstream.helper = value
+    assert replaced_by("upstream:helper") is not None
+
+
+def test_an_object_with_a_method_of_its_own(upstream: Any) -> None:
+    layer = upstream.Layer()
+    layer.name = "no method"
+    assert layer.size == 1  # cached in the object, as its class wants it
+    assert shadowed(layer) is None
+    layer.forward = theirs
+    assert shadowed(layer) == "forward"
 
 
 def test_a_class_in_the_place_of_another_is_named(upstream: Any) -> None:

@@ -120,6 +120,9 @@ class DFlashProposer(NativeDFlashProposer):
                 "start vLLM with --disable-hybrid-kv-cache-manager, or with"
                 " VLLM_USE_V2_MODEL_RUNNER=1",
             )
+        # Groups share their memory: a page of the drafter's that is given back may be one of the
+        # target's layers by the time that features which waited would be written.
+        self.context.may_wait &= len(groups) == 1
 
     @property
     def page_size(self) -> int:
