@@ -113,19 +113,18 @@ class Untouched:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        modules = [module for module in model.modules() if module is not model]
-        self._own = [vars(module) for module in modules]
+        self._parts = [module for module in model.modules() if module is not model]
         self._hooks = [
             hooks
             for module in model.modules()
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ] + [_torch_modules._global_forward_hooks, _torch_modules._global_forward_pre_hooks]
-        self._calls = [(kind, kind.forward) for kind in {type(module) for module in modules}]
+        self._calls = [(kind, kind.forward) for kind in {type(part) for part in self._parts}]
 
     def __bool__(self) -> bool:
         return not (
             any(self._hooks)
-            or any("forward" in own for own in self._own)
+            or any("forward" in vars(part) for part in self._parts)
             or any(
                 kind.forward is not forward or kind.__call__ is not _CALL
                 for kind, forward in self._calls
