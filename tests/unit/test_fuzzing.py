@@ -213,6 +213,7 @@ class Front:
         return []
 
 
+@pytest.mark.vllm
 def test_what_the_core_refuses_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """The front waited for it: the round was given up, and the fuzzer said "never done" and left
     grammars out, without a word of the refusal."""
@@ -223,6 +224,7 @@ def test_what_the_core_refuses_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == {0: {"error": "ValueError: vocab size too small; 4096 vs 4097"}}
 
 
+@pytest.mark.vllm
 def test_an_engine_leaves_no_tokenizer_to_the_next() -> None:
     """The token that vLLM adds for prompt embeddings stayed in its one tokenizer, and guidance
     refused all grammars of the engines after it in that process alone."""
