@@ -7,7 +7,7 @@ and ``sys.modules``. It is allowed where ``x`` is ours, which has to show in the
 
 - the first parameter of a method of a class of ours, by whatever name;
 - what a class of ours was called for, or a copy that was made on the spot (``copy.copy``,
-  ``copy.deepcopy``);
+  ``copy.deepcopy``), but of what has a class's name, which is no copy;
 - a name, parameter, attribute or return value that is annotated with a class of ours, by itself or
   as what a container holds;
 - a name or an attribute of ``self`` to which nothing but such things and None is assigned, what is
@@ -83,23 +83,45 @@ class Package:
         for _ in range(3):  # types of attributes build on one another
             for name, known in self.classes.items():
                 self._learn(name, known)
+        self._unlearn()
 
     def annotated(
         self, annotation: ast.expr | None, path: Path, inside: str | None = None
     ) -> str | None:
-        """The class of ours that an annotation names."""
-        for node in ast.walk(annotation) if annotation is not None else ():
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        """The class of ours that an annotation names, by itself or as what a container holds; None
+        where it names another beside it, and for a protocol, which anything may have."""
+        match annotation:
+            case ast.Constant(value=str(text)):
                 with suppress(SyntaxError):  # a word of a Literal
-                    found = self.annotated(ast.parse(node.value, mode="eval").body, path, inside)
-                    if found:
-                        return found
-            name = getattr(node, "id", getattr(node, "attr", None))
-            if self.names[path].get(name) in self.classes:
-                return self.names[path][name]
-            if name == "Self":
+                    return self.annotated(ast.parse(text, mode="eval").body, path, inside)
+                return None
+            case ast.Name(id="Self"):
                 return inside
+            case ast.Name(id=name) | ast.Attribute(attr=name):
+                found = self.names[path].get(name)
+                return found if found in self.classes and not self._is_protocol(found) else None
+            case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+                return self._all_of([left, right], path, inside)
+            case ast.Subscript(value=holder, slice=ast.Tuple(elts=parts)):
+                kind = getattr(holder, "id", getattr(holder, "attr", ""))
+                # Of a table its values, of a function what it returns; of a tuple all of it.
+                if kind in ("tuple", "Union"):
+                    parts = [part for part in parts if not _is_ellipsis(part)]
+                    return self._all_of(parts, path, inside)
+                return self.annotated(parts[-1], path, inside)
+            case ast.Subscript(slice=part):
+                return self.annotated(part, path, inside)
         return None
+
+    def _all_of(self, parts: list[ast.expr], path: Path, inside: str | None) -> str | None:
+        found = [self.annotated(part, path, inside) for part in parts if not _is_none(part)]
+        return found[0] if found and all(found) else None
+
+    def _is_protocol(self, name: str) -> bool:
+        return any(
+            getattr(base, "id", getattr(base, "attr", "")) == "Protocol"
+            for base in self.classes[name].node.bases
+        )
 
     def attribute(self, owner: str | None, name: str) -> str | None:
         """What an attribute of a class of ours is, or a call of its method returns."""
@@ -118,6 +140,21 @@ class Package:
                 for base in current.node.bases
             ]
         return None
+
+    def _unlearn(self) -> None:
+        """Attributes that are given something else from outside of their class."""
+        for path, tree in self.trees.items():
+            module = Scope(self, path, tree, None, None)
+            for node in ast.walk(tree):
+                if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    continue
+                scope = Scope(self, path, node, module, None)
+                for target, value in (pair for n in _own_nodes(node) for pair in _pairs(n)):
+                    if not isinstance(target, ast.Attribute) or _is_none(value):
+                        continue
+                    known = self.classes.get(scope.infer(target.value) or "")
+                    if known and target.attr in known.attributes and not scope.infer(value):
+                        known.attributes[target.attr] = None
 
     def _learn(self, owner: str, known: Class) -> None:
         stated: set[str] = set()
@@ -195,7 +232,11 @@ class Scope:
     def _called(self, function: ast.expr, arguments: list[ast.expr]) -> str | None:
         name = getattr(function, "id", getattr(function, "attr", ""))
         if ast.unparse(function) in _COPIES:
-            return _MADE_HERE
+            of = arguments[0] if arguments else None
+            is_class = isinstance(of, ast.Name | ast.Attribute) and (
+                getattr(of, "id", getattr(of, "attr", "")).lstrip("_")[:1].isupper()
+            )
+            return None if is_class else _MADE_HERE
         if name == "super":
             return self.owner
         called = (
@@ -250,17 +291,13 @@ class Scope:
                     yield self.owner
                 else:
                     yield self.package.annotated(a.annotation, self.path, self.owner)
-        annotated = False
-        for node in _own_nodes(self.node):
+        for node in [*_own_nodes(self.node), *_nodes_of_inner(self.node, name)]:
             if (
                 isinstance(node, ast.AnnAssign)
                 and isinstance(node.target, ast.Name)
                 and node.target.id == name
             ):
-                annotated = True
                 yield self.package.annotated(node.annotation, self.path, self.owner)
-            if annotated:
-                continue
             for target, value in _pairs(node):
                 if isinstance(target, ast.Name) and target.id == name and not _is_none(value):
                     yield self.infer(value)
@@ -311,6 +348,15 @@ def _own_nodes(node: ast.AST) -> Iterator[ast.AST]:
             yield from _own_nodes(child)
 
 
+def _nodes_of_inner(node: ast.AST, name: str) -> Iterator[ast.AST]:
+    """Of functions inside that bind a name of this one."""
+    for child in ast.walk(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and child is not node:
+            own = list(_own_nodes(child))
+            if any(isinstance(n, ast.Nonlocal | ast.Global) and name in n.names for n in own):
+                yield from own
+
+
 def _pairs(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr | None]]:
     """Targets of bindings with what is bound; None where that does not show."""
     match node:
@@ -321,8 +367,19 @@ def _pairs(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr | None]]:
             yield target, None
         case ast.NamedExpr(target=target, value=value):
             yield target, value
-        case ast.For(target=target, iter=over) | ast.comprehension(target=target, iter=over):
+        case (
+            ast.For(target=target, iter=over)
+            | ast.AsyncFor(target=target, iter=over)
+            | ast.comprehension(target=target, iter=over)
+        ):
             yield from _loop(target, over)
+        case ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
+            yield ast.Name(name), None
+        case ast.MatchMapping(rest=str(name)):
+            yield ast.Name(name), None
+        case ast.Import(names=names) | ast.ImportFrom(names=names):
+            for alias in names:
+                yield ast.Name(alias.asname or alias.name.partition(".")[0]), None
         case ast.withitem(context_expr=value, optional_vars=target) if target is not None:
             yield from _unpack(target, value)
         case ast.ExceptHandler(name=str(name)):
@@ -360,6 +417,10 @@ def _is_self(target: ast.expr) -> bool:
         and isinstance(target.value, ast.Name)
         and target.value.id == "self"
     )
+
+
+def _is_ellipsis(value: ast.expr) -> bool:
+    return isinstance(value, ast.Constant) and value.value is ...
 
 
 def _is_none(value: ast.expr | None) -> bool:

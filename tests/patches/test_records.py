@@ -107,6 +107,16 @@ def stores(body: str) -> list[str]:
         "from sys import modules",
         "runner.build.__globals__['a'] = 1",
         "exec('runner.a = 1')",
+        "x: Part | Foreign = module.x\nx.a = 1",
+        "pairs: list[tuple[Part, Any]] = module.pairs\npairs[0][1].a = 1",
+        "class Runner(Protocol):\n    sampler: Any\nr: Runner = runner\nr.sampler = 1",
+        "part: Part\npart = runner\npart.a = 1",
+        "part = Part()\ndef inner():\n    nonlocal part\n    part = runner\npart.a = 1",
+        "part = Part()\nmatch runner:\n    case part:\n        part.a = 1",
+        "async def g():\n    async for part in runner: part.a = 1",
+        "part = Part()\nfrom vllm import part\npart.a = 1",
+        "holder.mine = runner\nholder.mine.a = 1",
+        "copy.copy(Foreign).forward = 1",
     ],
 )
 def test_the_rule_finds_a_store_into_what_is_not_ours(body: str) -> None:
@@ -141,6 +151,10 @@ def test_the_rule_finds_a_store_into_what_is_not_ours(body: str) -> None:
         "class Mine:\n    def g(this):\n        def inner(): this.a = 1",
         "class Mine:\n    def __setattr__(self, n, v): super().__setattr__(n, v)",
         "class Mine:\n    @classmethod\n    def g(cls): cls.a = 1",
+        "part: Part | None = module.x\npart.a = 1",
+        "parts: dict[str, list[Part]] = module.parts\nparts['a'][0].x = 1",
+        "parts: tuple[Part, ...] = module.parts\nparts[0].x = 1",
+        "async def g():\n    async for part in holder.parts: part.x = 1",
     ],
 )
 def test_the_rule_lets_stores_into_our_own_objects_be(body: str) -> None:

@@ -205,6 +205,12 @@ def test_a_method_of_the_class_that_was_set_later_is_seen(monkeypatch: pytest.Mo
         later.setattr(torch.nn.Module, "__call__", lambda *_: None)
         assert not untouched
         assert "torch's modules run" in " ".join(untouched.touched())
+    with monkeypatch.context() as later:
+        later.setattr(torch.nn.Module, "_call_impl", lambda *_: None)
+        assert "torch's modules run" in " ".join(untouched.touched())
+    with monkeypatch.context() as later:  # as transformers does, and no forward calls it
+        later.setattr(torch.nn.Module, "smart_apply", lambda *_: None, raising=False)
+        assert list(untouched.touched()) == []
     assert untouched
 
 

@@ -135,8 +135,9 @@ class Untouched:
         """What is not as the classes say, in words; more than is asked for each forward."""
         if any(self._hooks[-2:]) or torch.nn.Module.__call__ is not _CALL:
             yield "torch's modules have hooks"
-        if (found := replaced_by("torch.nn.modules.module:Module")) is not None:
-            yield f"torch's modules run {found}"
+        for name in ("__call__", "_wrapped_call_impl", "_call_impl"):
+            if (found := replaced_by(f"torch.nn.modules.module:Module.{name}")) is not None:
+                yield f"torch's modules run {found}"
         for name, module in self._model.named_modules():
             what = name or "the model"
             if module._forward_hooks or module._forward_pre_hooks:

@@ -10,28 +10,32 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vllm_dflash.config import DrafterConfig
 
 _OF_LAYER = re.compile(r"layers\.(\d+)\.self_attn\.(\w+)\.(\w+)")
 
 
-class ServedContext(Protocol):
-    """What vLLM runs of a kind: its class ``Served``."""
+class ServedContext(nn.Module):
+    """What vLLM runs of a kind: the base of its class ``Served``."""
 
-    attentions: Sequence[Any]
-    """The draft layers' attention modules, in order; set once they are made."""
+    attentions: Sequence[Any] = ()
+    """The draft layers' attention modules, in order; set once they are made. No module list, or
+    they would be registered a second time."""
 
     def load(self, name: str, tensor: Tensor) -> None:
         """Takes what it needs of one tensor of a checkpoint, in any order."""
+        raise NotImplementedError
 
     def combine(self, features: Tensor) -> Tensor:
         """``features`` [N, T * H] -> context [N, C]."""
+        raise NotImplementedError
 
     def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """``context`` [N, C] -> keys and values [N, D, kv heads, head_dim], before k_norm and
         rotary."""
+        raise NotImplementedError
 
 
 class FastContext(Protocol):

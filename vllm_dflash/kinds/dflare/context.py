@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from vllm_dflash.config import DrafterConfig
-from vllm_dflash.models.parameters import capture_order, in_parts, load_into, of_layer, own_heads
+from vllm_dflash.models.parameters import (
+    ServedContext,
+    capture_order,
+    in_parts,
+    load_into,
+    of_layer,
+    own_heads,
+)
 from vllm_dflash.reference.drafter import Drafter, RMSNorm, apply_rotary
 
 _FIRST_LOGIT = 2.0
@@ -56,7 +63,7 @@ class Reference(Drafter):
         return apply_rotary(key, cos, sin), attention.v_proj_target(own).view(split)
 
 
-class Served(nn.Module):
+class Served(ServedContext):
     """The same for vLLM. The fusion runs at full width on every rank; keys and values of this
     rank's heads."""
 

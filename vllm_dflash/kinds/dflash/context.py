@@ -3,14 +3,21 @@
 pytest tests/unit/test_reference.py tests/engine/test_draft_parity.py
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vllm_dflash.config import DrafterConfig
-from vllm_dflash.models.parameters import capture_order, in_parts, load_into, of_layer, own_heads
+from vllm_dflash.models.parameters import (
+    ServedContext,
+    capture_order,
+    in_parts,
+    load_into,
+    of_layer,
+    own_heads,
+)
 from vllm_dflash.reference.drafter import Drafter, RMSNorm
 
 
@@ -34,7 +41,7 @@ class Reference(Drafter):
         return self.layers[index].self_attn.key_value(c, cos, sin)
 
 
-class Served(nn.Module):
+class Served(ServedContext):
     """The same on vLLM's layers. The fusion runs at full width on every rank; keys and values of
     this rank's heads."""
 
@@ -69,9 +76,6 @@ class Served(nn.Module):
         self.hidden_norm = ServedRMSNorm(hidden, eps=config.rms_norm_eps)
         self.quantized = quant_config is not None
         # Packed weights cannot be stacked.
-        self.attentions: Sequence[Any] = ()
-        """The draft layers' attention modules, in a sequence, for modules would be registered a
-        second time."""
         if not self.quantized:
             # A layer of vLLM's, so that its weight is packed as the platform likes it.
             self.proj = ReplicatedLinear(
