@@ -3,6 +3,8 @@
 Tests: ``pytest tests/unit/test_convolution.py``.
 """
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -65,6 +67,18 @@ def test_a_new_one_changes_nothing() -> None:
     )
 
 
+def served_as(made: BlockConvolution) -> Any:
+    """The same convolution, as vLLM runs it."""
+    from vllm_dflash.models import convolution
+
+    served = convolution.BlockConvolution.__new__(convolution.BlockConvolution)
+    torch.nn.Module.__init__(served)
+    served.taps, served.shape = TAPS, (TAPS, HIDDEN // GROUP, GROUP)
+    served.base_kernel = made.base_kernel
+    served.kernel_projection = made.kernel_projection
+    return served
+
+
 @pytest.mark.vllm
 @torch.inference_mode()
 def test_served_is_the_reference_where_a_block_was_moved_too() -> None:
@@ -77,19 +91,35 @@ def test_served_is_the_reference_where_a_block_was_moved_too() -> None:
     # The third goes on where the second ends.
     positions = torch.cat([positions, torch.arange(16, 24)])
     reach = convolution.rows_in_reach(positions, BLOCK, TAPS)
-    served = convolution.BlockConvolution.__new__(convolution.BlockConvolution)
-    torch.nn.Module.__init__(served)
-    served.taps, served.shape = TAPS, (TAPS, HIDDEN // GROUP, GROUP)
-    served.base_kernel = made.base_kernel
-    served.kernel_projection = made.kernel_projection
+    served = served_as(made)
     into, kernels = served.before(x, reach)
     out = served.after(y, kernels, reach)
+    # A kernel of the row alone; it has nothing to reach.
+    assert convolution.rows_in_reach(positions, BLOCK, 1).all()
     # On a GPU a graph records it: it asks the device for nothing.
     assert convolution.rows_in_reach(positions.to("meta"), BLOCK, TAPS).shape == reach.shape
     for rows in (slice(BLOCK), slice(BLOCK + 3, 2 * BLOCK), slice(2 * BLOCK, None)):
         expected, own = made.before(x[None, rows], None)
         torch.testing.assert_close(into[rows], expected[0])
         torch.testing.assert_close(out[rows], made.after(y[None, rows], own, None)[0])
+
+
+@pytest.mark.vllm
+@torch.inference_mode()
+def test_rows_that_stand_for_nothing_reach_no_block() -> None:
+    """What attention leaves in rows that only fill a batch up is any number, NaN too: the last ones
+    came in front of the first block, times zero, and its first rows were NaN."""
+    from vllm_dflash.models import convolution
+
+    made = random_convolution()
+    served, x, positions = served_as(made), torch.randn(3 * BLOCK, HIDDEN), torch.arange(3 * BLOCK)
+    x[BLOCK:] = torch.nan
+    reach = convolution.rows_in_reach(positions, BLOCK, TAPS)
+    into, kernels = served.before(x, reach)
+    expected, own = made.before(x[None, :BLOCK], None)
+    torch.testing.assert_close(into[:BLOCK], expected[0])
+    out = served.after(x, kernels, reach)
+    torch.testing.assert_close(out[:BLOCK], made.after(x[None, :BLOCK], own, None)[0])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from pairs import random_drafter_config
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
-from vllm_dflash.heads import Ranking
+from vllm_dflash.heads import Ranking, within_vocabulary
 from vllm_dflash.heads.reference import Block, ReferenceHead
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.reference.checkpoint import new_drafter
@@ -217,6 +217,29 @@ def test_what_the_controller_gets_is_the_confidence_heads(enabled: bool) -> None
     assert (expected is None) != enabled
     expected = scores.softmax(-1).amax(-1) if expected is None else expected.sigmoid()
     torch.testing.assert_close(confidences, expected)
+
+
+@pytest.mark.parametrize("config", [CANDIDATES, MARKOV], ids=["walk", "markov"])
+def test_an_anchor_beyond_the_vocabulary_is_drafted_after(config: DrafterConfig) -> None:
+    """A target with a padded embedding may be made to write ids that the drafter's tables have no
+    rows for: the engine ended with an IndexError."""
+    _, tensors = head_of(config)
+    served, block = kind_of(config).head_part("Served")(config, torch.float32), random_block(2)
+    for name, tensor in tensors.items():
+        served.load(name, tensor)
+    ranking = Ranking(
+        lambda hidden: block.logits.flatten(0, 1),
+        lambda scores: scores.argmax(-1),
+        lambda hidden: block.logits.flatten(0, 1).argmax(-1),
+        confident=False,
+    )
+    draft = within_vocabulary(served.draft, VOCAB)
+    with torch.no_grad():
+        tokens, last = (
+            draft(block.hidden.flatten(0, 1), torch.tensor([4, anchor]), K, ranking)[0]
+            for anchor in (VOCAB + 5, VOCAB - 1)
+        )
+    assert torch.equal(tokens, last)
 
 
 @pytest.mark.parametrize("confident", [False, True])

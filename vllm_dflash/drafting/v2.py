@@ -23,12 +23,12 @@ from vllm.v1.worker.gpu.spec_decode.dflash.speculator import (
 from vllm_dflash.checks import drafter_config
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.drafting.layout import end_blocks_at
-from vllm_dflash.heads import Ranking
-from vllm_dflash.kinds import kind_of
+from vllm_dflash.heads import Draft, Ranking
+from vllm_dflash.kinds import AFTER_ANCHOR, kind_of
 from vllm_dflash.metrics.drafter import attach as record_drafter
 
 
-def _first_best(logits: torch.Tensor) -> torch.Tensor:
+def _best(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(-1)
 
 
@@ -37,7 +37,8 @@ class DFlashSpeculator(NativeDFlashSpeculator):
     moved to end there."""
 
     _speculator_name = "vllm-dflash"
-    _head: Any = None
+    _draft: "Draft | None" = None
+    """What drafts, where it is not the best token of each row."""
     coverage = None
     """Known with the V1 runner only: here no step is without ``propose``."""
 
@@ -53,6 +54,8 @@ class DFlashSpeculator(NativeDFlashSpeculator):
         whole.speculative_config = block
         super().__init__(whole, device)
         self._first_row = drafter.first_row
+        # Of a row's token: a row predicts its own position's or the next one's.
+        self._tokens_end = self.max_model_len + AFTER_ANCHOR - self._first_row
         if not self._first_row:
             # The anchor's row predicts too: as many rows as tokens.
             self.sample_from_anchor = True
@@ -65,15 +68,14 @@ class DFlashSpeculator(NativeDFlashSpeculator):
         record_drafter(self, vllm_config, device)
 
     def load_draft_model(self, *args: Any, **kwargs: Any) -> Any:
-        """As vLLM's; the loaded drafter, whose head drafts where it is not the best of each
-        row."""
+        """As vLLM's; the loaded drafter."""
         model = super().load_draft_model(*args, **kwargs)
-        logits = model.compute_logits
-        self._ranking = Ranking(
-            logits, _first_best, lambda hidden: _first_best(logits(hidden)), confident=False
-        )
         if not kind_of(model.drafter_config).head.is_argmax:
-            self._head = model.model.head
+            logits = model.compute_logits
+            self._draft, self._ranking = (
+                model.drafting(),
+                Ranking(logits, _best, lambda hidden: _best(logits(hidden)), confident=False),
+            )
         return model
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
@@ -118,7 +120,8 @@ class DFlashSpeculator(NativeDFlashSpeculator):
         buffers, in place, and asks the device for nothing. ``slot_mappings`` is None in memory
         profiling, when there is no KV cache yet.
         """
-        anchors = self._anchors(num_reqs) if self._head is not None else None
+        draft = self._draft
+        anchors = None if draft is None else self._anchors(num_reqs)
         if slot_mappings is not None:
             queries, samples = (
                 (num_reqs, self.num_query_per_req),
@@ -126,10 +129,8 @@ class DFlashSpeculator(NativeDFlashSpeculator):
             )
             num_queries, num_samples = prod(queries), prod(samples)
             end_blocks_at(
-                self.max_model_len,
-                # A row predicts its own position's token or the next one's.
-                last_positions=self.sample_pos[:num_samples].view(samples)[:, -1:]
-                - (1 - self._first_row),
+                self._tokens_end,
+                last_positions=self.sample_pos[:num_samples].view(samples)[:, -1:],
                 rows=[
                     buffer[:num_queries].view(queries)
                     for buffer in (self.input_buffers.input_ids, self.input_buffers.positions)
@@ -141,16 +142,14 @@ class DFlashSpeculator(NativeDFlashSpeculator):
                 sample_indices=self.sample_indices[:num_samples].view(samples),
                 first_row=self._first_row,
             )
-        if anchors is None:
+        if draft is None or anchors is None:
             super()._generate_draft(
                 num_reqs, num_tokens_padded, attn_metadata, slot_mappings, *args, **kwargs
             )
             return
         rows = self.sample_indices[: num_reqs * self.num_speculative_steps]
         hidden = self._run_model(num_tokens_padded, attn_metadata, slot_mappings, *args, **kwargs)
-        tokens, _ = self._head.draft(
-            hidden[rows], anchors, self.num_speculative_steps, self._ranking
-        )
+        tokens, _ = draft(hidden[rows], anchors, self.num_speculative_steps, self._ranking)
         self.draft_tokens[:num_reqs] = tokens
 
     def _anchors(self, num_reqs: int) -> torch.Tensor:

@@ -2,7 +2,8 @@
 each.
 
 A head has ``Reference`` (plain PyTorch, trained and the oracle: ``heads/reference.py``) and
-``Served`` (what vLLM's model runners call); its record is a ``kinds.Head``.
+``Served`` (what vLLM's model runners call: ``models/parameters.py``); its record is a
+``kinds.Head``.
 """
 
 from collections.abc import Callable
@@ -27,3 +28,16 @@ class Ranking(NamedTuple):
 
 Ranked: TypeAlias = "tuple[Tensor, Tensor | None]"
 """Draft tokens [B, K] int64, and the probability that the drafter gives each, [B, K] or None."""
+
+Draft: TypeAlias = "Callable[[Tensor, Tensor, int, Ranking], Ranked]"
+"""``ServedHead.draft``."""
+
+
+def within_vocabulary(draft: Draft, vocab_size: int) -> Draft:
+    """``draft`` for anchors that the drafter has no rows for, as it has none for the padding of its
+    target's embedding: they count as its last token."""
+
+    def drafting(hidden: "Tensor", anchors: "Tensor", k: int, ranking: Ranking) -> Ranked:
+        return draft(hidden, anchors.clamp(max=vocab_size - 1), k, ranking)
+
+    return drafting

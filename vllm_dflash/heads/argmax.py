@@ -3,11 +3,12 @@
 pytest tests/unit/test_kinds.py
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.heads import Ranked, Ranking
 from vllm_dflash.heads.reference import Block, ReferenceHead
+from vllm_dflash.models.parameters import ServedHead
 
 
 class Reference(ReferenceHead):
@@ -23,7 +24,7 @@ class Reference(ReferenceHead):
         return block.logits.argmax(-1), block.logits
 
 
-class Served(nn.Module):
+class Served(ServedHead):
     """The same for vLLM."""
 
     def __init__(self, config: DrafterConfig, dtype: object) -> None:
@@ -33,13 +34,6 @@ class Served(nn.Module):
         """Takes what it needs of one tensor of a checkpoint: nothing."""
 
     def draft(self, hidden: Tensor, anchors: Tensor, k: int, ranking: Ranking) -> Ranked:
-        """What is drafted for B requests.
-
-        Args:
-            hidden: [B * K, H], the rows that predict, request after request.
-            anchors: [B] int32, the token before each request's.
-            k: K.
-        """
         if not ranking.confident:
             return ranking.best(hidden).view(-1, k), None
         logits = ranking.logits(hidden).float()

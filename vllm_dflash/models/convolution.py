@@ -47,13 +47,15 @@ class BlockConvolution(nn.Module):
         rows = x.float().view(-1, *self.shape[1:])
         out = kernels[:, 0] * rows
         for tap in range(1, self.taps):
-            # The last rows come in front, and are out of reach there.
-            out = out + kernels[:, tap] * rows.roll(tap, 0) * reach[:, tap - 1, None, None]
+            # The last rows come in front, and are out of reach there. Never times zero: rows that
+            # stand for nothing may hold NaN.
+            earlier = kernels[:, tap] * rows.roll(tap, 0)
+            out = out + torch.where(reach[:, tap, None, None], earlier, 0.0)
         return out.view(x.shape).to(x.dtype)
 
 
 def rows_in_reach(positions: Tensor, block_size: int, taps: int) -> Tensor:
-    """Which of the rows 1 to taps - 1 before each row are of its block, bool [N, taps - 1].
+    """Whether the row ``tap`` before each row is of its block, bool [N, taps].
 
     Rows in front of a block that was moved to end at ``max_model_len`` are none of it: they stand
     at its anchor's position.
@@ -61,10 +63,9 @@ def rows_in_reach(positions: Tensor, block_size: int, taps: int) -> Tensor:
     Args:
         positions: [N] int64, ``block_size`` rows a request.
     """
-    row = torch.arange(len(positions), device=positions.device) % block_size
+    row = torch.arange(positions.shape[0], device=positions.device) % block_size
     return torch.stack(
-        [(row >= tap) & (positions - positions.roll(tap, 0) == tap) for tap in range(1, taps)],
-        dim=1,
+        [(row >= tap) & (positions - positions.roll(tap, 0) == tap) for tap in range(taps)], dim=1
     )
 
 

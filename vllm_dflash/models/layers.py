@@ -158,7 +158,7 @@ class DrafterLayer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``positions`` [N], ``hidden_states`` and ``residual`` [N, H]; returns the latter two.
 
-        ``reach`` [N, taps - 1], where the layer convolves, from ``convolution.rows_in_reach``.
+        ``reach`` [N, taps], where the layer convolves, from ``convolution.rows_in_reach``.
         """
         if residual is None:
             residual = hidden_states

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.heads import Ranked, Ranking
 
 _OF_LAYER = re.compile(r"layers\.(\d+)\.self_attn\.(\w+)\.(\w+)")
 
@@ -35,6 +36,24 @@ class ServedContext(nn.Module):
     def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """``context`` [N, C] -> keys and values [N, D, kv heads, head_dim], before k_norm and
         rotary."""
+        raise NotImplementedError
+
+
+class ServedHead(nn.Module):
+    """What vLLM's model runners call of a kind: the base of its head's class ``Served``."""
+
+    def load(self, name: str, tensor: Tensor) -> None:
+        """Takes what it needs of one tensor of a checkpoint, in any order."""
+        raise NotImplementedError
+
+    def draft(self, hidden: Tensor, anchors: Tensor, k: int, ranking: Ranking) -> Ranked:
+        """What is drafted for B requests.
+
+        Args:
+            hidden: [B * K, H], the rows that predict, request after request.
+            anchors: [B] int32, the token before each request's.
+            k: K.
+        """
         raise NotImplementedError
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.heads import Ranked, Ranking
 from vllm_dflash.heads.reference import Block, Lesson, ReferenceHead, cross_entropy
-from vllm_dflash.models.parameters import load_into
+from vllm_dflash.models.parameters import ServedHead, load_into
 
 _FIRST_SCALE = 0.02
 """Standard deviation of the codebooks at first: the walk begins nearly as argmax."""
@@ -69,7 +69,7 @@ class Reference(ReferenceHead):
         )
 
 
-class Served(nn.Module):
+class Served(ServedHead):
     """The same for vLLM, whole on every rank."""
 
     def __init__(self, config: DrafterConfig, dtype: torch.dtype) -> None:
@@ -94,7 +94,7 @@ class Served(nn.Module):
             load_into(place, tensor)
 
     def draft(self, hidden: Tensor, anchors: Tensor, k: int, ranking: Ranking) -> Ranked:
-        """See ``heads/argmax.py``. All edges are scored at once; the walk only looks them up."""
+        """All edges are scored at once; the walk only looks them up."""
         own, candidates = ranking.logits(hidden).float().topk(self.top_k)
         own, candidates = (x.view(-1, k, self.top_k) for x in (own, candidates))
         first = anchors.long()[:, None, None].expand(-1, 1, self.top_k)

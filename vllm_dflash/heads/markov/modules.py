@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.heads import Ranked, Ranking
 from vllm_dflash.heads.reference import Block, Lesson, ReferenceHead, cross_entropy
-from vllm_dflash.models.parameters import load_into
+from vllm_dflash.models.parameters import ServedHead, load_into
 
 _FIRST_SCALE = 0.02
 """Standard deviation of both matrices at first: the bias begins near nothing."""
@@ -80,7 +80,7 @@ class Reference(ReferenceHead):
         return Lesson(losses, learned, tokens)
 
 
-class Served(nn.Module):
+class Served(ServedHead):
     """The same for vLLM, whole on every rank."""
 
     def __init__(self, config: DrafterConfig, dtype: torch.dtype) -> None:
@@ -111,8 +111,7 @@ class Served(nn.Module):
             load_into(getattr(self, place), tensor)
 
     def draft(self, hidden: Tensor, anchors: Tensor, k: int, ranking: Ranking) -> Ranked:
-        """See ``heads/argmax.py``. Without a confidence head a token's probability is that of its
-        scores."""
+        """Without a confidence head a token's probability is that of its scores."""
         logits = ranking.logits(hidden).float().view(-1, k, self.w2.shape[0])
         before = anchors.long()
         tokens, embedded, probable = [], [], []
