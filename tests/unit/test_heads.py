@@ -11,9 +11,10 @@ import torch.nn.functional as F
 
 from pairs import random_drafter_config
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
-from vllm_dflash.heads import Ranking, within_vocabulary
+from vllm_dflash.heads import Ranking
 from vllm_dflash.heads.reference import Block, ReferenceHead
 from vllm_dflash.kinds import kind_of
+from vllm_dflash.models.parameters import within_vocabulary
 from vllm_dflash.reference.checkpoint import new_drafter
 
 VOCAB, HIDDEN, K, TOP_K, RANK = 30, 16, 7, 4, 6

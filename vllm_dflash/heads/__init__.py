@@ -31,13 +31,3 @@ Ranked: TypeAlias = "tuple[Tensor, Tensor | None]"
 
 Draft: TypeAlias = "Callable[[Tensor, Tensor, int, Ranking], Ranked]"
 """``ServedHead.draft``."""
-
-
-def within_vocabulary(draft: Draft, vocab_size: int) -> Draft:
-    """``draft`` for anchors that the drafter has no rows for, as it has none for the padding of its
-    target's embedding: they count as its last token."""
-
-    def drafting(hidden: "Tensor", anchors: "Tensor", k: int, ranking: Ranking) -> Ranked:
-        return draft(hidden, anchors.clamp(max=vocab_size - 1), k, ranking)
-
-    return drafting

@@ -10,7 +10,7 @@ Limits: one pipeline stage.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,7 +21,6 @@ from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefi
 
 from vllm_dflash.checks import drafter_config
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
-from vllm_dflash.heads import Draft, within_vocabulary
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.models.context import ContextKV
 from vllm_dflash.models.convolution import rows_in_reach
@@ -29,8 +28,11 @@ from vllm_dflash.models.kernels import check_kernels
 from vllm_dflash.models.layers import DrafterLayer
 from vllm_dflash.models.loading import Loading
 from vllm_dflash.models.norm import ServedRMSNorm
-from vllm_dflash.models.parameters import ServedHead
+from vllm_dflash.models.parameters import ServedHead, within_vocabulary
 from vllm_dflash.plugin import patch_set
+
+if TYPE_CHECKING:
+    from vllm_dflash.heads import Draft
 
 
 class FromTarget(nn.Module):
@@ -156,7 +158,7 @@ class DrafterForCausalLM(nn.Module):
         self._loading = Loading(self, draft)
         self.model.layers[-1].self_attn.attn.loaded = self._loading.finish
 
-    def drafting(self) -> Draft:
+    def drafting(self) -> "Draft":
         """What the model runners call for a block's tokens."""
         draft, config = self.model.head.draft, self.drafter_config
         if kind_of(config).head.is_argmax:

@@ -8,12 +8,14 @@ vLLM follows both when new weights come into an engine that runs.
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
 from vllm_dflash.config import DrafterConfig
-from vllm_dflash.heads import Ranked, Ranking
+
+if TYPE_CHECKING:
+    from vllm_dflash.heads import Draft, Ranked, Ranking
 
 _OF_LAYER = re.compile(r"layers\.(\d+)\.self_attn\.(\w+)\.(\w+)")
 
@@ -46,7 +48,7 @@ class ServedHead(nn.Module):
         """Takes what it needs of one tensor of a checkpoint, in any order."""
         raise NotImplementedError
 
-    def draft(self, hidden: Tensor, anchors: Tensor, k: int, ranking: Ranking) -> Ranked:
+    def draft(self, hidden: Tensor, anchors: Tensor, k: int, ranking: "Ranking") -> "Ranked":
         """What is drafted for B requests.
 
         Args:
@@ -55,6 +57,16 @@ class ServedHead(nn.Module):
             k: K.
         """
         raise NotImplementedError
+
+
+def within_vocabulary(draft: "Draft", vocab_size: int) -> "Draft":
+    """``draft`` for anchors that the drafter has no rows for, as it has none for the padding of its
+    target's embedding: they count as its last token."""
+
+    def drafting(hidden: Tensor, anchors: Tensor, k: int, ranking: "Ranking") -> "Ranked":
+        return draft(hidden, anchors.clamp(max=vocab_size - 1), k, ranking)
+
+    return drafting
 
 
 class FastContext(Protocol):
