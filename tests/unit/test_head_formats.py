@@ -99,6 +99,17 @@ def test_what_is_read_is_written_back(raw: dict[str, Any]) -> None:
         assert (name in ours) == (name in raw)
 
 
+def test_all_keys_of_published_configs_are_known() -> None:
+    """Of a training's own as well, such as ``num_anchors``, and those that say what is so anyway:
+    a scale of one was refused."""
+    of_training = {"num_anchors": 512, "tie_word_embeddings": False, "use_cache": True}
+    config = parse(DSPARK | of_training)
+    assert config == parse(DSPARK)
+    assert config.unknown_keys == ()
+    nested = DFLASH2["dflash_config"] | {"input_embedding_scale": 1.0}
+    assert parse(DFLASH2 | {"dflash_config": nested}) == parse(DFLASH2)
+
+
 def test_an_object_beside_the_top_level_is_dsparks_too() -> None:
     """vLLM reads mask_token_id and target_layer_ids of either place."""
     nested = {name: DSPARK[name] for name in ("mask_token_id", "target_layer_ids")}
