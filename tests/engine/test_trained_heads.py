@@ -5,6 +5,7 @@ output is the target's whatever the controller makes of a head's confidences.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,14 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 NAMES = ("dflash2 convolution", "dspark", "dflare candidates convolution")
 PROMPTS = [[i, 3 * i, 7 * i % 500, 11] for i in range(2, 18)]
 NEW_TOKENS = 48
+SAMPLED = {"temperature": 0.8, "seed": 7}
+RUNS: tuple[dict[str, Any], ...] = (
+    {},
+    {"adaptive": True},
+    {"dtype": "bfloat16"},
+    {"adaptive": True, "sampling": SAMPLED},
+)
+"""Of each drafter, what its engines have of their own."""
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +57,8 @@ def drafters(target: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 @pytest.fixture(scope="module")
 def served(target: Path, drafters: dict[str, Path]) -> dict[str, list[Batch]]:
-    """By drafter an engine in float32, one whose controller is on, and one in bfloat16; under
-    ``plain`` the target's own."""
+    """By drafter an engine for each of ``RUNS``; under ``plain`` the target's own, greedy and
+    sampled."""
     jobs = [
         Job(
             target,
@@ -62,11 +71,16 @@ def served(target: Path, drafters: dict[str, Path]) -> dict[str, list[Batch]]:
             **changes,
         )
         for name, drafter in drafters.items()
-        for changes in ({}, {"adaptive": True}, {"dtype": "bfloat16"})
+        for changes in RUNS
     ]
-    batches = [b[0] for b in run_engines([*jobs, Job(target, None, PROMPTS, max_tokens=48)])]
-    found = {name: batches[3 * i : 3 * i + 3] for i, name in enumerate(NAMES)}
-    return found | {"plain": batches[-1:]}
+    plain = [
+        Job(target, None, PROMPTS, max_tokens=NEW_TOKENS, sampling=sampling)
+        for sampling in ({}, SAMPLED)
+    ]
+    batches = [b[0] for b in run_engines([*jobs, *plain])]
+    count = len(RUNS)
+    found = {name: batches[count * i : count * (i + 1)] for i, name in enumerate(NAMES)}
+    return found | {"plain": batches[-2:]}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,8 +104,11 @@ def test_drafts_and_tau_are_the_references(
 def test_output_is_the_targets_with_the_controller_too(
     served: dict[str, list[Batch]], name: str
 ) -> None:
-    fixed, adaptive, _ = served[name]
+    """Sampled too: on a CPU a seed gives what it gives without a drafter."""
+    fixed, adaptive, _, sampled = served[name]
     assert fixed.tokens == adaptive.tokens == served["plain"][0].tokens
+    assert sampled.tokens == served["plain"][1].tokens
+    assert sampled.tokens != fixed.tokens
 
 
 @pytest.mark.parametrize("name", NAMES)
