@@ -294,7 +294,8 @@ class DrafterConfig:
             raise DrafterConfigError(
                 f"draft_vocab_size is {self.draft_vocab_size}, and the head of a {kind.label}"
                 " drafter ranks the target's whole vocabulary",
-                "leave draft_vocab_size out, or use another checkpoint",
+                "leave draft_vocab_size out of training; a checkpoint that has one vLLM itself may"
+                " serve, with VLLM_DFLASH=0",
                 field="draft_vocab_size",
             )
 
