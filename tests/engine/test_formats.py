@@ -81,6 +81,22 @@ def test_the_variants_differ(served: dict[str, Batch]) -> None:
     assert same == ["dflash speculators"]
 
 
+def test_a_convolution_compiled(random_target: Path, drafters: dict[str, Path]) -> None:
+    """vLLM's default: target and drafter through torch.compile."""
+    drafter = drafters["dflash2 convolution"]
+    batch = run_engine(
+        random_target,
+        drafter,
+        random_prompts(8, 512),
+        max_tokens=16,
+        record=True,
+        engine_args={"enforce_eager": False},
+    )[0]
+    agreement = compare_drafts(batch, random_target, drafter, torch.float32, 7)
+    assert agreement.drafts >= 80
+    assert agreement.differences == []
+
+
 NEAR_THE_END = ("dflash sliding causal", "dflash mixed", "dflare", "dflash2 convolution", "dspark")
 
 
