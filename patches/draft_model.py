@@ -23,6 +23,7 @@ PATCH = Patch(
         "vllm.platforms:current_platform",
         f"{_LAYERS}.layernorm:RMSNorm",
         f"{_LAYERS}.linear:QKVParallelLinear",
+        f"{_LAYERS}.linear:ReplicatedLinear",
         f"{_LAYERS}.linear:RowParallelLinear",
         f"{_LAYERS}.logits_processor:LogitsProcessor",
         f"{_LAYERS}.rotary_embedding:get_rope",

@@ -24,8 +24,12 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
         if drafts_ours(self, ""):
             from vllm_dflash.checks import check_speculative_config
 
+            draft = self.draft_model_config
+            served = draft.architectures
             for name, value in check_speculative_config(self).items():
-                setattr(self.draft_model_config.hf_config, name, value)
+                setattr(draft.hf_config, name, value)
+            if draft.hf_config.architectures != served:
+                self.update_arch_()
             from vllm_dflash.plugin import patch_set
 
             if patch_set().fits(WHOLE_HITS):
@@ -41,7 +45,7 @@ PATCH = Patch(
     # Not _verify_args: pydantic takes that one into its schema when the class is made, and
     # __post_init__ is looked up at each call.
     target="vllm.config.speculative:SpeculativeConfig.__post_init__",
-    signatures={"vllm.config.speculative:SpeculativeConfig.__post_init__": "self"},
+    signatures={f"{_CONFIG}.__post_init__": "self", f"{_CONFIG}.update_arch_": "self"},
     names=(
         # By these vLLM learns to read the speculators format of our kinds (``plugin.py``).
         "vllm.transformers_utils.configs.speculators.algos:register_speculator",
@@ -55,6 +59,7 @@ PATCH = Patch(
                 "num_speculative_tokens",
                 "draft_model_config",
                 "draft_sample_method",
+                "enable_adaptive_verification",
                 "target_model_config",
                 "target_parallel_config",
             )

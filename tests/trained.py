@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.reference.checkpoint import new_drafter, save_drafter
 from vllm_dflash.reference.decoding import generate, target_features
+from vllm_dflash.reference.loss import block_labels
 from vllm_dflash.reference.masks import block_positions, context_mask
 
 
@@ -41,7 +42,6 @@ def train_briefly(
         anchors = torch.randint(len(prompts[0]), length - size, (rows, 12))
         ids = torch.full((*anchors.shape, size), config.mask_token_id)
         ids[..., 0] = tokens.gather(1, anchors)
-        labels = tokens.gather(1, block_positions(anchors, size))
         context = drafter.context_kv(drafter.context(features), positions)
         mask = context_mask(anchors, size, length)
         hidden = drafter(
@@ -51,9 +51,11 @@ def train_briefly(
             mask,
             size,
         )
-        loss = torch.nn.functional.cross_entropy(
-            model.lm_head(hidden).flatten(0, 1), labels.flatten()
-        )
+        hidden = hidden.unflatten(1, (-1, size))[:, :, config.first_row :]
+        labels, _ = block_labels(tokens, anchors, size, config.first_row)
+        before = torch.cat([ids[..., :1], labels[..., :-1]], -1)
+        lesson = drafter.head.lesson(drafter.block(model.lm_head, hidden), before, labels)
+        loss = (lesson.losses + lesson.others).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

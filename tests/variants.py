@@ -8,6 +8,8 @@ from typing import Any
 from pairs import make_random_drafter, random_drafter_config
 
 _ALL_LAYERS = {"target_layer_ids": (0, 1, 2, 3, 4)}
+_FEW = {"selector_rank": 12, "selector_top_k": 5}
+_CONVOLUTION = {"conv_kernel_size": 2, "conv_group_size": 16}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -26,6 +28,11 @@ class Variant:
     format: str | None = None
     tables: tuple[str, ...] = ()
     mask_embedding: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """The most tokens that it drafts."""
+        return random_drafter_config(**self.changes).max_speculative_tokens
 
     def make(self, folder: Path) -> Path:
         return make_random_drafter(
@@ -54,6 +61,34 @@ VARIANTS = {
     "dflash sliding causal": Variant({"sliding_windows": (24, 24, 24), "sliding_causal": True}),
     "dflash mixed": Variant({"sliding_windows": (24, None, 24)}),
     "dflash mixed causal": Variant({"sliding_windows": (24, None, 24), "sliding_causal": True}),
+    "dflash2": Variant({"kind": "dflash2", "head": {"selector_rank": 24, "selector_top_k": 16}}),
+    "dflash2 convolution": Variant({"kind": "dflash2", "head": _FEW, **_CONVOLUTION}),
+    "dflash2 speculators": Variant(
+        {"kind": "dflash2", "head": _FEW, **_CONVOLUTION}, format="speculators"
+    ),
+    "dspark": Variant({"kind": "dspark", "block_size": 7, "head": {"markov_rank": 24}}),
+    "dspark without confidence": Variant(
+        {"kind": "dspark", "head": {"markov_rank": 12, "enable_confidence_head": False}},
+        format="speculators",
+    ),
+    "dflare markov": Variant(
+        _ALL_LAYERS
+        | {
+            "kind": "dflare-markov",
+            "head": {"markov_rank": 12, "confidence_head_with_markov": False},
+        }
+    ),
+    "dflare candidates": Variant(_ALL_LAYERS | {"kind": "dflare-candidates", "head": _FEW}),
+    "dflare candidates convolution": Variant(
+        _ALL_LAYERS
+        | {
+            "kind": "dflare-candidates",
+            "head": _FEW,
+            "conv_kernel_size": 3,
+            "conv_group_size": 4,
+            "sliding_windows": (None, 24, 24),
+        }
+    ),
     "dflare": Variant(_ALL_LAYERS | {"kind": "dflare", "num_hidden_layers": 4}),
     "dflare biases": Variant(_ALL_LAYERS | {"kind": "dflare", "attention_bias": True}),
     "dflare mixed": Variant(_ALL_LAYERS | {"kind": "dflare", "sliding_windows": (None, 24, 24)}),

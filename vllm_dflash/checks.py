@@ -15,11 +15,13 @@ from vllm_dflash.config import DrafterConfig, DrafterConfigError, TargetShape, c
 from vllm_dflash.fields import shown
 from vllm_dflash.formats import CONFIG_FILE, is_foreign, is_ours, published_format, read_raw, write
 from vllm_dflash.hub import count_tokens, drafter_folder, load_tokenizer
-from vllm_dflash.kinds import AFTER_ANCHOR, kind_of
+from vllm_dflash.kinds import kind_of
 from vllm_dflash.log import logger
 
 _ADVISED = "VLLM_DFLASH_EAGER_ADVISED"
 """Inherited by the processes that vLLM starts, each of which makes the configuration again."""
+_NESTED = ("mask_token_id", "target_layer_ids", "causal")
+"""What vLLM reads of ``dflash_config``."""
 _CONFIG = "vllm_dflash"
 """Attribute of vLLM's draft config that holds the drafter's settings in its published format, for
 all processes."""
@@ -49,7 +51,9 @@ def check_speculative_config(speculative: Any) -> dict[str, Any]:
         speculative.num_speculative_tokens,
         target.max_model_len,
     )
-    check_sampling(drafter, speculative.draft_sample_method)
+    check_sampling(
+        drafter, speculative.draft_sample_method, speculative.enable_adaptive_verification
+    )
     if folder is not None and (
         Path(speculative.model).is_dir() or any(folder.glob("*.safetensors"))
     ):
@@ -83,33 +87,29 @@ def advise_eager(vllm_config: Any) -> None:
     )
 
 
-def check_sampling(drafter: DrafterConfig, draft_sample_method: str) -> None:
-    """Refuses to draw drafts where the kind's head is not the best token of each row.
+def check_sampling(
+    drafter: DrafterConfig, draft_sample_method: str, adaptive_verification: bool = False
+) -> None:
+    """Refuses what vLLM does with a drafter's logits where the kind's head is not the best token of
+    each row: to draw drafts by them, or to cut drafts by what it makes of them.
 
     Raises:
         DrafterConfigError: names the setting.
     """
     kind = kind_of(drafter)
-    if draft_sample_method == "probabilistic" and not kind.head.is_argmax:
+    if kind.head.is_argmax:
+        return
+    if adaptive_verification:
+        raise DrafterConfigError(
+            f"enable_adaptive_verification is true, and a {kind.label} drafter's tokens are not the"
+            " best of the logits that vLLM would judge them by",
+            "leave enable_adaptive_verification out of the speculative config",
+        )
+    if draft_sample_method == "probabilistic":
         raise DrafterConfigError(
             f"draft_sample_method is probabilistic, and a {kind.label} drafter's tokens depend on"
             " each other",
             "leave draft_sample_method out of the speculative config",
-        )
-
-
-def check_v2_runner(drafter: DrafterConfig) -> None:
-    """Refuses a kind that vLLM's V2 model runner, whose way of drafting is its own, does not draft
-    as.
-
-    Raises:
-        DrafterConfigError: names the remedy.
-    """
-    kind = kind_of(drafter)
-    if not kind.head.is_argmax or kind.first_row != AFTER_ANCHOR:
-        raise DrafterConfigError(
-            f"vLLM's V2 model runner does not draft as a {kind.label} drafter does",
-            "set VLLM_USE_V2_MODEL_RUNNER=0",
         )
 
 
@@ -258,8 +258,15 @@ def _attributes(drafter: DrafterConfig) -> dict[str, Any]:
     """What vLLM's own code reads of a draft config: it knows one spelling of each, and not all
     formats have it."""
     raw = write(drafter, published_format(drafter))
-    attributes = {_CONFIG: raw} | {
-        name: raw[name] for name in ("dflash_config", "block_size", "layer_types", "sliding_window")
+    read = dict(raw)
+    read.setdefault("dflash_config", {name: raw[name] for name in _NESTED if name in raw})
+    attributes = {
+        _CONFIG: raw,
+        # By another name than the published one, which vLLM may treat in a way of its own.
+        "architectures": [kind_of(drafter).served_architecture],
+    } | {
+        name: read[name]
+        for name in ("dflash_config", "block_size", "layer_types", "sliding_window")
     }
     if len(set(drafter.windows)) > 1:
         # vLLM's own V1 proposer cannot serve mixed layers, and its config refuses them for any

@@ -149,12 +149,25 @@ class DrafterConfig:
     quantization_config: Mapping[str, Any] | None = None
     """As in config.json, for vLLM's quantized layers."""
     dtype: str = "bfloat16"
+    conv_kernel_size: int = 0
+    """Rows of its block that each row's convolution takes in, itself included; 0: there is none."""
+    conv_group_size: int = 0
+    """Channels that share the part of a convolution's kernel that comes from the row."""
+    head: Mapping[str, Any] = field(default_factory=dict)
+    """The settings of the kind's head, by their keys in config.json; its defaults where they are
+    left out."""
     unknown_keys: tuple[str, ...] = field(default=(), compare=False)
     """Keys of its config.json that this package does not know: if one of them changes what is
     computed, tau is low."""
     format: str = field(default="z-lab", compare=False)
     """The checkpoint format that it was read from, one of
     ``vllm_dflash.formats.format_names()``."""
+
+    def __post_init__(self) -> None:
+        if self.kind in kinds.names():
+            settings = kinds.kind_of(self).head.settings
+            whole = {name: setting.default for name, setting in settings.items()}
+            object.__setattr__(self, "head", whole | dict(self.head))
 
     @property
     def max_speculative_tokens(self) -> int:
@@ -244,6 +257,7 @@ class DrafterConfig:
                 field="mask_token_id",
             )
         self._check_layers()
+        self._check_head()
         if self.draft_vocab_size is not None and not 0 < self.draft_vocab_size < self.vocab_size:
             raise DrafterConfigError(
                 f"draft_vocab_size {self.draft_vocab_size} is not between 1 and vocab_size"
@@ -262,6 +276,51 @@ class DrafterConfig:
             from vllm_dflash.formats.rope import check_scaling
 
             check_scaling(self.rope_scaling, self.head_dim)
+
+    def _check_head(self) -> None:
+        kind = kinds.kind_of(self)
+        for name, value in self.head.items():
+            setting = kind.head.settings.get(name)
+            if setting is None:
+                raise DrafterConfigError(
+                    f"{name} is no setting of a {kind.label} drafter's head",
+                    f"known are {', '.join(kind.head.settings) or 'none'}",
+                    field=name,
+                )
+            if not setting.fits(value, self.vocab_size):
+                raise DrafterConfigError(f"{name} is {value!r}", setting.wanted, field=name)
+        self._check_convolution(kind)
+        if self.draft_vocab_size is not None and not kind.head.is_argmax:
+            raise DrafterConfigError(
+                f"draft_vocab_size is {self.draft_vocab_size}, and the head of a {kind.label}"
+                " drafter ranks the target's whole vocabulary",
+                "leave draft_vocab_size out of training; a checkpoint that has one vLLM itself may"
+                " serve, with VLLM_DFLASH=0",
+                field="draft_vocab_size",
+            )
+
+    def _check_convolution(self, kind: kinds.Kind) -> None:
+        taps, group = self.conv_kernel_size, self.conv_group_size
+        if not taps and not group:
+            return
+        if not kind.convolves:
+            raise DrafterConfigError(
+                f"conv_kernel_size is {taps}, and a {kind.label} drafter has no convolution",
+                "use another kind, or leave it out",
+                field="conv_kernel_size",
+            )
+        if not 1 <= taps <= self.block_size:
+            raise DrafterConfigError(
+                f"conv_kernel_size is {taps}",
+                f"1 to block_size {self.block_size}, with conv_group_size; or neither",
+                field="conv_kernel_size",
+            )
+        if not group or self.hidden_size % group:
+            raise DrafterConfigError(
+                f"conv_group_size is {group}",
+                f"a divisor of hidden_size {self.hidden_size}",
+                field="conv_group_size",
+            )
 
     def _check_layers(self) -> None:
         if not self.target_layer_ids:

@@ -48,7 +48,7 @@ def register() -> None:
             problem = f"it could not be set up: {type(error).__name__}: {error}"
             patch_set().revert()
     if problem is None:
-        for name in kinds.architectures():
+        for name in kinds.registered_architectures():
             ModelRegistry.register_model(name, "vllm_dflash.models.drafter:DrafterForCausalLM")
         choose_folder()
         return
@@ -65,7 +65,7 @@ def _refuse(problem: str) -> None:
     if PROBLEM not in os.environ:
         os.environ[PROBLEM] = problem
         logger.warning("%s. Serving without a DFlash drafter is not affected", problem)
-    for name in kinds.architectures():
+    for name in kinds.registered_architectures():
         ModelRegistry.register_model(name, "vllm_dflash.models.unsupported:UnsupportedVLLM")
 
 

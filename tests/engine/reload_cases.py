@@ -95,6 +95,21 @@ DRAFTERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str]]] = {
             "all": r".",
         },
     ),
+    "dflash2": (
+        {
+            "kind": "dflash2",
+            "head": {"selector_rank": 12, "selector_top_k": 5},
+            "conv_kernel_size": 2,
+            "conv_group_size": 16,
+        },
+        {},
+        {"candidates": r"^candidate_selector", "convolutions": r"_conv\.", "all": r"."},
+    ),
+    "dspark": (
+        {"kind": "dspark", "head": {"markov_rank": 12}},
+        {},
+        {"Markov head": r"^markov_head", "all": r"."},
+    ),
 }
 """By drafter its configuration, its checkpoint's form, and by kind of weight its names."""
 REFUSALS = {

@@ -153,7 +153,7 @@ def record_v2(speculator: Any, drafts: list[dict[str, Any]]) -> None:
             for row, request in enumerate(batch.req_ids):
                 anchor, token = (
                     int(speculator.sample_pos[row * masks]) - 1,
-                    int(speculator.input_buffers.input_ids[row * (masks + 1)]),
+                    int(speculator.input_buffers.input_ids[row * speculator.num_query_per_req]),
                 )
                 drafts.append(
                     {

@@ -22,7 +22,9 @@ from engine.oracle import compare_drafts
 from pairs import make_random_target, random_prompts
 from variants import VARIANTS, Variant
 from vllm_dflash.cli import main
+from vllm_dflash.formats import parse
 from vllm_dflash.tools.convert import convert
+from vllm_dflash.weights import expected_tensors
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -125,6 +127,34 @@ def test_a_good_pair(capsys: pytest.CaptureFixture[str], served: dict[str, Batch
     )
     assert check(report, "outputs")["found"].startswith("equal in plain PyTorch and vLLM, 8 of 8")
     assert any("Expect tau" in line for line in report["advice"])
+
+
+def test_a_drafter_with_a_head(
+    capsys: pytest.CaptureFixture[str], served: dict[str, Batch], drafter: Path
+) -> None:
+    """The embedded drafter as a DFlash2 one, whose head and convolutions change next to nothing."""
+    raw = json.loads((drafter / "config.json").read_text())
+    raw["architectures"] = ["DFlash2DraftModel"]
+    raw["dflash_config"] |= {
+        "selector_rank": 8,
+        "selector_top_k": 4,
+        "conv_kernel_size": 2,
+        "conv_group_size": 16,
+    }
+    (drafter / "config.json").write_text(json.dumps(raw))
+    tensors = load_file(drafter / "model.safetensors")
+    like, generator = next(iter(tensors.values())), torch.Generator().manual_seed(0)
+    for name, shape in expected_tensors(parse(raw)).items():
+        if name not in tensors:
+            tensors[name] = (1e-4 * torch.randn(shape, generator=generator)).to(like)
+            if name.endswith("base_kernel"):
+                tensors[name][:, 0] = 1
+    save_file(tensors, drafter / "model.safetensors", metadata={"format": "pt"})
+    status, report = doctor(capsys, TARGET, drafter, "--prompts", str(PROMPTS))
+    assert status == 0, report["checks"]
+    assert {c["state"] for c in report["checks"]} == {"ok"}
+    for found in (report["vllm"], report["reference"]):
+        assert found["tau"] == pytest.approx(served["pair"].tau, rel=0.02)
 
 
 def test_shuffled_weights(capsys: pytest.CaptureFixture[str], drafter: Path) -> None:

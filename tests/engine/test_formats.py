@@ -42,8 +42,15 @@ def served(random_target: Path, drafters: dict[str, Path]) -> dict[str, Batch]:
     """Each drafter in an engine of its own, and under ``plain`` the target without one."""
     prompts = random_prompts(16, 512)
     jobs = [
-        Job(random_target, folder, prompts, max_tokens=24, record=True)
-        for folder in drafters.values()
+        Job(
+            random_target,
+            folder,
+            prompts,
+            num_speculative_tokens=VARIANTS[name].tokens,
+            max_tokens=24,
+            record=True,
+        )
+        for name, folder in drafters.items()
     ]
     plain = Job(random_target, None, prompts, max_tokens=24)
     batches = run_engines([*jobs, plain])
@@ -54,7 +61,9 @@ def served(random_target: Path, drafters: dict[str, Path]) -> dict[str, Batch]:
 def test_drafts_are_the_references(
     random_target: Path, drafters: dict[str, Path], served: dict[str, Batch], name: str
 ) -> None:
-    agreement = compare_drafts(served[name], random_target, drafters[name], torch.float32, 7)
+    agreement = compare_drafts(
+        served[name], random_target, drafters[name], torch.float32, VARIANTS[name].tokens
+    )
     assert agreement.drafts >= 200
     assert agreement.differences == []
     assert served[name].tokens == served["plain"].tokens
@@ -72,12 +81,31 @@ def test_the_variants_differ(served: dict[str, Batch]) -> None:
     assert same == ["dflash speculators"]
 
 
-@pytest.mark.parametrize("name", ["dflash sliding causal", "dflash mixed", "dflare"])
+def test_a_convolution_compiled(random_target: Path, drafters: dict[str, Path]) -> None:
+    """vLLM's default: target and drafter through torch.compile."""
+    drafter = drafters["dflash2 convolution"]
+    batch = run_engine(
+        random_target,
+        drafter,
+        random_prompts(8, 512),
+        max_tokens=16,
+        record=True,
+        engine_args={"enforce_eager": False},
+    )[0]
+    agreement = compare_drafts(batch, random_target, drafter, torch.float32, 7)
+    assert agreement.drafts >= 80
+    assert agreement.differences == []
+
+
+NEAR_THE_END = ("dflash sliding causal", "dflash mixed", "dflare", "dflash2 convolution", "dspark")
+
+
+@pytest.mark.parametrize("name", NEAR_THE_END)
 def test_near_max_model_len(
     random_target: Path, drafters: dict[str, Path], near_the_end: dict[str, Batch], name: str
 ) -> None:
-    """Windows and causal masks hold where a block is cut at ``max_model_len`` too: its rows are
-    those of its positions."""
+    """Windows, causal masks and convolutions hold where a block is cut at ``max_model_len`` too:
+    its rows are those of its positions."""
     agreement = compare_drafts(
         near_the_end[name], random_target, drafters[name], torch.float32, 7, max_model_len=LIMIT
     )
@@ -88,12 +116,19 @@ def test_near_max_model_len(
 @pytest.fixture(scope="module")
 def near_the_end(random_target: Path, drafters: dict[str, Path]) -> dict[str, Batch]:
     prompts = [prompt[: LIMIT - 16 - i] for i, prompt in enumerate([list(range(2, 2 + LIMIT))] * 8)]
-    names = ["dflash sliding causal", "dflash mixed", "dflare"]
     jobs = [
-        Job(random_target, drafters[name], prompts, max_tokens=32, max_model_len=LIMIT, record=True)
-        for name in names
+        Job(
+            random_target,
+            drafters[name],
+            prompts,
+            num_speculative_tokens=VARIANTS[name].tokens,
+            max_tokens=32,
+            max_model_len=LIMIT,
+            record=True,
+        )
+        for name in NEAR_THE_END
     ]
-    return dict(zip(names, (b[0] for b in run_engines(jobs)), strict=True))
+    return dict(zip(NEAR_THE_END, (b[0] for b in run_engines(jobs)), strict=True))
 
 
 @pytest.fixture(scope="module")

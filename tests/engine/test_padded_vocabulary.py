@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from broken import edit
 from engine.harness import DRAFTER, TARGET, Batch, Job, held_out_prompts, run_engines
+from pairs import make_random_drafter, random_drafter_config
 from unit.test_checks import configure
 from vllm_dflash.checks import check_padding
 from vllm_dflash.config import DrafterConfigError
@@ -69,6 +70,24 @@ def test_as_much_is_accepted_as_without_padding(batches: dict[str, Batch]) -> No
     )
     assert batches["drafts"].tau == pytest.approx(batches["unpadded"].tau, abs=0.01)
     assert batches["drafts"].tau > 2
+
+
+def test_ids_of_the_padding_are_drafted_after(padded: Path, tmp_path: Path) -> None:
+    """A target may be made to write them, and the tables of a drafter's head have no rows for them:
+    the engine ended with an IndexError."""
+    config = random_drafter_config(
+        kind="dspark", hidden_size=256, vocab_size=ROWS, num_target_layers=8
+    )
+    drafter = make_random_drafter(tmp_path / "dspark", config=config)
+    prompts, sampling = held_out_prompts(2), {"allowed_token_ids": [PADDED - 2, PADDED - 1]}
+    plain, drafted = (
+        batches[0]
+        for batches in run_engines(
+            [Job(padded, d, prompts, max_tokens=12, sampling=sampling) for d in (None, drafter)]
+        )
+    )
+    assert min(map(min, plain.tokens)) >= ROWS
+    assert drafted.tokens == plain.tokens
 
 
 def test_what_does_not_go_with_padding(padded: Path, tmp_path: Path) -> None:

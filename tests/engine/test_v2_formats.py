@@ -37,6 +37,10 @@ NAMES = (
     "dflash mixed causal",
     "dflash sliding",
     "dflash own tables",
+    "dflash2 convolution",
+    "dspark",
+    "dflare candidates",
+    "dflare markov",
     "dflash yarn",
 )
 SLIDING = ("dflare mixed", "dflash mixed causal", "dflash sliding")
@@ -68,7 +72,15 @@ def both(
     )
     jobs = [
         Job(**shared),
-        *(Job(**shared, drafter=str(drafter), script_from=0) for drafter in drafters.values()),
+        *(
+            Job(
+                **shared,
+                drafter=str(drafter),
+                script_from=0,
+                num_speculative_tokens=VARIANTS[name].tokens,
+            )
+            for name, drafter in drafters.items()
+        ),
     ]
     # Another drafter and more prompts: of the first, whose sequences repeat, the two best logits
     # tie in one token of forty.

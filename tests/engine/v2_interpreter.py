@@ -119,9 +119,11 @@ class Result:
     kv_cache_groups: int = 1
 
 
-def run_engines(jobs: Sequence[Job], timeout_s: float = 900) -> list[Result]:
-    """Runs the jobs one after the other in one new process; raises with the end of its output where
-    it fails."""
+def run_engines(
+    jobs: Sequence[Job], timeout_s: float = 900, env: dict[str, str] | None = None
+) -> list[Result]:
+    """Runs the jobs one after the other in one new process, with ``env`` besides; raises with the
+    end of its output where it fails."""
     with tempfile.TemporaryDirectory() as scratch:
         question, answer = Path(scratch, "jobs.json"), Path(scratch, "results.json")
         question.write_text(json.dumps([asdict(job) for job in jobs]))
@@ -129,7 +131,12 @@ def run_engines(jobs: Sequence[Job], timeout_s: float = 900) -> list[Result]:
         with Path(scratch, "output.txt").open("w+") as output:
             try:
                 ended = subprocess.run(
-                    command, cwd=scratch, stdout=output, stderr=subprocess.STDOUT, timeout=timeout_s
+                    command,
+                    cwd=scratch,
+                    env=os.environ | (env or {}),
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    timeout=timeout_s,
                 ).returncode
             except subprocess.TimeoutExpired:
                 ended = f"no result after {timeout_s:.0f} s"
@@ -191,17 +198,22 @@ def use_interpreter() -> None:
 
 
 def _let_masks_be_integers() -> None:
-    """The mask that vLLM's grammar kernel stores under is one of integers to the interpreter, whose
-    store takes bools only."""
+    """The masks that vLLM's grammar kernel stores under, and its walk through candidates loads
+    under, are integers to the interpreter, whose own load and store take bools only."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    store = InterpreterBuilder.create_masked_store
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
-    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, cache_policy: Any) -> Any:
-        return store(
-            self, ptrs, value, TensorHandle(mask.data.astype(bool), mask.dtype), cache_policy
-        )
+    def as_bools(mask: Any) -> Any:
+        return TensorHandle(mask.data.astype(bool), mask.dtype)
 
+    def create_masked_load(self: Any, ptrs: Any, mask: Any, *others: Any, **named: Any) -> Any:
+        return load(self, ptrs, as_bools(mask), *others, **named)
+
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *others: Any) -> Any:
+        return store(self, ptrs, value, as_bools(mask), *others)
+
+    InterpreterBuilder.create_masked_load = create_masked_load
     InterpreterBuilder.create_masked_store = create_masked_store
 
 
@@ -384,11 +396,14 @@ class _Recorder:
         if kwargs.get("dummy_run") or (kwargs["num_speculative_tokens"] == 0 and v2_skips_drafts()):
             return draft_tokens
         self.steps += 1
-        num_drafted = self.speculator.num_speculative_steps
+        num_drafted, num_rows = (
+            self.speculator.num_speculative_steps,
+            self.speculator.num_query_per_req,
+        )
         for row, request in enumerate(input_batch.req_ids):
             prompt, completion = _prompt(request)
             anchor = int(self.speculator.sample_pos[row * num_drafted]) - 1
-            anchor_token = int(self.speculator.input_buffers.input_ids[row * (num_drafted + 1)])
+            anchor_token = int(self.speculator.input_buffers.input_ids[row * num_rows])
             self.drafts[prompt].append(
                 Draft(
                     anchor,

@@ -368,3 +368,16 @@ for package in (vllm_dflash.drafting, vllm_dflash.models):
             importlib.import_module(module.name)
 assert not [name for name in sys.modules if name.startswith("vllm_dflash.cpu.")]
 """)
+
+
+def test_a_type_of_speculators_that_vllm_reads_stays_vllms():
+    """It may be served by a method of vLLM's own; and the kinds say which these are."""
+    run("""
+from vllm.transformers_utils.configs.speculators.algos import SUPPORTED_SPECULATORS_TYPES as types
+own = dict(types)
+load_general_plugins()
+from vllm_dflash import kinds
+assert {name: types[name] for name in own} == own
+assert {name for name, kind in kinds.every().items() if kind.is_known_to_vllm} <= set(own)
+assert set(kinds.names()) <= set(types)
+""")

@@ -123,7 +123,7 @@ LEGAL: dict[str, dict[str, list[Any]]] = {
             "mask_token_id": [0],
             "aux_hidden_state_layer_ids": [[1]],
             "sample_from_anchor": [*_OPTIONAL, False, 0],
-            "sliding_window_non_causal": _FLAG,
+            "sliding_window_non_causal": [True, False],
             "block_size": [],
         }
     ),

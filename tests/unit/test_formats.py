@@ -150,6 +150,20 @@ def test_speculators() -> None:
     assert not parse(SPECULATORS | {"sliding_window_non_causal": True}).sliding_causal
 
 
+def test_whether_sliding_layers_are_causal_is_said() -> None:
+    """The library takes an absent key for causal, vLLM for non-causal: it was taken for causal
+    without a word. By a false one vLLM takes full layers for causal too, so that a drafter without
+    sliding layers, which was written with false, drafted something else there."""
+    raw = {name: SPECULATORS[name] for name in SPECULATORS if name != "sliding_window_non_causal"}
+    for missing in (raw, raw | {"sliding_window_non_causal": None}):
+        with pytest.raises(DrafterConfigError, match=r"sliding_window_non_causal is missing.*true"):
+            parse(missing)
+    full = raw["transformer_layer_config"] | {"layer_types": ["full_attention"] * 3}
+    config = parse(raw | {"transformer_layer_config": full})
+    assert config.windows == (None, None, None)
+    assert write(config, "speculators")["sliding_window_non_causal"] is True
+
+
 @pytest.mark.parametrize(
     "raw",
     [Z_LAB_QWEN3_8B, ANGELSLIM_QWEN3_4B, SPECULATORS],
@@ -207,7 +221,7 @@ def test_vllms_own_name_for_dflare_is_read() -> None:
     raw = ANGELSLIM_QWEN3_4B | {"architectures": ["DFlashQwenDFlareDraftModel"]}
     assert parse(raw) == parse(ANGELSLIM_QWEN3_4B)
     assert is_ours(_speculative("dflash", ["DFlashQwenDFlareDraftModel"]))
-    assert not is_ours(_speculative("dflash", ["DFlash2DraftModel"]))
+    assert not is_ours(_speculative("dflash", ["XPressDraftModel"]))
     assert not is_ours(_speculative("dflash", None))
     assert not is_ours(_speculative("eagle3", ["DFlashQwenDFlareDraftModel"]))
     assert not is_ours(None)

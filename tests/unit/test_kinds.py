@@ -7,7 +7,6 @@ Tests: ``pytest tests/unit/test_kinds.py``.
 import ast
 import dataclasses
 import json
-import pkgutil
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -21,13 +20,14 @@ from kinds_of_users import NAMES, install, on_path, write_package
 from pairs import make_random_drafter, random_drafter_config
 from training_runs import answer_held_out, answered_prompts, held_out_file, make_target, settings
 from vllm_dflash import kinds
-from vllm_dflash.checks import check_sampling, check_v2_runner
+from vllm_dflash.checks import check_sampling
 from vllm_dflash.cli import main
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.drafting.layout import block_layout
 from vllm_dflash.formats import format_names, parse, write
 from vllm_dflash.formats.speculators import SPECULATORS
 from vllm_dflash.heads import Ranking
+from vllm_dflash.heads.reference import Block
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.reference.checkpoint import new_drafter
 from vllm_dflash.reference.loss import block_labels, position_weights
@@ -40,9 +40,11 @@ from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.target import find_target
 
 ROOT = Path(__file__).parents[2]
-OURS = tuple(sorted(item.name for item in pkgutil.iter_modules(kinds.__path__)))
+OURS = tuple(sorted(kinds.names()))
 """Every kind of this package has its comparisons here: it was a list, and one that was not added to
 it was compared with nothing."""
+CONTEXTS = tuple({kinds.every()[name].context.modules: name for name in reversed(OURS)}.values())
+"""One kind of each context."""
 METHOD = {
     ("formats/__init__", "METHOD"),
     ("adaptive/settings", "SECTION"),
@@ -83,9 +85,9 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.mark.vllm
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kind", [*OURS, "onelayer"])
+@pytest.mark.parametrize("kind", [*CONTEXTS, "onelayer"])
 def test_served_is_the_reference(kind: str, bias: bool) -> None:
-    if bias and kind not in OURS:
+    if bias and kind not in CONTEXTS:
         pytest.skip("the example has no biases")
     config = random_drafter_config(kind=kind, attention_bias=bias).with_()
     torch.manual_seed(0)
@@ -132,12 +134,15 @@ def test_a_served_head_is_the_reference(kind: str, confident: bool) -> None:
     hidden = hidden.flatten(0, 1)
     reference, served = (kind_of(config).head_part(part) for part in ("Reference", "Served"))
     ours, theirs = served(config, torch.float32), reference(config)
-    own = {name: 20 + torch.rand(shape) for name, shape in head.own_tensors(config).items()}
+    own = {
+        name: torch.randn(shape) if max(shape) > 1 else 20 + torch.rand(shape)
+        for name, shape in head.own_tensors(config).items()
+    }
     with torch.inference_mode():
         for name, tensor in own.items():
             ours.load(name, tensor)
         theirs.load_state_dict({name.removeprefix("head."): own[name] for name in own})
-        logits = (hidden @ lm_head.T).view(batch, k, -1)
+        block = Block(hidden.view(batch, k, -1), (hidden @ lm_head.T).view(batch, k, -1))
         ranking = Ranking(
             lambda h: h @ lm_head.T,
             lambda x: x.argmax(-1),
@@ -145,18 +150,19 @@ def test_a_served_head_is_the_reference(kind: str, confident: bool) -> None:
             confident,
         )
         tokens, confidences = ours.draft(hidden, anchors, k, ranking)
-        expected, scores = theirs.draft(logits, anchors)
+        expected, scores = theirs.draft(block, anchors)
         # What training ranks is what drafting ranks, where the drafted tokens are the ones before.
         before = torch.cat([anchors[:, None].long(), expected[:, :-1]], dim=1)
-        torch.testing.assert_close(theirs.scores(logits, before), scores)
+        torch.testing.assert_close(theirs.scores(block, before), scores)
+        assert torch.equal(theirs.lesson(block, before, expected).tokens, expected)
     assert torch.equal(tokens, expected)
-    assert torch.equal(tokens, logits.argmax(-1)) == head.is_argmax
-    if confident and head.is_argmax:
-        torch.testing.assert_close(confidences, logits.softmax(-1).amax(-1))
+    assert torch.equal(tokens, block.logits.argmax(-1)) == head.is_argmax
+    if confidences is not None and not config.head.get("enable_confidence_head"):
+        torch.testing.assert_close(confidences, scores.softmax(-1).amax(-1))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_tools_take_a_users_kind(
+@pytest.mark.parametrize("name", [*OURS, *NAMES])
+def test_the_tools_take_a_kind(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Inspect; convert to speculators and back.
@@ -170,6 +176,7 @@ def test_the_tools_take_a_users_kind(
     assert main(["inspect", str(source)]) == 0
     said = capsys.readouterr().out
     assert f"context           {kind.label}: {kind.sentence}" in said
+    assert all(f"{name} {value}" in said for name, value in config.head.items())
     assert main(["inspect", "--json", str(source)]) == 0
     assert json.loads(capsys.readouterr().out)["kind"] == name
     convert(source, tmp_path / "theirs", SPECULATORS, verifier="target")
@@ -186,8 +193,8 @@ def test_the_tools_take_a_users_kind(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_a_users_kind_is_trained_and_exported(
+@pytest.mark.parametrize("name", [*OURS, *NAMES])
+def test_a_kind_is_trained_and_exported(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Budget, one training step that changes its own tensors, proof, export and card."""
@@ -274,26 +281,19 @@ def test_the_anchors_row_may_predict() -> None:
 
 
 def test_what_vllm_would_draft_in_its_own_way_is_refused() -> None:
-    """vLLM's own ways of drafting know one head and one first row; with another only tau would be
-    low."""
-    for name, on_v2, drawn in (
-        ("dflash", True, True),
-        ("norepeat", False, False),
-        ("fromanchor", False, True),
-    ):
+    """vLLM's own ways of sampling know one head; with another only tau would be low."""
+    for name in ("dflash", "fromanchor", "dflash2", "dspark", "norepeat"):
         config = random_drafter_config(kind=name)
-        with (
-            nullcontext()
-            if on_v2
-            else pytest.raises(DrafterConfigError, match="VLLM_USE_V2_MODEL_RUNNER=0")
+        for asked, setting in (
+            (("probabilistic",), "draft_sample_method"),
+            (("greedy", True), "enable_adaptive_verification"),
         ):
-            check_v2_runner(config)
-        with (
-            nullcontext()
-            if drawn
-            else pytest.raises(DrafterConfigError, match="leave draft_sample_method out")
-        ):
-            check_sampling(config, "probabilistic")
+            with (
+                nullcontext()
+                if kind_of(config).head.is_argmax
+                else pytest.raises(DrafterConfigError, match=f"leave {setting} out")
+            ):
+                check_sampling(config, *asked)
         check_sampling(config, "greedy")
 
 

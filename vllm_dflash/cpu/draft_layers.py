@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 
@@ -28,7 +29,11 @@ class EagerLayers:
     def __init__(self, model: Any) -> None:
         self._embed = embedding(model)
         self._norm, self._eps = live(model.norm), model.norm.variance_epsilon
-        self.layers = [_DraftLayer(layer) for layer in model.layers]
+        self._reach = model.reach if model.taps else None
+        self.layers = [
+            _DraftLayer(layer) if layer.mlp_conv is None else _Convolved(layer)
+            for layer in model.layers
+        ]
 
     def __call__(
         self,
@@ -51,6 +56,8 @@ class EagerLayers:
         hidden = torch.empty_like(residual)
         first, *others = self.layers
         workspace = Workspace(first, residual)
+        if self._reach is not None:
+            workspace.reach = self._reach(positions)
         _rms_norm(hidden, residual, first.input_norm["weight"], first.eps)
         hidden, _ = first(positions, hidden, residual, slots, metadata, workspace)
         for layer in others:
@@ -134,3 +141,39 @@ class _DraftLayer(Layer):
         """In place: adjacent rows [N, kv heads, head_dim]."""
         _rms_norm(keys, keys, self._k_norm["weight"], self.eps)
         self.rotate(positions, keys.view(len(keys), -1), None)
+
+
+class _Convolved(_DraftLayer):
+    """With convolutions around attention and MLP, by their modules; written apart, so that a layer
+    without them pays nothing."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer)
+        self._around_attention, self._around_mlp = layer.attention_conv, layer.mlp_conv
+
+    def __call__(
+        self,
+        positions: Tensor,
+        hidden: Tensor,
+        residual: Tensor,
+        slots: Tensor,
+        metadata: Mapping[str, CPUAttentionMetadata],
+        workspace: Workspace,
+    ) -> tuple[Tensor, Tensor]:
+        reach, count, head_dim = workspace.reach, len(hidden), self.head_dim
+        assert reach is not None
+        hidden, kernels = self._around_attention.before(hidden, reach)
+        qkv, num_qk = self.qkv(hidden, workspace.qkv), self.q_size + self.kv_size
+        queries, keys = self.heads(qkv[:, :num_qk].view(count, -1, head_dim), positions)
+        self.store(keys, qkv[:, num_qk:].view(count, -1, head_dim), slots)
+        self.attend(queries, workspace.attended.view(count, -1, head_dim), metadata[self.name])
+        attended = self.o(workspace.attended, workspace.hidden)
+        hidden, residual = self.norm_sum(
+            self._around_attention.after(attended, kernels, reach),
+            residual,
+            self.post_norm["weight"],
+        )
+        hidden, kernels = self._around_mlp.before(hidden, reach)
+        gate, up = self.gate_up(hidden, workspace.gate_up).chunk(2, dim=-1)
+        fed = self.down(silu(gate).mul_(up), workspace.down)
+        return self._around_mlp.after(fed, kernels, reach), residual

@@ -135,6 +135,9 @@ class Workspace:
     """Memory that the layers of one forward take in turn: each is read before it is written
     anew."""
 
+    reach: Tensor | None = None
+    """``DrafterModel.reach`` of the rows, where layers convolve."""
+
     def __init__(self, layer: "Layer", rows: Tensor) -> None:
         """For as many rows as ``rows`` [N, H] has."""
         self.qkv, self.hidden, self.gate_up = (
@@ -156,16 +159,16 @@ class Layer:
             live(layer.input_layernorm),
             layer.input_layernorm.variance_epsilon,
         )
-        self._post_norm = live(layer.post_attention_layernorm)
+        self.post_norm = live(layer.post_attention_layernorm)
         projections = attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
         self.qkv, self.o, self.gate_up, self.down = map(Linear, projections)
-        self.q_size, self._kv_size, self.head_dim = (
+        self.q_size, self.kv_size, self.head_dim = (
             attention.q_size,
             attention.kv_size,
             attention.head_dim,
         )
         self.rotate = _rotation(attention.rotary_emb, self.input_norm["weight"].dtype)
-        self._attn, self._name, self._impl = (
+        self._attn, self.name, self._impl = (
             attention.attn,
             attention.attn.layer_name,
             attention.attn.impl,
@@ -191,13 +194,13 @@ class Layer:
         workspace: Workspace,
     ) -> tuple[Tensor, Tensor]:
         """``hidden`` and ``residual`` [N, H]; returns both of the next layer, [N, H]."""
-        count, head_dim, num_qk = len(hidden), self.head_dim, self.q_size + self._kv_size
+        count, head_dim, num_qk = len(hidden), self.head_dim, self.q_size + self.kv_size
         qkv = self.qkv(hidden, workspace.qkv)
         queries, keys = self.heads(qkv[:, :num_qk].view(count, -1, head_dim), positions)
         self.store(keys, qkv[:, num_qk:].view(count, -1, head_dim), slots)
-        self._attend(queries, workspace.attended.view(count, -1, head_dim), metadata[self._name])
+        self.attend(queries, workspace.attended.view(count, -1, head_dim), metadata[self.name])
         hidden, residual = self.norm_sum(
-            self.o(workspace.attended, workspace.hidden), residual, self._post_norm["weight"]
+            self.o(workspace.attended, workspace.hidden), residual, self.post_norm["weight"]
         )
         gate, up = self.gate_up(hidden, workspace.gate_up).chunk(2, dim=-1)
         # vLLM's one kernel for both is not vectorised: 98 us for 64 rows of 768, where these two
@@ -216,7 +219,7 @@ class Layer:
         scales = attn._k_scale_float, attn._v_scale_float, self._impl.kv_cache_dtype
         _reshape_and_cache(keys, values, self._keys, self._values, slots, attn.isa, *scales)
 
-    def _attend(self, q: Tensor, out: Tensor, metadata: CPUAttentionMetadata) -> None:
+    def attend(self, q: Tensor, out: Tensor, metadata: CPUAttentionMetadata) -> None:
         """As ``CPUAttentionBackendImpl.forward``: ``q`` and ``out`` [N, heads, head_dim]."""
         attn, impl = self._attn, self._impl
         _attention(

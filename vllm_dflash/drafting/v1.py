@@ -28,7 +28,7 @@ from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_layout
 from vllm_dflash.drafting.metadata import layer_metadata
 from vllm_dflash.drafting.watch import ContextWatch
 from vllm_dflash.drafts import Drafts
-from vllm_dflash.heads import Ranked, Ranking
+from vllm_dflash.heads import Draft
 from vllm_dflash.metrics.drafter import attach as record_drafter
 from vllm_dflash.models.drafter import DrafterForCausalLM
 
@@ -38,7 +38,7 @@ class DFlashProposer(NativeDFlashProposer):
     date."""
 
     model: DrafterForCausalLM
-    _draft: Callable[[torch.Tensor, torch.Tensor, int, Ranking], Ranked]
+    _draft: Draft
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
@@ -77,7 +77,7 @@ class DFlashProposer(NativeDFlashProposer):
         )
         self.backend.load(target_model)
         self.context.write_rows = self.backend.write_context
-        self._draft = self.model.model.head.draft
+        self._draft = self.model.drafting()
 
     def prepare_next_token_ids_padded(
         self,

@@ -20,11 +20,16 @@ from vllm.v1.worker.gpu.spec_decode.dflash.speculator import (
     DFlashSpeculator as NativeDFlashSpeculator,
 )
 
-from vllm_dflash.checks import check_v2_runner, drafter_config
+from vllm_dflash.checks import drafter_config
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.drafting.layout import end_blocks_at
-from vllm_dflash.kinds import kind_of
+from vllm_dflash.heads import Draft, Ranking
+from vllm_dflash.kinds import AFTER_ANCHOR, kind_of
 from vllm_dflash.metrics.drafter import attach as record_drafter
+
+
+def _best(logits: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(-1)
 
 
 class DFlashSpeculator(NativeDFlashSpeculator):
@@ -32,6 +37,8 @@ class DFlashSpeculator(NativeDFlashSpeculator):
     moved to end there."""
 
     _speculator_name = "vllm-dflash"
+    _draft: "Draft | None" = None
+    """What drafts, where it is not the best token of each row."""
     coverage = None
     """Known with the V1 runner only: here no step is without ``propose``."""
 
@@ -39,7 +46,6 @@ class DFlashSpeculator(NativeDFlashSpeculator):
         speculative = vllm_config.speculative_config
         assert speculative is not None
         drafter = drafter_config(speculative.draft_model_config.hf_config)
-        check_v2_runner(drafter)
         self.num_draft_tokens = speculative.num_speculative_tokens
         # The block is drafted whole, whatever K is: vLLM's own class takes its length from the
         # config.
@@ -47,12 +53,30 @@ class DFlashSpeculator(NativeDFlashSpeculator):
         block.num_speculative_tokens = drafter.max_speculative_tokens
         whole.speculative_config = block
         super().__init__(whole, device)
+        self._first_row = drafter.first_row
+        # Of a row's token: a row predicts its own position's or the next one's.
+        self._tokens_end = self.max_model_len + AFTER_ANCHOR - self._first_row
+        if not self._first_row:
+            # The anchor's row predicts too: as many rows as tokens.
+            self.sample_from_anchor = True
+            self.num_query_per_req = self.num_speculative_steps
         width = kind_of(drafter).context.width(drafter)
         # vLLM's buffer holds one hidden state a token, a context may be wider.
         self.hidden_states = torch.zeros(
             self.max_num_tokens, width, dtype=self.dtype, device=device
         )
         record_drafter(self, vllm_config, device)
+
+    def load_draft_model(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM's; the loaded drafter."""
+        model = super().load_draft_model(*args, **kwargs)
+        if not kind_of(model.drafter_config).head.is_argmax:
+            logits = model.compute_logits
+            self._draft, self._ranking = (
+                model.drafting(),
+                Ranking(logits, _best, lambda hidden: _best(logits(hidden)), confident=False),
+            )
+        return model
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
         """Takes over the KV cache's groups and the attention groups.
@@ -96,6 +120,8 @@ class DFlashSpeculator(NativeDFlashSpeculator):
         buffers, in place, and asks the device for nothing. ``slot_mappings`` is None in memory
         profiling, when there is no KV cache yet.
         """
+        draft = self._draft
+        anchors = None if draft is None else self._anchors(num_reqs)
         if slot_mappings is not None:
             queries, samples = (
                 (num_reqs, self.num_query_per_req),
@@ -103,7 +129,7 @@ class DFlashSpeculator(NativeDFlashSpeculator):
             )
             num_queries, num_samples = prod(queries), prod(samples)
             end_blocks_at(
-                self.max_model_len,
+                self._tokens_end,
                 last_positions=self.sample_pos[:num_samples].view(samples)[:, -1:],
                 rows=[
                     buffer[:num_queries].view(queries)
@@ -114,7 +140,20 @@ class DFlashSpeculator(NativeDFlashSpeculator):
                     for group in self.draft_kv_cache_group_ids
                 ],
                 sample_indices=self.sample_indices[:num_samples].view(samples),
+                first_row=self._first_row,
             )
-        super()._generate_draft(
-            num_reqs, num_tokens_padded, attn_metadata, slot_mappings, *args, **kwargs
-        )
+        if draft is None or anchors is None:
+            super()._generate_draft(
+                num_reqs, num_tokens_padded, attn_metadata, slot_mappings, *args, **kwargs
+            )
+            return
+        rows = self.sample_indices[: num_reqs * self.num_speculative_steps]
+        hidden = self._run_model(num_tokens_padded, attn_metadata, slot_mappings, *args, **kwargs)
+        tokens, _ = draft(hidden[rows], anchors, self.num_speculative_steps, self._ranking)
+        self.draft_tokens[:num_reqs] = tokens
+
+    def _anchors(self, num_reqs: int) -> torch.Tensor:
+        """Each request's anchor [num_reqs], of its block's first row; a copy, for blocks may be
+        moved."""
+        first = self.input_buffers.input_ids[: num_reqs * self.num_query_per_req]
+        return first[:: self.num_query_per_req].clone()

@@ -51,6 +51,7 @@ READ = frozenset(
         "sample_from_anchor",
         "aux_hidden_state_layer_ids",
         "sliding_window_non_causal",
+        "markov_head_type",
     }
 )
 """Settings of a drafter: ``formats`` and ``DrafterConfig.check`` judge them."""
@@ -103,6 +104,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "scale_emb": (1,),
     "scale_depth": (),
     "embedding_scale": (1,),
+    "input_embedding_scale": (1,),
     "parallel_residual": (False,),
     "use_parallel_residual": (False,),
     "hidden_activation": ("silu",),
@@ -283,6 +285,15 @@ _TEXT: _Kind = (_is_text, "a text", True)
 _OBJECT: _Kind = (_is_object, "an object", True)
 _MONOTONIC: _Kind = (_is_positive, "a positive number or null", True)
 _ANYTHING: _Kind = (_anything, "", True)
+
+SCALES = (
+    "logit_scale",
+    "logits_scaling",
+    "final_logit_softcapping",
+    "output_multiplier",
+    "output_multiplier_scale",
+)
+"""Of logits: of no effect where the best is taken, and refused where something is added to them."""
 
 NO_EFFECT: dict[str, _Kind] = {
     # Training and generation

@@ -9,6 +9,7 @@ from typing import Any
 from vllm_dflash import fields
 from vllm_dflash.config import DEFAULT_RMS_NORM_EPS, DEFAULT_ROPE_THETA, DrafterConfig
 from vllm_dflash.formats.rope import read_rope
+from vllm_dflash.kinds import Kind, Setting
 
 _SIZES = (
     "hidden_size",
@@ -168,3 +169,41 @@ def draft_vocab(raw: Mapping[str, Any], layers: Mapping[str, Any]) -> int | None
         return None
     size = fields.positive_int(raw, "draft_vocab_size")
     return None if size == layers["vocab_size"] else size
+
+
+def read_head(kind: Kind, raw: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    """The settings of the kind's head, which ``raw`` holds under keys with ``place`` before
+    them."""
+    return {
+        name: _setting(setting, raw, f"{place}{name}")
+        for name, setting in kind.head.settings.items()
+    }
+
+
+def _setting(setting: Setting, raw: Mapping[str, Any], name: str) -> Any:
+    if setting.absent is not None and raw.get(name.rpartition(".")[2]) is None:
+        return setting.absent
+    read = fields.flag if isinstance(setting.default, bool) else fields.positive_int
+    return read(raw, name)
+
+
+_CONVOLUTION = ("conv_kernel_size", "conv_group_size")
+
+
+def keys_of(kind: Kind) -> set[str]:
+    """The keys that only some kinds have."""
+    return {*kind.head.settings, *(_CONVOLUTION if kind.convolves else ())}
+
+
+def read_convolution(kind: Kind, raw: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    """The fields of the convolution, where the kind may have one and ``raw`` says so."""
+    if not kind.convolves or raw.get(_CONVOLUTION[0]) in (None, 0):
+        return {}
+    return {name: fields.positive_int(raw, f"{place}{name}") for name in _CONVOLUTION}
+
+
+def write_convolution(config: DrafterConfig) -> dict[str, Any]:
+    """Those fields, where it has one."""
+    if not config.conv_kernel_size:
+        return {}
+    return {name: getattr(config, name) for name in _CONVOLUTION}

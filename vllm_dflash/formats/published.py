@@ -8,51 +8,66 @@ from typing import Any
 
 from vllm_dflash import fields, kinds
 from vllm_dflash.config import DrafterConfig, DrafterConfigError, default_target_layer_ids
-from vllm_dflash.formats.layers import draft_vocab, read_attention, read_layers, write_layers
+from vllm_dflash.formats.layers import (
+    draft_vocab,
+    keys_of,
+    read_attention,
+    read_convolution,
+    read_head,
+    read_layers,
+    write_convolution,
+    write_layers,
+)
 from vllm_dflash.formats.speculators import SPECULATORS
-from vllm_dflash.formats.unread import check_dflash_config, check_keys
+from vllm_dflash.formats.unread import check_dflash_config, check_head, check_keys
 
 
 def parse_published(raw: Mapping[str, Any]) -> DrafterConfig:
     """The drafter that such a ``config.json`` describes; see ``formats.parse``."""
     kind = kinds.architectures()[_architecture(raw)]
-    nested = raw.get("dflash_config")
+    nested, place = raw.get("dflash_config"), "dflash_config."
+    if kind.is_flat and nested is None:
+        nested, place = raw, ""
     if not isinstance(nested, Mapping):
         raise fields.bad(
             "dflash_config",
             "is missing" if nested is None else f"is {fields.shown(nested)}",
             f"it holds mask_token_id and target_layer_ids. {fields.CAME_WITH}",
         )
-    check_dflash_config(nested)
+    if nested is not raw:
+        check_dflash_config(nested, keys_of(kind))
+    check_head(kind, raw, raw if kind.is_flat else nested)
+    known = {*keys_of(kind), "target_layer_ids", "causal"} if kind.is_flat else ()
     depth = fields.optional_positive_int(raw, "num_target_layers")
     transformer = read_layers(raw)
     if nested.get("target_layer_ids") is None:
         raise _no_layers(depth, transformer["num_hidden_layers"])
     # Newer checkpoints hold the block size beside the mask token.
-    for place, name in ((raw, "block_size"), (nested, "dflash_config.block_size")):
-        fields.optional_positive_int(place, name)
+    for holder, name in ((raw, "block_size"), (nested, f"{place}block_size")):
+        fields.optional_positive_int(holder, name)
     block_size = fields.positive_int(
         raw if raw.get("block_size") is not None else {"block_size": nested.get("block_size")},
         "block_size",
     )
-    for name in ("block_size", "mask_token_id"):
+    twice = ("block_size", "mask_token_id", *(("target_layer_ids",) if kind.is_flat else ()))
+    for name in twice:
         fields.agree(name, raw.get(name), f"dflash_config.{name}", nested.get(name))
     windows, causal = read_attention(raw, raw, nested)
     return DrafterConfig(
         **transformer,
         block_size=block_size,
-        mask_token_id=fields.token_id(nested, "dflash_config.mask_token_id"),
-        target_layer_ids=fields.layer_ids(
-            nested["target_layer_ids"], "dflash_config.target_layer_ids"
-        ),
+        mask_token_id=fields.token_id(nested, f"{place}mask_token_id"),
+        target_layer_ids=fields.layer_ids(nested["target_layer_ids"], f"{place}target_layer_ids"),
         num_target_layers=depth,
         draft_vocab_size=draft_vocab(raw, raw),
         sliding_windows=windows,
         sliding_causal=causal,
         quantization_config=fields.quantization(raw),
         dtype=fields.dtype(raw),
+        head=read_head(kind, raw) if kind.is_flat else read_head(kind, nested, place),
+        **read_convolution(kind, nested, "dflash_config."),
         kind=kind.name,
-        unknown_keys=tuple(sorted(check_keys(raw, by_transformers=True))),
+        unknown_keys=tuple(sorted(check_keys(raw, by_transformers=True, known=known))),
         format=kind.format,
     )
 
@@ -110,6 +125,8 @@ def write_published(config: DrafterConfig, format: str) -> dict[str, Any]:
     nested: dict[str, Any] = {
         "mask_token_id": config.mask_token_id,
         "target_layer_ids": list(config.target_layer_ids),
+        **config.head,
+        **write_convolution(config),
     }
     if config.sliding_windows:
         nested["causal"] = config.sliding_causal
@@ -120,8 +137,10 @@ def write_published(config: DrafterConfig, format: str) -> dict[str, Any]:
     out = {
         "architectures": [kind.architecture],
         "block_size": config.block_size,
-        "dflash_config": nested,
+        **(nested if kind.is_flat else {"dflash_config": nested}),
     }
+    if kind.first_row == 0:
+        out["sample_from_anchor"] = True
     out |= write_layers(config)
     if config.num_target_layers is not None:
         out["num_target_layers"] = config.num_target_layers

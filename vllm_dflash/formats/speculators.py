@@ -9,10 +9,20 @@ from typing import Any
 
 from vllm_dflash import fields, kinds
 from vllm_dflash.config import DrafterConfig
-from vllm_dflash.formats.layers import draft_vocab, read_attention, read_layers, write_layers
-from vllm_dflash.formats.unread import check_keys
+from vllm_dflash.formats.layers import (
+    draft_vocab,
+    keys_of,
+    read_attention,
+    read_convolution,
+    read_head,
+    read_layers,
+    write_convolution,
+    write_layers,
+)
+from vllm_dflash.formats.unread import check_head, check_keys
 
 SPECULATORS = "speculators"
+_NON_CAUSAL = "sliding_window_non_causal"
 
 
 def parse_speculators(raw: Mapping[str, Any]) -> DrafterConfig:
@@ -34,17 +44,22 @@ def parse_speculators(raw: Mapping[str, Any]) -> DrafterConfig:
     ids = fields.layer_ids(
         raw.get("aux_hidden_state_layer_ids"), "aux_hidden_state_layer_ids", one_based=True
     )
-    fields.refuse(
-        raw, "sample_from_anchor", *((False, 0) if kinds.every()[kind].first_row else (True, 1))
-    )
-    unknown = check_keys(raw, by_transformers=False)
+    check_head(kinds.every()[kind], raw, raw, absent_from_anchor=False)
+    unknown = check_keys(raw, by_transformers=False, known=keys_of(kinds.every()[kind]))
     unknown += [
         f"transformer_layer_config.{name}" for name in check_keys(layers, by_transformers=False)
     ]
     # Not a field of the library's; ours, so that converting there and back loses nothing.
     depth = fields.optional_positive_int(raw, "num_target_layers")
     windows, _ = read_attention(layers, layers, {})
-    sliding_causal = not fields.flag(raw, "sliding_window_non_causal") and bool(windows)
+    non_causal = fields.optional_flag(raw, _NON_CAUSAL)
+    if windows and non_causal is None:
+        raise fields.bad(
+            _NON_CAUSAL,
+            "is missing beside sliding layers, and the library and vLLM differ in what that means",
+            "set it to true where a sliding layer's tokens see later ones of their block, as it was"
+            f" trained, else to false. {fields.CAME_WITH}",
+        )
     return DrafterConfig(
         **read_layers(layers),
         block_size=fields.positive_int(raw, "block_size"),
@@ -53,9 +68,11 @@ def parse_speculators(raw: Mapping[str, Any]) -> DrafterConfig:
         num_target_layers=depth,
         draft_vocab_size=draft_vocab(raw, layers),
         sliding_windows=windows,
-        sliding_causal=sliding_causal,
+        sliding_causal=bool(windows) and not non_causal,
         quantization_config=fields.quantization(raw),
         dtype=fields.dtype(raw, layers),
+        head=read_head(kinds.every()[kind], raw),
+        **read_convolution(kinds.every()[kind], raw),
         kind=kind,
         unknown_keys=tuple(sorted(unknown)),
         format=SPECULATORS,
@@ -82,9 +99,11 @@ def write_speculators(config: DrafterConfig, verifier: str) -> dict[str, Any]:
         "dtype": config.dtype,
         "mask_token_id": config.mask_token_id,
         "sample_from_anchor": kind.first_row == 0,
-        "sliding_window_non_causal": bool(config.sliding_windows) and not config.sliding_causal,
+        # Of sliding layers; by false vLLM itself (0.32, 0.33) takes full ones for causal too.
+        _NON_CAUSAL: not config.sliding_causal,
         "transformer_layer_config": write_layers(config),
     }
+    out |= {**config.head, **write_convolution(config)}
     if config.num_target_layers is not None:
         out["num_target_layers"] = config.num_target_layers
     if config.quantization_config is not None:

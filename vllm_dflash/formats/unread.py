@@ -3,7 +3,7 @@
 pytest tests/unit/test_config_keys.py
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from vllm_dflash import fields, kinds
@@ -19,13 +19,16 @@ _NULL_IS_REFUSED = (
 )
 
 
-def check_keys(raw: Mapping[str, Any], *, by_transformers: bool) -> list[str]:
+def check_keys(
+    raw: Mapping[str, Any], *, by_transformers: bool, known: Container[str] = ()
+) -> list[str]:
     """Judges every key of ``raw`` that no setting of the drafter is read from; returns those that
     are not known.
 
     Args:
         by_transformers: whether transformers reads this object at vLLM's start, which takes null
             for no setting of a type.
+        known: keys of the kind's head, which are read.
 
     Raises:
         DrafterConfigError: names a key that would change what is computed, or that holds what it
@@ -34,6 +37,8 @@ def check_keys(raw: Mapping[str, Any], *, by_transformers: bool) -> list[str]:
     unknown = []
     for name, value in raw.items():
         name = str(name)
+        if name in known:
+            continue
         if name in keys.OF_THE_KIND:
             fields.refuse(raw, name, *kinds.names())
         elif name in keys.REFUSED:
@@ -71,12 +76,12 @@ def _is_read_elsewhere(name: str, value: Any) -> bool:
     )
 
 
-def check_dflash_config(nested: Mapping[str, Any]) -> None:
+def check_dflash_config(nested: Mapping[str, Any], known: Container[str] = ()) -> None:
     """The same for ``dflash_config``, all of which is about what the drafter computes: an unknown
     key is refused there."""
     for name in nested:
         path = f"dflash_config.{name}"
-        if name in keys.NO_EFFECT or name in keys.DFLASH_CONFIG:
+        if name in keys.NO_EFFECT or name in keys.DFLASH_CONFIG or name in known:
             continue
         if name not in keys.REFUSED and nested[name] not in (None, False):
             raise fields.bad(
@@ -88,6 +93,37 @@ def check_dflash_config(nested: Mapping[str, Any]) -> None:
             )
         fields.refuse(nested, path, *keys.REFUSED.get(name, (False,)))
     fields.refuse(nested, "dflash_config.sample_from_anchor", False)
+
+
+def check_head(
+    kind: kinds.Kind,
+    raw: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    absent_from_anchor: bool = True,
+) -> None:
+    """Refuses what the kind's head and first row do not do.
+
+    Args:
+        settings: where the head's own keys are.
+        absent_from_anchor: what a file says of a kind whose anchor's row predicts by giving no
+            ``sample_from_anchor``.
+    """
+    if kind.first_row:
+        fields.refuse(raw, "sample_from_anchor", False, 0)
+    elif raw.get("sample_from_anchor", absent_from_anchor) not in (True, 1):
+        raise fields.bad(
+            "sample_from_anchor",
+            f"is {fields.shown(raw.get('sample_from_anchor'))}",
+            f"a {kind.label} drafter is served here only where its anchor's row predicts too"
+            " (true): serve it with vLLM itself, by its method dspark",
+        )
+    markov = ("vanilla",) if "markov_rank" in kind.head.settings else ()
+    for place in (raw, settings):
+        fields.refuse(place, "markov_head_type", *markov)
+        if not kind.head.is_argmax:
+            for name in keys.SCALES:
+                fields.refuse(place, name, 1)
 
 
 def _check_for_transformers(raw: Mapping[str, Any]) -> None:

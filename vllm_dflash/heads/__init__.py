@@ -1,7 +1,9 @@
-"""Heads over the block: how the hidden states of a block become its tokens, one file each.
+"""Heads over the block: how the hidden states of a block become its tokens, one file or folder
+each.
 
-A head's file has ``Reference`` (plain PyTorch, trained and the oracle) and ``Served`` (what vLLM's
-V1 runner calls); its record is a ``kinds.Head``.
+A head has ``Reference`` (plain PyTorch, trained and the oracle: ``heads/reference.py``) and
+``Served`` (what vLLM's model runners call: ``models/parameters.py``); its record is a
+``kinds.Head``.
 """
 
 from collections.abc import Callable
@@ -26,3 +28,6 @@ class Ranking(NamedTuple):
 
 Ranked: TypeAlias = "tuple[Tensor, Tensor | None]"
 """Draft tokens [B, K] int64, and the probability that the drafter gives each, [B, K] or None."""
+
+Draft: TypeAlias = "Callable[[Tensor, Tensor, int, Ranking], Ranked]"
+"""``ServedHead.draft``."""

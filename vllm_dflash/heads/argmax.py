@@ -3,41 +3,28 @@
 pytest tests/unit/test_kinds.py
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.heads import Ranked, Ranking
+from vllm_dflash.heads.reference import Block, ReferenceHead
+from vllm_dflash.models.parameters import ServedHead
 
 
-class Reference(nn.Module):
+class Reference(ReferenceHead):
     """In plain PyTorch."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
 
-    def scores(self, logits: Tensor, before: Tensor) -> Tensor:
-        """What is ranked where the token before each row is known, as in training.
+    def scores(self, block: Block, before: Tensor) -> Tensor:
+        return block.logits
 
-        Args:
-            logits: [..., K, V], lm_head's.
-            before: [..., K] int64, the token before each row's.
-
-        Returns:
-            [..., K, V].
-        """
-        return logits
-
-    def draft(self, logits: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
-        """What is drafted after the tokens ``anchors`` [...] int64, of ``logits`` [..., K, V].
-
-        Returns:
-            Tokens [..., K] int64, and the scores [..., K, V] that they are the best by.
-        """
-        # Of equal scores, as bfloat16 often has them, argmax takes the first, as every engine does.
-        return logits.argmax(-1), logits
+    def draft(self, block: Block, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        return block.logits.argmax(-1), block.logits
 
 
-class Served(nn.Module):
+class Served(ServedHead):
     """The same for vLLM."""
 
     def __init__(self, config: DrafterConfig, dtype: object) -> None:
@@ -47,13 +34,6 @@ class Served(nn.Module):
         """Takes what it needs of one tensor of a checkpoint: nothing."""
 
     def draft(self, hidden: Tensor, anchors: Tensor, k: int, ranking: Ranking) -> Ranked:
-        """What is drafted for B requests.
-
-        Args:
-            hidden: [B * K, H], the rows that predict, request after request.
-            anchors: [B] int32, the token before each request's.
-            k: K.
-        """
         if not ranking.confident:
             return ranking.best(hidden).view(-1, k), None
         logits = ranking.logits(hidden).float()

@@ -2,8 +2,9 @@
 
 A kind is a context (how the target's features become what the draft layers attend to), a head
 (how the block's hidden states become tokens), the row of a block that predicts first, and names. It
-is a submodule of this package, or of another package that has an entry point in the group
-``vllm_dflash.kinds``; docs/kinds.md shows how to add one. Nothing outside names a kind.
+is in a submodule of this package (``KIND``, or ``KINDS`` where a head goes with several contexts),
+or of another package that has an entry point in the group ``vllm_dflash.kinds``; docs/kinds.md
+shows how to add one. Nothing outside names a kind.
 
 Records need no torch: what does is imported when a drafter is made.
 
@@ -14,7 +15,7 @@ import functools
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,9 @@ GROUP = "vllm_dflash.kinds"
 
 FOR_TRAINING = "dflare"
 """The kind that is trained where none is chosen (docs/study.md)."""
+
+OURS = "vllm-dflash"
+"""The format of kinds that nobody else has published."""
 
 AFTER_ANCHOR = 1
 """``Kind.first_row`` where the anchor's row predicts nothing."""
@@ -67,18 +71,55 @@ def _no_tensors(config: "DrafterConfig") -> Tensors:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """One of a head's settings in ``config.json``: a whole number, or a flag."""
+
+    default: int | bool
+    """Where a drafter is trained."""
+    absent: int | bool | None = None
+    """Where a file does not give it; None: it has to."""
+    least: int = 1
+    most: int = 1 << 16
+    counts_tokens: bool = False
+    """It is at most the vocabulary."""
+
+    def fits(self, value: object, vocab_size: int) -> bool:
+        """Whether it may be ``value``."""
+        if isinstance(value, bool) or isinstance(self.default, bool):
+            return isinstance(value, bool) and isinstance(self.default, bool)
+        most = min(self.most, vocab_size) if self.counts_tokens else self.most
+        return isinstance(value, int) and self.least <= value <= most
+
+    @property
+    def wanted(self) -> str:
+        """What it may be, for a message."""
+        if isinstance(self.default, bool):
+            return "true or false"
+        end = ", and at most the vocabulary" if self.counts_tokens else ""
+        return f"a whole number from {self.least} to {self.most}{end}"
+
+
+@dataclass(frozen=True)
 class Head:
     """How the hidden states of a block become its tokens."""
 
     modules: str
     """The module, by its full name, with the classes ``Reference`` and ``Served``."""
     own_tensors: Callable[["DrafterConfig"], Tensors] = _no_tensors
-    """The tensors that only this head has, each name with ``head.`` before it."""
+    """The tensors that only this head has, each name with ``head.`` before it, or, for ``parts``,
+    the part's."""
     is_argmax: bool = False
     """A token is the best by its row's logits alone, so that vLLM's own ways of drafting do too."""
+    name: str = ""
+    """For ``train --head``; empty where it is chosen by its kind alone."""
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    """What ``DrafterConfig.head`` holds, by the keys of ``config.json``."""
+    parts: tuple[str, ...] = ()
+    """The submodules of ``Reference`` that hold its parameters, as a published checkpoint names
+    them; none: their names begin with ``head.``."""
 
 
-ARGMAX = Head("vllm_dflash.heads.argmax", is_argmax=True)
+ARGMAX = Head("vllm_dflash.heads.argmax", is_argmax=True, name="argmax")
 
 
 @dataclass(frozen=True)
@@ -105,12 +146,22 @@ class Kind:
     first_row: int = AFTER_ANCHOR
     """The row of a block that predicts the token after the anchor; 0: the anchor's own, as
     ``sample_from_anchor`` has it in speculators' format."""
+    is_flat: bool = False
+    """Its published format has no ``dflash_config``: what is in there stands at the top."""
+    convolves: bool = False
+    """Its layers may have DFlash2's convolution over a block's rows."""
     is_known_to_vllm: bool = False
-    """vLLM itself reads its speculators format."""
+    """vLLM itself reads its speculators format, which stays so: it may serve it by a method of its
+    own."""
+    served_as: str | None = None
+    """What our model is registered as, where vLLM treats the published architecture in a way of its
+    own."""
 
     @property
     def served_architecture(self) -> str:
         """What vLLM looks up: its method ``dflash`` puts DFlash before a name that lacks it."""
+        if self.served_as is not None:
+            return self.served_as
         return self.architecture if "DFlash" in self.architecture else f"DFlash{self.architecture}"
 
     def context_part(self, name: str) -> Any:
@@ -134,7 +185,9 @@ def every() -> Mapping[str, Kind]:
     takes a name of another, is left out with a warning: plain serving goes on.
     """
     ours = [
-        import_module(f"{__name__}.{item.name}").KIND for item in pkgutil.iter_modules(__path__)
+        kind
+        for item in pkgutil.iter_modules(__path__)
+        for kind in _kinds_in(import_module(f"{__name__}.{item.name}"))
     ]
     found = {
         kind.name: kind for kind in sorted(ours, key=lambda k: (not k.is_known_to_vllm, k.name))
@@ -152,6 +205,10 @@ def every() -> Mapping[str, Kind]:
         else:
             found[kind.name] = kind
     return found
+
+
+def _kinds_in(module: Any) -> tuple[Kind, ...]:
+    return module.KINDS if hasattr(module, "KINDS") else (module.KIND,)
 
 
 def _others() -> Iterator[tuple[str, Kind]]:
@@ -209,6 +266,18 @@ def labels() -> str:
     return " or ".join(kind.label for kind in every().values())
 
 
+def head_names() -> tuple[str, ...]:
+    """Of the heads that ``with_head`` finds."""
+    return tuple(dict.fromkeys(kind.head.name for kind in every().values() if kind.head.name))
+
+
+def with_head(kind: str, head: str) -> Kind | None:
+    """The kind with the context of ``kind`` and this head; None where there is none."""
+    own = every()[kind]
+    found = [k for k in every().values() if k.context is own.context and k.head.name == head]
+    return own if own in found else next(iter(found), None)
+
+
 def kind_of(config: "DrafterConfig") -> Kind:
     """The drafter's."""
     return every()[config.kind]
@@ -224,3 +293,13 @@ def architectures() -> Mapping[str, Kind]:
     """Architecture names in checkpoints, and those that vLLM looks up for them, to their kinds."""
     by_name = {kind.architecture: kind for kind in every().values()}
     return by_name | {kind.served_architecture: kind for kind in every().values()}
+
+
+def registered_architectures() -> tuple[str, ...]:
+    """Those that our model is registered as; where vLLM has a model of its own by a published name,
+    that stays."""
+    return tuple(
+        name
+        for name, kind in architectures().items()
+        if kind.served_as is None or name == kind.served_as
+    )

@@ -10,7 +10,7 @@ Limits: one pipeline stage.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,11 +23,16 @@ from vllm_dflash.checks import drafter_config
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.models.context import ContextKV
+from vllm_dflash.models.convolution import rows_in_reach
 from vllm_dflash.models.kernels import check_kernels
 from vllm_dflash.models.layers import DrafterLayer
 from vllm_dflash.models.loading import Loading
 from vllm_dflash.models.norm import ServedRMSNorm
+from vllm_dflash.models.parameters import ServedHead, within_vocabulary
 from vllm_dflash.plugin import patch_set
+
+if TYPE_CHECKING:
+    from vllm_dflash.heads import Draft
 
 
 class FromTarget(nn.Module):
@@ -63,6 +68,7 @@ class DrafterModel(nn.Module):
         self.mask_embedding = nn.Parameter(
             torch.zeros(config.hidden_size, dtype=dtype), requires_grad=False
         )
+        self.block_size, self.taps = config.block_size, config.conv_kernel_size
         # vLLM tells layers apart by the number in their name: the draft's go on where the target's
         # end.
         self.layers = nn.ModuleList(
@@ -80,7 +86,7 @@ class DrafterModel(nn.Module):
         self.context_kv = ContextKV(
             config, attentions, dtype, quant_config, maybe_prefix(prefix, "context_kv")
         )
-        self.head = kind_of(config).head_part("Served")(config, dtype)
+        self.head: ServedHead = kind_of(config).head_part("Served")(config, dtype)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """``input_ids`` [N] -> embeddings [N, H]."""
@@ -93,6 +99,11 @@ class DrafterModel(nn.Module):
             )
         return embeds
 
+    def reach(self, positions: torch.Tensor) -> torch.Tensor:
+        """What the layers' convolutions take, ``taps`` of them, for rows at ``positions`` [N]
+        int64; see ``rows_in_reach``."""
+        return rows_in_reach(positions, self.block_size, self.taps)
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -102,9 +113,9 @@ class DrafterModel(nn.Module):
         """``input_ids`` [N] (anchors and masks), ``positions`` [N] int64; returns normed hidden
         states [N, H]."""
         hidden_states = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        residual = None
+        residual, reach = None, self.reach(positions) if self.taps else None
         for layer in self.layers:
-            hidden_states, residual = layer(positions, hidden_states, residual)
+            hidden_states, residual = layer(positions, hidden_states, residual, reach)
         hidden_states, _ = self.norm(hidden_states, residual)
         return hidden_states
 
@@ -146,6 +157,13 @@ class DrafterForCausalLM(nn.Module):
         check_kernels(self.model)
         self._loading = Loading(self, draft)
         self.model.layers[-1].self_attn.attn.loaded = self._loading.finish
+
+    def drafting(self) -> "Draft":
+        """What the model runners call for a block's tokens."""
+        draft, config = self.model.head.draft, self.drafter_config
+        if kind_of(config).head.is_argmax:
+            return draft
+        return within_vocabulary(draft, config.vocab_size)
 
     def embed_input_ids(
         self,

@@ -18,6 +18,7 @@ from vllm.model_executor.models.qwen2 import Qwen2MLP
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.models.convolution import convolutions
 from vllm_dflash.models.norm import ServedRMSNorm
 
 
@@ -144,16 +145,33 @@ class DrafterLayer(nn.Module):
         )
         self.input_layernorm = ServedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = ServedRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention_conv, self.mlp_conv = convolutions(
+            config, self.input_layernorm.weight.dtype, prefix
+        )
 
     def forward(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        reach: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``positions`` [N], ``hidden_states`` and ``residual`` [N, H]; returns the same two."""
+        """``positions`` [N], ``hidden_states`` and ``residual`` [N, H]; returns the latter two.
+
+        ``reach`` [N, taps], where the layer convolves, from ``convolution.rows_in_reach``.
+        """
         if residual is None:
             residual = hidden_states
             hidden_states = self.input_layernorm(hidden_states)
         else:
             hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        if reach is None:
+            hidden_states = self.self_attn(positions, hidden_states)
+            hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+            return self.mlp(hidden_states), residual
+        hidden_states, kernels = self.attention_conv.before(hidden_states, reach)
         hidden_states = self.self_attn(positions, hidden_states)
+        hidden_states = self.attention_conv.after(hidden_states, kernels, reach)
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-        return self.mlp(hidden_states), residual
+        hidden_states, kernels = self.mlp_conv.before(hidden_states, reach)
+        return self.mlp_conv.after(self.mlp(hidden_states), kernels, reach), residual

@@ -8,11 +8,14 @@ vLLM follows both when new weights come into an engine that runs.
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
 from vllm_dflash.config import DrafterConfig
+
+if TYPE_CHECKING:
+    from vllm_dflash.heads import Draft, Ranked, Ranking
 
 _OF_LAYER = re.compile(r"layers\.(\d+)\.self_attn\.(\w+)\.(\w+)")
 
@@ -36,6 +39,34 @@ class ServedContext(nn.Module):
         """``context`` [N, C] -> keys and values [N, D, kv heads, head_dim], before k_norm and
         rotary."""
         raise NotImplementedError
+
+
+class ServedHead(nn.Module):
+    """What vLLM's model runners call of a kind: the base of its head's class ``Served``."""
+
+    def load(self, name: str, tensor: Tensor) -> None:
+        """Takes what it needs of one tensor of a checkpoint, in any order."""
+        raise NotImplementedError
+
+    def draft(self, hidden: Tensor, anchors: Tensor, k: int, ranking: "Ranking") -> "Ranked":
+        """What is drafted for B requests.
+
+        Args:
+            hidden: [B * K, H], the rows that predict, request after request.
+            anchors: [B] int32, the token before each request's.
+            k: K.
+        """
+        raise NotImplementedError
+
+
+def within_vocabulary(draft: "Draft", vocab_size: int) -> "Draft":
+    """``draft`` for anchors that the drafter has no rows for, as it has none for the padding of its
+    target's embedding: they count as its last token."""
+
+    def drafting(hidden: Tensor, anchors: Tensor, k: int, ranking: "Ranking") -> "Ranked":
+        return draft(hidden, anchors.clamp(max=vocab_size - 1), k, ranking)
+
+    return drafting
 
 
 class FastContext(Protocol):

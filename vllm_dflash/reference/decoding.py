@@ -116,8 +116,8 @@ def draft_block(
     # Mostly the query at position n + k predicts the token at n + k itself, and the anchor's own
     # output is unused.
     first = drafter.config.first_row
-    logits = drafter.logits(target.lm_head, hidden[0, first : first + num_tokens]).float()
-    tokens, scores = drafter.head.draft(logits, ids[0, 0])
+    block = drafter.block(target.lm_head, hidden[0, first : first + num_tokens])
+    tokens, scores = drafter.head.draft(block, ids[0, 0])
     best, second = scores.topk(2, dim=-1).values.unbind(-1)
     return Draft(anchor, tokens.tolist(), (best - second).tolist(), best.tolist())
 

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vllm_dflash.config import DrafterConfig
-from vllm_dflash.kinds import kind_of
+from vllm_dflash.heads.reference import Block, ReferenceHead
+from vllm_dflash.kinds import Kind, kind_of
+from vllm_dflash.reference.convolution import BlockConvolution
 from vllm_dflash.reference.masks import window_mask
 from vllm_dflash.reference.rotary import rotary_angles
 
@@ -196,10 +198,23 @@ class DraftLayer(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.convolves = bool(config.conv_kernel_size)
+        if self.convolves:
+            self.attention_conv, self.mlp_conv = BlockConvolution(config), BlockConvolution(config)
 
     def forward(self, x: Tensor, where: Where, context: tuple[Tensor, Tensor]) -> Tensor:
+        if self.convolves:
+            return self._convolved(x, where, context)
         x = x + self.self_attn(self.input_layernorm(x), where, context)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def _convolved(self, x: Tensor, where: Where, context: tuple[Tensor, Tensor]) -> Tensor:
+        size = where.block_size
+        normed, kernels = self.attention_conv.before(self.input_layernorm(x), size)
+        attended = self.self_attn(normed, where, context)
+        x = x + self.attention_conv.after(attended, kernels, size)
+        normed, kernels = self.mlp_conv.before(self.post_attention_layernorm(x), size)
+        return x + self.mlp_conv.after(self.mlp(normed), kernels, size)
 
 
 @dataclass
@@ -243,7 +258,19 @@ class Drafter(nn.Module):
         self.register_parameter("mask_embedding", None)
         self.layers = nn.ModuleList(DraftLayer(config, window) for window in config.windows)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = kind_of(config).head_part("Reference")(config)
+        self._take_head(kind_of(config))
+
+    def _take_head(self, kind: Kind) -> None:
+        """Makes ``head``; its parameters are the drafter's, named as in a checkpoint."""
+        self.head: ReferenceHead
+        head = kind.head_part("Reference")(self.config)
+        if not kind.head.parts:
+            self.head = head
+            return
+        object.__setattr__(self, "head", head)  # no submodule: that would name them head.*
+        for part in kind.head.parts:
+            if getattr(head, part) is not None:
+                self.add_module(part, getattr(head, part))
 
     def context(self, features: Tensor) -> Tensor:
         """The context of the target's captured layer outputs ``features`` [..., T * H], in
@@ -286,6 +313,10 @@ class Drafter(nn.Module):
         full = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))
         full[..., ids] = logits
         return full
+
+    def block(self, lm_head: nn.Module, hidden: Tensor) -> Block:
+        """What the head ranks of ``hidden`` [..., H], over the target's whole vocabulary."""
+        return Block(hidden, self.logits(lm_head, hidden).float())
 
     def draft_labels(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Where the target's ``tokens`` [...] int64 are in ``draft_logits`` (0 for those that the

@@ -73,6 +73,7 @@ def _config_rows(config: DrafterConfig) -> list[tuple[str, str]]:
             ),
         ),
         *(("", line) for line in _attention_lines(config)),
+        *_over_the_block(config),
         (
             "heads",
             f"{config.num_attention_heads} of {config.head_dim} elements,"
@@ -101,6 +102,24 @@ def _config_rows(config: DrafterConfig) -> list[tuple[str, str]]:
         ),
         ("quantization", "none" if quantization is None else str(quantization["quant_method"])),
     ]
+
+
+def _over_the_block(config: DrafterConfig) -> list[tuple[str, str]]:
+    """The head and the convolution, where a drafter has more than argmax."""
+    lines = []
+    if not kind_of(config).head.is_argmax:
+        said = ", ".join(f"{name} {value}" for name, value in config.head.items())
+        name = kind_of(config).head.name or "its own"
+        lines.append(("head", f"{name}{f': {said}' if said else ''}"))
+    if config.conv_kernel_size:
+        lines.append(
+            (
+                "convolution",
+                f"{config.conv_kernel_size} rows of the block, groups of"
+                f" {config.conv_group_size} channels",
+            )
+        )
+    return lines
 
 
 def _attention_lines(config: DrafterConfig) -> list[str]:

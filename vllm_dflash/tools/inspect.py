@@ -212,6 +212,9 @@ def as_dict(found: Inspection) -> dict[str, Any]:
         else {
             "format": config.format,
             "kind": config.kind,
+            "head": dict(config.head),
+            "conv_kernel_size": config.conv_kernel_size,
+            "conv_group_size": config.conv_group_size,
             "block_size": config.block_size,
             "max_speculative_tokens": config.max_speculative_tokens,
             "num_hidden_layers": config.num_hidden_layers,

@@ -16,6 +16,7 @@ from torch import nn
 
 from vllm_dflash import kinds
 from vllm_dflash.config import DrafterConfig, DrafterConfigError, default_target_layer_ids
+from vllm_dflash.records import object_of
 from vllm_dflash.reference.checkpoint import load_drafter, new_drafter
 from vllm_dflash.reference.drafter import Drafter
 from vllm_dflash.training.errors import TrainingError
@@ -42,11 +43,6 @@ def plan(settings: Settings, target: Target) -> tuple[DrafterConfig, str]:
         mask, why = mask_token(target, table.mask_token_id, bool(table.mask_embedding))
         config = _new(settings, target, mask)
         config.check()
-        if config.draft_vocab_size is not None and not kinds.kind_of(config).head.is_argmax:
-            raise TrainingError(
-                f"the head of {config.kind} ranks the target's whole vocabulary: leave"
-                " draft_vocab_size out"
-            )
     except DrafterConfigError as error:
         raise TrainingError(str(error)) from None
     return config, why
@@ -325,8 +321,20 @@ def _new(settings: Settings, target: Target, mask: int) -> DrafterConfig:
             target.dtype if settings.export.export_dtype == "auto" else settings.export.export_dtype
         ),
         kind=table.kind,
+        head=_head_settings(table.head_settings),
+        conv_kernel_size=table.conv_kernel_size,
+        conv_group_size=table.conv_group_size if table.conv_kernel_size else 0,
         draft_vocab_size=table.draft_vocab_size,
     )
+
+
+def _head_settings(given: str) -> dict[str, Any]:
+    try:
+        return object_of(given)
+    except ValueError:
+        raise TrainingError(
+            f'head_settings is {given!r}: give a JSON object such as {{"selector_rank": 64}}'
+        ) from None
 
 
 def _continued(settings: Settings, target: Target) -> tuple[DrafterConfig, str]:

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.heads.reference import Block
 from vllm_dflash.reference.drafter import Drafter
 from vllm_dflash.reference.loss import block_labels, default_gamma, position_weights
 from vllm_dflash.reference.masks import block_positions, context_mask
@@ -137,17 +137,15 @@ class Objective(torch.nn.Module):
             # A token that the draft vocabulary lacks teaches nothing, and ends what is accepted.
             y, known = self.drafter.draft_labels(y)
             v = v & known
-            logits = self.drafter.head.scores(self.drafter.draft_logits(head, h).float(), x)
-            losses = F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none").view(
-                y.shape
-            )
+            block = Block(h, self.drafter.draft_logits(head, h).float())
+            lesson = self.drafter.head.lesson(block, x, y)
             share = (
-                dpace_weights(losses, v, self.table.dpace_alpha)
+                dpace_weights(lesson.losses, v, self.table.dpace_alpha)
                 if self.table.weighting == "dpace"
                 else weights
             )
-            correct = ((logits.detach().argmax(-1) == y) & v).float()
-            return (losses * share * v).sum(), correct.cumprod(-1).sum()
+            correct = ((lesson.tokens == y) & v).float()
+            return ((lesson.losses + lesson.others) * share * v).sum(), correct.cumprod(-1).sum()
 
         most = max(1, _LOGITS_AT_ONCE // (labels.shape[1] * self.drafter.config.draft_tokens))
         if most >= len(hidden):

@@ -54,11 +54,14 @@ class Optimizer:
     def __init__(self, drafter: Drafter, table: Train, steps: int) -> None:
         self.drafter, self.table, self.steps = drafter, table, steps
         self.parameters = [p for p in drafter.parameters() if p.requires_grad]
-        shares = kind_of(drafter.config).context.shares
+        kind, config = kind_of(drafter.config), drafter.config
+        shares = kind.context.shares
+        # A step sees few of their rows.
+        tables = [n for n, s in kind.head.own_tensors(config).items() if s[0] == config.vocab_size]
         matrices = [
             p
             for n, p in drafter.named_parameters()
-            if p.requires_grad and p.ndim == 2 and n != shares
+            if p.requires_grad and p.ndim == 2 and n != shares and n not in tables
         ]
         chosen = {id(p) for p in matrices}
         rest = [p for p in self.parameters if id(p) not in chosen]

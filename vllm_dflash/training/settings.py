@@ -157,8 +157,22 @@ def load(path: str | None, flags: Mapping[str, Any]) -> Settings:
         if item.name in tables[table]:
             tables[table][item.name] = _value(item, tables[table][item.name])
     settings = Settings(**{name: kind(**tables[name]) for name, kind in TABLES.items()})
+    settings = dataclasses.replace(settings, drafter=_with_head(settings.drafter))
     settings.check()
     return settings
+
+
+def _with_head(table: Drafter) -> Drafter:
+    """With the kind that has the context of ``kind`` and the head that is asked for."""
+    if table.head is None:
+        return table
+    kind = kinds.with_head(table.kind, table.head)
+    if kind is None:
+        raise SettingsError(
+            f"no kind has the context of {table.kind} and the head {table.head}: leave head out, or"
+            " give another kind"
+        )
+    return dataclasses.replace(table, kind=kind.name)
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -180,6 +180,22 @@ class Drafter:
         "how target features become context (docs/study.md)",
         choices=kinds.names,
     )
+    head: str | None = _set(
+        None,
+        "how hidden states become tokens (default: the kind's): argmax takes each row's best;"
+        " candidates walks through the best of each row by what goes with what",
+        choices=kinds.head_names,
+    )
+    head_settings: str = _set(
+        "{}", 'JSON of the head\'s own, by their keys in config.json, such as {"selector_rank": 64}'
+    )
+    conv_kernel_size: int = _set(
+        0,
+        "rows of its block that each row takes in by DFlash2's convolution around attention and"
+        " MLP, itself included (for a head of candidates); 0 for none",
+        least=0,
+    )
+    conv_group_size: int = _set(16, "channels that share a part of its kernels", least=1)
     layers: int | None = _set(
         None,
         "draft layers (default: as many as the kind was published with, fewer for a shallow"

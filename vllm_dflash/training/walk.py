@@ -136,7 +136,5 @@ def _drafts(model: Any, drafter: Drafter, ids: Tensor, anchors: Tensor, context:
         context_mask(anchors, size, ids.shape[1]),
         size,
     )
-    logits = drafter.logits(
-        model.lm_head, hidden.unflatten(1, (-1, size))[0, :, drafter.config.first_row :]
-    ).float()
-    return drafter.head.draft(logits, block[0, :, 0])[0]
+    rows = hidden.unflatten(1, (-1, size))[0, :, drafter.config.first_row :]
+    return drafter.head.draft(drafter.block(model.lm_head, rows), block[0, :, 0])[0]

@@ -67,6 +67,11 @@ def expected_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
             f"self_attn.{n}_proj.bias": (size,)
             for n, size in (("q", q_size), ("k", kv_size), ("v", kv_size), ("o", hidden))
         }
+    if config.conv_kernel_size:
+        taps, groups = config.conv_kernel_size, hidden // config.conv_group_size
+        for name in ("attention_conv", "mlp_conv"):
+            layer[f"{name}.base_kernel"] = (2, taps, hidden)
+            layer[f"{name}.kernel_projection.weight"] = (2 * taps * groups, hidden)
     tensors: dict[str, tuple[int, ...]] = {"norm.weight": (hidden,)} | own_tensors(config)
     for i in range(config.num_hidden_layers):
         tensors |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}

@@ -6,9 +6,12 @@ Layer d's context is ``hidden_norm(sum_t softmax(F)[d, t] h_t)``, with a learned
 ``v_proj_target``. The modules are in ``context.py``.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vllm_dflash.kinds import Context, Kind, Tensors
+from vllm_dflash.heads.candidates import CANDIDATES
+from vllm_dflash.heads.markov import MARKOV
+from vllm_dflash.kinds import OURS, Context, Kind, Tensors
 
 if TYPE_CHECKING:
     from vllm_dflash.config import DrafterConfig
@@ -51,3 +54,27 @@ KIND = Kind(
     # A quarter of the target's layers (9 of 36), but two more than the draft's.
     features=lambda layers, target_layers: max(layers + 2, round(target_layers / 4)),
 )
+
+CANDIDATES_OVER_DFLARE = replace(
+    KIND,
+    name="dflare-candidates",
+    label="DFlare with candidates",
+    architecture="DFlareCandidatesDraftModel",
+    format=OURS,
+    speculators_architecture="DFlareCandidatesSpeculator",
+    head=CANDIDATES,
+    convolves=True,
+)
+
+MARKOV_OVER_DFLARE = replace(
+    KIND,
+    name="dflare-markov",
+    label="DFlare with a Markov head",
+    architecture="DFlareMarkovDraftModel",
+    format=OURS,
+    speculators_architecture="DFlareMarkovSpeculator",
+    head=MARKOV,
+    first_row=0,
+)
+
+KINDS = (KIND, CANDIDATES_OVER_DFLARE, MARKOV_OVER_DFLARE)

@@ -1,11 +1,14 @@
 """DFlash (arXiv 2602.06036): one context vector a token, ``hidden_norm(fc(features))``.
 
 Each draft layer projects it with the weights of its own keys and values. The modules are in
-``context.py``.
+``context.py``. With another head than argmax it was published under names of their own.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from vllm_dflash.heads.candidates import CANDIDATES
+from vllm_dflash.heads.markov import MARKOV
 from vllm_dflash.kinds import Context, Kind, Tensors
 
 if TYPE_CHECKING:
@@ -38,3 +41,31 @@ KIND = Kind(
     features=lambda layers, target_layers: layers,
     is_known_to_vllm=True,
 )
+
+DFLASH2 = replace(
+    KIND,
+    name="dflash2",
+    label="DFlash2",
+    architecture="DFlash2DraftModel",
+    speculators_architecture="DFlash2Speculator",
+    head=CANDIDATES,
+    convolves=True,
+    # By the published name vLLM keeps such a drafter off its V1 model runner.
+    served_as="DFlashCandidatesDraftModel",
+)
+
+DSPARK = replace(
+    KIND,
+    name="dspark",
+    label="DSpark",
+    architecture="Qwen3DSparkModel",
+    format="deepseek",
+    speculators_architecture="DSparkSpeculator",
+    head=MARKOV,
+    first_row=0,
+    is_flat=True,
+    # By the published name vLLM runs its own, under a method of its own.
+    served_as="DFlashQwen3DSparkModel",
+)
+
+KINDS = (KIND, DFLASH2, DSPARK)

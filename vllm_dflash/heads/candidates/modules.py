@@ -1,0 +1,117 @@
+"""The walk through candidates in plain PyTorch, and served.
+
+pytest tests/unit/test_heads.py tests/engine/test_formats.py
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.heads import Ranked, Ranking
+from vllm_dflash.heads.reference import Block, Lesson, ReferenceHead, cross_entropy
+from vllm_dflash.models.parameters import ServedHead, load_into
+
+_FIRST_SCALE = 0.02
+"""Standard deviation of the codebooks at first: the walk begins nearly as argmax."""
+
+
+class Selector(nn.Module):
+    """The low-rank part of an edge's score."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        rank = config.head["selector_rank"]
+        self.predecessor_codebook, self.successor_codebook = (
+            nn.Parameter(torch.randn(config.vocab_size, rank) * _FIRST_SCALE) for _ in range(2)
+        )
+        self.hidden_projection = nn.Linear(config.hidden_size, rank, bias=False)
+
+    def forward(self, hidden: Tensor, before: Tensor, candidates: Tensor) -> Tensor:
+        """``hidden`` [..., H], ``before`` [...], ``candidates`` [..., k] -> [..., k] float32."""
+        gate = self.predecessor_codebook[before].float() * self.hidden_projection(hidden).float()
+        return (self.successor_codebook[candidates].float() * gate[..., None, :]).sum(-1)
+
+
+class Reference(ReferenceHead):
+    """In plain PyTorch."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        self.top_k = config.head["selector_top_k"]
+        self.candidate_selector = Selector(config)
+
+    def scores(self, block: Block, before: Tensor) -> Tensor:
+        own, candidates = block.logits.topk(self.top_k)
+        edges = own + self.candidate_selector(block.hidden, before, candidates)
+        return torch.full_like(block.logits, float("-inf")).scatter(-1, candidates, edges)
+
+    def lesson(self, block: Block, before: Tensor, labels: Tensor) -> Lesson:
+        """The logits' cross-entropy, and beside it that of the edges among candidates.
+
+        A label that is no candidate takes the last one's place there, for nothing would be learned
+        of it otherwise.
+        """
+        candidates = block.logits.detach().topk(self.top_k).indices
+        is_label = candidates == labels[..., None]
+        learned = candidates.clone()
+        learned[..., -1] = torch.where(is_label.any(-1), candidates[..., -1], labels)
+        edges = block.logits.gather(-1, learned)
+        edges = edges + self.candidate_selector(block.hidden, before, learned)
+        place = (learned == labels[..., None]).long().argmax(-1)
+        best = edges.detach()
+        # What drafting ranks: not the label where it is no candidate.
+        best = best.masked_fill(learned != candidates, float("-inf")).argmax(-1)
+        return Lesson(
+            cross_entropy(block.logits, labels),
+            cross_entropy(edges, place),
+            learned.gather(-1, best[..., None])[..., 0],
+        )
+
+
+class Served(ServedHead):
+    """The same for vLLM, whole on every rank."""
+
+    def __init__(self, config: DrafterConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        rank, self.top_k = config.head["selector_rank"], config.head["selector_top_k"]
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+
+        self.predecessors = empty(config.vocab_size, rank)
+        self.successors = empty(config.vocab_size, rank)
+        self.projection = empty(rank, config.hidden_size)
+
+    def load(self, name: str, tensor: Tensor) -> None:
+        """Takes one of the tensors of ``own_tensors``; others are not needed."""
+        place = {
+            "candidate_selector.predecessor_codebook": self.predecessors,
+            "candidate_selector.successor_codebook": self.successors,
+            "candidate_selector.hidden_projection.weight": self.projection,
+        }.get(name)
+        if place is not None:
+            load_into(place, tensor)
+
+    def draft(self, hidden: Tensor, anchors: Tensor, k: int, ranking: Ranking) -> Ranked:
+        """All edges are scored at once; the walk only looks them up."""
+        own, candidates = ranking.logits(hidden).float().topk(self.top_k)
+        own, candidates = (x.view(-1, k, self.top_k) for x in (own, candidates))
+        first = anchors.long()[:, None, None].expand(-1, 1, self.top_k)
+        before = torch.cat([first, candidates[:, :-1]], dim=1)
+        gate = F.linear(hidden, self.projection).float().view(len(own), k, 1, -1)
+        # [B, K, candidates of the row before, candidates of the row]
+        edges = own[:, :, None] + (self.predecessors[before].float() * gate) @ (
+            self.successors[candidates].float().transpose(-1, -2)
+        )
+        best, at, walked = edges.argmax(-1), torch.zeros_like(anchors, dtype=torch.int64), []
+        for row in range(k):
+            at = best[:, row].gather(1, at[:, None])[:, 0]
+            walked.append(at)
+        path = torch.stack(walked, dim=1)
+        tokens = candidates.gather(2, path[..., None])[..., 0]
+        if not ranking.confident:
+            return tokens, None
+        came_from = torch.cat([torch.zeros_like(path[:, :1]), path[:, :-1]], dim=1)
+        taken = edges.gather(2, came_from[..., None, None].expand(-1, -1, 1, self.top_k))[:, :, 0]
+        return tokens, taken.softmax(-1).gather(2, path[..., None])[..., 0]
