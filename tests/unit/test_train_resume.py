@@ -26,7 +26,7 @@ from training_runs import (
 )
 from vllm_dflash.files import RunError
 from vllm_dflash.lock import hold
-from vllm_dflash.training import checkpoints, learned
+from vllm_dflash.training import checkpoints, generate, learned
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.logs import Log, read
 from vllm_dflash.training.pipeline import run_stages
@@ -201,6 +201,32 @@ def test_other_responses_are_noticed(make, parts, tmp_path: Path) -> None:
         TrainingError, match=r"the prompts are not those that .*split.json was written for"
     ):
         run_stages(chosen, HERE[:1])
+
+
+def test_a_part_of_the_answers_serves_a_run_of_its_own(
+    make, parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docs/train.md says: of a folder whose stage generate is half done the finished shards are
+    taken over by another run, with --max-prompts and without an engine."""
+    whole = make()
+    run_stages(whole, HERE[:1])
+    asked = [
+        {"prompt_token_ids": json.loads(line)["prompt_token_ids"]}
+        for line in parts[1].read_text().splitlines()
+    ]
+    prompts = write_prompts(tmp_path / "prompts.jsonl", asked)
+    part = make(max_prompts=16)
+    part = replace(part, data=replace(part.data, prompts=(str(prompts),)))
+    shutil.rmtree(generate.folder_of(part))
+    shutil.copytree(generate.folder_of(whole), generate.folder_of(part))
+    for left in ("split.json", "shard-00002.json", "shard-00002.safetensors"):
+        (generate.folder_of(part) / left).unlink()
+    monkeypatch.setattr(generate, "answer", lambda *a, **k: pytest.fail("it asked the engine"))
+    run_stages(part, HERE[:1])
+    found, every = generate.sequences(part), generate.sequences(whole)
+    assert (len(found), len(every)) == (16, 20)
+    for i in range(16):
+        assert found[i].tokens.tolist() == every[i].tokens.tolist()
 
 
 def test_two_commands_in_one_folder(make) -> None:

@@ -99,7 +99,15 @@ class Trainer:
             drafter.own = drafter.own.on(self.model.lm_head.weight)
         if self.workers.first:
             share = draft_vocab.covered(self.data, ids, vocab)
-            print(f"draft vocabulary: {size} of {vocab} tokens, {share:.2%} of the answers'")
+            # Held-out answers go on past their end. Of few answers the vocabulary holds all, and
+            # of others much less: each token that it lacks ends a draft.
+            others = draft_vocab.covered(
+                held_out(self.settings), ids, vocab, self.target.eos_token_id
+            )
+            print(
+                f"draft vocabulary: {size} of {vocab} tokens, {share:.2%} of the answers',"
+                f" {others:.2%} of the held-out answers'"
+            )
 
     @property
     def seconds(self) -> float:
