@@ -26,7 +26,7 @@ from training_runs import (
 )
 from vllm_dflash.files import RunError
 from vllm_dflash.lock import hold
-from vllm_dflash.training import checkpoints, generate, learned
+from vllm_dflash.training import checkpoints, generate, learned, loop
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.logs import Log, read
 from vllm_dflash.training.pipeline import run_stages
@@ -146,6 +146,24 @@ def test_features_on_the_fly_agree(make) -> None:
     assert 0 < len(some) < len(all_)
     mine, theirs = ([e["loss"] for e in entries(run) if "loss" in e] for run in runs)
     assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("dflash", None), ("dflare", 8)])
+def test_a_processor_without_bfloat16_trains_for_a_target_in_it(
+    make, monkeypatch: pytest.MonkeyPatch, kind: str, size: int | None
+) -> None:
+    """There ``auto`` is float32, and its products met the target's tables and features as they are:
+    "expected m1 and m2 to have the same dtype". SmolLM2 is a target in bfloat16. What is learned is
+    what a target with the same values in float32 teaches."""
+    monkeypatch.setattr(loop, "computes_bfloat16", lambda device: False)
+    flags = dict(kind=kind, draft_vocab_size=size, precision="auto", steps=3, log_every=1)
+    narrow = make(dtype="bfloat16", **flags)
+    run_stages(narrow, HERE)
+    assert next(iter(weights(narrow).values())).dtype == torch.bfloat16
+    wide = make(**flags)
+    run_stages(wide, HERE)
+    ours, theirs = ([e["loss"] for e in entries(run) if "loss" in e] for run in (narrow, wide))
+    assert ours == pytest.approx(theirs, rel=0.02)
 
 
 def test_another_config_is_refused(make, undisturbed: Settings) -> None:

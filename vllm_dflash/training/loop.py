@@ -76,15 +76,16 @@ class Trainer:
         ):
             flex.use(drafter)
             blocks = flex.block_mask
-        objective = Objective(model, drafter, self.table, blocks)
+        self.mixed_precision = self.table.precision == "bfloat16" or (
+            self.table.precision == "auto" and computes_bfloat16(model.device)
+        )
+        dtype = None if self.mixed_precision else torch.float32
+        objective = Objective(model, drafter, self.table, blocks, dtype)
         self.sharded = self.table.parallel == "fsdp" and self.workers.count > 1
         if self.sharded:
             sharding.shard(objective, model.device)
         self.drafter, self.optimizer = drafter, Optimizer(drafter, self.table, self.steps)
         self.objective = torch.compile(objective) if self.table.compile else objective
-        self.mixed_precision = self.table.precision == "bfloat16" or (
-            self.table.precision == "auto" and computes_bfloat16(model.device)
-        )
         self.skipped = self.bad_in_a_row = 0
         self.recent: list[list[float]] = []
         self.began = time.monotonic()
