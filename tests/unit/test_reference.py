@@ -238,7 +238,7 @@ def test_an_empty_prompt_is_refused(target, drafter) -> None:
 @pytest.mark.parametrize("own", [False, True])
 def test_rows_of_blocks_are_ranked_in_one_product(own: bool) -> None:
     """The trainer's walk ranks blocks without their anchors' rows. That slice is not contiguous, so
-    torch multiplied it block by block, with a copy of the table for each: nine tenths of a
+    torch multiplied it block by block, with a copy of the table for each: two thirds of a
     measurement in bfloat16, and 3.6 GB of copies for a vocabulary of 49,152."""
 
     class Recorded(TorchDispatchMode):

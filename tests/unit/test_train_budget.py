@@ -67,7 +67,7 @@ def test_an_8b_target() -> None:
 
 @pytest.mark.parametrize("kind", ["dflash", "dflare"])
 def test_what_muon_multiplies(kind: str) -> None:
-    """A third of a step of SmolLM2's drafter with 256 blocks, and in no figure: torch counts what
+    """More than a quarter of a step of SmolLM2's drafter with 256 blocks: torch counts what
     its optimizer does."""
     config = random_drafter_config(kind=kind)
     flags = dict(kind=kind, optimizer="muon", steps=7)
