@@ -1,6 +1,7 @@
 """A drafter that ranks only what the target says most: which tokens, what it learns, what is
 written, and going on from it."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from vllm_dflash.reference.checkpoint import load_drafter, new_drafter
 from vllm_dflash.reference.drafter import OwnTables
 from vllm_dflash.training import draft_vocab, learned
 from vllm_dflash.training.errors import TrainingError
+from vllm_dflash.training.generate import held_out, sequences
 from vllm_dflash.training.objective import Objective
 from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.sequences import Sequences, shard_path, write_sequences
@@ -35,6 +37,16 @@ def test_the_answers_most_frequent_tokens(tmp_path: Path) -> None:
     assert draft_vocab.most_frequent(data, 3, 10).tolist() == [3, 5, 7]
     assert draft_vocab.most_frequent(data, 5, 10).tolist() == [0, 3, 5, 7, 8]
     assert draft_vocab.covered(data, torch.tensor([5, 7]), 10) == pytest.approx(4 / 6)
+
+
+def test_what_comes_after_an_end_does_not_count(tmp_path: Path) -> None:
+    """Held-out answers go on past their end token, in text that no decoding writes; an end token in
+    a prompt ends nothing."""
+    write_sequences(shard_path(tmp_path, 0), [([2, 9, 5, 2, 7, 2, 8], 2), ([9, 3], 1)])
+    write_sequences(shard_path(tmp_path, 1), [([2, 2], 1), ([1, 7, 8], 1)])
+    data = Sequences(tmp_path, 2)
+    assert draft_vocab.counts(data, 10, 2).tolist() == [0, 0, 2, 1, 0, 1, 0, 1, 1, 0]
+    assert draft_vocab.covered(data, torch.tensor([2, 7]), 10, 2) == pytest.approx(3 / 6)
 
 
 @pytest.mark.parametrize("weighting", ["decay", "dpace"])
@@ -87,18 +99,26 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain PyTorch drafts no other; another run goes on from it, with the same tokens."""
     target = make_target(tmp_path / "target")
     prompts = answered_prompts(target, tmp_path / "prompts.jsonl", 16)
-    held_out, ids = held_out_file(tmp_path / "held-out.jsonl")
-    flags = dict(held_out_prompts=str(held_out), draft_vocab_size=SIZE, steps=16)
+    asked, ids = held_out_file(tmp_path / "held-out.jsonl")
+    flags = dict(held_out_prompts=str(asked), draft_vocab_size=SIZE, steps=16)
     chosen = settings(target, prompts, tmp_path / "run", **flags)
     answer_held_out(chosen, ids)
     run_stages(chosen, STAGES)
-    assert f"draft vocabulary: {SIZE} of {VOCAB} tokens" in capsys.readouterr().out
+    said = re.search(
+        rf"draft vocabulary: {SIZE} of {VOCAB} tokens, ([\d.]+)% of the answers', ([\d.]+)% of the"
+        " held-out answers'",
+        capsys.readouterr().out,
+    )
+    assert said is not None
     folder = learned.trained_folder(chosen)
     config, tensors = DrafterConfig.from_pretrained(folder), load_file(folder / "model.safetensors")
     assert config.draft_vocab_size == SIZE
     answered = np.concatenate([s.tokens[s.prompt_length :] for s in _all(chosen)])
     found, times = np.unique(answered, return_counts=True)
     best = np.sort(found[np.argsort(-times, kind="stable")[:SIZE]])
+    unseen = np.concatenate([s.tokens[s.prompt_length :] for s in _all(chosen, held_out)])
+    for share, tokens in zip(said.groups(), (answered, unseen), strict=True):
+        assert float(share) == pytest.approx(100 * np.isin(tokens, best).mean(), abs=0.01)
     assert (tensors["d2t"] + torch.arange(SIZE)).tolist() == best.tolist()
     table = load_file(target / "model.safetensors")
     head = table.get("lm_head.weight", table.get("model.embed_tokens.weight"))
@@ -137,10 +157,8 @@ def test_refusals(tmp_path: Path) -> None:
         run_stages(replace(chosen), ("train",))
 
 
-def _all(chosen):
-    from vllm_dflash.training.generate import sequences
-
-    data = sequences(chosen)
+def _all(chosen, which=sequences):
+    data = which(chosen)
     return [data[i] for i in range(len(data))]
 
 

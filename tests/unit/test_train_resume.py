@@ -26,7 +26,7 @@ from training_runs import (
 )
 from vllm_dflash.files import RunError
 from vllm_dflash.lock import hold
-from vllm_dflash.training import checkpoints, learned
+from vllm_dflash.training import checkpoints, generate, learned, loop
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.logs import Log, read
 from vllm_dflash.training.pipeline import run_stages
@@ -148,6 +148,24 @@ def test_features_on_the_fly_agree(make) -> None:
     assert mine == pytest.approx(theirs, rel=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "size"), [("dflash", None), ("dflare", 8)])
+def test_a_processor_without_bfloat16_trains_for_a_target_in_it(
+    make, monkeypatch: pytest.MonkeyPatch, kind: str, size: int | None
+) -> None:
+    """There ``auto`` is float32, and its products met the target's tables and features as they are:
+    "expected m1 and m2 to have the same dtype". SmolLM2 is a target in bfloat16. What is learned is
+    what a target with the same values in float32 teaches."""
+    monkeypatch.setattr(loop, "computes_bfloat16", lambda device: False)
+    flags = dict(kind=kind, draft_vocab_size=size, precision="auto", steps=3, log_every=1)
+    narrow = make(dtype="bfloat16", **flags)
+    run_stages(narrow, HERE)
+    assert weights(narrow)["hidden_norm.weight"].dtype == torch.bfloat16
+    wide = make(**flags)
+    run_stages(wide, HERE)
+    ours, theirs = ([e["loss"] for e in entries(run) if "loss" in e] for run in (narrow, wide))
+    assert ours == pytest.approx(theirs, rel=0.02)
+
+
 def test_another_config_is_refused(make, undisturbed: Settings) -> None:
     """The stage, the setting and both values are named; what is there is not touched."""
     flags = {
@@ -201,6 +219,32 @@ def test_other_responses_are_noticed(make, parts, tmp_path: Path) -> None:
         TrainingError, match=r"the prompts are not those that .*split.json was written for"
     ):
         run_stages(chosen, HERE[:1])
+
+
+def test_a_part_of_the_answers_serves_a_run_of_its_own(
+    make, parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docs/train.md says: of a folder whose stage generate is half done the finished shards are
+    taken over by another run, with --max-prompts and without an engine."""
+    whole = make()
+    run_stages(whole, HERE[:1])
+    asked = [
+        {"prompt_token_ids": json.loads(line)["prompt_token_ids"]}
+        for line in parts[1].read_text().splitlines()
+    ]
+    prompts = write_prompts(tmp_path / "prompts.jsonl", asked)
+    part = make(max_prompts=16)
+    part = replace(part, data=replace(part.data, prompts=(str(prompts),)))
+    shutil.rmtree(generate.folder_of(part))
+    shutil.copytree(generate.folder_of(whole), generate.folder_of(part))
+    for left in ("split.json", "shard-00002.json", "shard-00002.safetensors"):
+        (generate.folder_of(part) / left).unlink()
+    monkeypatch.setattr(generate, "answer", lambda *a, **k: pytest.fail("it asked the engine"))
+    run_stages(part, HERE[:1])
+    found, every = generate.sequences(part), generate.sequences(whole)
+    assert (len(found), len(every)) == (16, 20)
+    for i in range(16):
+        assert found[i].tokens.tolist() == every[i].tokens.tolist()
 
 
 def test_two_commands_in_one_folder(make) -> None:

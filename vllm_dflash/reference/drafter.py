@@ -302,7 +302,11 @@ class Drafter(nn.Module):
 
     def draft_logits(self, lm_head: nn.Module, hidden: Tensor) -> Tensor:
         """Logits [..., draft vocabulary or V] of ``hidden`` [..., H]."""
-        return lm_head(hidden) if self.own.lm_head is None else F.linear(hidden, self.own.lm_head)
+        # Rows of blocks without their anchors are not contiguous, and without gradients torch would
+        # multiply block by block, each with a copy of the table.
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        logits = lm_head(rows) if self.own.lm_head is None else F.linear(rows, self.own.lm_head)
+        return logits.view(*hidden.shape[:-1], logits.shape[-1])
 
     def logits(self, lm_head: nn.Module, hidden: Tensor) -> Tensor:
         """Logits [..., V] of ``hidden`` [..., H]; minus infinity for tokens that the draft

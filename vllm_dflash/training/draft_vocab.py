@@ -19,13 +19,18 @@ from vllm_dflash.reference.drafter import OwnTables
 from vllm_dflash.training.sequences import Sequences
 
 
-def counts(data: Sequences, vocab_size: int) -> np.ndarray:
-    """How often each of the target's tokens is in the answers, int64 [V]; prompts do not count."""
+def counts(data: Sequences, vocab_size: int, end: int | None = None) -> np.ndarray:
+    """How often each of the target's tokens is in the answers, int64 [V]; prompts do not count, nor
+    what comes after a token ``end``."""
     found = np.zeros(vocab_size, np.int64)
     for shard in data.shards:
         tokens = np.asarray(shard.tokens)
         places = np.arange(len(tokens)) - np.repeat(shard.starts[:-1], np.diff(shard.starts))
         answered = places >= np.repeat(shard.prompt_lengths, np.diff(shard.starts))
+        if end is not None:
+            ends = answered & (tokens == end)
+            before = ends.cumsum() - ends
+            answered &= before == np.repeat(before[shard.starts[:-1]], np.diff(shard.starts))
         found += np.bincount(tokens[answered], minlength=vocab_size)
     return found
 
@@ -37,9 +42,9 @@ def most_frequent(data: Sequences, size: int, vocab_size: int) -> Tensor:
     return torch.from_numpy(np.sort(order))
 
 
-def covered(data: Sequences, ids: Tensor, vocab_size: int) -> float:
-    """The share of the answers' tokens that are among ``ids``."""
-    found = counts(data, vocab_size)
+def covered(data: Sequences, ids: Tensor, vocab_size: int, end: int | None = None) -> float:
+    """The share of the answers' tokens, up to ``end``, that are among ``ids``."""
+    found = counts(data, vocab_size, end)
     return float(found[ids.cpu().numpy()].sum() / max(1, found.sum()))
 
 

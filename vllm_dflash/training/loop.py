@@ -76,15 +76,16 @@ class Trainer:
         ):
             flex.use(drafter)
             blocks = flex.block_mask
-        objective = Objective(model, drafter, self.table, blocks)
+        self.mixed_precision = self.table.precision == "bfloat16" or (
+            self.table.precision == "auto" and computes_bfloat16(model.device)
+        )
+        dtype = None if self.mixed_precision else torch.float32
+        objective = Objective(model, drafter, self.table, blocks, dtype)
         self.sharded = self.table.parallel == "fsdp" and self.workers.count > 1
         if self.sharded:
             sharding.shard(objective, model.device)
         self.drafter, self.optimizer = drafter, Optimizer(drafter, self.table, self.steps)
         self.objective = torch.compile(objective) if self.table.compile else objective
-        self.mixed_precision = self.table.precision == "bfloat16" or (
-            self.table.precision == "auto" and computes_bfloat16(model.device)
-        )
         self.skipped = self.bad_in_a_row = 0
         self.recent: list[list[float]] = []
         self.began = time.monotonic()
@@ -99,7 +100,15 @@ class Trainer:
             drafter.own = drafter.own.on(self.model.lm_head.weight)
         if self.workers.first:
             share = draft_vocab.covered(self.data, ids, vocab)
-            print(f"draft vocabulary: {size} of {vocab} tokens, {share:.2%} of the answers'")
+            # Held-out answers go on past their end. Of few answers the vocabulary holds all, and
+            # of others much less: each token that it lacks ends a draft.
+            others = draft_vocab.covered(
+                held_out(self.settings), ids, vocab, self.target.eos_token_id
+            )
+            print(
+                f"draft vocabulary: {size} of {vocab} tokens, {share:.2%} of the answers',"
+                f" {others:.2%} of the held-out answers'"
+            )
 
     @property
     def seconds(self) -> float:

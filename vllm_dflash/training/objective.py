@@ -10,6 +10,7 @@ matter.
     pytest tests/unit/test_train_objective.py
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -68,14 +69,27 @@ class Objective(torch.nn.Module):
     """The drafter between the frozen target's embedding and lm_head: one forward's sums."""
 
     def __init__(
-        self, model: Any, drafter: Drafter, table: Train, blocks: Callable[..., Any] = context_mask
+        self,
+        model: Any,
+        drafter: Drafter,
+        table: Train,
+        blocks: Callable[..., Any] = context_mask,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """``blocks`` makes the attention mask of (anchors, block_size, context_length): a dense
-        one, or ``flex.block_mask``."""
+        """
+        Args:
+            blocks: makes the attention mask of (anchors, block_size, context_length): a dense one,
+                or ``flex.block_mask``.
+            dtype: what everything is computed in, whatever the target's is; None: autocast's.
+        """
         super().__init__()
-        self.drafter, self.table, self.blocks = drafter, table, blocks
+        self.drafter, self.table, self.blocks, self.dtype = drafter, table, blocks, dtype
+        head = model.lm_head
+        if dtype is not None and head.weight.dtype != dtype:
+            head = copy.deepcopy(head).to(dtype)
+            drafter.own = drafter.own.on(head.weight)
         # No submodules: they are frozen, and no part of what is saved.
-        self.frozen = (model.get_input_embeddings(), model.lm_head)
+        self.frozen = (model.get_input_embeddings(), head)
 
     def forward(
         self,
@@ -99,6 +113,7 @@ class Objective(torch.nn.Module):
         embedding, head = self.frozen
         rows, length = tokens.shape
         positions = torch.arange(length, device=tokens.device).expand(rows, -1)
+        features = features.to(self.dtype or features.dtype)
         context = self.drafter.context_kv(self.drafter.context(features), positions)
         ids = torch.full(
             (*anchors.shape, size), self.drafter.config.mask_token_id, device=tokens.device
@@ -106,7 +121,7 @@ class Objective(torch.nn.Module):
         ids[..., 0] = tokens.gather(1, anchors)
         embeds = self.drafter.embed(embedding, ids.flatten(1))
         hidden = self.drafter(
-            embeds,
+            embeds.to(self.dtype or embeds.dtype),
             block_positions(anchors, size),
             context,
             self.blocks(anchors, size, length),

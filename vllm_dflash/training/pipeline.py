@@ -190,15 +190,18 @@ def run(args: argparse.Namespace) -> int:
 
 def _dry_run(settings: Settings) -> int:
     """Prints the drafter's shape and what the run takes as comments, and every setting as TOML."""
+    import torch
+
     from vllm_dflash.training import budget, target
 
     settings, found, config, why = _plan(settings)
     prompts, said = _expected_prompts(settings, found, reach(found, config))
     expected = budget.budget(settings, config, target.parameters(found, settings), prompts)
+    cores = torch.get_num_threads() if target.device() == "cpu" else None
     lines = [
         _summary(settings, config, why),
         said,
-        budget.as_text(expected, settings.train.workers),
+        budget.as_text(expected, settings.train.workers, cores),
     ]
     print("\n".join(f"# {line}" for text in lines for line in text.splitlines()))
     for table, values in settings.to_dict().items():
