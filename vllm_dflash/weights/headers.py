@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.json_text import loads
-from vllm_dflash.regular import read_regular, size_of_regular
+from vllm_dflash.regular import check_readable, read_regular, size_of_regular
 from vllm_dflash.weights.messages import FETCH_AGAIN, some
 
 SINGLE_FILE = "model.safetensors"
@@ -93,7 +93,7 @@ def read_headers(folder: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The same of one file."""
-    size_of_regular(path)
+    check_readable(path)  # safetensors says of a file that it may not read that it is not there
     try:
         with safe_open(path, framework="numpy") as file:
             # The file is no mapping.
