@@ -131,7 +131,7 @@ def test_weights_that_this_user_may_not_read(
 
 def make_dangling(folder: Path) -> str:
     (folder / "dst").symlink_to("nowhere")
-    return "is there and not an empty folder: give a new folder"
+    return "is there and no folder: give a new folder"
 
 
 def below_a_file(folder: Path) -> str:

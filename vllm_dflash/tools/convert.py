@@ -69,7 +69,8 @@ def convert(
     check_tensors(config, folder)
     if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
         raise DrafterConfigError(
-            f"{target} is there and not an empty folder", "give a new folder, or remove it first"
+            f"{target} is there and {'not empty' if target.is_dir() else 'no folder'}",
+            "give a new folder, or remove it first",
         )
     # A link to an empty folder stays, and the folder is what is written.
     target = target.resolve()
