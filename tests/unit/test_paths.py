@@ -4,15 +4,13 @@ folder that a command keeps are not followed.
 Each of these ended in a traceback, or wrote over a file outside of the folder.
 """
 
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from damage import as_a_user
 from vllm_dflash import files
 from vllm_dflash.cli import main
 from vllm_dflash.cluster.settings import ClusterError, EngineSettings
@@ -21,39 +19,17 @@ from vllm_dflash.evaluation import bench, report
 from vllm_dflash.evaluation.methods import UsageError
 from vllm_dflash.files import RunError, claim
 from vllm_dflash.lock import hold
-from vllm_dflash.tools import convert, doctor, inspect
 from vllm_dflash.training.logs import Log
 
-LOADED = (convert, doctor, inspect)
-"""Imported before the rights are given up: another user may not be able to."""
 PAIR = Path(__file__).resolve().parents[2] / "examples" / "embedded_pair"
-NOBODY = 65534
 LONG = "a" * 300
 
 
 @pytest.fixture
-def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """One that every user may enter, which pytest's are not, and the current one."""
-    path = Path(tempfile.mkdtemp())
-    path.chmod(0o755)
-    monkeypatch.chdir(path)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path)
-
-
-@contextmanager
-def without_rights() -> Iterator[None]:
-    """As a user to whom folders and files may be closed."""
-    before = os.geteuid()
-    if before == 0:
-        os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        if before == 0:
-            os.seteuid(before)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture
@@ -61,7 +37,7 @@ def closed(folder: Path) -> Iterator[str]:
     """A drafter in a folder that this user may not enter."""
     path = folder / "closed"
     shutil.copytree(PAIR / "dflash", path / "drafter")
-    path.chmod(0o700 if os.geteuid() == 0 else 0)
+    path.chmod(0)
     yield "closed/drafter"
     path.chmod(0o700)
 
@@ -103,7 +79,7 @@ def test_a_closed_folder(
         command = ["convert", closed, "new", "--to", "speculators"]
     else:
         command = [*command, closed]
-    with without_rights():
+    with as_a_user():
         assert main(command) == 1
     said = "".join(capsys.readouterr())
     assert f"{closed} cannot be looked at (Permission denied): give this user the right" in said
@@ -112,7 +88,7 @@ def test_a_closed_folder(
 
 def test_a_closed_target_of_a_batch(closed: str) -> None:
     """The refusal said to set ``--out``, which had nothing to do with it."""
-    with without_rights(), pytest.raises(ClusterError, match="cannot be looked at"):
+    with as_a_user(), pytest.raises(ClusterError, match="cannot be looked at"):
         EngineSettings(closed)
 
 
@@ -122,7 +98,7 @@ def test_weights_that_this_user_may_not_read(
     """safetensors said that they were not there, and the remedy was to fetch them again."""
     shutil.copytree(PAIR / "dflash", folder / "drafter")
     (folder / "drafter" / "model.safetensors").chmod(0)
-    with without_rights():
+    with as_a_user():
         assert main(["inspect", "drafter"]) == 1
     said = capsys.readouterr().out
     assert "model.safetensors cannot be read (Permission denied): give this user" in said
@@ -147,7 +123,6 @@ def read_only(folder: Path) -> str:
 
 def too_long(folder: Path) -> str:
     (folder / "dst").mkdir()
-    (folder / "dst").chmod(0o777)
     return "cannot be written (File name too long): give a new folder"
 
 
@@ -164,7 +139,7 @@ def test_where_nothing_can_be_converted_to(
     make: Callable[[Path], str], name: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = make(folder)
-    with without_rights():
+    with as_a_user():
         assert main(["convert", str(PAIR / "dflash"), name, "--to", "speculators"]) == 1
     assert said in capsys.readouterr().err
     assert not (folder / "nowhere").exists()
@@ -188,8 +163,7 @@ def test_a_licence_that_this_user_may_not_read(
     (folder / "drafter" / "LICENSE").write_text("all")
     (folder / "drafter" / "LICENSE").chmod(0)
     (folder / "out").mkdir()
-    (folder / "out").chmod(0o777)
-    with without_rights():
+    with as_a_user():
         assert main(["convert", "drafter", "out/new", "--to", "speculators"]) == 1
     assert "LICENSE cannot be read (Permission denied): give this user" in capsys.readouterr().err
     assert list((folder / "out").iterdir()) == []
@@ -199,7 +173,7 @@ def test_a_licence_that_this_user_may_not_read(
 def test_where_no_report_can_be_written(out: str, closed: str, folder: Path) -> None:
     (folder / "readonly").mkdir(mode=0o555)
     (folder / "dangling").symlink_to("nowhere")
-    with without_rights(), pytest.raises(UsageError, match="give a folder that can be"):
+    with as_a_user(), pytest.raises(UsageError, match="give a folder that can be"):
         bench._new_folder(Path(out))
 
 
