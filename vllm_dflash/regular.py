@@ -60,6 +60,20 @@ def check_readable(path: Path) -> None:
         raise _refusal(path, "read", error) from None
 
 
+def names_in(folder: Path) -> list[str]:
+    """What is in a folder, in order; nothing where there is none.
+
+    Raises:
+        DrafterConfigError: this user may not look.
+    """
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise _refusal(folder, "looked at", error) from None
+
+
 def size_of_regular(path: Path) -> int | None:
     """The bytes of a regular file, links followed; None where nothing has that name.
 

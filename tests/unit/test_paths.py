@@ -105,6 +105,18 @@ def test_weights_that_this_user_may_not_read(
     assert "No such file" not in said
 
 
+@pytest.mark.parametrize("command", [["inspect"], ["convert", "new", "--to", "speculators"]])
+def test_a_folder_whose_names_this_user_may_not_see(
+    command: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was said to hold no weights."""
+    shutil.copytree(PAIR / "dflash", folder / "drafter")
+    (folder / "drafter").chmod(0o111)
+    with as_a_user():
+        assert main([command[0], "drafter", *command[1:]]) == 1
+    assert "drafter cannot be looked at (Permission denied)" in "".join(capsys.readouterr())
+
+
 def make_dangling(folder: Path) -> str:
     (folder / "dst").symlink_to("nowhere")
     return "is there and no folder: give a new folder"

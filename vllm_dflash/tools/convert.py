@@ -28,7 +28,7 @@ from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import CONFIG_FILE, IGNORED_TENSORS, parse, read_raw, tensor_name, write
 from vllm_dflash.hub import drafter_folder, no_drafter_at
 from vllm_dflash.progress import Progress
-from vllm_dflash.regular import check_readable
+from vllm_dflash.regular import check_readable, names_in
 from vllm_dflash.weights import check_tensors
 from vllm_dflash.weights.headers import INDEX_FILE, SINGLE_FILE, read_headers, weight_files
 from vllm_dflash.weights.values import target_ids
@@ -168,7 +168,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 def _copy_others(folder: Path, new: Path) -> None:
     """Mask embedding, tokenizer, licence: all but weights, config and the code that transformers
     would run."""
-    for path in sorted(folder.iterdir()):
+    for path in [folder / name for name in names_in(folder)]:
         weights = path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json")
         if (
             path.is_file()

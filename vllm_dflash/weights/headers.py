@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.json_text import loads
-from vllm_dflash.regular import check_readable, read_regular, size_of_regular
+from vllm_dflash.regular import check_readable, names_in, read_regular, size_of_regular
 from vllm_dflash.weights.messages import FETCH_AGAIN, some
 
 SINGLE_FILE = "model.safetensors"
@@ -30,7 +30,7 @@ def weight_files(folder: str | Path) -> list[Path]:
     data = read_regular(index, _LARGEST_INDEX)
     if data is not None:
         return _shards(folder, index, data)
-    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    found = [name for name in names_in(folder) if name.endswith(".safetensors")]
     if SINGLE_FILE not in found:
         raise DrafterConfigError(
             f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}",
