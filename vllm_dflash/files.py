@@ -1,5 +1,5 @@
 """Files that are whole or not there: written beside their place, flushed to the disk, then renamed;
-with checksums.
+with checksums. Each is made anew (``create``): what a link in a folder leads to is never written.
 
 Records of JSON are read against their shape (``vllm_dflash.records``). Limits: one writer a file,
 which ``lock`` sees to. Tests: ``pytest tests/unit/test_files.py``.
@@ -74,6 +74,16 @@ def unusable(error: OSError) -> RunError:
     )
 
 
+def create(path: Path) -> IO[bytes]:
+    """A new file at ``path``, open for bytes, in the place of the file or the link that is there.
+
+    Raises:
+        OSError: a folder is there, or the folder cannot be written.
+    """
+    path.unlink(missing_ok=True)
+    return path.open("xb")  # O_EXCL: a link that has come meanwhile is not followed
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """A new file that gets its name only once all of it is on the disk; what a killed process
@@ -86,7 +96,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     part = path.with_name(path.name + _PART)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = part.open("wb")
+        file = create(part)
     except OSError as error:
         raise refusal(path, error) from None
     try:
@@ -142,7 +152,8 @@ def put(path: Path, text: str) -> None:
     """
     part = path.with_name(path.name + _PART)
     try:
-        part.write_text(text, encoding="utf-8")
+        with create(part) as file:
+            file.write(text.encode())
         part.replace(path)
     except OSError:
         with suppress(OSError):

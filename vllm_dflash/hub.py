@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.regular import expanded, is_folder
 
 _SAMPLE = "def area(r):\n    return 3.14159 * r ** 2  # \u00fcber \u4f60\u597d\n"
 
@@ -26,9 +27,13 @@ class TargetError(ValueError):
 
 def drafter_folder(model: str, revision: str | None) -> Path | None:
     """The drafter's folder: the path itself, or the downloaded snapshot of a hub id; None where
-    neither is there."""
-    if Path(model).is_dir():
-        return Path(model)
+    neither is there.
+
+    Raises:
+        DrafterConfigError: this user may not look there.
+    """
+    if is_folder(model):
+        return expanded(model)
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

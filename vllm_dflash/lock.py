@@ -52,9 +52,14 @@ def hold(folder: Path, command: str) -> Iterator[None]:
 
 
 def _open(path: Path) -> int:
-    """The lock's open file, held."""
+    """The lock's open file, held; never what a link leads to."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            if error.errno == errno.ELOOP and path.is_symlink():
+                error.strerror = "it is a link"
+            raise
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -12,11 +12,13 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import IO
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from damage import DAMAGES, DENIALS, as_a_user
+from vllm_dflash import files
 from vllm_dflash.acceptance import Positions
 from vllm_dflash.adaptive.controller import Status
 from vllm_dflash.cli import main
@@ -248,15 +250,17 @@ def test_a_folder_without_permission(folder: Path, denial: str, caplog: pytest.L
 def test_a_disk_that_is_full_for_a_while(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """It once ended the writing thread for good; now the next second writes what was counted
     meanwhile. No part of a file is left."""
-    full, write = [True], Path.write_text
+    full, create = [True], files.create
 
-    def write_text(self: Path, text: str, **more: object) -> int:
-        if full[0] and self.suffix == ".part":
-            write(self, text[:3])
+    def create_there(path: Path) -> IO[bytes]:
+        file = create(path)
+        if full[0]:
+            file.write(b"{..")
+            file.close()
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(self, text, **more)
+        return file
 
-    monkeypatch.setattr(Path, "write_text", write_text)
+    monkeypatch.setattr(files, "create", create_there)
     monkeypatch.setattr(recorder, "PERIOD", 0.05)
     source = Source()
     writing = recorder_of(source)

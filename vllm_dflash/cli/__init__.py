@@ -8,6 +8,7 @@ One file a command: its flags and their help. What it does is imported when it r
 """
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -21,6 +22,12 @@ _NOBODY_READS = 128 + signal.SIGPIPE
 """The exit status of a program that the signal ends."""
 _COME_WITH_VLLM = ("vllm", "torch", "transformers", "numpy")
 """What commands import when they run, and this package alone does not bring."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_REMEDIES = {
+    **dict.fromkeys(_FULL, "free some space"),
+    errno.ENAMETOOLONG: "give a shorter one",
+    errno.EACCES: "give this user the right to it and to its folders, or name another",
+}
 _HELP = """\
 Block-diffusion speculative decoding (DFlash, DFlare) for stock vLLM.
 
@@ -41,8 +48,8 @@ More than one device or machine, on Ray:
 """
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
+def parser_of_all() -> argparse.ArgumentParser:
+    """The parser of the command line, with every command's."""
     parser = argparse.ArgumentParser(
         prog="vllm-dflash", description=_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -52,7 +59,12 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for each in (status, compat, inspect, convert, doctor, bench, train, top, cluster):
         each.add(commands)
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    args = parser_of_all().parse_args(arguments)
     try:
         asked = dict(vars(args))
         keeps_name = asked.pop("keeps_name", False)
@@ -80,4 +92,16 @@ def main(arguments: list[str] | None = None) -> int:
         # break.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _NOBODY_READS
+    except OSError as error:
+        # What no command has better words for.
+        if error.filename is None and error.errno not in _FULL:
+            raise
+        print(f"vllm-dflash: {_said(error)}", file=sys.stderr)
+        return 2
     return ended
+
+
+def _said(error: OSError) -> str:
+    """Which path the system refused, why, and what to do."""
+    remedy = _REMEDIES.get(error.errno or 0, "name another")
+    return f"{error.filename or 'a file'} cannot be used ({error.strerror}): {remedy}"

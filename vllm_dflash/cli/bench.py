@@ -1,13 +1,24 @@
 """The flags of ``vllm-dflash bench``."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from vllm_dflash import humaneval
-from vllm_dflash.cli.flags import _at_least_one, _positive, add_command, list_of, run_of
+from vllm_dflash.cli.flags import add_command, run_of
 from vllm_dflash.evaluation.methods import DEFAULT_METHODS, KINDS
 from vllm_dflash.evaluation.workload import DATASETS, RANDOM, Lengths
+from vllm_dflash.flag_types import (
+    MOST_AT_ONCE,
+    MOST_SECONDS,
+    MOST_TOKENS,
+    count,
+    given,
+    list_of,
+    path,
+    real,
+    temperature,
+    whole,
+)
 
 
 def add(commands: Any) -> None:
@@ -64,24 +75,26 @@ def _add_methods(bench: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--methods",
         metavar="LIST",
-        default=None,
+        type=given,
         help=(
             "KIND, KIND:K for K drafted tokens a step, or KIND@NAME:K with a drafter of that"
             " --draft NAME (default:"
             f" {DEFAULT_METHODS}; of --break-even plain,dflash)"
         ),
     )
-    what.add_argument("--target", metavar="T", help="the target's folder or hub id")
+    what.add_argument("--target", metavar="T", type=given, help="the target's folder or hub id")
     what.add_argument(
         "--draft",
         metavar="[NAME=]D",
+        type=given,
         action="append",
         help="a drafter's folder or downloaded hub id; more than once for more",
     )
-    what.add_argument("--eagle3", metavar="HEAD", help="the head of the method eagle3")
+    what.add_argument("--eagle3", metavar="HEAD", type=given, help="the head of the method eagle3")
     what.add_argument(
         "--server",
         metavar="URL",
+        type=given,
         help="in place of engines, a running server, measured by `vllm bench serve`",
     )
 
@@ -91,12 +104,14 @@ def _add_load(bench: argparse.ArgumentParser) -> None:
     load.add_argument(
         "--prompts",
         metavar="FILE",
+        type=given,
         action="append",
         help="JSON lines with prompt (text), messages (chat) or prompt_token_ids",
     )
     load.add_argument(
         "--dataset",
         metavar="NAME=FILE",
+        type=given,
         action="append",
         help=(
             f"the JSON lines of {', '.join(DATASETS)}; {RANDOM} and {humaneval.NAME} without a"
@@ -106,14 +121,14 @@ def _add_load(bench: argparse.ArgumentParser) -> None:
     load.add_argument(
         "--concurrency",
         metavar="LIST",
-        type=list_of(_at_least_one),
+        type=list_of(whole(1, MOST_AT_ONCE)),
         default=[1, 8],
         help="requests in flight (default: 1,8)",
     )
     load.add_argument(
         "--swing",
         metavar="LIST",
-        type=list_of(_at_least_one, once=False),
+        type=list_of(whole(1, MOST_AT_ONCE), once=False),
         default=[],
         help=(
             "one point more: requests in flight in phases, such as 1,32,1,32,1; adaptive drafting"
@@ -123,7 +138,7 @@ def _add_load(bench: argparse.ArgumentParser) -> None:
     load.add_argument(
         "--prompt-tokens",
         metavar="LIST",
-        type=list_of(_at_least_one),
+        type=list_of(whole(1, MOST_TOKENS)),
         help="lengths that prompts are cut or filled up to; of several the report compares them",
     )
     load.add_argument(
@@ -135,11 +150,7 @@ def _add_load(bench: argparse.ArgumentParser) -> None:
         ),
     )
     load.add_argument(
-        "--temperature",
-        metavar="LIST",
-        type=list_of(_not_negative),
-        default=[0.0],
-        help="default: 0",
+        "--temperature", metavar="LIST", type=list_of(temperature), default=[0.0], help="default: 0"
     )
     load.add_argument(
         "--max-tokens",
@@ -158,17 +169,17 @@ def _add_repeats(load: Any) -> None:
     load.add_argument(
         "--num-prompts",
         metavar="LIST",
-        type=list_of(_at_least_one, once=False),
+        type=list_of(whole(1, 4 * MOST_AT_ONCE), once=False),
         help=(
             "requests a point: one number, or one for each concurrency (default: 4 x concurrency,"
             " at least 32)"
         ),
     )
-    load.add_argument("--repeats", metavar="N", type=_at_least_one, default=3, help="default: 3")
+    load.add_argument("--repeats", metavar="N", type=whole(1, 10_000), default=3, help="default: 3")
     load.add_argument(
         "--slice",
         metavar="S",
-        type=_slice,
+        type=real(0, MOST_SECONDS),
         default=0.1,
         help=(
             "seconds after which an engine waits for the others' turns, so that a machine that"
@@ -195,7 +206,7 @@ def _add_engine(bench: argparse.ArgumentParser) -> None:
         help="default: the target's own",
     )
     engine.add_argument(
-        "--max-model-len", metavar="N", type=_at_least_one, help="default: what the prompts need"
+        "--max-model-len", metavar="N", type=count, help="default: what the prompts need"
     )
     engine.add_argument(
         "--engine-args",
@@ -210,19 +221,8 @@ def _add_engine(bench: argparse.ArgumentParser) -> None:
         help="more of vLLM's speculative_config, for all methods that have one",
     )
     engine.add_argument(
-        "--out", metavar="DIR", type=Path, help="folder of the report (default: bench-DATE-TIME)"
+        "--out", metavar="DIR", type=path, help="folder of the report (default: bench-DATE-TIME)"
     )
-
-
-def _not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{value:g} is no temperature: give 0 or more")
-    return value
-
-
-def _slice(text: str) -> float:
-    return 0.0 if float(text) == 0 else _positive(text)
 
 
 def _token_range(text: str) -> Lengths:
@@ -233,8 +233,9 @@ def _token_range(text: str) -> Lengths:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no number of tokens: give one such as 128, or a range such as 64-192"
         ) from None
-    if not 1 <= lengths.least <= lengths.most:
+    if not 1 <= lengths.least <= lengths.most <= MOST_TOKENS:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no range of tokens: give at least 1, and the lower number first"
+            f"{text!r} is no range of tokens: give at least 1, at most {MOST_TOKENS}, and the lower"
+            " number first"
         )
     return lengths

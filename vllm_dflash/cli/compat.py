@@ -1,9 +1,9 @@
 """The flags of ``vllm-dflash compat``."""
 
-from pathlib import Path
 from typing import Any
 
 from vllm_dflash.cli.flags import add_command, run_of
+from vllm_dflash.flag_types import path
 
 
 def add(commands: Any) -> None:
@@ -27,14 +27,14 @@ def add(commands: Any) -> None:
     compat.add_argument(
         "--source",
         metavar="FOLDER",
-        type=Path,
+        type=path,
         required=True,
         help="holds vllm/: an unpacked wheel, or a checkout of vLLM",
     )
     compat.add_argument(
         "--against",
         metavar="FOLDER",
-        type=Path,
+        type=path,
         help="holds the vllm/ that it is compared with (default: the installed one)",
     )
     compat.add_argument("--no-diffs", dest="diffs", action="store_false", help="the lists alone")

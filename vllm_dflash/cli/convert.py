@@ -3,6 +3,7 @@
 from typing import Any
 
 from vllm_dflash.cli.flags import PAIR, add_command, run_of
+from vllm_dflash.flag_types import given
 from vllm_dflash.formats import format_names
 
 
@@ -21,10 +22,13 @@ def add(commands: Any) -> None:
         ],
     )
     convert.add_argument(
-        "source", metavar="SRC", help="the drafter's folder, or a hub id that is downloaded"
+        "source",
+        metavar="SRC",
+        type=given,
+        help="the drafter's folder, or a hub id that is downloaded",
     )
     convert.add_argument(
-        "destination", metavar="DST", help="a folder that is not there yet, or empty"
+        "destination", metavar="DST", type=given, help="a folder that is not there yet, or empty"
     )
     convert.add_argument("--to", choices=format_names(), required=True, help="the format to write")
     convert.add_argument(

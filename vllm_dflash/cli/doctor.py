@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from vllm_dflash.cli.flags import PAIR, _at_least_one, add_command, run_of
+from vllm_dflash.cli.flags import PAIR, add_command, run_of
+from vllm_dflash.flag_types import MOST_TOKENS, count, given, whole
 
 
 def add(commands: Any) -> None:
@@ -24,39 +25,37 @@ def add(commands: Any) -> None:
         ],
     )
     doctor.add_argument(
-        "--target", metavar="T", required=True, help="the target's folder or hub id"
+        "--target", metavar="T", type=given, required=True, help="the target's folder or hub id"
     )
     doctor.add_argument(
         "--draft",
         metavar="D",
+        type=given,
         required=True,
         help="the drafter's folder, or a hub id that is downloaded",
     )
     doctor.add_argument(
         "--num-speculative-tokens",
         metavar="K",
-        type=_at_least_one,
+        type=count,
         help="drafted tokens a step (default: a whole block)",
     )
     doctor.add_argument(
         "--prompts",
         metavar="FILE",
+        type=given,
         help=(
             "JSON lines with prompt (text), messages (chat) or prompt_token_ids (default: built-in"
             " texts)"
         ),
     )
     doctor.add_argument(
-        "--num-prompts",
-        metavar="N",
-        type=_at_least_one,
-        default=8,
-        help="how many of them (default: 8)",
+        "--num-prompts", metavar="N", type=count, default=8, help="how many of them (default: 8)"
     )
     doctor.add_argument(
         "--max-tokens",
         metavar="N",
-        type=_at_least_one,
+        type=whole(1, MOST_TOKENS),
         default=64,
         help="generated tokens a prompt (default: 64)",
     )
@@ -69,7 +68,7 @@ def add(commands: Any) -> None:
     doctor.add_argument(
         "--max-model-len",
         metavar="N",
-        type=_at_least_one,
+        type=count,
         help="as it will be served (default: the target's)",
     )
     doctor.add_argument(

@@ -1,4 +1,4 @@
-"""What the commands' flags share: a command's parser with its help, and types of values."""
+"""What the commands share: a parser with its help, and what runs."""
 
 import argparse
 import textwrap
@@ -35,34 +35,3 @@ def run_of(module: str) -> Callable[[argparse.Namespace], int]:
         return ended
 
     return run
-
-
-def list_of(kind: Callable[[str], Any], *, once: bool = True) -> Callable[[str], list[Any]]:
-    """The type of a comma-separated list, of which each entry counts ``once``."""
-
-    def parse(text: str) -> list[Any]:
-        try:
-            entries = [kind(entry) for entry in text.split(",")]
-            return list(dict.fromkeys(entries)) if once else entries
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is no list of numbers, such as 1,8"
-            ) from None
-
-    return parse
-
-
-def _at_least_one(text: str) -> int:
-    """The type of a count."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
-
-
-def _positive(text: str) -> float:
-    """The type of a time in seconds."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no time: give seconds above 0")
-    return value

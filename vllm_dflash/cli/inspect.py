@@ -3,6 +3,7 @@
 from typing import Any
 
 from vllm_dflash.cli.flags import PAIR, add_command, run_of
+from vllm_dflash.flag_types import given
 
 
 def add(commands: Any) -> None:
@@ -20,7 +21,10 @@ def add(commands: Any) -> None:
         ],
     )
     inspect.add_argument(
-        "path", metavar="PATH", help="the drafter's folder, or a hub id that is downloaded"
+        "path",
+        metavar="PATH",
+        type=given,
+        help="the drafter's folder, or a hub id that is downloaded",
     )
     inspect.add_argument("--json", action="store_true", help="one JSON object, for scripts")
     inspect.set_defaults(run=run_of("tools.inspect"))

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from vllm_dflash.cli.flags import _positive, add_command, run_of
+from vllm_dflash.cli.flags import add_command, run_of
+from vllm_dflash.flag_types import given, seconds
 
 
 def add(commands: Any) -> None:
@@ -20,11 +21,13 @@ def add(commands: Any) -> None:
             "vllm-dflash top 127.0.0.1:8000 --once --json    # since the server began",
         ],
     )
-    top.add_argument("url", metavar="URL", help="the server, such as http://127.0.0.1:8000")
+    top.add_argument(
+        "url", metavar="URL", type=given, help="the server, such as http://127.0.0.1:8000"
+    )
     top.add_argument(
         "--interval",
         metavar="S",
-        type=_positive,
+        type=seconds,
         default=2.0,
         help="seconds between two looks (default: 2)",
     )

@@ -60,10 +60,6 @@ class Job:
 def run(args: argparse.Namespace) -> int:
     """The command; 0 where every row was answered, 1 where a row or the run failed."""
     try:
-        if args.max_errors is not None and args.max_errors < 0:
-            raise ClusterError(
-                f"--max-errors is {args.max_errors}: give 0 or more, or leave it out"
-            )
         job = Job(
             args.inputs,
             args.out,

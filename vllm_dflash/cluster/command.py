@@ -2,10 +2,20 @@
 ``pytest tests/unit/test_cluster_settings.py``."""
 
 import argparse
-from pathlib import Path
 
 from vllm_dflash.cluster.access import VARIABLE
 from vllm_dflash.cluster.settings import DEVICES, EngineSettings, parse_engine_args
+from vllm_dflash.flag_types import (
+    MOST_AT_ONCE,
+    MOST_DEVICES,
+    MOST_TOKENS,
+    count,
+    given,
+    path,
+    port,
+    temperature,
+    whole,
+)
 
 BATCH = (
     "Answers every row of JSON lines or Parquet with a target and its drafter, on Ray: on the"
@@ -46,28 +56,38 @@ UP_EXAMPLES = [
 def add_batch_flags(command: argparse.ArgumentParser) -> None:
     """The flags of ``batch``."""
     command.add_argument(
-        "inputs", nargs="+", metavar="FILE", help="files that all end in .jsonl, or all in .parquet"
+        "inputs",
+        nargs="+",
+        metavar="FILE",
+        type=given,
+        help="files that all end in .jsonl, or all in .parquet",
     )
     command.add_argument(
         "--out",
         metavar="DIR",
-        type=Path,
+        type=path,
         required=True,
         help="folder of the part files; a run begun there goes on",
     )
     _add_engine_flags(command)
     command.add_argument(
-        "--replicas", metavar="N", type=int, default=1, help="engines (default: 1)"
+        "--replicas",
+        metavar="N",
+        type=whole(1, MOST_AT_ONCE),
+        default=1,
+        help="engines (default: 1)",
     )
     rows = command.add_argument_group("rows")
     rows.add_argument(
         "--max-tokens",
         metavar="N",
-        type=int,
+        type=whole(1, MOST_TOKENS),
         default=128,
         help="generated tokens a row (default: 128)",
     )
-    rows.add_argument("--temperature", metavar="X", type=float, default=0.0, help="default: 0")
+    rows.add_argument(
+        "--temperature", metavar="X", type=temperature, default=0.0, help="default: 0"
+    )
     rows.add_argument(
         "--sampling",
         metavar="JSON",
@@ -77,14 +97,14 @@ def add_batch_flags(command: argparse.ArgumentParser) -> None:
     rows.add_argument(
         "--rows-per-part",
         metavar="N",
-        type=int,
+        type=count,
         default=64,
         help="rows that are written, and on a kill done again, together (default: 64)",
     )
     rows.add_argument(
         "--max-errors",
         metavar="N",
-        type=int,
+        type=whole(0),
         help=(
             "stop once more than N rows have failed, those of earlier runs included (default:"
             " never; a row that fails is written with its error, and the others are answered)"
@@ -97,7 +117,10 @@ def add_up_flags(command: argparse.ArgumentParser) -> None:
     _add_engine_flags(command)
     serve = command.add_argument_group("serving")
     serve.add_argument(
-        "--name", metavar="NAME", help="of the model, for clients (default: the target as given)"
+        "--name",
+        metavar="NAME",
+        type=given,
+        help="of the model, for clients (default: the target as given)",
     )
     serve.add_argument(
         "--replicas",
@@ -108,12 +131,12 @@ def add_up_flags(command: argparse.ArgumentParser) -> None:
     serve.add_argument(
         "--requests-per-replica",
         metavar="N",
-        type=int,
+        type=whole(1, MOST_AT_ONCE),
         default=32,
         help="in flight on each, before one is added (default: 32)",
     )
-    serve.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1")
-    serve.add_argument("--port", metavar="N", type=int, default=8000, help="default: 8000")
+    serve.add_argument("--host", type=given, default="127.0.0.1", help="default: 127.0.0.1")
+    serve.add_argument("--port", metavar="N", type=port, default=8000, help="default: 8000")
     serve.add_argument(
         "--api-key",
         metavar="KEY",
@@ -153,22 +176,25 @@ def _add_engine_flags(command: argparse.ArgumentParser) -> None:
     engine.add_argument(
         "--target",
         metavar="T",
+        type=given,
         required=True,
         help="the target's folder (the same path on all nodes) or hub id",
     )
-    engine.add_argument("--draft", metavar="D", help="the drafter's; without it, plain decoding")
+    engine.add_argument(
+        "--draft", metavar="D", type=given, help="the drafter's; without it, plain decoding"
+    )
     engine.add_argument("--device", choices=DEVICES, default="cuda", help="default: cuda")
     engine.add_argument(
         "-k",
         "--num-speculative-tokens",
         metavar="K",
-        type=int,
+        type=whole(1, MOST_TOKENS),
         help="drafted tokens a step (default: the drafter's block)",
     )
     engine.add_argument(
         "--tensor-parallel-size",
         metavar="N",
-        type=int,
+        type=whole(1, MOST_DEVICES),
         default=1,
         help="devices an engine (default: 1)",
     )
@@ -178,7 +204,9 @@ def _add_engine_flags(command: argparse.ArgumentParser) -> None:
         default="auto",
         help="default: the target's own",
     )
-    engine.add_argument("--max-model-len", metavar="N", type=int, help="default: the target's own")
+    engine.add_argument(
+        "--max-model-len", metavar="N", type=count, help="default: the target's own"
+    )
     engine.add_argument(
         "--engine-args", metavar="JSON", default="{}", help="more arguments of vLLM's engine"
     )

@@ -22,6 +22,7 @@ from vllm_dflash.cluster.access import VARIABLE, digest_of
 from vllm_dflash.cluster.command import settings_of
 from vllm_dflash.cluster.connection import check_engine, connect
 from vllm_dflash.cluster.settings import ClusterError, EngineSettings, engine_args, environment
+from vllm_dflash.flag_types import MOST_AT_ONCE
 
 APPLICATION = "vllm-dflash"
 _HEALTH = {"health_check_period_s": 5, "health_check_timeout_s": 30}
@@ -82,15 +83,13 @@ def serving_of(args: argparse.Namespace) -> Serving:
     """
     try:
         counts = [int(number) for number in args.replicas.split(",")]
-        if not 1 <= len(counts) <= 2 or not 0 < counts[0] <= counts[-1]:
+        if not 1 <= len(counts) <= 2 or not 0 < counts[0] <= counts[-1] <= MOST_AT_ONCE:
             raise ValueError
     except ValueError:
         raise ClusterError(
             f"--replicas is {args.replicas!r}: give a number such as 2, or the least and the most"
-            " such as 1,8"
+            f" such as 1,8, up to {MOST_AT_ONCE}"
         ) from None
-    if args.requests_per_replica < 1:
-        raise ClusterError(f"--requests-per-replica is {args.requests_per_replica}: give 1 or more")
     name = args.name or args.target
     digest = digest_of(args.api_key, os.environ)
     return Serving(

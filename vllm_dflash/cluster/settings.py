@@ -8,12 +8,13 @@ Pure: neither Ray nor vLLM is imported.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.files import RunError
 from vllm_dflash.formats import METHOD
 from vllm_dflash.records import object_of
+from vllm_dflash.regular import expanded, is_folder
 
 DEVICES = ("cuda", "cpu")
 _CPU_CACHE_BYTES = 1 << 30
@@ -59,8 +60,8 @@ class EngineSettings:
             path = getattr(self, name)
             if (
                 path is not None
+                and not _is_folder(path)
                 and path.startswith(("/", "./", "../", "~"))
-                and not Path(path).expanduser().is_dir()
             ):
                 raise ClusterError(
                     f"{name} is {path}, where there is no folder: give the checkpoint's folder or"
@@ -131,12 +132,15 @@ def environment(settings: EngineSettings) -> dict[str, str]:
 
 
 def _is_folder(path: str) -> bool:
-    return Path(path).expanduser().is_dir()
+    try:
+        return is_folder(path)
+    except DrafterConfigError as error:
+        raise ClusterError(str(error)) from None
 
 
 def _absolute(path: str) -> str:
     """A folder's path as it is on every node; a hub id as it is."""
-    return str(Path(path).expanduser().resolve()) if _is_folder(path) else path
+    return str(expanded(path).resolve()) if _is_folder(path) else path
 
 
 def uses_ray(settings: EngineSettings) -> bool:

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from vllm_dflash.files import create
+
 DEFAULT_ENV = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """Where the environment has no such value: threads are left unbound, for bound engines would all
 sit on the same cores."""
@@ -67,7 +69,7 @@ class EngineProcess:
         self._log = log
         env = {**DEFAULT_ENV, **os.environ, **ENV, **(environment or {})}
         reading, writing = os.pipe()
-        with log.open("w") as output:
+        with create(log) as output:
             self._process = subprocess.Popen(
                 [sys.executable, *self._command(module), str(writing)],
                 env=env,

@@ -9,7 +9,9 @@ measures with them). Tests: ``pytest tests/unit/test_bench*.py tests/engine/test
 """
 
 import argparse
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -69,15 +71,16 @@ class UnwritableError(RuntimeError):
 
 def _new_folder(path: Path | None) -> Path:
     folder = path or Path(datetime.now().strftime("bench-%Y%m%d-%H%M%S"))
-    if (folder / "results.json").exists():
-        raise UsageError(
-            f"--out {folder} holds the results of another run: give a folder that does not"
-        )
     try:
+        if os.path.lexists(folder / "results.json"):
+            raise UsageError(
+                f"--out {folder} holds the results of another run: give a folder that does not"
+            )
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UsageError(
-            f"--out {folder} cannot be made ({error}): give a folder that can be written"
+            f"--out {folder} cannot be made or written ({error}): give a folder that can be"
         ) from None
     return folder
 

@@ -183,9 +183,8 @@ def _model_len(
 ) -> int:
     """Positions that the longest request needs where every method drafts to its end."""
     longest, where = max(
-        (len(prompt), p.prompt_set)
+        (prompt_sets[p.prompt_set].longest(p.num_prompts, p.prompt_tokens), p.prompt_set)
         for p in every
-        for prompt in prompt_sets[p.prompt_set].take(p.num_prompts, p.prompt_tokens)
     )
     # vLLM's own dflash drafts for nobody in a step in which the longest request, its draft tokens
     # counted, leaves no room for a block.
@@ -234,10 +233,10 @@ def _drafters(args: argparse.Namespace) -> dict[str, Drafter]:
 
 
 def _drafter(path: str) -> Drafter:
-    folder = drafter_folder(path, None)
-    if folder is None:
-        raise UsageError(f"--draft {no_drafter_at(path)}")
     try:
+        folder = drafter_folder(path, None)
+        if folder is None:
+            raise UsageError(f"--draft {no_drafter_at(path)}")
         return Drafter(str(folder), DrafterConfig.from_pretrained(folder).max_speculative_tokens)
     except DrafterConfigError as error:
         raise UsageError(f"--draft {path}: {error}") from None

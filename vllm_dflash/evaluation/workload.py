@@ -42,6 +42,10 @@ class PromptSet:
             return cycle
         return [list(itertools.islice(self._from(i), length)) for i in range(count)]
 
+    def longest(self, count: int, length: int | None) -> int:
+        """Tokens of the longest of these, which are not made for it."""
+        return max(map(len, self.prompts[:count])) if length is None else length
+
     def _from(self, first: int) -> Iterator[int]:
         """The tokens of the prompt ``first``, then of those after it, without end."""
         return itertools.chain.from_iterable(

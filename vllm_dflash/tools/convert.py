@@ -12,6 +12,7 @@ remote code) are not carried over.
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -20,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import CONFIG_FILE, IGNORED_TENSORS, parse, read_raw, tensor_name, write
 from vllm_dflash.hub import drafter_folder, no_drafter_at
 from vllm_dflash.progress import Progress
+from vllm_dflash.regular import check_readable, names_in
 from vllm_dflash.weights import check_tensors
 from vllm_dflash.weights.headers import INDEX_FILE, SINGLE_FILE, read_headers, weight_files
 from vllm_dflash.weights.values import target_ids
@@ -52,6 +54,7 @@ def convert(
     Raises:
         DrafterConfigError: the source is unsound, the format cannot hold it, or ``target`` is not
             empty.
+        OSError, SafetensorError: ``target`` cannot be written.
     """
     folder, target = drafter_folder(str(source), None), Path(target)
     if folder is None:
@@ -64,12 +67,15 @@ def convert(
             "parts of its settings would be lost; write it in the format that it has",
         )
     check_tensors(config, folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
         raise DrafterConfigError(
-            f"{target} is there and not empty", "give a new folder, or remove it first"
+            f"{target} is there and {'not empty' if target.is_dir() else 'no folder'}",
+            "give a new folder, or remove it first",
         )
+    # A link to an empty folder stays, and the folder is what is written.
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converted-") as temporary:
         new = Path(temporary) / "checkpoint"
         new.mkdir()
         (new / CONFIG_FILE).write_text(json.dumps(raw, indent=2) + "\n")
@@ -162,7 +168,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 def _copy_others(folder: Path, new: Path) -> None:
     """Mask embedding, tokenizer, licence: all but weights, config and the code that transformers
     would run."""
-    for path in sorted(folder.iterdir()):
+    for path in [folder / name for name in names_in(folder)]:
         weights = path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json")
         if (
             path.is_file()
@@ -171,6 +177,7 @@ def _copy_others(folder: Path, new: Path) -> None:
             and path.name != CONFIG_FILE
             and not path.name.startswith(".")
         ):
+            check_readable(path)
             shutil.copyfile(path, new / path.name)
 
 
@@ -182,6 +189,16 @@ def run(args: argparse.Namespace) -> int:
         )
     except DrafterConfigError as error:
         print(f"vllm-dflash convert: {error}", file=sys.stderr)
+        return 1
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            reason = "a file or a link is where its folder should be"
+        print(
+            f"vllm-dflash convert: {args.destination} cannot be written ({reason}): give a new"
+            " folder where this user may write, on a disk with room",
+            file=sys.stderr,
+        )
         return 1
     headers = read_headers(args.destination)
     print(

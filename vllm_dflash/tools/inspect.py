@@ -48,6 +48,8 @@ class Inspection:
     errors: list[DrafterConfigError] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     """What does not keep it from being served, but may make it of no use."""
+    is_there: bool = True
+    """Whether there is a folder that this user may look into."""
 
     @property
     def problems(self) -> list[str]:
@@ -92,9 +94,12 @@ def inspect_checkpoint(
 
     ``dtype`` is that in which it will serve; None: config.json's.
     """
-    folder = drafter_folder(str(path), None)
+    try:
+        folder = drafter_folder(str(path), None)
+    except DrafterConfigError as error:
+        return Inspection(Path(path), is_there=False, errors=[error])
     if folder is None:
-        return Inspection(Path(path), errors=[no_drafter_at(str(path))])
+        return Inspection(Path(path), is_there=False, errors=[no_drafter_at(str(path))])
     found = Inspection(folder)
     found.config = _read_config(found)
     served = None if found.config is None else getattr(torch, dtype or found.config.dtype)
@@ -261,7 +266,7 @@ def as_dict(found: Inspection) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> int:
     """``vllm-dflash inspect``: prints, and ends with 0 where the checkpoint is sound."""
     found = inspect_checkpoint(args.path, progress=True)
-    if not found.folder.is_dir() and not args.json:
+    if not found.is_there and not args.json:
         print("\n".join(found.problems))
     else:
         print(json.dumps(as_dict(found), indent=2) if args.json else as_text(found))

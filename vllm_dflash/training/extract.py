@@ -8,10 +8,10 @@ tests/engine/test_train_extract.py``.
     vllm-dflash train ... --cache --extract-with vllm
 """
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from vllm_dflash.files import remove
 from vllm_dflash.training.engines import run_engines
 from vllm_dflash.training.generate import engine_args
 from vllm_dflash.training.sequences import Shard
@@ -62,7 +62,7 @@ def _sweep(folder: Path) -> None:
     """Removes the engines' folders of files that are handed over, also those of an engine that was
     killed."""
     for left in folder.glob("extracted-*.part"):
-        shutil.rmtree(left)
+        remove(left)
 
 
 def extraction(target_layer_ids: Sequence[int], folder: Path) -> dict[str, object]:

@@ -6,6 +6,7 @@ Tests: ``pytest tests/unit/test_train_resume.py``.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class Log:
         Raises:
             RunError: as ``disk_refusals``.
         """
-        with disk_refusals(self.path), self.path.open("a") as file:
+        with disk_refusals(self.path), open(self.path, "a", opener=_unlinked) as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self.board is not None:
             for name, value in values.items():
@@ -45,6 +46,11 @@ class Log:
     def close(self) -> None:
         if self.board is not None:
             self.board.close()
+
+
+def _unlinked(path: str, flags: int) -> int:
+    """An opener that follows no link: the log is made anew when it begins."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

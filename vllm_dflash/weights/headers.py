@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.json_text import loads
-from vllm_dflash.regular import read_regular, size_of_regular
+from vllm_dflash.regular import check_readable, names_in, read_regular, size_of_regular
 from vllm_dflash.weights.messages import FETCH_AGAIN, some
 
 SINGLE_FILE = "model.safetensors"
@@ -30,7 +30,7 @@ def weight_files(folder: str | Path) -> list[Path]:
     data = read_regular(index, _LARGEST_INDEX)
     if data is not None:
         return _shards(folder, index, data)
-    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    found = [name for name in names_in(folder) if name.endswith(".safetensors")]
     if SINGLE_FILE not in found:
         raise DrafterConfigError(
             f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}",
@@ -93,7 +93,7 @@ def read_headers(folder: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The same of one file."""
-    size_of_regular(path)
+    check_readable(path)  # safetensors says of a file that it may not read that it is not there
     try:
         with safe_open(path, framework="numpy") as file:
             # The file is no mapping.
