@@ -25,6 +25,7 @@ from vllm_dflash.formats.keys import (
     LENGTHS,
     NO_EFFECT,
     OF_TRANSFORMERS,
+    OF_VLLM,
     READ,
     READ_ELSEWHERE,
     REFUSED,
@@ -243,6 +244,7 @@ _NOT_OF_OURS = {
     # Of a longrope's own parameters, and of attributes of vLLM's and transformers' objects
     "original_max_position_embeddings",
     "block_type",
+    "hf_config",
     "revision",
 }
 
@@ -254,16 +256,18 @@ def test_every_key_that_vllms_config_readers_ask_a_draft_config_for() -> None:
 
     from vllm_dflash.upstream import Sources
 
-    asked = {
-        ast.literal_eval(node.args[1])
-        for reader in _READERS
-        for node in ast.walk(Sources().locate(reader).node)
-        if isinstance(node, ast.Call)
-        and ast.unparse(node.func) in ("getattr", "hasattr")
-        and isinstance(node.args[1], ast.Constant)
-    }
-    assert asked >= {"n_predict", "rswa_window", "head_dtype", "model_max_length"}
-    judged = READ | REFUSED.keys() | NO_EFFECT.keys() | READ_ELSEWHERE | LENGTHS | OF_TRANSFORMERS
+    asked: set[str] = set()
+    for node in (n for reader in _READERS for n in ast.walk(Sources().locate(reader).node)):
+        match node:
+            case ast.Call(
+                func=ast.Name("getattr" | "hasattr"), args=[_, ast.Constant(value=str(name)), *_]
+            ):
+                asked.add(name)
+            case ast.Assign(targets=[ast.Name()], value=ast.List(elts=names)):
+                asked |= {each.value for each in names if isinstance(each, ast.Constant)}
+    assert asked >= {"n_predict", "rswa_window", "head_dtype", "moe_num_experts", "seq_len"}
+    elsewhere = READ_ELSEWHERE | OF_TRANSFORMERS | OF_VLLM
+    judged = READ | REFUSED.keys() | NO_EFFECT.keys() | LENGTHS | elsewhere
     assert asked - judged - _NOT_OF_OURS == set()
 
 
@@ -457,6 +461,7 @@ def test_what_passes_is_read_by_transformers(name: str) -> None:
         ("torch_dtype", "float16"),
         ("model", "x"),
         ("model", None),
+        ("num_kv_heads", None),
         ("n_predict", 0),
         ("n_predict", "x"),
         ("max_sequence_length", [8]),

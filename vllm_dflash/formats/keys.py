@@ -235,8 +235,6 @@ READ_ELSEWHERE = frozenset(
         # By vLLM, instead of settings that the drafter is read from
         "compression_config",
         "hidden_size_per_head",
-        "n_head_kv",
-        "num_kv_heads",
         "multi_query_group_num",
         "num_attention_groups",
         "compress_ratios",
@@ -258,8 +256,9 @@ READ_ELSEWHERE = frozenset(
 )
 """Keys that transformers or vLLM reads a setting by that is the drafter's under another name, or
 none of its settings."""
-OF_VLLM = frozenset({"model"})
-"""Attributes of the config class that vLLM puts around a draft config: as ``OF_TRANSFORMERS``."""
+OF_VLLM = frozenset({"model", "n_head_kv", "num_kv_heads"})
+"""An attribute of the config class that vLLM puts around a draft config, and what it takes instead
+of ``num_key_value_heads``, null included: as ``OF_TRANSFORMERS``."""
 LENGTHS = frozenset(
     {
         "n_positions",
