@@ -7,20 +7,31 @@ from typing import Any
 
 from vllm_dflash.patches.guard import drafts_ours
 
-from vllm_dflash.formats import METHOD
+from vllm_dflash.formats import METHOD, kind_named
 from vllm_dflash.patch import Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def post_init(self: Any, *arguments: Any) -> Any:
-        if self.method == METHOD and self.model is not None:
+        model = self.model
+        if model is not None and self.method != METHOD:
+            from vllm_dflash.checks import method_of
+
+            self.method = method_of(model, self.revision, self.method)
+        if self.method == METHOD and model is not None:
             from vllm_dflash.checks import read_early
 
-            drafter = read_early(self.model, self.revision, self.num_speculative_tokens)
+            drafter = read_early(model, self.revision, self.num_speculative_tokens)
             if drafter is not None and self.num_speculative_tokens is None:
                 self.num_speculative_tokens = drafter.max_speculative_tokens
         result = original(self, *arguments)
+        if self.method == _WHOLE_MODEL:  # vLLM may have fetched what was not at hand before
+            kind = kind_named({"architectures": self.draft_model_config.architectures})
+            if kind is not None:
+                from vllm_dflash.checks import check_method
+
+                check_method(kind, self.method, model)
         if drafts_ours(self, ""):
             from vllm_dflash.checks import check_speculative_config
 
@@ -40,6 +51,8 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _CONFIG = "vllm.config.speculative:SpeculativeConfig"
+_WHOLE_MODEL = "draft_model"
+"""The method that vLLM takes where it recognises no other."""
 
 PATCH = Patch(
     # Not _verify_args: pydantic takes that one into its schema when the class is made, and
@@ -67,7 +80,8 @@ PATCH = Patch(
     ),
     why=(
         "vLLM checks no drafter against its target: most mismatches would only show as low"
-        " acceptance; no hook sees the config in the front end. What vLLM's own code reads of the"
+        " acceptance; no hook sees the config in the front end. Where no method is said, it knows a"
+        " dflash drafter by its path alone. What vLLM's own code reads of the"
         " draft config is written into it, as formats spell it in different ways"
     ),
     until="vLLM calls the draft model class's own check of its config",

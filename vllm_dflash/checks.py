@@ -13,7 +13,16 @@ from typing import Any
 from vllm_dflash import kinds
 from vllm_dflash.config import DrafterConfig, DrafterConfigError, TargetShape, check_pair, printable
 from vllm_dflash.fields import shown
-from vllm_dflash.formats import CONFIG_FILE, is_foreign, is_ours, published_format, read_raw, write
+from vllm_dflash.formats import (
+    CONFIG_FILE,
+    METHOD,
+    is_foreign,
+    is_ours,
+    kind_named,
+    published_format,
+    read_raw,
+    write,
+)
 from vllm_dflash.hub import count_tokens, drafter_folder, load_tokenizer
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.log import logger
@@ -215,6 +224,41 @@ def drafter_config(hf_config: Any) -> DrafterConfig:
     """The drafter of a draft config that ``check_speculative_config`` has passed."""
     raw: Mapping[str, Any] = getattr(hf_config, _CONFIG)
     return DrafterConfig.from_dict(raw)
+
+
+def method_of(model: str, revision: str | None, method: str | None) -> str | None:
+    """The method of a speculative config: ours where it says none and ``model`` is a drafter of
+    ours at hand, else what it says.
+
+    vLLM tells other drafters by their config where no method is said, and dflash's by the word in
+    their path alone: another would be served as a whole model of its own.
+
+    Raises:
+        DrafterConfigError: it says a method that cannot serve the drafter.
+    """
+    try:
+        folder = drafter_folder(model, revision)
+        kind = None if folder is None else kind_named(read_raw(folder))
+    except (DrafterConfigError, OSError, ValueError):  # vLLM's to judge, by a method of its own
+        return method
+    if kind is None or (kind.own_method is not None and method in (None, kind.own_method)):
+        return method
+    check_method(kind, method, model)
+    return METHOD
+
+
+def check_method(kind: kinds.Kind, method: str | None, model: str) -> None:
+    """Refuses another method than ours for a drafter of ours.
+
+    Raises:
+        DrafterConfigError: names both, and the remedy.
+    """
+    if method in (None, METHOD):
+        return
+    raise DrafterConfigError(
+        f"method is {method!r} in the speculative config, and {model} is a {kind.label} drafter",
+        f'set "method": "{METHOD}", or point "model" at a drafter of that method',
+    )
 
 
 def read_early(

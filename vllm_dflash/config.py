@@ -107,9 +107,36 @@ class TargetShape:
 
     @classmethod
     def from_hf(cls, config: Any, num_tokens: int | None = None) -> "TargetShape":
-        """Reads a Hugging Face config object (its text part, where it has several)."""
+        """Reads a Hugging Face config object (its text part, where it has several).
+
+        Raises:
+            DrafterConfigError: names a size that it does not give, or that is none.
+        """
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        return cls(text.hidden_size, text.num_hidden_layers, text.vocab_size, num_tokens)
+        return cls(
+            target_size(text, "hidden_size"),
+            target_size(text, "num_hidden_layers"),
+            target_size(text, "vocab_size"),
+            num_tokens,
+        )
+
+
+def target_size(text: Any, name: str) -> int:
+    """A positive whole number of a target's text config.
+
+    Raises:
+        DrafterConfigError: names it.
+    """
+    value = getattr(text, name, None)
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    raise DrafterConfigError(
+        f"the target's config gives no {name}"
+        if value is None
+        else f"the target's {name} is {value!r}, no positive whole number",
+        "use the config.json that the target came with",
+        field=name,
+    )
 
 
 @dataclass(frozen=True)

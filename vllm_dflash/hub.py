@@ -8,12 +8,17 @@ that takes seconds.
     pytest tests/unit/test_remote_code.py
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.config import DrafterConfigError
-from vllm_dflash.regular import expanded, is_folder
+from vllm_dflash import fields
+from vllm_dflash.config import DrafterConfigError, TargetShape, target_size
+from vllm_dflash.json_text import loads
+from vllm_dflash.regular import expanded, is_folder, read_regular
 
+_LARGEST_CONFIG = 1 << 24
+_CAME_WITH = "use the config.json that the target came with"
 _SAMPLE = "def area(r):\n    return 3.14159 * r ** 2  # \u00fcber \u4f60\u597d\n"
 
 
@@ -58,20 +63,78 @@ def no_drafter_at(model: str) -> DrafterConfigError:
     )
 
 
-def load_config(target: str, trust_remote_code: bool = False) -> Any:
-    """The target's whole Hugging Face config.
+def load_config(
+    target: str, trust_remote_code: bool = False, *, needs_positions: bool = True
+) -> Any:
+    """The target's whole Hugging Face config, of which the text part gives the target's sizes, its
+    positions and the tokens that end a text.
+
+    Args:
+        needs_positions: False where a server, or the user's overrides, decide on them.
 
     Raises:
-        TargetError: there is none that can be read.
+        TargetError: there is none that can be read, or it lacks one of these.
     """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(target, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise TargetError(
-            f"{target} cannot be read ({str(error).splitlines()[0]})", "give its folder or hub id"
-        ) from None
+        config = AutoConfig.from_pretrained(target, trust_remote_code=trust_remote_code)
+        text = config.get_text_config()
+    except Exception as error:  # a config.json may hold anything, and brings its class's own errors
+        raise _unreadable(target, error) from None
+    try:
+        TargetShape.from_hf(text)
+        if needs_positions:
+            _check_positions(text)
+        _check_eos(text)
+    except DrafterConfigError as error:
+        raise TargetError(f"{target} cannot be served: {error.problem}", error.remedy) from None
+    return config
+
+
+def _unreadable(target: str, error: Exception) -> TargetError:
+    """Why transformers could not read the config, by the key where it is known."""
+    try:
+        raw = loads((read_regular(Path(target) / "config.json", _LARGEST_CONFIG) or b"{}").decode())
+    except (DrafterConfigError, OSError, ValueError):
+        raw = {}
+    if not isinstance(raw, Mapping):
+        problem = f"its config.json holds {fields.json_type(raw)}, not an object of settings"
+    elif not isinstance(raw.get("model_type", ""), str):
+        problem = f"its model_type is {fields.shown(raw['model_type'])}, not a name"
+    else:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        # The check of a field's type says in a line of its own what is wrong with it.
+        strict = type(error).__name__.startswith("StrictDataclass")
+        problem = " ".join(" ".join(lines).split()) if strict else lines[0]
+        if raw and not isinstance(error, (OSError, ValueError, KeyError)) and not strict:
+            problem = f"transformers ends in {type(error).__name__}: {problem}"
+    remedy = _CAME_WITH if raw != {} else "give its folder or hub id"
+    return TargetError(f"{target} cannot be read ({problem})", remedy)
+
+
+def _check_positions(text: Any) -> None:
+    name = "max_position_embeddings"
+    if getattr(text, name, None) is None:
+        raise DrafterConfigError(
+            f"its config ({getattr(text, 'model_type', 'of no type')}) gives no {name}: it has no"
+            " attention layers, or counts positions in a way that no drafter does",
+            "give another target, or write them into its config.json if it has them",
+            field=name,
+        )
+    target_size(text, name)
+
+
+def _check_eos(text: Any) -> None:
+    found = getattr(text, "eos_token_id", None)
+    ids = found if isinstance(found, list) else [found]
+    if found is None or (ids and all(fields.is_int(each) and each >= 0 for each in ids)):
+        return
+    raise DrafterConfigError(
+        f"the target's eos_token_id is {fields.shown(found)}",
+        "give the token's id, a list of them, or null",
+        field="eos_token_id",
+    )
 
 
 def load_model(target: str, dtype: str, device: str, trust_remote_code: bool = False) -> Any:

@@ -37,9 +37,10 @@ class Untouchable:
 
 
 def speculative(method: str) -> Untouchable:
-    """A ``SpeculativeConfig``; vLLM's own dflash has its drafter's architecture read as well."""
-    if method != "dflash":
-        return Untouchable(method=method)
+    """A ``SpeculativeConfig``; vLLM's own dflash, and a whole model, have the drafter's
+    architecture read as well."""
+    if method not in ("dflash", "draft_model"):
+        return Untouchable(method=method, model=None)
     draft = Untouchable(architectures=["AnotherDraftModel"])
     return Untouchable(method=method, model=None, draft_model_config=draft)
 
@@ -48,6 +49,7 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "plain": lambda: None,
     "ngram": lambda: speculative("ngram"),
     "eagle3": lambda: speculative("eagle3"),
+    "draft_model": lambda: speculative("draft_model"),
     "another dflash": lambda: speculative("dflash"),
 }
 

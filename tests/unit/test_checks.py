@@ -10,8 +10,9 @@ import pytest
 
 from pairs import make_random_drafter, make_random_target, random_drafter_config
 from vllm_dflash import checks
-from vllm_dflash.checks import _ADVISED, check_logits_processors, read_early
+from vllm_dflash.checks import _ADVISED, check_logits_processors, method_of, read_early
 from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.formats import is_ours, published_format
 from vllm_dflash.patching import PatchSet
 
 pytestmark = pytest.mark.vllm
@@ -25,13 +26,18 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configure(
-    target: Path, drafter: Path, k: int | None = 7, max_model_len: int = MAX_MODEL_LEN
+    target: Path,
+    drafter: Path,
+    k: int | None = 7,
+    max_model_len: int = MAX_MODEL_LEN,
+    method: str | None = "dflash",
 ) -> Any:
     """vLLM's configuration of the pair, as ``LLM`` and ``vllm serve`` make it, with the plug-in
     loaded by its entry point."""
     from vllm.engine.arg_utils import EngineArgs
 
-    speculative: dict[str, Any] = {"method": "dflash", "model": str(drafter)}
+    speculative: dict[str, Any] = {"model": str(drafter)}
+    speculative |= {} if method is None else {"method": method}
     speculative |= {} if k is None else {"num_speculative_tokens": k}
     return EngineArgs(
         model=str(target),
@@ -90,6 +96,56 @@ def test_a_drafter_for_another_target_is_refused(target, tmp_path, changes, mess
     drafter = make_random_drafter(tmp_path / "dflash", config=random_drafter_config(**changes))
     with pytest.raises(ValueError, match=message):
         configure(target, drafter)
+
+
+@pytest.mark.parametrize("kind", ["dflash", "dflare"])
+@pytest.mark.parametrize("form", ["published", "speculators"])
+@pytest.mark.parametrize("k", [None, 5])
+def test_without_a_method_a_drafter_of_ours_is_known_by_its_config(target, tmp_path, kind, form, k):
+    """vLLM told it by the word in the path alone: another drafter of ours was served as a whole
+    model, past every check, and without K no drafter was."""
+    config = random_drafter_config(kind=kind)
+    form = published_format(config) if form == "published" else form
+    drafter = make_random_drafter(tmp_path / "eagle3", config=config, format=form)
+    speculative = configure(target, drafter, k=k, method=None).speculative_config
+    assert (speculative.method, speculative.num_speculative_tokens) == ("dflash", k or 7)
+    assert is_ours(speculative)
+
+
+@pytest.mark.parametrize(
+    "method", ["draft_model", "eagle", "eagle3", "medusa", "mtp", "dspark", "ngram"]
+)
+def test_another_method_is_refused_for_a_drafter_of_ours(target, tmp_path, method):
+    """``draft_model`` was accepted, and others ended in what vLLM says of an architecture."""
+    drafter = make_random_drafter(tmp_path / "d")
+    message = rf'method is \'{method}\' .* is a DFlash drafter: set "method": "dflash"'
+    with pytest.raises(ValueError, match=message):
+        configure(target, drafter, method=method)
+
+
+def test_what_vllm_has_a_method_of_its_own_for_stays_its_own(tmp_path):
+    def method_for(raw: dict[str, Any], method: str | None) -> str | None:
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        return method_of(str(tmp_path), None, method)
+
+    dspark = {"architectures": ["Qwen3DSparkModel"]}
+    assert method_for(dspark, None) is None
+    assert method_for(dspark, "dspark") == "dspark"
+    for raw in (7, {}, {"architectures": ["LlamaForCausalLM"]}, {"speculators_model_type": "e"}):
+        for method in (None, "eagle3"):
+            assert method_for(raw, method) == method
+    (tmp_path / "config.json").write_text("{")
+    assert method_of(str(tmp_path), None, "eagle3") == "eagle3"
+    assert method_of("no/such", None, None) is None
+    assert method_of("x" * 5000, None, None) is None
+
+
+def test_a_drafter_that_vllm_fetches_is_not_served_as_a_whole_model(target, tmp_path, monkeypatch):
+    """Before vLLM has fetched it, there is no config.json to know it by."""
+    drafter = make_random_drafter(tmp_path / "d")
+    monkeypatch.setattr(checks, "drafter_folder", lambda model, revision: None)
+    with pytest.raises(ValueError, match=r"method is 'draft_model' .* is a DFlash drafter"):
+        configure(target, drafter, method=None)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,15 @@ from unit.test_checks import configure
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.fields import QUANTIZATION_METHODS
 from vllm_dflash.formats import write
-from vllm_dflash.formats.keys import NO_EFFECT, OF_TRANSFORMERS, READ, READ_ELSEWHERE, REFUSED
+from vllm_dflash.formats.keys import (
+    LENGTHS,
+    NO_EFFECT,
+    OF_TRANSFORMERS,
+    OF_VLLM,
+    READ,
+    READ_ELSEWHERE,
+    REFUSED,
+)
 from vllm_dflash.tools.inspect import inspect_checkpoint
 from vllm_dflash.tools.repair import config_problems
 
@@ -79,6 +87,12 @@ OTHER_VALUES: dict[str, Any] = {
     "sliding_window": "8",
     "max_window_layers": "1",
     "is_causal": True,
+    "model": None,
+    "n_predict": 3,
+    "seq_length": 64,
+    "hc_mult": 2,
+    "moe_num_experts": 8,
+    "rotary_emb_base": 1e4,
 }
 IN_DFLASH_CONFIG: dict[str, Any] = {
     "shift_label": True,
@@ -187,6 +201,74 @@ def test_names_that_get_text_config_looks_for() -> None:
     assert line <= READ_ELSEWHERE
     assert all(f'"{name}"' in source for name in line)
     assert source.count("_possible_text_config_names = (") == 2, "read it anew"
+
+
+def test_names_that_vllm_reads_a_length_by() -> None:
+    """vLLM drafts to the shortest: a file with ``seq_length: 64`` was sound, and drafts ended
+    there."""
+    import ast
+
+    from vllm_dflash.upstream import Sources
+
+    convertor = "vllm.transformers_utils.model_arch_config_convertor:ModelArchConfigConvertorBase"
+    (theirs,) = (
+        ast.literal_eval(node.value)
+        for node in ast.walk(Sources().locate(f"{convertor}.derive_max_model_len_and_key").node)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.List)
+    )
+    assert set(theirs) == LENGTHS | {"max_position_embeddings"}
+    reach = QWEN3_8B["max_position_embeddings"]
+    for name in sorted(LENGTHS):
+        for value in (None, reach, 2 * reach, int(1e30)):
+            assert DrafterConfig.from_dict(QWEN3_8B | {name: value}).unknown_keys == ()
+        for value in ("x", "", 0, -1, True, False, -0.0, 5e-324, 1.5, 64, [8], {}, 10**400):
+            assert refusal(QWEN3_8B | {name: value}).field == name
+
+
+_READERS = (
+    "vllm.transformers_utils.model_arch_config_convertor:ModelArchConfigConvertorBase",
+    "vllm.config.speculative:SpeculativeConfig.__post_init__",
+    "vllm.config.model:_get_head_dtype",
+    "vllm.config.model:_get_and_verify_max_len",
+    "vllm.transformers_utils.config:patch_rope_parameters",
+)
+_NOT_OF_OURS = {
+    # Of other methods, model types or runners, or set by ``check_speculative_config``
+    "block_size",
+    "draft_vocab_size",
+    "dspark_block_size",
+    "dspark_draft_topk",
+    "dspark_target_layer_ids",
+    "num_nextn_predict_layers",
+    "target_layer_ids",
+    # Of a longrope's own parameters, and of attributes of vLLM's and transformers' objects
+    "original_max_position_embeddings",
+    "block_type",
+    "hf_config",
+    "revision",
+}
+
+
+def test_every_key_that_vllms_config_readers_ask_a_draft_config_for() -> None:
+    """Seven of them passed inspect and doctor, and ended the start in a TypeError,
+    ZeroDivisionError or AttributeError."""
+    import ast
+
+    from vllm_dflash.upstream import Sources
+
+    asked: set[str] = set()
+    for node in (n for reader in _READERS for n in ast.walk(Sources().locate(reader).node)):
+        match node:
+            case ast.Call(
+                func=ast.Name("getattr" | "hasattr"), args=[_, ast.Constant(value=str(name)), *_]
+            ):
+                asked.add(name)
+            case ast.Assign(targets=[ast.Name()], value=ast.List(elts=names)):
+                asked |= {each.value for each in names if isinstance(each, ast.Constant)}
+    assert asked >= {"n_predict", "rswa_window", "head_dtype", "moe_num_experts", "seq_len"}
+    elsewhere = READ_ELSEWHERE | OF_TRANSFORMERS | OF_VLLM
+    judged = READ | REFUSED.keys() | NO_EFFECT.keys() | LENGTHS | elsewhere
+    assert asked - judged - _NOT_OF_OURS == set()
 
 
 @pytest.mark.parametrize("value", [None, False, 0])
@@ -332,7 +414,7 @@ _VALUES: list[Any] = [
 ]
 _KEYS = sorted(
     (READ | NO_EFFECT.keys())
-    - {"speculators_model_type", "transformer_layer_config", "architectures", "model", "method"}
+    - {"speculators_model_type", "transformer_layer_config", "architectures", "method"}
 )
 
 
@@ -377,6 +459,17 @@ def test_what_passes_is_read_by_transformers(name: str) -> None:
         ("attention_sinks", True),
         ("num_kv_heads", 1),
         ("torch_dtype", "float16"),
+        ("model", "x"),
+        ("model", None),
+        ("num_kv_heads", None),
+        ("n_predict", 0),
+        ("n_predict", "x"),
+        ("max_sequence_length", [8]),
+        ("max_seq_len", False),
+        ("seq_length", 64),
+        ("n_positions", {}),
+        ("model_max_length", 0),
+        ("rswa_window", "x"),
     ],
 )
 def test_inspect_doctor_and_start_say_the_same(

@@ -38,11 +38,9 @@ def folder_with_code(folder: Path) -> Path:
             }
         )
     )
-    (folder / "config.json").write_text(
-        json.dumps(
-            {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}, "vocab_size": 8}
-        )
-    )
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings")
+    raw = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (folder / "config.json").write_text(json.dumps(raw | dict.fromkeys(names, 8)))
     return folder
 
 

@@ -243,7 +243,7 @@ def _drafter(path: str) -> Drafter:
 
 
 def _prompt_sets(args: argparse.Namespace, target: str, tokenizer: Any) -> dict[str, PromptSet]:
-    vocab_size = _text_config(target).vocab_size
+    vocab_size = _text_config(args, target).vocab_size
     sets = [file_prompts(path, tokenizer, vocab_size) for path in args.prompts or []]
     for text in args.dataset or []:
         name, _, path = text.partition("=")
@@ -290,13 +290,16 @@ def _num_prompts(given: list[int] | None, concurrency: Sequence[int]) -> list[in
 
 def _positions(args: argparse.Namespace, target: str) -> int | None:
     """Those of the target; None where a server or the user's overrides decide."""
-    overridden = args.server or "hf_overrides" in args.engine_args
-    return None if overridden else positions_of(_text_config(target))
+    return None if _is_overridden(args) else positions_of(_text_config(args, target))
 
 
-def _text_config(target: str) -> Any:
+def _is_overridden(args: argparse.Namespace) -> bool:
+    return bool(args.server) or "hf_overrides" in args.engine_args
+
+
+def _text_config(args: argparse.Namespace, target: str) -> Any:
     try:
-        return load_config(target).get_text_config()
+        return load_config(target, needs_positions=not _is_overridden(args)).get_text_config()
     except TargetError as error:
         raise UsageError(f"--target {error}") from None
 

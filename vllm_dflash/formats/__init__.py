@@ -53,13 +53,21 @@ def is_ours(speculative: Any) -> bool:
     if speculative is None or speculative.method != METHOD:
         return False
     # Of a file that nothing has judged yet: it may hold anything.
-    architectures = speculative.draft_model_config.architectures
-    return (
-        isinstance(architectures, list)
-        and len(architectures) == 1
-        and isinstance(architectures[0], str)
-        and architectures[0] in kinds.architectures()
-    )
+    return kind_named({"architectures": speculative.draft_model_config.architectures}) is not None
+
+
+def kind_named(raw: Any) -> kinds.Kind | None:
+    """The kind that the contents of a ``config.json`` name, sound or not; None where they name none
+    of ours, or several."""
+    if not isinstance(raw, Mapping):
+        return None
+    kind, architectures = raw.get("speculators_model_type"), raw.get("architectures")
+    if kind is not None:
+        return kinds.every().get(kind) if isinstance(kind, str) else None
+    if not isinstance(architectures, list) or len(architectures) != 1:
+        return None
+    name = architectures[0]
+    return kinds.architectures().get(name) if isinstance(name, str) else None
 
 
 def is_foreign(raw: Any) -> bool:

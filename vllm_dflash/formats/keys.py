@@ -63,6 +63,9 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1,),
     "rotary_pct": (1,),
     "rotary_dim": (),
+    "rotary_emb_base": (),
+    "rotary_emb_fraction": (1,),
+    "xdrope_section": (),
     "mrope_section": (),
     "use_mrope": (False,),
     "no_rope_layers": (),
@@ -117,6 +120,12 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "num_experts": (0,),
     "num_local_experts": (0,),
     "n_routed_experts": (0,),
+    "moe_num_experts": (0,),
+    "num_experts_per_tok": (0,),
+    "num_experts_per_token": (0,),
+    "top_k_experts": (0,),
+    "moe_topk": (0,),
+    "moe_top_k": (0,),
     "num_kv_shared_layers": (0,),
     "hidden_size_per_layer_input": (0,),
     "first_k_dense_replace": (0,),
@@ -226,16 +235,44 @@ READ_ELSEWHERE = frozenset(
         # By vLLM, instead of settings that the drafter is read from
         "compression_config",
         "hidden_size_per_head",
-        "n_head_kv",
-        "num_kv_heads",
         "multi_query_group_num",
         "num_attention_groups",
         "compress_ratios",
         "qk_rope_head_dim",
         "qk_nope_head_dim",
+        # By vLLM, of a draft config: K, and what would be another model's layers, positions or head
+        "n_predict",
+        "hc_mult",
+        "head_dtype",
+        "rswa_window",
+        "is_mm_prefix_lm",
+        "canvas_length",
+        "position_encoding_type",
+        "attn_config",
+        "layers_block_type",
+        "attn_type_list",
+        "index_share_for_mtp_iteration",
     }
 )
-"""Keys that transformers or vLLM reads a setting by that is the drafter's under another name."""
+"""Keys that transformers or vLLM reads a setting by that is the drafter's under another name, or
+none of its settings."""
+OF_VLLM = frozenset({"model", "n_head_kv", "num_kv_heads"})
+"""An attribute of the config class that vLLM puts around a draft config, and what it takes instead
+of ``num_key_value_heads``, null included: as ``OF_TRANSFORMERS``."""
+LENGTHS = frozenset(
+    {
+        "n_positions",
+        "max_seq_len",
+        "seq_length",
+        "model_max_length",
+        "max_target_positions",
+        "max_sequence_length",
+        "max_seq_length",
+        "seq_len",
+    }
+)
+"""What vLLM takes for a draft model's length beside ``max_position_embeddings``, the shortest of
+all: where a request is longer than that, it is not drafted for."""
 READ_REMEDIES = {
     "compression_config": "call it quantization_config if the weights are packed so, else remove it"
 }
@@ -359,7 +396,6 @@ NO_EFFECT: dict[str, _Kind] = {
     # Written into a draft config by vLLM
     "num_lookahead_tokens": _ANYTHING,
     "truncated_vocab_size": _ANYTHING,
-    "model": _ANYTHING,
     "method": _ANYTHING,
 }
 """Keys that cannot change what is computed, reviewed; with their type, for transformers refuses

@@ -17,6 +17,8 @@ _NULL_IS_REFUSED = (
     "max_window_layers",
     "hidden_act",
 )
+_LONGEST = 1e30
+"""What transformers writes for a length without an end."""
 
 
 def check_keys(
@@ -58,6 +60,8 @@ def check_keys(
                 " this name for something else than the drafter",
                 f"{keys.READ_REMEDIES.get(name, 'remove it')}. {fields.CAME_WITH}",
             )
+        elif name in keys.LENGTHS:
+            _check_length(raw, name)
         elif "sink" in name:  # of attention, which every model spells in its own way
             fields.refuse(raw, name, False, 0)
         elif name not in keys.READ:
@@ -70,10 +74,30 @@ def check_keys(
 def _is_read_elsewhere(name: str, value: Any) -> bool:
     # A null counts too where it takes the place of an attribute.
     return (
-        name in keys.OF_TRANSFORMERS
+        name in keys.OF_TRANSFORMERS | keys.OF_VLLM
         or name.startswith("__")
         or (name in keys.READ_ELSEWHERE and value is not None)
     )
+
+
+def _check_length(raw: Mapping[str, Any], name: str) -> None:
+    """Refuses another name of the drafter's length that is none, or is less than
+    ``max_position_embeddings``: beyond it vLLM would draft nothing, without a word."""
+    value, reach = raw[name], raw.get("max_position_embeddings")
+    if value is None:
+        return
+    if not fields.is_int(value) or not 0 < value <= _LONGEST:
+        raise fields.bad(
+            name,
+            f"is {fields.shown(value)}, and vLLM reads a draft model's length by it",
+            f"give a positive whole number, or remove it. {fields.CAME_WITH}",
+        )
+    if fields.is_int(reach) and value < reach:
+        raise fields.bad(
+            name,
+            f"is {value}, and vLLM would draft no further; max_position_embeddings is {reach}",
+            f"remove it, or make it {reach}. {fields.CAME_WITH}",
+        )
 
 
 def check_dflash_config(nested: Mapping[str, Any], known: Container[str] = ()) -> None:

@@ -153,6 +153,9 @@ class Kind:
     is_known_to_vllm: bool = False
     """vLLM itself reads its speculators format, which stays so: it may serve it by a method of its
     own."""
+    own_method: str | None = None
+    """The method that vLLM takes for its published architecture by itself, where that is not
+    ``dflash``."""
     served_as: str | None = None
     """What our model is registered as, where vLLM treats the published architecture in a way of its
     own."""

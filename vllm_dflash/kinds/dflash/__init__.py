@@ -65,6 +65,7 @@ DSPARK = replace(
     first_row=0,
     is_flat=True,
     # By the published name vLLM runs its own, under a method of its own.
+    own_method="dspark",
     served_as="DFlashQwen3DSparkModel",
 )
 
