@@ -21,6 +21,9 @@ COUNT, MAX_MODEL_LEN, EOS = 8, 256, 0
 TEXTS = [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()[:COUNT]]
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 48, "ignore_eos": True}
 SEEDED: dict[str, Any] = {"temperature": 0.8, "max_tokens": 24, "ignore_eos": True}
+SAMPLED: list[dict[str, Any]] = [
+    {"seed": i, "temperature": (0.5, 2.0)[i % 2], "top_k": (0, 5)[i // 2 % 2]} for i in range(COUNT)
+]
 PENALTIES = {"presence_penalty": 1.0, "frequency_penalty": 0.6, "repetition_penalty": 1.2}
 BAD_WORDS = ["self", "return", " = ", "assert", "(self"]
 ALLOWED = [t for t in range(4096) if t % 3]
@@ -85,6 +88,10 @@ def asks() -> dict[str, Ask]:
         "logprob_token_ids": Ask(
             TEXTS,
             [greedy(logprob_token_ids=[5, 200 + i]) if i % 2 else GREEDY for i in range(COUNT)],
+        ),
+        "logprob_token_ids, seeded": Ask(
+            TEXTS,
+            [SEEDED | row | {"logprob_token_ids": [5, 200 + i]} for i, row in enumerate(SAMPLED)],
         ),
         "repetition_detection": Ask(TEXTS, greedy(max_tokens=128, repetition_detection=REPETITION)),
         "stop": Ask(TEXTS, greedy(stop=STOPS)),
@@ -244,12 +251,16 @@ def test_logprobs(answers: dict[str, dict[str, Answer]], name: str) -> None:
         assert {len(entry) for entries in found for entry in entries or []} == {4096}
 
 
-def test_logprob_token_ids(answers: dict[str, dict[str, Answer]]) -> None:
-    """vLLM's rejection sampler drops them: with drafts such a request had no log probabilities."""
-    found = same_logprobs(answers, "logprob_token_ids")
+@pytest.mark.parametrize(
+    ("name", "every"), [("logprob_token_ids", 2), ("logprob_token_ids, seeded", 1)]
+)
+def test_logprob_token_ids(answers: dict[str, dict[str, Answer]], name: str, every: int) -> None:
+    """vLLM's rejection sampler drops them: with drafts such a request had no log probabilities, and
+    a sampled one had those of logits after its temperature and top-k."""
+    found = same_logprobs(answers, name)
     assert all(
         {"5", str(200 + i)} <= entry.keys()
-        for i in range(1, COUNT, 2)
+        for i in range(every - 1, COUNT, every)
         for entry in found[i] or [{}]
     )
 

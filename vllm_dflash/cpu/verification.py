@@ -198,9 +198,8 @@ class Verifier(RejectionSampler):
         if greedy is not None:
             temperature = temperature.masked_fill(is_greedy := temperature < _GREEDY_BELOW, 1.0)
         # In place where nobody is shown them: they are as large as the batch's vocabularies.
-        scaled = (logits.div_ if sampling.max_num_logprobs is None else logits.div)(
-            temperature[:, None]
-        )
+        is_shown = sampling.max_num_logprobs is not None or sampling.logprob_token_ids
+        scaled = (logits.div if is_shown else logits.div_)(temperature[:, None])
         if self._in_turn is not None:
             sampled = self._in_turn.draw(
                 scaled, metadata.num_draft_tokens, self._seeded_requests(sampling), top_k, top_p
