@@ -58,7 +58,7 @@ def _open(path: Path) -> int:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             if error.errno == errno.ELOOP and path.is_symlink():
-                error.strerror = "it is a link"
+                raise OSError(error.errno, "it is a link", error.filename) from None
             raise
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
