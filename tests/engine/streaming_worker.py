@@ -15,16 +15,19 @@ async def session(llm: Any, name: str, job: dict[str, Any]) -> list[int]:
     from vllm.sampling_params import RequestOutputKind
 
     ended, tokens = asyncio.Event(), []
-    params = SamplingParams(**job["params"], output_kind=RequestOutputKind.DELTA)
+    each = [
+        SamplingParams(**job["params"], **more, output_kind=RequestOutputKind.DELTA)
+        for more in job.get("each", [{}] * len(job["prompts"]))
+    ]
 
     async def inputs() -> Any:
-        for prompt in job["prompts"]:
+        for prompt, params in zip(job["prompts"], each, strict=True):
             yield StreamingInput({"prompt_token_ids": list(prompt)}, params)
             await ended.wait()
             ended.clear()
 
     wanted = 0
-    async for output in llm.generate(inputs(), params, name):
+    async for output in llm.generate(inputs(), each[0], name):
         tokens += output.outputs[0].token_ids
         if len(tokens) - wanted >= job["params"]["max_tokens"]:
             wanted = len(tokens)

@@ -20,6 +20,9 @@ def test_sessions_go_on_as_without_drafts() -> None:
     computed. The session's next input then kept the last output token, which plain decoding drops,
     and took the cache of the dropped drafts for its own first tokens': other text from there on,
     with vLLM's own dflash too. ``patches/streaming_sessions.py`` has the cure.
+
+    With seeds: the session keeps its generator, also where an input has a seed of its own, and our
+    draws began anew with each input. ``patches/v1_session_seeds.py`` has the cure.
     """
     prompts = [prompt[:40] for prompt in held_out_prompts(12)]
     sessions = [
@@ -29,15 +32,21 @@ def test_sessions_go_on_as_without_drafts() -> None:
         }
         for i in range(4)
     ]
+    seeded = [
+        session
+        | {"params": session["params"] | {"temperature": 0.8}, "each": [{"seed": s} for s in seeds]}
+        for session, seeds in zip(sessions, ([11] * 3, [11, 12, 13]) * 2, strict=True)
+    ]
     args: dict[str, Any] = {
         "model": str(TARGET),
         "additional_config": {"dflash": {"adaptive": False}},
     }
     speculative = {"method": "dflash", "model": str(DRAFTER), "num_speculative_tokens": 7}
     jobs = [
-        {"args": args | more, "batches": [sessions[:1], sessions]}
+        {"args": args | more, "batches": [sessions[:1], sessions, seeded]}
         for more in ({}, {"speculative_config": speculative})
     ]
     plain, ours = run_worker("streaming_worker.py", jobs, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
-    assert [len(tokens) for tokens in plain[1]] == [30, 33, 36, 39]
+    assert [[len(tokens) for tokens in batch] for batch in plain[1:]] == [[30, 33, 36, 39]] * 2
+    assert plain[2] != plain[1]
     assert ours == plain

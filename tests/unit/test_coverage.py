@@ -4,6 +4,8 @@ is attended to.
 Tests: ``pytest tests/unit/test_coverage.py``.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +29,28 @@ def test_preemption_and_reuse_are_no_holes() -> None:
     coverage.step(["a"], [8], [4], {"a"})
     assert coverage.step(["a"], [4], [9], {"a"}) == [], "resumed from a shorter prefix of the cache"
     assert coverage.counts.reused == 8
+
+
+@pytest.mark.vllm
+def test_an_id_that_comes_again_is_another_request() -> None:
+    """With vLLM's VLLM_DISABLE_REQUEST_ID_RANDOMIZATION=1: the end of the request before made a
+    prefix hit of the next one a hole. A streaming session stays the same one."""
+
+    from vllm_dflash.drafting.watch import ContextWatch
+
+    class Request:
+        pass
+
+    watch = ContextWatch(SimpleNamespace(page_size=PAGE, runner=SimpleNamespace()))
+    runner = watch.proposer.runner
+    runner.input_batch, runner.requests = SimpleNamespace(req_ids=["a"]), {"a": Request()}
+    cad = SimpleNamespace(num_reqs=1, block_table_tensor=torch.zeros(1, 4))
+    watch.note(cad, [0], [4])
+    watch.note(cad, [4], [2])
+    runner.requests["a"] = Request()
+    assert watch.note(cad, [8], [2]) is None
+    assert vars(watch.coverage.counts) == {"computed": 8, "reused": 8, "missing": 0}
+    assert watch.coverage.step(["a"], [12], [1], runner.requests) == [Hole(0, 10, 12)]
 
 
 def test_a_skipped_step_is_a_hole() -> None:

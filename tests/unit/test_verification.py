@@ -1,6 +1,7 @@
 """What is kept of drafts, and the noise of seeded requests, apart from an engine."""
 
 from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -53,9 +54,38 @@ def test_a_requests_draws_are_by_the_seed_that_vllm_gave_its_generator() -> None
     torch.rand(3, generator=generator)
     sampling = SimpleNamespace(generators={1: generator})
     verifier = Verifier.__new__(Verifier)
-    verifier._runner, verifier._draws = runner, SeedDraws()
+    verifier._runner, verifier._draws, verifier._earlier = runner, SeedDraws(), {}
     rows, seeds = verifier._seeded([2, 1], sampling)
     assert (rows, seeds) == ([3, 4], SeedDraws().at("a", 8, range(1, 3)))
+
+
+def test_a_sessions_draws_go_on_with_its_next_input() -> None:
+    """vLLM clears a streaming session's output with each input and keeps its generator: the draws
+    began anew. Accepted drafts past an output's end are none of it, and greedy inputs draw none."""
+    generator, sampled = torch.Generator().manual_seed(8), SimpleNamespace(temperature=0.7)
+    # The output was of 3 tokens; the runner has two more, and vLLM keeps 2.
+    session = SimpleNamespace(
+        generator=generator,
+        sampling_params=sampled,
+        num_prompt_tokens=10,
+        output_token_ids=[1, 2, 3, 4, 5],
+    )
+    verifier = Verifier.__new__(Verifier)
+    verifier._runner = SimpleNamespace(
+        requests={"a": session}, input_batch=SimpleNamespace(req_ids=["a"])
+    )
+    verifier._draws, verifier._earlier = SeedDraws(), WeakKeyDictionary()
+    sampling = SimpleNamespace(generators={0: generator})
+    verifier.next_input(session, 12)
+    session.output_token_ids, session.num_prompt_tokens = [], 16
+    assert verifier._seeded([1], sampling)[1] == SeedDraws().at("a", 8, range(3, 5))
+    session.sampling_params = SimpleNamespace(temperature=0.0)
+    verifier.next_input(session, 20)
+    session.output_token_ids = [6]
+    assert verifier._seeded([1], sampling)[1] == SeedDraws().at("a", 8, range(4, 6))
+    verifier.next_input(SimpleNamespace(generator=None), 20)
+    del generator, session.generator, sampling
+    assert len(verifier._earlier) == 0, "what was kept ends with its request"
 
 
 @pytest.mark.parametrize(

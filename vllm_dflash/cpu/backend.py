@@ -141,6 +141,10 @@ class CPUBackend(Backend):
         )
         return features[kept], positions[kept], slots[kept]
 
+    def next_input(self, session: Any, num_computed_tokens: int) -> None:
+        """The session's seed goes on where it was."""
+        self._verifier.next_input(session, num_computed_tokens)
+
     def query_start_loc(self, on_host: Tensor) -> Tensor:
         """``on_host`` itself."""
         return on_host

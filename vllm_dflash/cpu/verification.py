@@ -16,6 +16,7 @@ verified by vLLM's own class.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
@@ -42,6 +43,8 @@ class Verifier(RejectionSampler):
         check_sampler(runner.sampler)
         super().__init__(runner.sampler, runner.speculative_config, runner.device)
         self._runner, self._draws = runner, SeedDraws()
+        self._earlier: WeakKeyDictionary[torch.Generator, int] = WeakKeyDictionary()
+        """By a streaming session's generator, the tokens drawn for its earlier inputs."""
         drawn_by = runner.sampler.topk_topp_sampler
         self._in_turn = None if draws_by_kernel(drawn_by) else DrawsInTurn(drawn_by)
         if self._in_turn is not None:
@@ -106,15 +109,15 @@ class Verifier(RejectionSampler):
     ) -> SamplerOutput:
         """Drafts that were sampled go through vLLM's own class, on logits that have every other
         setting in them already."""
-        processed, without = self._process(metadata, logits, sampling), without_processors(sampling)
-        if self.is_processed_logprobs_mode:
-            return super().forward(metadata, draft_probs, processed, without)
-        output = (
-            super()
-            .forward(metadata, draft_probs, processed, replace(without, max_num_logprobs=None))
-            .sampled_token_ids
+        processed = self._process(metadata, logits, sampling)
+        without = replace(
+            without_processors(sampling), max_num_logprobs=None, logprob_token_ids=None
         )
-        return SamplerOutput(output, self._logprobs(metadata, logits, logits, output, sampling))
+        output = super().forward(metadata, draft_probs, processed, without).sampled_token_ids
+        if _are_shown(sampling) and self.is_processed_logprobs_mode and not sampling.all_greedy:
+            scaled, _, top_k, top_p = self._divided(metadata, processed, sampling)
+            processed = apply_top_k_top_p(scaled, top_k, top_p)
+        return SamplerOutput(output, self._logprobs(metadata, logits, processed, output, sampling))
 
     def _logprobs(
         self,
@@ -194,12 +197,7 @@ class Verifier(RejectionSampler):
         greedy = None if sampling.all_random else self.sampler.greedy_sample(logits)
         if sampling.all_greedy:
             return greedy, logits
-        temperature, top_k, top_p = self._by_row(metadata, sampling)
-        if greedy is not None:
-            temperature = temperature.masked_fill(is_greedy := temperature < _GREEDY_BELOW, 1.0)
-        # In place where nobody is shown them: they are as large as the batch's vocabularies.
-        is_shown = sampling.max_num_logprobs is not None or sampling.logprob_token_ids
-        scaled = (logits.div if is_shown else logits.div_)(temperature[:, None])
+        scaled, is_greedy, top_k, top_p = self._divided(metadata, logits, sampling)
         if self._in_turn is not None:
             sampled = self._in_turn.draw(
                 scaled, metadata.num_draft_tokens, self._seeded_requests(sampling), top_k, top_p
@@ -218,6 +216,19 @@ class Verifier(RejectionSampler):
                     scaled[seeded], torch.tensor(seeds)
                 )
         return sampled if greedy is None else torch.where(is_greedy, greedy, sampled), scaled
+
+    def _divided(
+        self, metadata: SpecDecodeMetadata, logits: torch.Tensor, sampling: SamplingMetadata
+    ) -> list[Any]:
+        """``logits`` [R, V] by each row's temperature, which rows are greedy [R], and each row's
+        top-k and top-p."""
+        temperature, top_k, top_p = self._by_row(metadata, sampling)
+        is_greedy = temperature < _GREEDY_BELOW
+        if not sampling.all_random:
+            temperature = temperature.masked_fill(is_greedy, 1.0)
+        # In place where nobody is shown them: they are as large as the batch's vocabularies.
+        divide = logits.div if _are_shown(sampling) else logits.div_
+        return [divide(temperature[:, None]), is_greedy, top_k, top_p]
 
     @staticmethod
     def _by_row(metadata: SpecDecodeMetadata, sampling: SamplingMetadata) -> list[Any]:
@@ -251,6 +262,19 @@ class Verifier(RejectionSampler):
         self._draws.forget_all_but(self._runner.requests)
         return rows, seeds
 
+    def next_input(self, session: Any, num_computed_tokens: int) -> None:
+        """A streaming session's next input comes: its output is cleared, and its generator goes
+        on.
+
+        Args:
+            session: the runner's request, as it was with the input before.
+            num_computed_tokens: of the session so far: all but its last output token.
+        """
+        generator, params = session.generator, session.sampling_params
+        if generator is not None and params.temperature >= _GREEDY_BELOW:
+            drawn = num_computed_tokens + 1 - session.num_prompt_tokens
+            self._earlier[generator] = self._earlier.get(generator, 0) + drawn
+
     def _seeded_requests(self, sampling: SamplingMetadata) -> dict[int, Seeded]:
         """By row of the batch, the requests with a seed."""
         requests, request_ids = self._runner.requests, self._runner.input_batch.req_ids
@@ -258,7 +282,7 @@ class Verifier(RejectionSampler):
             row: Seeded(
                 request_ids[row],
                 generator.initial_seed(),
-                len(requests[request_ids[row]].output_token_ids),
+                self._earlier.get(generator, 0) + len(requests[request_ids[row]].output_token_ids),
             )
             for row, generator in sampling.generators.items()
         }
@@ -278,6 +302,12 @@ def _has_processors(sampling: SamplingMetadata) -> bool:
         )
         or (holder is not None and holder.has_tracked_requests())
     )
+
+
+def _are_shown(sampling: SamplingMetadata) -> bool:
+    """Whether a request of the batch asks for log probabilities, of how many tokens or of which:
+    then the raw logits are read after tokens were sampled."""
+    return sampling.max_num_logprobs is not None or bool(sampling.logprob_token_ids)
 
 
 def keep_accepted(

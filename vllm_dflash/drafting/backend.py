@@ -91,6 +91,10 @@ class Backend:
         features, positions, slots = rows
         return features, positions, without_rejected(slots, cad.query_start_loc, num_rejected)
 
+    def next_input(self, session: Any, num_computed_tokens: int) -> None:
+        """A streaming session's next input comes, ``session`` being as with the one before;
+        nothing that a GPU's verification, vLLM's own, would keep."""
+
     def query_start_loc(self, on_host: Tensor) -> Tensor:
         """[B + 1] int32, where each block's rows begin, on the device."""
         proposer = self.proposer

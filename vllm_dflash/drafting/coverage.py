@@ -113,6 +113,10 @@ class ContextCoverage:
             self._end = {request: end for request, end in ends.items() if request in running}
         return holes
 
+    def forget(self, request_id: str) -> None:
+        """Drops what is known of a request that has ended: its id may come again."""
+        self._end.pop(request_id, None)
+
     def add(self, hole: Hole, pages: Sequence[int]) -> None:
         """Marks the pages of a hole; ``pages`` are the request's page numbers from position 0
         on."""

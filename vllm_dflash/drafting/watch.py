@@ -4,7 +4,8 @@ what is done about a hole. The reckoning itself is ``coverage.py``'s.
     pytest tests/unit/test_coverage.py tests/engine/test_context_integrity.py
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from vllm.logger import init_logger
@@ -26,6 +27,8 @@ class ContextWatch:
     def __init__(self, proposer: "DFlashProposer") -> None:
         self.proposer = proposer
         self._coverage: ContextCoverage | None = None
+        self._known: WeakValueDictionary[str, Any] = WeakValueDictionary()
+        """The runner's requests that were in a step, by id."""
 
     @property
     def coverage(self) -> ContextCoverage:
@@ -64,11 +67,16 @@ class ContextWatch:
     ) -> torch.Tensor | None:
         """Notes what this step has written; returns [B] int64 first sound pages where some
         request's context has a hole."""
-        batch = self.proposer.runner.input_batch
+        runner = self.proposer.runner
+        request_ids = runner.input_batch.req_ids[: cad.num_reqs]
+        for request_id in request_ids:
+            request = runner.requests[request_id]
+            if self._known.get(request_id) is not request:
+                # Another one, with the id of one that has ended.
+                self.coverage.forget(request_id)
+                self._known[request_id] = request
         # Where the rejected are counted as written, a hole shorter than a block goes unnoticed.
-        for hole in self.coverage.step(
-            batch.req_ids[: cad.num_reqs], starts, lengths, self.proposer.runner.requests
-        ):
+        for hole in self.coverage.step(request_ids, starts, lengths, runner.requests):
             table = cad.block_table_tensor[hole.row]
             _logger.warning_once(
                 "the drafter's context of a request has a hole (positions %d to %d): a step ran"
