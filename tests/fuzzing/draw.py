@@ -29,7 +29,7 @@ drafter's have none: of three layers each, as the embedded pair's drafters have,
 eight."""
 ADAPTERS = 3
 """LoRA adapters, 1 to this."""
-KNOWN = ("thinking_token_budget", "logprob_token_ids")
+KNOWN = ("thinking_token_budget",)
 """Fields that vLLM itself answers wrongly, without a drafter or with any (docs/features.md); drawn
 only where asked for by name."""
 _SCHEMAS: list[dict[str, Any]] = [
@@ -172,6 +172,10 @@ def draw_round(
         # All or none: on a CPU vLLM gives the last adapter to those without one that are in a step
         # with it, with a drafter as without.
         requests = [request | {"lora": rng.randint(1, ADAPTERS)} for request in requests]
+    # Beside a request with ids, vLLM loses log probabilities that are asked for by number.
+    other = rng.choice(["logprobs", *["logprob_token_ids"] * 3])
+    for request in requests:
+        request["params"].pop(other, None)
     return requests
 
 
@@ -340,7 +344,7 @@ _FIELDS: dict[str, tuple[float, Draw]] = {
     "stream_interval": (0.05, lambda r, *_: r.randint(1, 4)),
     "min_p": (0.005, lambda *_: 0.1),
     "logit_bias": (0.005, lambda r, c, *_: {str(r.randrange(c.vocab)): 3.0}),
-    "logprob_token_ids": (0.0, lambda r, c, *_: _tokens(r, c, 1, 5)),
+    "logprob_token_ids": (0.3, lambda r, c, *_: _tokens(r, c, 1, 5)),
     "thinking_token_budget": (0.0, lambda r, *_: r.choice([0, 1, 3, 8])),
 }
 
@@ -355,6 +359,7 @@ def _leave_out(params: dict[str, Any], settings: dict[str, Any]) -> None:
     if settings["logprobs_mode"].startswith("processed") and 0 < params["temperature"] < 0.02:
         # Divided by so little, float32's noise is more than log-probabilities may differ by.
         params.pop("logprobs", None)
+        params.pop("logprob_token_ids", None)
     if settings["enable_lora"]:
         # On a CPU vLLM's adapter of the logits counts a step's requests, and prompt positions are
         # more or fewer: an error.
@@ -367,8 +372,6 @@ def _leave_out(params: dict[str, Any], settings: dict[str, Any]) -> None:
         del params["detokenize"]
     if params["temperature"] == 0:
         params.pop("min_p", None)
-    if "logprob_token_ids" in params:
-        params.pop("logprobs", None)
 
 
 def is_compared(request: dict[str, Any], settings: dict[str, Any]) -> bool:

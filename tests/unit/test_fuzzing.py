@@ -56,6 +56,7 @@ def test_every_field_is_drawn_and_prompts_fit() -> None:
         "stop",
         "stop_token_ids",
         "logprobs",
+        "logprob_token_ids",
         "prompt_logprobs",
         "structured_outputs",
         "bad_words",
@@ -63,6 +64,9 @@ def test_every_field_is_drawn_and_prompts_fit() -> None:
         "min_p",
     }
     assert not fields & set(KNOWN)
+    for drawn in rounds(0, 150):
+        names = {name for r in drawn for name in r["params"]}
+        assert not {"logprobs", "logprob_token_ids"} <= names, "vLLM loses the first of the two"
     assert {name for r in rounds(0, 50, KNOWN) for q in r for name in q["params"]} >= set(KNOWN)
 
 
