@@ -1,4 +1,4 @@
-"""Requests: settings that vLLM's V1 runner gets wrong beside drafts on a GPU are refused, and a
+"""Requests: settings that vLLM's runners get wrong beside drafts on a GPU are refused, and a
 malformed limit of drafts, with what to do."""
 
 from collections.abc import Callable
@@ -10,22 +10,23 @@ from vllm_dflash.patches.guard import instead
 from vllm_dflash.patch import Patch
 from vllm_dflash.request_limits import RequestError, most_drafts
 
-WRONG_ON_A_V1_GPU = ("thinking_token_budget", "logprob_token_ids")
+WRONG_ON_V1, WRONG_ON_V2 = ("thinking_token_budget", "logprob_token_ids"), ("logprob_token_ids",)
 """Fields of ``SamplingParams``. The budget is overshot and ends neighbours' thinking (vLLM issue
-39573); log probabilities are lost."""
+39573); log probabilities are lost, with both runners."""
 
 
 def _validate_params(
     original: Callable[..., Any], self: Any, params: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    wrong = [name for name in WRONG_ON_A_V1_GPU if getattr(params, name, None) is not None]
-    if wrong and _verifies_by_vllm(self.vllm_config):
+    names = _wrong_beside_drafts(self.vllm_config)
+    wrong = [name for name in names if getattr(params, name, None) is not None]
+    if wrong:
         from vllm.exceptions import VLLMValidationError
 
+        v2 = "" if set(wrong) & set(WRONG_ON_V2) else "with VLLM_USE_V2_MODEL_RUNNER=1, or "
         raise VLLMValidationError(
-            f"{' and '.join(wrong)}: vLLM's V1 model runner does not keep to this beside a"
-            " drafter on a GPU. Start the server with VLLM_USE_V2_MODEL_RUNNER=1, or without a"
-            " drafter, or leave the field out",
+            f"{' and '.join(wrong)}: vLLM's model runner does not keep to this beside a drafter on"
+            f" a GPU. Start the server {v2}without a drafter, or leave the field out",
             parameter=wrong[0],
         )
     _check_limit(getattr(params, "extra_args", None), self.vllm_config)
@@ -56,12 +57,14 @@ def _check_limit(extra_args: Any, config: Any) -> None:
         ) from None
 
 
-def _verifies_by_vllm(config: Any) -> bool:
-    """Whether drafts of ours are verified by vLLM's V1 rejection sampler; on a CPU they are by
-    ours, on V2 by one that counts drafts."""
+def _wrong_beside_drafts(config: Any) -> tuple[str, ...]:
+    """The fields that are wrong with drafts of ours. On a CPU with the V1 runner none is, as we
+    verify there; V2's rejection sampler counts drafts, and is not told of chosen token ids."""
     from vllm.platforms import current_platform
 
-    return not config.use_v2_model_runner and not current_platform.is_cpu()
+    if config.use_v2_model_runner:
+        return WRONG_ON_V2
+    return () if current_platform.is_cpu() else WRONG_ON_V1
 
 
 PATCH = Patch(
@@ -70,20 +73,18 @@ PATCH = Patch(
         "vllm.v1.engine.input_processor:InputProcessor._validate_params": "self, params, ..."
     },
     names=(
-        *(f"vllm.sampling_params:SamplingParams.{name}" for name in WRONG_ON_A_V1_GPU),
+        *(f"vllm.sampling_params:SamplingParams.{name}" for name in WRONG_ON_V1),
         "vllm.sampling_params:SamplingParams.extra_args",
         "vllm.v1.engine.input_processor:InputProcessor.vllm_config",
         "vllm.config.vllm:VllmConfig.use_v2_model_runner",
     ),
     why=(
         "vLLM's V1 rejection sampler forces the end of thinking in other rows than plain decoding"
-        " does, a neighbour's among them, and drops logprob_token_ids, both in silence; the hook"
+        " does, a neighbour's among them, and its V1 and V2 ones drop logprob_token_ids, in"
+        " silence; the hook"
         " for refusals, a logits processor's validate_params, is not asked beside a"
         " drafter. A malformed limit of drafts is refused at the same place"
     ),
-    until=(
-        "vLLM's issue 39573 is closed, and its V1 rejection sampler returns logprob_token_ids; or"
-        " the V1 runner is gone"
-    ),
+    until=("vLLM's issue 39573 is closed, and its rejection samplers return logprob_token_ids"),
     replace=instead(_validate_params),
 )

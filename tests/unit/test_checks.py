@@ -242,13 +242,18 @@ def test_installed_logits_processors_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("v2", "on_cpu", "refused"), [(False, False, True), (True, False, False), (False, True, False)]
+    ("v2", "on_cpu", "refused"),
+    [
+        (False, False, ("thinking_token_budget", "logprob_token_ids")),
+        (True, False, ("logprob_token_ids",)),
+        (False, True, ()),
+    ],
 )
 def test_requests_that_vllms_own_verification_gets_wrong_are_refused(
     target, tmp_path, monkeypatch, v2, on_cpu, refused
 ):
-    """On a GPU with the V1 runner, where vLLM's rejection sampler verifies: a thinking budget is
-    overshot there, and log probabilities of chosen tokens are lost."""
+    """On a GPU, where vLLM's rejection samplers verify: with the V1 runner a thinking budget is
+    overshot, and with both log probabilities of chosen tokens are lost."""
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
     from vllm.platforms import current_platform
@@ -264,14 +269,16 @@ def test_requests_that_vllms_own_verification_gets_wrong_are_refused(
     validate = PATCH.replace(lambda self, params: "vLLM's")
     assert validate(SimpleNamespace(vllm_config=config), SamplingParams(temperature=0)) == "vLLM's"
     for field in ({"thinking_token_budget": 3}, {"logprob_token_ids": [5]}):
+        (name,) = field
+        remedy = "the server with VLLM_USE_V2_MODEL_RUNNER=1, or without a drafter"
+        if name == "logprob_token_ids":
+            remedy = "the server without a drafter, or leave the field out"
         for engine, expected in (
-            (config, refused),
+            (config, name in refused),
             (SimpleNamespace(speculative_config=None, use_v2_model_runner=v2), False),
         ):
             if expected:
-                with pytest.raises(
-                    VLLMValidationError, match="VLLM_USE_V2_MODEL_RUNNER=1, or without a drafter"
-                ):
+                with pytest.raises(VLLMValidationError, match=remedy):
                     validate(SimpleNamespace(vllm_config=engine), SamplingParams(**field))
             else:
                 assert (
