@@ -83,7 +83,7 @@ def test_a_sessions_draws_go_on_with_its_next_input() -> None:
     verifier.next_input(session, 20)
     session.output_token_ids = [6]
     assert verifier._seeded([1], sampling)[1] == SeedDraws().at("a", 8, range(4, 6))
-    verifier.next_input(SimpleNamespace(generator=None), 20)
+    verifier.next_input(SimpleNamespace(generator=None, sampling_params=sampled), 20)
     del generator, session.generator, sampling
     assert len(verifier._earlier) == 0, "what was kept ends with its request"
 
