@@ -81,10 +81,9 @@ PATCH = Patch(
     why=(
         "vLLM's V1 rejection sampler forces the end of thinking in other rows than plain decoding"
         " does, a neighbour's among them, and its V1 and V2 ones drop logprob_token_ids, in"
-        " silence; the hook"
-        " for refusals, a logits processor's validate_params, is not asked beside a"
-        " drafter. A malformed limit of drafts is refused at the same place"
+        " silence; the hook for refusals, a logits processor's validate_params, is not asked"
+        " beside a drafter. A malformed limit of drafts is refused at the same place"
     ),
-    until=("vLLM's issue 39573 is closed, and its rejection samplers return logprob_token_ids"),
+    until="vLLM's issue 39573 is closed, and its rejection samplers return logprob_token_ids",
     replace=instead(_validate_params),
 )

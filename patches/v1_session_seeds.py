@@ -23,7 +23,8 @@ def _update_streaming_request(
 
 PATCH = Patch(
     target=f"{_RUNNER}._update_streaming_request",
-    signatures={f"{_RUNNER}._update_streaming_request": "self, req_id, new_req_data"},
+    # That the body clears the output, and puts what was kept of it into the prompt.
+    fingerprints={f"{_RUNNER}._update_streaming_request": "91d6d3b0b184b376"},
     names=(
         f"{_RUNNER}.speculative_config",
         f"{_RUNNER}.drafter",
@@ -31,6 +32,7 @@ PATCH = Patch(
         "vllm.v1.core.sched.output:NewRequestData.num_computed_tokens",
         f"{_STATE}.generator",
         f"{_STATE}.num_prompt_tokens",
+        f"{_STATE}.output_token_ids",
         f"{_STATE}.sampling_params",
     ),
     why=(

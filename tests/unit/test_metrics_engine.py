@@ -168,6 +168,17 @@ def test_a_request_that_ends_has_a_mean_and_one_without_drafts_has_none() -> Non
     assert (sum(counts), total) == (1, 3.0)
 
 
+def test_an_id_that_comes_again_in_the_step_after_its_end_is_another_request() -> None:
+    """The end before took the new request's own count away."""
+    scheduler = scheduler_of({"a": 20, "b": 20, "c": 20})
+    again = scheduled_of({"a": 5}, k=3, new=["a"], finished_req_ids={"a"}), ran_of({"a": [1]})
+    scheduler.finished_req_ids = set()
+    again[0].scheduled_new_reqs[0].num_computed_tokens = 16
+    found = watch(scheduler, again, speculative())
+    counts = {tuple(labels): count for labels, count in found["context_verifications"]}
+    assert {cached for (_, cached), count in counts.items() if count} == {"true", "false"}
+
+
 def step(kind: str, seconds: float, committed: int = 1) -> Step:
     """One of one request, that took so long."""
     k = 0 if kind == "plain" else 3

@@ -66,6 +66,9 @@ class Outcomes:
 
     def observe(self, step: Step, finished: Iterable[str]) -> None:
         """Takes in a step, and which requests have ended since."""
+        # First those that ended before the step: their ids may come again in it.
+        for request_id in step.scheduled.finished_req_ids:
+            self._finish(request_id)
         for new in step.scheduled.scheduled_new_reqs:
             self._requests[new.req_id] = _Request(new.num_computed_tokens > 0)
         if step.is_plain:
@@ -77,7 +80,7 @@ class Outcomes:
             self._refuse("controller" if self.adaptive else "batch_size", count - off)
         else:
             self._by_request(step)
-        for request_id in (*finished, *step.scheduled.finished_req_ids):
+        for request_id in finished:
             self._finish(request_id)
 
     def _by_request(self, step: Step) -> None:
