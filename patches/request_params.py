@@ -10,7 +10,8 @@ from vllm_dflash.patches.guard import instead
 from vllm_dflash.patch import Patch
 from vllm_dflash.request_limits import RequestError, most_drafts
 
-WRONG_ON_V1, WRONG_ON_V2 = ("thinking_token_budget", "logprob_token_ids"), ("logprob_token_ids",)
+WRONG_ON_V2 = ("logprob_token_ids",)
+WRONG_ON_V1 = ("thinking_token_budget", *WRONG_ON_V2)
 """Fields of ``SamplingParams``. The budget is overshot and ends neighbours' thinking (vLLM issue
 39573); log probabilities are lost, with both runners."""
 
