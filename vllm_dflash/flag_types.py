@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""That a model runs in; auto is its own."""
 MOST_TOKENS = 1 << 24
 """Of a prompt or an answer: more positions than any model has."""
 MOST_AT_ONCE = 1 << 16

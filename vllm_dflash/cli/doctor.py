@@ -3,7 +3,7 @@
 from typing import Any
 
 from vllm_dflash.cli.flags import PAIR, add_command, run_of
-from vllm_dflash.flag_types import MOST_TOKENS, count, given, whole
+from vllm_dflash.flag_types import DTYPES, MOST_TOKENS, count, given, whole
 
 
 def add(commands: Any) -> None:
@@ -61,7 +61,7 @@ def add(commands: Any) -> None:
     )
     doctor.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=DTYPES,
         default="auto",
         help="of both models (default: the target's own); float32 compares outputs exactly",
     )

@@ -6,6 +6,7 @@ import argparse
 from vllm_dflash.cluster.access import VARIABLE
 from vllm_dflash.cluster.settings import DEVICES, EngineSettings, parse_engine_args
 from vllm_dflash.flag_types import (
+    DTYPES,
     MOST_AT_ONCE,
     MOST_DEVICES,
     MOST_TOKENS,
@@ -198,12 +199,7 @@ def _add_engine_flags(command: argparse.ArgumentParser) -> None:
         default=1,
         help="devices an engine (default: 1)",
     )
-    engine.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="default: the target's own",
-    )
+    engine.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the target's own")
     engine.add_argument(
         "--max-model-len", metavar="N", type=count, help="default: the target's own"
     )

@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_dflash import kinds
+from vllm_dflash.flag_types import DTYPES
 from vllm_dflash.formats import format_names
 from vllm_dflash.training.errors import SettingsError
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 
 _SELF = "self:"
 """Of ``prompts``: so many that the target writes itself."""
