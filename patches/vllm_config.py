@@ -1,5 +1,5 @@
-"""Engine configuration: our scheduler, which chooses how much to draft, where drafting is adaptive;
-and advice for a CPU."""
+"""Engine configuration: our scheduler, which chooses how much to draft, where drafting is adaptive,
+room for drafts, and advice for a CPU."""
 
 from typing import Any
 
@@ -11,9 +11,10 @@ from vllm_dflash.patch import Patch
 
 def _post_init(vllm_config: Any) -> None:
     """After vLLM's own, which decides on asynchronous scheduling."""
-    from vllm_dflash.checks import advise_eager
+    from vllm_dflash.checks import advise_eager, check_room
     from vllm_dflash.plugin import patch_set
 
+    check_room(vllm_config)
     patch_set().attempt(ADVICE, lambda: advise_eager(vllm_config))
     if all(
         patch_set().fits(patch) for patch in (adaptive_scheduler.PATCH, *scheduler_steps.PATCHES)
@@ -49,7 +50,13 @@ PATCH = Patch(
         " two. Whether vLLM compiles, of which it is advised against on a CPU, is known there"
     ),
     until="vLLM lets a speculative method, or a plug-in, name its scheduler",
-    names=(f"{_CONFIG}.speculative_config", f"{_CONFIG}.additional_config"),
+    names=(
+        f"{_CONFIG}.speculative_config",
+        f"{_CONFIG}.additional_config",
+        "vllm.config.scheduler:SchedulerConfig.max_num_batched_tokens",
+        "vllm.config.scheduler:SchedulerConfig.max_num_scheduled_tokens",
+        "vllm.config.speculative:SpeculativeConfig.max_num_new_slots_for_drafting",
+    ),
     replace=afterwards(_post_init, "speculative_config"),
 )
 ADVICE = Patch(

@@ -96,6 +96,27 @@ def advise_eager(vllm_config: Any) -> None:
     )
 
 
+def check_room(vllm_config: Any) -> None:
+    """Refuses an engine whose steps have no room to verify a draft: it would draft in each for
+    nothing; ``vllm_config`` is vLLM's ``VllmConfig``.
+
+    Raises:
+        DrafterConfigError: names the setting.
+    """
+    speculative, scheduler = vllm_config.speculative_config, vllm_config.scheduler_config
+    if not is_ours(speculative):
+        return
+    slots, k = speculative.max_num_new_slots_for_drafting, speculative.num_speculative_tokens
+    for name, taken in (("max_num_batched_tokens", slots), ("max_num_scheduled_tokens", 0)):
+        given = getattr(scheduler, name)
+        if given is not None and given - taken < 2:
+            blocks = f" of which the drafter's block takes {taken}," if taken else ""
+            raise DrafterConfigError(
+                f"{name} is {given},{blocks} so a step has no room to verify a draft",
+                f"set {name} to {taken + 1 + k} or more for each request that runs at a time",
+            )
+
+
 def check_sampling(
     drafter: DrafterConfig, draft_sample_method: str, adaptive_verification: bool = False
 ) -> None:

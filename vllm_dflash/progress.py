@@ -20,13 +20,17 @@ class Progress(tqdm):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         file = kwargs.get("file") or sys.stderr
-        self._in_lines, self._printed_at = not file.isatty(), time.time()
+        self._in_lines, self._printed_at = not file.isatty(), time.monotonic()
         self._printed: tuple[Any, ...] = ()
         """Number, description and what stands beside the bar, of the last line."""
         if self._in_lines:
             often = {"mininterval": _SECONDS, "maxinterval": _SECONDS, "delay": _SECONDS}
             kwargs |= often | {"leave": True, "ascii": True}
         super().__init__(*args, **kwargs)
+        if not self.disable:
+            # tqdm's clock is the machine's, and prints nothing for as long as that was set back.
+            self._time = time.monotonic
+            self.start_t = self.last_print_t = self._time()
 
     @staticmethod
     def status_printer(file: Any) -> Any:
@@ -40,7 +44,7 @@ class Progress(tqdm):
         at each change of what stands beside the bar, and for the last state twice."""
         if not self._in_lines:
             return super().display(msg, pos)
-        is_closed, now, state = self.disable, time.time(), (self.n, self.desc, self.postfix)
+        is_closed, now, state = self.disable, time.monotonic(), (self.n, self.desc, self.postfix)
         if (is_closed or now - self._printed_at >= _SECONDS) and state != self._printed:
             self._printed_at, self._printed = now, state
             self.sp(str(self))

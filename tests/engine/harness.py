@@ -84,6 +84,9 @@ class Job:
     adaptive: bool = False
     """Whether the controller chooses how much to draft and verify; else every draft is whole and
     verified whole."""
+    slow_drafts: float | None = None
+    """By what factor steps that draft seem longer to the controller; then the report's
+    ``verified`` is filled."""
     skip_steps: tuple[int, int] | None = None
     """Steps, from the first to before the second, that run without the drafter."""
     sampling: dict[str, Any] = field(default_factory=dict)
@@ -111,6 +114,7 @@ class Job:
                 {"additional_config": {"dflash": {"adaptive": self.adaptive}}} | self.engine_args
             ),
             "kv_cache_memory_bytes": self.kv_cache_memory_bytes,
+            "slow_drafts": self.slow_drafts,
             "skip_steps": self.skip_steps,
             "sampling": self.sampling,
             "as_embeddings": self.as_embeddings,

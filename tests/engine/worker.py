@@ -29,6 +29,38 @@ def skip_drafting(llm: Any, steps: range) -> None:
     drafter.propose = skipping
 
 
+class Verifications:
+    """An observer of steps: of each verified draft its request's index, its anchor, and how many of
+    its tokens were verified and accepted."""
+
+    what = "a test"
+
+    def __init__(self) -> None:
+        self.found: list[tuple[int, int, int, int]] = []
+
+    def observe(self, step: Any) -> None:
+        for request_id, (verified, accepted) in step.verified.items():
+            request = step.requests[request_id]
+            if not request.is_finished():  # else its last tokens may have been cut
+                # Its last token is the step's own, and follows those that were accepted.
+                anchor = request.num_tokens - accepted - 2
+                self.found.append((int(request_id.split("-")[0]), anchor, verified, accepted))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def slow_drafts(scheduler: Any, factor: float) -> None:
+    """Steps that draft seem to the controller ``factor`` times as long as they were."""
+    observe = scheduler.controller.observe
+
+    def observing(work: Any, seconds: float, *args: Any) -> None:
+        known = work or args[-1]
+        observe(work, seconds * (factor if known and known.draft_rows else 1.0), *args)
+
+    scheduler.controller.observe = observing
+
+
 def coverage(llm: Any) -> dict[str, int]:
     """The proposer's counts of context positions; empty for a proposer that is not ours."""
     from vllm_dflash.drafting.v1 import DFlashProposer, context_counts
@@ -64,6 +96,13 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         skip_drafting(llm, range(*job["skip_steps"]))
     if job.get("record"):
         record_drafts(model_runner(llm), drafts)
+    verified = Verifications()
+    if job.get("slow_drafts"):
+        from vllm_dflash.patches.scheduler_steps import watch
+
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        slow_drafts(scheduler, job["slow_drafts"])
+        watch(scheduler, verified)
     asked = dict(
         temperature=0,
         max_tokens=job["max_tokens"],
@@ -75,6 +114,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     batches = []
     for size in job["batch_sizes"]:
         before, first, tokens, logprobs, seconds = counters(llm), len(drafts), [], [], 0.0
+        first_verified = len(verified.found)
         for at in range(0, len(job["prompts"]), size):
             prompts = [{"prompt_token_ids": p} for p in job["prompts"][at : at + size]]
             if job.get("as_embeddings"):
@@ -98,6 +138,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
                 "tokens": tokens,
                 "seconds": seconds,
                 "drafts": drafts[first:],
+                "verified": verified.found[first_verified:],
                 "logprobs": logprobs,
                 "counters": delta,
             }

@@ -31,6 +31,7 @@ def configure(
     k: int | None = 7,
     max_model_len: int = MAX_MODEL_LEN,
     method: str | None = "dflash",
+    **args: Any,
 ) -> Any:
     """vLLM's configuration of the pair, as ``LLM`` and ``vllm serve`` make it, with the plug-in
     loaded by its entry point."""
@@ -44,6 +45,7 @@ def configure(
         skip_tokenizer_init=True,
         speculative_config=speculative,
         max_model_len=max_model_len,
+        **args,
     ).create_engine_config()
 
 
@@ -160,6 +162,19 @@ def test_a_number_of_tokens_that_no_block_holds_is_refused(target, tmp_path, k, 
     with pytest.raises(ValueError, match=message) as raised:
         configure(target, make_random_drafter(tmp_path / "dflash"), k=k)
     assert "num_speculative_tokens" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("room", "least"), [({"max_num_batched_tokens": 8}, 9), ({"max_num_scheduled_tokens": 1}, 2)]
+)
+def test_steps_without_room_to_verify_a_draft_are_refused(target, tmp_path, room, least):
+    """Each step scheduled one token of a request, and drafted a block that nobody verified: right
+    text, drafting for nothing, and not a word."""
+    drafter, (name,) = make_random_drafter(tmp_path / "dflash"), room
+    with pytest.raises(ValueError, match=f"{name} is .*no room to verify") as raised:
+        configure(target, drafter, max_num_seqs=1, enable_chunked_prefill=True, **room)
+    assert f"set {name} to" in str(raised.value)
+    configure(target, drafter, max_num_seqs=1, enable_chunked_prefill=True, **{name: least})
 
 
 def test_eager_is_advised_once_on_a_cpu(target, tmp_path, monkeypatch):

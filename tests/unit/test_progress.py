@@ -2,6 +2,7 @@ import io
 import time
 
 import pytest
+import tqdm.std
 
 from vllm_dflash import progress
 from vllm_dflash.progress import Progress
@@ -58,6 +59,26 @@ def test_what_stands_beside_the_bar_brings_no_line(monkeypatch: pytest.MonkeyPat
     assert 3 <= len(lines) <= 10
     assert "50/50" in lines[-1]
     assert "loss 49" in lines[-1]
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_a_clock_that_is_set_back_keeps_nothing_from_the_log(
+    monkeypatch: pytest.MonkeyPatch, kind: type[io.StringIO]
+) -> None:
+    """After the machine's clock was set back an hour nothing was printed for an hour, and the rate
+    was nonsense."""
+    monkeypatch.setattr(progress, "_SECONDS", 0.05)
+    log, clock, back = kind(), time.time, [0.0]
+    for module in (time, tqdm.std):
+        monkeypatch.setattr(module, "time", lambda: clock() - back[0])
+    with Progress(total=40, desc="generate", file=log, mininterval=0.05) as bar:
+        back[0] = 3600.0
+        for _ in range(40):
+            time.sleep(0.01)
+            bar.update()
+        assert any(f" {n}/40" in log.getvalue() for n in range(1, 40))
+    assert "[-" not in log.getvalue()
+    assert "59:" not in log.getvalue()
 
 
 def test_short_work_says_nothing_there() -> None:
