@@ -131,8 +131,9 @@ def draw_settings(rng: random.Random, override: str = "none") -> dict[str, Any]:
     # slides, and one that stays empty.
     least = groups * (pages + 1) + 1
     max_num_seqs = rng.choice([1, 2, 4, 8, 16, 16])
-    # No fewer than requests (vLLM's own rule), and above K.
-    budget = rng.choice([64, 80, 128, 256, 1024, max(max_num_seqs, rng.randint(8, 20))])
+    # No fewer than requests (vLLM's own rule), and room for a draft beside a block: fewer are
+    # refused.
+    budget = rng.choice([64, 80, 128, 256, 1024, max(max_num_seqs, rng.randint(9, 20))])
     args: dict[str, Any] = {
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": budget,
