@@ -9,6 +9,7 @@ pytest tests/patches        each against the installed vLLM
 
 from vllm_dflash.patches import (
     adaptive_scheduler,
+    client_calls,
     cpu_layers,
     cpu_target,
     draft_lookahead,
@@ -53,6 +54,7 @@ ALL = (
     v1_confidences.PATCH,
     *cpu_layers.PATCHES,
     *cpu_target.PATCHES,
+    client_calls.PATCH,
     v2_speculator.PATCH,
     request_params.PATCH,
     *request_drafts.PATCHES,

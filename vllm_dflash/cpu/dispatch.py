@@ -28,6 +28,7 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.layers.utils import cpu_unquantized_gemm
 from vllm.platforms import CpuArchEnum, current_platform
 
+from vllm_dflash.client_calls import CALLS
 from vllm_dflash.cpu.sampler_choice import named
 from vllm_dflash.log import logger
 from vllm_dflash.patching import LEFT_OUT
@@ -126,11 +127,11 @@ class Untouched:
     or false, at any time. ``llm.apply_model`` may register a hook or set a method in a running
     engine.
 
-    Asked for each forward, so it looks at no more than is needed: a module that has got a method of
-    its own has more attributes than it had, and which they are is looked at only then. Limit: an
+    Asked for each forward, so it looks at no more than is needed: where its client's calls are
+    counted, only after one of them; and a module that has got a method of its own has more
+    attributes than it had, and which they are is looked at only then. What a look costs is memory
+    that no cache holds by then: in an engine many times as much as in a loop of its own. Limit: an
     attribute that is taken away and a method that is set, both between two forwards, are not seen.
-    What it costs is memory that no cache holds by then: in an engine several times as much as in a
-    loop of its own.
     """
 
     def __init__(self, model: Any) -> None:
@@ -151,8 +152,14 @@ class Untouched:
         self._kinds = list({type(module) for module in modules})
         self._runs = [(kind.forward, _CALL) for kind in self._kinds]
         self._range = _range_of(model)
+        self._found, self._found_after = True, -1
 
     def __bool__(self) -> bool:
+        if not CALLS.are_counted or CALLS.count != self._found_after:
+            self._found, self._found_after = self._look(), CALLS.count
+        return self._found
+
+    def _look(self) -> bool:
         if (counts := [*map(len, self._attributes)]) != self._counts:
             self._look_again(counts)
         return not (
