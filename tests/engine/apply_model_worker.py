@@ -3,7 +3,7 @@ an engine; what it answers, before, under and after each touch."""
 
 from typing import Any
 
-from engines import answer_jobs, make_llm
+from engines import answer_jobs, start
 
 
 def hook(model: Any) -> bool:
@@ -31,7 +31,7 @@ def unset(model: Any) -> None:
 def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import SamplingParams
 
-    llm = make_llm(job["model"], **job["args"])
+    llm = start(job["model"], **job["args"])
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
 
