@@ -1,31 +1,34 @@
 """An engine whose model is touched between requests. Driven by ``test_apply_model.py``: each job is
 an engine; what it answers, before, under and after each touch."""
 
+from collections.abc import Callable
 from typing import Any
 
 from engines import answer_jobs, start
 
 
-def hook(model: Any) -> bool:
-    """Quieter attention in the second layer; returns whether its process counts calls."""
-    from vllm_dflash.client_calls import CALLS
+def touches() -> list[Callable[[Any], Any]]:
+    """In turn; made here, so that they travel to another process by value."""
 
-    part = model.model.layers[1].self_attn
-    part.kept = part.register_forward_hook(lambda _module, _args, out: out * 0.5)
-    return CALLS.are_counted
+    def hook(model: Any) -> bool:
+        """Quieter attention in the second layer; returns whether its process counts calls."""
+        from vllm_dflash.client_calls import CALLS
 
+        part = model.model.layers[1].self_attn
+        part.kept = part.register_forward_hook(lambda _module, _args, out: out * 0.5)
+        return CALLS.are_counted
 
-def unhook(model: Any) -> None:
-    model.model.layers[1].self_attn.kept.remove()
+    def unhook(model: Any) -> None:
+        model.model.layers[1].self_attn.kept.remove()
 
+    def method(model: Any) -> None:
+        part = model.model.layers[2].mlp
+        part.forward = lambda x: type(part).forward(part, x) * 0.5
 
-def method(model: Any) -> None:
-    part = model.model.layers[2].mlp
-    part.forward = lambda x: type(part).forward(part, x) * 0.5
+    def unset(model: Any) -> None:
+        del model.model.layers[2].mlp.forward
 
-
-def unset(model: Any) -> None:
-    del model.model.layers[2].mlp.forward
+    return [hook, unhook, method, unset]
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -41,7 +44,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     tokens, counted = [answer()], False
-    for touch in (hook, unhook, method, unset):
+    for touch in touches():
         (said,) = llm.apply_model(touch)
         counted = counted or bool(said)
         tokens.append(answer())
