@@ -238,6 +238,19 @@ def test_an_attribute_that_is_no_method_changes_nothing() -> None:
     assert untouched
 
 
+def test_a_forward_in_the_place_of_an_attribute_is_seen() -> None:
+    """The module has as many attributes as before."""
+    model = Layered()
+    model.first.marked = True
+    untouched = Untouched(model)
+    assert untouched
+    del model.first.marked
+    model.first.forward = print
+    assert not untouched
+    del model.first.forward
+    assert untouched
+
+
 def test_a_class_of_another_package_is_named() -> None:
     """The fast layers stayed out without a word."""
 

@@ -8,7 +8,8 @@ choose another. Asked once an engine, when its model is loaded.
 """
 
 from collections.abc import Iterator
-from operator import attrgetter
+from itertools import repeat
+from operator import attrgetter, contains
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from vllm_dflash.patching import LEFT_OUT
 from vllm_dflash.replaced import replaced_by, shadowed
 
 _CALL = torch.nn.Module.__call__
+_FORWARDS = repeat("forward")
 _RUNS = attrgetter("forward", "__call__")
 _KNOWN = frozenset({"vllm", "torch", "builtins", __name__.partition(".")[0]})
 _LINEAR = ColumnParallelLinear.forward, ReplicatedLinear.forward, RowParallelLinear.forward
@@ -127,11 +129,12 @@ class Untouched:
     or false, at any time. ``llm.apply_model`` may register a hook or set a method in a running
     engine.
 
-    Asked for each forward, so it looks at no more than is needed: where its client's calls are
-    counted, only after one of them; and a module that has got a method of its own has more
-    attributes than it had, and which they are is looked at only then. What a look costs is memory
-    that no cache holds by then: in an engine many times as much as in a loop of its own. Limit: an
-    attribute that is taken away and a method that is set, both between two forwards, are not seen.
+    Asked for each forward, so it looks at no more than is needed. Where its client's calls are
+    counted, that is only after one of them. A look is at each ``forward``, and at how many
+    attributes a module has: one with another method of its own has more than it had, and which they
+    are is looked at only then. Limit: where an attribute is taken away too, between the same two
+    looks, another method than ``forward`` is not seen. What a look costs is memory that no cache
+    holds by then: in an engine several times as much as in a loop of its own.
     """
 
     def __init__(self, model: Any) -> None:
@@ -164,6 +167,7 @@ class Untouched:
             self._look_again(counts)
         return not (
             self._replaced
+            or any(map(contains, self._attributes, _FORWARDS))
             or any(self._hooks)
             or [*map(_RUNS, self._kinds)] != self._runs
             or _range_of(self._model) != self._range
