@@ -9,7 +9,6 @@ pytest tests/patches        each against the installed vLLM
 
 from vllm_dflash.patches import (
     adaptive_scheduler,
-    client_calls,
     cpu_layers,
     cpu_target,
     draft_lookahead,
@@ -34,6 +33,7 @@ from vllm_dflash.patches import (
     v1_verifier,
     v2_speculator,
     vllm_config,
+    worker_calls,
 )
 
 ALL = (
@@ -54,7 +54,7 @@ ALL = (
     v1_confidences.PATCH,
     *cpu_layers.PATCHES,
     *cpu_target.PATCHES,
-    client_calls.PATCH,
+    worker_calls.PATCH,
     v2_speculator.PATCH,
     request_params.PATCH,
     *request_drafts.PATCHES,

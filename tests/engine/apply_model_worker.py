@@ -1,34 +1,13 @@
 """An engine whose model is touched between requests. Driven by ``test_apply_model.py``: each job is
 an engine; what it answers, before, under and after each touch."""
 
-from collections.abc import Callable
+import tempfile
+import time
+from pathlib import Path
 from typing import Any
 
+import touches
 from engines import answer_jobs, start
-
-
-def touches() -> list[Callable[[Any], Any]]:
-    """In turn; made here, so that they travel to another process by value."""
-
-    def hook(model: Any) -> bool:
-        """Quieter attention in the second layer; returns whether its process counts calls."""
-        from vllm_dflash.client_calls import CALLS
-
-        part = model.model.layers[1].self_attn
-        part.kept = part.register_forward_hook(lambda _module, _args, out: out * 0.5)
-        return CALLS.are_counted
-
-    def unhook(model: Any) -> None:
-        model.model.layers[1].self_attn.kept.remove()
-
-    def method(model: Any) -> None:
-        part = model.model.layers[2].mlp
-        part.forward = lambda x: type(part).forward(part, x) * 0.5
-
-    def unset(model: Any) -> None:
-        del model.model.layers[2].mlp.forward
-
-    return [hook, unhook, method, unset]
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -43,13 +22,26 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         llm.reset_prefix_cache()
         return [list(output.outputs[0].token_ids) for output in outputs]
 
-    tokens, counted = [answer()], False
-    for touch in touches():
-        (said,) = llm.apply_model(touch)
-        counted = counted or bool(said)
-        tokens.append(answer())
+    tokens = {"untouched": answer()}
+    (settled,) = llm.apply_model(touches.hook)
+    for name, touch in (
+        ("hooked", None),
+        ("unhooked", touches.unhook),
+        ("another method", touches.method),
+        ("its own method", touches.unset),
+    ):
+        if touch is not None:
+            llm.apply_model(touch)
+        tokens[name] = answer()
+    with tempfile.TemporaryDirectory() as folder:
+        llm.collective_rpc(touches.hook_when_told, args=(folder,))
+        tokens["a thread waits"] = answer()
+        Path(folder, "told").touch()
+        while not Path(folder, "done").exists():
+            time.sleep(0.01)
+    tokens["it has set a hook"] = answer()
     llm.llm_engine.engine_core.shutdown()
-    return {"tokens": tokens, "counted": counted}
+    return {"tokens": tokens, "settled": settled}
 
 
 if __name__ == "__main__":
