@@ -29,6 +29,8 @@ def test_what_a_call_does_to_the_target_is_heeded_at_once(own_process: bool) -> 
         {
             "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(own_process)),
             "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+            # The tests' own plug-in is another's code.
+            "VLLM_PLUGINS": "dflash",
         },
     )
     assert ours["settled"] == own_process
