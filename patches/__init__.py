@@ -34,6 +34,7 @@ from vllm_dflash.patches import (
     v1_verifier,
     v2_speculator,
     vllm_config,
+    worker_calls,
 )
 
 ALL = (
@@ -55,6 +56,7 @@ ALL = (
     v1_confidences.PATCH,
     *cpu_layers.PATCHES,
     *cpu_target.PATCHES,
+    worker_calls.PATCH,
     v2_speculator.PATCH,
     request_params.PATCH,
     *request_drafts.PATCHES,

@@ -33,6 +33,7 @@ from vllm_dflash.cpu.sampler_choice import named
 from vllm_dflash.log import logger
 from vllm_dflash.patching import LEFT_OUT
 from vllm_dflash.replaced import replaced_by, shadowed
+from vllm_dflash.worker_calls import CALLS
 
 _CALL = torch.nn.Module.__call__
 _FORWARDS = repeat("forward")
@@ -128,10 +129,11 @@ class Untouched:
     or false, at any time. ``llm.apply_model`` may register a hook or set a method in a running
     engine.
 
-    Asked for each forward, so it looks at no more than is needed: at each ``forward``, and at how
-    many attributes a module has. One with another method of its own has more than it had, and which
-    they are is looked at only then. Limit: where an attribute is taken away too, between the same
-    two forwards, another method than ``forward`` is not seen. What it costs is memory that no cache
+    Asked for each forward, so it looks at no more than is needed. Where no code but vLLM's and ours
+    can have reached the model, once is enough. A look is at each ``forward``, and at how many
+    attributes a module has: one with another method of its own has more than it had, and which they
+    are is looked at only then. Limit: where an attribute is taken away too, between the same two
+    forwards, another method than ``forward`` is not seen. What a look costs is memory that no cache
     holds by then: in an engine several times as much as in a loop of its own.
     """
 
@@ -153,8 +155,17 @@ class Untouched:
         self._kinds = list({type(module) for module in modules})
         self._runs = [(kind.forward, _CALL) for kind in self._kinds]
         self._range = _range_of(model)
+        self._settled = False
+        """Whether it was so once, while no other code could change it."""
 
     def __bool__(self) -> bool:
+        if CALLS.none_other and self._settled:
+            return True
+        found = self._look()
+        self._settled = found and CALLS.none_other
+        return found
+
+    def _look(self) -> bool:
         if (counts := [*map(len, self._attributes)]) != self._counts:
             self._look_again(counts)
         return not (
