@@ -80,6 +80,8 @@ def call(record: Patch, config: Any) -> tuple[list[Any], Any]:
     )
     if is_of_the_config(record):
         first = config
+    elif ":WorkerProc." in record.target:  # the config is its worker's
+        first = Untouchable(worker=first)
     args = (first, *(Untouchable() for _ in range(count - 1)))
     assert record.replace is not None
     wrapper = record.replace(property(stand_in) if is_property else stand_in)
