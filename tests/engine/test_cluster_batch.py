@@ -56,8 +56,9 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
 def test_rows_are_those_of_one_process_and_bad_ones_cost_themselves_alone(
     tmp_path: Path, plain_float32: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Among 24 good rows: one that ends its engine, a broken line, one that is too long, and one
-    with a parameter that does not exist.
+    """Among 24 good rows: one that ends its engine, a broken line, one that is too long, one with a
+    parameter that does not exist, and one with a parameter of another type, after which every row
+    was waited for for ever.
 
     And the plug-in is loaded in every process of it, the first engine's and the later ones'.
     """
@@ -70,6 +71,8 @@ def test_rows_are_those_of_one_process_and_bad_ones_cost_themselves_alone(
         for i, prompt in enumerate(prompts)
     ]
     lines.insert(20, json.dumps({"id": "parameter", "prompt": "x", "sampling_params": {"heat": 1}}))
+    typed = {"id": "type", "prompt": "x", "sampling_params": {"max_tokens": 3.0}}
+    lines.insert(17, json.dumps(typed))
     lines.insert(15, json.dumps({"id": "long", "prompt_token_ids": [5] * 600}))
     lines.insert(9, json.dumps({"id": "deadly", "prompt_token_ids": POISON}))
     lines.insert(4, '{"id": "broken", ')
@@ -100,10 +103,11 @@ def test_rows_are_those_of_one_process_and_bad_ones_cost_themselves_alone(
         json.loads(line)["id"] if line.endswith("}") else None for line in lines
     ]
     bad = {row.get("id", row.get("line")): row["error"] for row in rows if row["error"] is not None}
-    assert bad.keys() == {"parameter", "long", "deadly", '{"id": "broken", '}
+    assert bad.keys() == {"parameter", "type", "long", "deadly", '{"id": "broken", '}
     assert "ended while it answered this row alone" in bad["deadly"]
     assert "line 5 is no JSON" in bad['{"id": "broken", ']
     assert "heat" in bad["parameter"]
+    assert "`$.max_tokens`" in bad["type"]
     assert "512" in bad["long"]
 
     good = [row for row in rows if row["error"] is None]
@@ -117,7 +121,7 @@ def test_rows_are_those_of_one_process_and_bad_ones_cost_themselves_alone(
         and row["tags"][1] == "mixed"
         for row in good
     )
-    assert (sums["rows"], sums["failed"], sums["completion_tokens"]) == (28, 4, 24 * TOKENS)
+    assert (sums["rows"], sums["failed"], sums["completion_tokens"]) == (29, 5, 24 * TOKENS)
     print(f"\n{sums['drafts']} drafts, tau {1 + sums['accepted_tokens'] / sums['drafts']:.2f}")
     for name in ("drafts", "draft_tokens", "accepted_tokens"):
         assert sums[name] == sum(row[name] for row in good)

@@ -11,6 +11,7 @@ reason nor what was accepted, and it has no place for a row that ends the engine
 """
 
 import argparse
+import contextlib
 import copy
 import gc
 import sys
@@ -25,6 +26,7 @@ from vllm_dflash.cluster import parts
 from vllm_dflash.cluster.command import settings_of
 from vllm_dflash.cluster.completer import COUNTED, Completer, count
 from vllm_dflash.cluster.connection import connect
+from vllm_dflash.cluster.rows import check_sampling
 from vllm_dflash.cluster.settings import ClusterError, EngineSettings, engine_args, uses_ray
 from vllm_dflash.files import RunError, claim, write_record
 from vllm_dflash.lock import hold
@@ -83,7 +85,7 @@ def complete(job: Job, completer: Any = Completer) -> dict[str, Any]:
 
     Raises:
         ClusterError: the input cannot be used, the cluster cannot run it, or more than
-            ``max_errors`` rows failed.
+            ``max_errors`` rows failed; or the run's sampling parameters are none of vLLM's.
         RunError: the output was begun with other settings, another command is at work there, or the
             disk is full.
     """
@@ -94,6 +96,9 @@ def complete(job: Job, completer: Any = Completer) -> dict[str, Any]:
 def _complete(job: Job, completer: Any) -> dict[str, Any]:
     found = parts.index(job.inputs, job.rows_per_part)
     args = engine_args(job.engine)
+    # Before the output is claimed for them. The replicas check them where there is no vLLM here.
+    with contextlib.suppress(ImportError):
+        check_sampling(job.sampling)
     claim(
         job.out / STATE,
         "batch",

@@ -16,7 +16,14 @@ from typing import Any
 
 from vllm_dflash.cluster.orphans import tie_children
 from vllm_dflash.cluster.parts import Part, read, write
-from vllm_dflash.cluster.rows import answered, failed, prompt_of, sampling_of
+from vllm_dflash.cluster.rows import (
+    answered,
+    check_sampling,
+    failed,
+    params_of,
+    prompt_of,
+    sampling_of,
+)
 from vllm_dflash.cluster.settings import ClusterError
 
 
@@ -49,6 +56,7 @@ class Completer:
         """Answers and writes the parts of a batch (of one); yields the sums over each, as of
         ``count``."""
         if self._engine is None:
+            check_sampling(self._sampling)  # where the command ran there may be no vLLM
             # It blocks this actor's loop, so that no other part comes here meanwhile.
             self._engine = self._started()
         for values in zip(*batch.values(), strict=True):
@@ -103,16 +111,9 @@ class Completer:
                 self._calm.set()
 
     async def _ask(self, row: dict[str, Any]) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         config = self._engine.vllm_config.model_config
         ids = prompt_of(row, self._engine.get_tokenizer(), config.get_vocab_size())
-        params = SamplingParams(
-            **sampling_of(row, self._sampling), output_kind=RequestOutputKind.FINAL_ONLY
-        )
-        if params.n != 1:
-            raise RowError(f"n is {params.n}: a row has one completion; repeat the row")
+        params = params_of(sampling_of(row, self._sampling))
         # FINAL_ONLY: there is but one.
         outputs = [
             output

@@ -1,12 +1,14 @@
 """One row of a batch run: what is asked, and what is written of the answer. Pure, but for vLLM's
 own checks of the sampling parameters.
 
-pytest tests/engine/test_cluster_batch.py
+pytest tests/unit/test_cluster_sampling.py tests/engine/test_cluster_batch.py
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_dflash.cluster.settings import ClusterError
 from vllm_dflash.prompts import PromptError, token_ids
 
 SAMPLING = "sampling_params"
@@ -40,6 +42,67 @@ def sampling_of(row: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
         raise PromptError(f"{SAMPLING} is {own!r}: give an object such as {{'temperature': 0.7}}")
     # Parquet gives every row all the fields that any row has.
     return {**defaults, **{name: value for name, value in own.items() if value is not None}}
+
+
+def params_of(given: Mapping[str, Any]) -> Any:
+    """vLLM's ``SamplingParams`` of values as JSON and Parquet have them, for one completion.
+
+    vLLM's constructor takes any type. Its engine core takes those of the fields alone: it reads
+    requests in a thread that ends of another type, and then waits for requests for ever.
+
+    Raises:
+        PromptError: a name, type or value that vLLM does not take; the field is named.
+    """
+    import msgspec
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    _check_names("", given, {*SamplingParams.__struct_fields__} - {"output_kind"})
+    for name, value in given.items():
+        try:
+            msgspec.msgpack.encode(value)  # as requests travel to the engine core
+        except Exception as error:  # half of a surrogate pair, a number beyond 64 bits
+            raise PromptError(f"{SAMPLING}: {name} cannot be sent to the engine: {error}") from None
+    try:
+        # JSON's keys are text, those of logit_bias numbers.
+        params = msgspec.convert(dict(given), SamplingParams, str_keys=True)
+    except Exception as error:  # whatever vLLM's own checks raise
+        raise PromptError(f"{SAMPLING}: {error}") from None
+    for name, value in given.items():
+        made = getattr(params, name)
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(made):
+            # msgspec passes over names that a dataclass does not have.
+            taken = {each.name for each in dataclasses.fields(made) if each.init}
+            _check_names(f"{name}.", value, taken)
+    if params.n != 1:
+        raise PromptError(f"{SAMPLING}: n is {params.n}: a row has one completion; repeat the row")
+    params.output_kind = RequestOutputKind.FINAL_ONLY
+    return params
+
+
+def check_sampling(sampling: Mapping[str, Any]) -> None:
+    """Refuses a run's sampling parameters as ``params_of`` does a row's: all its rows would fail.
+
+    Raises:
+        ClusterError: the field is named.
+        ImportError: there is no vLLM here.
+    """
+    try:
+        params_of(sampling)
+    except PromptError as error:
+        raise ClusterError(
+            f"the run's sampling parameters, of --sampling, --temperature and --max-tokens: {error}"
+        ) from None
+
+
+def _check_names(where: str, given: Mapping[str, Any], taken: set[str]) -> None:
+    """Those with an underscore are for vLLM alone to set."""
+    for name in given:
+        if name not in taken or name.startswith("_"):
+            raise PromptError(
+                f"{SAMPLING}: {where}{name} is no sampling parameter of vLLM's that can be set"
+                " here: leave it out, or mend its name"
+            )
 
 
 def answered(output: Any) -> dict[str, Any]:
