@@ -88,6 +88,47 @@ def test_another_input_has_another_fingerprint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ([["a 1st", "def f(x):", "z last"]], [["a 1st", "def h(q):", "z last"]]),
+        ([["a", "b", "c", "z"]], [["a", "c", "b", "z"]]),
+        ([["a", "b"], ["y", "z"]], [["a", "b"], ["z", "y"]]),
+    ],
+)
+def test_an_edited_parquet_file_has_another_fingerprint(
+    tmp_path: Path, before: list[list[str]], after: list[list[str]]
+) -> None:
+    """Its fingerprint was the footer's statistics and the file's size: with the same least and
+    greatest prompt the answers to the old prompts stayed, beside those to the new ones."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow comes with vllm-dflash[ray]")
+    pa = pytest.importorskip("pyarrow", reason="pyarrow comes with vllm-dflash[ray]")
+    path, found = tmp_path / "a.parquet", []
+    for columns in (before, before, after):
+        named = {f"column {i}": column for i, column in enumerate(columns)}
+        parquet.write_table(pa.table(named), path)
+        found.append((parts.index([str(path)], 8).fingerprint, path.stat().st_size))
+    assert found[0] == found[1]
+    assert found[0][0] != found[2][0]
+    assert found[0][1] == found[2][1]
+
+
+def test_statistics_of_parquet_are_not_read(tmp_path: Path) -> None:
+    """Dates past Python's year 9999 ended index in an OverflowError, nanoseconds without pandas in
+    a ValueError, text that is no UTF-8 in a UnicodeDecodeError."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow comes with vllm-dflash[ray]")
+    pa = pytest.importorskip("pyarrow", reason="pyarrow comes with vllm-dflash[ray]")
+    for kind, values in (
+        (pa.date32(), pa.array([2**30, 1], pa.int32())),
+        (pa.timestamp("us"), pa.array([2**62, 1])),
+        (pa.timestamp("ns"), pa.array([1, 2])),
+        (pa.string(), pa.array([b"\xff", b"a"])),
+    ):
+        table = pa.table({"prompt": ["a", "b"], "other": values.view(kind)})
+        parquet.write_table(table, tmp_path / "a.parquet")
+        assert parts.index([str(tmp_path / "a.parquet")], 8).rows == 2
+
+
+@pytest.mark.parametrize(
     ("names", "message"),
     [
         (["a.jsonl", "b.parquet"], "give files that all end in .jsonl or all in .parquet"),

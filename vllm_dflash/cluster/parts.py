@@ -18,10 +18,13 @@ from typing import Any
 from vllm_dflash.cluster.settings import ClusterError
 from vllm_dflash.files import whole_file
 from vllm_dflash.json_text import loads
+from vllm_dflash.progress import Progress
 from vllm_dflash.records import AtLeast, misfit
 from vllm_dflash.regular import check_input
 
 FORMATS = (".jsonl", ".parquet")
+_BLOCK = 1 << 22
+"""Bytes of a Parquet file in memory while its checksum is made."""
 _RESULT_TYPES = {
     "completion": "string",
     "finish_reason": "string",
@@ -130,25 +133,21 @@ def _cut_parquet(path: str, rows_per_part: int, parts: list[Part], whole: int) -
         parts.append(
             Part(len(parts), path, start, start + 1, min(rows_per_part, metadata.num_rows - start))
         )
-    # Row groups' places and statistics: nobody reads all of a file that is larger than memory to
-    # tell it from another.
-    try:
-        said = json.dumps(
-            [metadata.to_dict(), Path(path).stat().st_size], default=repr, sort_keys=True
-        ).encode()
-    except UnicodeDecodeError:  # a column's least or greatest text is no UTF-8
-        said = Path(path).stat().st_size.to_bytes(8, "little") + _footer(path)
-    return zlib.crc32(said, whole)
-
-
-def _footer(path: str) -> bytes:
-    """What a Parquet file says of itself, as it lies at its end: before its length and the four
-    letters of the format."""
-    with open(path, "rb") as file:
-        file.seek(-8, 2)
-        size = int.from_bytes(file.read(4), "little")
-        file.seek(-8 - size, 2)
-        return file.read(size)
+    # All of it, as of JSON lines: the footer's statistics stay what they are through many an edit.
+    with (
+        open(path, "rb") as file,
+        Progress(
+            total=Path(path).stat().st_size,
+            desc=f"reading {Path(path).name}",
+            unit="B",
+            unit_scale=True,
+            leave=False,
+        ) as bar,
+    ):
+        while block := file.read(_BLOCK):
+            whole = zlib.crc32(block, whole)
+            bar.update(len(block))
+    return whole
 
 
 def read(part: Part) -> Iterator[tuple[dict[str, Any], str | None]]:
