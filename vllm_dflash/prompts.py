@@ -4,10 +4,11 @@ they are served.
 pytest tests/unit/test_bench_workload.py tests/engine/test_doctor.py
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.fields import json_type
 from vllm_dflash.json_text import loads
 from vllm_dflash.regular import check_input
 
@@ -100,17 +101,9 @@ def token_ids(line: Any, where: str, tokenizer: Any, vocab_size: int) -> list[in
         and all(type(i) is int and 0 <= i < vocab_size for i in ids)
     ):
         return ids
-    messages, text = (
-        (line.get("messages"), line.get("prompt")) if isinstance(line, dict) else (None, None)
-    )
-    if messages == [] and ids is None and not text:
-        # A template would write its own opening to it, a system's message perhaps, and be answered.
-        raise PromptError(
-            f"{where}: messages is empty: give at least one message, such as"
-            ' {"role": "user", "content": "..."}'
-        )
-    messages = messages or None
-    if ids is not None or not (isinstance(messages, list) or (isinstance(text, str) and text)):
+    text = line.get("prompt") if isinstance(line, dict) else None
+    is_chat = ids is None and isinstance(line, dict) and has_chat(line)
+    if not is_chat and (ids is not None or not (isinstance(text, str) and text)):
         raise PromptError(
             f"{where}: give prompt (text), messages (a chat) or prompt_token_ids (ids below"
             f" {vocab_size})"
@@ -119,23 +112,64 @@ def token_ids(line: Any, where: str, tokenizer: Any, vocab_size: int) -> list[in
         raise PromptError(
             f"{where}: the target has no tokenizer; give prompt_token_ids in --prompts"
         )
-    special = not isinstance(messages, list)
-    if isinstance(messages, list):
-        try:
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except (
-            Exception
-        ) as error:  # a template is a program of the target's author, and raises what it likes
-            raise PromptError(
-                f"{where}: the target's chat template refuses these messages ({error}): mend them,"
-                " or give prompt"
-            ) from None
-    problem = surrogate(str(text))
+    if is_chat:
+        return chat_ids(line["messages"], where, tokenizer)
+    return list(tokenizer(_encodable(str(text), where))["input_ids"])
+
+
+def has_chat(line: Mapping[str, Any]) -> bool:
+    """Whether ``messages`` is given; an empty list beside a prompt is not."""
+    messages = line.get("messages")
+    return messages is not None and not (messages == [] and line.get("prompt"))
+
+
+def chat_ids(
+    messages: Any, where: str, tokenizer: Any, template_args: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Token ids of a chat, up to the header of its answer; ``template_args`` goes to the template.
+
+    Raises:
+        PromptError: it is no chat, or the template refuses it; begins with ``where``.
+    """
+    if not isinstance(messages, list) or not messages:
+        # A template would write its own opening to none, a system's message perhaps.
+        state = "empty" if messages == [] else json_type(messages)
+        raise PromptError(
+            f"{where}: messages is {state}: give at least one message, such as"
+            ' {"role": "user", "content": "..."}'
+        )
+    messages = [_message(message, f"{where}: message {n}") for n, message in enumerate(messages, 1)]
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **template_args or {}
+        )
+    except Exception as error:  # a template is a program of the target's author: it raises anything
+        raise PromptError(
+            f"{where}: the target's chat template refuses these messages ({error}): mend them, or"
+            " give prompt as text"
+        ) from None
+    return list(tokenizer(_encodable(str(text), where), add_special_tokens=False)["input_ids"])
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    """A message that is one: a template may write nothing, or Python's form, of another."""
+    if not isinstance(message, dict):
+        raise PromptError(f"{where} is {json_type(message)}: give an object with role and content")
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role:
+        raise PromptError(f"{where} has no role: give one, such as user")
+    if content is None and message.get("tool_calls"):
+        content = ""  # as vLLM's server has it
+    if not isinstance(content, str | list):
+        raise PromptError(f"{where}: content is {json_type(content)}: give text")
+    return message | {"content": content}
+
+
+def _encodable(text: str, where: str) -> str:
+    problem = surrogate(text)
     if problem is not None:
         raise PromptError(f"{where}: {problem}")
-    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    return text
 
 
 def surrogate(text: str) -> str | None:

@@ -66,7 +66,7 @@ def test_forms(tokenizer, tmp_path: Path) -> None:
         ([{"prompt_token_ids": [5000]}], "line 1: prompt_token_ids is no list of ids below 4096"),
         ([{"prompt_token_ids": []}], "line 1: prompt_token_ids is no list"),
         ([{"prompt": ""}], "line 1: give prompt"),
-        ([{"messages": ["x"]}], "line 1: give prompt"),
+        ([{"messages": ["x"]}], "line 1: message 1 is a text: give an object with role and"),
         (
             [{"messages": [{"role": "system", "content": "x"}]}],
             "line 1: the target's chat template refuses these messages (no system)",
@@ -105,6 +105,47 @@ def test_half_of_a_surrogate_pair_is_named_by_its_line(
     if "response" not in row:
         with pytest.raises(PromptError, match=r"p.jsonl, line 2: character \d+ is \\u"):
             load_prompts(path, 8, tokenizer, 4096)
+
+
+USER = {"role": "u", "content": "hi"}
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": [[USER]]}, "message 1 is a list: give an object with role and content"),
+        ({"messages": [USER, 1]}, "message 2 is a number: give an object with role and content"),
+        ({"messages": [{}]}, "message 1 has no role: give one, such as user"),
+        ({"messages": [{"role": None, "content": "a"}]}, "message 1 has no role"),
+        ({"messages": [{"role": "u", "content": None}]}, "message 1: content is null: give text"),
+        ({"messages": [{"role": "u"}]}, "message 1: content is null: give text"),
+        ({"messages": [{"role": "u", "content": {"a": 1}}]}, "message 1: content is an object"),
+        ({"messages": []}, "messages is empty: give at least one message"),
+        ({"messages": {}, "prompt": "a"}, "messages is an object: give at least one message"),
+        ({"messages": "hi", "prompt": "a"}, "messages is a text: give at least one message"),
+        ({"messages": [1], "prompt": "a"}, "message 1 is a number: give an object"),
+    ],
+)
+def test_chats_that_are_none(tokenizer, tmp_path: Path, row: dict[str, Any], words: str) -> None:
+    """They reached the template, which wrote what it made of them, or were passed over for the
+    prompt. Train and the commands that answer prompts refuse them in the same words."""
+    path = lines(tmp_path / "p.jsonl", row)
+    with pytest.raises(TrainingError) as found:
+        list(Reader(tokenizer, 4096, "{}").read(path))
+    assert f"{path}, line 1: {words}" in str(found.value)
+    with pytest.raises(PromptError) as other:
+        load_prompts(path, 1, tokenizer, 4096)
+    assert str(other.value) == str(found.value)
+
+
+def test_chats_that_are_some(tokenizer, tmp_path: Path) -> None:
+    """An empty chat beside a prompt is none, as Parquet may give it; a call of tools has no
+    text."""
+    call = {"role": "a", "content": None, "tool_calls": [{"type": "function"}]}
+    path = lines(tmp_path / "p.jsonl", {"messages": [], "prompt": "hi"}, {"messages": [USER, call]})
+    found = [prompt.ids for prompt in Reader(tokenizer, 4096, "{}").read(path)]
+    assert [tokenizer.decode(ids) for ids in found] == ["hi", "<u>hi\n<a>\n<a>"]
+    assert load_prompts(path, 2, tokenizer, 4096) == found
 
 
 def test_a_byte_order_mark(tokenizer, tmp_path: Path) -> None:
