@@ -4,11 +4,11 @@ they are served.
 pytest tests/unit/test_bench_workload.py tests/engine/test_doctor.py
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.fields import json_type
+from vllm_dflash.fields import json_type, shown
 from vllm_dflash.json_text import loads
 from vllm_dflash.regular import check_input
 
@@ -138,17 +138,25 @@ def chat_ids(
             f"{where}: messages is {state}: give at least one message, such as"
             ' {"role": "user", "content": "..."}'
         )
-    messages = [_message(message, f"{where}: message {n}") for n, message in enumerate(messages, 1)]
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **template_args or {}
+
+    def render(messages: list[dict[str, Any]]) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **template_args or {}
+            )
         )
+
+    messages = [_message(message, f"{where}: message {n}") for n, message in enumerate(messages, 1)]
+    if any(isinstance(m["content"], list) for m in messages) and not _reads_parts(render):
+        messages = [m | {"content": _joined(m["content"])} for m in messages]
+    try:
+        text = render(messages)
     except Exception as error:  # a template is a program of the target's author: it raises anything
         raise PromptError(
             f"{where}: the target's chat template refuses these messages ({error}): mend them, or"
             " give prompt as text"
         ) from None
-    return list(tokenizer(_encodable(str(text), where), add_special_tokens=False)["input_ids"])
+    return list(tokenizer(_encodable(text, where), add_special_tokens=False)["input_ids"])
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
@@ -160,9 +168,42 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise PromptError(f"{where} has no role: give one, such as user")
     if content is None and message.get("tool_calls"):
         content = ""  # as vLLM's server has it
-    if not isinstance(content, str | list):
+    if isinstance(content, list):
+        content = [_part(part, f"{where}, part {n}") for n, part in enumerate(content, 1)]
+    elif not isinstance(content, str):
         raise PromptError(f"{where}: content is {json_type(content)}: give text")
     return message | {"content": content}
+
+
+def _part(part: Any, where: str) -> dict[str, str]:
+    """A part of a content, as a template is given it."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(part, dict) or kind != "text" or not isinstance(part.get("text"), str):
+        raise PromptError(
+            f"{where} is {json_type(part)} of type {shown(kind)}: only text is taken, such as"
+            ' {"type": "text", "text": "..."}'
+        )
+    return {"type": "text", "text": part["text"]}
+
+
+def _joined(content: str | list[dict[str, str]]) -> str:
+    """Content as text: its parts with newlines between them, as vLLM's server joins them."""
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+def _reads_parts(render: Callable[[list[dict[str, Any]]], str]) -> bool:
+    """Whether a template goes through the parts of a content itself; vLLM's server joins them for
+    one that does not."""
+    try:
+        text, parts = (
+            render([{"role": "user", "content": content}])
+            for content in ("x", [{"type": "text", "text": "x"}])
+        )
+    except Exception:  # as above
+        return False
+    return text == parts
 
 
 def _encodable(text: str, where: str) -> str:

@@ -1,6 +1,7 @@
 """Prompts in all their forms become the token ids that are served; broken ones are refused by line;
 the split holds still."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,12 @@ USER = {"role": "u", "content": "hi"}
         ({"messages": [{"role": "u", "content": None}]}, "message 1: content is null: give text"),
         ({"messages": [{"role": "u"}]}, "message 1: content is null: give text"),
         ({"messages": [{"role": "u", "content": {"a": 1}}]}, "message 1: content is an object"),
+        (
+            {"messages": [USER | {"content": ["a", {"type": "image_url", "image_url": {}}]}]},
+            "message 1, part 2 is an object of type 'image_url': only text is taken, such as",
+        ),
+        ({"messages": [USER | {"content": [{"type": "text"}]}]}, "message 1, part 1 is an object"),
+        ({"messages": [USER | {"content": [1]}]}, "message 1, part 1 is a number"),
         ({"messages": []}, "messages is empty: give at least one message"),
         ({"messages": {}, "prompt": "a"}, "messages is an object: give at least one message"),
         ({"messages": "hi", "prompt": "a"}, "messages is a text: give at least one message"),
@@ -146,6 +153,35 @@ def test_chats_that_are_some(tokenizer, tmp_path: Path) -> None:
     found = [prompt.ids for prompt in Reader(tokenizer, 4096, "{}").read(path)]
     assert [tokenizer.decode(ids) for ids in found] == ["hi", "<u>hi\n<a>\n<a>"]
     assert load_prompts(path, 2, tokenizer, 4096) == found
+
+
+READS_PARTS = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}{%"
+    " for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "text"),
+    [
+        (TEMPLATE, [{"type": "text", "text": "zz"}], "<u>zz\n<a>"),
+        (TEMPLATE, ["a", {"type": "text", "text": "b", "image_url": None}], "<u>a\nb\n<a>"),
+        (TEMPLATE.replace("{{ m.content }}", "{{ m.content + '' }}"), ["a", "b"], "<u>a\nb\n<a>"),
+        (READS_PARTS, ["a", "b"], "<u>ab"),
+        (READS_PARTS.replace("{{ part.text }}", "{{ part }}"), ["a", "b"], "<u>a\nb"),
+    ],
+)
+def test_content_in_parts(
+    tokenizer, tmp_path: Path, template: str, content: list[Any], text: str
+) -> None:
+    """A template that writes content as text wrote Python's form of the list, without a word. Now
+    it gets what vLLM's server gives it, and one that reads parts itself the parts."""
+    given = copy.deepcopy(tokenizer)
+    given.chat_template = template
+    path = lines(tmp_path / "p.jsonl", {"messages": [USER | {"content": content}]})
+    (found,) = Reader(given, 4096, "{}").read(path)
+    assert given.decode(found.ids) == text
+    assert load_prompts(path, 1, given, 4096) == [found.ids]
 
 
 def test_a_byte_order_mark(tokenizer, tmp_path: Path) -> None:
