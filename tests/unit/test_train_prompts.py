@@ -67,6 +67,8 @@ def test_forms(tokenizer, tmp_path: Path) -> None:
         ([{"prompt_token_ids": [5000]}], "line 1: prompt_token_ids is no list of ids below 4096"),
         ([{"prompt_token_ids": []}], "line 1: prompt_token_ids is no list"),
         ([{"prompt": ""}], "line 1: give prompt"),
+        ([{"prompt": "a", "response": ["b"]}], "line 1: response is a list: give the answer's"),
+        ([{"prompt": "a", "response": 0}], "line 1: response is a number: give the answer's text"),
         ([{"messages": ["x"]}], "line 1: message 1 is a text: give an object with role and"),
         (
             [{"messages": [{"role": "system", "content": "x"}]}],

@@ -164,19 +164,19 @@ class Reader:
     def _response(self, given: dict[str, Any], where: str) -> list[int] | None:
         if "response_token_ids" in given:
             return self._ids(given["response_token_ids"], "response_token_ids", where)
-        if isinstance(given.get("response"), str) and given["response"]:
-            tokenizer = self._known(where)
-            cut = given.get("finish_reason") == "length"
-            end = [] if cut or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-            return (
-                list(
-                    tokenizer(encodable(given["response"], where), add_special_tokens=False)[
-                        "input_ids"
-                    ]
-                )
-                + end
+        response = given.get("response", "")
+        if not isinstance(response, str):
+            raise TrainingError(
+                f"{where}: response is {json_type(response)}: give the answer's text, or"
+                " response_token_ids"
             )
-        return None
+        if not response:
+            return None
+        tokenizer = self._known(where)
+        cut = given.get("finish_reason") == "length"
+        end = [] if cut or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        text = encodable(response, where)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"]) + end
 
     def _ids(self, ids: Any, name: str, where: str) -> list[int]:
         good = isinstance(ids, Sequence) and all(
