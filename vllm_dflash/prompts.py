@@ -4,10 +4,11 @@ they are served.
 pytest tests/unit/test_bench_workload.py tests/engine/test_doctor.py
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.fields import json_type, shown
 from vllm_dflash.json_text import loads
 from vllm_dflash.regular import check_input
 
@@ -100,17 +101,9 @@ def token_ids(line: Any, where: str, tokenizer: Any, vocab_size: int) -> list[in
         and all(type(i) is int and 0 <= i < vocab_size for i in ids)
     ):
         return ids
-    messages, text = (
-        (line.get("messages"), line.get("prompt")) if isinstance(line, dict) else (None, None)
-    )
-    if messages == [] and ids is None and not text:
-        # A template would write its own opening to it, a system's message perhaps, and be answered.
-        raise PromptError(
-            f"{where}: messages is empty: give at least one message, such as"
-            ' {"role": "user", "content": "..."}'
-        )
-    messages = messages or None
-    if ids is not None or not (isinstance(messages, list) or (isinstance(text, str) and text)):
+    text = line.get("prompt") if isinstance(line, dict) else None
+    is_chat = ids is None and isinstance(line, dict) and has_chat(line)
+    if not is_chat and (ids is not None or not (isinstance(text, str) and text)):
         raise PromptError(
             f"{where}: give prompt (text), messages (a chat) or prompt_token_ids (ids below"
             f" {vocab_size})"
@@ -119,23 +112,105 @@ def token_ids(line: Any, where: str, tokenizer: Any, vocab_size: int) -> list[in
         raise PromptError(
             f"{where}: the target has no tokenizer; give prompt_token_ids in --prompts"
         )
-    special = not isinstance(messages, list)
-    if isinstance(messages, list):
-        try:
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+    if is_chat:
+        return chat_ids(line["messages"], where, tokenizer)
+    return list(tokenizer(_encodable(str(text), where))["input_ids"])
+
+
+def has_chat(line: Mapping[str, Any]) -> bool:
+    """Whether ``messages`` is given; an empty list beside a prompt is not."""
+    messages = line.get("messages")
+    return messages is not None and not (messages == [] and line.get("prompt"))
+
+
+def chat_ids(
+    messages: Any, where: str, tokenizer: Any, template_args: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Token ids of a chat, up to the header of its answer; ``template_args`` goes to the template.
+
+    Raises:
+        PromptError: it is no chat, or the template refuses it; begins with ``where``.
+    """
+    if not isinstance(messages, list) or not messages:
+        # A template would write its own opening to none, a system's message perhaps.
+        state = "empty" if messages == [] else json_type(messages)
+        raise PromptError(
+            f"{where}: messages is {state}: give at least one message, such as"
+            ' {"role": "user", "content": "..."}'
+        )
+
+    def render(messages: list[dict[str, Any]]) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **template_args or {}
             )
-        except (
-            Exception
-        ) as error:  # a template is a program of the target's author, and raises what it likes
-            raise PromptError(
-                f"{where}: the target's chat template refuses these messages ({error}): mend them,"
-                " or give prompt"
-            ) from None
-    problem = surrogate(str(text))
+        )
+
+    messages = [_message(message, f"{where}: message {n}") for n, message in enumerate(messages, 1)]
+    if any(isinstance(m["content"], list) for m in messages) and not _reads_parts(render):
+        messages = [m | {"content": _joined(m["content"])} for m in messages]
+    try:
+        text = render(messages)
+    except Exception as error:  # a template is a program of the target's author: it raises anything
+        raise PromptError(
+            f"{where}: the target's chat template refuses these messages ({error}): mend them, or"
+            " give prompt as text"
+        ) from None
+    return list(tokenizer(_encodable(text, where), add_special_tokens=False)["input_ids"])
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    """A message that is one: a template may write nothing, or Python's form, of another."""
+    if not isinstance(message, dict):
+        raise PromptError(f"{where} is {json_type(message)}: give an object with role and content")
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role:
+        raise PromptError(f"{where} has no role: give one, such as user")
+    if content is None and message.get("tool_calls"):
+        content = ""  # as vLLM's server has it
+    if isinstance(content, list):
+        content = [_part(part, f"{where}, part {n}") for n, part in enumerate(content, 1)]
+    elif not isinstance(content, str):
+        raise PromptError(f"{where}: content is {json_type(content)}: give text")
+    return message | {"content": content}
+
+
+def _part(part: Any, where: str) -> dict[str, str]:
+    """A part of a content, as a template is given it."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(part, dict) or kind != "text" or not isinstance(part.get("text"), str):
+        raise PromptError(
+            f"{where} is {json_type(part)} of type {shown(kind)}: only text is taken, such as"
+            ' {"type": "text", "text": "..."}'
+        )
+    return {"type": "text", "text": part["text"]}
+
+
+def _joined(content: str | list[dict[str, str]]) -> str:
+    """Content as text: its parts with newlines between them, as vLLM's server joins them."""
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+def _reads_parts(render: Callable[[list[dict[str, Any]]], str]) -> bool:
+    """Whether a template goes through the parts of a content itself; vLLM's server joins them for
+    one that does not."""
+    try:
+        text, parts = (
+            render([{"role": "user", "content": content}])
+            for content in ("x", [{"type": "text", "text": "x"}])
+        )
+    except Exception:  # as above
+        return False
+    return text == parts
+
+
+def _encodable(text: str, where: str) -> str:
+    problem = surrogate(text)
     if problem is not None:
         raise PromptError(f"{where}: {problem}")
-    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    return text
 
 
 def surrogate(text: str) -> str | None:

@@ -88,6 +88,47 @@ def test_another_input_has_another_fingerprint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ([["a 1st", "def f(x):", "z last"]], [["a 1st", "def h(q):", "z last"]]),
+        ([["a", "b", "c", "z"]], [["a", "c", "b", "z"]]),
+        ([["a", "b"], ["y", "z"]], [["a", "b"], ["z", "y"]]),
+    ],
+)
+def test_an_edited_parquet_file_has_another_fingerprint(
+    tmp_path: Path, before: list[list[str]], after: list[list[str]]
+) -> None:
+    """Its fingerprint was the footer's statistics and the file's size: with the same least and
+    greatest prompt the answers to the old prompts stayed, beside those to the new ones."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow comes with vllm-dflash[ray]")
+    pa = pytest.importorskip("pyarrow", reason="pyarrow comes with vllm-dflash[ray]")
+    path, found = tmp_path / "a.parquet", []
+    for columns in (before, before, after):
+        named = {f"column {i}": column for i, column in enumerate(columns)}
+        parquet.write_table(pa.table(named), path)
+        found.append((parts.index([str(path)], 8).fingerprint, path.stat().st_size))
+    assert found[0] == found[1]
+    assert found[0][0] != found[2][0]
+    assert found[0][1] == found[2][1]
+
+
+def test_statistics_of_parquet_are_not_read(tmp_path: Path) -> None:
+    """Dates past Python's year 9999 ended index in an OverflowError, nanoseconds without pandas in
+    a ValueError, text that is no UTF-8 in a UnicodeDecodeError."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow comes with vllm-dflash[ray]")
+    pa = pytest.importorskip("pyarrow", reason="pyarrow comes with vllm-dflash[ray]")
+    for kind, values in (
+        (pa.date32(), pa.array([2**30, 1], pa.int32())),
+        (pa.timestamp("us"), pa.array([2**62, 1])),
+        (pa.timestamp("ns"), pa.array([1, 2])),
+        (pa.string(), pa.array([b"\xff", b"a"])),
+    ):
+        table = pa.table({"prompt": ["a", "b"], "other": values.view(kind)})
+        parquet.write_table(table, tmp_path / "a.parquet")
+        assert parts.index([str(tmp_path / "a.parquet")], 8).rows == 2
+
+
+@pytest.mark.parametrize(
     ("names", "message"),
     [
         (["a.jsonl", "b.parquet"], "give files that all end in .jsonl or all in .parquet"),
@@ -202,6 +243,48 @@ def test_a_parquet_row_that_is_hard_to_read_costs_itself_alone(tmp_path: Path) -
         "c",
         "d",
     ]
+
+
+@pytest.mark.parametrize("name", ["bool8", "list of uuid", "struct of json", "prompt", "x"])
+def test_parquet_columns_that_cannot_be_written_back(tmp_path: Path, name: str) -> None:
+    """They ended the run when the first part was written, its rows answered."""
+    pa = pytest.importorskip("pyarrow", reason="pyarrow comes with vllm-dflash[ray]")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow comes with vllm-dflash[ray]")
+    prompts = pa.array(["a", "b"])
+    if name in ("prompt", "x"):
+        table = pa.table([prompts] * 3, names=["prompt", name, name][-3:])
+        words = f"has '{name}' for two columns: give each its own name"
+    else:
+        of = pa.ExtensionArray.from_storage
+        column = {
+            "bool8": lambda: of(pa.bool8(), pa.array([1, 0], pa.int8())),
+            "list of uuid": lambda: pa.ListArray.from_arrays(
+                [0, 1, 2], of(pa.uuid(), pa.array([b"0" * 16] * 2, pa.binary(16)))
+            ),
+            "struct of json": lambda: pa.StructArray.from_arrays(
+                [of(pa.json_(), pa.array(["1", "2"]))], names=["x"]
+            ),
+        }[name]()
+        table = pa.table({"prompt": prompts, "other": column})
+        words = "column 'other' of type .* cannot be written beside the answers"
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ClusterError, match=words):
+        parts.index([str(tmp_path / "a.parquet")], 8)
+
+
+def test_a_bad_row_of_a_parquet_column_without_nulls(tmp_path: Path) -> None:
+    """It is null in the output, which the column's field did not allow: the run ended there."""
+    pa = pytest.importorskip("pyarrow", reason="pyarrow comes with vllm-dflash[ray]")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow comes with vllm-dflash[ray]")
+    schema = pa.schema([pa.field("prompt", pa.string(), nullable=False)])
+    prompts = pa.array([b"a", b"\xff"], pa.binary()).view(pa.string())
+    parquet.write_table(pa.table([prompts], schema=schema), tmp_path / "a.parquet")
+    (part,) = parts.index([str(tmp_path / "a.parquet")], 8).parts
+    parts.write(
+        part, tmp_path, [row | failed(problem or "no") for row, problem in parts.read(part)]
+    )
+    assert [row["error"][:5] for row in parts.read_output(part, tmp_path)] == ["no", "row 2"]
+    assert parquet.read_table(tmp_path / part.name)["prompt"].to_pylist() == ["a", None]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])

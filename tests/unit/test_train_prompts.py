@@ -1,6 +1,7 @@
 """Prompts in all their forms become the token ids that are served; broken ones are refused by line;
 the split holds still."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,9 @@ def test_forms(tokenizer, tmp_path: Path) -> None:
         ([{"prompt_token_ids": [5000]}], "line 1: prompt_token_ids is no list of ids below 4096"),
         ([{"prompt_token_ids": []}], "line 1: prompt_token_ids is no list"),
         ([{"prompt": ""}], "line 1: give prompt"),
-        ([{"messages": ["x"]}], "line 1: give prompt"),
+        ([{"prompt": "a", "response": ["b"]}], "line 1: response is a list: give the answer's"),
+        ([{"prompt": "a", "response": 0}], "line 1: response is a number: give the answer's text"),
+        ([{"messages": ["x"]}], "line 1: message 1 is a text: give an object with role and"),
         (
             [{"messages": [{"role": "system", "content": "x"}]}],
             "line 1: the target's chat template refuses these messages (no system)",
@@ -105,6 +108,82 @@ def test_half_of_a_surrogate_pair_is_named_by_its_line(
     if "response" not in row:
         with pytest.raises(PromptError, match=r"p.jsonl, line 2: character \d+ is \\u"):
             load_prompts(path, 8, tokenizer, 4096)
+
+
+USER = {"role": "u", "content": "hi"}
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": [[USER]]}, "message 1 is a list: give an object with role and content"),
+        ({"messages": [USER, 1]}, "message 2 is a number: give an object with role and content"),
+        ({"messages": [{}]}, "message 1 has no role: give one, such as user"),
+        ({"messages": [{"role": None, "content": "a"}]}, "message 1 has no role"),
+        ({"messages": [{"role": "u", "content": None}]}, "message 1: content is null: give text"),
+        ({"messages": [{"role": "u"}]}, "message 1: content is null: give text"),
+        ({"messages": [{"role": "u", "content": {"a": 1}}]}, "message 1: content is an object"),
+        (
+            {"messages": [USER | {"content": ["a", {"type": "image_url", "image_url": {}}]}]},
+            "message 1, part 2 is an object of type 'image_url': only text is taken, such as",
+        ),
+        ({"messages": [USER | {"content": [{"type": "text"}]}]}, "message 1, part 1 is an object"),
+        ({"messages": [USER | {"content": [1]}]}, "message 1, part 1 is a number"),
+        ({"messages": []}, "messages is empty: give at least one message"),
+        ({"messages": {}, "prompt": "a"}, "messages is an object: give at least one message"),
+        ({"messages": "hi", "prompt": "a"}, "messages is a text: give at least one message"),
+        ({"messages": [1], "prompt": "a"}, "message 1 is a number: give an object"),
+    ],
+)
+def test_chats_that_are_none(tokenizer, tmp_path: Path, row: dict[str, Any], words: str) -> None:
+    """They reached the template, which wrote what it made of them, or were passed over for the
+    prompt. Train and the commands that answer prompts refuse them in the same words."""
+    path = lines(tmp_path / "p.jsonl", row)
+    with pytest.raises(TrainingError) as found:
+        list(Reader(tokenizer, 4096, "{}").read(path))
+    assert f"{path}, line 1: {words}" in str(found.value)
+    with pytest.raises(PromptError) as other:
+        load_prompts(path, 1, tokenizer, 4096)
+    assert str(other.value) == str(found.value)
+
+
+def test_chats_that_are_some(tokenizer, tmp_path: Path) -> None:
+    """An empty chat beside a prompt is none, as Parquet may give it; a call of tools has no
+    text."""
+    call = {"role": "a", "content": None, "tool_calls": [{"type": "function"}]}
+    path = lines(tmp_path / "p.jsonl", {"messages": [], "prompt": "hi"}, {"messages": [USER, call]})
+    found = [prompt.ids for prompt in Reader(tokenizer, 4096, "{}").read(path)]
+    assert [tokenizer.decode(ids) for ids in found] == ["hi", "<u>hi\n<a>\n<a>"]
+    assert load_prompts(path, 2, tokenizer, 4096) == found
+
+
+READS_PARTS = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}{%"
+    " for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "text"),
+    [
+        (TEMPLATE, [{"type": "text", "text": "zz"}], "<u>zz\n<a>"),
+        (TEMPLATE, ["a", {"type": "text", "text": "b", "image_url": None}], "<u>a\nb\n<a>"),
+        (TEMPLATE.replace("{{ m.content }}", "{{ m.content + '' }}"), ["a", "b"], "<u>a\nb\n<a>"),
+        (READS_PARTS, ["a", "b"], "<u>ab"),
+        (READS_PARTS.replace("{{ part.text }}", "{{ part }}"), ["a", "b"], "<u>a\nb"),
+    ],
+)
+def test_content_in_parts(
+    tokenizer, tmp_path: Path, template: str, content: list[Any], text: str
+) -> None:
+    """A template that writes content as text wrote Python's form of the list, without a word. Now
+    it gets what vLLM's server gives it, and one that reads parts itself the parts."""
+    given = copy.deepcopy(tokenizer)
+    given.chat_template = template
+    path = lines(tmp_path / "p.jsonl", {"messages": [USER | {"content": content}]})
+    (found,) = Reader(given, 4096, "{}").read(path)
+    assert given.decode(found.ids) == text
+    assert load_prompts(path, 1, given, 4096) == [found.ids]
 
 
 def test_a_byte_order_mark(tokenizer, tmp_path: Path) -> None:

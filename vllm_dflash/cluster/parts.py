@@ -8,6 +8,7 @@ takes pyarrow, which comes with Ray.
     pytest tests/unit/test_cluster_parts.py
 """
 
+import io
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +19,13 @@ from typing import Any
 from vllm_dflash.cluster.settings import ClusterError
 from vllm_dflash.files import whole_file
 from vllm_dflash.json_text import loads
+from vllm_dflash.progress import Progress
 from vllm_dflash.records import AtLeast, misfit
 from vllm_dflash.regular import check_input
 
 FORMATS = (".jsonl", ".parquet")
+_BLOCK = 1 << 22
+"""Bytes of a Parquet file in memory while its checksum is made."""
 _RESULT_TYPES = {
     "completion": "string",
     "finish_reason": "string",
@@ -130,25 +134,63 @@ def _cut_parquet(path: str, rows_per_part: int, parts: list[Part], whole: int) -
         parts.append(
             Part(len(parts), path, start, start + 1, min(rows_per_part, metadata.num_rows - start))
         )
-    # Row groups' places and statistics: nobody reads all of a file that is larger than memory to
-    # tell it from another.
-    try:
-        said = json.dumps(
-            [metadata.to_dict(), Path(path).stat().st_size], default=repr, sort_keys=True
-        ).encode()
-    except UnicodeDecodeError:  # a column's least or greatest text is no UTF-8
-        said = Path(path).stat().st_size.to_bytes(8, "little") + _footer(path)
-    return zlib.crc32(said, whole)
+        if start == 0:
+            _check_columns(parts[-1])
+    # All of it, as of JSON lines: the footer's statistics stay what they are through many an edit.
+    with (
+        open(path, "rb") as file,
+        Progress(
+            total=Path(path).stat().st_size,
+            desc=f"reading {Path(path).name}",
+            unit="B",
+            unit_scale=True,
+            leave=False,
+        ) as bar,
+    ):
+        while block := file.read(_BLOCK):
+            whole = zlib.crc32(block, whole)
+            bar.update(len(block))
+    return whole
 
 
-def _footer(path: str) -> bytes:
-    """What a Parquet file says of itself, as it lies at its end: before its length and the four
-    letters of the format."""
-    with open(path, "rb") as file:
-        file.seek(-8, 2)
-        size = int.from_bytes(file.read(4), "little")
-        file.seek(-8 - size, 2)
-        return file.read(size)
+def _check_columns(part: Part) -> None:
+    """Refuses columns that can be read, and not be written beside the answers: as the file's first
+    part would be.
+
+    Raises:
+        ClusterError: a column has another's name, or Arrow has no way back for its type.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    names = parquet.read_schema(part.path).names
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ClusterError(f"{part.path} has {twice!r} for two columns: give each its own name")
+    rows = [row for row, _ in _read_parquet(part)]
+    for field in _kept_fields(part.path):
+        values = [{field.name: row.get(field.name)} for row in rows]
+        try:
+            file = io.BytesIO()
+            parquet.write_table(pa.Table.from_pylist(values, schema=pa.schema([field])), file)
+            parquet.read_table(file)
+        except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+            raise ClusterError(
+                f"{part.path}: column {field.name!r} of type {field.type} cannot be written beside"
+                f" the answers ({error}): leave it out, or give it as another type, such as text"
+            ) from None
+
+
+def _kept_fields(path: str) -> list[Any]:
+    """The fields of a Parquet file that its output has too; any may be null there, as in a row that
+    cannot be read."""
+    import pyarrow.parquet as parquet
+
+    return [
+        field.with_nullable(True)
+        for field in parquet.read_schema(path).remove_metadata()
+        if field.name not in _RESULT_TYPES
+    ]
 
 
 def read(part: Part) -> Iterator[tuple[dict[str, Any], str | None]]:
@@ -244,14 +286,8 @@ def write(part: Part, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
         # The input's own types: a part in which a column is empty would otherwise get another one
         # than the rest.
-        given = [
-            field
-            for field in parquet.read_schema(part.path).remove_metadata()
-            if field.name not in _RESULT_TYPES
-        ]
-        schema = pa.schema(
-            [*given, *((name, getattr(pa, kind)()) for name, kind in _RESULT_TYPES.items())]
-        )
+        results = [pa.field(name, getattr(pa, kind)()) for name, kind in _RESULT_TYPES.items()]
+        schema = pa.schema([*_kept_fields(part.path), *results])
         parquet.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), file)
 
 

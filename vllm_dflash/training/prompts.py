@@ -17,7 +17,7 @@ import numpy as np
 
 from vllm_dflash.fields import json_type
 from vllm_dflash.json_text import loads
-from vllm_dflash.prompts import surrogate
+from vllm_dflash.prompts import PromptError, chat_ids, has_chat, surrogate
 from vllm_dflash.records import object_of
 from vllm_dflash.regular import check_input
 from vllm_dflash.training.errors import TrainingError
@@ -143,7 +143,7 @@ class Reader:
         given = {name: row[name] for name in _COLUMNS if row.get(name) is not None}
         if "prompt_token_ids" in given:
             ids = self._ids(given["prompt_token_ids"], "prompt_token_ids", where)
-        elif _is_chat(given.get("messages")):
+        elif has_chat(given):
             ids = self.chat(given["messages"], where)
         elif isinstance(given.get("prompt"), str) and given["prompt"]:
             ids = list(self._known(where)(encodable(given["prompt"], where))["input_ids"])
@@ -164,19 +164,19 @@ class Reader:
     def _response(self, given: dict[str, Any], where: str) -> list[int] | None:
         if "response_token_ids" in given:
             return self._ids(given["response_token_ids"], "response_token_ids", where)
-        if isinstance(given.get("response"), str) and given["response"]:
-            tokenizer = self._known(where)
-            cut = given.get("finish_reason") == "length"
-            end = [] if cut or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-            return (
-                list(
-                    tokenizer(encodable(given["response"], where), add_special_tokens=False)[
-                        "input_ids"
-                    ]
-                )
-                + end
+        response = given.get("response", "")
+        if not isinstance(response, str):
+            raise TrainingError(
+                f"{where}: response is {json_type(response)}: give the answer's text, or"
+                " response_token_ids"
             )
-        return None
+        if not response:
+            return None
+        tokenizer = self._known(where)
+        cut = given.get("finish_reason") == "length"
+        end = [] if cut or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        text = encodable(response, where)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"]) + end
 
     def _ids(self, ids: Any, name: str, where: str) -> list[int]:
         good = isinstance(ids, Sequence) and all(
@@ -191,22 +191,12 @@ class Reader:
             )
         return list(ids)
 
-    def chat(self, messages: list[Any], where: str) -> list[int]:
-        """Token ids of a chat, up to the header of its answer. Raises TrainingError where the
-        template refuses it."""
-        tokenizer = self._known(where)
+    def chat(self, messages: Any, where: str) -> list[int]:
+        """Token ids of a chat, as ``chat_ids``, whose refusals come as TrainingError."""
         try:
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self.template_args
-            )
-        except (
-            Exception
-        ) as error:  # a template is a program of the target's author, and raises what it likes
-            raise TrainingError(
-                f"{where}: the target's chat template refuses these messages ({error}): mend them,"
-                " or give prompt as text"
-            ) from None
-        return list(tokenizer(encodable(text, where), add_special_tokens=False)["input_ids"])
+            return chat_ids(messages, where, self._known(where), self.template_args)
+        except PromptError as error:
+            raise TrainingError(str(error)) from None
 
     def _known(self, where: str) -> Any:
         if self.tokenizer is None:
@@ -286,14 +276,6 @@ def encodable(text: str, where: str) -> str:
     if problem is not None:
         raise TrainingError(f"{where}: {problem}")
     return text
-
-
-def _is_chat(messages: Any) -> bool:
-    return (
-        isinstance(messages, list)
-        and bool(messages)
-        and all(isinstance(message, dict) for message in messages)
-    )
 
 
 def _json(line: str, where: str) -> Any:
