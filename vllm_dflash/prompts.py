@@ -172,7 +172,40 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         content = [_part(part, f"{where}, part {n}") for n, part in enumerate(content, 1)]
     elif not isinstance(content, str):
         raise PromptError(f"{where}: content is {json_type(content)}: give text")
-    return message | {"content": content}
+    called = {"tool_calls": _tool_calls(message["tool_calls"], where)} if _calls(message) else {}
+    return message | {"content": content} | called
+
+
+def _calls(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "assistant" and bool(message.get("tool_calls"))
+
+
+def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """An assistant's calls as a template is given them by vLLM's server: their arguments are
+    objects, not the text that a client sends."""
+    if not isinstance(calls, list) or not all(
+        isinstance(call, dict) and isinstance(call.get("function"), dict) for call in calls
+    ):
+        raise PromptError(
+            f'{where}: tool_calls are no list of {{"type": "function", "function": {{...}}}}: mend'
+            " them, or leave them out"
+        )
+    return [call | {"function": _function(call["function"], where)} for call in calls]
+
+
+def _function(function: dict[str, Any], where: str) -> dict[str, Any]:
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = loads(arguments)
+        except ValueError:
+            arguments = None
+    if not isinstance(arguments, dict):
+        raise PromptError(
+            f"{where}: the arguments of the call of {shown(function.get('name'))} are no JSON"
+            " object: mend them"
+        )
+    return function | {"arguments": arguments}
 
 
 def _part(part: Any, where: str) -> dict[str, str]:

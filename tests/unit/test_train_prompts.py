@@ -157,6 +157,21 @@ def test_chats_that_are_some(tokenizer, tmp_path: Path) -> None:
     assert load_prompts(path, 2, tokenizer, 4096) == found
 
 
+@pytest.mark.parametrize("arguments", ['{"a": 1}', {"a": 1}])
+def test_arguments_of_tool_calls(tokenizer, tmp_path: Path, arguments: Any) -> None:
+    """Objects, as vLLM's server gives them to a template: one that writes JSON of them wrote the
+    client's text in quotes."""
+    given = copy.deepcopy(tokenizer)
+    given.chat_template = (
+        "{% for m in messages %}{% for call in m.tool_calls or [] %}"
+        "{{ call.function.arguments | tojson }}{% endfor %}{% endfor %}"
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    chat = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    (found,) = Reader(given, 4096, "{}").read(lines(tmp_path / "p.jsonl", {"messages": chat}))
+    assert given.decode(found.ids) == '{"a": 1}'
+
+
 READS_PARTS = (
     "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}{%"
     " for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
