@@ -272,6 +272,16 @@ def test_parquet_columns_that_cannot_be_written_back(tmp_path: Path, name: str) 
         parts.index([str(tmp_path / "a.parquet")], 8)
 
 
+def test_times_that_python_has_not(tmp_path: Path) -> None:
+    """Their nanoseconds were lost in the output without a word."""
+    pa = pytest.importorskip("pyarrow", reason="pyarrow comes with vllm-dflash[ray]")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow comes with vllm-dflash[ray]")
+    times = pa.array([[1]], pa.list_(pa.time64("ns")))
+    parquet.write_table(pa.table({"prompt": ["a"], "at": times}), tmp_path / "a.parquet")
+    with pytest.raises(ClusterError, match="column 'at' has times of a day in nanoseconds"):
+        parts.index([str(tmp_path / "a.parquet")], 8)
+
+
 def test_a_bad_row_of_a_parquet_column_without_nulls(tmp_path: Path) -> None:
     """It is null in the output, which the column's field did not allow: the run ended there."""
     pa = pytest.importorskip("pyarrow", reason="pyarrow comes with vllm-dflash[ray]")

@@ -71,6 +71,10 @@ def test_forms(tokenizer, tmp_path: Path) -> None:
         ([{"prompt": "a", "response": 0}], "line 1: response is a number: give the answer's text"),
         ([{"messages": ["x"]}], "line 1: message 1 is a text: give an object with role and"),
         (
+            [{"prompt": "a", "response": "b", "finish_reason": 7}],
+            "line 1: finish_reason is a number: give stop, or length",
+        ),
+        (
             [{"messages": [{"role": "system", "content": "x"}]}],
             "line 1: the target's chat template refuses these messages (no system)",
         ),
@@ -167,9 +171,34 @@ def test_arguments_of_tool_calls(tokenizer, tmp_path: Path, arguments: Any) -> N
         "{{ call.function.arguments | tojson }}{% endfor %}{% endfor %}"
     )
     call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
-    chat = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    chat = [{"role": "assistant", "content": None, "tool_calls": [call]}, USER]
     (found,) = Reader(given, 4096, "{}").read(lines(tmp_path / "p.jsonl", {"messages": chat}))
     assert given.decode(found.ids) == '{"a": 1}'
+
+
+def test_a_chat_that_ends_in_its_answer(tokenizer, tmp_path: Path) -> None:
+    """As those to fine-tune on do: the answer was taken for a part of the question, without a
+    word."""
+    answer = {"role": "assistant", "content": "yo"}
+    path = lines(
+        tmp_path / "p.jsonl", {"messages": [USER, answer]}, {"messages": [USER, answer, USER]}
+    )
+    held_out = lines(tmp_path / "q.jsonl", {"prompt": "x"})
+    found = split(
+        Reader(tokenizer, 4096, "{}"), Data(prompts=(path,), held_out_prompts=held_out), 0
+    )
+    assert [tokenizer.decode(prompt.ids) for prompt in found.train] == [
+        "<u>hi\n<a>",
+        "<u>hi\n<assistant>yo\n<u>hi\n<a>",
+    ]
+    assert "1 chats without the answer at their end" in found.describe(8)
+
+
+def test_an_answer_that_has_its_end(tokenizer, tmp_path: Path) -> None:
+    """It got another end token after its own."""
+    row = {"prompt": "a", "response": f"c{tokenizer.eos_token}"}
+    (found,) = Reader(tokenizer, 4096, "{}").read(lines(tmp_path / "p.jsonl", row))
+    assert found.response == [*tokenizer("c")["input_ids"], tokenizer.eos_token_id]
 
 
 READS_PARTS = (

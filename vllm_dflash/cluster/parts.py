@@ -169,6 +169,11 @@ def _check_columns(part: Part) -> None:
         raise ClusterError(f"{part.path} has {twice!r} for two columns: give each its own name")
     rows = [row for row, _ in _read_parquet(part)]
     for field in _kept_fields(part.path):
+        if "time64[ns]" in str(field.type):
+            raise ClusterError(
+                f"{part.path}: column {field.name!r} has times of a day in nanoseconds, of which"
+                " Python keeps microseconds: cast it to time64[us], or leave it out"
+            )
         values = [{field.name: row.get(field.name)} for row in rows]
         try:
             file = io.BytesIO()

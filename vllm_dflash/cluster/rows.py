@@ -65,7 +65,11 @@ def params_of(given: Mapping[str, Any]) -> Any:
             raise PromptError(f"{SAMPLING}: {name} cannot be sent to the engine: {error}") from None
     try:
         # JSON's keys are text, those of logit_bias numbers.
-        params = msgspec.convert(dict(given), SamplingParams, str_keys=True)
+        params = msgspec.convert(
+            {**given, "output_kind": RequestOutputKind.FINAL_ONLY.value},
+            SamplingParams,
+            str_keys=True,
+        )
     except Exception as error:  # whatever vLLM's own checks raise
         raise PromptError(f"{SAMPLING}: {error}") from None
     for name, value in given.items():
@@ -76,7 +80,6 @@ def params_of(given: Mapping[str, Any]) -> Any:
             _check_names(f"{name}.", value, taken)
     if params.n != 1:
         raise PromptError(f"{SAMPLING}: n is {params.n}: a row has one completion; repeat the row")
-    params.output_kind = RequestOutputKind.FINAL_ONLY
     return params
 
 

@@ -41,6 +41,8 @@ class Prompt:
     response: list[int] | None = None
     cut: bool = False
     """Whether there was more of the answer than target and drafter have positions for."""
+    answered: bool = False
+    """Whether the chat ended in an answer, which was left out: the target gives its own."""
 
     @property
     def key(self) -> bytes:
@@ -79,10 +81,18 @@ class Split:
         text = f"{len(self.train)} prompts to train on, {len(self.held_out)} held out" + (
             f"; left out: {', '.join(left)}" if left else ""
         )
-        cut = sum(prompt.cut for prompt in self.train)
-        return text + (
-            f"; {cut} responses cut where the positions of target and drafter end" if cut else ""
-        )
+        for count, what in (
+            (
+                sum(prompt.cut for prompt in self.train),
+                "responses cut where the positions of target and drafter end",
+            ),
+            (
+                sum(prompt.answered for prompt in self.train),
+                "chats without the answer at their end: the target gives its own",
+            ),
+        ):
+            text += f"; {count} {what}" if count else ""
+        return text
 
 
 class Reader:
@@ -141,10 +151,12 @@ class Reader:
                 " prompt_token_ids"
             )
         given = {name: row[name] for name in _COLUMNS if row.get(name) is not None}
+        answered = False
         if "prompt_token_ids" in given:
             ids = self._ids(given["prompt_token_ids"], "prompt_token_ids", where)
         elif has_chat(given):
-            ids = self.chat(given["messages"], where)
+            answered = _is_answered(given["messages"])
+            ids = self.chat(given["messages"][:-1] if answered else given["messages"], where)
         elif isinstance(given.get("prompt"), str) and given["prompt"]:
             ids = list(self._known(where)(encodable(given["prompt"], where))["input_ids"])
         else:
@@ -159,6 +171,7 @@ class Reader:
             ids,
             None if response is None else response[:room],
             response is not None and len(response) > room,
+            answered,
         )
 
     def _response(self, given: dict[str, Any], where: str) -> list[int] | None:
@@ -172,11 +185,16 @@ class Reader:
             )
         if not response:
             return None
-        tokenizer = self._known(where)
-        cut = given.get("finish_reason") == "length"
-        end = [] if cut or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        tokenizer, reason = self._known(where), given.get("finish_reason", "stop")
+        if not isinstance(reason, str):
+            raise TrainingError(
+                f"{where}: finish_reason is {json_type(reason)}: give stop, or length where the"
+                " answer was cut"
+            )
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         text = encodable(response, where)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"]) + end
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return ids if reason == "length" or ids[-1:] == end else ids + end
 
     def _ids(self, ids: Any, name: str, where: str) -> list[int]:
         good = isinstance(ids, Sequence) and all(
@@ -205,6 +223,12 @@ class Reader:
                 " response_token_ids"
             )
         return self.tokenizer
+
+
+def _is_answered(messages: Any) -> bool:
+    """Whether a chat ends in the assistant's message, as those to fine-tune on do."""
+    last = messages[-1] if isinstance(messages, list) and len(messages) > 1 else None
+    return isinstance(last, dict) and last.get("role") == "assistant"
 
 
 def check_files(data: Data) -> None:
