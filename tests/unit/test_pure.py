@@ -46,6 +46,7 @@ ASKS_VLLM = {
     "checks",
     "cluster.completer",
     "cluster.connection",
+    "cluster.rows",
     "cluster.serve",
     "engines.child",
     "evaluation.engine_child",
