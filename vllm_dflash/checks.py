@@ -23,6 +23,7 @@ from vllm_dflash.formats import (
     read_raw,
     write,
 )
+from vllm_dflash.formats.angelspec import MODEL_TYPE
 from vllm_dflash.hub import count_tokens, drafter_folder, load_tokenizer
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.log import logger
@@ -309,6 +310,7 @@ def read_early(
             )
         return None
     drafter = DrafterConfig.from_pretrained(folder)
+    check_model_type(raw, drafter, folder)
     if drafter.quantization_config is not None:
         from vllm_dflash.weights.quantization import check_quantization
 
@@ -317,6 +319,21 @@ def read_early(
         except DrafterConfigError as error:
             raise error.at(folder / CONFIG_FILE) from None
     return drafter
+
+
+def check_model_type(raw: Any, drafter: DrafterConfig, folder: Path) -> None:
+    """Refuses a config.json, of contents ``raw``, that every tool reads and vLLM does not.
+
+    Raises:
+        DrafterConfigError: says how it is written anew.
+    """
+    if raw.get("model_type") == MODEL_TYPE:
+        raise DrafterConfigError(
+            f"model_type is {shown(MODEL_TYPE)}, by which vLLM cannot read a config.json",
+            f"write it anew: vllm-dflash convert {folder} FOLDER --to {published_format(drafter)}",
+            field="model_type",
+            where=str(folder / CONFIG_FILE),
+        )
 
 
 def _attributes(drafter: DrafterConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ vLLM's own counters for each batch and, if asked for, every draft made inside th
 """
 
 import time
+from itertools import cycle
 from typing import Any
 
 from engines import answer_jobs, counted, counters, model_runner, record_drafts, start
@@ -110,7 +111,14 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         logprobs=job.get("logprobs"),
         detokenize=False,
     )
-    params = SamplingParams(**asked | job.get("sampling", {}))
+    sampling = job.get("sampling", {})
+    # Of a list each prompt has the next, and the first again after the last.
+    params = [
+        SamplingParams(**asked | each)
+        for _, each in zip(
+            job["prompts"], cycle(sampling if isinstance(sampling, list) else [sampling])
+        )
+    ]
     batches = []
     for size in job["batch_sizes"]:
         before, first, tokens, logprobs, seconds = counters(llm), len(drafts), [], [], 0.0
@@ -120,7 +128,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             if job.get("as_embeddings"):
                 prompts = as_embeddings(job["target"], prompts)
             began = time.perf_counter()
-            outputs = llm.generate(prompts, params, use_tqdm=False)
+            outputs = llm.generate(prompts, params[at : at + size], use_tqdm=False)
             seconds += time.perf_counter() - began
             tokens += [list(o.outputs[0].token_ids) for o in outputs]
             if job.get("logprobs"):

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import IGNORED_TENSORS, tensor_name
@@ -19,6 +18,7 @@ from vllm_dflash.weights.headers import read_headers, weight_files
 from vllm_dflash.weights.mask_embedding import read_mask_embedding
 from vllm_dflash.weights.messages import CAME_WITH, some
 from vllm_dflash.weights.quantization import check_packed, check_quantization
+from vllm_dflash.weights.reading import open_weights
 from vllm_dflash.weights.values import target_ids
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -178,7 +178,7 @@ def check_draft_vocabulary(config: DrafterConfig, folder: str | Path) -> None:
     if config.draft_vocab_size is None:
         return
     for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
+        with open_weights(path) as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 if tensor_name(name) == "d2t":
                     target_ids(file.get_tensor(name), config.vocab_size)
