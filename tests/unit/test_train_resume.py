@@ -370,3 +370,19 @@ def test_a_loss_that_is_not_finite(make, parts, tmp_path: Path) -> None:
 def test_a_loss_that_stays_not_finite(make) -> None:
     with pytest.raises(TrainingError, match=r"not finite for 3 steps in a row.*lower --lr"):
         run_stages(make(lr=1e18, max_bad_steps=3), HERE)
+
+
+def test_other_weights_in_the_targets_folder_are_not_gone_on_with(make, parts, tmp_path) -> None:
+    """Fine-tuned meanwhile, say: a part of the features would be the old target's, and a part the
+    new one's."""
+    folder = tmp_path / "target"
+    shutil.copytree(parts[0], folder)
+    chosen = make(folder)
+    run_and_kill(chosen, HERE, Path(chosen.run.out) / "features/shard-00001.safetensors")
+    tensors = load_file(folder / "model.safetensors")
+    changed = {name: tensor + 1e-3 for name, tensor in tensors.items()}
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunError, match=r"generate with target_files '\w+' \(now '\w+'\)"):
+        run_stages(chosen, HERE)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    run_stages(chosen, HERE)

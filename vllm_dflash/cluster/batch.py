@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash import contents
 from vllm_dflash.acceptance import tau
 from vllm_dflash.cluster import parts
 from vllm_dflash.cluster.command import settings_of
@@ -107,6 +108,7 @@ def _complete(job: Job, completer: Any) -> dict[str, Any]:
             "input": found.fingerprint,
             "rows_per_part": job.rows_per_part,
             "engine": args,
+            "target_files": contents.of_folder(job.engine.target),
             "sampling": job.sampling,
         },
     )
