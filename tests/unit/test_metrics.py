@@ -124,6 +124,32 @@ def test_text_of_snapshots(folder: Path):
     assert lengths["vllm_dflash_accepted_length_sum"] == 9
 
 
+def test_two_servers_in_one_folder(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """Of one model name: a series was there twice, which Prometheus does not take."""
+    monkeypatch.setattr("vllm_dflash.metrics.read._told", [])
+    for role, count in (("engine", 3), ("other", 5)):
+        samples = {
+            "reached_tokens": [(["1"], count)],
+            "accepted_length": [([], histogram("accepted_length", 1, count))],
+            "next_trial_seconds": [([], count)],
+        }
+        snapshots.write(
+            folder / snapshots.file_name(role, "0"), {"labels": ["m", "0"], "samples": samples}
+        )
+    read(wait=False)
+    found = {f.name: f for f in text_string_to_metric_families(read(wait=False))}
+    assert [s.value for s in found["vllm_dflash_reached_tokens"].samples] == [8]
+    assert [s.value for s in found["vllm_dflash_next_trial_seconds"].samples] == [5]
+    lengths = {
+        s.labels.get("le", s.name): s.value for s in found["vllm_dflash_accepted_length"].samples
+    }
+    assert (lengths["1.0"], lengths["3.0"], lengths["+Inf"]) == (2, 3, 4)
+    assert lengths["vllm_dflash_accepted_length_sum"] == 10
+    assert sum("two servers leave their metrics" in r.message for r in caplog.records) == 1
+
+
 def test_a_process_that_is_gone_leaves_no_series(folder: Path):
     """Prometheus would show its last values for ever, beside those of the process in its place."""
     code = (
