@@ -16,6 +16,7 @@ from typing import IO
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
 
 from damage import DAMAGES, DENIALS, as_a_user
 from vllm_dflash import files
@@ -28,7 +29,7 @@ from vllm_dflash.metrics.engine import drafting_samples
 from vllm_dflash.metrics.figures import Scrape, drafting_line, figures, verdict
 from vllm_dflash.metrics.read import read
 from vllm_dflash.metrics.recorder import Recorder
-from vllm_dflash.metrics.top import address
+from vllm_dflash.metrics.top import address, screen
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -501,3 +502,8 @@ def test_top_without_a_server(capsys: pytest.CaptureFixture[str]):
         == address("http://host:1/metrics")
         == "http://host:1/metrics"
     )
+
+
+def test_top_says_that_a_server_came_back_without(capsys: pytest.CaptureFixture[str]) -> None:
+    Console().print(screen("http://x/metrics", Scrape.parse("vllm:up 1\n", 1.0)))
+    assert "has no vllm_dflash metrics" in " ".join(capsys.readouterr().out.split())
