@@ -263,9 +263,12 @@ def _init(ray: Any, dashboard: bool) -> str | None:
         ray.init(
             address="local", log_to_driver=False, include_dashboard=dashboard, _temp_dir=folder
         )
-    except Exception as error:
+    except BaseException as error:  # Ctrl-C too: a cluster that is half there
+        ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+        if not isinstance(error, Exception):
+            raise
         raise ClusterError(
             f"Ray does not start here ({_last_line(error)}). It gives itself half a minute, which a"
             " busy machine can miss: try again, or start it with `ray start --head` and set"
