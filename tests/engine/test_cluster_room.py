@@ -8,6 +8,7 @@ Stand-ins for the engine. Needs ``pip install 'vllm-dflash[ray]'``.
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -141,40 +142,40 @@ def test_a_signal_while_an_engine_starts(tmp_path: Path, number: signal.Signals)
     env = os.environ | {"PYTHONPATH": PYTHONPATH}
     for name in ("RAY_ADDRESS", "RAY_TMPDIR"):
         env.pop(name, None)
-    before = set(Path("/tmp").glob("ray-*"))
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "in.jsonl"), str(out)]
     with (tmp_path / "log").open("w") as log:
         driver = subprocess.Popen(command, env=env, stdout=log, stderr=log)
-    until = time.monotonic() + 120
-    while not (out / "_batch" / "child").exists() or not (out / "_batch" / "child").read_text():
-        assert driver.poll() is None, (tmp_path / "log").read_text()[-3000:]
-        assert time.monotonic() < until, (tmp_path / "log").read_text()[-3000:]
-        time.sleep(0.1)
-    time.sleep(1)
-    child = int((out / "_batch" / "child").read_text())
-    processes = psutil.Process(driver.pid).children(recursive=True)
-    folders = {
-        argument.partition("/session_")[0].partition("=")[2]
-        for process in processes
-        for argument in cmdline(process)
-        if "=/tmp/ray-" in argument and "/session_" in argument
-    }
-    assert child in {process.pid for process in processes}
-    assert len(folders) == 1
-    folder = Path(folders.pop())
-    assert folder not in before
-    driver.send_signal(number)
-    driver.wait(60)
-    _, left = psutil.wait_procs(processes, timeout=SECONDS)
+    processes, folder = [psutil.Process(driver.pid)], tmp_path
     try:
+        child = child_of(driver, out, tmp_path / "log")
+        processes += processes[0].children(recursive=True)
+        assert child in {process.pid for process in processes}
+        named = [re.search(r"/tmp/ray-\w+", argument) for p in processes for argument in cmdline(p)]
+        (folder,) = {Path(found.group()) for found in named if found is not None}
+        driver.send_signal(number)
+        driver.wait(60)
+        _, left = psutil.wait_procs(processes[1:], timeout=SECONDS)
         assert [cmdline(process) for process in left if running(process)] == []
         assert folder.exists() == (number == signal.SIGKILL)
     finally:
-        for process in left:
+        for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        if number == signal.SIGKILL:
+        driver.wait(10)
+        if folder != tmp_path:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def child_of(driver: subprocess.Popen[bytes], out: Path, log: Path) -> int:
+    """The process that the actor has started, once its engine has been starting for a second."""
+    path = out / "_batch" / "child"
+    until = time.monotonic() + 120
+    while not path.exists() or not path.read_text():
+        assert driver.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < until, log.read_text()[-3000:]
+        time.sleep(0.1)
+    time.sleep(1)
+    return int(path.read_text())
 
 
 def cmdline(process: psutil.Process) -> list[str]:
