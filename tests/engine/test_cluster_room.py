@@ -32,6 +32,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 ENGINE = EngineSettings("org/target", device="cpu")
 SECONDS = 20
 """For Ray to take back what it is given, on a busy machine."""
+AGENTS_S = 120
+"""Ray's two agents of a node, where its raylet is killed: they want to tell a driver first."""
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +138,7 @@ complete(Job([given], Path(out), EngineSettings("org/target", device="cpu")), St
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_while_an_engine_starts(tmp_path: Path, number: signal.Signals) -> None:
     """On a cluster of its own: of that and of what its actor had started nothing stays. The
-    folder of Ray's files is left by SIGKILL alone."""
+    folder of Ray's files is left by SIGKILL alone, after which Ray's agents take a minute."""
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
     out = tmp_path / "out"
     env = os.environ | {"PYTHONPATH": PYTHONPATH}
@@ -152,9 +154,13 @@ def test_a_signal_while_an_engine_starts(tmp_path: Path, number: signal.Signals)
         assert child in {process.pid for process in processes}
         named = [re.search(r"/tmp/ray-\w+", argument) for p in processes for argument in cmdline(p)]
         (folder,) = {Path(found.group()) for found in named if found is not None}
+        agents = [process for process in processes if "Agent" in "".join(cmdline(process))]
+        others = [process for process in processes[1:] if process not in agents]
         driver.send_signal(number)
         driver.wait(60)
-        _, left = psutil.wait_procs(processes[1:], timeout=SECONDS)
+        _, left = psutil.wait_procs(others, timeout=SECONDS)
+        assert [cmdline(process) for process in left if running(process)] == []
+        _, left = psutil.wait_procs(agents, timeout=AGENTS_S if number == signal.SIGKILL else 5)
         assert [cmdline(process) for process in left if running(process)] == []
         assert folder.exists() == (number == signal.SIGKILL)
     finally:
