@@ -81,6 +81,7 @@ class CPUBackend(Backend):
             _greedy_argmax,
             lambda hidden: _greedy_argmax(logits(hidden).to(torch.float32)),
             confident=is_adaptive(config) and patch_set().fits(v1_confidences.PATCH),
+            embed=proposer.model.embed_candidates,
         )
         attach, runner = patch_set().attach, proposer.runner
         attach(runner, [v1_verifier.PATCH], runner)
