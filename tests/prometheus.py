@@ -3,7 +3,6 @@ and the rules of ``monitoring/``."""
 
 import json
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -16,18 +15,13 @@ from typing import Any
 import pytest
 import yaml
 
+from examples.demos.ports import free_port
 from monitoring import queries
 
 needs_prometheus = pytest.mark.skipif(
     shutil.which("prometheus") is None or shutil.which("promtool") is None,
     reason="needs prometheus and promtool: apt-get install --no-install-recommends prometheus",
 )
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def scraping(port: int, folder: Path) -> AbstractContextManager[str]:

@@ -33,8 +33,9 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from engine.harness import DRAFTER, PROMPTS, TARGET  # noqa: E402
 from engine.test_serve import server  # noqa: E402
+from examples.demos.ports import free_port  # noqa: E402
 from monitoring import queries  # noqa: E402
-from prometheus import free_port, scraping_ray  # noqa: E402
+from prometheus import scraping_ray  # noqa: E402
 
 BODY = {"model": "pair", "max_tokens": 48, "temperature": 0}
 

@@ -22,6 +22,7 @@ from vllm_dflash.prompts import read_lines, token_ids
 from . import engines, race, server
 from .asking import Answer, ask
 from .choice import CHAT, EXAMPLES, Pair
+from .ports import free_port
 
 TOKENS, ROUNDS = 64, 1
 TOGETHER = 8
@@ -211,7 +212,7 @@ def serve(
     pair: Pair, speculative: dict[str, Any], tokens: int, question: Question, known: str
 ) -> bool:
     """A real server and a chat completion over HTTP; whether its answer is ``known``."""
-    port = server.free_port()
+    port = free_port()
     command = server.command(str(pair.target), speculative, port, "--dtype", "float32")
     folder = '"$(python -m vllm_dflash.smollm2)"'
     shown = [f"'{c}'" if c.startswith("{") else c for c in ["vllm", *command[1:]]]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -41,13 +40,6 @@ def command(target: str, speculative: dict[str, Any], port: int, *more: str) -> 
         str(engines.KV_CACHE_BYTES),
         *more,
     ]
-
-
-def free_port() -> int:
-    """One that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 
 from . import engines, server
 from .choice import EXAMPLES, Pair
+from .ports import free_port
 
 DEFAULTS = {"prompts": 12, "tokens": 128, "rounds": 3, "speculative_tokens": 7}
 PROMPTS = EXAMPLES / "embedded_pair" / "prompts.jsonl"
@@ -118,7 +119,7 @@ def report(
 def serve(pair: Pair, args: argparse.Namespace) -> None:
     """Part two: a real server with the flag, a completion over HTTP, and its acceptance from
     ``/metrics``."""
-    port = server.free_port()
+    port = free_port()
     speculative = engines.speculative_config(pair.drafter, args.speculative_tokens)
     command = server.command(str(pair.target), speculative, port)
     shown = [f"'{c}'" if c.startswith("{") else c for c in ["vllm", *command[1:]]]

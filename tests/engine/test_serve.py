@@ -4,7 +4,6 @@ touches."""
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from engine.harness import (
     run_engine,
     wait_until_gone,
 )
+from examples.demos.ports import free_port
 
 pytestmark = pytest.mark.engine
 
@@ -40,9 +40,7 @@ def server(
 
     ``ends_itself``: the test kills a part of it, and the rest has to end without being told.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     command = [
         str(Path(sys.executable).with_name("vllm")),
         "serve",

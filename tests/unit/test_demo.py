@@ -14,6 +14,7 @@ from rich.console import Console
 from examples.demos import choice, race
 from examples.demos.asking import Answer
 from examples.demos.chat import KINDS, Part
+from examples.demos.ports import free_port
 from vllm_dflash import smollm2
 from vllm_dflash.cli import main
 from vllm_dflash.evaluation.methods import Drafter, parse_methods
@@ -269,3 +270,12 @@ def test_the_reports_command(monkeypatch: pytest.MonkeyPatch, head: str) -> None
     kinds = {"plain", "dflash", "adaptive", "native", "ngram"} | ({"eagle3"} if head else set())
     assert {method.kind for method in methods} == kinds
     assert [m.num_speculative_tokens for m in methods if m.kind == "eagle3"] == [3, 5] * bool(head)
+
+
+def test_the_system_gives_a_servers_port_to_nobody_else() -> None:
+    """A port that was free when it was asked for, in the range of connections that go out, was
+    taken by the time a server had started."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = {free_port() for _ in range(50)}
+    assert len(ports) > 40
+    assert all(1024 < port < first for port in ports)
