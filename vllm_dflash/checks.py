@@ -64,9 +64,7 @@ def check_speculative_config(speculative: Any) -> dict[str, Any]:
     check_sampling(
         drafter, speculative.draft_sample_method, speculative.enable_adaptive_verification
     )
-    if folder is not None and (
-        Path(speculative.model).is_dir() or any(folder.glob("*.safetensors"))
-    ):
+    if folder is not None and (Path(speculative.model).is_dir() or _has_weights(folder)):
         from vllm_dflash.weights import check_tensors
 
         check_tensors(drafter, folder, target.dtype)
@@ -75,6 +73,11 @@ def check_speculative_config(speculative: Any) -> dict[str, Any]:
     if drafter.unknown_keys:
         logger.warning("%s", said_of_unknown_keys(drafter))
     return _attributes(drafter)
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a folder of the hub's cache holds more than config.json."""
+    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model.bin"))
 
 
 def advise_eager(vllm_config: Any) -> None:

@@ -206,17 +206,21 @@ class _Code:
         ({"norm.weight": _Code()}, "cannot be read as a file of tensors"),
         ([1, 2], "holds something else than named tensors"),
         ({"norm.weight": 3}, "holds something else than named tensors"),
-        (None, "cannot be read as a file of tensors"),
+        ({"norm.weight": torch.eye(2).to_sparse()}, "holds something else than named tensors"),
+        ({"norm.weight": torch.empty(2, device="meta")}, "holds something else than named"),
+        (b"no pickle", "cannot be read as a file of tensors"),
+        (b"\x80\x02.", "cannot be read as a file of tensors"),
+        (b"", "cannot be read as a file of tensors"),
     ],
-    ids=["code", "a list", "a number", "no pickle"],
+    ids=["code", "a list", "a number", "sparse", "no numbers", "no pickle", "half of one", "empty"],
 )
 def test_nothing_but_tensors_is_read(
     content: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = make_random_drafter(tmp_path / "s", config=random_drafter_config(kind="dflare"))
     theirs = as_exported(source, tmp_path / "theirs")
-    if content is None:
-        (theirs / "pytorch_model.bin").write_bytes(b"no pickle")
+    if isinstance(content, bytes):
+        (theirs / "pytorch_model.bin").write_bytes(content)
     else:
         torch.save(content, theirs / "pytorch_model.bin")
     found = inspect_checkpoint(theirs)

@@ -148,9 +148,13 @@ def check_dtypes(config: DrafterConfig, found: Mapping[str, str]) -> None:
         DrafterConfigError: names them.
     """
     named = {tensor_name(name): dtype for name, dtype in found.items()}
-    packed = config.quantization_config is not None
+    packed = "layers." if config.quantization_config is not None else "-"
     ours = expected_tensors(config) | optional_tensors(config)
-    floats = [name for name in ours if name != "d2t" and not (packed and "_proj." in name)]
+    floats = [
+        name
+        for name in ours
+        if name != "d2t" and not (name.startswith(packed) and "_proj." in name)
+    ]
     bad = [
         f"{n} is {named[n]} and should be BF16, F16 or F32"
         for n in sorted(floats)

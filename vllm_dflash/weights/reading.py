@@ -5,12 +5,11 @@ Of the latter nothing but tensors is read (``weights_only``): a pickle may hold 
     pytest tests/unit/test_angelspec.py
 """
 
-import pickle
 from collections.abc import Iterator, KeysView
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
-from zipfile import BadZipFile, is_zipfile
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,6 +32,8 @@ _DTYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
 """By safetensors' names."""
 
@@ -78,18 +79,29 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     check_readable(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, BadZipFile) as e:
+    except MemoryError:
+        raise
+    except Exception as e:  # whatever a broken pickle makes torch's reader trip over
         said = str(e).strip().splitlines() or [type(e).__name__]
         raise DrafterConfigError(
             f"{path} cannot be read as a file of tensors ({said[0]})",
             f"nothing else is read of it, for it may hold code; {FETCH_AGAIN}",
         ) from None
     if not isinstance(found, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.dtype in _DTYPES
-        for name, tensor in found.items()
+        isinstance(name, str) and _is_plain(tensor) for name, tensor in found.items()
     ):
         raise DrafterConfigError(f"{path} holds something else than named tensors", FETCH_AGAIN)
     return found
+
+
+def _is_plain(tensor: object) -> bool:
+    """Whether it is a tensor with numbers in it that safetensors could hold."""
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.dtype in _DTYPES
+        and tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+    )
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
