@@ -148,7 +148,7 @@ def test_a_key_of_dflash_config(name: str) -> None:
     """``shift_label: true`` drafted one position off."""
     raw = QWEN3_8B | {"dflash_config": QWEN3_8B["dflash_config"] | {name: IN_DFLASH_CONFIG[name]}}
     if name == "final_logit_softcapping":
-        assert DrafterConfig.from_dict(raw), "of no effect, and judged at the top level only"
+        assert DrafterConfig.from_dict(raw).logit_cap is None, "it is read at the top level only"
         return
     assert refusal(raw).field == f"dflash_config.{name}"
 
@@ -497,3 +497,37 @@ def test_quantization_methods_are_vllms() -> None:
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS as THEIRS
 
     assert set(THEIRS) == QUANTIZATION_METHODS
+
+
+def test_scales_of_logits_are_read_for_probabilities() -> None:
+    """They were of no effect: drafts are drawn, and confidences told, by probabilities."""
+    said = {"final_logit_softcapping": 30, "logits_scaling": 4.0, "logit_scale": 0.5}
+    config = DrafterConfig.from_dict(QWEN3_8B | said)
+    assert (config.logit_scale, config.logit_cap) == (0.125, 30.0)
+    for format in ("z-lab", "speculators"):
+        assert DrafterConfig.from_dict(write(config, format)) == config
+    for name in ("logit_scale", "logits_scaling", "output_multiplier", "output_multiplier_scale"):
+        for value, scale in ((None, 1.0), (2.0, 0.5 if name == "logits_scaling" else 2.0)):
+            assert DrafterConfig.from_dict(QWEN3_8B | {name: value}).logit_scale == scale
+        assert refusal(QWEN3_8B | {name: 1e-40}).field == name
+
+
+@pytest.mark.parametrize(
+    ("architectures", "scale"),
+    [
+        (["Gemma4ForConditionalGeneration"], 1.0),
+        (["Qwen3ForCausalLM"], None),
+        ([], None),
+        (3, None),
+    ],
+)
+def test_the_library_trains_on_rows_of_gemmas_embedding(
+    architectures: Any, scale: float | None
+) -> None:
+    raw = write(DrafterConfig.from_dict(QWEN3_8B), "speculators")
+    raw["speculators_config"]["verifier"]["architectures"] = architectures
+    config = DrafterConfig.from_dict(raw)
+    assert config.input_embedding_scale == scale
+    assert DrafterConfig.from_dict(write(config, "z-lab")) == config
+    again = DrafterConfig.from_dict(raw | {"input_embedding_scale": 8.0})
+    assert again.input_embedding_scale == 8.0

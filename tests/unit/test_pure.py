@@ -92,6 +92,7 @@ NEEDS_TORCH = {
     "tools.inspect",
     "tools.pair_checks",
     "tools.pair_runs",
+    "tools.rotary_readings",
     "tools.run_checks",
     "training.budget",
     "training.checkpoints",

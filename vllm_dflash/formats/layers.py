@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_dflash import fields
 from vllm_dflash.config import DEFAULT_RMS_NORM_EPS, DEFAULT_ROPE_THETA, DrafterConfig
+from vllm_dflash.formats.keys import CAP, EMBEDDING_SCALE, FACTORS
 from vllm_dflash.formats.rope import read_rope
 from vllm_dflash.kinds import Kind, Setting
 
@@ -191,6 +192,42 @@ def _setting(setting: Setting, raw: Mapping[str, Any], name: str) -> Any:
     if setting.least == 0 and fields.is_int(value) and value == 0:
         return 0
     return fields.positive_int(raw, name)
+
+
+def read_scales(*places: Mapping[str, Any]) -> dict[str, Any]:
+    """What becomes of logits before they are probabilities; of several factors the product."""
+    scale, cap = 1.0, None
+    for raw in places:
+        for name, power in FACTORS.items():
+            scale *= fields.positive_float(raw, name, 1.0) ** power
+        if raw.get(CAP) is not None:
+            cap = fields.positive_float(raw, CAP)
+    return {"logit_scale": scale, "logit_cap": cap}
+
+
+def read_embedding_scale(
+    raw: Mapping[str, Any], place: str = "", absent: float | None = None
+) -> float | None:
+    """What rows of the embedding are multiplied by; ``absent`` where ``raw`` does not say."""
+    if raw.get(EMBEDDING_SCALE) is None:
+        return absent
+    return fields.positive_float(raw, f"{place}{EMBEDDING_SCALE}")
+
+
+def write_scales(config: DrafterConfig) -> dict[str, Any]:
+    """These fields, where they say something."""
+    out: dict[str, Any] = {}
+    if config.logit_scale != 1.0:
+        out["logit_scale"] = config.logit_scale
+    if config.logit_cap is not None:
+        out[CAP] = config.logit_cap
+    return out
+
+
+def write_embedding_scale(config: DrafterConfig) -> dict[str, Any]:
+    """That field, where it is given."""
+    scale = config.input_embedding_scale
+    return {} if scale is None else {EMBEDDING_SCALE: scale}
 
 
 _CONVOLUTION = ("conv_kernel_size", "conv_group_size")

@@ -26,7 +26,7 @@ from vllm_dflash.formats import IGNORED_TENSORS, tensor_name
 from vllm_dflash.kinds import own_tensors
 from vllm_dflash.models.own import MASK_EMBEDDING, OwnTables
 from vllm_dflash.models.parameters import load_into
-from vllm_dflash.weights import check_shapes, expected_tensors
+from vllm_dflash.weights import check_shapes, check_tables, expected_tensors
 from vllm_dflash.weights.values import check_finite
 
 # A checkpoint's name of a projection -> (vLLM's fused parameter, its shard).
@@ -123,6 +123,7 @@ class Loading:
         others = {
             name: shape for name, shape in expected_tensors(config).items() if name not in named
         }
+        check_tables(config, found)
         check_shapes(config, others | {name: tuple(tensor.shape) for name, tensor in found.items()})
         check_finite(found, self._drafter.dtype)
         named = {name: tensor for name, tensor in named.items() if name not in IGNORED_TENSORS}
