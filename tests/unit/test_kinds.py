@@ -145,7 +145,8 @@ def test_a_served_head_is_the_reference(kind: str, confident: bool) -> None:
         name: torch.randn(shape) if max(shape) > 1 else 20 + torch.rand(shape)
         for name, shape in head.own_tensors(config).items()
     }
-    if any(n.endswith("_proj.weight") for n in own):  # as large as in a network of many layers
+    is_network = any(name.endswith("_proj.weight") for name in own)
+    if is_network:  # as large as in one of many layers
         own = {
             name: tensor / tensor.shape[-1] ** 0.5 if tensor.dim() == 2 else tensor
             for name, tensor in own.items()
@@ -180,7 +181,7 @@ def test_a_served_head_is_the_reference(kind: str, confident: bool) -> None:
         # What training ranks is what drafting ranks, where the drafted tokens are the ones before.
         before = torch.cat([anchors[:, None].long(), expected[:, :-1]], dim=1)
         assert torch.equal(theirs.lesson(block, before, expected).tokens, expected)
-        if head.over_block:  # a network that computes in float32
+        if is_network:  # it computes in float32
             torch.testing.assert_close(theirs.scores(block, before), scores, rtol=1e-4, atol=1e-4)
         else:
             # In float64: a processor may sum a batch of rows in another order than a row.
