@@ -4,8 +4,8 @@ decoding's, the drafts are the reference's.
 A position for which no draft K/V was written, or another request's K/V, changes a random drafter's
 drafts, so that the plain PyTorch reference finds it. One process; each engine's requests are listed
 with it.
-Not tested here, for the interpreter has none of it: CUDA graphs, asynchronous scheduling, tensor
-parallelism, LoRA.
+Not tested here, for the interpreter has none of it: asynchronous scheduling, tensor parallelism,
+LoRA; CUDA graphs are ``test_v2_graphs.py``'s.
 
     pytest tests/engine/test_v2_features.py
 """
@@ -186,7 +186,8 @@ tight = pytest.mark.parametrize("run", [TIGHT, TIGHT_SLIDING])
 
 @pytest.mark.parametrize("run", [DFLASH, SLIDING, TIGHT, TIGHT_SLIDING, ZERO])
 def test_every_draft_is_the_references(runs: Runs, run: int) -> None:
-    assert len(runs.compare(run)) >= 60
+    # Half of ZERO's steps draft nothing.
+    assert len(runs.compare(run)) >= (30 if run == ZERO else 60)
     assert runs.differences(run) == []
 
 
@@ -320,17 +321,19 @@ def test_preemption(runs: Runs, run: int) -> None:
 
 
 def test_steps_that_draft_nothing(runs: Runs) -> None:
-    """With K = 0 the context is written all the same: later drafts, and those of the next turn on
-    the same pages, are whole."""
-    undrafted: set[int] = set()
+    """With K = 0 no query runs, and the context is written all the same: later drafts, and those of
+    the next turn on the same pages, are whole."""
+    undrafted = [work for work in runs.results[ZERO].work if not work.k]
+    assert {(work.forwarded, work.ranked) for work in undrafted} == {(0, 0)}
+    assert max(work.num_reqs for work in undrafted) > DRAFT_AT_MOST
     after = []
     for i in range(len(runs.jobs[ZERO].prompts)):
         for prompt, _, drafts in runs.drafts(ZERO, [i]):
             for one, other in pairwise([draft for draft in drafts if draft.anchor >= len(prompt)]):
-                if one.num_reqs > DRAFT_AT_MOST:
-                    undrafted.add(other.anchor - one.anchor)
-                    after += [(i, other.anchor)] if other.num_reqs <= DRAFT_AT_MOST else []
-    assert undrafted == {1}
+                # A step commits the tokens of the draft before it; those without one, a token each.
+                after += [(i, other.anchor)] if other.step > one.step + 1 else []
+            first = next((draft for draft in drafts if draft.anchor >= len(prompt)), None)
+            after += [(i, first.anchor)] if first and first.anchor > len(prompt) else []
     assert after, "no request went from K = 0 to K = 7"
     assert (
         runs.results[ZERO].cached_tokens[4] >= PAGE or len(runs.results[ZERO].prompts[4]) < 2 * PAGE
