@@ -7,6 +7,8 @@ Importable by every process: the tests put this folder on PYTHONPATH.
 import asyncio
 import json
 import os
+import subprocess
+import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,14 @@ POISONED = {"scheduler_cls": "cluster_poison.PoisonedScheduler"}
 
 class StandIn:
     """Answers at once. Where the folder holds a file named ``die-on-NUMBER``, the process of that
-    part ends, once."""
+    part ends, once; with ``always-die-on-NUMBER``, each. Each process leaves a file named
+    ``started-PID``."""
 
     def __init__(
         self, engine_args: Mapping[str, Any], sampling: Mapping[str, Any], folder: str
     ) -> None:
         self._folder = Path(folder)
+        (self._folder / "_batch" / f"started-{os.getpid()}").touch()
 
     async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, list[Any]]]:
         part = Part(
@@ -39,6 +43,8 @@ class StandIn:
         trap = self._folder / "_batch" / f"die-on-{part.number}"
         if trap.exists():
             trap.unlink()
+            os._exit(1)
+        if (self._folder / "_batch" / f"always-die-on-{part.number}").exists():
             os._exit(1)
         rows = []
         for row, problem in read(part):
@@ -55,6 +61,18 @@ class StandIn:
         await asyncio.sleep(0)
         write(part, self._folder, rows)
         yield {name: [value] for name, value in count(rows).items()}
+
+
+class Starting(Completer):
+    """Has started a process, and never gets further. That process is named in ``child``."""
+
+    async def __call__(self, batch: Mapping[str, Any]) -> AsyncIterator[dict[str, list[Any]]]:
+        yield self._started()
+
+    def _start(self) -> Any:
+        child = subprocess.Popen(["sleep", "600"])
+        (self._folder / "_batch" / "child").write_text(str(child.pid))
+        time.sleep(600)
 
 
 class Counting(Completer):

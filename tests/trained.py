@@ -42,7 +42,8 @@ def train_briefly(
         anchors = torch.randint(len(prompts[0]), length - size, (rows, 12))
         ids = torch.full((*anchors.shape, size), config.mask_token_id)
         ids[..., 0] = tokens.gather(1, anchors)
-        context = drafter.context_kv(drafter.context(features), positions)
+        c = drafter.context(features)
+        context = drafter.context_kv(c, positions)
         mask = context_mask(anchors, size, length)
         hidden = drafter(
             model.get_input_embeddings()(ids.flatten(1)),
@@ -54,7 +55,10 @@ def train_briefly(
         hidden = hidden.unflatten(1, (-1, size))[:, :, config.first_row :]
         labels, _ = block_labels(tokens, anchors, size, config.first_row)
         before = torch.cat([ids[..., :1], labels[..., :-1]], -1)
-        lesson = drafter.head.lesson(drafter.block(model.lm_head, hidden), before, labels)
+        block = drafter.block(
+            model.lm_head, hidden, model.get_input_embeddings(), drafter.before_anchors(c, anchors)
+        )
+        lesson = drafter.head.lesson(block, before, labels)
         loss = (lesson.losses + lesson.others).mean()
         loss.backward()
         optimizer.step()

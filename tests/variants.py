@@ -9,6 +9,13 @@ from pairs import make_random_drafter, random_drafter_config
 
 _ALL_LAYERS = {"target_layer_ids": (0, 1, 2, 3, 4)}
 _FEW = {"selector_rank": 12, "selector_top_k": 5}
+# Few candidates: where two are a rounding apart, another order of theirs changes all edges.
+_LATTICE = {
+    "lilicorr_candidate_topk": 4,
+    "lilicorr_hidden_size": 48,
+    "lilicorr_factor_dim": 24,
+    "lilicorr_mlp_ratio": 1.5,
+}
 _CONVOLUTION = {"conv_kernel_size": 2, "conv_group_size": 16}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 _LLAMA3 = {
@@ -69,6 +76,18 @@ VARIANTS = {
     "dspark": Variant({"kind": "dspark", "block_size": 7, "head": {"markov_rank": 24}}),
     "dspark without confidence": Variant(
         {"kind": "dspark", "head": {"markov_rank": 12, "enable_confidence_head": False}},
+        format="speculators",
+    ),
+    "lilicorr": Variant({"kind": "lilicorr", "head": _LATTICE}),
+    "lilicorr convolution": Variant(
+        {
+            "kind": "lilicorr",
+            "head": _LATTICE | {"lilicorr_hidden_size": 0, "lilicorr_candidate_topk": 2},
+            **_CONVOLUTION,
+        }
+    ),
+    "dflare lattice": Variant(
+        _ALL_LAYERS | {"kind": "dflare-lattice", "head": _LATTICE | {"lilicorr_candidate_topk": 2}},
         format="speculators",
     ),
     "dflare markov": Variant(

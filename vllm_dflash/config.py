@@ -316,6 +316,9 @@ class DrafterConfig:
                 )
             if not setting.fits(value, self.vocab_size):
                 raise DrafterConfigError(f"{name} is {value!r}", setting.wanted, field=name)
+        if (problem := kind.head.problem(self)) is not None:
+            name, wanted = problem
+            raise DrafterConfigError(f"{name} is {self.head[name]!r}", wanted, field=name)
         self._check_convolution(kind)
         if self.draft_vocab_size is not None and not kind.head.is_argmax:
             raise DrafterConfigError(

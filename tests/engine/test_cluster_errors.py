@@ -138,3 +138,4 @@ def test_ray_is_not_there(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "Ray is not installed" in done.stderr
     assert "pip install 'vllm-dflash[ray]'" in done.stderr
+    assert not list(tmp_path.rglob("inputs.json")), "a run that never began has its folder"

@@ -12,6 +12,7 @@ import os
 import re
 import urllib.error
 import urllib.request
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,33 @@ def status(url: str, key: str | None) -> int:
             return response.status
     except urllib.error.HTTPError as error:
         return error.code
+
+
+@pytest.mark.parametrize("signalled", [KeyboardInterrupt, SystemExit])
+def test_a_signal_while_the_replicas_start(
+    signalled: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a cluster that goes on, Serve went on starting them without the command."""
+    import ray.serve
+    import ray.serve.llm
+
+    from vllm_dflash.cluster import serve
+    from vllm_dflash.cluster.settings import EngineSettings
+
+    deleted: list[str] = []
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise signalled
+
+    monkeypatch.setattr(serve, "connect", lambda *a, **k: nullcontext({"env_vars": {}}))
+    monkeypatch.setattr(serve, "check_engine", lambda *args: None)
+    monkeypatch.setattr(ray.serve, "start", lambda **kwargs: None)
+    monkeypatch.setattr(ray.serve, "run", interrupted)
+    monkeypatch.setattr(ray.serve, "delete", deleted.append)
+    monkeypatch.setattr(ray.serve.llm, "build_openai_app", lambda args: None)
+    with pytest.raises(signalled):
+        serve.up(serve.Serving(EngineSettings(str(TARGET), device="cpu"), "name"))
+    assert deleted == [serve.APPLICATION]
 
 
 def test_it_answers_from_processes_that_all_have_the_plug_in(

@@ -97,7 +97,14 @@ def test_a_convolution_compiled(random_target: Path, drafters: dict[str, Path]) 
     assert agreement.differences == []
 
 
-NEAR_THE_END = ("dflash sliding causal", "dflash mixed", "dflare", "dflash2 convolution", "dspark")
+NEAR_THE_END = (
+    "dflash sliding causal",
+    "dflash mixed",
+    "dflare",
+    "dflash2 convolution",
+    "dspark",
+    "lilicorr",
+)
 
 
 @pytest.mark.parametrize("name", NEAR_THE_END)

@@ -17,9 +17,20 @@ from variants import VARIANTS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
-NAMES = ("dflash2 convolution", "dflash2 speculators", "dspark", "dspark without confidence")
-SPECULATORS = {"dflash2": "DFlash2Speculator", "dspark": "DSparkSpeculator"}
-METHODS = {"dflash2": "dflash", "dspark": "dspark"}
+NAMES = (
+    "dflash2 convolution",
+    "dflash2 speculators",
+    "dspark",
+    "dspark without confidence",
+    "lilicorr",
+    "lilicorr convolution",
+)
+SPECULATORS = {
+    "dflash2": "DFlash2Speculator",
+    "dspark": "DSparkSpeculator",
+    "lilicorr": "LiLiCorrSpeculator",
+}
+METHODS = {"dflash2": "dflash", "dspark": "dspark", "lilicorr": "dflash"}
 
 
 @pytest.fixture(scope="module")

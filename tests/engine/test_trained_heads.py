@@ -21,7 +21,7 @@ from vllm_dflash.reference.decoding import generate
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
-NAMES = ("dflash2 convolution", "dspark", "dflare candidates convolution")
+NAMES = ("dflash2 convolution", "dspark", "dflare candidates convolution", "lilicorr")
 PROMPTS = [[i, 3 * i, 7 * i % 500, 11] for i in range(2, 18)]
 NEW_TOKENS = 48
 SAMPLED = {"temperature": 0.8, "seed": 7}

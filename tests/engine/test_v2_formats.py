@@ -42,6 +42,8 @@ NAMES = (
     "dflare candidates",
     "dflare markov",
     "dflash yarn",
+    "lilicorr convolution",
+    "dflare lattice",
 )
 SLIDING = ("dflare mixed", "dflash mixed causal", "dflash sliding")
 ON_BOTH_RUNNERS = ("dflash", "dflare")

@@ -70,3 +70,8 @@ def test_refusals_name_the_remedy(text, remedy):
 def test_a_drafter_is_needed():
     with pytest.raises(UsageError, match="give --draft PATH"):
         parse_methods("native", {})
+
+
+def test_a_head_that_no_method_uses_is_refused() -> None:
+    with pytest.raises(UsageError, match="--methods has none that uses it"):
+        parse_methods("plain,dflash", DRAFTERS, "/head")

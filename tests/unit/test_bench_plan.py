@@ -58,6 +58,7 @@ def test_refusals_name_the_remedy(capsys, tmp_path, arguments, remedy):
         ["--temperature", "nan"],
         ["--max-tokens", "0"],
         ["--max-tokens", "9-8"],
+        ["--max-tokens", "1-"],
         ["--max-tokens", "x"],
     ],
 )

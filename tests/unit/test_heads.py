@@ -142,6 +142,7 @@ def test_a_head_of_candidates_ranks_the_whole_vocabulary() -> None:
         random_drafter_config(kind="dflash2").with_(draft_vocab_size=100)
 
 
+LATTICE = random_drafter_config(kind="lilicorr", vocab_size=VOCAB, hidden_size=HIDDEN)
 MARKOV = random_drafter_config(
     kind="dspark", vocab_size=VOCAB, hidden_size=HIDDEN, head={"markov_rank": RANK}
 )
@@ -244,7 +245,9 @@ def test_an_anchor_beyond_the_vocabulary_is_drafted_after(config: DrafterConfig)
 
 
 @pytest.mark.parametrize("confident", [False, True])
-@pytest.mark.parametrize("config", [PLAIN, CANDIDATES, MARKOV], ids=["argmax", "walk", "markov"])
+@pytest.mark.parametrize(
+    "config", [PLAIN, CANDIDATES, MARKOV, LATTICE], ids=["argmax", "walk", "markov", "lattice"]
+)
 def test_a_served_head_asks_the_device_for_nothing(config: DrafterConfig, confident: bool) -> None:
     """On a GPU a graph records it, and a question would wait: torch's meta device has no answer."""
     with torch.device("meta"):
@@ -252,12 +255,17 @@ def test_a_served_head_asks_the_device_for_nothing(config: DrafterConfig, confid
         lm_head, hidden = (
             torch.empty(rows, HIDDEN, dtype=torch.bfloat16) for rows in (VOCAB, 3 * K)
         )
-        anchors = torch.empty(3, dtype=torch.int32)
+        anchors, before = (
+            torch.empty(3, dtype=torch.int32),
+            torch.empty(3, HIDDEN, dtype=torch.bfloat16),
+        )
     ranking = Ranking(
         lambda rows: rows @ lm_head.T,
         lambda scores: scores.argmax(-1),
         lambda rows: (rows @ lm_head.T).argmax(-1),
         confident,
+        lambda ids: lm_head[ids],
+        before,
     )
     tokens, confidences = served.draft(hidden, anchors, K, ranking)
     assert (tokens.shape, tokens.dtype) == ((3, K), torch.int64)

@@ -16,6 +16,7 @@ from typing import IO
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
 
 from damage import DAMAGES, DENIALS, as_a_user
 from vllm_dflash import files
@@ -28,7 +29,7 @@ from vllm_dflash.metrics.engine import drafting_samples
 from vllm_dflash.metrics.figures import Scrape, drafting_line, figures, verdict
 from vllm_dflash.metrics.read import read
 from vllm_dflash.metrics.recorder import Recorder
-from vllm_dflash.metrics.top import address
+from vllm_dflash.metrics.top import address, screen
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -122,6 +123,32 @@ def test_text_of_snapshots(folder: Path):
     }
     assert (lengths["1.0"], lengths["3.0"], lengths["4.0"], lengths["+Inf"]) == (1, 1, 3, 3)
     assert lengths["vllm_dflash_accepted_length_sum"] == 9
+
+
+def test_two_servers_in_one_folder(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """Of one model name: a series was there twice, which Prometheus does not take."""
+    monkeypatch.setattr("vllm_dflash.metrics.read._told", [])
+    for role, count in (("engine", 3), ("other", 5)):
+        samples = {
+            "reached_tokens": [(["1"], count)],
+            "accepted_length": [([], histogram("accepted_length", 1, count))],
+            "next_trial_seconds": [([], count)],
+        }
+        snapshots.write(
+            folder / snapshots.file_name(role, "0"), {"labels": ["m", "0"], "samples": samples}
+        )
+    read(wait=False)
+    found = {f.name: f for f in text_string_to_metric_families(read(wait=False))}
+    assert [s.value for s in found["vllm_dflash_reached_tokens"].samples] == [8]
+    assert [s.value for s in found["vllm_dflash_next_trial_seconds"].samples] == [5]
+    lengths = {
+        s.labels.get("le", s.name): s.value for s in found["vllm_dflash_accepted_length"].samples
+    }
+    assert (lengths["1.0"], lengths["3.0"], lengths["+Inf"]) == (2, 3, 4)
+    assert lengths["vllm_dflash_accepted_length_sum"] == 10
+    assert sum("two servers leave their metrics" in r.message for r in caplog.records) == 1
 
 
 def test_a_process_that_is_gone_leaves_no_series(folder: Path):
@@ -475,3 +502,8 @@ def test_top_without_a_server(capsys: pytest.CaptureFixture[str]):
         == address("http://host:1/metrics")
         == "http://host:1/metrics"
     )
+
+
+def test_top_says_that_a_server_came_back_without(capsys: pytest.CaptureFixture[str]) -> None:
+    Console().print(screen("http://x/metrics", Scrape.parse("vllm:up 1\n", 1.0)))
+    assert "has no vllm_dflash metrics" in " ".join(capsys.readouterr().out.split())

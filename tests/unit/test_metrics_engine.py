@@ -146,8 +146,9 @@ def test_plain_steps_count_the_same_however_they_are_read() -> None:
     reasons = {labels[0]: count for labels, count in at_once.pop("speculation_refused")}
     assert reasons == {"other": 2, "batch_size": 6}
     assert reasons == {labels[0]: count for labels, count in each.pop("speculation_refused")}
+    # A step that a busy machine held up is no measurement: these may be absent.
     times = [
-        found.pop(name)
+        found.pop(name, None)
         for found in (at_once, each)
         for name in ("step_seconds", "measured_seconds", "baseline_seconds", "estimated_speedup")
     ]

@@ -156,6 +156,20 @@ def test_convert_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     )
 
 
+def test_convert_refuses_what_it_would_pass_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A target's name went nowhere; and what was written lay inside of what it was made of."""
+    source = make_random_drafter(tmp_path / "source")
+    flags = ["convert", str(source), str(tmp_path / "a"), "--to", "z-lab", "--verifier", "x"]
+    assert main(flags) == 2
+    assert "z-lab has no place for a target's name" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(DrafterConfigError, match="is in the folder that is converted"):
+        convert(source, source / "sub", "z-lab")
+    assert not (source / "sub").exists()
+
+
 def test_convert_names_the_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = make_random_drafter(tmp_path / "source")
     assert main(["convert", str(source), str(tmp_path / "a"), "--to", "speculators"]) == 0

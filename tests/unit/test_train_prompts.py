@@ -194,6 +194,21 @@ def test_a_chat_that_ends_in_its_answer(tokenizer, tmp_path: Path) -> None:
     assert "1 chats without the answer at their end" in found.describe(8)
 
 
+@pytest.mark.parametrize("given", [{"response": "z"}, {"response_token_ids": [5]}])
+def test_a_chat_that_ends_in_an_answer_and_got_another(
+    tokenizer, tmp_path: Path, given: dict[str, Any]
+) -> None:
+    """As the recorder keeps it: the message went and the response stayed, as the answer to another
+    prompt than it was given to."""
+    chat = [USER, {"role": "assistant", "content": "yo"}]
+    (found,) = Reader(tokenizer, 4096, "{}").read(
+        lines(tmp_path / "p.jsonl", {"messages": chat, **given})
+    )
+    assert tokenizer.decode(found.ids) == "<u>hi\n<assistant>yo\n<a>"
+    assert found.response
+    assert not found.answered
+
+
 def test_an_answer_that_has_its_end(tokenizer, tmp_path: Path) -> None:
     """It got another end token after its own."""
     row = {"prompt": "a", "response": f"c{tokenizer.eos_token}"}
@@ -294,6 +309,22 @@ def test_the_split(tokenizer, tmp_path: Path) -> None:
     assert {p.key for p in turned.held_out} == {p.key for p in found.held_out}
     other = split(reader, Data(prompts=(path,), held_out=10), 1)
     assert {p.key for p in other.held_out} != {p.key for p in found.held_out}
+
+
+def test_of_two_rows_with_one_prompt_the_answered_one_is_kept(tokenizer, tmp_path: Path) -> None:
+    rows = [
+        {"prompt_token_ids": [1]},
+        {"prompt_token_ids": [2], "response_token_ids": [5]},
+        {"prompt_token_ids": [3]},
+        {"prompt_token_ids": [1], "response_token_ids": [7]},
+        {"prompt_token_ids": [2], "response_token_ids": [8]},
+        {"prompt_token_ids": [2]},
+    ]
+    data = Data(prompts=(lines(tmp_path / "p.jsonl", *rows),), held_out=1)
+    found = split(Reader(tokenizer, 4096, "{}"), data, 0)
+    both = {tuple(p.ids): p.response for p in (*found.train, *found.held_out)}
+    assert both == {(1,): [7], (2,): [5], (3,): None}
+    assert found.repeated == 3
 
 
 def test_held_out_prompts_of_their_own(tokenizer, tmp_path: Path) -> None:

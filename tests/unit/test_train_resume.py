@@ -27,7 +27,7 @@ from training_runs import (
 from vllm_dflash.files import RunError
 from vllm_dflash.lock import hold
 from vllm_dflash.training import checkpoints, generate, learned, loop
-from vllm_dflash.training.errors import TrainingError
+from vllm_dflash.training.errors import SettingsError, TrainingError
 from vllm_dflash.training.logs import Log, read
 from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.settings import Settings
@@ -370,3 +370,50 @@ def test_a_loss_that_is_not_finite(make, parts, tmp_path: Path) -> None:
 def test_a_loss_that_stays_not_finite(make) -> None:
     with pytest.raises(TrainingError, match=r"not finite for 3 steps in a row.*lower --lr"):
         run_stages(make(lr=1e18, max_bad_steps=3), HERE)
+
+
+def test_other_weights_in_the_targets_folder_are_not_gone_on_with(make, parts, tmp_path) -> None:
+    """Fine-tuned meanwhile, say: a part of the features would be the old target's, and a part the
+    new one's."""
+    folder = tmp_path / "target"
+    shutil.copytree(parts[0], folder)
+    chosen = make(folder)
+    run_and_kill(chosen, HERE, Path(chosen.run.out) / "features/shard-00001.safetensors")
+    tensors = load_file(folder / "model.safetensors")
+    changed = {name: tensor + 1e-3 for name, tensor in tensors.items()}
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunError, match=r"generate with target_files '\w+' \(now '\w+'\)"):
+        run_stages(chosen, HERE)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    run_stages(chosen, HERE)
+
+
+@pytest.mark.parametrize(
+    ("stages", "table", "changed", "named"),
+    [
+        (HERE, "train", {"lr": 1e-3}, r"lr 0\.02 \(now 0\.001\)"),
+        (HERE, "train", {"steps": 50}, r"steps 12 \(now 50\)"),
+        (("export",), "train", {"weighting": "dpace"}, r"weighting 'decay' \(now 'dpace'\)"),
+        (("prove", "export"), "drafter", {"layers": 1}, "drafter {"),
+    ],
+)
+def test_a_finished_run_takes_no_other_settings(
+    undisturbed: Settings, stages: tuple[str, ...], table: str, changed: dict, named: str
+) -> None:
+    """It did nothing, ended with 0, and wrote a model card with settings that no weight has
+    seen."""
+    note = Path(undisturbed.run.out) / "settings.json"
+    before = note.read_text()
+    other = replace(undisturbed, **{table: replace(getattr(undisturbed, table), **changed)})
+    with pytest.raises(RunError, match=f"begun by the stage train with .*{named}"):
+        run_stages(other, stages)
+    assert note.read_text() == before
+
+
+def test_a_format_that_cannot_hold_the_drafter_is_refused_before_anything_runs(make) -> None:
+    """It was, in the last stage, after all others."""
+    chosen = make()
+    other = replace(chosen, export=replace(chosen.export, format="AngelSlim"))
+    with pytest.raises(SettingsError, match="format: AngelSlim holds no dflash drafter: write it"):
+        run_stages(other, HERE)
+    assert not (learned.folder_of(other)).exists()

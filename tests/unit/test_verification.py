@@ -123,3 +123,19 @@ def test_metadata_of_drafts_is_vllms(scheduled: list[int], drafted: list[int]) -
             assert own.dtype == value.dtype, name
             own, value = own.tolist(), value.tolist()
         assert own == value, name
+
+
+def test_metadata_of_like_steps_has_each_steps_own_drafts() -> None:
+    """Where the rows are the same as before, the tokens in them are not."""
+    tokens = np.arange(100, 120, dtype=np.int32)
+    metadata = DraftMetadata(tokens, 8)
+    drafts, ends = np.array([2, 1], dtype=np.int32), np.array([3, 5], dtype=np.int32)
+    first = metadata(drafts, ends)
+    tokens += 50
+    second = metadata(drafts, ends)
+    assert first.draft_token_ids.tolist() == [101, 102, 104]
+    assert second.draft_token_ids.tolist() == [151, 152, 154]
+    # As many drafts, and a prompt of four tokens behind them.
+    mixed = metadata(np.array([2, 0], dtype=np.int32), np.array([3, 7], dtype=np.int32))
+    assert mixed.logits_indices.tolist() == [0, 1, 2, 6]
+    assert metadata(drafts, ends).logits_indices.tolist() == [0, 1, 2, 3, 4]

@@ -222,9 +222,9 @@ def _add_engine(bench: argparse.ArgumentParser) -> None:
 
 
 def _token_range(text: str) -> Lengths:
-    least, _, most = text.partition("-")
+    least, dash, most = text.partition("-")
     try:
-        lengths = Lengths(int(least), int(most or least))
+        lengths = Lengths(int(least), int(most if dash else least))
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no number of tokens: give one such as 128, or a range such as 64-192"

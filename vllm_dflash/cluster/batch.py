@@ -13,19 +13,20 @@ reason nor what was accepted, and it has no place for a row that ends the engine
 import argparse
 import contextlib
 import copy
-import gc
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash import contents
 from vllm_dflash.acceptance import tau
 from vllm_dflash.cluster import parts
 from vllm_dflash.cluster.command import settings_of
 from vllm_dflash.cluster.completer import COUNTED, Completer, count
-from vllm_dflash.cluster.connection import connect
+from vllm_dflash.cluster.connection import check_installed, connect
+from vllm_dflash.cluster.room import RETRIES, Room
 from vllm_dflash.cluster.rows import check_sampling
 from vllm_dflash.cluster.settings import ClusterError, EngineSettings, engine_args, uses_ray
 from vllm_dflash.files import RunError, claim, write_record
@@ -100,6 +101,7 @@ def _complete(job: Job, completer: Any) -> dict[str, Any]:
     if not all((job.out / part.name).exists() for part in found.parts):
         with contextlib.suppress(ImportError):
             check_sampling(job.sampling)
+        check_installed()
     claim(
         job.out / STATE,
         "batch",
@@ -107,6 +109,7 @@ def _complete(job: Job, completer: Any) -> dict[str, Any]:
             "input": found.fingerprint,
             "rows_per_part": job.rows_per_part,
             "engine": args,
+            "target_files": contents.of_folder(job.engine.target),
             "sampling": job.sampling,
         },
     )
@@ -119,8 +122,11 @@ def _complete(job: Job, completer: Any) -> dict[str, Any]:
         else:
             todo.append(part)
     began, before = time.monotonic(), sums["completion_tokens"]
-    with Progress(total=found.rows, initial=sums["rows"], unit=" rows", smoothing=0.1) as bar:
-        for done in _answer(job, todo, args, completer) if todo else ():
+    with (
+        Progress(total=found.rows, initial=sums["rows"], unit=" rows", smoothing=0.1) as bar,
+        contextlib.closing(_answer(job, todo, args, completer)) as answers,
+    ):
+        for done in answers if todo else ():
             _add(sums, done)
             _check_errors(job, sums)
             bar.update(done["rows"])
@@ -133,14 +139,13 @@ def _complete(job: Job, completer: Any) -> dict[str, Any]:
 
 def _answer(
     job: Job, todo: list[parts.Part], args: dict[str, Any], completer: Any
-) -> Iterator[dict[str, int]]:
+) -> Generator[dict[str, int], None, None]:
     """The sums over each part as it is written, in any order."""
     with connect(job.engine, job.replicas) as runtime_env:
         import ray
         from ray.data import ActorPoolStrategy, DataContext
-        from ray.util.placement_group import remove_placement_group
 
-        groups: list[Any] = []
+        room, finished = Room(_group_of(job.engine)), False
         context = copy.copy(DataContext.get_current())
         context.enable_progress_bars = False  # ours is the only one
         context.wait_for_min_actors_s = _PLACED_S
@@ -152,39 +157,40 @@ def _answer(
                 completer,
                 batch_size=1,
                 compute=ActorPoolStrategy(
-                    size=job.replicas, max_tasks_in_flight_per_actor=_PARTS_IN_FLIGHT
+                    size=job.replicas,
+                    max_tasks_in_flight_per_actor=_PARTS_IN_FLIGHT,
+                    max_concurrent_calls_per_actor=_PARTS_IN_FLIGHT,
                 ),
-                max_concurrency=_PARTS_IN_FLIGHT,
                 fn_constructor_kwargs={
                     "engine_args": args,
                     "sampling": job.sampling,
                     "folder": str(job.out.resolve()),
                 },
                 runtime_env=runtime_env,
-                **_reserve(job.engine, groups),
+                ray_remote_args_fn=room.options,
+                **_reserve(job.engine),
             )
-        late = False
         try:
             yield from done.iter_rows()
+            finished = True
         except ray.exceptions.GetTimeoutError:
-            late = True
+            raise ClusterError(
+                f"the cluster had room, but {job.replicas} replicas did not start within"
+                f" {_PLACED_S} s: another job has taken it, or its nodes are slow to start"
+                " processes; look at `ray status`, and run the command again"
+            ) from None
+        except ray.exceptions.RayActorError as error:
+            raise ClusterError(
+                f"{_cause(error)}\na replica's process ended, and {RETRIES} more that its rows were"
+                " given to, or it cannot start: look at Ray's logs of it, and for a lack of memory."
+                " What is answered is kept: mend this, and run the command again"
+            ) from error
         except ray.exceptions.RayError as error:
             raise ClusterError(
                 f"{_cause(error)}\nwhat is answered is kept: mend this, and run the command again"
             ) from error
         finally:
-            for group in groups:
-                remove_placement_group(group)
-        if late:
-            # Ray Data gives up actors that it waits for only with what holds them: else they would
-            # take the room as soon as there is some, and keep it.
-            del done, items
-            gc.collect()
-            raise ClusterError(
-                f"the cluster had room, but {job.replicas} replicas did not start within"
-                f" {_PLACED_S} s: another job has taken it, or its nodes are slow to start"
-                " processes; look at `ray status`, and run the command again"
-            )
+            room.give_back(calm=finished)
 
 
 def _cause(error: BaseException) -> str:
@@ -194,32 +200,21 @@ def _cause(error: BaseException) -> str:
     return str(error).strip() or type(error).__name__
 
 
-def _reserve(engine: EngineSettings, groups: list[Any]) -> dict[str, Any]:
-    """What Ray keeps for one replica; ranks that vLLM starts as Ray actors of its own take the rest
-    of the replica's group.
-
-    Groups that are made are added to ``groups``: they hold their devices until they are removed.
-    """
+def _group_of(engine: EngineSettings) -> list[dict[str, float]] | None:
+    """The bundles of a placement group that a replica needs: where vLLM starts its ranks as Ray
+    actors of its own, these take the rest of the group. None elsewhere."""
     bundles = engine.bundles
-    if len(bundles) == 1 or not uses_ray(engine):
-        return {
-            f"num_{kind.lower()}s": sum(bundle.get(kind, 0) for bundle in bundles)
-            for kind in ("CPU", "GPU")
-        }
+    return bundles if len(bundles) > 1 and uses_ray(engine) else None
 
-    def placed() -> dict[str, Any]:
-        from ray.util.placement_group import placement_group
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        group = placement_group(bundles, strategy="PACK")
-        groups.append(group)
-        return {
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                group, 0, placement_group_capture_child_tasks=True
-            )
-        }
-
-    return {"num_cpus": 1, "num_gpus": 0, "ray_remote_args_fn": placed}
+def _reserve(engine: EngineSettings) -> dict[str, float]:
+    """What Ray keeps for the process of one replica."""
+    if _group_of(engine) is not None:
+        return {"num_cpus": 1, "num_gpus": 0}
+    return {
+        f"num_{kind.lower()}s": sum(bundle.get(kind, 0) for bundle in engine.bundles)
+        for kind in ("CPU", "GPU")
+    }
 
 
 def _add(sums: dict[str, int], more: dict[str, int]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash.cluster.orphans import tie_children
+from vllm_dflash.cluster.orphans import Tie
 from vllm_dflash.cluster.parts import Part, read, write
 from vllm_dflash.cluster.rows import (
     answered,
@@ -70,9 +70,11 @@ class Completer:
             yield {name: [value] for name, value in count(rows).items()}
 
     def _started(self) -> Any:
-        engine = self._start()
-        self._tied = tie_children()
-        return engine
+        self._tied = Tie()
+        try:
+            return self._start()
+        finally:
+            self._tied.all_started()
 
     def _start(self) -> Any:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -128,8 +130,7 @@ class Completer:
         if not self._engine.errored:
             return
         self._engine.shutdown()
-        self._tied.kill()
-        self._tied.wait()
+        self._tied.cut()
         try:
             self._engine = self._started()
         except Exception as error:

@@ -10,6 +10,7 @@ later are not looked at.
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -232,6 +233,16 @@ def _make_config(args: dict[str, Any]) -> None:
     EngineArgs(**args).create_engine_config()
 
 
+def check_installed() -> None:
+    """Refuses to begin without Ray; nothing is imported.
+
+    Raises:
+        ClusterError: it is not there.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ClusterError(f"Ray is not installed: {INSTALL}")
+
+
 def _import_ray() -> Any:
     try:
         import ray
@@ -263,9 +274,12 @@ def _init(ray: Any, dashboard: bool) -> str | None:
         ray.init(
             address="local", log_to_driver=False, include_dashboard=dashboard, _temp_dir=folder
         )
-    except Exception as error:
+    except BaseException as error:  # Ctrl-C too: a cluster that is half there
+        ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+        if not isinstance(error, Exception):
+            raise
         raise ClusterError(
             f"Ray does not start here ({_last_line(error)}). It gives itself half a minute, which a"
             " busy machine can miss: try again, or start it with `ray start --head` and set"

@@ -16,7 +16,7 @@ from ray.serve.llm.ingress import OpenAiIngress
 from vllm.plugins import load_general_plugins
 
 from vllm_dflash.cluster.access import Guard
-from vllm_dflash.cluster.orphans import tie_children
+from vllm_dflash.cluster.orphans import Tie
 from vllm_dflash.metrics.on_ray import RayExporter
 
 
@@ -26,8 +26,11 @@ class Replica(LLMServer):
     # Ray Serve awaits it.
     async def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]
         load_general_plugins()
-        await super().__init__(*args, **kwargs)
-        self._tied = tie_children()
+        self._tied = Tie()
+        try:
+            await super().__init__(*args, **kwargs)
+        finally:
+            self._tied.all_started()
         self._exporter = RayExporter(serve.get_replica_context().replica_id.unique_id)
 
 

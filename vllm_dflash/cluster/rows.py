@@ -13,6 +13,8 @@ from vllm_dflash.prompts import PromptError, token_ids
 
 SAMPLING = "sampling_params"
 """The field of a row with sampling parameters of its own; they win over the run's."""
+_UNWRITTEN = ("logprobs", "prompt_logprobs", "logprob_token_ids")
+"""Parameters whose result has no field in what is written."""
 
 
 def prompt_of(row: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> list[int]:
@@ -78,6 +80,13 @@ def params_of(given: Mapping[str, Any]) -> Any:
             # msgspec passes over names that a dataclass does not have.
             taken = {each.name for each in dataclasses.fields(made) if each.init}
             _check_names(f"{name}.", value, taken)
+    unwritten = [n for n in _UNWRITTEN if getattr(params, n) is not None]
+    unwritten += [] if params.detokenize else ["detokenize=false"]
+    if unwritten:
+        raise PromptError(
+            f"{SAMPLING}: nothing is written of {', '.join(unwritten)}: leave it out; a server or"
+            " `LLM` gives it"
+        )
     if params.n != 1:
         raise PromptError(f"{SAMPLING}: n is {params.n}: a row has one completion; repeat the row")
     return params

@@ -214,8 +214,10 @@ def up(serving: Serving, detach: bool = False, stop: threading.Event | None = No
                 name=APPLICATION,
                 route_prefix="/",
             )
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C too: Serve's actors stay without their driver
             serve.delete(APPLICATION)
+            if not isinstance(error, Exception):
+                raise
             raise ClusterError(f"the replicas do not start: {error}") from None
         print(f"serving {serving.name} at http://{serving.host}:{serving.port}/v1", flush=True)
         if detach:

@@ -4,7 +4,7 @@ tensor operator counts.
 pytest tests/engine/test_draft_parity.py tests/engine/test_context_integrity.py
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm_dflash.adaptive.acceptance import row_step
 from vllm_dflash.adaptive.settings import is_adaptive
 from vllm_dflash.cpu.huge_pages import use_huge_pages
+from vllm_dflash.cpu.sampling import int32
 from vllm_dflash.drafting.backend import Backend, Rows
 from vllm_dflash.drafting.context_store import WriteRows
 from vllm_dflash.drafting.layout import block_bounds, committed_rows, paged_slots, sampled_anchors
@@ -81,6 +82,7 @@ class CPUBackend(Backend):
             _greedy_argmax,
             lambda hidden: _greedy_argmax(logits(hidden).to(torch.float32)),
             confident=is_adaptive(config) and patch_set().fits(v1_confidences.PATCH),
+            embed=proposer.model.embed_candidates,
         )
         attach, runner = patch_set().attach, proposer.runner
         attach(runner, [v1_verifier.PATCH], runner)
@@ -104,7 +106,7 @@ class CPUBackend(Backend):
             return sampled[:, 0], self._ones[: len(sampled)]
         output, anchors, counts = self._verifier.last
         if output is sampled:
-            return torch.tensor(anchors, dtype=torch.int32), torch.tensor(counts, dtype=torch.int32)
+            return int32(anchors), int32(counts)
         kept = (sampled >= 0).sum(1, dtype=torch.int32)
         return sampled.gather(1, (kept - 1).long()[:, None])[:, 0], kept
 
@@ -123,7 +125,7 @@ class CPUBackend(Backend):
             n + 1 - count if n else 0
             for n, count in zip(spec_decode_metadata.num_draft_tokens, kept.tolist(), strict=True)
         ]
-        return cad, None, torch.tensor(rejected, dtype=torch.int32)
+        return cad, None, int32(rejected)
 
     def lost_rows(self, num_rejected: Tensor | None, num_reqs: int) -> list[int]:
         """[B] rejected rows."""
@@ -199,13 +201,19 @@ def _in_chunks(write: WriteRows) -> WriteRows:
     for each number of rows."""
 
     def writing(*rows: Tensor) -> None:
+        if rows[0].shape[0] <= _CHUNK_ROWS:
+            write(*_padded(rows))
+            return
         for chunk in zip(*(column.split(_CHUNK_ROWS) for column in rows), strict=True):
-            write(*map(_padded, chunk))
+            write(*_padded(chunk))
 
     return writing
 
 
-def _padded(rows: Tensor) -> Tensor:
-    """``rows`` [N, ...] and the last one again up to a round number."""
-    missing = -len(rows) % row_step(len(rows))
-    return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
+def _padded(rows: tuple[Tensor, ...]) -> Iterable[Tensor]:
+    """``rows``, of [N, ...] each, and their last ones again up to a round number."""
+    count = rows[0].shape[0]
+    missing = -count % row_step(count)
+    if not missing:
+        return rows
+    return [torch.cat([each, each[-1:].expand(missing, *each.shape[1:])]) for each in rows]

@@ -34,6 +34,7 @@ class EagerLayers:
             _DraftLayer(layer) if layer.mlp_conv is None else _Convolved(layer)
             for layer in model.layers
         ]
+        self._workspace = Workspace(self.layers[0])
 
     def __call__(
         self,
@@ -50,12 +51,12 @@ class EagerLayers:
             metadata: by layer name.
 
         Returns:
-            Normed hidden states [N, H].
+            Normed hidden states [N, H], good until the next call.
         """
         residual = self._embed(input_ids)
         hidden = torch.empty_like(residual)
         first, *others = self.layers
-        workspace = Workspace(first, residual)
+        workspace = self._workspace.of(residual)
         if self._reach is not None:
             workspace.reach = self._reach(positions)
         _rms_norm(hidden, residual, first.input_norm["weight"], first.eps)
@@ -126,7 +127,7 @@ class _DraftLayer(Layer):
         self._q_norm, self._k_norm = live(attention.q_norm), live(attention.k_norm)
 
     def heads(self, qk: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        count, num_heads = len(qk), self.q_size // self.head_dim
+        count, num_heads = qk.shape[0], self.q_size // self.head_dim
         queries, keys = qk[:, :num_heads].contiguous(), qk[:, num_heads:].contiguous()
         _rms_norm(queries, queries, self._q_norm["weight"], self.eps)
         _rms_norm(keys, keys, self._k_norm["weight"], self.eps)
@@ -140,7 +141,7 @@ class _DraftLayer(Layer):
     def norm_and_rotate(self, keys: Tensor, positions: Tensor) -> None:
         """In place: adjacent rows [N, kv heads, head_dim]."""
         _rms_norm(keys, keys, self._k_norm["weight"], self.eps)
-        self.rotate(positions, keys.view(len(keys), -1), None)
+        self.rotate(positions, keys.view(keys.shape[0], -1), None)
 
 
 class _Convolved(_DraftLayer):
@@ -160,13 +161,13 @@ class _Convolved(_DraftLayer):
         metadata: Mapping[str, CPUAttentionMetadata],
         workspace: Workspace,
     ) -> tuple[Tensor, Tensor]:
-        reach, count, head_dim = workspace.reach, len(hidden), self.head_dim
+        reach = workspace.reach
         assert reach is not None
         hidden, kernels = self._around_attention.before(hidden, reach)
-        qkv, num_qk = self.qkv(hidden, workspace.qkv), self.q_size + self.kv_size
-        queries, keys = self.heads(qkv[:, :num_qk].view(count, -1, head_dim), positions)
-        self.store(keys, qkv[:, num_qk:].view(count, -1, head_dim), slots)
-        self.attend(queries, workspace.attended.view(count, -1, head_dim), metadata[self.name])
+        qk, values = self.qk_and_values(self.qkv(hidden, workspace.qkv))
+        queries, keys = self.heads(qk, positions)
+        self.store(keys, values, slots)
+        self.attend(queries, workspace.attended_heads, metadata[self.name])
         attended = self.o(workspace.attended, workspace.hidden)
         hidden, residual = self.norm_sum(
             self._around_attention.after(attended, kernels, reach),

@@ -45,6 +45,10 @@ _reshape_and_cache, _attention = (
 _rotary_embedding = torch.ops._C.rotary_embedding.default
 _onednn_mm: Any = torch.ops._C.onednn_mm.default if hasattr(torch.ops._C, "onednn_mm") else None
 
+_KEPT_ROWS = 512
+"""Memory for more is given back after each forward: a long prompt's is large, and there it saves
+nothing."""
+
 
 def can_run(model: Any) -> bool:
     """Whether a loaded model's ``layers`` are within the limits of ``Layer``; whether it computes
@@ -132,14 +136,27 @@ class Linear:
 
 
 class Workspace:
-    """Memory that the layers of one forward take in turn: each is read before it is written
-    anew."""
+    """Memory that the layers of one forward take in turn, and its parts: each is read before it is
+    written anew. The next forward of as many rows takes it again, unless they are many."""
 
     reach: Tensor | None = None
     """``DrafterModel.reach`` of the rows, where layers convolve."""
 
-    def __init__(self, layer: "Layer", rows: Tensor) -> None:
+    def __init__(self, layer: "Layer") -> None:
+        self._layer, self._count = layer, -1
+
+    def of(self, rows: Tensor) -> "Workspace":
         """For as many rows as ``rows`` [N, H] has."""
+        if rows.shape[0] > _KEPT_ROWS:
+            return Workspace(self._layer)._make(rows)
+        if rows.shape[0] != self._count:
+            # Outside of inference mode, as it may be used there and elsewhere.
+            with torch.inference_mode(False):
+                self._make(rows)
+        return self
+
+    def _make(self, rows: Tensor) -> "Workspace":
+        layer, self._count = self._layer, rows.shape[0]
         self.qkv, self.hidden, self.gate_up = (
             layer.qkv.workspace(rows),
             layer.o.workspace(rows),
@@ -147,6 +164,12 @@ class Workspace:
         )
         self.down = layer.down.workspace(rows)
         self.attended = rows.new_empty(len(rows), layer.q_size)
+        self.attended_heads = self.attended.view(len(rows), -1, layer.head_dim)
+        if self.qkv is not None:
+            self.qk_and_values = layer.qk_and_values(self.qkv)
+        if self.gate_up is not None:
+            self.gate_and_up = self.gate_up.chunk(2, dim=-1)
+        return self
 
 
 class Layer:
@@ -194,18 +217,26 @@ class Layer:
         workspace: Workspace,
     ) -> tuple[Tensor, Tensor]:
         """``hidden`` and ``residual`` [N, H]; returns both of the next layer, [N, H]."""
-        count, head_dim, num_qk = len(hidden), self.head_dim, self.q_size + self.kv_size
         qkv = self.qkv(hidden, workspace.qkv)
-        queries, keys = self.heads(qkv[:, :num_qk].view(count, -1, head_dim), positions)
-        self.store(keys, qkv[:, num_qk:].view(count, -1, head_dim), slots)
-        self.attend(queries, workspace.attended.view(count, -1, head_dim), metadata[self.name])
+        qk, values = workspace.qk_and_values if qkv is workspace.qkv else self.qk_and_values(qkv)
+        queries, keys = self.heads(qk, positions)
+        self.store(keys, values, slots)
+        self.attend(queries, workspace.attended_heads, metadata[self.name])
         hidden, residual = self.norm_sum(
             self.o(workspace.attended, workspace.hidden), residual, self.post_norm["weight"]
         )
-        gate, up = self.gate_up(hidden, workspace.gate_up).chunk(2, dim=-1)
+        both = self.gate_up(hidden, workspace.gate_up)
+        gate, up = workspace.gate_and_up if both is workspace.gate_up else both.chunk(2, dim=-1)
         # vLLM's one kernel for both is not vectorised: 98 us for 64 rows of 768, where these two
         # take 22.
         return self.down(silu(gate).mul_(up), workspace.down), residual
+
+    def qk_and_values(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """Of ``qkv`` [N, heads * head_dim], queries and then keys, and values: each [N, heads,
+        head_dim]."""
+        heads = qkv.view(len(qkv), -1, self.head_dim)
+        num_qk = (self.q_size + self.kv_size) // self.head_dim
+        return heads[:, :num_qk], heads[:, num_qk:]
 
     def store(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         """As ``CPUAttentionBackendImpl.do_kv_cache_update``: both [N, kv heads, head_dim]."""

@@ -11,6 +11,7 @@ output it is answerable.
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -165,3 +166,9 @@ class DrawsInTurn:
         """Drops requests that have ended."""
         for request_id in [name for name in self._states if name not in running]:
             del self._states[request_id]
+
+
+def int32(values: Sequence[Any]) -> torch.Tensor:
+    """Token ids or counts, in lists of any depth, as a tensor: of a few, numpy makes one in a third
+    of the time that ``torch.tensor`` takes."""
+    return torch.from_numpy(np.array(values, dtype=np.int32))

@@ -133,6 +133,7 @@ class EagerTarget:
         self._untouched = Untouched(model)
         self._embed = embedding(model)
         self._layers = [_TargetLayer(layer) for layer in model.layers]
+        self._workspace = Workspace(self._layers[0])
         self._names = [layer.self_attn.attn.layer_name for layer in model.layers]
         self._norm = live(model.norm)
         self._joined = [part for layer in self._layers for part in layer.joined_parts]
@@ -162,8 +163,9 @@ class EagerTarget:
             return self._modules(
                 input_ids, positions, intermediate_tensors, inputs_embeds, **others
             )
+        count = input_ids.shape[0]
         if any(
-            slots.get(name) is None or metadata[name].num_actual_tokens != len(input_ids)
+            slots.get(name) is None or metadata[name].num_actual_tokens != count
             for name in self._names
         ):
             return self._modules(input_ids, positions, intermediate_tensors, inputs_embeds)
@@ -175,7 +177,7 @@ class EagerTarget:
         residual = self._embed(input_ids)
         first = self._layers[0]
         workspace, hidden = (
-            Workspace(first, residual),
+            self._workspace.of(residual),
             first.norm(residual, first.input_norm["weight"]),
         )
         for index, (layer, name) in enumerate(zip(self._layers, self._names, strict=True)):
@@ -215,7 +217,7 @@ class _TargetLayer(Layer):
     def heads(self, qk: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Without norms ``qk`` is rotated where it lies, as vLLM's attention does."""
         both = self._normed_heads(qk) if self.head_norms else qk
-        self.rotate(positions, both.view(len(both), -1), None)
+        self.rotate(positions, both.view(both.shape[0], -1), None)
         return both[:, : self._num_heads], both[:, self._num_heads :]
 
     def _normed_heads(self, qk: Tensor) -> Tensor:

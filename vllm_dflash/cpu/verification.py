@@ -28,7 +28,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_dflash.cpu.rows import Rows, ThinkingBudgets, each_row_alone, without_processors
 from vllm_dflash.cpu.sampler_choice import check_sampler, draws_by_kernel, is_as_checked, named
-from vllm_dflash.cpu.sampling import DrawsInTurn, SeedDraws, Seeded, draw_tokens
+from vllm_dflash.cpu.sampling import DrawsInTurn, SeedDraws, Seeded, draw_tokens, int32
 from vllm_dflash.log import logger
 
 _GREEDY_BELOW = 1e-5
@@ -87,7 +87,7 @@ class Verifier(RejectionSampler):
             kept = keep_accepted(
                 sampled.tolist(), metadata.draft_token_ids.tolist(), metadata.num_draft_tokens
             )
-            output = torch.tensor(kept, dtype=torch.int32)
+            output = int32(kept)
             counts = [len(row) - row.count(PLACEHOLDER_TOKEN_ID) for row in kept]
             self.last = (
                 output,

@@ -43,7 +43,11 @@ class Backend:
         proposer = self.proposer
         logits = proposer.model.compute_logits
         self.ranking = Ranking(
-            logits, lambda scores: scores.argmax(-1), proposer._greedy_sample, confident=False
+            logits,
+            lambda scores: scores.argmax(-1),
+            proposer._greedy_sample,
+            confident=False,
+            embed=proposer.model.embed_candidates,
         )
         self.write_context = self.write_by_modules
 

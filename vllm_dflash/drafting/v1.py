@@ -29,6 +29,7 @@ from vllm_dflash.drafting.metadata import layer_metadata
 from vllm_dflash.drafting.watch import ContextWatch
 from vllm_dflash.drafts import Drafts
 from vllm_dflash.heads import Draft
+from vllm_dflash.kinds import kind_of
 from vllm_dflash.metrics.drafter import attach as record_drafter
 from vllm_dflash.models.drafter import DrafterForCausalLM
 
@@ -53,6 +54,10 @@ class DFlashProposer(NativeDFlashProposer):
         # The whole block, whatever K is; vLLM's buffers hold K + 1 queries a request.
         drafter = drafter_config(self.draft_model_config.hf_config)
         self.draft_block_size, self._first_row = drafter.block_size, drafter.first_row
+        self._whole_rows = (
+            drafter.max_speculative_tokens if kind_of(drafter).head.over_block else None
+        )
+        """Rows that are ranked whatever K is; None: K."""
         size = max(self.max_batch_size * self.draft_block_size, self.max_padded_query_tokens)
         self._query_ids = torch.zeros(size, dtype=torch.int32, device=device)
         self.positions, self._slot_mapping_buffer = (
@@ -191,7 +196,7 @@ class DFlashProposer(NativeDFlashProposer):
             page_size=self.page_size,
             mask_token_id=self.parallel_drafting_token_id,
             block_size=self.draft_block_size,
-            num_speculative_tokens=k,
+            num_speculative_tokens=self._whole_rows or k,
             max_model_len=self.max_model_len,
             first_row=self._first_row,
             may_overflow=cad.max_seq_len + self.draft_block_size > self.max_model_len,
@@ -202,8 +207,18 @@ class DFlashProposer(NativeDFlashProposer):
             tokens, probs = self._sample_draft_tokens(hidden_states, sampling_metadata)
             self._last_draft_probs = probs.view(-1, k, probs.shape[-1]).contiguous()
             return self.backend.hand_out(tokens.view(-1, k), None)
+        ranking = self.backend.ranking
+        if self._whole_rows is None:
+            return self.backend.hand_out(*self._draft(hidden_states, next_token_ids, k, ranking))
+        ends = cad.query_start_loc[1 : cad.num_reqs + 1].long() - 1
+        if num_rejected_tokens_gpu is not None:
+            ends -= num_rejected_tokens_gpu
+        before = self.model.combine_hidden_states(target_hidden_states[ends])
+        tokens, confidences = self._draft(
+            hidden_states, next_token_ids, self._whole_rows, ranking._replace(before=before)
+        )
         return self.backend.hand_out(
-            *self._draft(hidden_states, next_token_ids, k, self.backend.ranking)
+            tokens[:, :k], None if confidences is None else confidences[:, :k]
         )
 
     def unless_off(self, propose: Callable[..., Any]) -> Callable[..., Any]:

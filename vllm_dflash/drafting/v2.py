@@ -77,6 +77,13 @@ class DFlashSpeculator(NativeDFlashSpeculator):
         self.hidden_states = torch.zeros(
             self.max_num_tokens, width, dtype=self.dtype, device=device
         )
+        self._before: torch.Tensor | None = None
+        """[requests, C]: of each the context of the token before its anchor, for a head over the
+        block."""
+        if kind_of(drafter).head.over_block:
+            self._before = torch.zeros(self.max_num_reqs, width, dtype=self.dtype, device=device)
+            # Where a full CUDA graph takes the context in, vLLM 0.33 stages the counts here.
+            self._num_rejected = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         record_drafter(self, vllm_config, device)
 
     @property
@@ -127,7 +134,13 @@ class DFlashSpeculator(NativeDFlashSpeculator):
             logits = model.compute_logits
             self._draft, self._ranking = (
                 model.drafting(),
-                Ranking(logits, _best, lambda hidden: _best(logits(hidden)), confident=False),
+                Ranking(
+                    logits,
+                    _best,
+                    lambda hidden: _best(logits(hidden)),
+                    confident=False,
+                    embed=model.embed_candidates,
+                ),
             )
         return model
 
@@ -153,6 +166,22 @@ class DFlashSpeculator(NativeDFlashSpeculator):
                     " group: start vLLM without --disable-hybrid-kv-cache-manager, and without a KV"
                     " connector that turns that manager off"
                 )
+
+    def prepare_context_anchor(self, *args: Any) -> None:
+        """Keeps the context of each request's last committed token, in place.
+
+        Args:
+            args: of vLLM 0.32 the batch, of 0.33 the number of requests and where each one's rows
+                begin [B + 1] int32; and how many of them were rejected [B] int32.
+        """
+        if self._before is None:
+            return
+        *batch, num_rejected = args
+        if len(batch) == 1:
+            batch = [batch[0].num_reqs, batch[0].query_start_loc]
+        count, starts = batch
+        ends = starts[1 : count + 1] - num_rejected[:count]
+        self._before[:count] = self.hidden_states[(ends - 1).clamp(min=0).long()]
 
     def propose(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As vLLM's; of each block the first K tokens [num_reqs, K] int64. Where a step's
@@ -210,7 +239,10 @@ class DFlashSpeculator(NativeDFlashSpeculator):
                 )
             return
         hidden = self._run_model(num_tokens_padded, attn_metadata, slot_mappings, *args, **kwargs)
-        tokens, _ = draft(hidden[indices], anchors, self.num_draft_tokens, self._ranking)
+        ranking = self._ranking
+        if self._before is not None:
+            ranking = ranking._replace(before=self._before[:num_reqs])
+        tokens, _ = draft(hidden[indices], anchors, self.num_draft_tokens, ranking)
         self.draft_tokens[:num_reqs] = tokens
 
     def _end_blocks(self, num_reqs: int) -> None:

@@ -86,7 +86,7 @@ def parse_methods(
     Args:
         text: for instance ``plain,dflash:7,native:7,ngram``.
         drafters: by name; the first is meant where a method names none.
-        eagle3: path of an EAGLE-3 head.
+        eagle3: path of an EAGLE-3 head, for a method that uses it.
 
     Raises:
         UsageError: with what to give instead.
@@ -99,7 +99,13 @@ def parse_methods(
         raise UsageError(
             f"--methods names {', '.join(sorted(twice))} more than once: give each once"
         )
-    return [_parse(name, drafters, eagle3) for name in names]
+    methods = [_parse(name, drafters, eagle3) for name in names]
+    if eagle3 is not None and not any(method.kind == "eagle3" for method in methods):
+        raise UsageError(
+            "--eagle3 names a head, and --methods has none that uses it: add eagle3:K, or leave it"
+            " out"
+        )
+    return methods
 
 
 def _parse(name: str, drafters: Mapping[str, Drafter], eagle3: str | None) -> Method:

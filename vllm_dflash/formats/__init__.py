@@ -45,6 +45,10 @@ def tensor_name(name: str) -> str:
     """Our name of a checkpoint's tensor: z-lab's, which all formats share but for a prefix and a
     few aliases."""
     name = name.removeprefix("model.")
+    for part, renamed in kinds.renamed_parts():
+        if name.startswith(part):
+            for theirs, ours in renamed:
+                name = name.replace(theirs, ours)
     return _TENSOR_ALIASES.get(name, name)
 
 

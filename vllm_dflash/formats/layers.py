@@ -181,10 +181,16 @@ def read_head(kind: Kind, raw: Mapping[str, Any], place: str = "") -> dict[str, 
 
 
 def _setting(setting: Setting, raw: Mapping[str, Any], name: str) -> Any:
-    if setting.absent is not None and raw.get(name.rpartition(".")[2]) is None:
+    value = raw.get(name.rpartition(".")[2])
+    if setting.absent is not None and value is None:
         return setting.absent
-    read = fields.flag if isinstance(setting.default, bool) else fields.positive_int
-    return read(raw, name)
+    if isinstance(setting.default, bool):
+        return fields.flag(raw, name)
+    if isinstance(setting.default, float):
+        return fields.positive_float(raw, name)
+    if setting.least == 0 and fields.is_int(value) and value == 0:
+        return 0
+    return fields.positive_int(raw, name)
 
 
 _CONVOLUTION = ("conv_kernel_size", "conv_group_size")
@@ -192,7 +198,7 @@ _CONVOLUTION = ("conv_kernel_size", "conv_group_size")
 
 def keys_of(kind: Kind) -> set[str]:
     """The keys that only some kinds have."""
-    return {*kind.head.settings, *(_CONVOLUTION if kind.convolves else ())}
+    return {*kind.head.settings, *kind.head.says, *(_CONVOLUTION if kind.convolves else ())}
 
 
 def read_convolution(kind: Kind, raw: Mapping[str, Any], place: str = "") -> dict[str, Any]:

@@ -35,7 +35,7 @@ def parse_published(raw: Mapping[str, Any]) -> DrafterConfig:
             f"it holds mask_token_id and target_layer_ids. {fields.CAME_WITH}",
         )
     if nested is not raw:
-        check_dflash_config(nested, keys_of(kind))
+        check_dflash_config(nested, kind, keys_of(kind))
     check_head(kind, raw, raw if kind.is_flat else nested)
     known = {*keys_of(kind), "target_layer_ids", "causal"} if kind.is_flat else ()
     depth = fields.optional_positive_int(raw, "num_target_layers")

@@ -100,11 +100,16 @@ def _check_length(raw: Mapping[str, Any], name: str) -> None:
         )
 
 
-def check_dflash_config(nested: Mapping[str, Any], known: Container[str] = ()) -> None:
-    """The same for ``dflash_config``, all of which is about what the drafter computes: an unknown
-    key is refused there."""
+def check_dflash_config(
+    nested: Mapping[str, Any], kind: kinds.Kind, known: Container[str] = ()
+) -> None:
+    """The same for ``dflash_config`` of a drafter of ``kind``, all of which is about what the
+    drafter computes: an unknown key is refused there."""
     for name in nested:
         path = f"dflash_config.{name}"
+        if name in keys.OF_THE_KIND:
+            fields.refuse(nested, path, kind.name)
+            continue
         if name in keys.NO_EFFECT or name in keys.DFLASH_CONFIG or name in known:
             continue
         if name not in keys.REFUSED and nested[name] not in (None, False):
@@ -142,6 +147,8 @@ def check_head(
             f"a {kind.label} drafter is served here only where its anchor's row predicts too"
             " (true): serve it with vLLM itself, by its method dspark",
         )
+    for name, value in kind.head.says.items():
+        fields.refuse(settings, name, value)
     markov = ("vanilla",) if "markov_rank" in kind.head.settings else ()
     for place in (raw, settings):
         fields.refuse(place, "markov_head_type", *markov)

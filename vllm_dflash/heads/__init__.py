@@ -24,6 +24,12 @@ class Ranking(NamedTuple):
     """``argmax`` of ``logits``, hidden states [N, H] -> [N], as the device does it best."""
     confident: bool
     """Whether the probability of each token is wanted."""
+    embed: "Callable[[Tensor], Tensor] | None" = None
+    """Token ids [...] -> the target's embeddings of them [..., H]; for a head ``over_block``, as
+    ``before``."""
+    before: "Tensor | None" = None
+    """[B, C]: of each request the context, as ``ServedContext.combine`` makes it, of the token
+    before its anchor."""
 
 
 Ranked: TypeAlias = "tuple[Tensor, Tensor | None]"

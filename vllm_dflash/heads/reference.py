@@ -3,6 +3,7 @@
 pytest tests/unit/test_heads.py
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,9 +19,14 @@ class Block(NamedTuple):
     """[..., H], after the final norm."""
     logits: Tensor
     """[..., V] float32, of lm_head."""
+    embed: "Callable[[Tensor], Tensor] | None" = None
+    """Token ids [...] -> the target's embeddings of them [..., H]; for a head ``over_block``, as
+    ``before``."""
+    before: Tensor | None = None
+    """The context [..., C], one a block, of the token before its anchor."""
 
     def row(self, index: int) -> "Block":
-        """One row [...] of blocks [..., K]."""
+        """One row [...] of blocks [..., K], for a head that goes from row to row."""
         return Block(self.hidden[..., index, :], self.logits[..., index, :])
 
 

@@ -70,16 +70,22 @@ def _no_tensors(config: "DrafterConfig") -> Tensors:
     return {}
 
 
+def _no_problem(config: "DrafterConfig") -> tuple[str, str] | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Setting:
-    """One of a head's settings in ``config.json``: a whole number, or a flag."""
+    """One of a head's settings in ``config.json``: a whole number, a number above 0, or a flag; as
+    its default is."""
 
-    default: int | bool
+    default: int | float | bool
     """Where a drafter is trained."""
-    absent: int | bool | None = None
+    absent: int | float | bool | None = None
     """Where a file does not give it; None: it has to."""
     least: int = 1
-    most: int = 1 << 16
+    """Of whole numbers."""
+    most: float = 1 << 16
     counts_tokens: bool = False
     """It is at most the vocabulary."""
 
@@ -87,6 +93,8 @@ class Setting:
         """Whether it may be ``value``."""
         if isinstance(value, bool) or isinstance(self.default, bool):
             return isinstance(value, bool) and isinstance(self.default, bool)
+        if isinstance(self.default, float):
+            return isinstance(value, int | float) and 0 < value <= self.most
         most = min(self.most, vocab_size) if self.counts_tokens else self.most
         return isinstance(value, int) and self.least <= value <= most
 
@@ -95,6 +103,8 @@ class Setting:
         """What it may be, for a message."""
         if isinstance(self.default, bool):
             return "true or false"
+        if isinstance(self.default, float):
+            return f"a number above 0, at most {self.most}"
         end = ", and at most the vocabulary" if self.counts_tokens else ""
         return f"a whole number from {self.least} to {self.most}{end}"
 
@@ -117,6 +127,17 @@ class Head:
     parts: tuple[str, ...] = ()
     """The submodules of ``Reference`` that hold its parameters, as a published checkpoint names
     them; none: their names begin with ``head.``."""
+    says: Mapping[str, object] = field(default_factory=dict)
+    """Keys that a file may give beside the settings, each with the one value that it may have: what
+    is so anyway."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """Parts of tensors' names that some checkpoints have, each with what stands for it here."""
+    problem: Callable[["DrafterConfig"], tuple[str, str] | None] = _no_problem
+    """A setting that does not fit the others, and what it has to be."""
+    over_block: bool = False
+    """It ranks a block's rows together, of which it then gets all whatever K is, and reads the
+    target's embeddings and the context of the token before the anchor; no others go from row to
+    row alone, so that the first K rows are enough."""
 
 
 ARGMAX = Head("vllm_dflash.heads.argmax", is_argmax=True, name="argmax")
@@ -267,6 +288,13 @@ def names() -> tuple[str, ...]:
 def labels() -> str:
     """For a sentence: ``DFlash or DFlare``."""
     return " or ".join(kind.label for kind in every().values())
+
+
+@functools.cache
+def renamed_parts() -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
+    """Each part of a head that some checkpoints name otherwise, with its ``renamed``."""
+    heads = {kind.head.modules: kind.head for kind in every().values() if kind.head.renamed}
+    return tuple((f"{part}.", head.renamed) for head in heads.values() for part in head.parts)
 
 
 def head_names() -> tuple[str, ...]:

@@ -20,10 +20,12 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from vllm_dflash.log import logger
 from vllm_dflash.metrics import catalog, recorder, snapshots
 from vllm_dflash.prompts import surrogate
 from vllm_dflash.records import AtLeast, misfit
 
+_told: list[str] = []
 _FAMILIES = {
     catalog.COUNTER: CounterMetricFamily,
     catalog.GAUGE: GaugeMetricFamily,
@@ -47,22 +49,43 @@ def families(found: Iterable[dict[str, Any]]) -> Iterator[Metric]:
     """Snapshots as prometheus-client's metric families, in the catalog's order."""
     found = list(found)
     for short, metric in catalog.BY_NAME.items():
-        samples = [
-            (each["labels"], sample)
-            for each in found
-            for sample in each["samples"].get(short, ())
-            if _fits(metric, each, sample)
-        ]
-        if not samples:
+        series: dict[tuple[str, ...], Any] = {}
+        for each in found:
+            for sample in each["samples"].get(short, ()):
+                if _fits(metric, each, sample):
+                    labels = tuple(map(str, (*each["labels"], *sample[0])))
+                    series[labels] = _both(metric, series.get(labels), sample[1])
+        if not series:
             continue
         name = metric.name.removesuffix("_total")
         family = _FAMILIES[metric.kind](name, metric.help, labels=metric.label_names)
-        for common, (labels, value) in samples:
+        for labels, value in series.items():
             if metric.kind == catalog.HISTOGRAM:
-                family.add_metric([*common, *labels], *_cumulative(metric.buckets, *value))
+                family.add_metric(labels, *_cumulative(metric.buckets, *value))
             else:
-                family.add_metric([*common, *labels], value)
+                family.add_metric(labels, value)
         yield family
+
+
+def _both(metric: catalog.Metric, one: Any, other: Any) -> Any:
+    """One series' value, of which two processes that live have written: Prometheus takes no series
+    twice."""
+    if one is None:
+        return other
+    if not _told:
+        _told.append(metric.name)
+        logger.warning(
+            "two servers leave their metrics in %s under one model name and engine: their counts"
+            " are added up, and each server's /metrics has both; give each server a folder of its"
+            " own, or none",
+            snapshots.folder(),
+        )
+    if metric.kind == catalog.COUNTER:
+        return one + other
+    if metric.kind == catalog.HISTOGRAM:
+        counts = [a + b for a, b in zip(one[0], other[0], strict=True)]
+        return [counts, one[1] + other[1]]
+    return other
 
 
 def _fits(metric: catalog.Metric, snapshot: dict[str, Any], sample: Any) -> bool:

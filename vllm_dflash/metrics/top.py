@@ -93,6 +93,8 @@ def screen(url: str, now: Scrape, before: Scrape | None = None) -> RenderableTyp
     """All engines, of the time since ``before`` or since the server began."""
     since = f"last {now.seconds - before.seconds:.0f} s" if before else "since the server began"
     parts: list[RenderableType] = [Text(f"{url}   {since}")]
+    if not now.engines():  # the server was started anew, without
+        parts.append(Text(f"\nit {NO_ENGINE}", style="red"))
     for found in figures(now, before):
         low, high = interval(found) or (0.0, 2.0)
         style = "bold green" if low >= 1 else "bold red" if high <= 1 else "bold"

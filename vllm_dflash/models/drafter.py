@@ -165,6 +165,12 @@ class DrafterForCausalLM(nn.Module):
             return draft
         return within_vocabulary(draft, config.vocab_size)
 
+    def embed_candidates(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """``token_ids`` [...] -> the target's embeddings of them [..., H], for a head over the
+        block."""
+        table = getattr(self.model.embed_tokens, "base_layer", self.model.embed_tokens)
+        return table(token_ids.flatten()).view(*token_ids.shape, -1)
+
     def embed_input_ids(
         self,
         input_ids: torch.Tensor,

@@ -98,9 +98,10 @@ def draft_block(
     context: ContextKV,
     num_tokens: int,
     max_model_len: int | None = None,
+    before: Tensor | None = None,
 ) -> Draft:
     """Drafts up to ``num_tokens`` tokens after ``token`` at position ``anchor``; ``context`` holds
-    positions before it.
+    positions before it, ``before`` [C] is of ``Drafter.before_anchors``.
 
     Always the whole block, of which the first tokens are taken: a drafter that was trained on whole
     blocks drafts badly in a shorter one. Only ``max_model_len`` cuts it, as there are no positions
@@ -115,9 +116,13 @@ def draft_block(
     hidden = drafter(drafter.embed(target.get_input_embeddings(), ids), positions, context)
     # Mostly the query at position n + k predicts the token at n + k itself, and the anchor's own
     # output is unused.
-    first = drafter.config.first_row
-    block = drafter.block(target.lm_head, hidden[0, first : first + num_tokens])
+    first, size = drafter.config.first_row, drafter.config.block_size
+    # A head over the block ranks a whole one: rows past the end are as the last one that there is.
+    rows = torch.arange(first, size, device=device).clamp(max=num_queries - 1)
+    block = drafter.block(target.lm_head, hidden[0, rows], target.get_input_embeddings(), before)
     tokens, scores = drafter.head.draft(block, ids[0, 0])
+    num_tokens = max(0, min(num_tokens, num_queries - first))
+    tokens, scores = tokens[:num_tokens], scores[:num_tokens]
     best, second = scores.topk(2, dim=-1).values.unbind(-1)
     return Draft(anchor, tokens.tolist(), (best - second).tolist(), best.tolist())
 
@@ -130,6 +135,7 @@ class _Loop:
         self.target, self.drafter = target, drafter
         self.cache = DynamicCache(config=target.config)
         self.context: ContextKV | None = None
+        self.before: Tensor | None = None
         self.computed = 0
 
     def run_target(self, ids: list[int]) -> tuple[list[int], Tensor]:
@@ -153,7 +159,11 @@ class _Loop:
         if self.drafter is None:
             return
         positions = torch.arange(start, self.computed, device=features.device)[None]
-        new = self.drafter.context_kv(self.drafter.context(features), positions)
+        c = self.drafter.context(features)
+        new = self.drafter.context_kv(c, positions)
+        end = torch.full_like(positions[:, :1], features.shape[1])
+        last = self.drafter.before_anchors(c, end)
+        self.before = None if last is None else last[0, 0]
         if self.context is None:
             self.context = new
             return
@@ -180,6 +190,7 @@ class _Loop:
                 self.context,
                 num_tokens,
                 max_model_len,
+                self.before,
             )
         choices, features = self.run_target([token, *draft.tokens])
         accepted = 0
@@ -247,13 +258,22 @@ def replay_drafts(
         target, drafter.config.target_layer_ids, input_ids, use_cache=False
     )
     positions = torch.arange(len(token_ids), device=target.device)[None]
-    context = drafter.context_kv(drafter.context(features), positions)
+    c = drafter.context(features)
+    context = drafter.context_kv(c, positions)
+    ends = drafter.before_anchors(c, torch.tensor([list(anchors)], device=target.device))
     drafts = []
-    for n in anchors:
+    for i, n in enumerate(anchors):
         before = [(k[:, :n], v[:, :n]) for k, v in context]
         drafts.append(
             draft_block(
-                target, drafter, token_ids[n], n, before, num_speculative_tokens, max_model_len
+                target,
+                drafter,
+                token_ids[n],
+                n,
+                before,
+                num_speculative_tokens,
+                max_model_len,
+                None if ends is None else ends[0, i],
             )
         )
     return drafts

@@ -318,9 +318,25 @@ class Drafter(nn.Module):
         full[..., ids] = logits
         return full
 
-    def block(self, lm_head: nn.Module, hidden: Tensor) -> Block:
-        """What the head ranks of ``hidden`` [..., H], over the target's whole vocabulary."""
-        return Block(hidden, self.logits(lm_head, hidden).float())
+    def block(
+        self,
+        lm_head: nn.Module,
+        hidden: Tensor,
+        target_embedding: Callable[[Tensor], Tensor],
+        before: Tensor | None,
+    ) -> Block:
+        """What the head ranks of ``hidden`` [..., H], over the target's whole vocabulary;
+        ``before`` is of ``before_anchors``."""
+        return Block(hidden, self.logits(lm_head, hidden).float(), target_embedding, before)
+
+    def before_anchors(self, c: Tensor, anchors: Tensor) -> Tensor | None:
+        """Of a context ``c`` [B, S, ...] the tokens' before ``anchors`` [B, N] int64, positions
+        from 1 on: [B, N, C]; None where the head reads none."""
+        if not kind_of(self.config).head.over_block:
+            return None
+        at = (anchors - 1)[..., None]
+        flat = c.flatten(2)
+        return flat.gather(1, at.expand(-1, -1, flat.shape[-1]))
 
     def draft_labels(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Where the target's ``tokens`` [...] int64 are in ``draft_logits`` (0 for those that the

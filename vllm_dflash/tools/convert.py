@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import CONFIG_FILE, IGNORED_TENSORS, parse, read_raw, tensor_name, write
+from vllm_dflash.formats.speculators import SPECULATORS
 from vllm_dflash.hub import drafter_folder, no_drafter_at
 from vllm_dflash.progress import Progress
 from vllm_dflash.regular import check_readable, names_in
@@ -74,6 +75,10 @@ def convert(
         )
     # A link to an empty folder stays, and the folder is what is written.
     target = target.resolve()
+    if target.is_relative_to(folder.resolve()):
+        raise DrafterConfigError(
+            f"{target} is in the folder that is converted", "give a folder beside it"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converted-") as temporary:
         new = Path(temporary) / "checkpoint"
@@ -182,7 +187,14 @@ def _copy_others(folder: Path, new: Path) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """``vllm-dflash convert``: 0 when it is written, 1 when it is refused."""
+    """``vllm-dflash convert``: 0 when it is written, 1 when it is refused, 2 on wrong usage."""
+    if args.verifier and args.to != SPECULATORS:
+        print(
+            f"vllm-dflash convert: {args.to} has no place for a target's name: leave out"
+            f" --verifier, or write it --to {SPECULATORS}",
+            file=sys.stderr,
+        )
+        return 2
     try:
         left_behind = convert(
             args.source, args.destination, args.to, verifier=args.verifier or "", progress=True

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_dflash import smollm2
+from vllm_dflash import contents, smollm2
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.files import claim, whole_file, write_record
 from vllm_dflash.progress import Progress
@@ -58,6 +58,7 @@ def inputs(settings: Settings, config: DrafterConfig, target: Target) -> dict[st
     with_ = settings.features.extract_with
     return {
         "target": smollm2.exact(target.name),
+        "target_files": contents.of_folder(target.name),
         "dtype": target.dtype,
         "target_layer_ids": list(config.target_layer_ids),
         "extract_with": with_,

@@ -12,7 +12,7 @@ drafts near the end can be judged as in decoding.
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash import smollm2
+from vllm_dflash import contents, smollm2
 from vllm_dflash.files import claim, read_record, write_record
 from vllm_dflash.records import AtLeast, Optional, object_of
 from vllm_dflash.training.engines import run_engines
@@ -117,6 +117,7 @@ def inputs(settings: Settings, dtype: str) -> dict[str, Any]:
     }
     return ours | {
         "target": smollm2.exact(settings.run.target),
+        "target_files": contents.of_folder(settings.run.target),
         "dtype": dtype,
         "seed": settings.run.seed,
         "held_out_tokens": held_out_tokens(settings),

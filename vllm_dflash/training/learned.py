@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash.config import DrafterConfig
-from vllm_dflash.files import checksum, read_record
+from vllm_dflash.files import checksum, claim, read_record
 from vllm_dflash.formats import published_format, write
 from vllm_dflash.records import AtLeast, Optional
 from vllm_dflash.training.errors import TrainingError
@@ -86,6 +86,15 @@ def trained_folder(settings: Settings) -> Path:
                 " the drafter is written again from the newest checkpoint; then look at the disk"
             )
     return folder
+
+
+def check(settings: Settings, config: DrafterConfig, dtype: str) -> None:
+    """Refuses what is trained already where these settings are not what it was trained with.
+
+    Raises:
+        RunError: which names what differs.
+    """
+    claim(folder_of(settings), "train", inputs(settings, config, dtype))
 
 
 def inputs(settings: Settings, config: DrafterConfig, dtype: str) -> dict[str, Any]:

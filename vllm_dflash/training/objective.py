@@ -114,7 +114,11 @@ class Objective(torch.nn.Module):
         rows, length = tokens.shape
         positions = torch.arange(length, device=tokens.device).expand(rows, -1)
         features = features.to(self.dtype or features.dtype)
-        context = self.drafter.context_kv(self.drafter.context(features), positions)
+        c = self.drafter.context(features)
+        context, ends = (
+            self.drafter.context_kv(c, positions),
+            self.drafter.before_anchors(c, anchors),
+        )
         ids = torch.full(
             (*anchors.shape, size), self.drafter.config.mask_token_id, device=tokens.device
         )
@@ -133,7 +137,13 @@ class Objective(torch.nn.Module):
         valid = valid & (at < lengths[:, None, None]) & exists[..., None]
         before = torch.cat([tokens.gather(1, anchors)[..., None], labels[..., :-1]], dim=-1)
         return self._ranked(
-            head, hidden, before.flatten(0, 1), labels.flatten(0, 1), valid.flatten(0, 1), weights
+            head,
+            hidden,
+            before.flatten(0, 1),
+            labels.flatten(0, 1),
+            valid.flatten(0, 1),
+            weights,
+            None if ends is None else ends.flatten(0, 1),
         )
 
     def _ranked(
@@ -144,15 +154,19 @@ class Objective(torch.nn.Module):
         labels: Tensor,
         valid: Tensor,
         weights: Tensor,
+        ends: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``forward``'s sums of hidden states [blocks, K, H], each after the token ``before`` it
-        [blocks, K]; in pieces where all logits at once would be too many."""
+        [blocks, K], and after the context ``ends`` [blocks, C]; in pieces where all logits at once
+        would be too many."""
 
-        def piece(h: Tensor, x: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        def piece(
+            h: Tensor, x: Tensor, y: Tensor, v: Tensor, c: Tensor | None = None
+        ) -> tuple[Tensor, Tensor]:
             # A token that the draft vocabulary lacks teaches nothing, and ends what is accepted.
             y, known = self.drafter.draft_labels(y)
             v = v & known
-            block = Block(h, self.drafter.draft_logits(head, h).float())
+            block = Block(h, self.drafter.draft_logits(head, h).float(), self.frozen[0], c)
             lesson = self.drafter.head.lesson(block, x, y)
             share = (
                 dpace_weights(lesson.losses, v, self.table.dpace_alpha)
@@ -163,17 +177,12 @@ class Objective(torch.nn.Module):
             return ((lesson.losses + lesson.others) * share * v).sum(), correct.cumprod(-1).sum()
 
         most = max(1, _LOGITS_AT_ONCE // (labels.shape[1] * self.drafter.config.draft_tokens))
+        columns = [hidden, before, labels, valid, *([] if ends is None else [ends])]
         if most >= len(hidden):
-            return piece(hidden, before, labels, valid)
+            return piece(*columns)
         sums = [
             checkpoint(piece, *part, use_reentrant=False)
-            for part in zip(
-                hidden.split(most),
-                before.split(most),
-                labels.split(most),
-                valid.split(most),
-                strict=True,
-            )
+            for part in zip(*(column.split(most) for column in columns), strict=True)
         ]
         return torch.stack([s[0] for s in sums]).sum(), torch.stack([s[1] for s in sums]).sum()
 

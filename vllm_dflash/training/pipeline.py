@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.files import RunError, write_record
+from vllm_dflash.formats import write
 from vllm_dflash.lock import hold
 from vllm_dflash.training.errors import SettingsError, TrainingError
 from vllm_dflash.training.settings import STAGES, Settings, load
@@ -44,6 +45,11 @@ def _plan(settings: Settings) -> tuple[Settings, Any, DrafterConfig, str]:
     found = target.find_target(settings)
     settings = drafter.decide_mask(settings, found)
     config, why = drafter.plan(settings, found)
+    if settings.export.format:
+        try:
+            write(config, settings.export.format, verifier=found.name)
+        except DrafterConfigError as error:
+            raise SettingsError(f"format: {error}") from None
     return fit_lengths(settings, reach(found, config)), found, config, why
 
 
@@ -70,7 +76,9 @@ def _run_stages(
     )
 
     print(_summary(settings, config, why))
-    write_record(Path(settings.run.out) / "settings.json", settings.to_dict())
+    note = Path(settings.run.out) / "settings.json"
+    if not note.exists():
+        write_record(note, settings.to_dict())
     if "prompts" in stages:
         self_prompts.write_prompts(settings, found, reach(found, config))
     if "generate" in stages:
@@ -88,7 +96,9 @@ def _run_stages(
         if settings.features.extract_with == "transformers":
             model = target.load_target(found, settings, target.device())
         features.cache(settings, config, found, model)
-    if "train" in stages and learned.result(settings) is None:
+    if learned.result(settings) is not None:
+        learned.check(settings, config, found.dtype)
+    elif "train" in stages:
         _train(settings, config, found, model)
     model = None
     if "prove" in stages and not prove.prove(settings, found, target.device()):
@@ -99,6 +109,8 @@ def _run_stages(
             f'\nserve it:\n  vllm serve {found.path} --speculative-config \'{{"method": "dflash",'
             f' "model": "{folder}"}}\''
         )
+    # Only now: settings that a stage refuses are none of the run's.
+    write_record(note, settings.to_dict())
     return True
 
 

@@ -7,8 +7,9 @@ Limits: token ids of all prompts in memory. Tests: ``pytest tests/unit/test_trai
 """
 
 import hashlib
+import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,9 @@ class Reader:
         if "prompt_token_ids" in given:
             ids = self._ids(given["prompt_token_ids"], "prompt_token_ids", where)
         elif has_chat(given):
-            answered = _is_answered(given["messages"])
+            # Another answer beside it was given to the chat as it is.
+            has_response = given.get("response") or "response_token_ids" in given
+            answered = not has_response and _is_answered(given["messages"])
             ids = self.chat(given["messages"][:-1] if answered else given["messages"], where)
         elif isinstance(given.get("prompt"), str) and given["prompt"]:
             ids = list(self._known(where)(encodable(given["prompt"], where))["input_ids"])
@@ -262,17 +265,21 @@ def split(reader: Reader, data: Data, seed: int) -> Split:
     """
     out, seen = Split(), set[bytes]()
 
-    def kept(path: str) -> Iterator[Prompt]:
-        for prompt in reader.read(path):
+    def kept(paths: Iterable[str]) -> list[Prompt]:
+        """In their order; of prompts that repeat each other the first that has an answer."""
+        found: dict[bytes, Prompt] = {}
+        for prompt in itertools.chain.from_iterable(map(reader.read, paths)):
             out.repeated += prompt.key in seen
             out.too_long += len(prompt.ids) > data.max_prompt_tokens and prompt.key not in seen
-            if prompt.key not in seen and len(prompt.ids) <= data.max_prompt_tokens:
-                yield prompt
+            is_new = prompt.key not in seen and len(prompt.ids) <= data.max_prompt_tokens
+            if is_new or (prompt.key in found and found[prompt.key].response is None):
+                found[prompt.key] = prompt
             seen.add(prompt.key)
+        return list(found.values())
 
     if data.held_out_prompts is not None:
-        out.held_out = list(kept(data.held_out_prompts))[: data.held_out]
-    prompts = [prompt for path in data.files for prompt in kept(path)]
+        out.held_out = kept([data.held_out_prompts])[: data.held_out]
+    prompts = kept(data.files)
     if data.held_out_prompts is None:
         order = sorted(
             range(len(prompts)),

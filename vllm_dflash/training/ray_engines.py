@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.cluster.room import Room
 from vllm_dflash.engines.process import DEFAULT_ENV, ENV, QUIET
 from vllm_dflash.progress import Progress
 from vllm_dflash.training.errors import TrainingError
@@ -56,6 +57,7 @@ def answer_on_ray(
     ours = not ray.is_initialized()
     if ours:
         ray.init(log_to_driver=False, include_dashboard=False)
+    room, finished = Room(), False
     try:
         pool = min(engines, len(jobs))
         gpus = _gpus_each(
@@ -73,15 +75,18 @@ def answer_on_ray(
             concurrency=pool,
             num_gpus=gpus,
             runtime_env={"env_vars": DEFAULT_ENV | QUIET | ENV},
+            ray_remote_args_fn=room.options,
         )
         with Progress(total=sum(job["count"] for job in jobs), desc=shown[0], unit=shown[1]) as bar:
             for batch in done.iter_batches(batch_size=1, prefetch_batches=0):
                 bar.update(int(sum(batch["count"])))
+        finished = True
     except ray.exceptions.RayError as error:
         raise TrainingError(
             f"an engine on Ray failed ({error}): mend what it says; finished shards are kept"
         ) from error
     finally:
+        room.give_back(calm=finished)
         if ours:
             ray.shutdown()
 

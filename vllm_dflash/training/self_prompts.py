@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash import smollm2
+from vllm_dflash import contents, smollm2
 from vllm_dflash.files import checksum, claim, read_record, whole_file, write_record
 from vllm_dflash.json_text import loads
 from vllm_dflash.records import AtLeast
@@ -147,6 +147,7 @@ def inputs(settings: Settings, dtype: str, most: int) -> dict[str, Any]:
         table["self_openings"] = openings(settings.self_prompts)
     return table | {
         "target": smollm2.exact(settings.run.target),
+        "target_files": contents.of_folder(settings.run.target),
         "dtype": dtype,
         "seed": settings.run.seed,
         "self_most_tokens": most,

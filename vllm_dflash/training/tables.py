@@ -181,7 +181,8 @@ class Drafter:
     head: str | None = _set(
         None,
         "how hidden states become tokens (default: the kind's): argmax takes each row's best;"
-        " candidates walks through the best of each row by what goes with what",
+        " candidates walks through the best of each row by what goes with what, lattice by what a"
+        " small network makes of a whole block's; markov adds what the token before says",
         choices=kinds.head_names,
     )
     head_settings: str = _set(
@@ -190,7 +191,7 @@ class Drafter:
     conv_kernel_size: int = _set(
         0,
         "rows of its block that each row takes in by DFlash2's convolution around attention and"
-        " MLP, itself included (for a head of candidates); 0 for none",
+        " MLP, itself included (for candidates and lattice); 0 for none",
         least=0,
     )
     conv_group_size: int = _set(16, "channels that share a part of its kernels", least=1)

@@ -106,14 +106,14 @@ def accepted_everywhere(
     device, k = model.device, drafter.config.max_speculative_tokens
     ids = torch.tensor([list(tokens)], device=device)
     features, _ = target_features(model, drafter.config.target_layer_ids, ids, use_cache=False)
-    context = drafter.context_kv(
-        drafter.context(features), torch.arange(ids.shape[1], device=device)[None]
-    )
+    c = drafter.context(features)
+    context = drafter.context_kv(c, torch.arange(ids.shape[1], device=device)[None])
     accepted: list[int] = []
     for anchors in _pieces(prompt_length, ids.shape[1] - 1, device):
         at = anchors[0, :, None] + torch.arange(1, k + 1, device=device)
         truth = torch.where(at < ids.shape[1], ids[0][at.clamp(max=ids.shape[1] - 1)], -1)
-        drafts = _drafts(model, drafter, ids, anchors, context)
+        before = drafter.before_anchors(c, anchors)
+        drafts = _drafts(model, drafter, ids, anchors, context, before)
         accepted += (drafts == truth).long().cumprod(-1).sum(-1).tolist()
     return accepted
 
@@ -123,12 +123,16 @@ def _pieces(first: int, end: int, device: Any) -> Iterator[Tensor]:
         yield torch.arange(at, min(at + _BLOCKS_AT_ONCE, end), device=device)[None]
 
 
-def _drafts(model: Any, drafter: Drafter, ids: Tensor, anchors: Tensor, context: Any) -> Tensor:
-    """Drafted tokens [N, K] of the blocks at ``anchors`` [1, N]."""
+def _drafts(
+    model: Any, drafter: Drafter, ids: Tensor, anchors: Tensor, context: Any, before: Tensor | None
+) -> Tensor:
+    """Drafted tokens [N, K] of the blocks at ``anchors`` [1, N], ``before`` [1, N, C] of which is
+    theirs."""
     size = drafter.config.block_size
     block = torch.full((*anchors.shape, size), drafter.config.mask_token_id, device=ids.device)
     block[..., 0] = ids.gather(1, anchors)
-    embeds = drafter.embed(model.get_input_embeddings(), block.flatten(1))
+    embedding = model.get_input_embeddings()
+    embeds = drafter.embed(embedding, block.flatten(1))
     hidden = drafter(
         embeds,
         block_positions(anchors, size),
@@ -137,4 +141,5 @@ def _drafts(model: Any, drafter: Drafter, ids: Tensor, anchors: Tensor, context:
         size,
     )
     rows = hidden.unflatten(1, (-1, size))[0, :, drafter.config.first_row :]
-    return drafter.head.draft(drafter.block(model.lm_head, rows), block[0, :, 0])[0]
+    ranked = drafter.block(model.lm_head, rows, embedding, None if before is None else before[0])
+    return drafter.head.draft(ranked, block[0, :, 0])[0]

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import IGNORED_TENSORS, tensor_name
-from vllm_dflash.kinds import own_tensors
+from vllm_dflash.kinds import kind_of, own_tensors
 from vllm_dflash.weights.headers import read_headers, weight_files
 from vllm_dflash.weights.mask_embedding import read_mask_embedding
 from vllm_dflash.weights.messages import CAME_WITH, some
@@ -84,12 +84,13 @@ def expected_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
 
 
 def optional_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
-    """Tensors that a checkpoint may hold in place of the target's."""
+    """Tensors that a checkpoint may hold in place of the target's; no embedding where the head
+    reads the target's."""
     hidden = config.hidden_size
-    return {
-        "embed_tokens.weight": (config.vocab_size, hidden),
-        "lm_head.weight": (config.draft_tokens, hidden),
-    }
+    tables: dict[str, tuple[int, ...]] = {"lm_head.weight": (config.draft_tokens, hidden)}
+    if not kind_of(config).head.over_block:
+        tables["embed_tokens.weight"] = (config.vocab_size, hidden)
+    return tables
 
 
 def check_tensors(
@@ -205,8 +206,11 @@ def check_shapes(config: DrafterConfig, found: Mapping[str, tuple[int, ...]]) ->
     named = {name: shape for name, shape in named.items() if name not in IGNORED_TENSORS}
     expected, optional = expected_tensors(config), optional_tensors(config)
     if config.quantization_config is not None:
+        # Layers may be packed, a head is not.
         stems = tuple(
-            name.removesuffix("weight") for name in expected if name.endswith("_proj.weight")
+            name.removesuffix("weight")
+            for name in expected
+            if name.startswith("layers.") and name.endswith("_proj.weight")
         )
         absent = sorted(
             f"{stem}*" for stem in stems if not any(name.startswith(stem) for name in named)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.heads import Ranked, Ranking
 from vllm_dflash.heads.reference import Block, Lesson, ReferenceHead, cross_entropy
+from vllm_dflash.heads.walk import walk
 from vllm_dflash.models.parameters import ServedHead, load_into
 
 _FIRST_SCALE = 0.02
@@ -104,14 +105,4 @@ class Served(ServedHead):
         edges = own[:, :, None] + (self.predecessors[before].float() * gate) @ (
             self.successors[candidates].float().transpose(-1, -2)
         )
-        best, at, walked = edges.argmax(-1), torch.zeros_like(anchors, dtype=torch.int64), []
-        for row in range(k):
-            at = best[:, row].gather(1, at[:, None])[:, 0]
-            walked.append(at)
-        path = torch.stack(walked, dim=1)
-        tokens = candidates.gather(2, path[..., None])[..., 0]
-        if not ranking.confident:
-            return tokens, None
-        came_from = torch.cat([torch.zeros_like(path[:, :1]), path[:, :-1]], dim=1)
-        taken = edges.gather(2, came_from[..., None, None].expand(-1, -1, 1, self.top_k))[:, :, 0]
-        return tokens, taken.softmax(-1).gather(2, path[..., None])[..., 0]
+        return walk(edges, candidates, ranking.confident)

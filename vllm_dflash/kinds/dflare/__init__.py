@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm_dflash.heads.candidates import CANDIDATES
+from vllm_dflash.heads.lattice import LATTICE
 from vllm_dflash.heads.markov import MARKOV
 from vllm_dflash.kinds import OURS, Context, Kind, Tensors
 
@@ -77,4 +78,15 @@ MARKOV_OVER_DFLARE = replace(
     first_row=0,
 )
 
-KINDS = (KIND, CANDIDATES_OVER_DFLARE, MARKOV_OVER_DFLARE)
+LATTICE_OVER_DFLARE = replace(
+    KIND,
+    name="dflare-lattice",
+    label="DFlare with LiLiCorr's lattice",
+    architecture="DFlareLatticeDraftModel",
+    format=OURS,
+    speculators_architecture="DFlareLatticeSpeculator",
+    head=LATTICE,
+    convolves=True,
+)
+
+KINDS = (KIND, CANDIDATES_OVER_DFLARE, MARKOV_OVER_DFLARE, LATTICE_OVER_DFLARE)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm_dflash.heads.candidates import CANDIDATES
+from vllm_dflash.heads.lattice import LATTICE
 from vllm_dflash.heads.markov import MARKOV
 from vllm_dflash.kinds import Context, Kind, Tensors
 
@@ -69,4 +70,17 @@ DSPARK = replace(
     served_as="DFlashQwen3DSparkModel",
 )
 
-KINDS = (KIND, DFLASH2, DSPARK)
+LILICORR = replace(
+    KIND,
+    name="lilicorr",
+    label="LiLiCorr",
+    architecture="LiLiCorrDraftModel",
+    speculators_architecture="LiLiCorrSpeculator",
+    head=LATTICE,
+    convolves=True,
+    is_known_to_vllm=False,
+    # By the published name vLLM keeps such a drafter off its V1 model runner.
+    served_as="DFlashLiLiCorrDraftModel",
+)
+
+KINDS = (KIND, DFLASH2, DSPARK, LILICORR)
