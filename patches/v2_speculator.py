@@ -16,6 +16,7 @@ def _init_speculator(
 
 _BASE = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator"
 _GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager"
+_FLASH = "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadataBuilder"
 
 PATCH = Patch(
     target="vllm.v1.worker.gpu.model_runner:init_speculator",
@@ -39,12 +40,13 @@ PATCH = Patch(
     ),
     looked_up={
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner.__init__": ("init_speculator",),
-        # The draft's graphs are chosen by these, in a copy of the config.
+        # The draft's graphs are chosen by these, and planned for, in copies of the config.
         f"{_GRAPHS}._init_candidates": (
             "cudagraph_capture_sizes",
             "max_cudagraph_capture_size",
             "num_speculative_tokens_per_batch_size",
         ),
+        f"{_FLASH}.__init__": ("max_cudagraph_capture_size",),
     },
     why=(
         "the speculator is picked from a list in the function's body; there is no registry to"

@@ -1,5 +1,5 @@
 """The V2 speculator as a GPU runs it, without one: no wait of the host, nothing read of the step
-before, and CUDA graphs as tapes (``fake_device.py``).
+before, and CUDA graphs as tapes (``fake_device.py``, ``tapes.py``).
 
 One process; its drafter's block is 8 and K is 3, and more than ``DRAFT_AT_MOST`` requests draft
 nothing, so that graphs, padding and steps with K = 0 alternate. Some prompts are longer than a
@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from engine.fake_device import SIZES
+from engine.tapes import SIZES
 from engine.v2_interpreter import Job, Request, Work, run_engines
 from engine.v2_runs import Runs
 from pairs import make_random_drafter
+from variants import VARIANTS
 
 # Longer than the engines' own limit, so that a hang is reported with what they wrote.
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1000)]
@@ -26,12 +27,14 @@ K, BLOCK = 3, 8
 DRAFT_AT_MOST = 6
 MAX_MODEL_LEN, PAGE = 128, 32
 PLAIN, WATCHED, GRAPHS, FITTED = range(4)
-"""The jobs; the last one's ``max_model_len`` is what its KV cache has room for."""
+"""The jobs; the last one's ``max_model_len`` is what its KV cache has room for, and its drafter has
+a head over the whole block."""
 
 
 @pytest.fixture(scope="module")
 def runs(random_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    drafter = str(make_random_drafter(tmp_path_factory.mktemp("pair") / "drafter"))
+    folder = tmp_path_factory.mktemp("pair")
+    drafter = str(make_random_drafter(folder / "drafter"))
     random = Random(3)
     lengths = [3, 40, 112, 1, 70, 5, 20, 9, 30]
     prompts = [[random.randrange(2, 500) for _ in range(length)] for length in lengths]
@@ -68,6 +71,7 @@ def runs(random_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         Job(
             **speculative
             | dict(
+                drafter=str(VARIANTS["dflare lattice"].make(folder / "lattice")),
                 prompts=[prompts[1], prompts[4]],
                 max_tokens=70,
                 requests={},
@@ -88,7 +92,7 @@ def drafting(runs: Runs, run: int) -> list[Work]:
 @pytest.mark.parametrize("run", [WATCHED, GRAPHS, FITTED])
 def test_drafts_are_the_references(runs: Runs, run: int) -> None:
     """Without a wait of the host, with buffers that hold what must not be read, by graphs whose
-    control flow stands still."""
+    control flow stands still. A head over the block drafts by all of its rows where K is less."""
     assert len(runs.compare(run)) >= 50
     assert runs.differences(run) == []
     if run != FITTED:
@@ -134,6 +138,13 @@ def test_every_drafting_step_has_a_graph(runs: Runs) -> None:
         assert replayed >= num_reqs
     assert any(replayed > num_reqs for num_reqs, replayed in steps), "no graph was padded"
     assert {work.replayed for work in drafting(runs, WATCHED)} == {0}
+
+
+def test_attention_plans_for_the_largest_graph(runs: Runs) -> None:
+    """FlashAttention holds its splits still up to the target's largest graph only, unless it is
+    told of a larger one."""
+    largest = BLOCK * max(work.replayed for work in drafting(runs, GRAPHS))
+    assert max(SIZES) < largest <= runs.results[GRAPHS].attention_rows
 
 
 def test_a_length_that_was_fitted_to_the_cache(runs: Runs) -> None:

@@ -139,6 +139,8 @@ class Result:
     max_model_len: int = 0
     confidences: list[int] = field(default_factory=list)
     """The shape of what the speculator hands to vLLM's adaptive verification."""
+    attention_rows: int = 0
+    """The largest graph that the draft layers' attention plans for."""
 
 
 def run_engines(
@@ -320,6 +322,7 @@ def _serve(job: Job, script: list[list[int]] | None) -> Result:
             llm.llm_engine, job, {i: r for i, r in enumerate(requests) if r.wave == wave}, finished
         )
     outputs = [finished.get(i) for i in range(len(requests))]
+    planned = runner.speculator.attn_vllm_config.compilation_config if recorder else None
     completions = [
         [list(c.token_ids) for c in output.outputs] if output else [] for output in outputs
     ]
@@ -339,6 +342,7 @@ def _serve(job: Job, script: list[list[int]] | None) -> Result:
         work=recorder.work if recorder else [],
         max_model_len=runner.max_model_len,
         confidences=list(runner.speculator.draft_token_confidence_probs.shape) if recorder else [],
+        attention_rows=(planned and planned.max_cudagraph_capture_size) or 0,
     )
 
 

@@ -9,6 +9,11 @@ K = 7 go to 64 requests. The draft's graphs are for the request counts of the ta
 from collections.abc import Sequence
 from typing import Any
 
+MOST_ROWS = 1024
+"""Rows of the largest graph, unless the target's are larger: a draft of more takes longer than its
+launches, and a graph's attention keeps float32 of rows x heads x head size for each of its splits,
+half a GB here with 32 heads of 128 and 32 splits."""
+
 
 def graph_tokens(
     sizes: Sequence[int], *, verified: int, rows: int, most_requests: int, most_rows: int
@@ -22,7 +27,7 @@ def graph_tokens(
         most_requests: of a step that drafts.
         most_rows: of a draft: what vLLM's buffers hold.
     """
-    most = min(most_requests, most_rows // rows)
+    most = min(most_requests, min(most_rows, max(MOST_ROWS, *sizes)) // rows)
     counts = (-(-size // verified) for size in sizes)
     return sorted({rows * min(n, most) for n in counts if n * verified <= max(sizes)} - {0})
 
@@ -32,10 +37,17 @@ def verification(speculative: Any, max_num_reqs: int) -> tuple[int, int]:
     drafts, 1 where it cuts drafts on the device; and the most requests of a step that drafts."""
     if speculative.enable_adaptive_verification:
         return 1, max_num_reqs
-    schedule = speculative.num_speculative_tokens_per_batch_size
-    if not schedule:
-        return 1 + speculative.num_speculative_tokens, max_num_reqs
-    drafting = [(last, k) for _, last, k in schedule if k]
-    # A batch above the last range drafts as that one does.
-    most = max_num_reqs if schedule[-1][-1] else max((last for last, _ in drafting), default=0)
-    return 1 + min((k for _, k in drafting), default=0), min(most, max_num_reqs)
+    most = speculative.num_speculative_tokens
+    schedule = speculative.num_speculative_tokens_per_batch_size or [(1, max_num_reqs, most)]
+    schedule = sorted(tuple(entry) for entry in schedule)
+    # Batches between two ranges, and above the last one, draft as the range before them does.
+    ends = [first - 1 for first, _, _ in schedule[1:]] + [max_num_reqs]
+    drafting = [
+        (min(end, max_num_reqs), min(k, most))
+        for (first, _, k), end in zip(schedule, ends, strict=True)
+        if k and first <= max_num_reqs
+    ]
+    return (
+        1 + min((k for _, k in drafting), default=0),
+        max((end for end, _ in drafting), default=0),
+    )

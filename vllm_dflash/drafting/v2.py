@@ -106,24 +106,40 @@ class DFlashSpeculator(NativeDFlashSpeculator):
         finally:
             self.__dict__.update(before)
 
+    def _graph_tokens(self) -> list[int]:
+        """The sizes of the draft's CUDA graphs, in tokens: none where the target has none."""
+        sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes
+        if not sizes:
+            return []
+        verified, most = verification(self.speculative_config, self.max_num_reqs)
+        return graph_tokens(
+            sizes,
+            verified=verified,
+            rows=self.num_query_per_req,
+            most_requests=most,
+            most_rows=self.max_num_tokens,
+        )
+
+    @property
+    def attn_vllm_config(self) -> VllmConfig:
+        """As vLLM's; attention plans up to ``max_cudagraph_capture_size`` for a graph, whose
+        buffers and splits stand still, and the draft's graphs may be larger than the target's."""
+        config = super().attn_vllm_config
+        sizes = self._graph_tokens()
+        if sizes:
+            config.compilation_config = copy.copy(config.compilation_config)
+            config.compilation_config.max_cudagraph_capture_size = max(
+                config.compilation_config.max_cudagraph_capture_size, *sizes
+            )
+        return config
+
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """As vLLM's, with graphs for as many requests as the target's for verification are."""
-        config, compilation = (
-            copy.copy(self.vllm_config),
-            copy.copy(self.vllm_config.compilation_config),
-        )
-        if compilation.cudagraph_capture_sizes:
-            verified, most = verification(self.speculative_config, self.max_num_reqs)
-            sizes = graph_tokens(
-                compilation.cudagraph_capture_sizes,
-                verified=verified,
-                rows=self.num_query_per_req,
-                most_requests=most,
-                most_rows=self.max_num_tokens,
-            )
-            compilation.cudagraph_capture_sizes = sizes
-            compilation.max_cudagraph_capture_size = max(sizes, default=0)
-            config.compilation_config = compilation
+        config = copy.copy(self.vllm_config)
+        config.compilation_config = copy.copy(config.compilation_config)
+        sizes = self._graph_tokens()
+        config.compilation_config.cudagraph_capture_sizes = sizes
+        config.compilation_config.max_cudagraph_capture_size = max(sizes, default=0)
         with self._with(vllm_config=config):
             super().init_cudagraph_manager(cudagraph_mode)
 
@@ -222,28 +238,32 @@ class DFlashSpeculator(NativeDFlashSpeculator):
         anchors = None if draft is None else self._anchors(num_reqs)
         if slot_mappings is not None:
             self._end_blocks(num_reqs)
-        all_rows = num_reqs, self._num_rows
-        indices, positions, requests = (
-            buffer[: num_reqs * self._num_rows].view(all_rows)[:, : self.num_draft_tokens].flatten()
-            for buffer in (self.sample_indices, self.sample_pos, self.sample_idx_mapping)
-        )
         if draft is None or anchors is None:
             with self._with(
                 num_speculative_steps=self.num_draft_tokens,
-                sample_indices=indices,
-                sample_pos=positions,
-                sample_idx_mapping=requests,
+                **{
+                    name: self._first(getattr(self, name), num_reqs, self.num_draft_tokens)
+                    for name in ("sample_indices", "sample_pos", "sample_idx_mapping")
+                },
             ):
                 super()._generate_draft(
                     num_reqs, num_tokens_padded, attn_metadata, slot_mappings, *args, **kwargs
                 )
             return
         hidden = self._run_model(num_tokens_padded, attn_metadata, slot_mappings, *args, **kwargs)
-        ranking = self._ranking
+        ranking, rows = self._ranking, self.num_draft_tokens
         if self._before is not None:
-            ranking = ranking._replace(before=self._before[:num_reqs])
-        tokens, _ = draft(hidden[indices], anchors, self.num_draft_tokens, ranking)
-        self.draft_tokens[:num_reqs] = tokens
+            # Each of its tokens is of the whole block.
+            ranking, rows = ranking._replace(before=self._before[:num_reqs]), self._num_rows
+        indices = self._first(self.sample_indices, num_reqs, rows)
+        tokens, _ = draft(hidden[indices], anchors, rows, ranking)
+        self.draft_tokens[:num_reqs] = tokens[:, : self.num_draft_tokens]
+
+    def _first(self, buffer: torch.Tensor, num_reqs: int, k: int) -> torch.Tensor:
+        """Of ``buffer``, which has a place for every row that predicts, those of each request's
+        first k rows [num_reqs * k]."""
+        whole = buffer[: num_reqs * self._num_rows].view(num_reqs, self._num_rows)
+        return whole[:, :k].flatten()
 
     def _end_blocks(self, num_reqs: int) -> None:
         """Moves blocks that reach past ``max_model_len`` to where they end there."""
