@@ -3,9 +3,9 @@
 
 The draft model is ours because it is registered over the architecture's name, so vLLM's loader
 finds it; nothing of the loading is repeated here. The block is forwarded whole whatever
-``num_speculative_tokens`` (K) is, and lm_head is asked for K rows a request. A step that schedules
-fewer drafts still drafts K, and the model runner cuts the rest; one that schedules none writes the
-context and runs no query.
+``num_speculative_tokens`` (K) is, and lm_head is asked for K rows a request, for all that predict
+where the head is over the whole block. A step that schedules fewer drafts still drafts K, and the
+model runner cuts the rest; one that schedules none writes the context and runs no query.
 Limits: text only, and one pipeline stage, as the drafter takes the target's embedding.
 
     pytest tests/engine/test_v2.py tests/engine/test_v2_formats.py tests/engine/test_v2_features.py
@@ -203,8 +203,10 @@ class DFlashSpeculator(NativeDFlashSpeculator):
         """As vLLM's; of each block the first K tokens [num_reqs, K] int64. Where a step's
         ``num_speculative_tokens`` is 0 the context is written, and no query runs."""
         off = kwargs.get("num_speculative_tokens") == 0 and not kwargs.get("dummy_run")
-        # Eagerly, as a graph would draft.
-        kwargs |= {"is_profile": True} if off else {}
+        if off:
+            # vLLM 0.33 returns before its query pass; 0.32 runs this step eagerly, for a graph
+            # would draft.
+            kwargs["is_profile"] = True
         # All rows that predict are laid out: what moves a block looks at its last one.
         with self._with(num_speculative_steps=self._num_rows, _drafts=not off):
             return super().propose(*args, **kwargs)
