@@ -91,8 +91,8 @@ class Job:
     """Steps, from the first to before the second, that run without the drafter."""
     sampling: dict[str, Any] = field(default_factory=dict)
     """Of ``SamplingParams``, where it is not greedy."""
-    as_embeddings: bool = False
-    """Whether the prompts are given as the embeddings of their tokens."""
+    as_embeddings: Sequence[bool] = ()
+    """Whether each prompt is given as the embeddings of its tokens; empty: none is."""
 
     def to_json(self) -> dict[str, Any]:
         speculative = {
@@ -117,7 +117,7 @@ class Job:
             "slow_drafts": self.slow_drafts,
             "skip_steps": self.skip_steps,
             "sampling": self.sampling,
-            "as_embeddings": self.as_embeddings,
+            "as_embeddings": list(self.as_embeddings),
         }
 
 

@@ -23,8 +23,35 @@ def test_embeddings_in_chunks() -> None:
     (plain,), (drafted,) = run_engines(
         [
             Job(TARGET, None, prompts, max_tokens=40),
-            Job(TARGET, DRAFTER, prompts, max_tokens=40, as_embeddings=True, engine_args=in_chunks),
+            Job(
+                TARGET,
+                DRAFTER,
+                prompts,
+                max_tokens=40,
+                as_embeddings=[True] * len(prompts),
+                engine_args=in_chunks,
+            ),
         ]
     )
     assert drafted.tokens == plain.tokens
     assert drafted.tau > 1.5
+
+
+def test_penalties_after_a_request_that_was_padded() -> None:
+    """They ended the engine: of a prompt that is embeddings throughout vLLM's penalties read the
+    tokens that its row had before, and a request whose prompt is in the cache but for one token is
+    padded with -1, one for each draft. vLLM's n-gram ends so too."""
+    prompts = held_out_prompts(4)
+    text = [token for prompt in prompts for token in prompt]
+    one_row = {"enable_prompt_embeds": True, "max_num_seqs": 1, "block_size": 32}
+    settings = {
+        "prompts": [text[:33], text[:33], text[40:100]],
+        "max_tokens": 2,
+        "as_embeddings": [False, False, True],
+        "engine_args": one_row,
+        "sampling": {"presence_penalty": 0.5},
+    }
+    (plain,), (drafted,) = run_engines(
+        [Job(TARGET, None, **settings), Job(TARGET, DRAFTER, **settings)]
+    )
+    assert drafted.tokens == plain.tokens

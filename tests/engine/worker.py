@@ -6,6 +6,7 @@ vLLM's own counters for each batch and, if asked for, every draft made inside th
 """
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from engines import answer_jobs, counted, counters, model_runner, record_drafts, start
@@ -72,13 +73,18 @@ def coverage(llm: Any) -> dict[str, int]:
     )
 
 
-def as_embeddings(target: str, prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The prompts as the target embeds them, without their token ids."""
+def as_embeddings(
+    target: str, prompts: list[dict[str, Any]], which: Sequence[bool]
+) -> list[dict[str, Any]]:
+    """The prompts, of which some as the target embeds them, without their token ids."""
     from safetensors import safe_open
 
     with safe_open(f"{target}/model.safetensors", "pt") as file:
         table = file.get_tensor("model.embed_tokens.weight").float()
-    return [{"prompt_embeds": table[prompt["prompt_token_ids"]]} for prompt in prompts]
+    return [
+        {"prompt_embeds": table[prompt["prompt_token_ids"]]} if embedded else prompt
+        for prompt, embedded in zip(prompts, which, strict=True)
+    ]
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -117,8 +123,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         first_verified = len(verified.found)
         for at in range(0, len(job["prompts"]), size):
             prompts = [{"prompt_token_ids": p} for p in job["prompts"][at : at + size]]
-            if job.get("as_embeddings"):
-                prompts = as_embeddings(job["target"], prompts)
+            if which := job.get("as_embeddings"):
+                prompts = as_embeddings(job["target"], prompts, which[at : at + size])
             began = time.perf_counter()
             outputs = llm.generate(prompts, params, use_tqdm=False)
             seconds += time.perf_counter() - began
