@@ -124,22 +124,22 @@ class DFlashSpeculator(NativeDFlashSpeculator):
     def attn_vllm_config(self) -> VllmConfig:
         """As vLLM's; attention plans up to ``max_cudagraph_capture_size`` for a graph, whose
         buffers and splits stand still, and the draft's graphs may be larger than the target's."""
-        config = super().attn_vllm_config
-        sizes = self._graph_tokens()
+        config, sizes = copy.copy(super().attn_vllm_config), self._graph_tokens()
         if sizes:
-            config.compilation_config = copy.copy(config.compilation_config)
-            config.compilation_config.max_cudagraph_capture_size = max(
-                config.compilation_config.max_cudagraph_capture_size, *sizes
+            compilation = copy.copy(config.compilation_config)
+            compilation.max_cudagraph_capture_size = max(
+                compilation.max_cudagraph_capture_size, *sizes
             )
+            config.compilation_config = compilation
         return config
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """As vLLM's, with graphs for as many requests as the target's for verification are."""
         config = copy.copy(self.vllm_config)
-        config.compilation_config = copy.copy(config.compilation_config)
-        sizes = self._graph_tokens()
-        config.compilation_config.cudagraph_capture_sizes = sizes
-        config.compilation_config.max_cudagraph_capture_size = max(sizes, default=0)
+        compilation = copy.copy(config.compilation_config)
+        compilation.cudagraph_capture_sizes = self._graph_tokens()
+        compilation.max_cudagraph_capture_size = max(compilation.cudagraph_capture_sizes, default=0)
+        config.compilation_config = compilation
         with self._with(vllm_config=config):
             super().init_cudagraph_manager(cudagraph_mode)
 
