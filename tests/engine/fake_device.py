@@ -27,9 +27,11 @@ class DeviceAttention:
         from vllm.forward_context import get_forward_context
 
         config = speculator.kv_cache_config
-        self.context, self.speculator = get_forward_context, speculator
+        self.context = get_forward_context
         (self.page,) = {group.kv_cache_spec.block_size for group in config.kv_cache_groups}
         self.slots = config.num_blocks * self.page
+        # Not the speculator's word for it, which is tested.
+        self.length = speculator.vllm_config.model_config.max_model_len
         self.caches: dict[str, torch.Tensor] = {}
         for layer in speculator.model.model.layers:
             module = layer.self_attn
@@ -61,7 +63,7 @@ class DeviceAttention:
             rows = len(query)
             update(None, key, value, None, context.slot_mapping[name][:rows])
             requests = len(metadata.seq_lens)
-            positions = torch.arange(self.speculator.max_model_len)
+            positions = torch.arange(self.length)
             slots = (
                 metadata.block_table[:, positions // self.page].long() * self.page
                 + positions % self.page
