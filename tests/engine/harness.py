@@ -72,7 +72,8 @@ class Job:
     prompts: Sequence[Sequence[int]]
     dtype: str = "float32"
     num_speculative_tokens: int = 7
-    max_tokens: int = 128
+    max_tokens: int | Sequence[int] = 128
+    """Of all, or of each: ``worker.py`` alone takes those."""
     batch_sizes: Sequence[int] = (16,)
     max_model_len: int = 512
     record: bool = False

@@ -39,16 +39,15 @@ def test_embeddings_in_chunks() -> None:
 
 def test_penalties_after_a_request_that_was_padded() -> None:
     """They ended the engine: of a prompt that is embeddings throughout vLLM's penalties read the
-    tokens that its row had before, and a request whose prompt is in the cache but for one token is
+    tokens that its row had before, and a prompt of one token that comes while others decode is
     padded with -1, one for each draft. vLLM's n-gram ends so too."""
-    prompts = held_out_prompts(4)
-    text = [token for prompt in prompts for token in prompt]
-    one_row = {"enable_prompt_embeds": True, "max_num_seqs": 1, "block_size": 32}
+    text = held_out_prompts(1)[0]
     settings = {
-        "prompts": [text[:33], text[:33], text[40:100]],
-        "max_tokens": 2,
-        "as_embeddings": [False, False, True],
-        "engine_args": one_row,
+        # The second makes way for the third, and that for the fourth, while the first decodes.
+        "prompts": [text[:30], [260], [260], text[:20]],
+        "max_tokens": [60, 1, 1, 8],
+        "as_embeddings": [False, False, False, True],
+        "engine_args": {"enable_prompt_embeds": True, "max_num_seqs": 2},
         "sampling": {"presence_penalty": 0.5},
     }
     (plain,), (drafted,) = run_engines(

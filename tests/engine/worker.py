@@ -111,12 +111,14 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         watch(scheduler, verified)
     asked = dict(
         temperature=0,
-        max_tokens=job["max_tokens"],
         ignore_eos=job.get("ignore_eos", True),
         logprobs=job.get("logprobs"),
         detokenize=False,
     )
-    params = SamplingParams(**asked | job.get("sampling", {}))
+    asked |= job.get("sampling", {})
+    most = job["max_tokens"]
+    lengths = [most] * len(job["prompts"]) if isinstance(most, int) else most
+    params = [SamplingParams(**{"max_tokens": length} | asked) for length in lengths]
     batches = []
     for size in job["batch_sizes"]:
         before, first, tokens, logprobs, seconds = counters(llm), len(drafts), [], [], 0.0
@@ -126,7 +128,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             if which := job.get("as_embeddings"):
                 prompts = as_embeddings(job["target"], prompts, which[at : at + size])
             began = time.perf_counter()
-            outputs = llm.generate(prompts, params, use_tqdm=False)
+            outputs = llm.generate(prompts, params[at : at + size], use_tqdm=False)
             seconds += time.perf_counter() - began
             tokens += [list(o.outputs[0].token_ids) for o in outputs]
             if job.get("logprobs"):
