@@ -30,8 +30,6 @@ class DeviceAttention:
         self.context = get_forward_context
         (self.page,) = {group.kv_cache_spec.block_size for group in config.kv_cache_groups}
         self.slots = config.num_blocks * self.page
-        # Not the speculator's word for it, which is tested.
-        self.length = speculator.vllm_config.model_config.max_model_len
         self.caches: dict[str, torch.Tensor] = {}
         for layer in speculator.model.model.layers:
             module = layer.self_attn
@@ -63,7 +61,8 @@ class DeviceAttention:
             rows = len(query)
             update(None, key, value, None, context.slot_mapping[name][:rows])
             requests = len(metadata.seq_lens)
-            positions = torch.arange(self.length)
+            # As far as a table reaches: what a sequence's length counts too much is read, too.
+            positions = torch.arange(metadata.block_table.shape[1] * self.page)
             slots = (
                 metadata.block_table[:, positions // self.page].long() * self.page
                 + positions % self.page
