@@ -90,8 +90,8 @@ class Job:
     ``verified`` is filled."""
     skip_steps: tuple[int, int] | None = None
     """Steps, from the first to before the second, that run without the drafter."""
-    sampling: dict[str, Any] = field(default_factory=dict)
-    """Of ``SamplingParams``, where it is not greedy."""
+    sampling: dict[str, Any] | Sequence[dict[str, Any]] = field(default_factory=dict)
+    """Of ``SamplingParams``, where it is not greedy; of several each prompt has the next."""
     as_embeddings: Sequence[bool] = ()
     """Whether each prompt is given as the embeddings of its tokens; empty: none is."""
 

@@ -7,6 +7,7 @@ vLLM's own counters for each batch and, if asked for, every draft made inside th
 
 import time
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 from engines import answer_jobs, counted, counters, model_runner, record_drafts, start
@@ -115,10 +116,15 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         logprobs=job.get("logprobs"),
         detokenize=False,
     )
-    asked |= job.get("sampling", {})
-    most = job["max_tokens"]
+    most, sampling = job["max_tokens"], job.get("sampling", {})
     lengths = [most] * len(job["prompts"]) if isinstance(most, int) else most
-    params = [SamplingParams(**{"max_tokens": length} | asked) for length in lengths]
+    # Of a list each prompt has the next, and the first again after the last.
+    params = [
+        SamplingParams(**{"max_tokens": length} | asked | each)
+        for length, each in zip(
+            lengths, cycle(sampling if isinstance(sampling, list) else [sampling])
+        )
+    ]
     batches = []
     for size in job["batch_sizes"]:
         before, first, tokens, logprobs, seconds = counters(llm), len(drafts), [], [], 0.0

@@ -52,6 +52,7 @@ ASKS_VLLM = {
     "evaluation.engine_child",
     "evaluation.rejection",
     "kinds.dflash.context",
+    "kinds.dfly.context",
     "models.parameters",
     "patches.request_params",
     "patches.server_metrics",
@@ -69,6 +70,7 @@ NEEDS_TORCH = {
     "drafting.pending",
     "heads.argmax",
     "heads.candidates.modules",
+    "heads.correction.modules",
     "heads.lattice.network",
     "heads.lattice.modules",
     "heads.markov.modules",
@@ -76,6 +78,7 @@ NEEDS_TORCH = {
     "heads.walk",
     "kinds.dflare.context",
     "kinds.dflash.context",
+    "kinds.dfly.context",
     "models.parameters",
     "reference.checkpoint",
     "reference.convolution",
@@ -111,6 +114,7 @@ NEEDS_TORCH = {
     "weights.mask_embedding",
     "weights.messages",
     "weights.quantization",
+    "weights.reading",
     "weights.values",
 }
 """Cannot be imported without torch."""

@@ -166,8 +166,8 @@ class DrafterForCausalLM(nn.Module):
         return within_vocabulary(draft, config.vocab_size)
 
     def embed_candidates(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """``token_ids`` [...] -> the target's embeddings of them [..., H], for a head over the
-        block."""
+        """``token_ids`` [...] -> embeddings of them [..., H], for a head: the target's, or the
+        checkpoint's own."""
         table = getattr(self.model.embed_tokens, "base_layer", self.model.embed_tokens)
         return table(token_ids.flatten()).view(*token_ids.shape, -1)
 
