@@ -62,7 +62,10 @@ def check_speculative_config(speculative: Any) -> dict[str, Any]:
         target.max_model_len,
     )
     check_sampling(
-        drafter, speculative.draft_sample_method, speculative.enable_adaptive_verification
+        drafter,
+        speculative.draft_sample_method,
+        speculative.enable_adaptive_verification,
+        speculative.use_local_argmax_reduction,
     )
     if folder is not None and (Path(speculative.model).is_dir() or _has_weights(folder)):
         from vllm_dflash.weights import check_tensors
@@ -122,10 +125,13 @@ def check_room(vllm_config: Any) -> None:
 
 
 def check_sampling(
-    drafter: DrafterConfig, draft_sample_method: str, adaptive_verification: bool = False
+    drafter: DrafterConfig,
+    draft_sample_method: str,
+    adaptive_verification: bool = False,
+    local_argmax: bool = False,
 ) -> None:
     """Refuses what vLLM does with a drafter's logits where the kind's head is not the best token of
-    each row: to draw drafts by them, or to cut drafts by what it makes of them.
+    each row: to draw drafts by them, to cut drafts by what it makes of them, or to do without them.
 
     Raises:
         DrafterConfigError: names the setting.
@@ -138,6 +144,12 @@ def check_sampling(
             f"enable_adaptive_verification is true, and a {kind.label} drafter's tokens are not the"
             " best of the logits that vLLM would judge them by",
             "leave enable_adaptive_verification out of the speculative config",
+        )
+    if local_argmax:
+        raise DrafterConfigError(
+            f"use_local_argmax_reduction is true, and a {kind.label} drafter's tokens are not the"
+            " best of each row's logits",
+            "leave use_local_argmax_reduction out of the speculative config",
         )
     if draft_sample_method == "probabilistic":
         raise DrafterConfigError(

@@ -348,6 +348,7 @@ def test_what_vllm_would_draft_in_its_own_way_is_refused() -> None:
         for asked, setting in (
             (("probabilistic",), "draft_sample_method"),
             (("greedy", True), "enable_adaptive_verification"),
+            (("greedy", False, True), "use_local_argmax_reduction"),
         ):
             with (
                 nullcontext()

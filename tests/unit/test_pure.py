@@ -161,10 +161,12 @@ def cannot_do_without(absent: str, names: set[str]) -> set[str]:
     return {line.removeprefix(f"{PACKAGE}.") for line in done.stdout.split()}
 
 
+@pytest.mark.slow
 def test_only_the_listed_modules_need_vllm() -> None:
     assert cannot_do_without("vllm", set(files()) - NEEDS_RAY) == NEEDS_VLLM
 
 
+@pytest.mark.slow
 def test_only_the_listed_modules_need_torch() -> None:
     assert (
         cannot_do_without("vllm,torch,transformers", set(files()) - NEEDS_VLLM - NEEDS_RAY)
