@@ -199,8 +199,8 @@ class DrafterConfig:
     logit_cap: float | None = None
     """Then each logit x becomes ``logit_cap * tanh(x / logit_cap)``; None: it stays."""
     input_embedding_scale: float | None = None
-    """What the rows of the embedding are multiplied by, and a mask embedding; None: what the
-    target multiplies its own by (``embedding_scale``)."""
+    """What the rows of the embedding are multiplied by, and a mask embedding; None: what its kind
+    has it be (``kinds.row_scale``)."""
     head: Mapping[str, Any] = field(default_factory=dict)
     """The settings of the kind's head, by their keys in config.json; its defaults where they are
     left out."""

@@ -516,6 +516,7 @@ def test_scales_of_logits_are_read_for_probabilities() -> None:
     ("architectures", "scale"),
     [
         (["Gemma4ForConditionalGeneration"], 1.0),
+        (["PaliGemmaForConditionalGeneration"], 1.0),
         (["Qwen3ForCausalLM"], None),
         ([], None),
         (3, None),

@@ -124,3 +124,30 @@ def test_the_factor_that_is_part_of_an_embedding(name: str, more: dict[str, Any]
     with torch.no_grad():
         expected = embedding.weight[ids] * embedding_scale(config)
         torch.testing.assert_close(embedding(ids), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "state", "found"),
+    [
+        ("dflash", None, "warning", "rows times the target's 8: config.json does not say"),
+        ("dflash", 1.0, "ok", "rows times 1; the target's times 8"),
+        ("dflash2", None, "ok", "rows times 1; the target's times 8"),
+    ],
+)
+def test_the_doctor_tells_what_a_drafters_rows_are_multiplied_by(
+    kind: str, given: float | None, state: str, found: str
+) -> None:
+    from transformers import AutoConfig
+
+    from pairs import random_drafter_config
+    from vllm_dflash.tools.pair_checks import Settings, shape_checks
+
+    drafter = random_drafter_config(kind=kind, input_embedding_scale=given)
+
+    def lines(name: str) -> list[tuple[str, str]]:
+        target = AutoConfig.for_model(name, **_SMALL | {"hidden_size": 64})
+        checks = shape_checks(drafter, target, Settings())
+        return [(check.state, check.found) for check in checks if check.name == "embedding"]
+
+    assert lines("gemma3_text") == [(state, found)]
+    assert lines("qwen3") == []

@@ -88,13 +88,13 @@ def parse_speculators(raw: Mapping[str, Any]) -> DrafterConfig:
 
 
 def _is_gemmas(raw: Mapping[str, Any]) -> bool:
-    """Whether the library trained it for a Gemma target: it embeds by that one's table, without the
-    factor after it."""
+    """Whether the library trained it for a Gemma target: it embeds by a copy of that one's table,
+    without the factor after it, and so does vLLM. What a file was converted from does not say."""
     place = raw.get("speculators_config")
     verifier = place.get("verifier") if isinstance(place, Mapping) else None
     names = verifier.get("architectures") if isinstance(verifier, Mapping) else None
     return fields.is_list(names) and any(
-        isinstance(name, str) and name.startswith("Gemma") for name in names
+        isinstance(name, str) and "gemma" in name.lower() for name in names
     )
 
 

@@ -21,7 +21,7 @@ from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefi
 
 from vllm_dflash.checks import drafter_config
 from vllm_dflash.config import DrafterConfig, DrafterConfigError, embedding_scale
-from vllm_dflash.kinds import kind_of
+from vllm_dflash.kinds import kind_of, row_scale
 from vllm_dflash.models.context import ContextKV
 from vllm_dflash.models.convolution import rows_in_reach
 from vllm_dflash.models.kernels import check_kernels
@@ -65,7 +65,7 @@ class DrafterModel(nn.Module):
         super().__init__()
         dtype = vllm_config.model_config.dtype
         self.embed_tokens: nn.Module = FromTarget()
-        given = config.input_embedding_scale
+        given = row_scale(config)
         self.embedding_scale = torch.tensor(target_scale).to(dtype).item() if given is None else 1.0
         """What the target multiplies its rows by, rounded as there; 1 for rows of the
         checkpoint."""

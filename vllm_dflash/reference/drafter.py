@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.heads.reference import Block, ReferenceHead
-from vllm_dflash.kinds import Kind, kind_of
+from vllm_dflash.kinds import Kind, kind_of, row_scale
 from vllm_dflash.reference.convolution import BlockConvolution
 from vllm_dflash.reference.masks import window_mask
 from vllm_dflash.reference.rotary import rotary_angles
@@ -298,7 +298,7 @@ class Drafter(nn.Module):
         embeds = self.table(target_embedding)(input_ids)
         if self.mask_embedding is not None:
             is_mask = (input_ids == self.config.mask_token_id)[..., None]
-            mask = self.mask_embedding.to(embeds.dtype) * (self.config.input_embedding_scale or 1.0)
+            mask = self.mask_embedding.to(embeds.dtype) * (row_scale(self.config) or 1.0)
             embeds = torch.where(is_mask, mask, embeds)
         return embeds
 
@@ -337,8 +337,8 @@ class Drafter(nn.Module):
 
     def table(self, target_embedding: Any) -> Callable[[Tensor], Tensor]:
         """Token ids -> embeddings, the target's, or the checkpoint's own where it has them; where
-        the file gives a factor, rows times that."""
-        own, scale = self.own.embed_tokens, self.config.input_embedding_scale
+        the file gives a factor, or its kind has one, bare rows times that."""
+        own, scale = self.own.embed_tokens, row_scale(self.config)
         if scale is None:
             return target_embedding if own is None else lambda ids: F.embedding(ids, own)
         rows = target_embedding.weight if own is None else own

@@ -190,8 +190,11 @@ def first_weights(config: DrafterConfig, settings: Settings, model: Any) -> Draf
 
 
 def _mask_row(config: DrafterConfig, model: Any) -> torch.Tensor:
-    """The target's embedding of the mask, [H] float32, with the factor that it may end in."""
+    """The target's embedding of the mask, [H] float32, with the factor that it may end in; its bare
+    row where the drafter has a factor of its own for rows, and so for a mask embedding."""
     embedding = model.get_input_embeddings()
+    if kinds.row_scale(config) is not None:
+        return embedding.weight[config.mask_token_id].detach().float()
     ids = torch.tensor([config.mask_token_id], device=embedding.weight.device)
     return embedding(ids)[0].detach().float()
 
