@@ -341,6 +341,13 @@ class DrafterConfig:
             name, wanted = problem
             raise DrafterConfigError(f"{name} is {self.head[name]!r}", wanted, field=name)
         self._check_convolution(kind)
+        if (self.logit_scale, self.logit_cap) != (1.0, None) and not kind.head.is_argmax:
+            raise DrafterConfigError(
+                "logits are scaled or capped (logit_scale, final_logit_softcapping or another name"
+                f" of theirs), and the head of a {kind.label} drafter adds to them",
+                "use another checkpoint",
+                field="logit_scale",
+            )
         if self.draft_vocab_size is not None and not kind.head.is_argmax:
             raise DrafterConfigError(
                 f"draft_vocab_size is {self.draft_vocab_size}, and the head of a {kind.label}"

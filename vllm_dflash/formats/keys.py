@@ -107,7 +107,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "scale_emb": (1,),
     "scale_depth": (),
     "embedding_scale": (1,),
-    "input_embedding_scale": (1,),
+    "input_embedding_scale": (),
     "parallel_residual": (False,),
     "use_parallel_residual": (False,),
     "hidden_activation": ("silu",),

@@ -3,12 +3,13 @@
 pytest tests/unit/test_formats.py tests/unit/test_config.py
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_dflash import fields
 from vllm_dflash.config import DEFAULT_RMS_NORM_EPS, DEFAULT_ROPE_THETA, DrafterConfig
-from vllm_dflash.formats.keys import CAP, EMBEDDING_SCALE, FACTORS
+from vllm_dflash.formats.keys import CAP, EMBEDDING_SCALE, FACTORS, SCALES
 from vllm_dflash.formats.rope import read_rope
 from vllm_dflash.kinds import Kind, Setting
 
@@ -194,24 +195,37 @@ def _setting(setting: Setting, raw: Mapping[str, Any], name: str) -> Any:
     return fields.positive_int(raw, name)
 
 
-def read_scales(*places: Mapping[str, Any]) -> dict[str, Any]:
-    """What becomes of logits before they are probabilities; of several factors the product."""
-    scale, cap = 1.0, None
-    for raw in places:
-        for name, power in FACTORS.items():
-            scale *= fields.positive_float(raw, name, 1.0) ** power
-        if raw.get(CAP) is not None:
-            cap = fields.positive_float(raw, CAP)
-    return {"logit_scale": scale, "logit_cap": cap}
+def read_scales(raw: Mapping[str, Any], inner: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """What becomes of logits before they are probabilities; of several factors the product.
+
+    Args:
+        inner: the object in ``raw`` that may say it as well, or ``raw`` itself; ``path`` is its
+            name, with a dot behind it, or nothing.
+    """
+    said: dict[str, float] = {}
+    for name in SCALES:
+        if path:
+            fields.agree(f"{path}{name}", inner.get(name), name, raw.get(name))
+        for place, at in ((inner, path), (raw, "")):
+            if place.get(name) is not None:
+                said.setdefault(name, fields.positive_float(place, f"{at}{name}"))
+    cap = said.pop(CAP, None)
+    scale = math.prod(value ** FACTORS[name] for name, value in said.items())
+    return {"logit_scale": float(scale), "logit_cap": cap}
 
 
 def read_embedding_scale(
-    raw: Mapping[str, Any], place: str = "", absent: float | None = None
+    raw: Mapping[str, Any], inner: Mapping[str, Any], path: str
 ) -> float | None:
-    """What rows of the embedding are multiplied by; ``absent`` where ``raw`` does not say."""
-    if raw.get(EMBEDDING_SCALE) is None:
-        return absent
-    return fields.positive_float(raw, f"{place}{EMBEDDING_SCALE}")
+    """What rows of the embedding are multiplied by; None where neither says; places as in
+    ``read_scales``."""
+    name = EMBEDDING_SCALE
+    if path:
+        fields.agree(f"{path}{name}", inner.get(name), name, raw.get(name))
+    for place, at in ((inner, path), (raw, "")):
+        if place.get(name) is not None:
+            return fields.positive_float(place, f"{at}{name}")
+    return None
 
 
 def write_scales(config: DrafterConfig) -> dict[str, Any]:

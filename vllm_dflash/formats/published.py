@@ -55,11 +55,9 @@ def parse_published(raw: Mapping[str, Any]) -> DrafterConfig:
     if nested is not raw:
         check_dflash_config(nested, kind, keys_of(kind))
     check_head(kind, raw, raw if is_flat else nested)
-    known = (
-        {*keys_of(kind), "target_layer_ids", "causal", EMBEDDING_SCALE, *flat_keys}
-        if is_flat
-        else ()
-    )
+    known = {EMBEDDING_SCALE}
+    if is_flat:
+        known |= {*keys_of(kind), "target_layer_ids", "causal", *flat_keys}
     depth = fields.optional_positive_int(raw, "num_target_layers")
     transformer = read_layers(raw)
     if nested.get("target_layer_ids") is None:
@@ -89,9 +87,9 @@ def parse_published(raw: Mapping[str, Any]) -> DrafterConfig:
         head=read_head(kind, raw) if is_flat else read_head(kind, nested, place),
         **read_convolution(kind, nested, "dflash_config."),
         kind=kind.name,
-        unknown_keys=tuple(sorted(check_keys(raw, by_transformers=True, known=known))),
-        **read_scales(raw),
-        input_embedding_scale=read_embedding_scale(nested, place),
+        unknown_keys=tuple(sorted(check_keys(raw, kind, by_transformers=True, known=known))),
+        **read_scales(raw, nested, place),
+        input_embedding_scale=read_embedding_scale(raw, nested, place),
         format=format,
     )
 

@@ -51,12 +51,14 @@ def parse_speculators(raw: Mapping[str, Any]) -> DrafterConfig:
     )
     check_head(kinds.every()[kind], raw, raw, absent_from_anchor=False)
     known = {*keys_of(kinds.every()[kind]), EMBEDDING_SCALE}
-    unknown = check_keys(raw, by_transformers=False, known=known)
+    unknown = check_keys(raw, kinds.every()[kind], by_transformers=False, known=known)
     unknown += [
-        f"transformer_layer_config.{name}" for name in check_keys(layers, by_transformers=False)
+        f"transformer_layer_config.{name}"
+        for name in check_keys(layers, kinds.every()[kind], by_transformers=False)
     ]
     # Not a field of the library's; ours, so that converting there and back loses nothing.
     depth = fields.optional_positive_int(raw, "num_target_layers")
+    scale = read_embedding_scale(raw, raw, "")
     windows, _ = read_attention(layers, layers, {})
     non_causal = fields.optional_flag(raw, _NON_CAUSAL)
     if windows and non_causal is None:
@@ -81,8 +83,8 @@ def parse_speculators(raw: Mapping[str, Any]) -> DrafterConfig:
         **read_convolution(kinds.every()[kind], raw),
         kind=kind,
         unknown_keys=tuple(sorted(unknown)),
-        **read_scales(raw, layers),
-        input_embedding_scale=read_embedding_scale(raw, absent=1.0 if _is_gemmas(raw) else None),
+        **read_scales(raw, layers, "transformer_layer_config."),
+        input_embedding_scale=1.0 if scale is None and _is_gemmas(raw) else scale,
         format=SPECULATORS,
     )
 
