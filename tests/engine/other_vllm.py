@@ -3,6 +3,7 @@ another plug-in is installed."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -30,8 +31,18 @@ def renamed(folder: Path, old: str, new: str) -> dict[str, str]:
 
 def before_the_installed(folder: Path) -> dict[str, str]:
     """An environment that finds what is in a folder before what is installed."""
+    from vllm.envs import VLLM_CACHE_ROOT
+
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    return engine_env({"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"})
+    # vLLM keeps what it found out about a model's class until its file is another, and finds it out
+    # in a process of its own: with one cache every engine of an unedited vLLM would do so again.
+    cache = folder / "cache"
+    known = Path(VLLM_CACHE_ROOT, "modelinfos")
+    if known.is_dir() and not cache.exists():
+        shutil.copytree(known, cache / "modelinfos")
+    return engine_env(
+        {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "VLLM_CACHE_ROOT": str(cache)}
+    )
 
 
 def status(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
