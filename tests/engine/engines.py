@@ -116,14 +116,19 @@ def counted(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
 
 def answer_jobs(run: Callable[[dict[str, Any]], Any]) -> None:
     """Runs each job of the list on standard input, an engine each, and writes the reports to the
-    file named on the command line."""
+    file named on the command line; where one fails, those before it are there."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     keep_frozen()
     register_kernels_once()
-    reports = []
+    reports: list[Any] = []
     for job in json.load(sys.stdin):
-        reports.append(run(job))
+        try:
+            reports.append(run(job))
+        except BaseException:
+            with open(f"{sys.argv[1]}.before", "w") as file:
+                json.dump(reports, file)
+            raise
         gc.collect()
         cleanup_dist_env_and_memory()
     with open(sys.argv[1], "w") as file:

@@ -70,8 +70,17 @@ def job(target: Path, drafter: Path | None, **changes: Any) -> Job:
     return Job(target, drafter, prompts_of(target), max_tokens=24, record=recorded, **changes)
 
 
+class EndedError(RuntimeError):
+    """The process ended in the middle of a job; the message is all that it said."""
+
+    def __init__(self, log: str, reports: list[dict[str, Any]]) -> None:
+        super().__init__(log)
+        self.reports = reports
+        """Of the jobs before."""
+
+
 def run_jobs(env: dict[str, str], folder: Path, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """The jobs' reports, each with the process's ``log``. Raises RuntimeError with that."""
+    """The jobs' reports, each with the process's ``log``. Raises EndedError."""
     out = folder / "reports.json"
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("worker.py")), str(out)],
@@ -83,7 +92,9 @@ def run_jobs(env: dict[str, str], folder: Path, jobs: Sequence[Job]) -> list[dic
         timeout=400,
     )
     if done.returncode != 0:
-        raise RuntimeError(done.stdout + done.stderr)
+        before = Path(f"{out}.before")
+        reports = json.loads(before.read_text()) if before.exists() else []
+        raise EndedError(done.stdout + done.stderr, reports)
     reports = json.loads(out.read_text())
     for report in reports:
         report["log"] = done.stdout + done.stderr
