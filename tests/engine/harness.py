@@ -212,7 +212,7 @@ def wait_until_gone(group: int, seconds: float = 20) -> None:
             "still running:"
             f" {[p.with_name('cmdline').read_text().replace(chr(0), ' ') for p in running]}"
         )
-        time.sleep(0.2)
+        time.sleep(0.05)
 
 
 def _runs_in_group(stat: Path, group: int) -> bool:
