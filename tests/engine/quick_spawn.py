@@ -28,7 +28,7 @@ def install(own: Sequence[int] = ()) -> None:
     """From now on what this process spawns is forked; to be called before it has threads.
 
     Args:
-        own: descriptors that no other process is to hold open.
+        own: descriptors that this process alone is to hold open.
     """
     # The twin's grandchildren are then this process's children once their parent has ended.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -90,7 +90,7 @@ def _become(asked: dict[str, Any], descriptors: Sequence[int]) -> None:
     os.environ.update(asked["env"])
     os.chdir(asked["folder"])
     heed_environment()
-    install()
+    install(asked["descriptors"])
     sys.argv = ["-c", "--multiprocessing-fork"]
     exec(asked["code"], {"__name__": "__main__"})
     sys.exit()
