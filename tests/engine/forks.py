@@ -184,6 +184,8 @@ def main() -> None:
     import setproctitle
 
     setproctitle.getproctitle()  # finds the place only while the environment is where it began
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # for what the imports say
     gc.disable()
     if sys.argv[1] == INTERPRETER:
         from v2_interpreter import use_interpreter
@@ -202,9 +204,10 @@ def main() -> None:
     while line := sys.stdin.readline():
         request = json.loads(line)
         if "ended" in request:
-            print(os.waitstatus_to_exitcode(os.waitpid(request["ended"], 0)[1]), flush=True)
+            _, status = os.waitpid(request["ended"], 0)
+            print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
         elif pid := _fork(request):
-            print(pid, flush=True)
+            print(pid, file=answers, flush=True)
         else:
             _run()
             return
