@@ -12,7 +12,7 @@ from engine.harness import DRAFTER, TARGET, Batch, held_out_prompts, run_engine
 BATCH_SIZES = (1, 4, 16)
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def _quick_engine_processes() -> Iterator[None]:
     """Engines of our commands that run in this process are forks too; those of commands in
     processes of their own start as a user's do."""
