@@ -33,9 +33,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from engine.feature_server import wait_until_idle
 from engine.harness import DRAFTER, PROMPTS
 from engine.test_serve import metric, request, server
-from engine.test_server_features import wait_until_idle
 from engine.test_server_twins import CHAT, COMPLETION, bare, descendants, root_of, user
 
 ROUND = 24

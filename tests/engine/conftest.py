@@ -1,11 +1,29 @@
 """One engine a kind, shared by the tests that look at it: starting one costs more than running
 it."""
 
+from collections.abc import Iterator
+from types import SimpleNamespace
+
 import pytest
 
+from engine import forks
 from engine.harness import DRAFTER, TARGET, Batch, held_out_prompts, run_engine
 
 BATCH_SIZES = (1, 4, 16)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_engine_processes() -> Iterator[None]:
+    """Engines of our commands that run in this process are forks too; those of commands in
+    processes of their own start as a user's do."""
+    import subprocess
+
+    from vllm_dflash.engines import process
+
+    names = SimpleNamespace(**vars(subprocess) | {"Popen": forks.Popen})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "subprocess", names)
+        yield
 
 
 @pytest.fixture(scope="session")

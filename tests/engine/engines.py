@@ -5,6 +5,7 @@ import gc
 import json
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 SETTINGS: dict[str, Any] = {
@@ -115,17 +116,33 @@ def counted(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
 
 def answer_jobs(run: Callable[[dict[str, Any]], Any]) -> None:
     """Runs each job of the list on standard input, an engine each, and writes the reports to the
-    file named on the command line."""
+    file named on the command line; where one fails, those before it are there."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     keep_frozen()
-    reports = []
+    register_kernels_once()
+    reports: list[Any] = []
     for job in json.load(sys.stdin):
-        reports.append(run(job))
+        try:
+            reports.append(run(job))
+        except BaseException:
+            with open(f"{sys.argv[1]}.before", "w") as file:
+                json.dump(reports, file)
+            raise
         gc.collect()
         cleanup_dist_env_and_memory()
     with open(sys.argv[1], "w") as file:
         json.dump(reports, file)
+
+
+def register_kernels_once() -> None:
+    """Leaves vLLM's search for its Triton kernels to the first engine: it looks through every
+    module for what it has replaced there, as long as a tiny model takes to load."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    register = cache(platform.register_triton_kernel_overrides)
+    platform.register_triton_kernel_overrides = staticmethod(register)
 
 
 def keep_frozen() -> None:

@@ -1,10 +1,10 @@
-"""Starts a test's scripts as forks of one process that has vLLM imported: the import takes longer
-than most of what they do.
+"""Runs a test's Python processes as forks of one process that has vLLM imported: the import takes
+longer than most of what they do.
 
 ``start`` is the harness's side; run as a script, this file is that process: it reads a request a
 line and ends with its standard input.
-A script finds what it would find when started by itself: its arguments, environment, input, output
-and a process group of its own.
+A fork finds what it would find when started by itself: its arguments, environment, input, output
+and a process group of its own. What it spawns are forks too (``quick_spawn.py``).
 """
 
 import json
@@ -17,47 +17,113 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+_READ, _WRITE = os.O_RDONLY, os.O_WRONLY | os.O_CREAT | os.O_APPEND
+INTERPRETER = "interpreter"
+"""Of ``start``: the engines are of vLLM's V2 runner, by Triton's interpreter."""
+
+
+class Fork:
+    """A process that was started; its process id is also its process group's."""
+
+    def __init__(self, parent: "subprocess.Popen[str]", request: Mapping[str, Any]) -> None:
+        self._parent, self._status = parent, None
+        self.pid: int = self._ask(request)
+        self._descriptor = os.pidfd_open(self.pid)
+
+    def runs(self) -> bool:
+        try:
+            self.wait(0)
+        except TimeoutError:
+            return True
+        return False
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Its exit status, once it has ended; negative: the signal that ended it.
+
+        Raises TimeoutError.
+        """
+        if self._status is None:
+            if not select.select([self._descriptor], [], [], timeout_s)[0]:
+                raise TimeoutError(f"still running after {timeout_s:.0f} s")
+            self._status = self._ask({"ended": self.pid})
+            os.close(self._descriptor)
+        return self._status
+
+    def kill(self) -> None:
+        """Ends it and all of its group."""
+        os.killpg(self.pid, signal.SIGKILL)
+        self.wait()
+
+    def _ask(self, request: Mapping[str, Any]) -> int:
+        assert self._parent.stdin
+        assert self._parent.stdout
+        self._parent.stdin.write(json.dumps(request) + "\n")
+        self._parent.stdin.flush()
+        return int(self._parent.stdout.readline())
 
 
 def start(
-    script: Path,
-    arguments: Sequence[str],
-    env: Mapping[str, str],
-    input_path: Path,
-    output_path: Path,
-) -> int:
-    """Runs a Python script beside this process; returns its process id, which is also its process
-    group's."""
-    parent = _parent(env["VLLM_ENABLE_V1_MULTIPROCESSING"])
+    command: Sequence[str], env: Mapping[str, str], files: Mapping[int, Path], kind: str = ""
+) -> Fork:
+    """Runs a Python command beside this process: a script's path, or "-m" and a module, and its
+    arguments.
+
+    Args:
+        files: what its descriptors open, its standard input and output at least; what it writes
+            as errors goes to the output.
+        kind: "" or ``INTERPRETER``.
+    """
     request = {
-        "argv": [str(script), *arguments],
+        "argv": list(command),
         "env": dict(env),
-        "input": str(input_path),
-        "output": str(output_path),
+        "files": {number: str(path) for number, path in files.items()},
     }
-    assert parent.stdin
-    assert parent.stdout
-    parent.stdin.write(json.dumps(request) + "\n")
-    parent.stdin.flush()
-    return int(parent.stdout.readline())
+    return Fork(_parent(env["VLLM_ENABLE_V1_MULTIPROCESSING"], kind), request)
 
 
-def wait(pid: int, timeout_s: float) -> None:
-    """Until the process has ended. Raises TimeoutError."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        if not select.select([descriptor], [], [], timeout_s)[0]:
-            raise TimeoutError(f"still running after {timeout_s:.0f} s")
-    finally:
-        os.close(descriptor)
+class Popen:
+    """``subprocess.Popen`` of a Python command, as far as ``EngineProcess`` and the fuzzer ask it,
+    by a fork."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        stdout: IO[str],
+        pass_fds: Sequence[int] = (),
+        **_: Any,
+    ) -> None:
+        """Its standard input is a pipe; Python's own options are left out."""
+        what = list(command[command.index("-m") :] if "-m" in command else command[1:])
+        reading, writing = os.pipe()
+        ours = Path(f"/proc/{os.getpid()}/fd")
+        numbers = {0: reading, 1: stdout.fileno()} | {number: number for number in pass_fds}
+        self._fork = start(what, env, {there: ours / str(here) for there, here in numbers.items()})
+        os.close(reading)
+        self.stdin, self.pid = os.fdopen(writing, "w"), self._fork.pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if not self._fork.runs():
+            self.returncode = self._fork.wait()
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        try:
+            self.returncode = self._fork.wait(timeout)
+        except TimeoutError:
+            raise subprocess.TimeoutExpired("a fork", timeout or 0) from None
+        return self.returncode
+
+    def kill(self) -> None:
+        self._fork.kill()
 
 
 @cache
-def _parent(multiprocessing: str) -> "subprocess.Popen[str]":
+def _parent(multiprocessing: str, kind: str) -> "subprocess.Popen[str]":
     """The process that forks, one for each way of running engines; vLLM reads that variable at its
     import, others when an engine starts."""
     env = os.environ | {
@@ -66,7 +132,7 @@ def _parent(multiprocessing: str) -> "subprocess.Popen[str]":
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.Popen(
-        [sys.executable, __file__],
+        [sys.executable, __file__, kind],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -74,17 +140,18 @@ def _parent(multiprocessing: str) -> "subprocess.Popen[str]":
     )
 
 
-def _become(request: dict[str, Any]) -> None:
-    """Turns a fork into what it was asked to run."""
+def _fork(request: dict[str, Any]) -> int:
+    """The child's process id; 0 in the child, which has become what was asked for."""
+    opened = {
+        int(number): os.open(path, _READ if number == "0" else _WRITE)
+        for number, path in request["files"].items()
+    }
+    if pid := os.fork():
+        for descriptor in opened.values():
+            os.close(descriptor)
+        return pid
     os.setsid()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for path, flags, descriptor in (
-        (request["input"], os.O_RDONLY, 0),
-        (request["output"], os.O_WRONLY | os.O_CREAT, 1),
-    ):
-        opened = os.open(path, flags, 0o600)
-        os.dup2(opened, descriptor)
-        os.close(opened)
+    quick_spawn.place(opened)
     os.dup2(1, 2)
     sys.stdin = os.fdopen(0, closefd=False)
     os.environ.clear()
@@ -96,28 +163,58 @@ def _become(request: dict[str, Any]) -> None:
         if path and path not in sys.path
     ]
     sys.path[:1] = [str(Path(sys.argv[0]).parent), *added]
+    quick_spawn.heed_environment()
+    quick_spawn.install([number for number in opened if number > 2])
+    quick_spawn.call_itself(sys.argv)
+    return 0
+
+
+def _run() -> None:
+    """What ``sys.argv`` names."""
+    if sys.argv[0] == "-m":
+        del sys.argv[0]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def main() -> None:
     import gc
 
+    import setproctitle
+
+    setproctitle.getproctitle()  # finds the place only while the environment is where it began
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # for what the imports say
     gc.disable()
-    import vllm.v1.worker.cpu_worker  # noqa: F401
+    if sys.argv[1] == INTERPRETER:
+        from v2_interpreter import use_interpreter
+
+        use_interpreter()
+    import vllm.v1.worker.cpu_worker
     from vllm import LLM, SamplingParams  # noqa: F401
+
+    if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1":
+        import vllm.entrypoints.cli.serve
+        import vllm.entrypoints.openai.api_server  # noqa: F401
 
     gc.collect()
     gc.freeze()
     gc.enable()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while line := sys.stdin.readline():
-        pid = os.fork()
-        if pid == 0:
-            _become(json.loads(line))
-            runpy.run_path(sys.argv[0], run_name="__main__")
+        request = json.loads(line)
+        if "ended" in request:
+            _, status = os.waitpid(request["ended"], 0)
+            print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+        elif pid := _fork(request):
+            print(pid, file=answers, flush=True)
+        else:
+            _run()
             return
-        print(pid, flush=True)
     os._exit(0)
 
 
 if __name__ == "__main__":
+    import quick_spawn
+
     main()

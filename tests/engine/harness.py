@@ -3,7 +3,6 @@ compare."""
 
 import json
 import os
-import signal
 import tempfile
 import time
 from collections.abc import Sequence
@@ -159,27 +158,31 @@ def run_worker(
     jobs: Sequence[dict[str, Any]],
     env: dict[str, str] | None = None,
     timeout_s: float = 800,
+    kind: str = "",
 ) -> list[Any]:
     """Hands the jobs to a script of this folder that ends in ``engines.answer_jobs``; its reports.
-    It has to leave nothing running."""
+    It has to leave nothing running. ``kind`` is that of ``forks.start``."""
     with tempfile.TemporaryDirectory() as folder:
         asked, out, output = (
             Path(folder, name) for name in ("jobs.json", "reports.json", "output.txt")
         )
         asked.write_text(json.dumps(jobs))
-        pid = forks.start(
-            Path(__file__).with_name(script), [str(out)], engine_env(env), asked, output
+        process = forks.start(
+            [str(Path(__file__).with_name(script)), str(out)],
+            engine_env(env),
+            {0: asked, 1: output},
+            kind,
         )
         try:
-            forks.wait(pid, timeout_s)
+            process.wait(timeout_s)
         except BaseException:
-            os.killpg(pid, signal.SIGKILL)
+            process.kill()
             raise
         if not out.is_file():
             raise RuntimeError(
                 f"the engine's process ended without a report:\n{output.read_text()[-6000:]}"
             )
-        wait_until_gone(pid)
+        wait_until_gone(process.pid)
         return json.loads(out.read_text())
 
 
@@ -209,7 +212,7 @@ def wait_until_gone(group: int, seconds: float = 20) -> None:
             "still running:"
             f" {[p.with_name('cmdline').read_text().replace(chr(0), ' ') for p in running]}"
         )
-        time.sleep(0.2)
+        time.sleep(0.05)
 
 
 def _runs_in_group(stat: Path, group: int) -> bool:

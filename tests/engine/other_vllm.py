@@ -3,6 +3,7 @@ another plug-in is installed."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -30,8 +31,18 @@ def renamed(folder: Path, old: str, new: str) -> dict[str, str]:
 
 def before_the_installed(folder: Path) -> dict[str, str]:
     """An environment that finds what is in a folder before what is installed."""
+    from vllm.envs import VLLM_CACHE_ROOT
+
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    return engine_env({"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"})
+    # vLLM keeps what it found out about a model's class until its file is another, and finds it out
+    # in a process of its own: with one cache every engine of an unedited vLLM would do so again.
+    cache = folder / "cache"
+    known = Path(VLLM_CACHE_ROOT, "modelinfos")
+    if known.is_dir() and not cache.exists():
+        shutil.copytree(known, cache / "modelinfos")
+    return engine_env(
+        {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "VLLM_CACHE_ROOT": str(cache)}
+    )
 
 
 def status(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -59,8 +70,17 @@ def job(target: Path, drafter: Path | None, **changes: Any) -> Job:
     return Job(target, drafter, prompts_of(target), max_tokens=24, record=recorded, **changes)
 
 
+class EndedError(RuntimeError):
+    """The process ended in the middle of a job; the message is all that it said."""
+
+    def __init__(self, log: str, reports: list[dict[str, Any]]) -> None:
+        super().__init__(log)
+        self.reports = reports
+        """Of the jobs before."""
+
+
 def run_jobs(env: dict[str, str], folder: Path, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-    """The jobs' reports, each with the process's ``log``. Raises RuntimeError with that."""
+    """The jobs' reports, each with the process's ``log``. Raises EndedError."""
     out = folder / "reports.json"
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("worker.py")), str(out)],
@@ -72,7 +92,9 @@ def run_jobs(env: dict[str, str], folder: Path, jobs: Sequence[Job]) -> list[dic
         timeout=400,
     )
     if done.returncode != 0:
-        raise RuntimeError(done.stdout + done.stderr)
+        before = Path(f"{out}.before")
+        reports = json.loads(before.read_text()) if before.exists() else []
+        raise EndedError(done.stdout + done.stderr, reports)
     reports = json.loads(out.read_text())
     for report in reports:
         report["log"] = done.stdout + done.stderr

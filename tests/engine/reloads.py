@@ -1,12 +1,8 @@
 """Engines whose weights change while they run (``reload_worker.py``): folders with one kind of
 weight drawn anew, and what is compared."""
 
-import json
 import re
 import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from engine.harness import engine_env, run_worker
+from engine import forks
+from engine.harness import run_worker
 from pairs import random_prompts
 from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.reference.decoding import replay_drafts
@@ -76,28 +73,7 @@ def run(jobs: Sequence[dict[str, Any]], runner: str = "v1") -> list[list[dict[st
     """Each job's reports, one a step, from one new process."""
     if runner == "v1":
         return run_worker(WORKER, jobs)
-    with tempfile.TemporaryDirectory() as folder:
-        asked, out, output = (
-            Path(folder, "jobs.json"),
-            Path(folder, "reports.json"),
-            Path(folder, "output.txt"),
-        )
-        asked.write_text(json.dumps(jobs))
-        command = [sys.executable, str(Path(__file__).with_name(WORKER)), str(out)]
-        with asked.open() as stdin, output.open("w") as log:
-            subprocess.run(
-                command,
-                stdin=stdin,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=engine_env({"RUNNER": "v2"}),
-                timeout=900,
-            )
-        if not out.exists():
-            raise RuntimeError(
-                f"the engine's process ended without a report:\n{output.read_text()[-6000:]}"
-            )
-        return json.loads(out.read_text())
+    return run_worker(WORKER, jobs, {"RUNNER": "v2"}, timeout_s=900, kind=forks.INTERPRETER)
 
 
 def wrong_drafts(report: dict[str, Any], target: Path, drafter: Path) -> tuple[int, int]:

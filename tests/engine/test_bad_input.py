@@ -2,8 +2,8 @@
 message names the remedy."""
 
 import json
+import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from engine import forks
 from engine.harness import engine_env, wait_until_gone
 from pairs import make_random_drafter, random_drafter_config
 
@@ -161,7 +162,9 @@ def test_positions_beyond_the_rotary_cache(random_target: Path, tmp_path: Path) 
 
 
 @pytest.mark.engine
-def test_a_refused_server_leaves_nothing_running(random_target: Path, drafter: Path) -> None:
+def test_a_refused_server_leaves_nothing_running(
+    random_target: Path, drafter: Path, tmp_path: Path
+) -> None:
     edit_config(drafter, lambda raw: raw["dflash_config"].update(target_layer_ids=[1, 2, 9]))
     speculative = json.dumps(
         {"method": "dflash", "model": str(drafter), "num_speculative_tokens": 5}
@@ -174,15 +177,12 @@ def test_a_refused_server_leaves_nothing_running(random_target: Path, drafter: P
         "--max-model-len",
         "256",
     ]
-    server = subprocess.Popen(
+    log = tmp_path / "log"
+    server = forks.start(
         [*command, "--port", "0", "--speculative-config", speculative],
-        env=engine_env({"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+        engine_env({"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}),
+        {0: Path(os.devnull), 1: log},
     )
-    output, _ = server.communicate(timeout=180)
-    assert server.returncode != 0
-    assert "target_layer_ids [9] are outside the target's 5 layers" in output
+    assert server.wait(180) != 0
+    assert "target_layer_ids [9] are outside the target's 5 layers" in log.read_text()
     wait_until_gone(server.pid)

@@ -7,8 +7,6 @@ pytest -s tests/engine/test_metrics.py
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +15,9 @@ from typing import Any
 
 import pytest
 
+from engine import forks
 from engine.harness import DRAFTER, TARGET, engine_env, held_out_prompts
-from engine.test_serve import request, server
+from engine.test_serve import Command, request, server
 from vllm_dflash.cli import main
 from vllm_dflash.metrics.figures import Scrape, figures
 from vllm_dflash.metrics.snapshots import USERS
@@ -222,6 +221,7 @@ def test_two_api_servers_two_engines_and_a_multiprocess_directory_of_the_users(
         json.dumps(SPECULATIVE),
         *flags,
         env={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
+        start=Command,
     ) as port:
         answers = send(port)
         first = text_after_writing(port)
@@ -242,21 +242,17 @@ def test_two_api_servers_two_engines_and_a_multiprocess_directory_of_the_users(
     assert not [line for line in lines if "speedup" in line or "baseline" in line]
 
 
-def test_offline_and_without_a_drafter() -> None:
+def test_offline_and_without_a_drafter(tmp_path: Path) -> None:
     """Offline the documented call has the figures; an engine without our drafter is not watched;
     one that has ended has no series."""
     given = json.dumps([str(TARGET), SPECULATIVE, held_out_prompts(4)])
-    done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, given],
-        env=engine_env({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    script, log = tmp_path / "offline.py", tmp_path / "log"
+    script.write_text(OFFLINE)
+    files = {0: Path(os.devnull), 1: log}
+    done = forks.start([str(script), given], engine_env(), files).wait(300)
+    assert done == 0, log.read_text()[-3000:]
     plain, drafted = json.loads(
-        next(line for line in done.stdout.splitlines() if line.startswith("REPORT"))[6:]
+        next(line for line in log.read_text().splitlines() if line.startswith("REPORT"))[6:]
     )
     assert (plain["text"], plain["watched"], plain["after"]) == ("", False, "")
     assert drafted["watched"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine.harness import DRAFTER, TARGET
-from engine.other_vllm import before_the_installed, run, tokens
+from engine.other_vllm import EndedError, before_the_installed, run, tokens
 
 pytestmark = pytest.mark.engine
 
@@ -87,7 +87,8 @@ def test_a_body_that_another_plug_in_replaces_is_refused_where_ours_needs_it(
         "original = Base.prepare_inputs_padded\n"
         "Base.prepare_inputs_padded = lambda self, *args: original(self, *args)\n",
     )
-    (plain,) = run(env, tmp_path, (TARGET, None))
+    words = r"prepare_inputs_padded, but it is other_plugin:.*one"
+    with pytest.raises(EndedError, match=words) as ended:
+        run(env, tmp_path, (TARGET, None), (TARGET, DRAFTER))
+    (plain,) = ended.value.reports
     assert len(tokens(plain)) == 3
-    with pytest.raises(RuntimeError, match=r"prepare_inputs_padded, but it is other_plugin:.*one"):
-        run(env, tmp_path, (TARGET, DRAFTER))

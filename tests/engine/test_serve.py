@@ -10,13 +10,14 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from engine import forks
 from engine.harness import (
     DRAFTER,
     TARGET,
@@ -31,14 +32,39 @@ from examples.demos.ports import free_port
 pytestmark = pytest.mark.engine
 
 
+class Command(subprocess.Popen[bytes]):
+    """A process started by its command line, with what it starts in a process group of its own."""
+
+    def __init__(self, command: list[str], env: dict[str, str], log: Path) -> None:
+        with log.open("w") as output:
+            super().__init__(command, env=env, stdout=output, stderr=output, start_new_session=True)
+
+    def runs(self) -> bool:
+        return self.poll() is None
+
+    def kill(self) -> None:
+        os.killpg(self.pid, signal.SIGKILL)
+        self.wait()
+
+
+def fork(command: list[str], env: dict[str, str], log: Path) -> forks.Fork:
+    """The same as a fork of a process that has vLLM imported, as are those that it spawns."""
+    return forks.start(command, env, {0: Path(os.devnull), 1: log})
+
+
 @contextmanager
 def server(
-    *flags: str, env: dict[str, str] | None = None, model: Path = TARGET, ends_itself: bool = False
+    *flags: str,
+    env: dict[str, str] | None = None,
+    model: Path = TARGET,
+    ends_itself: bool = False,
+    start: Callable[[list[str], dict[str, str], Path], Command | forks.Fork] = fork,
 ) -> Iterator[int]:
     """A running ``vllm serve`` on the embedded target in float32; yields its port. Nothing of it is
     left running.
 
     ``ends_itself``: the test kills a part of it, and the rest has to end without being told.
+    ``start``: ``Command`` where every process is to import vLLM itself, as a user's do.
     """
     port = free_port()
     command = [
@@ -62,35 +88,30 @@ def server(
         "vllm",
         *flags,
     ]
-    # A pipe that nobody reads would stop the server once it is full of its log of requests.
-    log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (as long as the server: closed with it)
-    process = subprocess.Popen(
-        command,
-        env=engine_env({"VLLM_ENABLE_V1_MULTIPROCESSING": "1", **(env or {})}),
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 240
-        while True:
-            try:
-                request(port, "/health")
-                break
-            except (urllib.error.URLError, ConnectionError):
-                assert process.poll() is None, log.seek(0) or log.read()[-6000:]
-                assert time.monotonic() < deadline, "the server did not answer in time"
-                time.sleep(0.5)
-        yield port
-        if not ends_itself:
-            process.terminate()
-        process.wait(60)
-        wait_until_gone(process.pid)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        log.close()
+    with tempfile.TemporaryDirectory() as folder:
+        # Not a pipe: one that nobody reads would stop the server once it is full.
+        log = Path(folder, "log")
+        process = start(
+            command, engine_env({"VLLM_ENABLE_V1_MULTIPROCESSING": "1", **(env or {})}), log
+        )
+        try:
+            deadline = time.monotonic() + 240
+            while True:
+                try:
+                    request(port, "/health")
+                    break
+                except (urllib.error.URLError, ConnectionError):
+                    assert process.runs(), log.read_text()[-6000:]
+                    assert time.monotonic() < deadline, "the server did not answer in time"
+                    time.sleep(0.2)
+            yield port
+            if not ends_itself and process.runs():  # a test may have ended it already
+                os.kill(process.pid, signal.SIGTERM)
+            process.wait(60)
+            wait_until_gone(process.pid)
+        finally:
+            if process.runs():
+                process.kill()
 
 
 def request(port: int, path: str, body: dict[str, Any] | None = None) -> str:
@@ -123,7 +144,11 @@ def test_completion_over_http(tmp_path: Path) -> None:
     )
     recorder = ("--middleware", "vllm_dflash.training.recorder.TrafficRecorder")
     with server(
-        "--speculative-config", speculative, *recorder, env={"VLLM_DFLASH_RECORD": str(tmp_path)}
+        "--speculative-config",
+        speculative,
+        *recorder,
+        env={"VLLM_DFLASH_RECORD": str(tmp_path)},
+        start=Command,
     ) as port:
         body = {
             "model": "embedded",

@@ -23,9 +23,9 @@ from typing import Any
 
 import pytest
 
+from engine.feature_server import wait_until_idle
 from engine.harness import DRAFTER, PROMPTS, TARGET, wait_until_gone
 from engine.test_serve import metric, request, server
-from engine.test_server_features import wait_until_idle
 from vllm_dflash.tools.convert import convert
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]

@@ -13,7 +13,6 @@ import gc
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import types
@@ -148,27 +147,28 @@ def run_engines(
 ) -> list[Result]:
     """Runs the jobs one after the other in one new process, with ``env`` besides; raises with the
     end of its output where it fails."""
+    from engine import forks
+    from engine.harness import engine_env
+
     with tempfile.TemporaryDirectory() as scratch:
         question, answer = Path(scratch, "jobs.json"), Path(scratch, "results.json")
         question.write_text(json.dumps([asdict(job) for job in jobs]))
-        command = [sys.executable, __file__, str(question), str(answer)]
-        with Path(scratch, "output.txt").open("w+") as output:
-            try:
-                ended = subprocess.run(
-                    command,
-                    cwd=scratch,
-                    env=os.environ | (env or {}),
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    timeout=timeout_s,
-                ).returncode
-            except subprocess.TimeoutExpired:
-                ended = f"no result after {timeout_s:.0f} s"
-            if ended:
-                output.seek(0)
-                raise RuntimeError(
-                    f"the engine process ended with {ended}:\n{output.read()[-6000:]}"
-                )
+        output = Path(scratch, "output.txt")
+        process = forks.start(
+            [__file__, str(question), str(answer)],
+            engine_env(env),
+            {0: Path(os.devnull), 1: output},
+            forks.INTERPRETER,
+        )
+        try:
+            process.wait(timeout_s)
+        except BaseException:
+            process.kill()
+            raise
+        if not answer.is_file():
+            raise RuntimeError(
+                f"the engines' process ended without results:\n{output.read_text()[-6000:]}"
+            )
         results = json.loads(answer.read_text())
     return [
         Result(
@@ -184,8 +184,9 @@ def run_engines(
 
 def use_interpreter() -> None:
     """Readies this process for the V2 runner on a CPU; must come before the first import of
-    vLLM."""
-    if "vllm" in sys.modules:
+    vLLM. Again, as in a fork of one that did, it only sets the environment."""
+    used = "triton" in sys.modules and "cpu" in sys.modules["triton"].backends.backends
+    if not used and "vllm" in sys.modules:
         raise RuntimeError(
             "vLLM is already imported: it has chosen its runner. Start a process of its own"
         )
@@ -197,6 +198,8 @@ def use_interpreter() -> None:
     # One thread, pinned to no core: a toy gains nothing by more, and beside other work pinned
     # threads wait for each other.
     os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    if used:
+        return
     from triton.backends import Backend, backends
     from triton.backends.compiler import BaseBackend
     from triton.backends.driver import DriverBase
@@ -483,7 +486,6 @@ class _Recorder:
 
 def main() -> None:
     question, answer = map(Path, sys.argv[1:])
-    gc.disable()
     use_interpreter()
     from engines import keep_frozen
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -492,7 +494,6 @@ def main() -> None:
 
     register()
     keep_frozen()
-    gc.enable()
     results: list[dict[str, Any]] = []
     for raw in json.loads(question.read_text()):
         job = Job.read(raw)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from engine import forks
 from engine.harness import engine_env
 
 
@@ -28,7 +29,7 @@ class Child:
             folder / f"{name}.log",
             env or {},
         )
-        self._process: subprocess.Popen[str] | None = None
+        self._process: forks.Popen | None = None
         self._started: dict[str, Any] = {}
 
     def start(self, **engine: Any) -> None:
@@ -39,21 +40,17 @@ class Child:
             tests = Path(__file__).parents[1]
             script = tests / "fuzzing" / "serving.py"
             paths = [str(tests / "quick_start"), str(tests), str(tests.parent)]
-            self._process = subprocess.Popen(
-                [sys.executable, str(script), str(self._results)],
-                stdin=subprocess.PIPE,
-                text=True,
-                stdout=self._log.open("a"),
-                stderr=subprocess.STDOUT,
-                env=engine_env(
-                    {
-                        "OMP_NUM_THREADS": "1",
-                        "VLLM_WORKER_MULTIPROCESSING_METHOD": "fork",
-                        "PYTHONPATH": ":".join(paths),
-                    }
-                    | self._env
-                ),
-            )
+            env = {
+                "OMP_NUM_THREADS": "1",
+                "VLLM_WORKER_MULTIPROCESSING_METHOD": "fork",
+                "PYTHONPATH": ":".join(paths),
+            }
+            with self._log.open("a") as log:
+                self._process = forks.Popen(
+                    [sys.executable, str(script), str(self._results)],
+                    env=engine_env(env | self._env),
+                    stdout=log,
+                )
             self._reader = self._results.open()
         self.send(do="start", **engine)
         self.read()

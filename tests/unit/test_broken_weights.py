@@ -8,7 +8,7 @@ Tensors are dropped, renamed, reshaped, poisoned and mistyped; files are cut, em
 
 import json
 import math
-import subprocess
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from broken import REMEDY, edit, edit_config, refused, shard
+from engine import forks
 from engine.harness import engine_env, wait_until_gone
 from pairs import make_random_drafter, random_drafter_config
 from unit.test_checks import configure
@@ -469,27 +470,24 @@ def test_a_poisoned_weight_ends_the_server(random_target: Path, tmp_path: Path) 
     speculative = json.dumps(
         {"method": "dflash", "model": str(folder), "num_speculative_tokens": 5}
     )
-    server = subprocess.Popen(
-        [
-            *command,
-            "--port",
-            "0",
-            "--enforce-eager",
-            "--kv-cache-memory-bytes",
-            str(1 << 26),
-            "--speculative-config",
-            speculative,
-        ],
-        env=engine_env({"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+    flags = [
+        "--port",
+        "0",
+        "--enforce-eager",
+        "--kv-cache-memory-bytes",
+        str(1 << 26),
+        "--speculative-config",
+        speculative,
+    ]
+    log = tmp_path / "log"
+    server = forks.start(
+        [*command, *flags],
+        engine_env({"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}),
+        {0: Path(os.devnull), 1: log},
     )
-    output, _ = server.communicate(timeout=280)
-    assert server.returncode != 0
+    assert server.wait(280) != 0
     assert (
         "the weights hold NaN or infinity in layers.1.mlp.up_proj.weight: fetch the checkpoint"
-        " again" in output
+        " again" in log.read_text()
     )
     wait_until_gone(server.pid)

@@ -1,0 +1,108 @@
+"""Forks in place of processes that would each import vLLM: they find what those would find.
+
+pytest tests/engine/test_forks.py
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import forks
+from engine.harness import engine_env, wait_until_gone
+
+pytestmark = pytest.mark.engine
+SCRIPT = """
+import json, multiprocessing, os, sys, warnings
+
+def look(deeper):
+    from multiprocessing import Process, get_context
+    found = {
+        "pid": os.getpid(), "parent": os.getppid(), "group": os.getpgid(0), "folder": os.getcwd(),
+        "said": os.environ.get("SAID"), "kept": hasattr(warnings, "left_behind"),
+        "vllm": "vllm.v1.worker.cpu_worker" in sys.modules,
+        "plug-in": "vllm_dflash.plugin" in sys.modules,
+    }
+    if deeper:
+        context = multiprocessing.get_context("spawn")
+        answers = context.Queue()
+        child = context.Process(target=tell, args=(answers, deeper - 1))
+        child.start()
+        found["child"], found["its pid"] = answers.get(timeout=60), child.pid
+        child.join(60)
+        found["its status"] = child.exitcode
+    return found
+
+def tell(answers, deeper):
+    answers.put(look(deeper))
+    answers.close()
+    answers.join_thread()
+    sys.exit(7)
+
+if __name__ == "__main__":
+    import vllm_dflash.plugin
+    warnings.left_behind = True
+    os.environ["SAID"] = "by the parent"
+    os.chdir(sys.argv[1])
+    print("FOUND" + json.dumps(look(2)), sys.stdin.read(), flush=True)
+    os.kill(os.getpid(), int(sys.argv[2]))
+"""
+
+
+def test_what_is_spawned_is_a_clean_child(tmp_path: Path) -> None:
+    script, told, log = (tmp_path / name for name in ("script.py", "told", "log"))
+    script.write_text(SCRIPT)
+    told.write_text("the input")
+    fork = forks.start(
+        [str(script), str(tmp_path), str(int(signal.SIGKILL))], engine_env(), {0: told, 1: log}
+    )
+    assert fork.wait(120) == -signal.SIGKILL
+    wait_until_gone(fork.pid)
+    found: dict[str, Any]
+    found, end = json.JSONDecoder().raw_decode(log.read_text().partition("FOUND")[2])
+    assert log.read_text().partition("FOUND")[2][end:] == " the input\n"
+    assert found["pid"] == found["group"] == fork.pid
+    for parent in (found, found["child"]):
+        child = parent["child"]
+        assert child["pid"] == parent["its pid"]
+        assert child["parent"] == parent["pid"]
+        assert child["group"] == fork.pid
+        assert child["folder"] == str(tmp_path)
+        assert child["said"] == "by the parent"
+        assert child["vllm"]
+        assert not child["kept"]
+        assert not child["plug-in"]
+        assert parent["its status"] == 7
+
+
+def test_a_popen_is_driven_by_its_pipes(tmp_path: Path) -> None:
+    (tmp_path / "echo_module.py").write_text(
+        "import os, sys\n"
+        "out = os.fdopen(int(sys.argv[1]), 'w')\n"
+        "for line in sys.stdin:\n    print('heard', line, end='', file=out, flush=True)\n"
+        "sys.exit(3)\n"
+    )
+    reading, writing = os.pipe()
+    with (tmp_path / "log").open("w") as log:
+        process = forks.Popen(
+            [sys.executable, "-W", "ignore", "-m", "echo_module", str(writing)],
+            env=engine_env({"PYTHONPATH": str(tmp_path)}),
+            stdout=log,
+            pass_fds=(writing,),
+        )
+    os.close(writing)
+    with os.fdopen(reading) as answers:
+        process.stdin.write("a line\n")
+        process.stdin.flush()
+        assert answers.readline() == "heard a line\n"
+        assert process.poll() is None
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.1)
+        process.stdin.close()
+        assert process.wait(60) == process.returncode == 3
+        assert answers.read() == ""
