@@ -1,0 +1,373 @@
+"""What the five programs of this folder share: their flags, what they refuse, their clock, their
+record in JSON, and the engines that they start.
+
+A program asks ``Run.figure`` for one figure after the other. Each is written as soon as it is
+there, so that a run that is cut off has left its figures, and the same command goes on with those
+that are missing. At the end of ``--minutes`` engines are ended and what is left is noted as left
+out. Imports neither torch nor vLLM nor this package before it has said what is missing of them.
+
+    pytest tests/unit/test_gpu_programs.py
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+HERE = Path(__file__).resolve().parent
+RAN, FAILED, LEFT_OUT = "ran", "failed", "left out"
+ENDED, DID_NOT_PASS, REFUSED, UNFINISHED = range(4)
+"""Exit statuses: all figures are there and pass; one failed or does not pass; nothing was run;
+figures were left out."""
+_PACKAGES = ("vllm", "vllm-dflash", "torch", "triton", "transformers")
+_ASK_DEVICE = """
+import json, torch
+free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
+name = torch.cuda.get_device_name() if total else None
+print(json.dumps({"name": name, "total_bytes": total, "free_bytes": free}))
+"""
+
+
+class RefusedError(RuntimeError):
+    """The program cannot run here; the message says what to do."""
+
+
+class LeftOutError(RuntimeError):
+    """A figure cannot be had here, and nothing is wrong; the message says why."""
+
+
+def parser(doc: str, name: str, figures: str) -> argparse.ArgumentParser:
+    """The flags that all five have.
+
+    Args:
+        doc: the program's own text, which ``--help`` shows.
+        name: the program's, and its file's.
+        figures: what its figures are named like.
+    """
+    made = argparse.ArgumentParser(
+        prog=f"python tests/gpu/{name}.py",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=(
+            f"OUT/{name}-VERSION.json holds each figure as soon as it is there; the same command\n"
+            "goes on with those that are missing. Exit status: 0 all there and passed, 1 one\n"
+            "failed or did not pass, 2 refused, 3 the time was over. tests/gpu/README.md says\n"
+            "what each program answers, and how vLLM gets to a machine without a network."
+        ),
+    )
+    made.add_argument(
+        "--out",
+        type=Path,
+        default=Path(os.environ.get("OUT") or "gpu-results"),
+        help="folder of the figures and the engines' logs (default: $OUT, or gpu-results)",
+    )
+    made.add_argument(
+        "--minutes",
+        type=float,
+        default=9.5,
+        help="after these all engines are ended (default: %(default)s)",
+    )
+    made.add_argument(
+        "--tiny",
+        action="store_true",
+        help="the same code on a CPU, with a toy pair, on the V2 runner through Triton's"
+        " interpreter: says whether the program works, and nothing about speed",
+    )
+    made.add_argument(
+        "--only", default="", metavar="TEXT", help=f"figures with TEXT in their name: {figures}"
+    )
+    made.add_argument(
+        "--again", action="store_true", help="measure also those that the file already has"
+    )
+    return made
+
+
+def check_here(*, tiny: bool) -> dict[str, Any]:
+    """The device to run on.
+
+    Raises:
+        RefusedError: something is missing here.
+    """
+    if find_spec("torch") is None:
+        raise RefusedError(f"torch is not installed in {sys.executable}: use a Python that has it")
+    device = {"name": "CPU", "total_bytes": 0, "free_bytes": 0} if tiny else find_device()
+    if device["name"] is None:
+        raise RefusedError(
+            "this needs an NVIDIA GPU, and torch sees none here: run it where `nvidia-smi` shows"
+            " one and torch is a CUDA build, or give --tiny, which runs the same code on a CPU"
+        )
+    if find_spec("vllm") is None:
+        raise RefusedError(
+            f"vLLM is not installed in {sys.executable}: pip install '.[cuda]', or, without a"
+            " network, unpack what tests/gpu/pack_vllm.py made and put it first on PYTHONPATH"
+            " (tests/gpu/README.md)"
+        )
+    if find_spec("vllm_dflash") is None or find_spec("vllm_dflash.patches") is None:
+        raise RefusedError(
+            f"vllm-dflash is not installed in {sys.executable}; a checkout on the path is not"
+            " enough, as patches/ becomes part of the package only then: make wheel, and pip"
+            " install --no-deps dist/vllm_dflash-*.whl"
+        )
+    return device
+
+
+def find_device() -> dict[str, Any]:
+    """The GPU's name and bytes; asked in another process, so that this one holds none of it."""
+    asked = subprocess.run(
+        [sys.executable, "-c", _ASK_DEVICE], capture_output=True, text=True, check=False
+    )
+    if asked.returncode:
+        raise RefusedError(f"torch does not start here: {asked.stderr.strip().splitlines()[-1:]}")
+    found: dict[str, Any] = json.loads(asked.stdout)
+    return found
+
+
+def versions() -> dict[str, str | None]:
+    """Of what a figure depends on."""
+    found: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One engine: its name, the arguments of its ``LLM``, and what is set in its environment."""
+
+    name: str
+    args: Mapping[str, Any]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    script: str = "child.py"
+
+
+def start_engine(spec: Spec, log: Path, *, tiny: bool) -> Any:
+    """An ``EngineProcess`` that runs a script of this folder; it returns at once."""
+    from vllm_dflash.engines.process import EngineProcess
+
+    class Engine(EngineProcess):
+        @staticmethod
+        def _command(module: str) -> Sequence[str]:
+            return "-W", "ignore", str(HERE / module)
+
+        def kill(self) -> None:
+            """From any thread: whoever waits for an answer is told that there is none."""
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    settings = {"engine_args": dict(spec.args), "interpreted": tiny}
+    return Engine(spec.script, settings, log, spec.environment)
+
+
+class Engines:
+    """Those that were started together, by name; a job for one that did not start says why."""
+
+    def __init__(self, found: Mapping[str, Any]) -> None:
+        self._found = found
+
+    def do(self, name: str, job: Mapping[str, Any]) -> Any:
+        """A job's result.
+
+        Raises:
+            EngineFailedError, EngineRefusedError: the engine did not start or died; cannot do it.
+        """
+        engine = self._found[name]
+        if isinstance(engine, Exception):
+            raise engine
+        return engine.do(job)
+
+
+class Run:
+    """One run of a program: what it has, what it measures, and how long it may."""
+
+    def __init__(
+        self, name: str, args: argparse.Namespace, device: Mapping[str, Any], **settings: Any
+    ) -> None:
+        """Reads the figures that there are.
+
+        Raises:
+            RefusedError: they were measured with other ``settings``, or cannot be read.
+        """
+        self.args, self.device, self._began = args, device, time.monotonic()
+        self._running: list[Any] = []
+        self.is_over = False
+        found = versions()
+        size = "-tiny" if args.tiny else ""
+        self.path = args.out / f"{name}-{found['vllm']}{size}.json"
+        self.data: dict[str, Any] = {
+            "program": name, "settings": settings, "runs": [], "engines": {}, "figures": {}
+        }  # fmt: skip
+        if self.path.is_file():
+            self._read(settings)
+        self.data["runs"].append(
+            {
+                "began": datetime.now(UTC).isoformat(timespec="seconds"),
+                "command": sys.argv,
+                "device": dict(device),
+                "versions": found,
+            }
+        )
+        self.names: list[str] = []
+        """Of the figures that this run was asked for."""
+        self._timer = threading.Timer(60 * args.minutes, self._end)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def say(self, text: str) -> None:
+        """A line of progress."""
+        print(f"[{time.monotonic() - self._began:4.0f} s] {text}", flush=True)
+
+    def wants(self, *names: str) -> bool:
+        """Whether any of these figures is to be measured in this run."""
+        return any(self.args.only in name and not self._has(name) for name in names)
+
+    def value(self, name: str) -> dict[str, Any] | None:
+        """A figure that is there, of this run or one before."""
+        found: dict[str, Any] | None = self.data["figures"].get(name)
+        return found if found is not None and found["state"] == RAN else None
+
+    def figure(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """One figure: measured unless it is there, written at once; None where there is none.
+
+        Args:
+            measure: returns the figure; with ``passed`` where there is a bound, and raises
+                ``LeftOutError`` where it cannot be had here.
+        """
+        if self.args.only not in name:
+            return self.value(name)
+        self.names.append(name)
+        if self._has(name):
+            self.say(f"{name}: there already")
+            return self.value(name)
+        if self.is_over:
+            return self._put(name, LEFT_OUT, {"why": "the time was over"})
+        began = time.monotonic()
+        try:
+            found = measure()
+        except LeftOutError as why:
+            return self._put(name, LEFT_OUT, {"why": str(why)})
+        except Exception as error:  # one figure less: the others are worth the lease
+            if self.is_over:
+                return self._put(name, LEFT_OUT, {"why": "the time was over"})
+            said = {"why": str(error), "log": getattr(error, "tail", "") or traceback.format_exc()}
+            return self._put(name, FAILED, said)
+        return self._put(name, RAN, found | {"seconds": round(time.monotonic() - began, 2)})
+
+    @contextmanager
+    def engines(self, specs: Sequence[Spec], at_once: int = 4) -> Iterator[Engines]:
+        """Starts engines, ``at_once`` side by side, and ends them."""
+        found: dict[str, Any] = {}
+        if self.is_over:
+            yield Engines(found)
+            return
+        logs = self.args.out / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        self.say(f"starting {', '.join(spec.name for spec in specs)}")
+        with ExitStack() as stack:
+            begun: list[tuple[Spec, Any]] = []
+            for spec in specs:
+                log = logs / f"{self.path.stem}-{spec.name.replace(' ', '-')}.log"
+                engine = stack.enter_context(start_engine(spec, log, tiny=self.args.tiny))
+                self._running.append(engine)
+                if self.is_over:  # since before it was in the list
+                    engine.kill()
+                begun.append((spec, engine))
+                if len(begun) == (2 if self.args.tiny else at_once):
+                    self._wait(*begun.pop(0), found)
+            for spec, engine in begun:
+                self._wait(spec, engine, found)
+            try:
+                yield Engines(found)
+            finally:
+                self._running = [e for e in self._running if e not in found.values()]
+
+    def finish(self) -> int:
+        """Says what there is; the exit status."""
+        self._timer.cancel()
+        states = [self.data["figures"][name] for name in self.names]
+        count = {s: sum(f["state"] == s for f in states) for s in (RAN, FAILED, LEFT_OUT)}
+        wrong = [n for n, f in zip(self.names, states) if f.get("passed") is False]
+        self.say(
+            f"{count[RAN]} figures, {len(wrong)} below their bound, {count[FAILED]} failed,"
+            f" {count[LEFT_OUT]} left out: {self.path}"
+        )
+        if wrong or count[FAILED]:
+            return DID_NOT_PASS
+        return UNFINISHED if self.is_over and count[LEFT_OUT] else ENDED
+
+    def _read(self, settings: Mapping[str, Any]) -> None:
+        try:
+            self.data = json.loads(self.path.read_text())
+            before = self.data["settings"]
+        except (ValueError, KeyError) as error:
+            raise RefusedError(f"{self.path} is no record of this program: {error}") from None
+        if before != json.loads(json.dumps(settings)):
+            raise RefusedError(
+                f"{self.path} was measured with {before}, and this is {settings}: give another"
+                " --out"
+            )
+
+    def _has(self, name: str) -> bool:
+        return self.value(name) is not None and not (
+            self.args.again and name not in self._measured_now()
+        )
+
+    def _measured_now(self) -> set[str]:
+        run = len(self.data["runs"]) - 1
+        return {n for n, f in self.data["figures"].items() if f.get("run") == run}
+
+    def _put(self, name: str, state: str, values: Mapping[str, Any]) -> dict[str, Any] | None:
+        found = {"state": state, "run": len(self.data["runs"]) - 1, **values}
+        self.data["figures"][name] = found
+        self._write()
+        short = {k: v for k, v in found.items() if isinstance(v, (int, float)) and k != "run"}
+        text = "; ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                         for k, v in short.items())  # fmt: skip
+        self.say(f"{name}: {text if state == RAN else state + ': ' + found['why']}")
+        return found if state == RAN else None
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.data, indent=1) + "\n")
+        os.replace(part, self.path)
+
+    def _wait(self, spec: Spec, engine: Any, found: dict[str, Any]) -> None:
+        """Until the engine is ready, or why it is not."""
+        try:
+            ready = engine.wait_until_ready()
+            self.data["engines"][spec.name] = ready
+            self._write()
+            self.say(f"{spec.name} is ready after {ready['seconds']:.0f} s")
+            found[spec.name] = engine
+        except Exception as error:
+            if not self.is_over:
+                self.say(f"{spec.name} did not start: {error}")
+            found[spec.name] = error
+
+    def _end(self) -> None:
+        """Called at the end of the time, in another thread: whoever waits for an engine fails."""
+        self.is_over = True
+        for engine in self._running:
+            engine.kill()
+
+
+def refuse(error: RefusedError) -> NoReturn:
+    """Ends the program with what to do."""
+    print(f"refused: {error}", file=sys.stderr)
+    sys.exit(REFUSED)
