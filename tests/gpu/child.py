@@ -17,10 +17,9 @@ from typing import Any
 BEGAN = time.perf_counter()
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.engines import counted, counters, model_runner
-
-from gpu.pieces import pieces
-from vllm_dflash.engines.child import Parent, RefusedError, serve, start_llm
+from engine.engines import counted, counters, model_runner  # noqa: E402
+from gpu.pieces import pieces  # noqa: E402
+from vllm_dflash.engines.child import Parent, RefusedError, serve, start_llm  # noqa: E402
 
 
 class Recorder:
@@ -145,6 +144,7 @@ class Worker:
         cold_steps: int,
         steps: int,
         seconds: float,
+        tokens: int,
         metrics: bool = True,
     ) -> dict[str, Any]:
         """Speed with ``requests`` in flight all the time, none of them at its prompt or its end.
@@ -153,24 +153,27 @@ class Worker:
             context: tokens of each prompt.
             acceptance: of each draft token that is reached, where vLLM's synthetic acceptance is
                 on.
-            cold_steps: before those that are measured; what a controller knows at first shows in
-                them.
-            steps: to measure at most, and for at most so many ``seconds``.
+            cold_steps: at most, before those that are measured; what a controller does not know at
+                first shows in them.
+            steps: to measure at most.
+            seconds: for either of the two, at most.
+            tokens: that a request may generate in both, on average.
             metrics: whether our drafter's metrics are on.
         """
         self._accept(acceptance)
         if self.recorder is not None:
             self.recorder.is_bare = not metrics
         with self._in_flight(requests, context):
-            cold = self._window(cold_steps, seconds, requests)
+            cold = self._window(cold_steps, seconds, requests, 0.4 * tokens)
             before, modes = counters(self.llm), self.modes.copy()
-            warm = self._window(steps, seconds, requests)
+            warm = self._window(steps, seconds, requests, 0.6 * tokens)
             after = counted(before, counters(self.llm))
         return (
             warm
             | _accepted(after)
             | {
                 "cold_tokens_per_second": cold["tokens_per_second"],
+                "preemptions": after.get("preemptions", 0),
                 "drafts_a_request_step": after.get("drafts", 0) / (warm["steps"] * requests),
                 "modes": dict(self.modes - modes),
             }
@@ -204,13 +207,15 @@ class Worker:
         with self._in_flight(requests, context):
             self._window(warm_steps, 60.0, requests)
             timed = self._window(steps, 60.0, requests)
-            with _wrapped(ranges, record_function):
-                with torch.profiler.profile(activities=activities) as profiler:
-                    for _ in range(steps):
-                        with record_function("step"):
-                            self.engine.step()
-                    if torch.cuda.is_available():
-                        torch.cuda.synchronize()
+            with (
+                _wrapped(ranges, record_function),
+                torch.profiler.profile(activities=activities) as profiler,
+            ):
+                for _ in range(steps):
+                    with record_function("step"):
+                        self.engine.step()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
         profiler.export_chrome_trace(trace)
         return timed
 
@@ -253,11 +258,15 @@ class Worker:
             while self.engine.has_unfinished_requests():
                 self.engine.step()
 
-    def _window(self, steps: int, seconds: float, requests: int) -> dict[str, Any]:
+    def _window(
+        self, steps: int, seconds: float, requests: int, most_tokens: float = float("inf")
+    ) -> dict[str, Any]:
+        """So many steps at most, until ``seconds`` are over or a request has ``most_tokens`` more
+        on average."""
         took: list[float] = []
         tokens, ended = 0, 0
         began = last = time.perf_counter()
-        while len(took) < steps and last - began < seconds:
+        while len(took) < steps and last - began < seconds and tokens < most_tokens * requests:
             outputs = self.engine.step()
             got = sum(len(o.outputs[0].token_ids) for o in outputs)
             ended += sum(o.finished for o in outputs)

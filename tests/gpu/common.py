@@ -1,10 +1,10 @@
-"""What the five programs of this folder share: their flags, what they refuse, their clock, their
-record in JSON, and the engines that they start.
+"""What the five programs of this folder share: their flags, their clock, their record in JSON, and
+the engines that they start.
 
 A program asks ``Run.figure`` for one figure after the other. Each is written as soon as it is
 there, so that a run that is cut off has left its figures, and the same command goes on with those
 that are missing. At the end of ``--minutes`` engines are ended and what is left is noted as left
-out. Imports neither torch nor vLLM nor this package before it has said what is missing of them.
+out.
 
     pytest tests/unit/test_gpu_programs.py
 """
@@ -12,37 +12,24 @@ out. Imports neither torch nor vLLM nor this package before it has said what is 
 import argparse
 import json
 import os
-import signal
-import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
-from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-HERE = Path(__file__).resolve().parent
+from gpu.here import RefusedError, versions
+from gpu.starting import Engines, Spec, start_engine
+
 RAN, FAILED, LEFT_OUT = "ran", "failed", "left out"
 ENDED, DID_NOT_PASS, REFUSED, UNFINISHED = range(4)
 """Exit statuses: all figures are there and pass; one failed or does not pass; nothing was run;
 figures were left out."""
-_PACKAGES = ("vllm", "vllm-dflash", "torch", "triton", "transformers")
-_ASK_DEVICE = """
-import json, torch
-free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
-name = torch.cuda.get_device_name() if total else None
-print(json.dumps({"name": name, "total_bytes": total, "free_bytes": free}))
-"""
-
-
-class RefusedError(RuntimeError):
-    """The program cannot run here; the message says what to do."""
 
 
 class LeftOutError(RuntimeError):
@@ -72,7 +59,14 @@ def parser(doc: str, name: str, figures: str) -> argparse.ArgumentParser:
         "--out",
         type=Path,
         default=Path(os.environ.get("OUT") or "gpu-results"),
-        help="folder of the figures and the engines' logs (default: $OUT, or gpu-results)",
+        help="folder of the figures (default: $OUT, or gpu-results)",
+    )
+    made.add_argument(
+        "--work",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "vllm-dflash-gpu",
+        help="folder of random pairs, caches, traces and the engines' logs: gigabytes, which"
+        " nobody has to keep (default: %(default)s)",
     )
     made.add_argument(
         "--minutes",
@@ -95,103 +89,6 @@ def parser(doc: str, name: str, figures: str) -> argparse.ArgumentParser:
     return made
 
 
-def check_here(*, tiny: bool) -> dict[str, Any]:
-    """The device to run on.
-
-    Raises:
-        RefusedError: something is missing here.
-    """
-    if find_spec("torch") is None:
-        raise RefusedError(f"torch is not installed in {sys.executable}: use a Python that has it")
-    device = {"name": "CPU", "total_bytes": 0, "free_bytes": 0} if tiny else find_device()
-    if device["name"] is None:
-        raise RefusedError(
-            "this needs an NVIDIA GPU, and torch sees none here: run it where `nvidia-smi` shows"
-            " one and torch is a CUDA build, or give --tiny, which runs the same code on a CPU"
-        )
-    if find_spec("vllm") is None:
-        raise RefusedError(
-            f"vLLM is not installed in {sys.executable}: pip install '.[cuda]', or, without a"
-            " network, unpack what tests/gpu/pack_vllm.py made and put it first on PYTHONPATH"
-            " (tests/gpu/README.md)"
-        )
-    if find_spec("vllm_dflash") is None or find_spec("vllm_dflash.patches") is None:
-        raise RefusedError(
-            f"vllm-dflash is not installed in {sys.executable}; a checkout on the path is not"
-            " enough, as patches/ becomes part of the package only then: make wheel, and pip"
-            " install --no-deps dist/vllm_dflash-*.whl"
-        )
-    return device
-
-
-def find_device() -> dict[str, Any]:
-    """The GPU's name and bytes; asked in another process, so that this one holds none of it."""
-    asked = subprocess.run(
-        [sys.executable, "-c", _ASK_DEVICE], capture_output=True, text=True, check=False
-    )
-    if asked.returncode:
-        raise RefusedError(f"torch does not start here: {asked.stderr.strip().splitlines()[-1:]}")
-    found: dict[str, Any] = json.loads(asked.stdout)
-    return found
-
-
-def versions() -> dict[str, str | None]:
-    """Of what a figure depends on."""
-    found: dict[str, str | None] = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-@dataclass(frozen=True)
-class Spec:
-    """One engine: its name, the arguments of its ``LLM``, and what is set in its environment."""
-
-    name: str
-    args: Mapping[str, Any]
-    environment: Mapping[str, str] = field(default_factory=dict)
-    script: str = "child.py"
-
-
-def start_engine(spec: Spec, log: Path, *, tiny: bool) -> Any:
-    """An ``EngineProcess`` that runs a script of this folder; it returns at once."""
-    from vllm_dflash.engines.process import EngineProcess
-
-    class Engine(EngineProcess):
-        @staticmethod
-        def _command(module: str) -> Sequence[str]:
-            return "-W", "ignore", str(HERE / module)
-
-        def kill(self) -> None:
-            """From any thread: whoever waits for an answer is told that there is none."""
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-
-    settings = {"engine_args": dict(spec.args), "interpreted": tiny}
-    return Engine(spec.script, settings, log, spec.environment)
-
-
-class Engines:
-    """Those that were started together, by name; a job for one that did not start says why."""
-
-    def __init__(self, found: Mapping[str, Any]) -> None:
-        self._found = found
-
-    def do(self, name: str, job: Mapping[str, Any]) -> Any:
-        """A job's result.
-
-        Raises:
-            EngineFailedError, EngineRefusedError: the engine did not start or died; cannot do it.
-        """
-        engine = self._found[name]
-        if isinstance(engine, Exception):
-            raise engine
-        return engine.do(job)
-
-
 class Run:
     """One run of a program: what it has, what it measures, and how long it may."""
 
@@ -209,6 +106,9 @@ class Run:
         found = versions()
         size = "-tiny" if args.tiny else ""
         self.path = args.out / f"{name}-{found['vllm']}{size}.json"
+        self.work, self.dtype = args.work / f"{args.out.name}{size}", "bfloat16"
+        if args.tiny:
+            self.dtype = "float32"
         self.data: dict[str, Any] = {
             "program": name, "settings": settings, "runs": [], "engines": {}, "figures": {}
         }  # fmt: skip
@@ -275,7 +175,7 @@ class Run:
         if self.is_over:
             yield Engines(found)
             return
-        logs = self.args.out / "logs"
+        logs = self.work / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         self.say(f"starting {', '.join(spec.name for spec in specs)}")
         with ExitStack() as stack:
@@ -295,6 +195,29 @@ class Run:
                 yield Engines(found)
             finally:
                 self._running = [e for e in self._running if e not in found.values()]
+
+    def keep(self, name: str, made: Any) -> None:
+        """Keeps beside the figures what other figures are made of, in this run or a later one."""
+        kept = self._read_kept() | {name: made}
+        _write_whole(self._kept_path, json.dumps(kept) + "\n")
+
+    def kept(self, name: str) -> Any:
+        """What ``keep`` kept.
+
+        Raises:
+            RuntimeError: nothing.
+        """
+        found = self._read_kept()
+        if name not in found:
+            raise RuntimeError(f"{name} left nothing to compare with: see its own figure")
+        return found[name]
+
+    @property
+    def _kept_path(self) -> Path:
+        return self.path.with_name(f"{self.path.stem}-kept.json")
+
+    def _read_kept(self) -> dict[str, Any]:
+        return json.loads(self._kept_path.read_text()) if self._kept_path.is_file() else {}
 
     def finish(self) -> int:
         """Says what there is; the exit status."""
@@ -342,10 +265,7 @@ class Run:
         return found if state == RAN else None
 
     def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.data, indent=1) + "\n")
-        os.replace(part, self.path)
+        _write_whole(self.path, json.dumps(self.data, indent=1) + "\n")
 
     def _wait(self, spec: Spec, engine: Any, found: dict[str, Any]) -> None:
         """Until the engine is ready, or why it is not."""
@@ -365,6 +285,14 @@ class Run:
         self.is_over = True
         for engine in self._running:
             engine.kill()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """A file that is whole or as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    os.replace(part, path)
 
 
 def refuse(error: RefusedError) -> NoReturn:

@@ -1,5 +1,5 @@
-"""5 of 5. Is adaptive drafting ever slower than plain decoding? Our controller against plain, a fixed
-K and vLLM's adaptive verification, by load, acceptance and context.
+"""5 of 5. Is adaptive drafting ever slower than plain decoding? Our controller against plain, a
+fixed K and vLLM's adaptive verification, by load, acceptance and context.
 
     python tests/gpu/load.py --out gpu-results             # a GPU: 9.5 minutes a call, two calls
     python tests/gpu/load.py --tiny                        # a CPU: a minute or two
@@ -26,9 +26,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gpu import common, shapes
-from gpu.common import Engines, LeftOutError, Run
+from gpu import common, here, shapes
+from gpu.common import LeftOutError, Run
 from gpu.methods import engine, expected_tau, shared
+from gpu.starting import Engines
 
 NAME = "load"
 WAVES = (("plain", "adaptive"), ("fixed", "verification"))
@@ -39,8 +40,9 @@ REQUESTS = (1, 32, 128, 256)
 ACCEPTANCES = (0.6, 0.05)
 NOT_SLOWER = 0.98
 """Of plain decoding's tokens a second."""
-ROOM = 1024
-"""Tokens that a request may generate before it ends."""
+ROOM, LEAST_ROOM, SPARE = 1024, 128, 64
+"""Tokens that a request may generate in a cell: at most; at least, else the cell does not fit; and
+those that are kept free besides, for drafts and for requests that are luckier than others."""
 _RESERVE = 9 << 30
 """Bytes of an engine beside weights and KV cache: activations, graphs, CUDA itself."""
 FILLED = {
@@ -58,19 +60,25 @@ def cache_bytes(run: Run) -> int:
         return 64 << 20
     share = 0.94 * run.device["total_bytes"] / 2
     found = int(share) - shapes.bytes_of(run.args.shape, True) - _RESERVE
-    if found < ROOM * shapes.cache_bytes_a_token(run.args.shape):
-        raise common.RefusedError(
+    if found < 2 * ROOM * shapes.cache_bytes_a_token(run.args.shape):
+        raise here.RefusedError(
             f"two engines of {run.args.shape} do not fit into"
             f" {run.device['total_bytes'] / 1e9:.0f} GB: use a larger GPU"
         )
     return found
 
 
+def room(run: Run, requests: int, context: int, cache: int) -> int:
+    """Tokens that each request of a cell may generate before the KV cache is full."""
+    each = cache // (requests * shapes.cache_bytes_a_token(run.args.shape))
+    return 200 if run.args.tiny else min(ROOM, each - context) - SPARE
+
+
 def loads(run: Run, context: int, cache: int) -> dict[int, str]:
     """The numbers of requests for a context; with why not, where they do not fit."""
     if run.args.tiny:
         return {1: "", 3: ""}
-    each = (context + ROOM) * shapes.cache_bytes_a_token(run.args.shape)
+    each = (context + LEAST_ROOM + SPARE) * shapes.cache_bytes_a_token(run.args.shape)
     fit = cache // each
     found = {
         n: ""
@@ -101,11 +109,12 @@ def figure_name(cell: Cell, method: str) -> str:
     return f"{load}, plain" if method == "plain" else f"{load}, acceptance {acceptance}, {method}"
 
 
-def measure(run: Run, engines: Engines, wave: tuple[str, ...], asked: dict[Cell, str]) -> None:
+def measure(
+    run: Run, engines: Engines, wave: tuple[str, ...], asked: dict[Cell, str], cache: int
+) -> None:
     """The wave's engines in turns, cell by cell."""
     tiny, done = run.args.tiny, set()
     for cell, why in asked.items():
-        requests, context, acceptance = cell
         for method in wave:
             name = figure_name(cell, method)
             if name in done:
@@ -128,6 +137,7 @@ def measure(run: Run, engines: Engines, wave: tuple[str, ...], asked: dict[Cell,
                         "cold_steps": 3 if tiny else run.args.cold,
                         "steps": 4 if tiny else 400,
                         "seconds": 60.0 if tiny else run.args.seconds,
+                        "tokens": room(run, requests, context, cache),
                     },
                 )
 
@@ -180,12 +190,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.shape = "tiny" if args.tiny else args.shape
     try:
-        run = Run(NAME, args, common.check_here(tiny=args.tiny), shape=args.shape)
+        run = Run(NAME, args, here.check_here(tiny=args.tiny), shape=args.shape)
         cache = cache_bytes(run)
-    except common.RefusedError as error:
+    except here.RefusedError as error:
         common.refuse(error)
-    folder = args.out / ("pairs-tiny" if args.tiny else "pairs") / args.shape
-    pair = shapes.make_pair(args.shape, folder, dtype="float32" if args.tiny else "bfloat16")
+    pair = shapes.make_pair(args.shape, run.work / "pairs" / args.shape, dtype=run.dtype)
     asked = cells(run, cache)
     arguments = shared(
         args.tiny,
@@ -207,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
             and run.wants(*(figure_name(cell, name) for cell, why in asked.items() if not why))
         ]  # fmt: skip
         with run.engines(specs) as engines:
-            measure(run, engines, wave, asked)
+            measure(run, engines, wave, asked, cache)
     compare(run, asked)
     return run.finish()
 

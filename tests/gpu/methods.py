@@ -4,8 +4,8 @@ method."""
 from collections.abc import Sequence
 from typing import Any
 
-from gpu.common import Spec
 from gpu.shapes import Pair
+from gpu.starting import Spec
 
 CAPTURED = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 """Tokens for which CUDA graphs are recorded: fewer sizes than vLLM would, so that engines start

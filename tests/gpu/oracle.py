@@ -15,7 +15,7 @@ from typing import Any
 BEGAN = time.perf_counter()
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vllm_dflash.engines.child import Parent, serve
+from vllm_dflash.engines.child import Parent, serve  # noqa: E402
 
 ROUNDING = 2 * 2.0**-8
 """Two steps of a bfloat16 logit, relative to it: below, which of two logits is larger is

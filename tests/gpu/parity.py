@@ -6,12 +6,15 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gpu.common import Engines, Run, Spec
 from gpu.shapes import EMBEDDED, Pair
+from gpu.starting import Engines, Spec
 
 AT_LEAST, NEAR_REFERENCE = 0.99, 0.01
 """Share of tokens that have to be the float32 reference's outright, unless plain PyTorch in
 bfloat16 stays below that itself: then no more than so much less than it."""
+GRAPHS = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]}
+"""Few, so that engines start sooner and 40 requests' drafts are past them."""
+MAX_MODEL_LEN = 512
 NEAR_END = 20
 """Positions before ``max_model_len`` that are looked at apart."""
 ORACLE = Spec("oracle", {}, script="oracle.py")
@@ -165,25 +168,3 @@ def against(
     if tau is not None:
         passed = passed and abs(one["tau"] / other["tau"] - 1) <= tau
     return figure | {"passed": passed}
-
-
-def keep(run: Run, name: str, made: Mapping[str, Any]) -> None:
-    """Puts what an engine drafted beside the figures, for those that compare two engines and for
-    a run that goes on later."""
-    folder = run.args.out / "drafts"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{run.path.stem}-{name.replace(' ', '-')}.json"
-    path.write_text(json.dumps(made))
-
-
-def kept(run: Run, name: str) -> dict[str, Any]:
-    """What ``keep`` kept.
-
-    Raises:
-        RuntimeError: nothing, as the engine's own figure failed.
-    """
-    path = run.args.out / "drafts" / f"{run.path.stem}-{name.replace(' ', '-')}.json"
-    if not path.is_file():
-        raise RuntimeError(f"{name} drafted nothing to compare with: see its own figure")
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found

@@ -1,5 +1,5 @@
-"""4 of 5. Where do the microseconds of a drafting step go? Kernels, launches and idle time by part of
-a step, for plain decoding, vLLM's own dflash and this package.
+"""4 of 5. Where do the microseconds of a drafting step go? Kernels, launches and idle time by part
+of a step, for plain decoding, vLLM's own dflash and this package.
 
     python tests/gpu/profile_step.py --out gpu-results     # a GPU: 8 minutes
     python tests/gpu/profile_step.py --tiny                # a CPU: a minute or two
@@ -12,7 +12,7 @@ update_from_output. Of each part the kernels that take longest are named. Then s
 draft in CUDA graphs of their own: the context's projection and write, blocks moved to
 max_model_len, lm_head and best token. Last, our step with the drafter's metrics and without.
 
-Nothing here has a bound: the figures say what to work on. The traces stay in OUT/traces with
+Nothing here has a bound: the figures say what to work on. The traces stay in WORK/traces with
 --keep-traces (chrome://tracing or Perfetto opens them). With --tiny the interpreter's steps have no
 kernels: the same figures hold zeros for them.
 """
@@ -24,10 +24,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gpu import common, shapes
-from gpu.common import Engines, Run, Spec
+from gpu import common, here, shapes
+from gpu.common import Run
 from gpu.kernels import read, summary
 from gpu.methods import acceptance_for, engine, shared
+from gpu.starting import Engines, Spec
 
 NAME = "profile_step"
 KINDS = ("plain", "native", "dflash")
@@ -51,7 +52,7 @@ def specs(run: Run, pair: shapes.Pair) -> list[Spec]:
 def profiled(run: Run, engines: Engines, method: str, requests: int) -> dict[str, Any]:
     """One engine's steps, timed and taken apart."""
     tiny = run.args.tiny
-    folder = run.args.out / "traces"
+    folder = run.work / "traces"
     folder.mkdir(parents=True, exist_ok=True)
     trace = folder / f"{run.path.stem}-{method.replace(' ', '-')}-{requests}.json"
     steps = 2 if tiny else 40
@@ -85,6 +86,7 @@ def cost_of_metrics(run: Run, engines: Engines, requests: int) -> dict[str, Any]
         "cold_steps": 2 if tiny else 40,
         "steps": 3 if tiny else 150,
         "seconds": 60.0 if tiny else 2.0,
+        "tokens": 200 if tiny else 1500,
     }
     found: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(1 if tiny else 3):
@@ -103,11 +105,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.shape = "tiny" if args.tiny else args.shape
     try:
-        run = Run(NAME, args, common.check_here(tiny=args.tiny), shape=args.shape)
-    except common.RefusedError as error:
+        run = Run(NAME, args, here.check_here(tiny=args.tiny), shape=args.shape)
+    except here.RefusedError as error:
         common.refuse(error)
-    folder = args.out / ("pairs-tiny" if args.tiny else "pairs") / args.shape
-    pair = shapes.make_pair(args.shape, folder, dtype="float32" if args.tiny else "bfloat16")
+    pair = shapes.make_pair(args.shape, run.work / "pairs" / args.shape, dtype=run.dtype)
     points = (2,) if args.tiny else (1, 8, 32)
     profiles = {f"{kind}, {n} requests": (kind, n) for n in points for kind in KINDS}
     parts = {f"parts of a draft, {n} requests": n for n in points}

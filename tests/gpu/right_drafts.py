@@ -21,14 +21,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gpu import common, parity, shapes
-from gpu.common import Engines, LeftOutError, Run, Spec
+from gpu import common, here, parity, shapes
+from gpu.common import LeftOutError, Run
 from gpu.methods import engine, shared
+from gpu.parity import GRAPHS, MAX_MODEL_LEN
+from gpu.starting import Engines, Spec
 
 NAME = "right_drafts"
 REQUESTS = (1, 3, 32, 40)
-GRAPHS = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]}
-MAX_MODEL_LEN = 512
 ACCEPTANCE = 0.6
 """Synthetic, of the random pair's tokens."""
 
@@ -38,10 +38,7 @@ def plan(run: Run) -> dict[str, tuple[Spec, shapes.Pair, int]]:
     tiny = run.args.tiny
     dflash, dflare = shapes.embedded(), shapes.embedded("dflare")
     wide = shapes.make_pair(
-        "tiny" if tiny else "wide",
-        run.args.out / ("pairs-tiny" if tiny else "pairs") / "right",
-        dtype="float32" if tiny else "bfloat16",
-        weights=True,
+        "tiny" if tiny else "wide", run.work / "pairs" / "right", dtype=run.dtype, weights=True
     )
     args = shared(
         tiny,
@@ -102,7 +99,7 @@ def measure(run: Run, engines: Engines, name: str, pair: shapes.Pair, k: int) ->
             made = parity.drafted(engines, name, chosen, requests, 16 if tiny else 64)
             if name == "dflash sync check":
                 return {"drafts": len(made["drafts"]), "modes": made["modes"], "passed": True}
-            parity.keep(run, f"{name} {requests}", made)
+            run.keep(f"{name} {requests}", made)
             return parity.compared(
                 engines,
                 pair,
@@ -110,7 +107,7 @@ def measure(run: Run, engines: Engines, name: str, pair: shapes.Pair, k: int) ->
                 chosen,
                 made,
                 max_model_len=256 if tiny else MAX_MODEL_LEN,
-                dtype="float32" if tiny else "bfloat16",
+                dtype=run.dtype,
                 most=60 if tiny else 600,
             )
 
@@ -121,7 +118,7 @@ def graphs_against_eager(run: Run) -> dict[str, Any]:
     """The embedded pair's drafts with CUDA graphs and compiled, and without either."""
     if run.args.tiny:
         raise LeftOutError("the interpreter has no CUDA graphs: on a GPU only")
-    made = [parity.kept(run, f"dflash {how} 32") for how in ("graphs", "eager")]
+    made = [run.kept(f"dflash {how} 32") for how in ("graphs", "eager")]
     prompts = prompts_for(run, shapes.embedded())
     # Both round, in other places: what both may differ from the reference by.
     return parity.against(*made, prompts, share=0.98, tau=0.02)
@@ -131,8 +128,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs what is missing; the exit status."""
     args = common.parser(__doc__, NAME, "such as 'wide' or '40 requests'").parse_args(argv)
     try:
-        run = Run(NAME, args, common.check_here(tiny=args.tiny))
-    except common.RefusedError as error:
+        run = Run(NAME, args, here.check_here(tiny=args.tiny))
+    except here.RefusedError as error:
         common.refuse(error)
     planned = plan(run)
     wave = 3

@@ -1,5 +1,5 @@
-"""2 of 5. Does a second start, from the compile cache, draft the same, and what does an FP8 KV cache
-cost in tau? Also another attention backend, and a drafter with tables of its own under graphs.
+"""2 of 5. Does a second start, from the compile cache, draft the same, and what does an FP8 KV
+cache cost in tau? Also another attention backend, and a drafter with its own tables under graphs.
 
     python tests/gpu/second_start.py --out gpu-results     # a GPU: 8 minutes
     python tests/gpu/second_start.py --tiny                # a CPU: a minute or two
@@ -22,10 +22,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gpu import common, parity, shapes
-from gpu.common import Engines, LeftOutError, Run, Spec
+from gpu import common, here, parity, shapes
+from gpu.common import LeftOutError, Run
 from gpu.methods import engine, shared
-from gpu.right_drafts import GRAPHS, MAX_MODEL_LEN
+from gpu.parity import GRAPHS, MAX_MODEL_LEN
+from gpu.starting import Engines, Spec
 
 NAME = "second_start"
 STARTS = ("first start", "second start")
@@ -61,7 +62,7 @@ def draft(run: Run, engines: Engines, name: str) -> dict[str, Any]:
     made = parity.drafted(
         engines, name, prompts, min(32, len(prompts)), 16 if run.args.tiny else 64
     )
-    parity.keep(run, name, made)
+    run.keep(name, made)
     return made
 
 
@@ -77,7 +78,7 @@ def beside_reference(
         prompts,
         made,
         max_model_len=256 if tiny else MAX_MODEL_LEN,
-        dtype="float32" if tiny else "bfloat16",
+        dtype=run.dtype,
         most=60 if tiny else 600,
     )
 
@@ -88,7 +89,7 @@ def starts(run: Run) -> None:
         for name in (*STARTS, "second start against the first"):
             run.figure(name, dict)
         return
-    pair, folder = shapes.embedded(), run.args.out / "caches"
+    pair, folder = shapes.embedded(), run.work / "caches"
     shutil.rmtree(folder, ignore_errors=True)
     for name in STARTS:
         spec = engine("dflash", pair, arguments(run), name=name, environment=caches(folder))
@@ -107,7 +108,7 @@ def starts(run: Run) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
     def both() -> dict[str, Any]:
-        made = [parity.kept(run, name) for name in STARTS]
+        made = [run.kept(name) for name in STARTS]
         return parity.against(*made, _prompts(run), share=0.999, tau=0.005)
 
     run.figure("second start against the first", both)
@@ -118,8 +119,8 @@ def others(run: Run) -> None:
     pair, tiny = shapes.embedded(), run.args.tiny
     tables = shapes.make_pair(
         "tiny" if tiny else "wide",
-        run.args.out / ("pairs-tiny" if tiny else "pairs") / "tables",
-        dtype="float32" if tiny else "bfloat16",
+        run.work / "pairs" / "tables",
+        dtype=run.dtype,
         weights=True,
         own_tables=True,
     )
@@ -142,7 +143,7 @@ def others(run: Run) -> None:
                     _needs_gpu()
                 made = draft(run, engines, name)
                 figure = beside_reference(run, engines, pair, _prompts(run), made)
-                first = parity.kept(run, STARTS[0])["tau"]
+                first = run.kept(STARTS[0])["tau"]
                 ratio = made["tau"] / first
                 # FP8 changes the target's own text: its drafts are the reference's no more.
                 return figure | {"tau_of_first": ratio, "passed": abs(ratio - 1) <= bound}
@@ -172,8 +173,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs what is missing; the exit status."""
     args = common.parser(__doc__, NAME, "such as 'start' or 'fp8'").parse_args(argv)
     try:
-        run = Run(NAME, args, common.check_here(tiny=args.tiny))
-    except common.RefusedError as error:
+        run = Run(NAME, args, here.check_here(tiny=args.tiny))
+    except here.RefusedError as error:
         common.refuse(error)
     starts(run)
     others(run)

@@ -101,7 +101,6 @@ def make_pair(
     if (folder / "made").is_file():
         return pair
     from pairs import make_random_drafter  # tests/pairs.py
-
     from vllm_dflash.config import DrafterConfig
 
     sizes = TARGETS[shape]
@@ -224,3 +223,5 @@ def _save(
             made.normal_(0, scale, generator=generator)
         tensors[name] = made.cpu()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the engines' now

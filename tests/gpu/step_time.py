@@ -7,9 +7,9 @@ decoding.
 An 8B target's shapes with random weights (vLLM makes them up; nothing is fetched). vLLM accepts
 drafts at a given rate (synthetic acceptance), so tau is the same for both drafters and what differs
 is time. 1, 32 and 128 requests in flight all the time, contexts of 256 tokens, three repeats in
-turns, K a whole block; then K = 7 of the same blocks. Passes where our step takes at most 5 % longer
-than vLLM's own with the same K. A step's floor, from the bytes that it reads, is 1.19 plain steps
-with one request (docs/performance.md).
+turns, K a whole block; then K = 7 of the same blocks. Passes where our step takes at most 5 %
+longer than vLLM's own with the same K. By the bytes that it has to read, a step with one request
+takes 1.19 plain steps at least.
 
 The results are named after vLLM's version: the same command under another vLLM (0.33 beside 0.32)
 writes its own file into the same --out. Needs 110 GB of GPU memory; --shape qwen3-4b needs 75.
@@ -24,9 +24,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gpu import common, shapes
-from gpu.common import Engines, Run, Spec
+from gpu import common, here, shapes
+from gpu.common import Run
 from gpu.methods import acceptance_for, engine, names, shared
+from gpu.starting import Engines, Spec
 
 NAME = "step_time"
 FEWER = 7
@@ -73,6 +74,7 @@ def measure(run: Run, found: Engines, methods: Sequence[str], points: Sequence[i
                     "cold_steps": 2 if tiny else 40,
                     "steps": 4 if tiny else 150,
                     "seconds": 60.0 if tiny else 2.0,
+                    "tokens": 200 if tiny else 700,
                 }
 
                 def one(method: str = method, job: dict[str, Any] = job) -> dict[str, Any]:
@@ -126,12 +128,11 @@ def main(argv: list[str] | None = None) -> int:
     args.repeats = 1 if args.tiny else args.repeats
     args.shape = "tiny" if args.tiny else args.shape
     try:
-        device = common.check_here(tiny=args.tiny)
+        device = here.check_here(tiny=args.tiny)
         run = Run(NAME, args, device, shape=args.shape, tau=args.tau, repeats=args.repeats)
-    except common.RefusedError as error:
+    except here.RefusedError as error:
         common.refuse(error)
-    folder = args.out / ("pairs-tiny" if args.tiny else "pairs") / args.shape
-    pair = shapes.make_pair(args.shape, folder, dtype="float32" if args.tiny else "bfloat16")
+    pair = shapes.make_pair(args.shape, run.work / "pairs" / args.shape, dtype=run.dtype)
     points = (2,) if args.tiny else (1, 32, 128)
     whole = pair.block_size - 1
     first = [engine("plain", pair, arguments(run)), *engines(run, pair, whole)]
