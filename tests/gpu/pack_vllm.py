@@ -1,5 +1,5 @@
-"""Packs vLLM 0.32.0 (CUDA) and this package for a Linux x86-64 machine that has a Hopper GPU, Python
-3.12, PyTorch 2.11.0+cu130 and Triton 3.6, but no vLLM and no network.
+"""Packs vLLM 0.32.0 (CUDA) and this package for a Linux x86-64 machine that has a Hopper GPU,
+Python 3.12, PyTorch 2.11.0+cu130 and Triton 3.6, but no vLLM and no network.
 
     make wheel
     python tests/gpu/pack_vllm.py PACKED --wheel dist/vllm_dflash-*.whl    # about 2 minutes
@@ -41,7 +41,7 @@ oss-harmony==0.0.11 outlines_core==0.2.14 partial-json-parser prometheus-fastapi
 py-cpuinfo pybase64 pydantic==2.14.3 pydantic-core==2.50.4 pydantic-extra-types pydantic-settings
 python-dotenv python-json-logger python-multipart pyzmq referencing rpds-py setproctitle sniffio
 starlette==1.10.0 truststore typing-inspection uvicorn watchfiles websockets xgrammar==0.2.8
-""".split()
+""".split()  # noqa: SIM905
 """What vLLM imports, without what comes with PyTorch's usual companions (transformers, numpy,
 prometheus-client, rich, safetensors, tqdm and their like): those have to be there."""
 GLIBC = (5, 12, 17, 24, 27, 28, 31, 34, 35)
@@ -104,10 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("out", type=Path, help="folder for the archives")
     parser.add_argument(
-        "--wheel",
-        type=Path,
-        required=True,
-        help="this package's, which `make wheel` leaves in dist/",
+        "--wheel", type=Path, required=True, help="this package's: `make wheel` leaves it in dist/"
     )
     args = parser.parse_args(argv)
     if not args.wheel.is_file():

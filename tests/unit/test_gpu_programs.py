@@ -8,6 +8,8 @@ jobs themselves run is shown by ``tests/engine/test_gpu_programs.py``, on the in
 import json
 import subprocess
 import sys
+import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +24,7 @@ from gpu import (
     load,
     methods,
     oracle,
+    pack_vllm,
     parity,
     profile_step,
     right_drafts,
@@ -461,6 +464,38 @@ def test_what_makes_a_parity_figure_pass(tmp_path: Path) -> None:
     assert not figure(999, 1000, "float32")
     assert figure(1000, 1000, "float32")
     assert not figure(1000, 1000, "bfloat16", wrong=1)
+
+
+def test_what_is_packed(tmp_path: Path, monkeypatch: Any) -> None:
+    """The operators in one archive, all else in the other; no library that is left out."""
+
+    def download(to: Path, name: str) -> None:
+        if name == "gguf":
+            raise subprocess.CalledProcessError(1, "pip")
+        if name == pack_vllm.VLLM:
+            names = [*pack_vllm.LIBRARIES, "vllm/_moe_C.abi3.so", "vllm/vllm-rs", "vllm/a.py"]
+            wheel(to / "vllm.whl", *names)
+
+    def wheel(path: Path, *names: str) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(path, "w") as file:
+            for name in names:
+                file.writestr(name, "x")
+        return path
+
+    monkeypatch.setattr(pack_vllm, "download", download)
+    ours = wheel(tmp_path / "ours.whl", "vllm_dflash/patches/__init__.py")
+    assert pack_vllm.main([str(tmp_path / "out"), "--wheel", str(ours)]) == 0
+    packed = []
+    for part in ("part1", "part2"):
+        with tarfile.open(tmp_path / "out" / f"{part}.tar.xz") as tar:
+            packed.append(set(tar.getnames()))
+    assert packed[0] == {pack_vllm.OPERATORS}
+    assert packed[1] == {
+        "vllm/a.py", "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so", "vllm_dflash/patches/__init__.py"
+    }  # fmt: skip
+    with pytest.raises(SystemExit, match="make wheel"):
+        pack_vllm.main([str(tmp_path / "out"), "--wheel", str(tmp_path / "none.whl")])
 
 
 def test_prompts_near_the_end() -> None:
