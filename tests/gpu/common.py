@@ -141,20 +141,23 @@ class Run:
         found: dict[str, Any] | None = self.data["figures"].get(name)
         return found if found is not None and found["state"] == RAN else None
 
-    def figure(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    def figure(
+        self, name: str, measure: Callable[[], dict[str, Any]], *, made_of_others: bool = False
+    ) -> dict[str, Any] | None:
         """One figure: measured unless it is there, written at once; None where there is none.
 
         Args:
             measure: returns the figure; with ``passed`` where there is a bound, and raises
                 ``LeftOutError`` where it cannot be had here.
+            made_of_others: it costs nothing, and is made anew as the others may be.
         """
         if self.args.only not in name:
             return self.value(name)
         self.names.append(name)
-        if self._has(name):
+        if self._has(name) and not made_of_others:
             self.say(f"{name}: there already")
             return self.value(name)
-        if self.is_over:
+        if self.is_over and not made_of_others:
             return self._put(name, LEFT_OUT, {"why": "the time was over"})
         began = time.monotonic()
         try:
@@ -172,7 +175,7 @@ class Run:
     def engines(self, specs: Sequence[Spec], at_once: int = 4) -> Iterator[Engines]:
         """Starts engines, ``at_once`` side by side, and ends them."""
         found: dict[str, Any] = {}
-        if self.is_over:
+        if self.is_over or not specs:
             yield Engines(found)
             return
         logs = self.work / "logs"

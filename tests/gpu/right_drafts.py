@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
                 measure(run, engines, name, *planned[name][1:])
     if args.tiny:
         run.figure("no step waits for the device", _needs_cuda)
-    run.figure("graphs against eager", lambda: graphs_against_eager(run))
+    run.figure("graphs against eager", lambda: graphs_against_eager(run), made_of_others=True)
     return run.finish()
 
 

@@ -293,8 +293,8 @@ def test_other_settings_are_refused(tmp_path: Path, on_gpu: None, capsys: Any) -
 
 
 def test_a_file_that_is_no_record_is_refused(tmp_path: Path, on_gpu: None, capsys: Any) -> None:
-    run(load, tmp_path, "--only", "nothing of that name")
-    (path,) = (tmp_path / "out").glob("*.json") or [None]
+    run(load, tmp_path, "--only", "1 requests, context 1024, plain")
+    (path,) = (tmp_path / "out").glob("*.json")
     path.write_text("{")
     with pytest.raises(SystemExit) as ended:
         run(load, tmp_path)

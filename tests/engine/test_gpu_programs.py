@@ -1,0 +1,110 @@
+"""The programs of ``tests/gpu`` at their tiny size: engines of the V2 runner through Triton's
+interpreter, with a process for each as on a GPU.
+
+What is in their figures is checked where a CPU can say it: drafts are plain PyTorch's, token for
+token. Speeds say nothing here.
+
+    pytest tests/engine/test_gpu_programs.py
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.harness import ROOT, engine_env
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(500)]
+
+
+def run(name: str, folder: Path, *more: str) -> dict[str, Any]:
+    """The record of a program's run, which has to end well."""
+    script = ROOT / "tests" / "gpu" / f"{name}.py"
+    flags = ["--tiny", "--out", str(folder / "out"), "--work", str(folder / "work"), *more]
+    done = subprocess.run(
+        [sys.executable, str(script), *flags],
+        cwd=folder,
+        env=engine_env(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    logs = [log.read_text()[-3000:] for log in folder.glob("work/*/logs/*.log")]
+    assert done.returncode == 0, "\n".join([done.stdout, done.stderr, *logs])
+    (path,) = (folder / "out").glob(f"{name}-*-tiny.json")
+    return json.loads(path.read_text())
+
+
+def ran(record: dict[str, Any]) -> dict[str, Any]:
+    """The figures that there are."""
+    return {name: f for name, f in record["figures"].items() if f["state"] == "ran"}
+
+
+def test_right_drafts(tmp_path: Path) -> None:
+    """Also what an engine says of itself: ours, on the V2 runner."""
+    record = run("right_drafts", tmp_path)
+    found = ran(record)
+    assert set(found) == {
+        "dflash graphs, 2 requests",
+        "dflare graphs, 2 requests",
+        "wide graphs, 2 requests",
+        "wide K below the block, 2 requests",
+    }
+    for figure in found.values():
+        assert figure["tokens"] >= 100
+        assert figure["same"] == 1.0
+        assert figure["anchors_wrong"] == 0
+    assert found["wide graphs, 2 requests"]["near_end_tokens"] > 0
+    # Synthetic acceptance takes drafts of random weights in all lengths.
+    assert found["wide graphs, 2 requests"]["tau"] > 1.3
+    assert found["dflash graphs, 2 requests"]["tau"] > 2
+    engine = record["engines"]["dflash graphs"]
+    assert engine["runner"].startswith("vllm.v1.worker.gpu.")
+    assert engine["speculator"] == "vllm_dflash.drafting.v2.DFlashSpeculator"
+
+
+def test_second_start(tmp_path: Path) -> None:
+    found = ran(run("second_start", tmp_path))
+    assert found["second start against the first"]["same"] == 1.0
+    assert found["own tables under graphs"]["same"] == 1.0
+
+
+def test_step_time(tmp_path: Path) -> None:
+    """Stock vLLM beside ours; both accept by the given rate."""
+    record = run("step_time", tmp_path)
+    found = ran(record)
+    for method in ("plain", "native:15", "dflash:15"):
+        assert found[f"2 requests, {method}, repeat 1"]["steps"] >= 3
+    assert "step over plain's, 2 requests, K = 15" in found
+    assert record["engines"]["plain"]["speculator"] is None
+    assert record["engines"]["native:15"]["speculator"].startswith("vllm.")
+    assert record["engines"]["dflash:15"]["speculator"].startswith("vllm_dflash.")
+
+
+def test_profile_step(tmp_path: Path) -> None:
+    """Each part of a step was seen on the host; there are no kernels here."""
+    found = ran(run("profile_step", tmp_path))
+    parts = found["dflash, 2 requests"]["parts"]
+    for part in ("schedule", "execute_model", "sample_tokens", "propose", "update_from_output"):
+        assert parts[part]["host_us"] > 0, part
+    assert found["plain, 2 requests"]["parts"]["propose"]["host_us"] == 0
+    assert set(found["parts of a draft, 2 requests"]) >= {
+        "context to keys and values",
+        "blocks moved to max_model_len",
+        "lm_head and best token",
+    }
+
+
+def test_load(tmp_path: Path) -> None:
+    """Contexts that a connector fills in, and an acceptance that changes from cell to cell."""
+    record = run("load", tmp_path)
+    found = ran(record)
+    often, seldom = (
+        found[f"3 requests, context 16, acceptance {rate}, fixed"]["tau"] for rate in (0.6, 0.05)
+    )
+    assert often > 1.5 > seldom
+    assert "over plain: 3 requests, context 16, acceptance 0.05" in found
+    assert record["engines"]["adaptive"]["scheduler"].startswith("vllm_dflash.")
