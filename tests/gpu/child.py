@@ -19,7 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.engines import counted, counters, model_runner  # noqa: E402
 from gpu.pieces import pieces  # noqa: E402
-from vllm_dflash.engines.child import Parent, RefusedError, serve, start_llm  # noqa: E402
+from vllm_dflash.engines.child import Parent, serve, start_llm  # noqa: E402
+
+
+class JobError(RuntimeError):
+    """A job that this engine cannot do, or not as it was asked for; it is ready for others."""
 
 
 class Recorder:
@@ -100,21 +104,24 @@ class Worker:
         }
 
     def do(self, job: dict[str, Any], parent: Parent) -> Any:
-        """A job's result, by its name."""
+        """A job's result, by its name; ``error`` where there is none and the engine goes on."""
         jobs: dict[str, Callable[..., Any]] = {
             "drafts": self.drafts,
             "steady": self.steady,
             "profile": self.profile,
             "pieces": lambda **shape: pieces(self.speculator, **shape),
         }
-        return jobs[job.pop("do")](**job)
+        try:
+            return jobs[job.pop("do")](**job)
+        except JobError as error:
+            return {"error": str(error)}
 
     def drafts(
         self, prompts: list[list[int]], max_tokens: list[int], requests: int
     ) -> dict[str, Any]:
         """Greedy answers with so many requests in flight, and every draft made for them."""
         if self.recorder is None:
-            raise RefusedError("this engine has no drafter")
+            raise JobError("this engine has no drafter")
         before, modes = counters(self.llm), self.modes.copy()
         self.recorder.begin()
         outputs: list[list[int]] = [[] for _ in prompts]
@@ -243,14 +250,14 @@ class Worker:
         )
         room = config.max_model_len - context
         if room < 1:
-            raise RefusedError(f"a context of {context} leaves no room in {config.max_model_len}")
+            raise JobError(f"a context of {context} leaves no room in {config.max_model_len}")
         for i in range(requests):
             self._add(i, ids[i : i + context].tolist(), room)
         started: set[str] = set()
         try:
             while len(started) < requests:
                 if not self.engine.has_unfinished_requests():
-                    raise RefusedError("requests ended before all had begun: shorten the context")
+                    raise JobError("requests ended before all had begun: shorten the context")
                 started |= {o.request_id for o in self.engine.step() if o.outputs[0].token_ids}
             yield
         finally:
@@ -271,7 +278,7 @@ class Worker:
             got = sum(len(o.outputs[0].token_ids) for o in outputs)
             ended += sum(o.finished for o in outputs)
             if ended:
-                raise RefusedError("a request ended while steps were measured: shorten the context")
+                raise JobError("a request ended while steps were measured: shorten the context")
             if got:  # under asynchronous scheduling the first calls only fill the queue
                 now = time.perf_counter()
                 took.append(now - last)
@@ -290,7 +297,7 @@ class Worker:
             return
         rates = getattr(self.runner.rejection_sampler, "synthetic_conditional_rates", None)
         if rates is None:
-            raise RefusedError("this engine was started without vLLM's synthetic acceptance")
+            raise JobError("this engine was started without vLLM's synthetic acceptance")
         rates.fill_(rate)  # in place: a graph may have its address
 
     def _count_modes(self, whose: str, manager: Any) -> None:

@@ -167,26 +167,29 @@ class Run:
         except Exception as error:  # one figure less: the others are worth the lease
             if self.is_over:
                 return self._put(name, LEFT_OUT, {"why": "the time was over"})
-            said = {"why": str(error), "log": getattr(error, "tail", "") or traceback.format_exc()}
-            return self._put(name, FAILED, said)
+            said = "".join(traceback.format_exception(error))  # with the engine's log as a note
+            return self._put(name, FAILED, {"why": str(error), "log": said})
         return self._put(name, RAN, found | {"seconds": round(time.monotonic() - began, 2)})
 
     @contextmanager
-    def engines(self, specs: Sequence[Spec], at_once: int = 4) -> Iterator[Engines]:
-        """Starts engines, ``at_once`` side by side, and ends them."""
+    def engines(
+        self, specs: Sequence[Spec], *, at_once: int = 4, gently: bool = False
+    ) -> Iterator[Engines]:
+        """Starts engines, ``at_once`` side by side, and ends them: ``gently`` where they have
+        something to put away."""
         found: dict[str, Any] = {}
         if self.is_over or not specs:
-            yield Engines(found)
+            yield Engines(found, {})
             return
-        logs = self.work / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
-        self.say(f"starting {', '.join(spec.name for spec in specs)}")
+        folder = self.work / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        logs = {s.name: folder / f"{self.path.stem}-{s.name.replace(' ', '-')}.log" for s in specs}
+        self.say(f"starting {', '.join(logs)}")
         with ExitStack() as stack:
             begun: list[tuple[Spec, Any]] = []
             for spec in specs:
-                log = logs / f"{self.path.stem}-{spec.name.replace(' ', '-')}.log"
-                engine = stack.enter_context(start_engine(spec, log, tiny=self.args.tiny))
-                self._running.append(engine)
+                engine = start_engine(spec, logs[spec.name], tiny=self.args.tiny)
+                self._running.append(stack.enter_context(engine))
                 if self.is_over:  # since before it was in the list
                     engine.kill()
                 begun.append((spec, engine))
@@ -195,9 +198,11 @@ class Run:
             for spec, engine in begun:
                 self._wait(spec, engine, found)
             try:
-                yield Engines(found)
+                yield Engines(found, logs)
             finally:
-                self._running = [e for e in self._running if e not in found.values()]
+                if not gently:
+                    self._kill_all()
+                self._running = []
 
     def keep(self, name: str, made: Any) -> None:
         """Keeps beside the figures what other figures are made of, in this run or a later one."""
@@ -286,7 +291,10 @@ class Run:
     def _end(self) -> None:
         """Called at the end of the time, in another thread: whoever waits for an engine fails."""
         self.is_over = True
-        for engine in self._running:
+        self._kill_all()
+
+    def _kill_all(self) -> None:
+        for engine in list(self._running):
             engine.kill()
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 
-def pieces(speculator: Any, requests: int, repeats: int) -> dict[str, float]:
-    """Microseconds of each part for ``requests`` blocks, the context of one verified block each."""
+def pieces(speculator: Any, requests: int, repeats: int) -> dict[str, float | str]:
+    """Microseconds of each part for ``requests`` blocks, the context of one verified block each; or
+    why it has none."""
     import torch
 
     from vllm_dflash.drafting.layout import end_blocks_at
@@ -41,8 +42,14 @@ def pieces(speculator: Any, requests: int, repeats: int) -> dict[str, float]:
             -1
         ),
     }
+    found: dict[str, float | str] = {}
     with torch.inference_mode():
-        return {name: microseconds(part, repeats) for name, part in parts.items()}
+        for name, part in parts.items():
+            try:
+                found[name] = microseconds(part, repeats)
+            except Exception as error:  # what cannot be captured: the others can
+                found[name] = f"failed: {error}"
+    return found
 
 
 def microseconds(part: Callable[[], Any], repeats: int) -> float:

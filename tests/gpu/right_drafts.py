@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         names = [n for n in list(planned)[first : first + wave] if run.wants(*figure_names(run, n))]
         if not names:
             for name in list(planned)[first : first + wave]:
-                measure(run, Engines({}), name, *planned[name][1:])
+                measure(run, Engines({}, {}), name, *planned[name][1:])
             continue
         with run.engines([*(planned[n][0] for n in names), parity.ORACLE]) as engines:
             for name in names:

@@ -93,7 +93,7 @@ def starts(run: Run) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     for name in STARTS:
         spec = engine("dflash", pair, arguments(run), name=name, environment=caches(folder))
-        with run.engines([spec, parity.ORACLE]) as engines:
+        with run.engines([spec, parity.ORACLE], gently=True) as engines:
 
             def one(name: str = name, engines: Engines = engines) -> dict[str, Any]:
                 made = draft(run, engines, name)

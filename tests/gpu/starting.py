@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+_LOG_SHOWN = 6000
+"""Characters of a log's end."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ def start_engine(spec: Spec, log: Path, *, tiny: bool) -> Any:
 class Engines:
     """Those that were started together, by name; a job for one that did not start says why."""
 
-    def __init__(self, found: Mapping[str, Any]) -> None:
-        self._found = found
+    def __init__(self, found: Mapping[str, Any], logs: Mapping[str, Path]) -> None:
+        self._found, self._logs = found, logs
 
     def do(self, name: str, job: Mapping[str, Any]) -> Any:
         """A job's result.
@@ -52,6 +54,19 @@ class Engines:
             EngineFailedError, EngineRefusedError: the engine did not start or died; cannot do it.
         """
         engine = self._found[name]
-        if isinstance(engine, Exception):
-            raise engine
-        return engine.do(job)
+        try:
+            if isinstance(engine, Exception):
+                raise engine
+            found = engine.do(job)
+        except Exception as error:
+            self._add_log(name, error)
+            raise
+        if isinstance(found, dict) and "error" in found:
+            raise RuntimeError(found["error"])
+        return found
+
+    def _add_log(self, name: str, error: Exception) -> None:
+        """What it printed last: a traceback is longer than what ``EngineProcess`` keeps."""
+        log = self._logs.get(name)
+        if log is not None and log.is_file() and not hasattr(error, "__notes__"):
+            error.add_note(log.read_text(errors="replace")[-_LOG_SHOWN:])

@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
             for repeat in range(1, args.repeats + 1)
         ]
         if not run.wants(*asked):
-            measure(run, Engines({}), names(wave), points)
+            measure(run, Engines({}, {}), names(wave), points)
             continue
         with run.engines(wave) as found:
             measure(run, found, names(wave), points)

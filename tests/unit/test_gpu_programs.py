@@ -75,7 +75,7 @@ class Stand:
 
     def __init__(self, spec: Any, log: Path, *, tiny: bool) -> None:
         json.dumps(spec.args)  # it goes to a child
-        self.name = spec.name
+        self.name, self.is_killed = spec.name, False
         Stand.started.append(spec.name)
 
     def __enter__(self) -> "Stand":
@@ -88,11 +88,13 @@ class Stand:
         return {"seconds": 1.0, "compile_seconds": 0.5}
 
     def kill(self) -> None:
-        Stand.broken[self.name] = RuntimeError("killed")
+        self.is_killed = True
 
     def do(self, job: dict[str, Any]) -> Any:
         Stand.before()
         Stand.jobs.append((self.name, job))
+        if self.is_killed:
+            raise RuntimeError("killed")
         if self.name in Stand.broken:
             raise Stand.broken[self.name]
         job = json.loads(json.dumps(job))
@@ -280,7 +282,7 @@ def test_the_time_is_over(tmp_path: Path, on_gpu: None) -> None:
     found = states(tmp_path)
     assert list(found.values()).count(common.RAN) == 3
     assert common.FAILED not in found.values()
-    Stand.before, Stand.broken = staticmethod(lambda: None), {}
+    Stand.before = staticmethod(lambda: None)
     assert run(step_time, tmp_path, "--repeats", "1") == common.ENDED
 
 
