@@ -40,9 +40,12 @@ class Recorder:
     def __call__(self, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
         propose = self._bare if self.is_bare else self._propose
         drafts = propose(input_batch, *args, **kwargs)
-        if self._steps is not None and not kwargs.get("dummy_run"):
+        # Where no draft is asked for, the buffer holds an earlier step's tokens, or none.
+        is_draft = not kwargs.get("dummy_run") and kwargs.get("num_speculative_tokens") != 0
+        if self._steps is not None and is_draft:
             speculator, n = self._speculator, input_batch.num_reqs
-            samples, rows = speculator.num_speculative_steps, speculator.num_query_per_req
+            samples = len(speculator.sample_pos) // speculator.max_num_reqs
+            rows = speculator.num_query_per_req
             self._steps.append(
                 (
                     list(input_batch.req_ids[:n]),

@@ -17,7 +17,8 @@ def pieces(speculator: Any, requests: int, repeats: int) -> dict[str, float | st
     from vllm_dflash.drafting.layout import end_blocks_at
 
     model, device = speculator.model, speculator.device
-    block, samples = speculator.num_query_per_req, speculator.num_speculative_steps
+    block, samples = speculator.num_query_per_req, speculator.num_draft_tokens
+    predicting = len(speculator.sample_pos) // speculator.max_num_reqs
     config, rows = model.drafter_config, requests * block
 
     def zeros(*shape: int, dtype: Any = torch.int64) -> Any:
@@ -30,7 +31,7 @@ def pieces(speculator: Any, requests: int, repeats: int) -> dict[str, float | st
         last_positions=zeros(requests, 1),
         rows=[zeros(requests, block, dtype=torch.int32), zeros(requests, block)],
         slots=[zeros(requests, block)],
-        sample_indices=zeros(requests, samples),
+        sample_indices=zeros(requests, predicting),
     )
     parts: dict[str, Callable[[], Any]] = {
         "features to context": lambda: model.combine_hidden_states(features),

@@ -34,8 +34,9 @@ def start_engine(spec: Spec, log: Path, *, tiny: bool) -> Any:
 
         def kill(self) -> None:
             """From any thread: whoever waits for an answer is told that there is none."""
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            if self._process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
 
     settings = {"engine_args": dict(spec.args), "interpreted": tiny}
     return Engine(spec.script, settings, log, spec.environment)
