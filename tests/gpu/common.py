@@ -81,7 +81,10 @@ def parser(doc: str, name: str, figures: str) -> argparse.ArgumentParser:
         " interpreter: says whether the program works, and nothing about speed",
     )
     made.add_argument(
-        "--only", default="", metavar="TEXT", help=f"figures with TEXT in their name: {figures}"
+        "--only",
+        default="",
+        metavar="TEXT",
+        help=f"figures with TEXT in their name, or one of several that | parts: {figures}",
     )
     made.add_argument(
         "--again", action="store_true", help="measure also those that the file already has"
@@ -134,7 +137,7 @@ class Run:
 
     def wants(self, *names: str) -> bool:
         """Whether any of these figures is to be measured in this run."""
-        return any(self.args.only in name and not self._has(name) for name in names)
+        return any(self._is_asked(name) and not self._has(name) for name in names)
 
     def value(self, name: str) -> dict[str, Any] | None:
         """A figure that is there, of this run or one before."""
@@ -151,7 +154,7 @@ class Run:
                 ``LeftOutError`` where it cannot be had here.
             made_of_others: it costs nothing, and is made anew as the others may be.
         """
-        if self.args.only not in name:
+        if not self._is_asked(name):
             return self.value(name)
         self.names.append(name)
         if self._has(name) and not made_of_others:
@@ -252,6 +255,9 @@ class Run:
                 f"{self.path} was measured with {before}, and this is {settings}: give another"
                 " --out"
             )
+
+    def _is_asked(self, name: str) -> bool:
+        return any(text in name for text in self.args.only.split("|"))
 
     def _has(self, name: str) -> bool:
         return self.value(name) is not None and not (

@@ -18,6 +18,7 @@ kernels: the same figures hold zeros for them.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,8 +37,8 @@ TAU = 4.0
 CONTEXT = 256
 
 
-def specs(run: Run, pair: shapes.Pair) -> list[Spec]:
-    """The engines."""
+def specs(run: Run, pair: shapes.Pair, kinds: Sequence[str]) -> list[Spec]:
+    """The engines of these kinds."""
     args = shared(
         run.args.tiny,
         max_model_len=4096,
@@ -46,7 +47,7 @@ def specs(run: Run, pair: shapes.Pair) -> list[Spec]:
         load_format="dummy",
     )
     rate = acceptance_for(TAU, pair.block_size - 1)
-    return [engine(kind, pair, args, acceptance=rate) for kind in KINDS]
+    return [engine(kind, pair, args, acceptance=rate) for kind in kinds]
 
 
 def profiled(run: Run, engines: Engines, method: str, requests: int) -> dict[str, Any]:
@@ -113,9 +114,10 @@ def main(argv: list[str] | None = None) -> int:
     profiles = {f"{kind}, {n} requests": (kind, n) for n in points for kind in KINDS}
     parts = {f"parts of a draft, {n} requests": n for n in points}
     metrics = {f"cost of metrics, {n} requests": n for n in points}
-    asked = [*profiles, *parts, *metrics]
-    wanted = specs(run, pair) if run.wants(*asked) else []
-    with run.engines(wanted) as engines:
+    of = {name: kind for name, (kind, _) in profiles.items()}
+    of |= dict.fromkeys([*parts, *metrics], "dflash")
+    kinds = [kind for kind in KINDS if run.wants(*(name for name in of if of[name] == kind))]
+    with run.engines(specs(run, pair, kinds)) as engines:
         for name, (kind, n) in profiles.items():
             run.figure(name, lambda kind=kind, n=n: profiled(run, engines, kind, n))
         for name, n in parts.items():

@@ -139,16 +139,18 @@ def main(argv: list[str] | None = None) -> int:
     first = [engine("plain", pair, arguments(run)), *engines(run, pair, whole)]
     waves = [first] if args.tiny else [first, engines(run, pair, FEWER)]
     for wave in waves:
-        asked = [
-            figure_name(n, method, repeat)
-            for n in points
-            for method in names(wave)
-            for repeat in range(1, args.repeats + 1)
+        wanted = [
+            spec
+            for spec in wave
+            if run.wants(
+                *(
+                    figure_name(n, spec.name, repeat)
+                    for n in points
+                    for repeat in range(1, args.repeats + 1)
+                )
+            )
         ]
-        if not run.wants(*asked):
-            measure(run, Engines({}, {}), names(wave), points)
-            continue
-        with run.engines(wave) as found:
+        with run.engines(wanted) as found:
             measure(run, found, names(wave), points)
     compare(run, points, (whole,) if args.tiny else (whole, FEWER))
     return run.finish()
