@@ -135,7 +135,7 @@ def measure(
                         "context": context,
                         "acceptance": None if method == "plain" else acceptance,
                         "cold_steps": 3 if tiny else run.args.cold,
-                        "steps": 4 if tiny else 400,
+                        "steps": 8 if tiny else 400,
                         "seconds": 60.0 if tiny else run.args.seconds,
                         "tokens": room(run, requests, context, cache),
                     },
