@@ -12,8 +12,9 @@ from gpu.starting import Engines, Spec
 AT_LEAST, NEAR_REFERENCE = 0.99, 0.01
 """Share of tokens that have to be the float32 reference's outright, unless plain PyTorch in
 bfloat16 stays below that itself: then no more than so much less than it."""
-GRAPHS = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]}
-"""Few, so that engines start sooner and 40 requests' drafts are past them."""
+LARGEST_GRAPH = 256
+GRAPHS = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, LARGEST_GRAPH]}
+"""Tokens. Few, so that engines start sooner and 40 requests' drafts are past them."""
 MAX_MODEL_LEN = 512
 NEAR_END = 20
 """Positions before ``max_model_len`` that are looked at apart."""

@@ -14,6 +14,19 @@ def pieces(speculator: Any, requests: int, repeats: int) -> dict[str, float | st
     why it has none."""
     import torch
 
+    found: dict[str, float | str] = {}
+    with torch.inference_mode():
+        for name, part in _parts(speculator, requests).items():
+            try:
+                found[name] = microseconds(part, repeats)
+            except Exception as error:  # what cannot be captured: the others can
+                found[name] = f"failed: {error}"
+    return found
+
+
+def _parts(speculator: Any, requests: int) -> dict[str, Callable[[], Any]]:
+    import torch
+
     from vllm_dflash.drafting.layout import end_blocks_at
 
     model, device = speculator.model, speculator.device
@@ -33,7 +46,7 @@ def pieces(speculator: Any, requests: int, repeats: int) -> dict[str, float | st
         slots=[zeros(requests, block)],
         sample_indices=zeros(requests, predicting),
     )
-    parts: dict[str, Callable[[], Any]] = {
+    return {
         "features to context": lambda: model.combine_hidden_states(features),
         "context to keys and values": lambda: model.precompute_and_store_context_kv(
             context, positions
@@ -43,14 +56,6 @@ def pieces(speculator: Any, requests: int, repeats: int) -> dict[str, float | st
             -1
         ),
     }
-    found: dict[str, float | str] = {}
-    with torch.inference_mode():
-        for name, part in parts.items():
-            try:
-                found[name] = microseconds(part, repeats)
-            except Exception as error:  # what cannot be captured: the others can
-                found[name] = f"failed: {error}"
-    return found
 
 
 def microseconds(part: Callable[[], Any], repeats: int) -> float:

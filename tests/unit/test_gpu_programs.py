@@ -72,6 +72,8 @@ class Stand:
     """By an engine's name what its jobs raise."""
     before: Callable[[], object] = staticmethod(lambda: None)
     """Called before each job."""
+    modes: dict[str, int] = {"draft FULL": 9}  # noqa: RUF012
+    """How forwards ran."""
 
     def __init__(self, spec: Any, log: Path, *, tiny: bool) -> None:
         json.dumps(spec.args)  # it goes to a child
@@ -109,7 +111,7 @@ class Stand:
     def drafts(job: dict[str, Any]) -> dict[str, Any]:
         drafts = [[i, len(p), 7, [3, 4, 5]] for i, p in enumerate(job["prompts"])]
         outputs = [[7, 3, 4] for _ in job["prompts"]]
-        return {"outputs": outputs, "drafts": drafts, "modes": {}, "tau": 2.0}
+        return {"outputs": outputs, "drafts": drafts, "modes": Stand.modes, "tau": 2.0}
 
     def steady(self, job: dict[str, Any]) -> dict[str, Any]:
         speed = {"plain": 100.0, "adaptive": 99.0}.get(self.name, 150.0)
@@ -290,6 +292,19 @@ def test_the_time_is_over(tmp_path: Path, on_gpu: None) -> None:
     assert common.FAILED not in found.values()
     Stand.before = staticmethod(lambda: None)
     assert run(step_time, tmp_path, "--repeats", "1") == common.ENDED
+
+
+def test_graphs_that_did_not_run_show_nothing(
+    tmp_path: Path, on_gpu: None, monkeypatch: Any
+) -> None:
+    """Right drafts of an engine that ran eagerly say nothing about CUDA graphs; past the largest
+    graph they are what is asked for."""
+    monkeypatch.setattr(Stand, "modes", {"draft NONE": 9})
+    assert run(right_drafts, tmp_path) == common.DID_NOT_PASS
+    figures = record(tmp_path)["figures"]
+    failed = {name for name, figure in figures.items() if figure.get("passed") is False}
+    assert {"dflash graphs, 32 requests", "wide graphs, 3 requests"} <= failed
+    assert not failed & {"dflash graphs, 40 requests", "dflash eager, 32 requests"}
 
 
 def test_other_settings_are_refused(tmp_path: Path, on_gpu: None, capsys: Any) -> None:
