@@ -17,7 +17,7 @@ import pytest
 
 from engine.harness import ROOT, engine_env
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 
 def run(name: str, folder: Path, *more: str) -> dict[str, Any]:
