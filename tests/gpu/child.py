@@ -19,57 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.engines import counted, counters, model_runner  # noqa: E402
 from gpu.pieces import pieces  # noqa: E402
-from vllm_dflash.engines.child import Parent, serve, start_llm  # noqa: E402
+from gpu.watching import Recorder, count_modes, traced, wait_check  # noqa: E402
+from vllm_dflash.engines.child import Parent, RefusedError, serve, start_llm  # noqa: E402
 
 
 class JobError(RuntimeError):
     """A job that this engine cannot do, or not as it was asked for; it is ready for others."""
-
-
-class Recorder:
-    """Stands before a speculator's ``propose`` and keeps what each step drafted."""
-
-    def __init__(self, speculator: Any) -> None:
-        self._speculator, self._propose = speculator, speculator.propose
-        self._bare = getattr(self._propose, "__wrapped__", self._propose)
-        """Without our metrics' events around it."""
-        self.is_bare = False
-        self._steps: list[tuple[list[str], Any, Any, Any]] | None = None
-        speculator.propose = self
-
-    def __call__(self, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        propose = self._bare if self.is_bare else self._propose
-        drafts = propose(input_batch, *args, **kwargs)
-        # Where no draft is asked for, the buffer holds an earlier step's tokens, or none.
-        is_draft = not kwargs.get("dummy_run") and kwargs.get("num_speculative_tokens") != 0
-        if self._steps is not None and is_draft:
-            speculator, n = self._speculator, input_batch.num_reqs
-            samples = len(speculator.sample_pos) // speculator.max_num_reqs
-            rows = speculator.num_query_per_req
-            self._steps.append(
-                (
-                    list(input_batch.req_ids[:n]),
-                    drafts[:n].clone(),
-                    speculator.sample_pos[: n * samples : samples].clone(),
-                    speculator.input_buffers.input_ids[: n * rows : rows].clone(),
-                )
-            )
-        return drafts
-
-    def begin(self) -> None:
-        """Keeps what is drafted from now on."""
-        self._steps = []
-
-    def end(self) -> list[tuple[int, int, int, list[int]]]:
-        """Of each draft: its request, the anchor's position and token, and the drafted tokens."""
-        found, self._steps = self._steps or [], None
-        return [
-            (int(request.split("-")[0]), position - 1, token, draft)
-            for requests, drafts, positions, tokens in found
-            for request, draft, position, token in zip(
-                requests, drafts.tolist(), positions.tolist(), tokens.tolist(), strict=True
-            )
-        ]
 
 
 class Worker:
@@ -80,6 +35,10 @@ class Worker:
         self.engine = self.llm.llm_engine
         self.scheduler = self.engine.engine_core.engine_core.scheduler
         self.runner = model_runner(self.llm)
+        if not type(self.runner).__module__.startswith("vllm.v1.worker.gpu."):
+            raise RefusedError(
+                f"this needs the V2 model runner, and vLLM took {_name(self.runner)}"
+            )
         self.speculator = getattr(self.runner, "speculator", None)
         self.modes: Counter[str] = Counter()
         """Forwards so far, by whose they are and how they ran."""
@@ -87,7 +46,7 @@ class Worker:
             ("target", self.runner, "cudagraph_manager"),
             ("draft", self.speculator, "query_cudagraph_manager"),
         ):
-            self._count_modes(whose, getattr(holder, name, None))
+            count_modes(self.modes, whose, getattr(holder, name, None))
         self.recorder = None if self.speculator is None else Recorder(self.speculator)
 
     def describe(self) -> dict[str, Any]:
@@ -104,6 +63,7 @@ class Worker:
             "cudagraph_mode": str(config.compilation_config.cudagraph_mode),
             "max_model_len": config.model_config.max_model_len,
             "compile_seconds": config.compilation_config.compilation_time,
+            "wait_check": wait_check(),
         }
 
     def do(self, job: dict[str, Any], parent: Parent) -> Any:
@@ -190,24 +150,11 @@ class Worker:
         )
 
     def profile(
-        self,
-        requests: int,
-        context: int,
-        acceptance: float | None,
-        warm_steps: int,
-        steps: int,
-        trace: str,
+        self, requests: int, context: int, warm_steps: int, steps: int, trace: str
     ) -> dict[str, Any]:
         """The speed of ``steps`` steps after ``warm_steps``, and a trace of as many more, in a
         file."""
-        import torch
-        from torch.profiler import ProfilerActivity, record_function
-
-        activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available():
-            activities.append(ProfilerActivity.CUDA)
-        self._accept(acceptance)
-        ranges = (
+        parts = (
             (self.scheduler, "schedule"),
             (self.runner, "execute_model"),
             (self.runner, "sample_tokens"),
@@ -217,16 +164,7 @@ class Worker:
         with self._in_flight(requests, context):
             self._window(warm_steps, 60.0, requests)
             timed = self._window(steps, 60.0, requests)
-            with (
-                _wrapped(ranges, record_function),
-                torch.profiler.profile(activities=activities) as profiler,
-            ):
-                for _ in range(steps):
-                    with record_function("step"):
-                        self.engine.step()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-        profiler.export_chrome_trace(trace)
+            traced(self.engine.step, steps, parts, trace)
         return timed
 
     def _add(self, index: int, prompt: list[int], max_tokens: int) -> None:
@@ -302,39 +240,6 @@ class Worker:
         if rates is None:
             raise JobError("this engine was started without vLLM's synthetic acceptance")
         rates.fill_(rate)  # in place: a graph may have its address
-
-    def _count_modes(self, whose: str, manager: Any) -> None:
-        if manager is None:
-            return
-        dispatch = manager.dispatch
-
-        def counting(*args: Any, **kwargs: Any) -> Any:
-            found = dispatch(*args, **kwargs)
-            self.modes[f"{whose} {found.cg_mode.name}"] += 1
-            return found
-
-        manager.dispatch = counting
-
-
-@contextmanager
-def _wrapped(ranges: Any, record_function: Any) -> Iterator[None]:
-    """Each of the methods within a range of the profiler that is named after it."""
-    originals = []
-    for owner, name in ranges:
-        if owner is not None:
-            method = getattr(owner, name)
-            originals.append((owner, name, method))
-
-            def within(*args: Any, _method: Any = method, _name: str = name, **kwargs: Any) -> Any:
-                with record_function(_name):
-                    return _method(*args, **kwargs)
-
-            setattr(owner, name, within)
-    try:
-        yield
-    finally:
-        for owner, name, method in originals:
-            setattr(owner, name, method)
 
 
 def _accepted(delta: dict[str, Any]) -> dict[str, Any]:

@@ -18,13 +18,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gpu import here, shapes
 from gpu.here import RefusedError, versions
-from gpu.starting import Engines, Spec, start_engine
+from gpu.starting import Engines, Spec, Starter
 
 RAN, FAILED, LEFT_OUT = "ran", "failed", "left out"
 ENDED, DID_NOT_PASS, REFUSED, UNFINISHED = range(4)
@@ -36,13 +37,16 @@ class LeftOutError(RuntimeError):
     """A figure cannot be had here, and nothing is wrong; the message says why."""
 
 
-def parser(doc: str, name: str, figures: str) -> argparse.ArgumentParser:
+def parser(
+    doc: str | None, name: str, figures: str, shape: str | None = None
+) -> argparse.ArgumentParser:
     """The flags that all five have.
 
     Args:
         doc: the program's own text, which ``--help`` shows.
         name: the program's, and its file's.
         figures: what its figures are named like.
+        shape: the target's for which a program makes up weights, where another one may be given.
     """
     made = argparse.ArgumentParser(
         prog=f"python tests/gpu/{name}.py",
@@ -89,7 +93,20 @@ def parser(doc: str, name: str, figures: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--again", action="store_true", help="measure also those that the file already has"
     )
+    if shape is not None:
+        large = [name for name in shapes.TARGETS if name.startswith("qwen3")]
+        made.add_argument("--shape", choices=large, default=shape, help="the target's shapes")
     return made
+
+
+def begin(name: str, args: argparse.Namespace, **settings: Any) -> "Run":
+    """A run with these flags; the program ends where there cannot be one."""
+    if hasattr(args, "shape"):
+        args.shape = settings["shape"] = "tiny" if args.tiny else args.shape
+    try:
+        return Run(name, args, here.check_here(tiny=args.tiny), **settings)
+    except RefusedError as error:
+        refuse(error)
 
 
 class Run:
@@ -104,8 +121,7 @@ class Run:
             RefusedError: they were measured with other ``settings``, or cannot be read.
         """
         self.args, self.device, self._began = args, device, time.monotonic()
-        self._running: list[Any] = []
-        self.is_over = False
+        self._starter = Starter(tiny=args.tiny)
         found = versions()
         size = "-tiny" if args.tiny else ""
         self.path = args.out / f"{name}-{found['vllm']}{size}.json"
@@ -127,9 +143,20 @@ class Run:
         )
         self.names: list[str] = []
         """Of the figures that this run was asked for."""
-        self._timer = threading.Timer(60 * args.minutes, self._end)
+        self._timer = threading.Timer(60 * args.minutes, self._starter.end)
         self._timer.daemon = True
         self._timer.start()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the time is: engines have been ended."""
+        return self._starter.is_over
+
+    def large_pair(self) -> shapes.Pair:
+        """Of ``--shape``; weights of the tiny one only, as vLLM makes up the others."""
+        shape, tiny = self.args.shape, self.args.tiny
+        folder = self.work / "pairs" / shape
+        return shapes.make_pair(shape, folder, dtype=self.dtype, weights=tiny)
 
     def say(self, text: str) -> None:
         """A line of progress."""
@@ -175,42 +202,29 @@ class Run:
         return self._put(name, RAN, found | {"seconds": round(time.monotonic() - began, 2)})
 
     @contextmanager
-    def engines(
-        self, specs: Sequence[Spec], *, at_once: int = 4, gently: bool = False
-    ) -> Iterator[Engines]:
-        """Starts engines, ``at_once`` side by side, and ends them: ``gently`` where they have
-        something to put away."""
-        found: dict[str, Any] = {}
+    def engines(self, specs: Sequence[Spec], *, gently: bool = False) -> Iterator[Engines]:
+        """Starts engines side by side, and ends them: ``gently`` where they have something to put
+        away."""
         if self.is_over or not specs:
-            yield Engines(found, {})
+            yield Engines({}, {})
             return
-        folder = self.work / "logs"
-        folder.mkdir(parents=True, exist_ok=True)
-        logs = {s.name: folder / f"{self.path.stem}-{s.name.replace(' ', '-')}.log" for s in specs}
-        self.say(f"starting {', '.join(logs)}")
-        with ExitStack() as stack:
-            begun: list[tuple[Spec, Any]] = []
-            for spec in specs:
-                engine = start_engine(spec, logs[spec.name], tiny=self.args.tiny)
-                self._running.append(stack.enter_context(engine))
-                if self.is_over:  # since before it was in the list
-                    engine.kill()
-                begun.append((spec, engine))
-                if len(begun) == (2 if self.args.tiny else at_once):
-                    self._wait(*begun.pop(0), found)
-            for spec, engine in begun:
-                self._wait(spec, engine, found)
-            try:
-                yield Engines(found, logs)
-            finally:
-                if not gently:
-                    self._kill_all()
-                self._running = []
+        self.say(f"starting {', '.join(spec.name for spec in specs)}")
+        logs = self.work / "logs" / self.path.stem
+        with self._starter.started(specs, logs, self._ready, gently=gently) as engines:
+            yield engines
+
+    def _ready(self, name: str, ready: Any) -> None:
+        """What an engine says of itself, or why it did not start."""
+        if isinstance(ready, Exception):
+            self.say(f"{name} did not start: {ready}")
+            return
+        self.data["engines"][name] = ready
+        self._write()
+        self.say(f"{name} is ready after {ready['seconds']:.0f} s")
 
     def keep(self, name: str, made: Any) -> None:
         """Keeps beside the figures what other figures are made of, in this run or a later one."""
-        kept = self._read_kept() | {name: made}
-        _write_whole(self._kept_path, json.dumps(kept) + "\n")
+        self._put_file(self._kept_path, json.dumps(self._read_kept() | {name: made}))
 
     def kept(self, name: str) -> Any:
         """What ``keep`` kept.
@@ -279,37 +293,14 @@ class Run:
         return found if state == RAN else None
 
     def _write(self) -> None:
-        _write_whole(self.path, json.dumps(self.data, indent=1) + "\n")
+        self._put_file(self.path, json.dumps(self.data, indent=1))
 
-    def _wait(self, spec: Spec, engine: Any, found: dict[str, Any]) -> None:
-        """Until the engine is ready, or why it is not."""
-        try:
-            ready = engine.wait_until_ready()
-            self.data["engines"][spec.name] = ready
-            self._write()
-            self.say(f"{spec.name} is ready after {ready['seconds']:.0f} s")
-            found[spec.name] = engine
-        except Exception as error:
-            if not self.is_over:
-                self.say(f"{spec.name} did not start: {error}")
-            found[spec.name] = error
+    @staticmethod
+    def _put_file(path: Path, text: str) -> None:
+        from vllm_dflash.files import put
 
-    def _end(self) -> None:
-        """Called at the end of the time, in another thread: whoever waits for an engine fails."""
-        self.is_over = True
-        self._kill_all()
-
-    def _kill_all(self) -> None:
-        for engine in list(self._running):
-            engine.kill()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """A file that is whole or as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    os.replace(part, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        put(path, text + "\n")
 
 
 def refuse(error: RefusedError) -> NoReturn:

@@ -26,15 +26,21 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gpu import common, here, shapes
+from gpu import common, shapes
 from gpu.common import LeftOutError, Run
-from gpu.methods import engine, expected_tau, shared
+from gpu.here import RefusedError
+from gpu.methods import TAU, engine, shared, steady
 from gpu.starting import Engines
 
 NAME = "load"
 WAVES = (("plain", "adaptive"), ("fixed", "verification"))
-KINDS = {"fixed": "dflash"}
-"""Of an engine's name the method, where they differ."""
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("plain", {}),
+    "adaptive": ("adaptive", {}),
+    "fixed": ("dflash", {}),
+    "verification": ("native", {"enable_adaptive_verification": True}),
+}
+"""Of an engine's name the benchmark's method, and further keys of its speculative config."""
 CONTEXTS = (1024, 32768, 131072)
 REQUESTS = (1, 32, 128, 256)
 ACCEPTANCES = (0.6, 0.05)
@@ -61,7 +67,7 @@ def cache_bytes(run: Run) -> int:
     share = 0.94 * run.device["total_bytes"] / 2
     found = int(share) - shapes.bytes_of(run.args.shape, True) - _RESERVE
     if found < 2 * ROOM * shapes.cache_bytes_a_token(run.args.shape):
-        raise here.RefusedError(
+        raise RefusedError(
             f"two engines of {run.args.shape} do not fit into"
             f" {run.device['total_bytes'] / 1e9:.0f} GB: use a larger GPU"
         )
@@ -71,7 +77,7 @@ def cache_bytes(run: Run) -> int:
 def room(run: Run, requests: int, context: int, cache: int) -> int:
     """Tokens that each request of a cell may generate before the KV cache is full."""
     each = cache // (requests * shapes.cache_bytes_a_token(run.args.shape))
-    return 200 if run.args.tiny else min(ROOM, each - context) - SPARE
+    return min(ROOM, each - context) - SPARE
 
 
 def loads(run: Run, context: int, cache: int) -> dict[int, str]:
@@ -127,19 +133,17 @@ def measure(
                 if tiny and method == "verification":
                     raise LeftOutError("vLLM's adaptive verification needs CUDA graphs")
                 requests, context, acceptance = cell
-                return engines.do(
-                    method,
-                    {
-                        "do": "steady",
-                        "requests": requests,
-                        "context": context,
-                        "acceptance": None if method == "plain" else acceptance,
-                        "cold_steps": 3 if tiny else run.args.cold,
-                        "steps": 8 if tiny else 400,
-                        "seconds": 60.0 if tiny else run.args.seconds,
-                        "tokens": room(run, requests, context, cache),
-                    },
+                job = steady(
+                    run,
+                    requests,
+                    room(run, requests, context, cache),
+                    context=context,
+                    acceptance=None if method == "plain" else acceptance,
+                    cold_steps=run.args.cold,
+                    steps=400,
+                    seconds=run.args.seconds,
                 )
+                return engines.do(method, job)
 
             run.figure(name, one)
 
@@ -173,9 +177,7 @@ def compare(run: Run, asked: dict[Cell, str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs what is missing; the exit status."""
-    parser = common.parser(__doc__, NAME, "such as 'context 1024' or 'adaptive'")
-    large = [name for name in shapes.TARGETS if name.startswith("qwen3")]
-    parser.add_argument("--shape", choices=large, default="qwen3-4b", help="the target's shapes")
+    parser = common.parser(__doc__, NAME, "such as 'context 1024' or 'adaptive'", "qwen3-4b")
     parser.add_argument(
         "--cold", type=int, default=100, help="first steps of a cell (default: %(default)s)"
     )
@@ -186,33 +188,27 @@ def main(argv: list[str] | None = None) -> int:
         help="of the first steps, and of the ones after, at most (default: %(default)s)",
     )
     args = parser.parse_args(argv)
-    args.shape = "tiny" if args.tiny else args.shape
+    run = common.begin(NAME, args)
     try:
-        run = Run(NAME, args, here.check_here(tiny=args.tiny), shape=args.shape)
         cache = cache_bytes(run)
-    except here.RefusedError as error:
+    except RefusedError as error:
         common.refuse(error)
-    pair = shapes.make_pair(args.shape, run.work / "pairs" / args.shape, dtype=run.dtype)
-    asked = cells(run, cache)
+    pair, asked = run.large_pair(), cells(run, cache)
     arguments = shared(
         args.tiny,
         max_model_len=max(CONTEXTS) + ROOM,
         max_num_seqs=max(REQUESTS),
         cache_bytes=cache,
-        load_format="dummy",
-        kv_transfer_config=FILLED,
-    )
-    tau = expected_tau(ACCEPTANCES[0], pair.block_size - 1)
-    run.say(f"{len(asked)} cells; tau at acceptance {ACCEPTANCES[0]} is {tau:.2f}")
+        made_up=True,
+    ) | {"kv_transfer_config": FILLED}
     for wave in WAVES:
         specs = [
-            engine(
-                KINDS.get(name, name), pair, arguments, name=name, acceptance=ACCEPTANCES[0]
-            )
-            for name in wave
-            if not (args.tiny and name == "verification")
+            engine(method, pair, arguments, name=name, tau=TAU, speculative=speculative)
+            for name, (method, speculative) in METHODS.items()
+            if name in wave
+            and not (args.tiny and name == "verification")
             and run.wants(*(figure_name(cell, name) for cell, why in asked.items() if not why))
-        ]  # fmt: skip
+        ]
         with run.engines(specs) as engines:
             measure(run, engines, wave, asked, cache)
     compare(run, asked)

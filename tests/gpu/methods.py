@@ -1,19 +1,23 @@
-"""The engines that are compared, as arguments of ``LLM``; all alike but for what makes the
-method."""
+"""The engines that are compared, as arguments of ``LLM``, and what they are asked to do; all alike
+but for what makes the method, which is as ``vllm-dflash bench`` has it."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpu.shapes import Pair
 from gpu.starting import Spec
 
+if TYPE_CHECKING:
+    from gpu.common import Run
+
 CAPTURED = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 """Tokens for which CUDA graphs are recorded: fewer sizes than vLLM would, so that engines start
 sooner, and up to 256 requests' drafts, where vLLM's default ends at 512 tokens."""
-KINDS = ("plain", "native", "dflash", "adaptive", "verification")
-"""Without a drafter; vLLM's own dflash; ours with whole drafts; ours with the controller; vLLM's
-own with its adaptive verification."""
-_OURS = ("dflash", "adaptive")
+RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+"""Else vLLM takes the other runner where something is missing, and says so in its log alone."""
+TAU = 4.0
+"""Tokens that a verified draft yields, where vLLM decides what is accepted."""
+CONTEXT = 256
+"""Tokens of a request's prompt, where no other number is named."""
 _TINY = {
     "max_model_len": 256,
     "max_num_batched_tokens": 512,
@@ -25,9 +29,20 @@ _TINY = {
 
 
 def shared(
-    tiny: bool, *, max_model_len: int, max_num_seqs: int, cache_bytes: int, **more: Any
+    tiny: bool,
+    *,
+    max_model_len: int,
+    max_num_seqs: int,
+    cache_bytes: int,
+    made_up: bool = False,
+    **more: Any,
 ) -> dict[str, Any]:
-    """Arguments that all engines of a program have."""
+    """Arguments that all engines of a program have; ``more`` are those of a GPU.
+
+    Args:
+        made_up: vLLM makes up the weights. On a CPU they are read: there vLLM's own dflash cannot
+            do without.
+    """
     found: dict[str, Any] = {
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,
@@ -37,7 +52,7 @@ def shared(
         "use_tqdm_on_load": False,
     }
     if tiny:
-        return found | _TINY | more
+        return found | _TINY
     return (
         found
         | {
@@ -49,72 +64,45 @@ def shared(
             "gpu_memory_utilization": 0.05,
             "compilation_config": {"cudagraph_capture_sizes": CAPTURED},
         }
+        | ({"load_format": "dummy"} if made_up else {})
         | more
     )
 
 
 def engine(
-    kind: str,
+    method: str,
     pair: Pair,
     args: dict[str, Any],
     *,
     name: str | None = None,
-    k: int | None = None,
-    acceptance: float | None = None,
+    tau: float | None = None,
     speculative: dict[str, Any] | None = None,
     environment: dict[str, str] | None = None,
 ) -> Spec:
-    """An engine of one of ``KINDS``.
+    """An engine of one of the benchmark's methods: plain, native:7, dflash, adaptive.
 
     Args:
-        name: as the figures call it; the kind's, where left out.
-        k: draft tokens a step; a whole block where left out.
-        acceptance: of each token that is reached, by vLLM's synthetic acceptance; the job may
-            change it.
+        name: as the figures call it; the method's, where left out.
+        tau: what vLLM's synthetic acceptance yields; a job may change it. None: as drafts deserve.
         speculative: further keys of ``speculative_config``.
     """
-    switch = {"VLLM_DFLASH": "1" if kind in _OURS else "0"}
-    args = {"model": str(pair.target), **args}
-    if kind == "plain":
-        return Spec(name or kind, args, switch | (environment or {}))
-    k = k or pair.block_size - 1
-    config: dict[str, Any] = {
-        "method": "dflash",
-        "model": str(pair.drafter),
-        "num_speculative_tokens": k,
-    }
-    if acceptance is not None:
-        config |= {
-            "rejection_sample_method": "synthetic",
-            "synthetic_acceptance_rates": rates(acceptance, k),
-        }
-    if kind == "verification":
-        config["enable_adaptive_verification"] = True
-    if kind in _OURS:
-        args["additional_config"] = {"dflash": {"adaptive": kind == "adaptive"}}
-    args["speculative_config"] = config | (speculative or {})
-    return Spec(name or kind, args, switch | (environment or {}))
+    from vllm_dflash.evaluation.methods import Drafter, parse_methods
+
+    (found,) = parse_methods(method, {"own": Drafter(str(pair.drafter), pair.block_size - 1)})
+    args = {"model": str(pair.target)} | args | found.engine_args
+    if found.speculative_config is not None:
+        synthetic: dict[str, Any] = {}
+        if tau is not None:
+            synthetic = {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": tau}
+        args["speculative_config"] = found.speculative_config | synthetic | (speculative or {})
+    return Spec(name or method, args, RUNNER | found.environment | (environment or {}))
 
 
-def rates(acceptance: float, k: int) -> list[float]:
-    """The probability that each token and all before it are accepted."""
-    return [acceptance ** (i + 1) for i in range(k)]
-
-
-def expected_tau(acceptance: float, k: int) -> float:
-    """Tokens that a verified draft yields."""
-    return 1 + sum(rates(acceptance, k))
-
-
-def acceptance_for(tau: float, k: int) -> float:
-    """The acceptance of each token with which a draft of ``k`` yields ``tau``, by bisection."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if expected_tau(middle, k) < tau else (low, middle)
-    return low
-
-
-def names(specs: Sequence[Spec]) -> list[str]:
-    """Of engines."""
-    return [spec.name for spec in specs]
+def steady(run: "Run", requests: int, tokens: int, **others: Any) -> dict[str, Any]:
+    """The job that measures speed with so many requests in flight, none of which generates more
+    than ``tokens``; ``others`` than what is here are for a GPU."""
+    job = {"do": "steady", "requests": requests, "context": CONTEXT, "acceptance": None}
+    job |= {"cold_steps": 40, "steps": 150, "seconds": 2.0, "tokens": tokens} | others
+    if run.args.tiny:
+        job |= {"context": 16, "cold_steps": 3, "steps": 8, "seconds": 60.0, "tokens": 200}
+    return job

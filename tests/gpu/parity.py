@@ -4,21 +4,56 @@
 import json
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gpu.shapes import EMBEDDED, Pair
+from gpu.methods import shared
+from gpu.shapes import EMBEDDED, TARGETS, Pair
 from gpu.starting import Engines, Spec
+
+if TYPE_CHECKING:
+    from gpu.common import Run
 
 AT_LEAST, NEAR_REFERENCE = 0.99, 0.01
 """Share of tokens that have to be the float32 reference's outright, unless plain PyTorch in
 bfloat16 stays below that itself: then no more than so much less than it."""
 LARGEST_GRAPH = 256
 GRAPHS = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, LARGEST_GRAPH]}
-"""Tokens. Few, so that engines start sooner and 40 requests' drafts are past them."""
-MAX_MODEL_LEN = 512
+"""Tokens that the target verifies. Few, so that engines start sooner and 40 requests' drafts are
+past them: the draft has graphs for the request counts for which the target has."""
 NEAR_END = 20
 """Positions before ``max_model_len`` that are looked at apart."""
 ORACLE = Spec("oracle", {}, script="oracle.py")
+
+
+def max_model_len(run: "Run") -> int:
+    """Of all engines that are compared, in tokens."""
+    return 256 if run.args.tiny else 512
+
+
+def arguments(run: "Run") -> dict[str, Any]:
+    """Of all engines that are compared."""
+    return shared(
+        run.args.tiny,
+        max_model_len=max_model_len(run),
+        max_num_seqs=64,
+        cache_bytes=4 << 30,
+        compilation_config=GRAPHS,
+        max_num_batched_tokens=2048,
+    )
+
+
+def accepted(k: int) -> dict[str, Any]:
+    """Keys of a random pair's ``speculative_config``: its drafts are accepted in all lengths."""
+    rates = [0.6 ** (i + 1) for i in range(k)]
+    return {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates}
+
+
+def prompts_for(run: "Run", pair: Pair) -> list[list[int]]:
+    """Of a pair: 40, or with --tiny few."""
+    count, length = 4 if run.args.tiny else 40, max_model_len(run)
+    if pair.target.is_relative_to(EMBEDDED):
+        return embedded_prompts(count, length)
+    return random_prompts(count, TARGETS["tiny" if run.args.tiny else "wide"]["vocab_size"], length)
 
 
 def embedded_prompts(count: int, max_model_len: int) -> list[list[int]]:
@@ -49,10 +84,11 @@ def random_prompts(count: int, vocab: int, max_model_len: int) -> list[list[int]
 
 
 def drafted(
-    engines: Engines, name: str, prompts: Sequence[Sequence[int]], requests: int, tokens: int
+    run: "Run", engines: Engines, name: str, prompts: Sequence[Sequence[int]], requests: int
 ) -> dict[str, Any]:
-    """What an engine drafts with ``requests`` in flight; answers are of many lengths, up to
-    ``tokens``, and those near the end go up to it."""
+    """What an engine drafts with ``requests`` in flight; answers are of many lengths, and those
+    near the end go up to it."""
+    tokens = 16 if run.args.tiny else 64
     return engines.do(
         name,
         {
@@ -80,25 +116,22 @@ def sequences(prompts: Sequence[Sequence[int]], made: Mapping[str, Any]) -> list
 
 
 def compared(
+    run: "Run",
     engines: Engines,
     pair: Pair,
     k: int,
     prompts: Sequence[Sequence[int]],
     made: Mapping[str, Any],
-    *,
-    max_model_len: int,
-    dtype: str,
-    most: int,
 ) -> dict[str, Any]:
     """The figure of one engine's drafts beside the reference's."""
     job = {
         "target": str(pair.target),
         "drafter": str(pair.drafter),
         "k": k,
-        "dtype": dtype,
-        "most": most,
+        "dtype": run.dtype,
+        "most": 60 if run.args.tiny else 600,
         "near_end": NEAR_END + k,
-        "max_model_len": max_model_len,
+        "max_model_len": max_model_len(run),
         "sequences": sequences(prompts, made),
     }
     found = engines.do("oracle", job)
@@ -107,7 +140,7 @@ def compared(
     if not total[0]:
         raise RuntimeError("no drafted token could be compared: nothing is shown")
     same, beyond, reference = (n / total[0] for n in total[1:])
-    bound = min(AT_LEAST, reference - NEAR_REFERENCE) if dtype != "float32" else 1.0
+    bound = min(AT_LEAST, reference - NEAR_REFERENCE) if run.dtype != "float32" else 1.0
     figure = {
         "drafts": found["drafts"],
         "tokens": total[0],
@@ -126,6 +159,12 @@ def compared(
         and same >= bound
         and (not end[0] or end[1] / end[0] >= bound - 0.01),
     }
+
+
+def shows_graphs(run: "Run", found: Mapping[str, Any], requests: int, k: int) -> bool:
+    """Whether the drafts of a figure came out of CUDA graphs, where so many requests have some."""
+    has_graph = not run.args.tiny and requests * (k + 1) <= LARGEST_GRAPH
+    return not has_graph or found["modes"].get("draft FULL", 0) > 0
 
 
 def against(

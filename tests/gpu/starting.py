@@ -2,13 +2,15 @@
 
 import os
 import signal
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+_AT_ONCE, _AT_ONCE_TINY = 4, 2
+"""Engines that start side by side."""
 _LOG_SHOWN = 6000
 """Characters of a log's end."""
 
@@ -71,3 +73,69 @@ class Engines:
         log = self._logs.get(name)
         if log is not None and log.is_file() and not hasattr(error, "__notes__"):
             error.add_note(log.read_text(errors="replace")[-_LOG_SHOWN:])
+
+
+class Starter:
+    """Starts a program's engines, and ends them, from another thread too."""
+
+    def __init__(self, *, tiny: bool) -> None:
+        self.is_over, self._tiny = False, tiny
+        self._running: list[Any] = []
+
+    @contextmanager
+    def started(
+        self,
+        specs: Sequence[Spec],
+        logs: Path,
+        on_ready: Callable[[str, Any], object],
+        *,
+        gently: bool,
+    ) -> Iterator[Engines]:
+        """Engines that run within.
+
+        Args:
+            logs: the folder of what they print.
+            on_ready: called with an engine's name and what it says of itself, or the error that
+                it ended with.
+            gently: they end by themselves, with what they have to put away.
+        """
+        logs.mkdir(parents=True, exist_ok=True)
+        paths = {spec.name: logs / f"{spec.name.replace(' ', '-')}.log" for spec in specs}
+        found: dict[str, Any] = {}
+        begun: list[tuple[str, Any]] = []
+
+        def wait() -> None:
+            name, engine = begun.pop(0)
+            try:
+                ready, found[name] = engine.wait_until_ready(), engine
+            except Exception as error:
+                ready = found[name] = error
+            if not (self.is_over and isinstance(ready, Exception)):
+                on_ready(name, ready)
+
+        with ExitStack() as stack:
+            for spec in specs:
+                engine = start_engine(spec, paths[spec.name], tiny=self._tiny)
+                self._running.append(stack.enter_context(engine))
+                if self.is_over:  # since before it was in the list
+                    engine.kill()
+                begun.append((spec.name, engine))
+                if len(begun) == (_AT_ONCE_TINY if self._tiny else _AT_ONCE):
+                    wait()
+            while begun:
+                wait()
+            try:
+                yield Engines(found, paths)
+            finally:
+                if not gently:
+                    self._kill_all()
+                self._running = []
+
+    def end(self) -> None:
+        """The time is over: whoever waits for an engine is told that there is none."""
+        self.is_over = True
+        self._kill_all()
+
+    def _kill_all(self) -> None:
+        for engine in list(self._running):
+            engine.kill()
