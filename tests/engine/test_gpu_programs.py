@@ -57,7 +57,7 @@ def test_right_drafts(tmp_path: Path) -> None:
     assert found["wide K below the block, 2 requests"]["tau"] > 1.3
     assert found["dflare graphs, 2 requests"]["tau"] > 1.5
     engine = record["engines"]["dflare graphs"]
-    assert engine["runner"].startswith("vllm.v1.worker.gpu.")
+    assert engine["runner"] == "vllm.v1.worker.cpu.model_runner.CPUModelRunner"
     assert engine["speculator"] == "vllm_dflash.drafting.v2.DFlashSpeculator"
 
 

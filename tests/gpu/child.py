@@ -35,7 +35,8 @@ class Worker:
         self.engine = self.llm.llm_engine
         self.scheduler = self.engine.engine_core.engine_core.scheduler
         self.runner = model_runner(self.llm)
-        if not type(self.runner).__module__.startswith("vllm.v1.worker.gpu."):
+        # On a CPU it is a class of that one.
+        if not any(c.__module__.startswith("vllm.v1.worker.gpu.") for c in type(self.runner).mro()):
             raise RefusedError(
                 f"this needs the V2 model runner, and vLLM took {_name(self.runner)}"
             )

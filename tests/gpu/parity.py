@@ -1,6 +1,7 @@
 """Whether an engine drafts what plain PyTorch does: shared by ``right_drafts`` and
 ``second_start``."""
 
+import functools
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -56,6 +57,7 @@ def prompts_for(run: "Run", pair: Pair) -> list[list[int]]:
     return random_prompts(count, TARGETS["tiny" if run.args.tiny else "wide"]["vocab_size"], length)
 
 
+@functools.lru_cache
 def embedded_prompts(count: int, max_model_len: int) -> list[list[int]]:
     """Held-out prompts of the embedded pair; every fourth goes on in the next ones until 40 tokens
     before the end."""
@@ -75,6 +77,7 @@ def embedded_prompts(count: int, max_model_len: int) -> list[list[int]]:
     return found
 
 
+@functools.lru_cache
 def random_prompts(count: int, vocab: int, max_model_len: int) -> list[list[int]]:
     """Token ids by chance, of 2 to 400 tokens; every fourth ends 40 tokens before the end."""
     draw = random.Random(1)

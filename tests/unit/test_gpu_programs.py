@@ -8,8 +8,6 @@ jobs themselves run is shown by ``tests/engine/test_gpu_programs.py``, on the in
 import json
 import subprocess
 import sys
-import tarfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -20,47 +18,18 @@ import pytest
 from gpu import (
     common,
     here,
-    kernels,
     load,
-    methods,
-    oracle,
-    pack_vllm,
-    parity,
     profile_step,
     right_drafts,
     second_start,
     shapes,
+    starting,
     step_time,
 )
 
 PROGRAMS = [right_drafts, second_start, step_time, profile_step, load]
 ROOT = Path(__file__).resolve().parents[2]
 H200 = {"name": "NVIDIA H200", "total_bytes": 150_754_820_096, "free_bytes": 150_000_000_000}
-TRACE = {
-    "traceEvents": [
-        {"ph": "X", "cat": "user_annotation", "name": "step", "ts": 0, "dur": 100},
-        {"ph": "X", "cat": "user_annotation", "name": "sample_tokens", "ts": 10, "dur": 60},
-        {"ph": "X", "cat": "user_annotation", "name": "propose", "ts": 30, "dur": 20},
-        {"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 12, "dur": 2,
-         "args": {"correlation": 1}},
-        {"ph": "X", "cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 35, "dur": 2,
-         "args": {"correlation": 2}},
-        {"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 60, "dur": 2,
-         "args": {"correlation": 3}},
-        {"ph": "X", "cat": "kernel", "name": "sampler", "ts": 20, "dur": 10,
-         "args": {"correlation": 1}},
-        {"ph": "X", "cat": "kernel", "name": "attention", "ts": 40, "dur": 20,
-         "args": {"correlation": 2}},
-        {"ph": "X", "cat": "kernel", "name": "gemm", "ts": 55, "dur": 10,
-         "args": {"correlation": 2}},
-        {"ph": "X", "cat": "gpu_memcpy", "name": "copy", "ts": 70, "dur": 5,
-         "args": {"correlation": 3}},
-        {"ph": "X", "cat": "kernel", "name": "of nobody", "ts": 90, "dur": 5, "args": {}},
-        {"ph": "i", "cat": "cpu_op", "name": "an instant", "ts": 1},
-    ]
-}  # fmt: skip
-"""One step: a kernel of verification, a draft's graph of two, a copy after it, one of unknown
-origin."""
 
 
 class Stand:
@@ -74,6 +43,8 @@ class Stand:
     """Called before each job."""
     modes: dict[str, int] = {"draft FULL": 9}  # noqa: RUF012
     """How forwards ran."""
+    check: str | None = "error"
+    """What vLLM does where a step waits."""
 
     def __init__(self, spec: Any, log: Path, *, tiny: bool) -> None:
         json.dumps(spec.args)  # it goes to a child
@@ -87,7 +58,7 @@ class Stand:
         """Nothing runs."""
 
     def wait_until_ready(self) -> dict[str, Any]:
-        return {"seconds": 1.0, "compile_seconds": 0.5}
+        return {"seconds": 1.0, "compile_seconds": 0.5, "wait_check": Stand.check}
 
     def kill(self) -> None:
         self.is_killed = True
@@ -124,7 +95,7 @@ class Stand:
 
     @staticmethod
     def profile(job: dict[str, Any]) -> dict[str, Any]:
-        Path(job["trace"]).write_text(json.dumps(TRACE))
+        Path(job["trace"]).write_text('{"traceEvents": []}')
         return {"step_ms": 10.0}
 
     @staticmethod
@@ -136,7 +107,7 @@ class Stand:
 def _stands(monkeypatch: pytest.MonkeyPatch) -> None:
     Stand.jobs, Stand.started, Stand.broken = [], [], {}
     Stand.before = staticmethod(lambda: None)
-    monkeypatch.setattr(common, "start_engine", Stand)
+    monkeypatch.setattr(starting, "start_engine", Stand)
 
 
 @pytest.fixture
@@ -269,23 +240,22 @@ def test_a_bound_that_is_not_met(tmp_path: Path, on_gpu: None, monkeypatch: Any)
     assert figure["adaptive"] == pytest.approx(0.97)
 
 
-def test_the_time_is_over(tmp_path: Path, on_gpu: None) -> None:
+def test_the_time_is_over(tmp_path: Path, on_gpu: None, monkeypatch: Any) -> None:
     """Engines are ended and the rest is left out, which the next call measures."""
-    running: list[common.Run] = []
-    init = common.Run.__init__
+    begun: list[starting.Starter] = []
+    started = starting.Starter.started
 
-    def keeping(self: common.Run, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        running.append(self)
+    def keeping(self: starting.Starter, *args: Any, **kwargs: Any) -> Any:
+        begun.append(self)
+        return started(self, *args, **kwargs)
 
     def end() -> None:
         if len(Stand.jobs) == 3:
-            running[-1]._end()
+            begun[-1].end()
 
     Stand.before = staticmethod(end)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.Run, "__init__", keeping)
-        assert run(step_time, tmp_path, "--repeats", "1") == common.UNFINISHED
+    monkeypatch.setattr(starting.Starter, "started", keeping)
+    assert run(step_time, tmp_path, "--repeats", "1") == common.UNFINISHED
     found = states(tmp_path)
     measured = [name for name, state in found.items() if state == common.RAN and "repeat" in name]
     assert measured == [f"1 requests, {m}, repeat 1" for m in ("plain", "native:15", "dflash:15")]
@@ -294,17 +264,25 @@ def test_the_time_is_over(tmp_path: Path, on_gpu: None) -> None:
     assert run(step_time, tmp_path, "--repeats", "1") == common.ENDED
 
 
-def test_graphs_that_did_not_run_show_nothing(
-    tmp_path: Path, on_gpu: None, monkeypatch: Any
-) -> None:
+def test_what_did_not_run_shows_nothing(tmp_path: Path, on_gpu: None, monkeypatch: Any) -> None:
     """Right drafts of an engine that ran eagerly say nothing about CUDA graphs; past the largest
-    graph they are what is asked for."""
+    graph they are what is asked for. Nor does a check for waits that is off."""
     monkeypatch.setattr(Stand, "modes", {"draft NONE": 9})
+    monkeypatch.setattr(Stand, "check", None)
     assert run(right_drafts, tmp_path) == common.DID_NOT_PASS
     figures = record(tmp_path)["figures"]
     failed = {name for name, figure in figures.items() if figure.get("passed") is False}
-    assert {"dflash graphs, 32 requests", "wide graphs, 3 requests"} <= failed
-    assert not failed & {"dflash graphs, 40 requests", "dflash eager, 32 requests"}
+    assert {
+        "dflash graphs, 32 requests",
+        "wide graphs, 3 requests",
+        "wide K below the block, 32 requests",
+        right_drafts.NO_WAIT,
+    } <= failed
+    assert not failed & {
+        "dflash graphs, 40 requests",
+        "dflash eager, 32 requests",
+        "wide graphs, 32 requests",
+    }
 
 
 def test_other_settings_are_refused(tmp_path: Path, on_gpu: None, capsys: Any) -> None:
@@ -398,151 +376,3 @@ def test_loads_that_do_not_fit(tmp_path: Path, on_gpu: None) -> None:
         if name == "plain":
             used = job["requests"] * (job["context"] + job["tokens"] + load.SPARE) * cache
             assert used < H200["total_bytes"] / 2
-
-
-def test_sizes_of_the_large_shapes() -> None:
-    """Weights of published targets, in billions, and 36 layers of 8 heads of 128 in the cache."""
-    assert shapes.bytes_of("qwen3-8b", False) / 2e9 == pytest.approx(8.19, abs=0.02)
-    assert shapes.bytes_of("qwen3-4b", False) / 2e9 == pytest.approx(4.02, abs=0.02)
-    assert shapes.cache_bytes_a_token("qwen3-8b") == 41 * 2 * 8 * 128 * 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("own_tables", [False, True])
-def test_a_pair_that_is_made(tmp_path: Path, own_tables: bool) -> None:
-    """Plain PyTorch loads both halves; a pair that is there is not made again."""
-    folder = tmp_path / "pair"
-    made = shapes.make_pair("tiny", folder, dtype="float32", weights=True, own_tables=own_tables)
-    reference = oracle.Oracle()
-    target, drafter = reference._pair(str(made.target), str(made.drafter), "float32")
-    assert target.config.hidden_size == 64
-    assert drafter.config.block_size == made.block_size == 16
-    assert (drafter.own.lm_head is not None) == own_tables
-    assert (drafter.mask_embedding is not None) == own_tables
-    norms = [p for name, p in target.named_parameters() if "norm" in name]
-    assert all(float(p.min()) >= 0.5 and float(p.max()) <= 1.5 for p in norms)
-    (made.target / "config.json").unlink()
-    shapes.make_pair("tiny", folder, dtype="float32", weights=True, own_tables=own_tables)
-    assert not (made.target / "config.json").exists()
-
-
-def test_acceptance_and_tau() -> None:
-    assert methods.expected_tau(0.0, 15) == 1
-    assert methods.expected_tau(1.0, 7) == 8
-    assert methods.expected_tau(0.5, 2) == 1 + 0.5 + 0.25
-    assert methods.expected_tau(methods.acceptance_for(4.0, 15), 15) == pytest.approx(4.0)
-
-
-def test_methods_differ_in_what_makes_them() -> None:
-    pair = shapes.embedded()
-    made = {kind: methods.engine(kind, pair, {"x": 1}, acceptance=0.5) for kind in methods.KINDS}
-    switches = {kind: spec.environment["VLLM_DFLASH"] for kind, spec in made.items()}
-    assert switches == {
-        "plain": "0", "native": "0", "dflash": "1", "adaptive": "1", "verification": "0"
-    }  # fmt: skip
-    assert "speculative_config" not in made["plain"].args
-    config = made["verification"].args["speculative_config"]
-    assert config["enable_adaptive_verification"]
-    assert config["synthetic_acceptance_rates"][:2] == [0.5, 0.25]
-    assert len(config["synthetic_acceptance_rates"]) == 7
-    assert made["adaptive"].args["additional_config"] == {"dflash": {"adaptive": True}}
-
-
-def test_kernels_by_what_launched_them() -> None:
-    """By hand: of ``TRACE``'s step of 100 us the device works 10 + 25 + 5 + 5."""
-    found = kernels.summary(kernels.parse(TRACE["traceEvents"]), steps=1)
-    assert (found["profiled_step_us"], found["busy_us"], found["idle_us"]) == (100, 45, 55)
-    assert found["kernels"] == 5
-    parts = found["parts"]
-    draft, verification = parts["propose"], parts["sample_tokens"]
-    assert (draft["device_us"], draft["kernels"], draft["graphs"]) == (25, 2, 1)
-    assert (verification["device_us"], verification["kernels"]) == (15, 2)
-    assert verification["launches"] == 2
-    assert [k["kernel"] for k in draft["longest"]] == ["attention", "gemm"]
-    assert parts[kernels.OUTSIDE]["kernels"] == 1
-
-
-def test_drafts_that_are_compared() -> None:
-    """Those near the end before others, and no more than asked for."""
-    sequences = [
-        {"tokens": list(range(40)), "drafts": [[n, n, [1]] for n in range(10, 40)]},
-        {"tokens": list(range(20)), "drafts": [[n, n, [1]] for n in range(5, 20)]},
-    ]
-    drawn = oracle._drawn(sequences, most=12, end=30)
-    anchors = [draft[0] for sequence in drawn for draft in sequence["drafts"]]
-    assert len(anchors) == 12
-    assert set(range(30, 40)) <= set(anchors)
-
-
-def test_two_engines_are_compared_where_their_text_is_the_same() -> None:
-    prompts = [[1, 2], [3, 4]]
-    one = {"outputs": [[5, 6], [7, 8]], "tau": 2.0,
-           "drafts": [[0, 2, 5, [9, 9]], [0, 3, 6, [9, 9]], [1, 2, 7, [9, 9]]]}  # fmt: skip
-    other = {"outputs": [[5, 0], [7, 8]], "tau": 2.02,
-             "drafts": [[0, 2, 5, [9, 1]], [0, 3, 0, [1, 1]], [1, 2, 7, [9, 9]]]}  # fmt: skip
-    found = parity.against(one, other, prompts, share=0.7, tau=0.02)
-    assert (found["drafts"], found["same"], found["outputs_equal"]) == (2, 0.75, 1)
-    assert found["passed"]
-    assert not parity.against(one, other, prompts, share=0.8, tau=0.02)["passed"]
-    assert not parity.against(one, other, prompts, share=0.7, tau=0.001)["passed"]
-
-
-def test_what_makes_a_parity_figure_pass(tmp_path: Path) -> None:
-    """99 % of the float32 reference's tokens; or no less than plain PyTorch in bfloat16, less one
-    in a hundred; in float32 all; and each anchor is the sequence's token."""
-
-    def figure(same: int, reference: int, dtype: str, wrong: int = 0) -> bool:
-        counts = {"all": [1000, same, same, reference], "near the end": [0, 0, 0, 0]}
-        found = {"drafts": 1, "anchors_wrong": wrong, "counts": counts}
-        engines = type("E", (), {"do": lambda self, name, job: found})()
-        made = {"outputs": [[]], "drafts": [], "tau": 1.0, "modes": {}}
-        return parity.compared(
-            engines, shapes.embedded(), 7, [[1]], made, max_model_len=64, dtype=dtype, most=5
-        )["passed"]
-
-    assert figure(990, 1000, "bfloat16")
-    assert not figure(989, 1000, "bfloat16")
-    assert figure(960, 970, "bfloat16")
-    assert not figure(959, 970, "bfloat16")
-    assert not figure(999, 1000, "float32")
-    assert figure(1000, 1000, "float32")
-    assert not figure(1000, 1000, "bfloat16", wrong=1)
-
-
-def test_what_is_packed(tmp_path: Path, monkeypatch: Any) -> None:
-    """The operators in one archive, all else in the other; no library that is left out."""
-
-    def download(to: Path, name: str) -> None:
-        if name == "gguf":
-            raise subprocess.CalledProcessError(1, "pip")
-        if name == pack_vllm.VLLM:
-            names = [*pack_vllm.LIBRARIES, "vllm/_moe_C.abi3.so", "vllm/vllm-rs", "vllm/a.py"]
-            wheel(to / "vllm.whl", *names)
-
-    def wheel(path: Path, *names: str) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(path, "w") as file:
-            for name in names:
-                file.writestr(name, "x")
-        return path
-
-    monkeypatch.setattr(pack_vllm, "download", download)
-    ours = wheel(tmp_path / "ours.whl", "vllm_dflash/patches/__init__.py")
-    assert pack_vllm.main([str(tmp_path / "out"), "--wheel", str(ours)]) == 0
-    packed = []
-    for part in ("part1", "part2"):
-        with tarfile.open(tmp_path / "out" / f"{part}.tar.xz") as tar:
-            packed.append(set(tar.getnames()))
-    assert packed[0] == {pack_vllm.OPERATORS}
-    assert packed[1] == {
-        "vllm/a.py", "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so", "vllm_dflash/patches/__init__.py"
-    }  # fmt: skip
-    with pytest.raises(SystemExit, match="make wheel"):
-        pack_vllm.main([str(tmp_path / "out"), "--wheel", str(tmp_path / "none.whl")])
-
-
-def test_prompts_near_the_end() -> None:
-    """Every fourth ends 40 tokens before it, of either pair."""
-    for prompts in (parity.embedded_prompts(8, 256), parity.random_prompts(8, 512, 256)):
-        assert [len(prompts[i]) for i in (3, 7)] == [216, 216]
-        assert all(0 < len(prompt) <= 216 for prompt in prompts)
