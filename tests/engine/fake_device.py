@@ -5,7 +5,7 @@ only, and buffers that hold what no step may read, on the tapes and watches of `
   over the block table, the sequence lengths and the slots that a GPU's kernels get.
 - ``poison``: what the speculator's buffers hold between steps.
 - ``install``: puts an engine's speculator on all that.
-Limits: one process, greedy drafts, full attention without a causal mask.
+Limits: one process, greedy drafts.
 
     pytest tests/engine/test_v2_graphs.py
 """
@@ -33,7 +33,6 @@ class DeviceAttention:
         self.caches: dict[str, torch.Tensor] = {}
         for layer in speculator.model.model.layers:
             module = layer.self_attn
-            assert not module.causal
             attention, shape = module.attn, (self.slots + 1, module.num_kv_heads, module.head_dim)
             # What no position holds yet would turn every draft that attends to it.
             cache = torch.full((2, *shape), 1e3, dtype=speculator.dtype)
@@ -61,6 +60,7 @@ class DeviceAttention:
             rows = len(query)
             update(None, key, value, None, context.slot_mapping[name][:rows])
             requests = len(metadata.seq_lens)
+            each = rows // requests
             # As far as a table reaches: what a sequence's length counts too much is read, too.
             positions = torch.arange(metadata.block_table.shape[1] * self.page)
             slots = (
@@ -68,12 +68,16 @@ class DeviceAttention:
                 + positions % self.page
             )
             keys, values = cache[0][slots].float(), cache[1][slots].float()
-            heads = query.view(
-                requests, rows // requests, module.num_kv_heads, -1, module.head_dim
-            ).float()
+            heads = query.view(requests, each, module.num_kv_heads, -1, module.head_dim).float()
             scores = torch.einsum("rqhgd,rkhd->rhgqk", heads, keys) * module.head_dim**-0.5
-            seen = positions[None] < metadata.seq_lens[:, None]
-            scores = scores.masked_fill(~seen[:, None, None, None], float("-inf"))
+            # A kernel takes a request's rows for the last positions of its sequence, whatever
+            # positions they were embedded at.
+            ends, keys_at = metadata.seq_lens[:, None, None], positions[None, None]
+            queries_at = ends - each + torch.arange(each)[:, None]
+            seen = keys_at < (torch.minimum(ends, queries_at + 1) if module.causal else ends)
+            if module.attn.sliding_window is not None:
+                seen = seen & ((keys_at - queries_at).abs() < module.attn.sliding_window)
+            scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
             mixed = torch.einsum("rhgqk,rkhd->rqhgd", scores.softmax(-1).nan_to_num(0.0), values)
             return mixed.reshape(rows, -1).to(query.dtype)
 

@@ -3,7 +3,8 @@ before, and CUDA graphs as tapes (``fake_device.py``, ``tapes.py``).
 
 One process; its drafter's block is 8 and K is 3, and more than ``DRAFT_AT_MOST`` requests draft
 nothing, so that graphs, padding and steps with K = 0 alternate. Some prompts are longer than a
-graph's context rows, some requests end at ``max_model_len``.
+graph's context rows, some requests end at ``max_model_len``: with a causal mask and windows, which
+the drafter has beside full attention, a block that is not moved there drafts otherwise.
 
     pytest tests/engine/test_v2_graphs.py
 """
@@ -17,7 +18,6 @@ import pytest
 from engine.tapes import SIZES
 from engine.v2_interpreter import Job, Request, Work, run_engines
 from engine.v2_runs import Runs
-from pairs import make_random_drafter
 from variants import VARIANTS
 
 # Longer than the engines' own limit, so that a hang is reported with what they wrote.
@@ -27,16 +27,16 @@ K, BLOCK = 3, 8
 DRAFT_AT_MOST = 6
 MAX_MODEL_LEN, PAGE = 128, 32
 PLAIN, WATCHED, GRAPHS, FITTED = range(4)
-"""The jobs; the last one's ``max_model_len`` is what its KV cache has room for, and its drafter has
-a head over the whole block."""
+"""The jobs; the last one's ``max_model_len`` is what its KV cache has room for, its drafter has a
+head over the whole block, and vLLM decides what is accepted, by a rate for each of K tokens."""
 
 
 @pytest.fixture(scope="module")
 def runs(random_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("pair")
-    drafter = str(make_random_drafter(folder / "drafter"))
+    drafter = str(VARIANTS["dflash mixed causal"].make(folder / "drafter"))
     random = Random(3)
-    lengths = [3, 40, 112, 1, 70, 5, 20, 9, 30]
+    lengths = [3, 40, 112, 1, 70, 5, 20, 112, 30]
     prompts = [[random.randrange(2, 500) for _ in range(length)] for length in lengths]
     shared: dict[str, Any] = dict(
         target=str(random_target),
@@ -78,6 +78,10 @@ def runs(random_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
                 max_model_len=-1,
                 script_from=None,
                 device="graphs",
+                speculative_config={
+                    "rejection_sample_method": "synthetic",
+                    "synthetic_acceptance_length": 1.5,
+                },
                 engine_args={"block_size": PAGE, "kv_cache_memory_bytes": 4 * page_bytes},
             )
         ),
@@ -97,6 +101,22 @@ def test_drafts_are_the_references(runs: Runs, run: int) -> None:
     assert runs.differences(run) == []
     if run != FITTED:
         assert runs.results[run].outputs == runs.results[PLAIN].outputs
+
+
+@pytest.mark.parametrize("run", [WATCHED, GRAPHS])
+def test_a_block_is_moved_where_its_step_needs_it(runs: Runs, run: int) -> None:
+    """No block of a step that is captured reaches past ``max_model_len``: what Python decides then
+    stands still, and in a replay no block would be moved any more."""
+    moved = {
+        draft.step
+        for _, _, drafts in runs.drafts(run)
+        for draft in drafts
+        if draft.anchor + BLOCK > MAX_MODEL_LEN
+    }
+    replayed = {step for step, work in enumerate(runs.results[run].work, 1) if work.replayed}
+    assert len(moved) >= 2
+    assert run == WATCHED or moved <= replayed
+    assert runs.differences(run, lambda _, draft: draft.anchor + BLOCK > MAX_MODEL_LEN) == []
 
 
 def test_graphs_draft_what_runs_without_them_draft(runs: Runs) -> None:

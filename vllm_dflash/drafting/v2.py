@@ -63,6 +63,9 @@ class DFlashSpeculator(NativeDFlashSpeculator):
         block.num_speculative_tokens = drafter.block_size - 1
         # Or the draft's CUDA graphs would be for that schedule's lengths.
         block.num_speculative_tokens_per_batch_size = None
+        # vLLM checks rates anew in every copy, and they are for K tokens; the draft verifies none.
+        block.rejection_sample_method = "standard"
+        block.synthetic_acceptance_rates = None
         whole = copy.copy(self.vllm_config)
         whole.speculative_config = block
         self.vllm_config = whole
