@@ -5,6 +5,7 @@ pytest tests/unit/test_cluster_access.py
 """
 
 import hashlib
+import ipaddress
 import json
 import re
 import secrets
@@ -41,7 +42,20 @@ def digest_of(flag: str | None, environment: Mapping[str, str]) -> str | None:
             f"{source} is empty, or has a space or a letter beyond ASCII: give letters, digits and"
             " signs"
         )
+    return key_digest(key)
+
+
+def key_digest(key: str) -> str:
+    """SHA-256, in hex, of a key."""
     return hashlib.sha256(key.encode()).hexdigest()
+
+
+def is_local(host: str) -> bool:
+    """Whether nobody but this machine reaches an address to listen on."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
 
 
 def admits(digest: str, scope: Any) -> bool:

@@ -1,0 +1,140 @@
+"""Another drafter's weights in the place of those that serve, in two steps: looked at and kept in
+host memory, then put in force. Every rank of an engine does the first before any does the second.
+
+No step raises: an error in one rank of several would leave the answers of the others unread, and
+vLLM would take them for those of its next call. Limits: a drafter of the same config.json; what
+goes wrong while weights are copied (memory runs out) is mended by the old folder's.
+
+    pytest tests/unit/test_follow_swapping.py tests/engine/test_swap.py
+"""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.log import logger
+from vllm_dflash.reference.checkpoint import read_tensors
+from vllm_dflash.serving_drafter import Proof, proof_of
+from vllm_dflash.weights import check_tensors
+from vllm_dflash.weights.mask_embedding import MASK_EMBEDDING, read_mask_embedding
+
+_MAY_DIFFER = ("dtype",)
+"""Fields of the configuration that the engine decides itself."""
+
+
+class Swapping:
+    """Of one loaded ``DrafterForCausalLM``."""
+
+    def __init__(self, drafter: Any, loading: Any) -> None:
+        """``loading``: the drafter's ``Loading``."""
+        self._drafter, self._loading = drafter, loading
+        self._staged: tuple[str, str, Proof, dict[str, Tensor]] | None = None
+        """Folder, id, proof and tensors of a drafter that has passed."""
+
+    def stage(self, folder: str, target_files: str | None) -> dict[str, Any]:
+        """Reads a drafter's folder and keeps its tensors; what serves is not touched.
+
+        Args:
+            folder: of this machine.
+            target_files: stands for the target that is served (``contents.of_folder``); None where
+                it is no folder.
+
+        Returns:
+            ``id`` of the weights, or ``refused`` with the reason and the remedy.
+        """
+        self._staged = None
+        try:
+            tensors, proof = self._read(Path(folder)), proof_of(Path(folder))
+            if None not in (proof.target_files, target_files) and (
+                proof.target_files != target_files
+            ):
+                raise DrafterConfigError(
+                    f"{folder} was refreshed for another target (its refresh.json says so)",
+                    "refresh it against the target that is served",
+                )
+            weights = self._loading.judge(tensors)
+        except Exception as error:  # see above: whatever it is, it is an answer
+            return self._refuse(folder, error)
+        self._staged = folder, weights, proof, tensors
+        return {"id": weights}
+
+    def commit(self, weights: str) -> dict[str, Any]:
+        """Puts the staged tensors in force, where their id is this one.
+
+        Returns:
+            What serves then, or ``refused``.
+        """
+        staged, self._staged = self._staged, None
+        if staged is None or staged[1] != weights:
+            return {"refused": f"nothing with the id {weights} is staged: send the swap again"}
+        folder, _, proof, tensors = staged
+        before = self._drafter.serving.name
+        try:
+            self._drafter.load_weights(tensors.items())
+        except Exception as error:
+            answer = self._refuse(folder, error)
+            self._mend(before)
+            return answer
+        self._drafter.serving.put(folder, weights, proof)
+        self._drafter.serving.swapped -= 1  # counted as pushed weights already
+        logger.info("%s serves from now on", self._drafter.serving)
+        return self.which()
+
+    def drop(self) -> dict[str, Any]:
+        """Forgets what is staged."""
+        self._staged = None
+        return self.which()
+
+    def which(self) -> dict[str, Any]:
+        """What serves."""
+        found: dict[str, Any] = self._drafter.serving.as_dict()
+        return found
+
+    def _read(self, folder: Path) -> dict[str, Tensor]:
+        """A folder's tensors by our names.
+
+        Raises:
+            DrafterConfigError: they are not those of a drafter with the running one's shape.
+        """
+        ours: DrafterConfig = self._drafter.drafter_config
+        config = DrafterConfig.from_pretrained(folder)
+        differing = [
+            f"{field.name} {getattr(config, field.name)!r} (the running one has"
+            f" {getattr(ours, field.name)!r})"
+            for field in fields(config)
+            if field.compare
+            and field.name not in _MAY_DIFFER
+            and getattr(config, field.name) != getattr(ours, field.name)
+        ]
+        if differing:
+            raise DrafterConfigError(
+                f"{folder} is another kind of drafter: {', '.join(differing)}",
+                "swap in one with the same config.json, or restart the server with it",
+            )
+        check_tensors(config, folder, self._drafter.dtype)
+        tensors = read_tensors(folder)
+        mask = read_mask_embedding(folder, config, self._drafter.dtype)
+        return tensors if mask is None else tensors | {MASK_EMBEDDING: mask}
+
+    def _mend(self, folder: str) -> None:
+        """Loads the weights of before anew, after a copy that broke off."""
+        try:
+            weights = self._loading.judge(tensors := self._read(Path(folder)))
+            self._drafter.load_weights(tensors.items())
+        except Exception:
+            logger.exception(
+                "the drafter's weights are of no one checkpoint now, which costs acceptance and"
+                " changes no output: swap in a sound drafter, or restart the server"
+            )
+            self._drafter.serving.put(folder, "mixed", Proof())
+        else:
+            self._drafter.serving.put(folder, weights, proof_of(Path(folder)))
+
+    def _refuse(self, folder: str, error: Exception) -> dict[str, Any]:
+        said = str(error) or type(error).__name__
+        self._drafter.serving.refused += 1
+        logger.warning("%s is not swapped in, %s goes on: %s", folder, self._drafter.serving, said)
+        return {"refused": said}
