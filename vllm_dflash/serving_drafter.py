@@ -18,8 +18,8 @@ from vllm_dflash import records
 from vllm_dflash.records import AtLeast, Optional
 
 NOTE = "refresh.json"
-"""In the folder of a drafter that ``vllm-dflash refresh`` kept: what it was proved at, and for which
-target."""
+"""In the folder of a drafter that ``vllm-dflash refresh`` kept: what it was proved at, and for
+which target."""
 CARD = "training.json"
 """In the folder of a drafter that ``vllm-dflash train`` exported."""
 PUSHED = "weights that were pushed"

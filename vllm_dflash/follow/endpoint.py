@@ -27,6 +27,7 @@ from vllm_dflash.log import logger
 
 FROM = "VLLM_DFLASH_SWAP_FROM"
 WORKER = "vllm_dflash.follow.worker.DrafterSwap"
+_ASKED = "this server asks for its API key: send the header Authorization: Bearer KEY"
 _MOST_BYTES = 1 << 16
 
 Scope = dict[str, Any]
@@ -54,9 +55,7 @@ class DrafterEndpoint:
         if problem is not None:
             await _say(send, HTTPStatus.FORBIDDEN, refused=problem)
         elif digests and not any(admits(digest, scope) for digest in digests):
-            await _say(
-                send, HTTPStatus.UNAUTHORIZED, refused="send the header Authorization: Bearer KEY"
-            )
+            await _say(send, HTTPStatus.UNAUTHORIZED, refused=_ASKED)
         elif scope["method"] == "GET":
             found = await which(state.engine_client)
             await _say(send, _status_of(found), **found)

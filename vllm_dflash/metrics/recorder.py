@@ -88,6 +88,12 @@ class Recorder:
                 self.flush()
 
 
+def touch_here() -> None:
+    """Has what this process's recorders know written anew: it has changed outside of a step."""
+    for recorder in list(_recorders):
+        recorder.dirty = True
+
+
 def flush_here() -> None:
     """Writes what the recorders of this process have counted."""
     for recorder in list(_recorders):

@@ -3,10 +3,10 @@ format, in portions of any size.
 
 At the start each tensor is loaded as it comes, and the end of the load says what is missing. Into a
 running engine vLLM pushes new ones between ``start_draft_weight_update`` and
-``finish_weight_update``, or a swap brings them (``swapping``): they are kept in host memory until all are there, so that an update that
-is refused changes nothing, and are then copied in place, for CUDA graphs keep addresses. Limits:
-what goes wrong while they are copied (memory runs out) leaves some layers with new weights and some
-with old ones.
+``finish_weight_update``, or a swap brings them (``swapping``): they are kept in host memory until
+all are there, so that an update that is refused changes nothing, and are then copied in place, for
+CUDA graphs keep addresses. Limits: what goes wrong while they are copied (memory runs out) leaves
+some layers with new weights and some with old ones.
 
     pytest tests/engine/test_reload.py
 """
@@ -26,6 +26,7 @@ from vllm_dflash.formats import IGNORED_TENSORS, tensor_name
 from vllm_dflash.hub import drafter_folder
 from vllm_dflash.kinds import own_tensors
 from vllm_dflash.log import logger
+from vllm_dflash.metrics.recorder import touch_here
 from vllm_dflash.models.own import OwnTables
 from vllm_dflash.models.parameters import load_into
 from vllm_dflash.serving_drafter import PUSHED, Proof, id_of, proof_of
@@ -200,12 +201,14 @@ class Loading:
             self._load(kept)
             finalize_layerwise_reload(self._drafter, self._model_config)
         self._drafter.serving.put(PUSHED, weights, Proof())
+        touch_here()
 
     def _note_start(self) -> None:
         """Notes which weights the engine has begun with."""
         drafter = self._drafter
         folder = drafter_folder(drafter.model_path, drafter.revision)
         drafter.serving.put(drafter.model_path, id_of(self._digests), proof_of(folder))
+        touch_here()
         logger.info("%s serves", drafter.serving)
 
     def _abandon(self) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.log import logger
+from vllm_dflash.metrics.recorder import touch_here
 from vllm_dflash.reference.checkpoint import read_tensors
 from vllm_dflash.serving_drafter import Proof, proof_of
 from vllm_dflash.weights import check_tensors
@@ -80,6 +81,7 @@ class Swapping:
             return answer
         self._drafter.serving.put(folder, weights, proof)
         self._drafter.serving.swapped -= 1  # counted as pushed weights already
+        touch_here()
         logger.info("%s serves from now on", self._drafter.serving)
         return self.which()
 
@@ -136,5 +138,6 @@ class Swapping:
     def _refuse(self, folder: str, error: Exception) -> dict[str, Any]:
         said = str(error) or type(error).__name__
         self._drafter.serving.refused += 1
+        touch_here()
         logger.warning("%s is not swapped in, %s goes on: %s", folder, self._drafter.serving, said)
         return {"refused": said}
