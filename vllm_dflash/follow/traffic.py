@@ -58,10 +58,10 @@ def gather(
         RunError: a source is not there, or there are no lines.
     """
     found, oldest = Gathered(), None if days is None else time.time() - days * _DAY_S
-    for path in _newest_first(sources):
+    for written, path in _newest_first(sources):
         if len(found.lines) >= most:
             break
-        if oldest is not None and path.stat().st_mtime < oldest:
+        if oldest is not None and written < oldest:
             found.old += 1
             continue
         of = _TARGET.fullmatch(path.name)
@@ -83,7 +83,8 @@ def gather(
     return found
 
 
-def _newest_first(sources: Sequence[Path]) -> list[Path]:
+def _newest_first(sources: Sequence[Path]) -> list[tuple[float, Path]]:
+    """Files with the Unix time of their last line."""
     found: list[tuple[float, Path]] = []
     for source in sources:
         try:
@@ -94,12 +95,15 @@ def _newest_first(sources: Sequence[Path]) -> list[Path]:
                 f"{source} cannot be read ({error.strerror or error}): give the recorder's folder,"
                 " or a file of JSON lines"
             ) from None
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted(found, reverse=True)
 
 
 def _rows(path: Path, most: int) -> Iterator[dict[str, Any]]:
     """A file's last lines, the newest first. The last one may be in the middle of being written."""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:  # the recorder has removed it meanwhile
+        return
     if lines and lines[-1]:
         lines[-1] = _whole(lines[-1])
     count = 0
