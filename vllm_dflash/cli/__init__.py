@@ -15,7 +15,19 @@ import sys
 
 import vllm_dflash
 from vllm_dflash import smollm2
-from vllm_dflash.cli import bench, cluster, compat, convert, doctor, inspect, status, top, train
+from vllm_dflash.cli import (
+    bench,
+    cluster,
+    compat,
+    convert,
+    doctor,
+    inspect,
+    refresh,
+    status,
+    swap,
+    top,
+    train,
+)
 from vllm_dflash.supported import INSTALL_VLLM
 
 _NOBODY_READS = 128 + signal.SIGPIPE
@@ -42,6 +54,10 @@ A new drafter, in this order:
 No drafter yet:
   vllm-dflash train --target T --prompts P --out RUN
 
+The target or its traffic has changed:
+  vllm-dflash refresh --server URL --traffic DIR --out DIR
+  vllm-dflash swap --server URL DRAFTER
+
 More than one device or machine, on Ray:
   vllm-dflash batch PROMPTS --target T --draft DRAFTER --out DIR
   vllm-dflash up --target T --draft DRAFTER --replicas 1,8
@@ -57,7 +73,19 @@ def parser_of_all() -> argparse.ArgumentParser:
         "--version", action="version", version=f"%(prog)s {vllm_dflash.__version__}"
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for each in (status, compat, inspect, convert, doctor, bench, train, top, cluster):
+    for each in (
+        status,
+        compat,
+        inspect,
+        convert,
+        doctor,
+        bench,
+        train,
+        refresh,
+        swap,
+        top,
+        cluster,
+    ):
         each.add(commands)
     return parser
 

@@ -4,18 +4,14 @@ that. Pure.
 pytest tests/unit/test_cluster_access.py
 """
 
-import hashlib
-import ipaddress
 import json
 import re
-import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from vllm_dflash.api_keys import VARIABLE, admits, key_digest
 from vllm_dflash.cluster.settings import ClusterError
 
-VARIABLE = "VLLM_API_KEY"
-"""As for ``vllm serve``."""
 _Call = Callable[..., Awaitable[None]]
 _REFUSAL = {
     "error": {
@@ -43,33 +39,6 @@ def digest_of(flag: str | None, environment: Mapping[str, str]) -> str | None:
             " signs"
         )
     return key_digest(key)
-
-
-def key_digest(key: str) -> str:
-    """SHA-256, in hex, of a key."""
-    return hashlib.sha256(key.encode()).hexdigest()
-
-
-def is_local(host: str) -> bool:
-    """Whether nobody but this machine reaches an address to listen on."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
-        return host == "localhost"
-
-
-def admits(digest: str, scope: Any) -> bool:
-    """Whether an ASGI scope is one to answer: it brings the key, or asks only what a browser may
-    send (OPTIONS)."""
-    if scope["type"] not in ("http", "websocket") or scope.get("method") == "OPTIONS":
-        return True
-    given = next(
-        (value for name, value in scope["headers"] if name.lower() == b"authorization"), b""
-    )
-    scheme, _, key = given.partition(b" ")
-    return scheme.lower() == b"bearer" and secrets.compare_digest(
-        hashlib.sha256(key.strip()).hexdigest(), digest
-    )
 
 
 class Guard:

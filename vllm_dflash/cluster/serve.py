@@ -17,7 +17,8 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_dflash.cluster.access import VARIABLE, digest_of, is_local
+from vllm_dflash.api_keys import VARIABLE, is_local
+from vllm_dflash.cluster.access import digest_of
 from vllm_dflash.cluster.command import settings_of
 from vllm_dflash.cluster.connection import check_engine, connect
 from vllm_dflash.cluster.settings import ClusterError, EngineSettings, engine_args, environment

@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from vllm_dflash.cluster.access import VARIABLE
+from vllm_dflash.api_keys import VARIABLE
 from vllm_dflash.files import RunError
 from vllm_dflash.follow.turns import PATH
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash import contents
-from vllm_dflash.cluster.access import VARIABLE, admits, is_local, key_digest
+from vllm_dflash.api_keys import VARIABLE, admits, is_local, key_digest
 from vllm_dflash.follow.turns import CONTEXTS, PATH, RECOMPUTE, Swap, swap_in, which
 from vllm_dflash.log import logger
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_dflash import contents, hub
+from vllm_dflash import contents, hub, smollm2
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.files import RunError, read_record, whole_file, write_record
 from vllm_dflash.follow import client
@@ -137,13 +137,13 @@ def _take(options: Options, rounds: Rounds, current: Round) -> tuple[str, str, f
     from vllm_dflash.training import pipeline
 
     old, settings = Path(_folder(options.draft)), _settings(options, current, steps=None)
-    pipeline.run_stages(settings, ("generate",))
+    pipeline.run_stages(settings, ("generate", "features"))
     measured = current.measured()
     plan = current.plan()
     if "old" not in measured or plan is None:
         measured, plan = _before(options, rounds, current, settings, old)
     settings = _settings(options, current, steps=plan["steps"])
-    pipeline.run_stages(settings, ("features", "train"))
+    pipeline.run_stages(settings, ("train",))
     if "new" not in measured:
         from vllm_dflash.training import learned
 
@@ -249,7 +249,7 @@ def _note(options: Options, current: Round, compared: Comparison) -> None:
             "half_interval": compared.half,
             "prompts": compared.prompts,
             "target": options.target,
-            "target_files": contents.of_folder(options.target),
+            "target_files": _target_files(options),
             "from": options.draft,
             "made": time.time(),
         },
@@ -261,12 +261,16 @@ def _about(options: Options) -> dict[str, Any]:
 
     return {
         "target": options.target,
-        "target_files": contents.of_folder(options.target),
+        "target_files": _target_files(options),
         "draft": options.draft,
         "draft_id": id_of_folder(Path(_folder(options.draft))),
         "minutes": options.minutes,
         "tokens": options.tokens,
     }
+
+
+def _target_files(options: Options) -> str | None:
+    return contents.of_folder(smollm2.resolve(options.target))
 
 
 def _folder(draft: str) -> str:
@@ -319,7 +323,7 @@ def _options(args: argparse.Namespace, serving: Counted | None, rounds: Rounds) 
 
 
 def _target_of(server: str) -> str:
-    from vllm_dflash.evaluation.plan import UsageError
+    from vllm_dflash.evaluation.methods import UsageError
     from vllm_dflash.evaluation.server import connect
 
     try:
