@@ -107,7 +107,9 @@ def _add_budget(refresh: Any) -> None:
     budget.add_argument(
         "--tokens", metavar="N", type=count, help="drafted tokens that are learned from, instead"
     )
-    how.add_argument("--dtype", choices=DTYPES, default="auto", help="of the target, as served")
+    how.add_argument(
+        "--dtype", choices=DTYPES, help="of the target, as served (default: the settings' own)"
+    )
     how.add_argument(
         "--when-below",
         metavar="X",

@@ -56,7 +56,8 @@ class Options:
     held_out: int = 64
     most_prompts: int = 20000
     days: float | None = None
-    dtype: str = "auto"
+    dtype: str | None = None
+    """Of the target, as it is served; None: the settings'."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -221,7 +222,6 @@ def _settings(options: Options, current: Round, steps: int | None) -> Any:
         "target": options.target,
         "out": str(current.run),
         "prompts": [str(current.traffic)],
-        "dtype": options.dtype,
         "held_out": options.held_out,
         "prove_prompts": options.held_out,
         "kind": config.kind,
@@ -230,6 +230,8 @@ def _settings(options: Options, current: Round, steps: int | None) -> Any:
     }
     if steps is not None:
         flags["steps"] = steps
+    if options.dtype is not None:
+        flags["dtype"] = options.dtype
     found = training_settings.load(options.settings, flags)
     if found.train.workers > 1 and options.minutes is not None:
         raise SettingsError(
