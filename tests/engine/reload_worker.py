@@ -95,6 +95,15 @@ def change(llm: Any, step: dict[str, Any]) -> None:
             "update_weights", args=(step | ({"draft": True} if how == "draft update" else {}),)
         )
         llm.collective_rpc("finish_weight_update")
+    elif how == "draft swap":
+        (staged,) = llm.collective_rpc("dflash_stage", args=(step["path"], None))
+        found = staged
+        if "refused" not in staged:
+            (found,) = llm.collective_rpc("dflash_commit", args=(staged["id"],))
+        if "refused" in found:
+            raise RuntimeError(found["refused"])
+        assert found == llm.collective_rpc("dflash_which")[0]
+        llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
     elif how == "close":
         llm.collective_rpc("finish_weight_update")
     elif how == "draft load":

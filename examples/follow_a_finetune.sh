@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# A drafter follows its target, on two cores in some 20 minutes: the embedded target is fine-tuned on
+# another kind of text (LoRA, merged), its drafter is served with it and hardly drafts right any
+# more, a refresh trains it on for what was served, and a swap puts the new one into the running
+# server. Ends with tau before and after. Stopped, it goes on from there with the same OUT.
+#   examples/follow_a_finetune.sh                          the embedded pair, from .venv
+#   MINUTES=1 STEPS=40 examples/follow_a_finetune.sh       to see it run
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+OUT=${OUT:-/tmp/follow}
+STEPS=${STEPS:-240}
+MINUTES=${MINUTES:-8}
+REQUESTS=${REQUESTS:-320}
+PORT=${PORT:-8000}
+BIN=${BIN:-$here/../.venv/bin}
+drafters=$OUT/drafters
+server=http://127.0.0.1:$PORT
+
+mkdir -p "$drafters"
+[ -f "$OUT/prompts.jsonl" ] ||
+    "$BIN/python" "$here/follow/finetune.py" --out "$OUT" --steps "$STEPS"
+[ -d "$drafters/first" ] || cp -r "$here/embedded_pair/dflash" "$drafters/first"
+draft=$drafters/refreshed/drafter
+[ -e "$draft" ] || draft=$drafters/first
+
+VLLM_DFLASH_RECORD=$OUT/traffic VLLM_DFLASH_RECORD_MAX_DAYS=1 VLLM_DFLASH_SWAP_FROM=$drafters \
+    "$BIN/vllm" serve "$OUT/target" --host 127.0.0.1 --port "$PORT" --served-model-name followed \
+    --dtype float32 --enforce-eager --max-model-len 512 --kv-cache-memory-bytes 268435456 \
+    --generation-config vllm \
+    --speculative-config "{\"method\": \"dflash\", \"model\": \"$draft\"}" \
+    --middleware vllm_dflash.training.recorder.TrafficRecorder \
+    --middleware vllm_dflash.follow.endpoint.DrafterEndpoint \
+    --worker-extension-cls vllm_dflash.follow.worker.DrafterSwap >"$OUT/server.log" 2>&1 &
+pid=$!
+trap 'kill $pid 2>/dev/null; wait $pid 2>/dev/null || true' EXIT
+until curl -sf "$server/health" >/dev/null; do
+    kill -0 $pid 2>/dev/null || {
+        tail -n 30 "$OUT/server.log" >&2
+        exit 1
+    }
+    sleep 1
+done
+
+"$BIN/vllm-dflash" swap --server "$server"
+ask() { "$BIN/python" "$here/follow/ask.py" "$server" "$OUT/prompts.jsonl" "$@"; }
+before=$(ask --first 0 --count 64)
+ask --first 64 --count "$REQUESTS"
+"$BIN/vllm-dflash" refresh "$here/follow/refresh.toml" --server "$server" \
+    --target "$OUT/target" --draft "$draft" --dtype float32 \
+    --traffic "$OUT/traffic" --out "$drafters/refreshed" --minutes "$MINUTES" --held-out 48 --swap ||
+    [ $? = 3 ]
+"$BIN/vllm-dflash" swap --server "$server"
+echo "served before the refresh: $before"
+echo "served after it:           $(ask --first 0 --count 64)"
