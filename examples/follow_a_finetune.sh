@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# A drafter follows its target, on two cores in some 20 minutes: the embedded target is fine-tuned on
-# another kind of text (LoRA, merged), its drafter is served with it and hardly drafts right any
-# more, a refresh trains it on for what was served, and a swap puts the new one into the running
-# server. Ends with tau before and after. Stopped, it goes on from there with the same OUT.
+# A drafter follows its target, on two cores in some 20 minutes: the embedded target is fine-tuned
+# on another kind of text (LoRA, merged), its drafter is served with it and drafts less well, a
+# refresh trains it on for what was served, and a swap puts the new one into the running server.
+# Ends with tau before and after, over prompts that nothing was trained on. Stopped, it goes on from
+# there with the same OUT.
 #   examples/follow_a_finetune.sh                          the embedded pair, from .venv
 #   MINUTES=1 STEPS=40 examples/follow_a_finetune.sh       to see it run
 set -euo pipefail
@@ -43,12 +44,12 @@ done
 
 "$BIN/vllm-dflash" swap --server "$server"
 ask() { "$BIN/python" "$here/follow/ask.py" "$server" "$OUT/prompts.jsonl" "$@"; }
-before=$(ask --first 0 --count 64)
+before=$(ask --first 0 --count 64 --ignore-eos) # full answers are not recorded
 ask --first 64 --count "$REQUESTS"
 "$BIN/vllm-dflash" refresh "$here/follow/refresh.toml" --server "$server" \
     --target "$OUT/target" --draft "$draft" --dtype float32 \
-    --traffic "$OUT/traffic" --out "$drafters/refreshed" --minutes "$MINUTES" --held-out 48 --swap ||
-    [ $? = 3 ]
+    --traffic "$OUT/traffic" --out "$drafters/refreshed" --minutes "$MINUTES" \
+    --held-out 48 --swap || [ $? = 3 ]
 "$BIN/vllm-dflash" swap --server "$server"
 echo "served before the refresh: $before"
-echo "served after it:           $(ask --first 0 --count 64)"
+echo "served after it:           $(ask --first 0 --count 64 --ignore-eos)"

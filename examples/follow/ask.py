@@ -22,6 +22,11 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--at-once", type=int, default=4)
+    parser.add_argument(
+        "--ignore-eos",
+        action="store_true",
+        help="answers of full length, which a recorder leaves out: for measuring",
+    )
     args = parser.parse_args()
     rows = [json.loads(line) for line in args.prompts.read_text().splitlines()]
     rows = rows[args.first : args.first + args.count]
@@ -33,6 +38,7 @@ def main() -> None:
             "prompt": row["prompt_token_ids"],
             "max_tokens": args.max_tokens,
             "temperature": 0,
+            "ignore_eos": args.ignore_eos,
         }
         request = urllib.request.Request(
             f"{args.server}/v1/completions",
@@ -54,10 +60,7 @@ def counts(server: str) -> tuple[float, float]:
         lines = response.read().decode().splitlines()
     found = [
         sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{"))
-        for name in (
-            "vllm:spec_decode_num_drafts_total",
-            "vllm:spec_decode_num_accepted_tokens_total",
-        )
+        for name in (f"vllm:spec_decode_num_{what}_total" for what in ("drafts", "accepted_tokens"))
     ]
     return found[0], found[1]
 

@@ -1,5 +1,5 @@
-"""Another drafter in an engine that runs: what it drafts then is the new one's, what it writes stays
-the target's, and a bad one changes nothing.
+"""Another drafter in an engine that runs: what it drafts then is the new one's, what it writes
+stays the target's, and a bad one changes nothing.
 
     pytest tests/engine/test_swap.py
 """
