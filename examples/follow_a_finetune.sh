@@ -30,8 +30,8 @@ VLLM_DFLASH_RECORD=$OUT/traffic VLLM_DFLASH_RECORD_MAX_DAYS=1 VLLM_DFLASH_SWAP_F
     --generation-config vllm \
     --speculative-config "{\"method\": \"dflash\", \"model\": \"$draft\"}" \
     --middleware vllm_dflash.training.recorder.TrafficRecorder \
-    --middleware vllm_dflash.follow.endpoint.DrafterEndpoint \
-    --worker-extension-cls vllm_dflash.follow.worker.DrafterSwap >"$OUT/server.log" 2>&1 &
+    --middleware vllm_dflash.swap.endpoint.DrafterEndpoint \
+    --worker-extension-cls vllm_dflash.swap.worker.DrafterSwap >"$OUT/server.log" 2>&1 &
 pid=$!
 trap 'kill $pid 2>/dev/null; wait $pid 2>/dev/null || true' EXIT
 until curl -sf "$server/health" >/dev/null; do

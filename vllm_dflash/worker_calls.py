@@ -41,7 +41,7 @@ _LEAVE_THE_MODEL = frozenset(
         "synchronize_device",
         "reset_mm_cache",
         "reset_encoder_cache",
-        # Ours, which change the drafter alone (``follow.worker``).
+        # Ours, which change the drafter alone (``swap.worker``).
         "dflash_which",
         "dflash_stage",
         "dflash_commit",

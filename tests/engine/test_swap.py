@@ -25,11 +25,11 @@ from engine.reloads import MAX_TOKENS, job, redraw, run, wrong_drafts
 from engine.test_serve import metric, request, server
 from vllm_dflash.cli import main
 from vllm_dflash.follow.folders import id_of_folder
-from vllm_dflash.follow.turns import PATH
+from vllm_dflash.swap.turns import PATH
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
-EXTENSION = {"worker_extension_cls": "vllm_dflash.follow.worker.DrafterSwap"}
+EXTENSION = {"worker_extension_cls": "vllm_dflash.swap.worker.DrafterSwap"}
 
 
 def spoiled(folder: Path, new: Path, name: str, value: float) -> Path:
@@ -158,7 +158,7 @@ def swappable(drafters: Path, *more: str, **env: str) -> Iterator[int]:
         "--speculative-config",
         speculative,
         "--middleware",
-        "vllm_dflash.follow.endpoint.DrafterEndpoint",
+        "vllm_dflash.swap.endpoint.DrafterEndpoint",
         "--worker-extension-cls",
         EXTENSION["worker_extension_cls"],
         *more,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vllm_dflash.cli import main
-from vllm_dflash.follow.turns import PATH
+from vllm_dflash.swap.turns import PATH
 
 FOUND = {
     "id": "0123456789ab",

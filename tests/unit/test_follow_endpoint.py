@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from vllm_dflash.follow.endpoint import FROM, WORKER, DrafterEndpoint, keys_of
-from vllm_dflash.follow.turns import PATH, agreed
+from vllm_dflash.swap.endpoint import FROM, WORKER, DrafterEndpoint, keys_of
+from vllm_dflash.swap.turns import PATH, agreed
 
 
 class Engine:

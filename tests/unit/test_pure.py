@@ -51,7 +51,7 @@ ASKS_VLLM = {
     "engines.child",
     "evaluation.engine_child",
     "evaluation.rejection",
-    "follow.worker",
+    "swap.worker",
     "kinds.dflash.context",
     "models.parameters",
     "patches.request_params",

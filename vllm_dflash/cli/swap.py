@@ -5,7 +5,7 @@ from typing import Any
 
 from vllm_dflash.cli.flags import add_command, run_of
 from vllm_dflash.flag_types import given
-from vllm_dflash.follow.turns import CONTEXTS, RECOMPUTE
+from vllm_dflash.swap.turns import CONTEXTS, RECOMPUTE
 
 
 def add(commands: Any) -> None:
@@ -55,7 +55,7 @@ def add(commands: Any) -> None:
         ),
     )
     add_key(swap)
-    swap.set_defaults(run=run_of("follow.swap"))
+    swap.set_defaults(run=run_of("swap.command"))
 
 
 def add_key(command: argparse.ArgumentParser) -> None:

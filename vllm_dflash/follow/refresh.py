@@ -22,15 +22,15 @@ from typing import Any
 from vllm_dflash import contents, hub, smollm2
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.files import RunError, read_record, whole_file, write_record
-from vllm_dflash.follow import client
 from vllm_dflash.follow.interval import Comparison, compare
 from vllm_dflash.follow.rounds import KEPT, LEFT, REFUSED, Round, Rounds
 from vllm_dflash.follow.traffic import gather
-from vllm_dflash.follow.turns import RECOMPUTE
 from vllm_dflash.follow.watch import SHAPE, Counted, look, threshold
 from vllm_dflash.lock import hold
 from vllm_dflash.metrics.top import address, fetch
 from vllm_dflash.serving_drafter import NOTE
+from vllm_dflash.swap import client
+from vllm_dflash.swap.turns import RECOMPUTE
 from vllm_dflash.training import settings as training_settings
 from vllm_dflash.training.errors import SettingsError
 
@@ -382,7 +382,7 @@ def _catch_up(rounds: Rounds, server: str, key: str | None) -> None:
 
 
 def _swap(rounds: Rounds, server: str, key: str | None) -> None:
-    from vllm_dflash.follow.swap import swapped
+    from vllm_dflash.swap.command import swapped
 
     found = client.swap(server, key, str(rounds.kept()[-1].drafter.resolve()), RECOMPUTE)
     rounds.say(f"{server}: {swapped(found)}")

@@ -2,8 +2,8 @@
 on the server's command line, with the folder that drafters may come from.
 
     VLLM_DFLASH_SWAP_FROM=/srv/drafters vllm serve TARGET --speculative-config ... --middleware
-    vllm_dflash.follow.endpoint.DrafterEndpoint --worker-extension-cls
-    vllm_dflash.follow.worker.DrafterSwap
+    vllm_dflash.swap.endpoint.DrafterEndpoint --worker-extension-cls
+    vllm_dflash.swap.worker.DrafterSwap
 
 Whoever may ask needs the server's API key. A server that others than this machine reach, and that
 asks for none, does not start with it. Middleware stands before vLLM's own check of the key, so the
@@ -22,11 +22,11 @@ from typing import Any
 
 from vllm_dflash import contents
 from vllm_dflash.api_keys import VARIABLE, admits, is_local, key_digest
-from vllm_dflash.follow.turns import CONTEXTS, PATH, RECOMPUTE, Swap, swap_in, which
 from vllm_dflash.log import logger
+from vllm_dflash.swap.turns import CONTEXTS, PATH, RECOMPUTE, Swap, swap_in, which
 
 FROM = "VLLM_DFLASH_SWAP_FROM"
-WORKER = "vllm_dflash.follow.worker.DrafterSwap"
+WORKER = "vllm_dflash.swap.worker.DrafterSwap"
 _ASKED = "this server asks for its API key: send the header Authorization: Bearer KEY"
 _MOST_BYTES = 1 << 16
 

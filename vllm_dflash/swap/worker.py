@@ -1,4 +1,4 @@
-"""What a worker of vLLM gains by ``--worker-extension-cls vllm_dflash.follow.worker.DrafterSwap``:
+"""What a worker of vLLM gains by ``--worker-extension-cls vllm_dflash.swap.worker.DrafterSwap``:
 methods that the endpoint calls by name on every rank, each of which answers and never raises.
 
 vLLM's own ``start_draft_weight_update`` and its companions say by an exception alone that they

@@ -10,7 +10,7 @@ import sys
 import time
 from typing import Any
 
-from vllm_dflash.follow import client
+from vllm_dflash.swap import client
 
 
 def run(args: argparse.Namespace) -> int:

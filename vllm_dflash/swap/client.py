@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm_dflash.api_keys import VARIABLE
 from vllm_dflash.files import RunError
-from vllm_dflash.follow.turns import PATH
+from vllm_dflash.swap.turns import PATH
 
 _SECONDS = 600.0
 """A large drafter is read from a disk."""
