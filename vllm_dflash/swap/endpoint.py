@@ -53,16 +53,16 @@ class DrafterEndpoint:
         state = scope["app"].state
         problem, digests = self.problem(state.args), keys_of(state.args)
         if problem is not None:
-            await _say(send, HTTPStatus.FORBIDDEN, refused=problem)
+            await say(send, HTTPStatus.FORBIDDEN, refused=problem)
         elif digests and not any(admits(digest, scope) for digest in digests):
-            await _say(send, HTTPStatus.UNAUTHORIZED, refused=_ASKED)
+            await say(send, HTTPStatus.UNAUTHORIZED, refused=_ASKED)
         elif scope["method"] == "GET":
             found = await which(state.engine_client)
-            await _say(send, _status_of(found), **found)
+            await say(send, _status_of(found), **found)
         elif scope["method"] == "POST":
             await self._swap(state, receive, send)
         else:
-            await _say(send, HTTPStatus.METHOD_NOT_ALLOWED, refused="GET or POST")
+            await say(send, HTTPStatus.METHOD_NOT_ALLOWED, refused="GET or POST")
 
     def problem(self, args: Any) -> str | None:
         """Why a server with these arguments may not have the endpoint; None where it may."""
@@ -94,17 +94,17 @@ class DrafterEndpoint:
 
     async def _swap(self, state: Any, receive: Receive, send: Send) -> None:
         try:
-            swap = swap_of(await _body(receive), Path(self.folder))
+            swap = swap_of(await body_of(receive), Path(self.folder))
         except ValueError as error:
-            await _say(send, HTTPStatus.BAD_REQUEST, refused=str(error))
+            await say(send, HTTPStatus.BAD_REQUEST, refused=str(error))
             return
         if self._busy.locked():
-            await _say(send, HTTPStatus.CONFLICT, refused="another swap is under way: ask again")
+            await say(send, HTTPStatus.CONFLICT, refused="another swap is under way: ask again")
             return
         async with self._busy:
             target = contents.of_folder(str(state.engine_client.vllm_config.model_config.model))
             found = await swap_in(state.engine_client, swap, target)
-        await _say(send, _status_of(found), **found)
+        await say(send, _status_of(found), **found)
 
 
 def keys_of(args: Any) -> list[str]:
@@ -137,7 +137,7 @@ def swap_of(body: bytes, root: Path) -> Swap:
     return Swap(str(folder), context)
 
 
-async def _body(receive: Receive) -> bytes:
+async def body_of(receive: Receive) -> bytes:
     """A request's body.
 
     Raises:
@@ -157,7 +157,8 @@ def _status_of(found: Mapping[str, Any]) -> HTTPStatus:
     return HTTPStatus.CONFLICT if "refused" in found else HTTPStatus.OK
 
 
-async def _say(send: Send, status: HTTPStatus, **answer: Any) -> None:
+async def say(send: Send, status: HTTPStatus, **answer: Any) -> None:
+    """Answers with an object of JSON."""
     body = json.dumps(answer).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": int(status), "headers": headers})

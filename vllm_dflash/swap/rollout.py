@@ -1,9 +1,9 @@
 """Which drafter all replicas of a deployment are to have, and whose turn it is to take it: one
 replica after another, so that all but one serve as ever. Pure; times are handed in.
 
-Replicas ask in short intervals. One that comes later, as an autoscaler starts it with the drafter of
-the deployment's configuration, is told like the others. One that dies in its turn loses it. Where a
-replica refuses the drafter, those that have taken it go back.
+Replicas ask in short intervals. One that comes later, as an autoscaler starts it with the drafter
+of the deployment's configuration, is told like the others. One that dies in its turn loses it.
+Where a replica refuses the drafter, those that have taken it go back.
 
     pytest tests/unit/test_swap_rollout.py
 """
@@ -43,8 +43,8 @@ class Rollout:
     _replicas: dict[str, _Replica] = field(default_factory=dict)
     _number: int = 0
     _want: Swap | None = None
-    _settled: Swap | None = None
-    """What all had before."""
+    _settled: tuple[int, Swap] | None = None
+    """What all had before, and its number."""
     _turn: tuple[str, float] | None = None
     """Whose it is, and since when."""
     _refused: str | None = None
@@ -61,7 +61,7 @@ class Rollout:
         self._forget(now)
         if self._want is not None and self._left():
             raise UnderWayError("another swap is under way: ask again")
-        self._settled = self._want or Swap(self.first, context)
+        self._settled = self._number, self._want or Swap(self.first, context)
         self._number += 1
         self._want, self._refused, self._answer = Swap(folder, context), None, {}
         return self._number
@@ -84,17 +84,20 @@ class Rollout:
         known = self._replicas.setdefault(replica, _Replica(now))
         if number != self._number or self._want is None:
             return
-        known.seen, known.number = now, number
+        known.seen = now
         if "refused" not in answer:
-            self._answer = answer
-        elif self._refused is None:
-            # Those that have it go back; of the drafter before nobody is asked twice.
-            self._refused, back = str(answer["refused"]), self._settled
-            took = {n for n, r in self._replicas.items() if r.number == number and n != replica}
+            known.number, self._answer = number, answer
+        elif self._refused is None and self._settled is not None:
+            self._refused = str(answer["refused"])
+            before, self._want = self._settled
             self._number += 1
-            self._want = back
-            for name, each in self._replicas.items():
-                each.number = number if name in took else self._number
+            # Those that have taken it go back; who still has what was before need not.
+            for each in self._replicas.values():
+                if each.number == before:
+                    each.number = self._number
+            self._settled = self._number, self._want
+        else:  # one that cannot even go back: it serves what it has
+            known.number = number
 
     def state(self, number: int, now: float) -> dict[str, Any]:
         """How far the swap with this number is: ``replicas`` and ``left``; ``refused`` with the
