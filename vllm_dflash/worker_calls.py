@@ -44,6 +44,7 @@ _LEAVE_THE_MODEL = frozenset(
         # Ours, which change the drafter alone (``swap.worker``).
         "dflash_which",
         "dflash_stage",
+        "dflash_staged",
         "dflash_commit",
         "dflash_drop",
     }

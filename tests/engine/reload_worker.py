@@ -96,10 +96,11 @@ def change(llm: Any, step: dict[str, Any]) -> None:
         )
         llm.collective_rpc("finish_weight_update")
     elif how == "draft swap":
-        (staged,) = llm.collective_rpc("dflash_stage", args=(step["path"], None))
-        found = staged
-        if "refused" not in staged:
-            (found,) = llm.collective_rpc("dflash_commit", args=(staged["id"],))
+        (found,) = llm.collective_rpc("dflash_stage", args=("ticket", step["path"], None))
+        while "pending" in found:
+            (found,) = llm.collective_rpc("dflash_staged", args=("ticket",))
+        if "refused" not in found:
+            (found,) = llm.collective_rpc("dflash_commit", args=("ticket", found["id"]))
         if "refused" in found:
             raise RuntimeError(found["refused"])
         assert found == llm.collective_rpc("dflash_which")[0]

@@ -22,6 +22,7 @@ class Engine:
         self.refusing: dict[int, str] = {}
         self.asked: list[str] = []
         self.cannot_reset = False
+        self.ticket = ""
         model = SimpleNamespace(model="/no/folder")
         self.vllm_config = SimpleNamespace(model_config=model)
 
@@ -32,13 +33,17 @@ class Engine:
 
     def one(self, rank: int, method: str, args: tuple[Any, ...]) -> dict[str, Any]:
         if method == "dflash_stage":
-            if rank in self.refusing:
-                return {"refused": self.refusing[rank]}
-            self.staged[rank] = Path(args[0]).name
-            return {"id": self.staged[rank]}
+            self.ticket, folder, _ = args
+            self.staged[rank] = Path(folder).name
+            return {"pending": True}
+        if method == "dflash_staged":
+            assert args == (self.ticket,)
+            refused = {"refused": self.refusing[rank]} if rank in self.refusing else None
+            return refused or {"id": self.staged[rank]}
         if method == "dflash_commit":
-            assert self.staged[rank] == args[0]
-            self.serving[rank], self.staged[rank] = args[0], None
+            ticket, weights, _ = args
+            assert (self.ticket, self.staged[rank]) == (ticket, weights)
+            self.serving[rank], self.staged[rank] = weights, None
         if method == "dflash_drop":
             self.staged[rank] = None
         return {"id": self.serving[rank], "drafter": "/d", "since": 1.0}
@@ -129,10 +134,11 @@ def test_swap(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "recompute",
     )
     assert server.engine.serving == ["new", "new"]
-    assert server.engine.asked == ["dflash_which", "dflash_stage", "dflash_commit", "reset"]
+    calls = ["dflash_which", "dflash_stage", "dflash_staged", "dflash_commit"]
+    assert server.engine.asked == [*calls, "reset"]
     (root / "other").mkdir()
     assert server.ask("POST", {"drafter": "other", "context": "leave"})[1]["id"] == "other"
-    assert server.engine.asked[4:] == ["dflash_which", "dflash_stage", "dflash_commit"]
+    assert server.engine.asked[5:] == calls
 
 
 def test_one_rank_refuses(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +157,7 @@ def test_ranks_that_read_different_files(root: Path, monkeypatch: pytest.MonkeyP
 
     def differing(rank: int, method: str, args: tuple[Any, ...]) -> dict[str, Any]:
         found = one(rank, method, args)
-        return found | {"id": f"new-{rank}"} if method == "dflash_stage" else found
+        return found | {"id": f"new-{rank}"} if method == "dflash_staged" else found
 
     server.engine.one = differing  # type: ignore[method-assign]
     status, found = server.ask("POST", {"drafter": "new"})

@@ -3,6 +3,7 @@ nothing, and nothing raises."""
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ class Model:
         self.weights = load_file(folder / "model.safetensors")
         self.failing: list[str] = []
 
-    def load_weights(self, tensors: Any) -> None:
-        for name, tensor in tensors:
+    def put(self, tensors: dict[str, torch.Tensor], weights: str) -> None:
+        for name, tensor in tensors.items():
             if self.failing and name == self.failing[0]:
                 self.failing.pop()
                 raise MemoryError("no memory")
@@ -56,6 +57,15 @@ def model(folders: tuple[Path, Path]) -> Model:
     return Model(folders[0])
 
 
+def stage(swapping: Swapping, folder: Path, target: str | None = None) -> dict[str, Any]:
+    """What comes of it, once it is read."""
+    found = swapping.stage("t", str(folder), target)
+    while "pending" in found:
+        time.sleep(0.01)
+        found = swapping.staged("t")
+    return found
+
+
 def holds(model: Model, folder: Path) -> bool:
     theirs = load_file(folder / "model.safetensors")
     return all(torch.equal(model.weights[name], theirs[name]) for name in theirs)
@@ -65,26 +75,28 @@ def test_a_swap(model: Model, folders: tuple[Path, Path]) -> None:
     old, new = folders
     (new / "refresh.json").write_text(json.dumps({"tau": 3.5, "target_files": None}))
     swapping, weights = Swapping(model, model), id_of_folder(new)
-    assert swapping.stage(str(new), None) == {"id": weights}
+    assert stage(swapping, new) == {"id": weights}
     assert holds(model, old), "nothing is touched until all ranks have looked"
-    found = swapping.commit(weights)
+    found = swapping.commit("t", weights)
     assert holds(model, new)
     assert (found["id"], found["drafter"], found["proved_tau"]) == (weights, str(new), 3.5)
     assert (found["swapped"], found["refused"]) == (1, 0)
     assert swapping.which() == found
-    again = swapping.commit(weights)
-    assert "nothing with the id" in again["refused"]
+    again = swapping.commit("t", weights)
+    assert "not staged any more" in again["refused"]
 
 
 def test_what_was_staged_is_what_is_put_in_force(model: Model, folders: tuple[Path, Path]) -> None:
     """Its folder may be another's by then."""
     old, new = folders
     swapping, theirs = Swapping(model, model), load_file(new / "model.safetensors")
-    weights = swapping.stage(str(new), None)["id"]
+    weights = stage(swapping, new)["id"]
     (new / "model.safetensors").write_bytes((old / "model.safetensors").read_bytes())
-    assert swapping.commit(weights)["id"] == weights
+    assert swapping.commit("t", weights)["id"] == weights
     assert torch.equal(model.weights["norm.weight"], theirs["norm.weight"])
-    assert "refused" in Swapping(model, model).commit(weights), "another worker has staged none"
+    assert "refused" in Swapping(model, model).commit("t", weights), (
+        "another worker has staged none"
+    )
 
 
 def spoil_values(folder: Path) -> None:
@@ -143,20 +155,30 @@ def test_a_bad_one_is_refused(
     old, new = folders
     spoil(new)
     swapping, before = Swapping(model, model), model.serving.as_dict()
-    found = swapping.stage(str(new), "0" * 16)
+    found = stage(swapping, new, "0" * 16)
     assert set(found) == {"refused"}
     assert re.search(said, found["refused"]), found["refused"]
     assert holds(model, old)
     assert model.serving.as_dict() == before | {"refused": 1}
-    assert "refused" in swapping.commit("x"), "and nothing is left staged"
+    assert "refused" in swapping.commit("t", "x"), "and nothing is left staged"
+
+
+def test_another_swaps_ticket(model: Model, folders: tuple[Path, Path]) -> None:
+    """Another API server's, at the same time: neither commits nor drops what is not its own."""
+    swapping = Swapping(model, model)
+    weights = stage(swapping, folders[1])["id"]
+    assert "refused" in swapping.staged("other")
+    assert "refused" in swapping.commit("other", weights)
+    swapping.drop("other")
+    assert swapping.commit("t", weights)["id"] == weights
 
 
 def test_dropped(model: Model, folders: tuple[Path, Path]) -> None:
     """Another rank has refused."""
     swapping = Swapping(model, model)
-    weights = swapping.stage(str(folders[1]), None)["id"]
-    assert swapping.drop()["id"] == id_of_folder(folders[0])
-    assert "refused" in swapping.commit(weights)
+    weights = stage(swapping, folders[1])["id"]
+    assert swapping.drop("t")["id"] == id_of_folder(folders[0])
+    assert "refused" in swapping.commit("t", weights)
     assert holds(model, folders[0])
 
 
@@ -164,9 +186,9 @@ def test_a_copy_that_breaks_off_is_mended(model: Model, folders: tuple[Path, Pat
     """Half of the new weights were in: the old folder's are put back, and that is said."""
     old, new = folders
     swapping = Swapping(model, model)
-    weights = swapping.stage(str(new), None)["id"]
+    weights = stage(swapping, new)["id"]
     model.failing = ["norm.weight"]
-    assert swapping.commit(weights) == {"refused": "no memory"}
+    assert swapping.commit("t", weights) == {"refused": "no memory"}
     assert holds(model, old)
     assert (model.serving.id, model.serving.name) == (id_of_folder(old), str(old))
 
@@ -177,11 +199,11 @@ def test_a_mixture_is_never_called_by_a_name(
     """The old folder is gone, too."""
     old, new = folders
     swapping = Swapping(model, model)
-    weights = swapping.stage(str(new), None)["id"]
+    weights = stage(swapping, new)["id"]
     model.failing = ["norm.weight"]
     (old / "model.safetensors").unlink()
-    assert "refused" in swapping.commit(weights)
+    assert "refused" in swapping.commit("t", weights)
     assert model.serving.id == "mixed"
     assert "changes no output" in caplog.text
-    assert swapping.stage(str(new), None)["id"] == weights, "and a sound one can be swapped in"
-    assert swapping.commit(weights)["id"] == weights
+    assert stage(swapping, new)["id"] == weights, "and a sound one can be swapped in"
+    assert swapping.commit("t", weights)["id"] == weights

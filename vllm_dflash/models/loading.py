@@ -188,10 +188,26 @@ class Loading:
         self._tables.check_update(named)
         return named
 
-    def _replace(self) -> None:
-        """Puts a whole update in place of the weights in force."""
+    def put(self, judged: dict[str, Tensor], weights: str) -> None:
+        """Puts tensors in force that ``judge`` has passed and given the id ``weights``.
+
+        Raises:
+            DrafterConfigError: an update by vLLM's own calls is not over; nothing is changed.
+        """
+        if self._kept or self._is_open():
+            raise DrafterConfigError(
+                "an update of the drafter's weights is under way: end it by finish_weight_update,"
+                " and send the swap again"
+            )
+        self._kept = dict(judged)
+        self._replace(weights)
+
+    def _replace(self, weights: str | None = None) -> None:
+        """Puts a whole update, whose id ``weights`` is if it is known, in place of the weights in
+        force."""
         kept, self._kept = self._kept, {}
-        weights = id_of({name: digest_of(tensor) for name, tensor in kept.items()})
+        if weights is None:
+            weights = id_of({name: digest_of(tensor) for name, tensor in kept.items()})
         if self._is_open():
             self._load(kept)
         else:

@@ -8,6 +8,7 @@ goes wrong while weights are copied (memory runs out) is mended by the old folde
     pytest tests/unit/test_follow_swapping.py tests/engine/test_swap.py
 """
 
+import threading
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,16 @@ from vllm_dflash.weights.mask_embedding import MASK_EMBEDDING, read_mask_embeddi
 
 _MAY_DIFFER = ("dtype",)
 """Fields of the configuration that the engine decides itself."""
+_NOT_STAGED = "the drafter is not staged any more: send the swap again"
+
+
+class _Stage:
+    """A drafter on its way: read in a thread, so that the engine goes on meanwhile."""
+
+    def __init__(self, ticket: str, folder: str) -> None:
+        self.ticket, self.folder = ticket, folder
+        self.answer: dict[str, Any] = {"pending": True}
+        self.proof, self.tensors = Proof(), dict[str, Tensor]()
 
 
 class Swapping:
@@ -32,63 +43,81 @@ class Swapping:
     def __init__(self, drafter: Any, loading: Any) -> None:
         """``loading``: the drafter's ``Loading``."""
         self._drafter, self._loading = drafter, loading
-        self._staged: tuple[str, str, Proof, dict[str, Tensor]] | None = None
-        """Folder, id, proof and tensors of a drafter that has passed."""
+        self._stage: _Stage | None = None
 
-    def stage(self, folder: str, target_files: str | None) -> dict[str, Any]:
-        """Reads a drafter's folder and keeps its tensors; what serves is not touched.
+    def stage(self, ticket: str, folder: str, target_files: str | None) -> dict[str, Any]:
+        """Begins to read a drafter's folder; what serves is not touched.
 
         Args:
+            ticket: of this swap, for the calls that follow.
             folder: of this machine.
             target_files: stands for the target that is served (``contents.of_folder``); None where
                 it is no folder.
 
         Returns:
-            ``id`` of the weights, or ``refused`` with the reason and the remedy.
+            As ``staged``.
         """
-        self._staged = None
+        if self._stage is not None and "pending" in self._stage.answer:
+            return {"refused": "another swap is under way: ask again"}
+        self._stage = stage = _Stage(ticket, folder)
+        threading.Thread(
+            target=self._look, args=(stage, target_files), name="drafter swap", daemon=True
+        ).start()
+        return stage.answer
+
+    def _look(self, stage: _Stage, target_files: str | None) -> None:
+        folder = Path(stage.folder)
         try:
-            tensors, proof = self._read(Path(folder)), proof_of(Path(folder))
-            if None not in (proof.target_files, target_files) and (
-                proof.target_files != target_files
+            stage.tensors, stage.proof = self._read(folder), proof_of(folder)
+            if None not in (stage.proof.target_files, target_files) and (
+                stage.proof.target_files != target_files
             ):
                 raise DrafterConfigError(
                     f"{folder} was refreshed for another target (its refresh.json says so)",
                     "refresh it against the target that is served",
                 )
-            weights = self._loading.judge(tensors)
+            stage.answer = {"id": self._loading.judge(stage.tensors)}
         except Exception as error:  # see above: whatever it is, it is an answer
-            return self._refuse(folder, error)
-        self._staged = folder, weights, proof, tensors
-        return {"id": weights}
+            stage.tensors = {}
+            stage.answer = self._refuse(stage.folder, error)
 
-    def commit(self, weights: str) -> dict[str, Any]:
+    def staged(self, ticket: str) -> dict[str, Any]:
+        """``pending``; or the ``id`` of the weights that have passed; or ``refused`` with the
+        reason and the remedy."""
+        if self._stage is None or self._stage.ticket != ticket:
+            return {"refused": _NOT_STAGED}
+        return self._stage.answer
+
+    def commit(self, ticket: str, weights: str) -> dict[str, Any]:
         """Puts the staged tensors in force, where their id is this one.
 
         Returns:
             What serves then, or ``refused``.
         """
-        staged, self._staged = self._staged, None
-        if staged is None or staged[1] != weights:
-            return {"refused": f"nothing with the id {weights} is staged: send the swap again"}
-        folder, _, proof, tensors = staged
-        before = self._drafter.serving.name
+        stage = self._stage
+        if stage is None or (stage.ticket, stage.answer.get("id")) != (ticket, weights):
+            return {"refused": _NOT_STAGED}
+        self._stage, before = None, self._drafter.serving.name
         try:
-            self._drafter.load_weights(tensors.items())
+            self._loading.put(stage.tensors, weights)
         except Exception as error:
-            answer = self._refuse(folder, error)
+            answer = self._refuse(stage.folder, error)
             self._mend(before)
             return answer
-        self._drafter.serving.put(folder, weights, proof)
-        self._drafter.serving.swapped -= 1  # counted as pushed weights already
-        touch_here()
+        self._note(stage.folder, weights, stage.proof)
         logger.info("%s serves from now on", self._drafter.serving)
         return self.which()
 
-    def drop(self) -> dict[str, Any]:
-        """Forgets what is staged."""
-        self._staged = None
+    def drop(self, ticket: str) -> dict[str, Any]:
+        """Forgets what is staged for this swap."""
+        if self._stage is not None and self._stage.ticket == ticket:
+            self._stage = None
         return self.which()
+
+    def _note(self, folder: str, weights: str, proof: Proof) -> None:
+        self._drafter.serving.put(folder, weights, proof)
+        self._drafter.serving.swapped -= 1  # counted as pushed weights already
+        touch_here()
 
     def which(self) -> dict[str, Any]:
         """What serves."""
@@ -125,15 +154,16 @@ class Swapping:
         """Loads the weights of before anew, after a copy that broke off."""
         try:
             weights = self._loading.judge(tensors := self._read(Path(folder)))
-            self._drafter.load_weights(tensors.items())
+            self._loading.put(tensors, weights)
         except Exception:
             logger.exception(
                 "the drafter's weights are of no one checkpoint now, which costs acceptance and"
                 " changes no output: swap in a sound drafter, or restart the server"
             )
             self._drafter.serving.put(folder, "mixed", Proof())
+            touch_here()
         else:
-            self._drafter.serving.put(folder, weights, proof_of(Path(folder)))
+            self._note(folder, weights, proof_of(Path(folder)))
 
     def _refuse(self, folder: str, error: Exception) -> dict[str, Any]:
         said = str(error) or type(error).__name__

@@ -4,12 +4,16 @@ and what they answer is one answer. Pure; the engine is an argument.
     pytest tests/unit/test_follow_endpoint.py
 """
 
+import asyncio
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 PATH = "/v1/dflash/drafter"
 """Below /v1, as all of vLLM's paths that ask for the API key."""
+_LOOK_S = 0.1
+"""Between two questions whether all ranks have read the drafter, meanwhile they serve."""
 LEAVE, MASK, RECOMPUTE = "leave", "mask", "recompute"
 CONTEXTS = (RECOMPUTE, LEAVE, MASK)
 """What becomes of the draft context that the old drafter wrote: requests in flight are computed
@@ -42,11 +46,17 @@ async def swap_in(engine: Any, swap: Swap, target_files: str | None) -> dict[str
     now = await _ask(engine, "dflash_which")
     if any("refused" in answer for answer in now):
         return agreed(now)
-    staged = agreed(await _ask(engine, "dflash_stage", swap.folder, target_files))
+    ticket = uuid.uuid4().hex
+    looks = await _ask(engine, "dflash_stage", ticket, swap.folder, target_files)
+    while any("pending" in answer for answer in looks):
+        await asyncio.sleep(_LOOK_S)
+        looks = await _ask(engine, "dflash_staged", ticket)
+    staged = agreed(looks)
     if "refused" in staged:
-        await _ask(engine, "dflash_drop")
+        await _ask(engine, "dflash_drop", ticket)
         return staged
-    found = agreed(await _ask(engine, "dflash_commit", staged["id"], swap.context == MASK))
+    mask = swap.context == MASK
+    found = agreed(await _ask(engine, "dflash_commit", ticket, staged["id"], mask))
     if "refused" in found:
         return found
     answer = found | {

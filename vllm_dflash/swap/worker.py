@@ -16,12 +16,17 @@ _NONE = {"refused": "this server has no drafter of vllm-dflash: start it with on
 class DrafterSwap:
     """Mixed into vLLM's worker, whose attributes it uses; its own names begin with ``dflash``."""
 
-    def dflash_stage(self, folder: str, target_files: str | None) -> dict[str, Any]:
+    def dflash_stage(self, ticket: str, folder: str, target_files: str | None) -> dict[str, Any]:
         """``Swapping.stage``."""
         swapping = self._dflash_swapping()
-        return _NONE if swapping is None else swapping.stage(folder, target_files)
+        return _NONE if swapping is None else swapping.stage(ticket, folder, target_files)
 
-    def dflash_commit(self, weights: str, mask: bool = False) -> dict[str, Any]:
+    def dflash_staged(self, ticket: str) -> dict[str, Any]:
+        """``Swapping.staged``."""
+        swapping = self._dflash_swapping()
+        return _NONE if swapping is None else swapping.staged(ticket)
+
+    def dflash_commit(self, ticket: str, weights: str, mask: bool = False) -> dict[str, Any]:
         """``Swapping.commit``; with ``mask`` drafts see nothing of what the old drafter wrote."""
         from vllm.config import set_current_vllm_config
 
@@ -31,20 +36,20 @@ class DrafterSwap:
             return _NONE
         coverage = getattr(getattr(worker.model_runner, "drafter", None), "coverage", None)
         if mask and coverage is None:
-            swapping.drop()
+            swapping.drop(ticket)
             return {"refused": "only the V1 model runner masks context: choose another --context"}
         with set_current_vllm_config(worker.vllm_config):
-            answer: dict[str, Any] = swapping.commit(weights)
+            answer: dict[str, Any] = swapping.commit(ticket, weights)
         if mask and "refused" not in answer:
             cache = worker.vllm_config.cache_config
             pages = cache.num_gpu_blocks * cache.block_size // coverage.page_size
             coverage.bad_pages.update(range(pages))
         return answer
 
-    def dflash_drop(self) -> dict[str, Any]:
+    def dflash_drop(self, ticket: str) -> dict[str, Any]:
         """``Swapping.drop``."""
         swapping = self._dflash_swapping()
-        return _NONE if swapping is None else swapping.drop()
+        return _NONE if swapping is None else swapping.drop(ticket)
 
     def dflash_which(self) -> dict[str, Any]:
         """``Swapping.which``."""
