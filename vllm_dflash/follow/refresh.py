@@ -82,8 +82,8 @@ def _run(args: argparse.Namespace) -> int:
     options = _options(args, serving, rounds)
     with hold(args.out, "vllm-dflash refresh"):
         open_round = rounds.settle()
-        if args.swap:
-            _catch_up(rounds, args.server, key)
+        if args.swap and _catches_up(rounds, args.server, key):
+            return KEPT_STATUS
         if args.when_below is not None and open_round is None:
             assert serving is not None, "the flags' check sees to it"
             if not _has_fallen(rounds, serving, args.when_below):
@@ -151,7 +151,13 @@ def _take(options: Options, rounds: Rounds, current: Round) -> tuple[str, str, f
         fitted, found, model = _loaded(settings)
         measured = measured | {"new": _counts(fitted, found, model, learned.trained_folder(fitted))}
         current.note_measured(measured)
-    compared = compare(measured["old"], measured["new"])
+    try:
+        compared = compare(measured["old"], measured["new"])
+    except ValueError as error:
+        raise RunError(
+            f"{current.name} measured nothing ({error}): its held-out answers are too short; set"
+            " prove_tokens in the table [prove] of the settings, and remove the round's folder"
+        ) from None
     if not compared.is_better:
         return REFUSED, f"{compared}: not better by more than its interval", compared.new
     if not pipeline.run_stages(settings, ("prove", "export")):
@@ -303,6 +309,11 @@ def _options(args: argparse.Namespace, serving: Counted | None, rounds: Rounds) 
         raise _UsageError("give the target with --target, or a server that has it with --server")
     draft = args.draft
     if draft is None and serving is not None and serving.drafter:
+        if ", " in serving.drafter:
+            raise _UsageError(
+                f"the server's engines have different drafters ({serving.drafter}): swap one in,"
+                " or give --draft"
+            )
         draft = serving.drafter
     if draft is None and rounds.link.exists():
         draft = str(rounds.link)
@@ -370,19 +381,28 @@ def _has_fallen(rounds: Rounds, now: Counted, when_below: float) -> bool:
     return below
 
 
-def _catch_up(rounds: Rounds, server: str, key: str | None) -> None:
+def _catches_up(rounds: Rounds, server: str, key: str | None) -> bool:
     """Has the server put the drafter in force that was kept last, where it has another: it was
-    started anew, or a refresh was stopped before its swap."""
+    started anew, or a refresh was stopped before its swap. Not where a person has swapped another
+    in since."""
     from vllm_dflash.follow.folders import id_of_folder
 
     kept = rounds.kept()
-    if kept and client.which(server, key)["id"] != id_of_folder(kept[-1].drafter):
-        rounds.say(f"{server} does not serve {rounds.link}, which was kept last")
-        _swap(rounds, server, key)
+    if not kept:
+        return False
+    found = client.which(server, key)
+    is_other = found["id"] != id_of_folder(kept[-1].drafter)
+    if not is_other or (kept[-1].was_swapped_in() and found.get("swapped")):
+        return False
+    rounds.say(f"{server} does not serve {rounds.link}, which was kept last")
+    _swap(rounds, server, key)
+    return True
 
 
 def _swap(rounds: Rounds, server: str, key: str | None) -> None:
     from vllm_dflash.swap.command import swapped
 
-    found = client.swap(server, key, str(rounds.kept()[-1].drafter.resolve()), RECOMPUTE)
+    newest = rounds.kept()[-1]
+    found = client.swap(server, key, str(newest.drafter.resolve()), RECOMPUTE)
+    newest.note_swapped_in(server)
     rounds.say(f"{server}: {swapped(found)}")

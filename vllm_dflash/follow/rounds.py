@@ -95,6 +95,13 @@ class Round:
         """What was decided; None where nothing was."""
         return read_record(self.folder / "decision.json", _DECISION, _REMEDY)
 
+    def was_swapped_in(self) -> bool:
+        """Whether its drafter was put into a running server."""
+        return read_record(self.folder / "swapped.json", {"server": str}, _REMEDY) is not None
+
+    def note_swapped_in(self, server: str) -> None:
+        write_record(self.folder / "swapped.json", {"server": server})
+
     def decide(self, decision: str, line: str, **more: Any) -> None:
         write_record(self.folder / "decision.json", {"decision": decision, "line": line, **more})
 
