@@ -8,9 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_follow_watch import counted, page
 
 from pairs import make_random_drafter
+from unit.test_follow_watch import counted, page
 from vllm_dflash.follow import refresh
 from vllm_dflash.follow.folders import id_of_folder
 from vllm_dflash.follow.rounds import KEPT, Rounds
