@@ -62,6 +62,14 @@ class ServingDrafter:
         self.swapped += bool(self.id)
         self.name, self.id, self.proof, self.since = name, weights, proof, time.time()
 
+    def call(self, name: str, proof: Proof) -> None:
+        """The weights that were put in force last came from there."""
+        self.name, self.proof = name, proof
+
+    def count_refusal(self) -> None:
+        """A swap was refused."""
+        self.refused += 1
+
     def as_dict(self) -> dict[str, Any]:
         """As the endpoint answers."""
         return {

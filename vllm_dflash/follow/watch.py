@@ -122,10 +122,12 @@ class Look:
 def look(now: Counted, before: Mapping[str, Any] | None) -> Look | None:
     """Over the time since the last look's record, or since the server began; None where another
     drafter came meanwhile, so that nothing can be told apart."""
-    same = before is not None and before["id"] == now.id and not _began_anew(now, before["counts"])
-    if not same and now.swaps:
+    if before is not None and (before["id"] != now.id or _began_anew(now, before["counts"])):
+        before = None
+    if before is None and now.swaps:
         return None
-    past: Mapping[str, Any] = before["counts"] if same and before is not None else {}
+    past: Mapping[str, Any] = before["counts"] if before is not None else {}
+    since = before["seconds"] if before is not None else None
     buckets = {
         name: count - past.get("buckets", {}).get(name, 0.0) for name, count in now.buckets.items()
     }
@@ -137,16 +139,11 @@ def look(now: Counted, before: Mapping[str, Any] | None) -> Look | None:
             contexts[name] = (tokens - earlier[1]) / (count - earlier[0])
     count = max(buckets.values(), default=0.0)
     if not count:
-        return Look(None, math.inf, 0.0, before["seconds"] if same else None, {}, now.proved)
+        return Look(None, math.inf, 0.0, since, {}, now.proved)
     mean = total / count
-    return Look(
-        mean,
-        _Z * math.sqrt(max(_second_moment(buckets) / count - mean**2, 0.0) / count),
-        count,
-        before["seconds"] if same and before is not None else None,
-        contexts,
-        now.proved,
-    )
+    variance = max(_second_moment(buckets) / count - mean**2, 0.0)
+    half = _Z * math.sqrt(variance / count)
+    return Look(mean, half, count, since, contexts, now.proved)
 
 
 def threshold(when_below: float, proved: float | None) -> float | None:

@@ -72,6 +72,10 @@ class Recorder:
         else:
             self._failing = False
 
+    def touch(self) -> None:
+        """What is counted has changed."""
+        self.dirty = True
+
     def close(self) -> None:
         """Ends the series: an engine that is gone has none."""
         self._stop.set()
@@ -91,7 +95,7 @@ class Recorder:
 def touch_here() -> None:
     """Has what this process's recorders know written anew: it has changed outside of a step."""
     for recorder in list(_recorders):
-        recorder.dirty = True
+        recorder.touch()
 
 
 def flush_here() -> None:

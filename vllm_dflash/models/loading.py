@@ -222,7 +222,10 @@ class Loading:
     def _note_start(self) -> None:
         """Notes which weights the engine has begun with."""
         drafter = self._drafter
-        folder = drafter_folder(drafter.model_path, drafter.revision)
+        try:
+            folder = drafter_folder(drafter.model_path, drafter.revision)
+        except DrafterConfigError:  # what is not to be looked at says nothing of itself
+            folder = None
         drafter.serving.put(drafter.model_path, id_of(self._digests), proof_of(folder))
         touch_here()
         logger.info("%s serves", drafter.serving)

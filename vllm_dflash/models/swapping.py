@@ -104,7 +104,7 @@ class Swapping:
             answer = self._refuse(stage.folder, error)
             self._mend(before)
             return answer
-        self._note(stage.folder, weights, stage.proof)
+        self._note(stage.folder, stage.proof)
         logger.info("%s serves from now on", self._drafter.serving)
         return self.which()
 
@@ -114,9 +114,8 @@ class Swapping:
             self._stage = None
         return self.which()
 
-    def _note(self, folder: str, weights: str, proof: Proof) -> None:
-        self._drafter.serving.put(folder, weights, proof)
-        self._drafter.serving.swapped -= 1  # counted as pushed weights already
+    def _note(self, folder: str, proof: Proof) -> None:
+        self._drafter.serving.call(folder, proof)
         touch_here()
 
     def which(self) -> dict[str, Any]:
@@ -163,11 +162,11 @@ class Swapping:
             self._drafter.serving.put(folder, "mixed", Proof())
             touch_here()
         else:
-            self._note(folder, weights, proof_of(Path(folder)))
+            self._note(folder, proof_of(Path(folder)))
 
     def _refuse(self, folder: str, error: Exception) -> dict[str, Any]:
         said = str(error) or type(error).__name__
-        self._drafter.serving.refused += 1
+        self._drafter.serving.count_refusal()
         touch_here()
         logger.warning("%s is not swapped in, %s goes on: %s", folder, self._drafter.serving, said)
         return {"refused": said}
