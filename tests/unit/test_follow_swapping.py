@@ -36,7 +36,7 @@ class Model:
                 self.failing.pop()
                 raise MemoryError("no memory")
             self.weights[name] = tensor
-        self.serving.put("pushed", "?", Proof())
+        self.serving.put("pushed", weights, Proof())
 
     def judge(self, tensors: dict[str, torch.Tensor]) -> str:
         if any(not tensor.isfinite().all() for tensor in tensors.values()):
