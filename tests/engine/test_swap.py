@@ -129,9 +129,13 @@ class Clients:
 
 @pytest.fixture(scope="module")
 def drafters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See ``make_drafters``."""
+    return make_drafters(tmp_path_factory.mktemp("drafters"))
+
+
+def make_drafters(folder: Path) -> Path:
     """A folder of drafters: ``good``, ``noisy`` (the same with noise, so that tau tells), and some
     that are refused."""
-    folder = tmp_path_factory.mktemp("drafters")
     shutil.copytree(DRAFTER, folder / "good")
     shutil.copytree(DRAFTER, folder / "noisy")
     tensors = load_file(DRAFTER / "model.safetensors")
@@ -151,8 +155,8 @@ def drafters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def swappable(drafters: Path, *more: str, **env: str) -> Iterator[int]:
-    """A server with the endpoint, on the loopback."""
+def swappable(drafters: Path, *more: str, ends_itself: bool = False) -> Iterator[int]:
+    """A server with the endpoint, on the loopback; ``ends_itself``: as ``server``."""
     speculative = json.dumps({"method": "dflash", "model": str(drafters / "good")})
     flags = (
         "--speculative-config",
@@ -163,7 +167,8 @@ def swappable(drafters: Path, *more: str, **env: str) -> Iterator[int]:
         EXTENSION["worker_extension_cls"],
         *more,
     )
-    with server(*flags, env={"VLLM_DFLASH_SWAP_FROM": str(drafters), **env}) as port:
+    env = {"VLLM_DFLASH_SWAP_FROM": str(drafters)}
+    with server(*flags, env=env, ends_itself=ends_itself) as port:
         yield port
 
 
