@@ -13,6 +13,7 @@ mean of its drafter's, and the server's memory. ``curve`` fine-tunes the embedde
 import argparse
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import random
@@ -166,7 +167,8 @@ def prove_soak(minutes: int, every: float, folder: Path) -> bool:
 def prove_context(folder: Path) -> bool:
     """Long contexts of the noisy drafter, and tau of the seconds after the good one came."""
     drafters = make_drafters(folder)
-    prompts = [sum(held_out_prompts(6)[i:], [])[:320] for i in range(4)]
+    text = [*itertools.chain.from_iterable(held_out_prompts(12))]
+    prompts = [text[100 * i : 100 * i + 320] for i in range(4)]
     expected = run_engine(TARGET, None, prompts, max_tokens=160)[0].tokens
     print("| context | tau in 3 s | 6 s | 9 s | 12 s |\n|---|---|---|---|---|")
     with swappable(drafters) as port, Traffic(port, prompts, expected) as traffic:

@@ -30,7 +30,7 @@ from training_runs import (
 from vllm_dflash import contents
 from vllm_dflash.cli import main
 from vllm_dflash.files import RunError
-from vllm_dflash.follow import refresh as refresh_module
+from vllm_dflash.follow import take
 from vllm_dflash.follow.folders import id_of_folder
 from vllm_dflash.follow.measure import steps_in
 from vllm_dflash.follow.rounds import Rounds
@@ -318,7 +318,7 @@ def test_a_full_disk(
         raise RunError("the disk is full: free some space")
 
     with monkeypatch.context() as patch:
-        patch.setattr(refresh_module, "_note", full)
+        patch.setattr(take, "_note", full)
         assert main(command(pair, out)) == 1
     assert "free some space" in capsys.readouterr().err
     assert not (out / "drafter").exists()
