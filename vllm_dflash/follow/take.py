@@ -88,10 +88,10 @@ def _take(options: Options, rounds: Rounds, current: Round) -> tuple[str, str, f
     """A round's stages: its decision, a line about it, and the new drafter's tau."""
     from vllm_dflash.training import pipeline
 
-    old, settings = Path(_folder(options.draft)), _settings(options, current, steps=None)
+    old, measured, plan = Path(_folder(options.draft)), current.measured(), current.plan()
+    # With the steps that are known: what is trained already is not for other ones.
+    settings = _settings(options, current, steps=None if plan is None else plan["steps"])
     pipeline.run_stages(settings, ("generate", "features"))
-    measured = current.measured()
-    plan = current.plan()
     if "old" not in measured or plan is None:
         measured, plan = _before(options, rounds, current, settings, old)
     settings = _settings(options, current, steps=plan["steps"])
