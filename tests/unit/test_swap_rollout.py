@@ -56,21 +56,24 @@ class Replicas:
 def test_one_after_another() -> None:
     replicas = Replicas("a", "b", "c")
     assert replicas.settle() == []
-    number = replicas.rollout.want("new", "recompute", replicas.now)
+    replicas.rollout.want("new", "recompute", replicas.now)
     assert replicas.ask() == ["a"]
     assert replicas.ask() == [], "the others wait"
-    assert replicas.rollout.state(number, replicas.now) == {"replicas": 3, "left": 3}
+    assert replicas.rollout.state(replicas.now) == {"replicas": 3, "left": 3}
     replicas.end("a")
     assert replicas.ask() == ["b"]
     assert replicas.serving == {"a": "new", "b": "first", "c": "first"}
     replicas.end("b")
     assert replicas.settle() == ["c"]
     assert set(replicas.serving.values()) == {"new"}
-    assert replicas.rollout.state(number, replicas.now) == {
-        "id": "id of new",
-        "replicas": 3,
-        "left": 0,
-    }
+    assert replicas.rollout.state(replicas.now) == {"id": "id of new", "replicas": 3, "left": 0}
+
+
+def test_what_serves_before_any_swap() -> None:
+    rollout = Rollout("first")
+    rollout.greet("a", {"refused": "no drafter"}, 0.0)
+    rollout.greet("b", {"id": "id of first"}, 0.0)
+    assert rollout.state(1.0) == {"id": "id of first", "replicas": 2, "left": 0}
 
 
 def test_a_replica_that_comes_later() -> None:
@@ -87,14 +90,14 @@ def test_a_replica_that_comes_later() -> None:
 def test_a_replica_that_dies_in_its_turn() -> None:
     replicas = Replicas("a", "b")
     replicas.settle()
-    number = replicas.rollout.want("new", "recompute", replicas.now)
+    replicas.rollout.want("new", "recompute", replicas.now)
     assert replicas.ask() == ["a"]
     del replicas.serving["a"]
     replicas.busy.clear()
     assert replicas.ask() == []
     assert replicas.settle() == ["b"], "after a minute"
-    assert replicas.rollout.state(number, replicas.now)["replicas"] == 1
-    assert replicas.rollout.state(number, replicas.now)["left"] == 0
+    assert replicas.rollout.state(replicas.now)["replicas"] == 1
+    assert replicas.rollout.state(replicas.now)["left"] == 0
 
 
 def test_a_swap_that_never_ends_loses_its_turn() -> None:
@@ -117,16 +120,16 @@ def test_one_refuses_and_all_go_back(refusing: str) -> None:
     replicas = Replicas("a", "b", "c")
     replicas.settle()
     replicas.refusing = {refusing}
-    number = replicas.rollout.want("bad", "recompute", replicas.now)
+    replicas.rollout.want("bad", "recompute", replicas.now)
     replicas.settle()
     assert set(replicas.serving.values()) == {"first"}
-    state = replicas.rollout.state(number, replicas.now)
+    state = replicas.rollout.state(replicas.now)
     assert (state["refused"], state["left"]) == (f"{refusing} has no memory", 0)
     replicas.refusing = set()
-    number = replicas.rollout.want("good", "recompute", replicas.now)
+    replicas.rollout.want("good", "recompute", replicas.now)
     replicas.settle()
     assert set(replicas.serving.values()) == {"good"}
-    assert "refused" not in replicas.rollout.state(number, replicas.now)
+    assert "refused" not in replicas.rollout.state(replicas.now)
 
 
 def test_back_to_the_one_before_and_not_the_first() -> None:

@@ -24,7 +24,8 @@ def run(args: argparse.Namespace) -> int:
                 continue
             found = client.swap(server, key, args.drafter, args.context)
         except client.RefusedError as error:
-            print(f"vllm-dflash swap: refused, the old drafter serves on: {error}", file=sys.stderr)
+            said = "" if args.drafter is None else "refused, the old drafter serves on: "
+            print(f"vllm-dflash swap: {said}{error}", file=sys.stderr)
             return 1
         except client.ServerError as error:
             print(f"vllm-dflash swap: {error}", file=sys.stderr)
@@ -38,10 +39,13 @@ def described(found: dict[str, Any]) -> str:
     tau = found.get("proved_tau")
     proved = "no proved tau" if tau is None else f"proved tau {tau:.2f}"
     age = _age(time.time() - found.get("since", time.time()))
-    return (
+    said = (
         f"drafter {found['id']} ({found.get('drafter')}, {proved}), in force for {age};"
         f" {found.get('swapped', 0)} swaps, {found.get('refused', 0)} refused"
     )
+    if "replicas" in found:
+        said += f"; {found['replicas']} replicas, of which {found['left']} are to take it yet"
+    return said
 
 
 def swapped(found: dict[str, Any]) -> str:

@@ -102,7 +102,8 @@ class DrafterEndpoint:
             await say(send, HTTPStatus.CONFLICT, refused="another swap is under way: ask again")
             return
         async with self._busy:
-            target = contents.of_folder(str(state.engine_client.vllm_config.model_config.model))
+            model = str(state.engine_client.vllm_config.model_config.model)
+            target = await asyncio.to_thread(contents.of_folder, model)
             found = await swap_in(state.engine_client, swap, target)
         await say(send, _status_of(found), **found)
 

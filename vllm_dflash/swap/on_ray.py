@@ -16,9 +16,10 @@ from vllm_dflash import contents
 from vllm_dflash.log import logger
 from vllm_dflash.swap.endpoint import Receive, Scope, Send, body_of, say, swap_of
 from vllm_dflash.swap.rollout import POLL_S, Rollout, UnderWayError, Want
-from vllm_dflash.swap.turns import PATH, Swap, swap_in
+from vllm_dflash.swap.turns import PATH, Swap, swap_in, which
 
 NAMESPACE = "vllm-dflash"
+_METHODS = ("GET", "POST")
 _WAIT_S = 3600.0
 """For all replicas to take a drafter."""
 
@@ -37,6 +38,10 @@ class Turns:
         except UnderWayError as error:
             return str(error)
 
+    def greet(self, replica: str, answer: dict[str, Any]) -> None:
+        """``Rollout.greet``."""
+        self._rollout.greet(replica, answer, time.monotonic())
+
     def turn(self, replica: str) -> Want | None:
         """``Rollout.turn``."""
         return self._rollout.turn(replica, time.monotonic())
@@ -45,9 +50,9 @@ class Turns:
         """``Rollout.done``."""
         self._rollout.done(replica, number, answer, time.monotonic())
 
-    def state(self, number: int) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """``Rollout.state``."""
-        return self._rollout.state(number, time.monotonic())
+        return self._rollout.state(time.monotonic())
 
 
 def turns_of(deployment: str, first: str) -> Any:
@@ -73,10 +78,14 @@ async def follow(engine: Any, deployment: str, first: str, replica: str) -> None
         engine: vLLM's ``EngineClient``.
         first: the drafter that the replica was started with.
     """
-    target = contents.of_folder(str(engine.vllm_config.model_config.model))
+    model, met = str(engine.vllm_config.model_config.model), False
+    target = await asyncio.to_thread(contents.of_folder, model)
     while True:
         try:
             turns = turns_of(deployment, first)
+            if not met:
+                await turns.greet.remote(replica, await which(engine))
+                met = True
             want = await turns.turn.remote(replica)
             if want is not None:
                 number, folder, context = want
@@ -96,8 +105,12 @@ class RolloutEndpoint:
         self._deployment, self._first = deployment, first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != PATH or scope["method"] != "POST":
+        if scope["type"] != "http" or scope["path"] != PATH or scope["method"] not in _METHODS:
             await self.app(scope, receive, send)
+            return
+        if scope["method"] == "GET":
+            found = await turns_of(self._deployment, self._first).state.remote()
+            await say(send, HTTPStatus.OK, **found)
             return
         try:
             swap = swap_of(await body_of(receive), self.folder)
@@ -110,8 +123,8 @@ class RolloutEndpoint:
             await say(send, HTTPStatus.CONFLICT, refused=number)
             return
         until = time.monotonic() + _WAIT_S
-        found = await turns.state.remote(number)
+        found = await turns.state.remote()
         while (found["left"] or not found["replicas"]) and time.monotonic() < until:
             await asyncio.sleep(POLL_S / 2)
-            found = await turns.state.remote(number)
+            found = await turns.state.remote()
         await say(send, HTTPStatus.CONFLICT if "refused" in found else HTTPStatus.OK, **found)

@@ -63,8 +63,14 @@ class Rollout:
             raise UnderWayError("another swap is under way: ask again")
         self._settled = self._number, self._want or Swap(self.first, context)
         self._number += 1
-        self._want, self._refused, self._answer = Swap(folder, context), None, {}
+        self._want, self._refused = Swap(folder, context), None
         return self._number
+
+    def greet(self, replica: str, answer: dict[str, Any], now: float) -> None:
+        """A replica has started, and says what it serves."""
+        self._replicas[replica] = _Replica(now)
+        if not self._answer and "refused" not in answer:
+            self._answer = answer
 
     def turn(self, replica: str, now: float) -> Want | None:
         """What a replica is to take now; None for nothing yet."""
@@ -99,9 +105,9 @@ class Rollout:
         else:  # one that cannot even go back: it serves what it has
             known.number = number
 
-    def state(self, number: int, now: float) -> dict[str, Any]:
-        """How far the swap with this number is: ``replicas`` and ``left``; ``refused`` with the
-        reason; and, once one has taken it, what serves there."""
+    def state(self, now: float) -> dict[str, Any]:
+        """How far the last swap is: what serves where it was taken last, ``replicas`` and
+        ``left``, and ``refused`` with the reason."""
         self._forget(now)
         found = self._answer | {"replicas": len(self._replicas), "left": self._left()}
         return found | ({} if self._refused is None else {"refused": self._refused})
