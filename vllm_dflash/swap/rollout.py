@@ -53,7 +53,7 @@ class Rollout:
     """Of the replica that took it last."""
 
     def want(self, folder: str, context: str, now: float) -> int:
-        """All are to take this drafter; the number to ask ``state`` for.
+        """All are to take this drafter; returns the number of the swap.
 
         Raises:
             UnderWayError: not all have taken the one before yet.
