@@ -19,8 +19,10 @@ def line(name: str, size: int = 0) -> str:
 
 
 def prompts(folder: Path) -> list[str]:
-    files = sorted(folder.glob("traffic-*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
-    return [json.loads(row)["prompt"] for path in files for row in path.read_text().splitlines()]
+    """Of all files, whose order is by chance where they were written in one tick of the clock."""
+    files = folder.glob("traffic-*.jsonl")
+    found = [json.loads(row)["prompt"] for path in files for row in path.read_text().splitlines()]
+    return sorted(found, key=lambda name: (len(name), name))
 
 
 def write(writer: LineWriter, *lines: str, target: str | None = None) -> None:
