@@ -52,6 +52,7 @@ ASKS_VLLM = {
     "evaluation.engine_child",
     "evaluation.rejection",
     "kinds.dflash.context",
+    "kinds.dfly.context",
     "models.parameters",
     "patches.request_params",
     "patches.server_metrics",
@@ -72,6 +73,7 @@ NEEDS_TORCH = {
     "follow.measure",
     "heads.argmax",
     "heads.candidates.modules",
+    "heads.correction.modules",
     "heads.lattice.network",
     "heads.lattice.modules",
     "heads.markov.modules",
@@ -79,6 +81,7 @@ NEEDS_TORCH = {
     "heads.walk",
     "kinds.dflare.context",
     "kinds.dflash.context",
+    "kinds.dfly.context",
     "models.parameters",
     "models.swapping",
     "reference.checkpoint",
@@ -116,6 +119,7 @@ NEEDS_TORCH = {
     "weights.mask_embedding",
     "weights.messages",
     "weights.quantization",
+    "weights.reading",
     "weights.values",
 }
 """Cannot be imported without torch."""
@@ -161,10 +165,12 @@ def cannot_do_without(absent: str, names: set[str]) -> set[str]:
     return {line.removeprefix(f"{PACKAGE}.") for line in done.stdout.split()}
 
 
+@pytest.mark.slow
 def test_only_the_listed_modules_need_vllm() -> None:
     assert cannot_do_without("vllm", set(files()) - NEEDS_RAY) == NEEDS_VLLM
 
 
+@pytest.mark.slow
 def test_only_the_listed_modules_need_torch() -> None:
     assert (
         cannot_do_without("vllm,torch,transformers", set(files()) - NEEDS_VLLM - NEEDS_RAY)
