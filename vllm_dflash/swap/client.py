@@ -56,7 +56,8 @@ def _ask(server: str, key: str | None, body: dict[str, Any] | None) -> dict[str,
     if key is not None:
         headers["Authorization"] = f"Bearer {key}"
     try:
-        request = urllib.request.Request(url, body and json.dumps(body).encode(), headers)
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(url, data, headers)
         with urllib.request.urlopen(request, timeout=_SECONDS) as response:
             found = json.loads(response.read())
     except urllib.error.HTTPError as error:
