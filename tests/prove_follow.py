@@ -38,8 +38,8 @@ from engine.test_serve import request  # noqa: E402
 from engine.test_swap import counts as drafts_of  # noqa: E402
 from engine.test_swap import make_drafters, swappable, which  # noqa: E402
 from vllm_dflash.cli import main as command  # noqa: E402
-from vllm_dflash.follow.folders import id_of_folder  # noqa: E402
 from vllm_dflash.swap.turns import CONTEXTS, PATH  # noqa: E402
+from vllm_dflash.weights.identity import id_of_folder  # noqa: E402
 
 
 class Traffic:

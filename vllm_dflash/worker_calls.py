@@ -41,12 +41,8 @@ _LEAVE_THE_MODEL = frozenset(
         "synchronize_device",
         "reset_mm_cache",
         "reset_encoder_cache",
-        # Ours, which change the drafter alone (``swap.worker``).
-        "dflash_which",
-        "dflash_stage",
-        "dflash_staged",
-        "dflash_commit",
-        "dflash_drop",
+        # Ours, which changes the drafter alone (``swap.worker``).
+        "dflash_drafter",
     }
 )
 """vLLM's own methods of a worker, and ours, called without anything of its user's to run."""

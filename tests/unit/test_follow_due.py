@@ -4,26 +4,17 @@ server that is none."""
 import json
 from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pairs import make_random_drafter
-from unit.test_follow_watch import counted, page
+from unit.test_follow_rounds import ABOUT
+from unit.test_follow_watch import page, scraped
 from vllm_dflash.follow import refresh
-from vllm_dflash.follow.folders import id_of_folder
 from vllm_dflash.follow.rounds import KEPT, Rounds
 from vllm_dflash.swap import client
-
-ABOUT: dict[str, Any] = {
-    "target": "t",
-    "target_files": None,
-    "draft": "d",
-    "draft_id": "0" * 12,
-    "minutes": 15.0,
-    "tokens": None,
-}
+from vllm_dflash.weights.identity import id_of_folder
 
 
 @pytest.fixture
@@ -38,7 +29,7 @@ def watched(rounds: Rounds) -> dict[str, Any]:
 
 
 def test_not_below(rounds: Rounds, capsys: pytest.CaptureFixture[str]) -> None:
-    assert not refresh._has_fallen(rounds, counted(page({4: 500})), 0.8)
+    assert not refresh._has_fallen(rounds, scraped(page({4: 500})), 0.8)
     said = capsys.readouterr().out
     assert "tau 4.00" in said
     assert "proved at 4.00: 100% of it; not below 3.20: nothing to do" in said
@@ -47,32 +38,32 @@ def test_not_below(rounds: Rounds, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_below_and_since_when(rounds: Rounds, capsys: pytest.CaptureFixture[str]) -> None:
     """Only what came since the last look counts, and the first time below is remembered."""
-    refresh._has_fallen(rounds, counted(page({4: 5000})), 0.8)
-    assert refresh._has_fallen(rounds, counted(page({4: 5000, 2: 500})), 0.8)
+    refresh._has_fallen(rounds, scraped(page({4: 5000})), 0.8)
+    assert refresh._has_fallen(rounds, scraped(page({4: 5000, 2: 500})), 0.8)
     first = watched(rounds)["below_since"]
     assert first is not None
-    assert "below 3.20: a refresh" in capsys.readouterr().out
-    assert refresh._has_fallen(rounds, counted(page({4: 5000, 2: 1000})), 0.8)
+    assert "; below 3.20 since 20" in capsys.readouterr().out
+    assert refresh._has_fallen(rounds, scraped(page({4: 5000, 2: 1000})), 0.8)
     assert watched(rounds)["below_since"] == first
-    assert not refresh._has_fallen(rounds, counted(page({4: 5600, 2: 1000})), 0.8)
+    assert not refresh._has_fallen(rounds, scraped(page({4: 5600, 2: 1000})), 0.8)
     assert watched(rounds)["below_since"] is None
 
 
 def test_a_new_drafter_is_judged_by_the_next_look(
     rounds: Rounds, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refresh._has_fallen(rounds, counted(page({4: 500})), 0.8)
-    new = counted(page({4: 500, 1: 500}, drafter_id="bbbb", swaps=1))
+    refresh._has_fallen(rounds, scraped(page({4: 500})), 0.8)
+    new = scraped(page({4: 500, 1: 500}, drafter_id="bbbb", swaps=1))
     assert not refresh._has_fallen(rounds, new, 0.8)
     assert "drafter bbbb is new since the last look" in capsys.readouterr().out
-    later = counted(page({4: 500, 1: 1000}, drafter_id="bbbb", swaps=1))
+    later = scraped(page({4: 500, 1: 1000}, drafter_id="bbbb", swaps=1))
     assert refresh._has_fallen(rounds, later, 0.8)
 
 
 def test_a_share_needs_a_proof(rounds: Rounds) -> None:
     with pytest.raises(refresh._UsageError, match="give a tau above 1"):
-        refresh._has_fallen(rounds, counted(page({2: 500}, proved=None)), 0.8)
-    assert refresh._has_fallen(rounds, counted(page({2: 500}, proved=None)), 2.5)
+        refresh._has_fallen(rounds, scraped(page({2: 500}, proved=None)), 0.8)
+    assert refresh._has_fallen(rounds, scraped(page({2: 500}, proved=None)), 2.5)
 
 
 class Server:
@@ -93,11 +84,9 @@ class Server:
 def kept(rounds: Rounds, *, swapped_in: bool) -> Path:
     each = rounds.new()
     each.traffic.write_text("{}\n")
-    each.begin(ABOUT)
     make_random_drafter(each.drafter)
-    each.decide(KEPT, "line", tau=2.0)
-    if swapped_in:
-        each.note_swapped_in("url")
+    swapped = {"swapped_into": "url"} if swapped_in else {}
+    each.note(**ABOUT, decision=KEPT, line="line", **swapped)
     return each.drafter
 
 
@@ -124,7 +113,7 @@ def test_catching_up(
     monkeypatch.setattr(client, "swap", server.swap)
     assert refresh._catches_up(rounds, "url", None) == gives
     assert server.given == ([str(drafter.resolve())] if gives else [])
-    assert rounds.kept()[-1].was_swapped_in() == (swapped_in or gives)
+    assert ("swapped_into" in rounds.kept()[-1].notes()) == (swapped_in or gives)
 
 
 def test_nothing_was_kept(rounds: Rounds) -> None:
@@ -139,7 +128,6 @@ def flags(**changes: Any) -> Namespace:
         "api_key": None,
         "traffic": ["x"],
         "prompts": None,
-        "newer_than": None,
         "most_prompts": 10,
         "held_out": 4,
         "settings": None,
@@ -154,19 +142,17 @@ def flags(**changes: Any) -> Namespace:
 
 
 def test_the_budget(rounds: Rounds) -> None:
-    assert refresh._options(flags(), None, rounds).minutes == 15.0
-    found = refresh._options(flags(tokens=100), None, rounds)
+    assert refresh._options(flags(), (), rounds).minutes == 15.0
+    found = refresh._options(flags(tokens=100), (), rounds)
     assert (found.minutes, found.tokens) == (None, 100)
-    assert refresh._options(flags(minutes=2.0), None, rounds).minutes == 2.0
+    assert refresh._options(flags(minutes=2.0), (), rounds).minutes == 2.0
 
 
 def test_what_serves_is_what_is_begun_from(rounds: Rounds) -> None:
-    serving: Any = SimpleNamespace(drafter="/d/now")
-    assert refresh._options(flags(draft=None), serving, rounds).draft == "/d/now"
-    assert refresh._options(flags(), serving, rounds).draft == "d"
-    serving.drafter = "/d/one, /d/two"
+    assert refresh._options(flags(draft=None), ["/d/now"], rounds).draft == "/d/now"
+    assert refresh._options(flags(), ["/d/now"], rounds).draft == "d"
     with pytest.raises(refresh._UsageError, match="different drafters"):
-        refresh._options(flags(draft=None), serving, rounds)
+        refresh._options(flags(draft=None), ["/d/one", "/d/two"], rounds)
 
 
 @pytest.mark.parametrize(
@@ -180,4 +166,4 @@ def test_what_serves_is_what_is_begun_from(rounds: Rounds) -> None:
 )
 def test_what_is_missing(rounds: Rounds, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(refresh._UsageError, match=said):
-        refresh._options(flags(**changes), None, rounds)
+        refresh._options(flags(**changes), (), rounds)

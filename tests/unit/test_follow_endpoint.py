@@ -27,24 +27,26 @@ class Engine:
         self.vllm_config = SimpleNamespace(model_config=model)
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[dict[str, Any]]:
-        self.asked.append(method)
+        assert method == "dflash_drafter"
+        call, *rest = args
+        self.asked.append(call)
         await asyncio.sleep(0)
-        return [self.one(rank, method, args) for rank in range(len(self.serving))]
+        return [self.one(rank, call, rest) for rank in range(len(self.serving))]
 
-    def one(self, rank: int, method: str, args: tuple[Any, ...]) -> dict[str, Any]:
-        if method == "dflash_stage":
+    def one(self, rank: int, method: str, args: list[Any]) -> dict[str, Any]:
+        if method == "stage":
             self.ticket, folder, _ = args
             self.staged[rank] = Path(folder).name
             return {"pending": True}
-        if method == "dflash_staged":
-            assert args == (self.ticket,)
+        if method == "staged":
+            assert args == [self.ticket]
             refused = {"refused": self.refusing[rank]} if rank in self.refusing else None
             return refused or {"id": self.staged[rank]}
-        if method == "dflash_commit":
-            ticket, weights, _ = args
+        if method == "commit":
+            ticket, weights = args
             assert (self.ticket, self.staged[rank]) == (ticket, weights)
             self.serving[rank], self.staged[rank] = weights, None
-        if method == "dflash_drop":
+        if method == "drop":
             self.staged[rank] = None
         return {"id": self.serving[rank], "drafter": "/d", "since": 1.0}
 
@@ -134,7 +136,7 @@ def test_swap(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "recompute",
     )
     assert server.engine.serving == ["new", "new"]
-    calls = ["dflash_which", "dflash_stage", "dflash_staged", "dflash_commit"]
+    calls = ["which", "stage", "staged", "commit"]
     assert server.engine.asked == [*calls, "reset"]
     (root / "other").mkdir()
     assert server.ask("POST", {"drafter": "other", "context": "leave"})[1]["id"] == "other"
@@ -155,9 +157,9 @@ def test_ranks_that_read_different_files(root: Path, monkeypatch: pytest.MonkeyP
     server = Server(root, monkeypatch)
     one = server.engine.one
 
-    def differing(rank: int, method: str, args: tuple[Any, ...]) -> dict[str, Any]:
+    def differing(rank: int, method: str, args: list[Any]) -> dict[str, Any]:
         found = one(rank, method, args)
-        return found | {"id": f"new-{rank}"} if method == "dflash_staged" else found
+        return found | {"id": f"new-{rank}"} if method == "staged" else found
 
     server.engine.one = differing  # type: ignore[method-assign]
     status, found = server.ask("POST", {"drafter": "new"})

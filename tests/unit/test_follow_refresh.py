@@ -31,8 +31,7 @@ from vllm_dflash import contents
 from vllm_dflash.cli import main
 from vllm_dflash.files import RunError
 from vllm_dflash.follow import take
-from vllm_dflash.follow.folders import id_of_folder
-from vllm_dflash.follow.measure import steps_in
+from vllm_dflash.follow.measure import Measure
 from vllm_dflash.follow.rounds import Rounds
 from vllm_dflash.reference.decoding import generate
 from vllm_dflash.serving_drafter import proof_of
@@ -40,6 +39,7 @@ from vllm_dflash.training import learned
 from vllm_dflash.training import settings as training_settings
 from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.sequences import write_sequences
+from vllm_dflash.weights.identity import id_of_folder
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +64,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """Target, a drafter that has learned for a moment, and a recorder's folder."""
     folder = tmp_path_factory.mktemp("pair")
     target = make_target(folder / "target")
-    prompts = answered_prompts(target, folder / "prompts.jsonl", 28)
+    prompts = answered_prompts(target, folder / "prompts.jsonl", 48)
     held_out, ids = held_out_file(folder / "held-out.jsonl")
     chosen = settings(
         target, prompts, folder / "run", held_out_prompts=str(held_out), steps=2, lr=1e-3
@@ -102,8 +102,8 @@ def command(pair: tuple[Path, Path, Path], out: Path, *more: str, **changes: Any
     out.parent.mkdir(exist_ok=True)
     toml = as_toml(out.with_suffix(".toml"), **changes)
     flags = ["--target", target, "--draft", drafter, "--traffic", traffic, "--out", out]
-    budget = [] if "--minutes" in more else ["--tokens", "3000"]
-    return ["refresh", str(toml), *map(str, flags), "--held-out", "8", *budget, *more]
+    budget = [] if "--minutes" in more else ["--tokens", "4500"]
+    return ["refresh", str(toml), *map(str, flags), "--held-out", "20", *budget, *more]
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +135,11 @@ def test_a_better_one_is_kept(pair: tuple[Path, Path, Path], undisturbed: Path) 
     assert id_of_folder(kept) != id_of_folder(drafter)
     journal = (undisturbed / "journal.txt").read_text()
     for said in (
-        "round 1: 28 prompts from 1 files, 28 with an answer; begins from drafter",
+        "round 1: 48 prompts from 1 files, 48 with an answer; begins from drafter",
         "round 1: the old drafter has tau",
-        "steps for the budget of 3000 tokens",
+        "steps for the budget of 4500 tokens",
         "round 1, kept: tau",
-        "on 8 held-out prompts",
+        "on 20 held-out prompts",
     ):
         assert said in journal
     left = {str(path.relative_to(undisturbed)) for path in undisturbed.rglob("*")}
@@ -150,8 +150,8 @@ def test_a_better_one_is_kept(pair: tuple[Path, Path, Path], undisturbed: Path) 
 
 def test_the_budget_in_tokens(undisturbed: Path) -> None:
     """Blocks of 4 draft 3 tokens: 4 sequences x 6 anchors x 3 are 72 a step."""
-    plan = json.loads((undisturbed / "rounds" / "0001" / "plan.json").read_text())
-    assert plan["steps"] == 3000 // 72
+    (only,) = Rounds(undisturbed).all()
+    assert only.notes()["steps"] == 4500 // 72
 
 
 def test_one_that_is_not_better_changes_nothing(
@@ -177,7 +177,7 @@ def test_the_next_one_begins_from_the_one_that_was_kept(
     target, _, traffic = pair
     toml = as_toml(tmp_path / "small.toml", lr=0.0)
     asked = ["--target", target, "--traffic", traffic, "--out", out, "--tokens", "500"]
-    assert main(["refresh", str(toml), *map(str, asked), "--held-out", "8"]) == 3
+    assert main(["refresh", str(toml), *map(str, asked), "--held-out", "20"]) == 3
     assert (out / "drafter").resolve() == before
     assert f"begins from drafter {id_of_folder(before)}" in (out / "journal.txt").read_text()
 
@@ -186,30 +186,31 @@ def test_minutes_are_turned_into_steps(
     pair: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the trainer's own steps, before any of them counts."""
-    monkeypatch.setattr("vllm_dflash.follow.measure.seconds_a_step", lambda *_: 0.5)
-    out = tmp_path / "out"
-    assert main(command(pair, out, "--minutes", "0.1")) in (0, 3)
-    plan = json.loads((out / "rounds" / "0001" / "plan.json").read_text())
-    assert (plan["steps"], plan["seconds_a_step"]) == (12, 0.5)
-    assert "12 steps of 0.50 s for the budget of 0.1 minutes" in (out / "journal.txt").read_text()
-    assert steps_in(1.0, 1000.0) == 1, "at least one"
+    measured, steps_in = [], Measure.steps_in
 
+    def both(self: Measure, minutes: float) -> int:
+        measured.extend([steps_in(self, minutes), steps_in(self, 0.0)])
+        return measured[0]
 
-def test_the_pace_is_measured(pair: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    monkeypatch.setattr(Measure, "steps_in", both)
     out = tmp_path / "out"
     assert main(command(pair, out, "--minutes", "0.02")) in (0, 3)
-    plan = json.loads((out / "rounds" / "0001" / "plan.json").read_text())
-    assert 0 < plan["seconds_a_step"] < 60
-    assert plan["steps"] == max(1, int(1.2 / plan["seconds_a_step"]))
+    assert 1 < measured[0] < 1000
+    assert measured[1] == 1, "at least one"
+    said = f"{measured[0]} steps for the budget of 0.02 minutes"
+    assert said in (out / "journal.txt").read_text()
 
 
-def kill_at(path: Path, asked: list[str]) -> int:
-    """The command in a child that is killed as the file, folder or link would get its name; what
-    the child ended with."""
+def kill_at(path: Path, asked: list[str], times: int = 1) -> int:
+    """The command in a child that is killed as the file, folder or link would get its name for the
+    so manieth time; what the child ended with."""
+    left = [times]
 
     def at_rename(event: str, args: tuple[Any, ...]) -> None:
         if event == "os.rename" and str(args[1]) == str(path):
-            os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def work() -> str:
         sys.addaudithook(at_rename)
@@ -220,33 +221,34 @@ def kill_at(path: Path, asked: list[str]) -> int:
     return int(process.exitcode)
 
 
+ROUND = "rounds/0001/round.json"
 KILLS = (
-    "rounds/0001/traffic.jsonl",
-    "rounds/0001/round.json",
-    "rounds/0001/run/generate/split.json",
-    "rounds/0001/run/generate/held-out/shard-00000.safetensors",
-    "rounds/0001/measured.json",
-    "rounds/0001/plan.json",
-    "rounds/0001/run/train/checkpoints/step-00000006.json",
-    "rounds/0001/run/train/drafter",
-    "rounds/0001/run/train/result.json",
-    "rounds/0001/run/prove.json",
-    "rounds/0001/run/drafter",
-    "rounds/0001/run/drafter/refresh.json",
-    "rounds/0001/decision.json",
-    "drafter",
-    "journal.txt",
+    ("rounds/0001/traffic.jsonl", 1),
+    (ROUND, 1),  # begun
+    ("rounds/0001/run/generate/split.json", 1),
+    ("rounds/0001/run/generate/held-out/shard-00000.safetensors", 1),
+    (ROUND, 2),  # the old drafter is measured
+    ("rounds/0001/run/train/checkpoints/step-00000006.json", 1),
+    ("rounds/0001/run/train/drafter", 1),
+    ("rounds/0001/run/train/result.json", 1),
+    (ROUND, 3),  # the new one is measured
+    ("rounds/0001/run/prove.json", 1),
+    ("rounds/0001/run/drafter", 1),
+    ("rounds/0001/run/drafter/refresh.json", 1),
+    (ROUND, 4),  # decided
+    ("drafter", 1),
+    ("journal.txt", 1),
 )
 
 
-@pytest.mark.parametrize("name", KILLS)
+@pytest.mark.parametrize(("name", "times"), KILLS)
 def test_killed_in_every_stage(
-    pair: tuple[Path, Path, Path], undisturbed: Path, tmp_path: Path, name: str
+    pair: tuple[Path, Path, Path], undisturbed: Path, tmp_path: Path, name: str, times: int
 ) -> None:
     """The same command goes on and ends with the bits of one that was not killed."""
     out = tmp_path / "out"
     asked = command(pair, out)
-    assert kill_at(out / name, asked) == -signal.SIGKILL, f"it never came to write {name}"
+    assert kill_at(out / name, asked, times) == -signal.SIGKILL, f"it never came to write {name}"
     link = out / "drafter"
     assert not link.exists() or (link / "refresh.json").is_file(), "whole, or not there"
     assert main(asked) == 0
@@ -259,14 +261,14 @@ def test_a_round_for_another_drafter_is_left(
 ) -> None:
     """It was stopped, and another drafter serves meanwhile: what it measured is of the old one."""
     out = tmp_path / "out"
-    kill_at(out / "rounds" / "0001" / "plan.json", command(pair, out))
+    kill_at(out / ROUND, command(pair, out), times=2)
     target, _, traffic = pair
     toml = as_toml(tmp_path / "again.toml", lr=0.0)
     flags = ["--target", target, "--draft", undisturbed / "drafter", "--traffic", traffic]
     asked = ["refresh", str(toml), *map(str, flags), "--out", str(out), "--tokens", "500"]
-    assert main([*asked, "--held-out", "8"]) == 3
+    assert main([*asked, "--held-out", "20"]) == 3
     journal = (out / "journal.txt").read_text()
-    assert "round 1 was for another target or drafter: it is left" in journal
+    assert "round 1, left: it was for another target or drafter" in journal
     assert "round 2, refused" in journal
 
 
@@ -281,8 +283,8 @@ def test_answers_of_the_old_target_are_asked_for_again(
     out = tmp_path / "out"
     assert main(command((target, drafter, folder), out)) in (0, 3)
     journal = (out / "journal.txt").read_text()
-    assert "0 with an answer; 28 answers of another target are asked for again" in journal
-    assert len(lines_of(recorded)) == 28
+    assert "0 with an answer; 48 answers of another target are asked for again" in journal
+    assert len(lines_of(recorded)) == 48
 
 
 @pytest.mark.parametrize(
@@ -318,7 +320,7 @@ def test_a_full_disk(
         raise RunError("the disk is full: free some space")
 
     with monkeypatch.context() as patch:
-        patch.setattr(take, "_note", full)
+        patch.setattr(take, "write_record", full)
         assert main(command(pair, out)) == 1
     assert "free some space" in capsys.readouterr().err
     assert not (out / "drafter").exists()

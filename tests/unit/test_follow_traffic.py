@@ -50,17 +50,6 @@ def test_answers_of_another_target_are_asked_for_again(tmp_path: Path) -> None:
     assert gather([folder], None, 10).others == 0, "which target it is is not known"
 
 
-def test_too_old(tmp_path: Path) -> None:
-    folder = tmp_path / "traffic"
-    write(folder / "traffic-1-aaaaaa.jsonl", [row("a")], age=3 * 86400)
-    write(folder / "traffic-2-bbbbbb.jsonl", [row("b")], age=86400)
-    found = gather([folder], None, 10, days=2)
-    assert [json.loads(line)["prompt"] for line in found.lines] == ["b"]
-    assert found.old == 1
-    with pytest.raises(RunError, match=r"hold no prompts of the last 0\.5 days"):
-        gather([folder], None, 10, days=0.5)
-
-
 def test_a_line_that_is_being_written(tmp_path: Path) -> None:
     path = write(tmp_path / "traffic" / "traffic-1-aaaaaa.jsonl", [row("a")], tail='{"prompt": "b')
     assert len(gather([path.parent], None, 10).lines) == 1

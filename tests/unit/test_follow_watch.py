@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from vllm_dflash.follow.watch import SHAPE, Counted, look, threshold
+from vllm_dflash.follow.watch import SHAPE, look, record_of, threshold
 from vllm_dflash.metrics.figures import Scrape
 from vllm_dflash.records import misfit
 
@@ -20,19 +20,11 @@ def page(
 ) -> str:
     """A page of /metrics: how many verifications committed so many tokens."""
     own = f'model_name="m",engine="{engine}"'
-    bounds = [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16]
-    lines = [
-        f'vllm_dflash_accepted_length_bucket{{{own},le="{bound}"}}'
-        f" {sum(n for length, n in lengths.items() if length <= bound)}"
-        for bound in bounds
-    ]
     count, total = sum(lengths.values()), sum(k * n for k, n in lengths.items())
     context = f'{own},context_length="0-255",prefix_cached="false"'
     return "\n".join(
         [
-            "# TYPE vllm_dflash_accepted_length histogram",
-            *lines,
-            f'vllm_dflash_accepted_length_bucket{{{own},le="+Inf"}} {count}',
+            f'vllm_dflash_drafter_info{{{own},block_size="8"}} 1',
             f"vllm_dflash_accepted_length_count{{{own}}} {count}",
             f"vllm_dflash_accepted_length_sum{{{own}}} {total}",
             f"vllm_dflash_context_verifications_total{{{context}}} {count}",
@@ -50,49 +42,52 @@ def page(
     )
 
 
-def counted(*pages: str) -> Counted:
-    return Counted.of(Scrape.parse("\n".join(pages) + "\n", 0.0))
+def scraped(*pages: str) -> Scrape:
+    return Scrape.parse("\n".join(pages) + "\n", 0.0)
 
 
-def record(now: Counted, seconds: float = 1000.0) -> dict[str, Any]:
-    found = {"seconds": seconds, "id": now.id, "counts": now.as_record(), "below_since": None}
+def record(now: Scrape) -> dict[str, Any]:
+    found = record_of(now, 1000.0)
     assert misfit(found, SHAPE) is None
     return found
 
 
+HALF = 1.96 * math.sqrt(6 / 400)
+
+
 def test_since_the_server_began() -> None:
-    """Half of 400 verifications of 1 token, half of 3: tau 2, standard deviation 1."""
-    found = look(counted(page({1: 200, 3: 200})), None)
+    """400 verifications of 2 tokens in blocks of 8: their variance is 1 x 6 at most."""
+    found = look(scraped(page({1: 200, 3: 200})), None)
     assert found is not None
     assert found.tau == 2.0
     assert found.verifications == 400
-    assert found.half == pytest.approx(1.96 / 20)
+    assert found.half == pytest.approx(HALF)
     assert found.since is None
     assert found.by_context == {"0-255": 2.0}
     assert str(found) == (
-        "tau 2.00 +- 0.10 over 400 verifications since the server began (by context length 0-255:"
+        "tau 2.00 +- 0.24 over 400 verifications since the server began (by context length 0-255:"
         " 2.00), proved at 4.00: 50% of it"
     )
 
 
 def test_since_the_last_look() -> None:
     """What was before it does not count: tau was 4, and has been 2 since."""
-    before = counted(page({4: 1000}))
-    found = look(counted(page({4: 1000, 1: 200, 3: 200})), record(before))
+    before = scraped(page({4: 1000}))
+    found = look(scraped(page({4: 1000, 1: 200, 3: 200})), record(before))
     assert found is not None
     assert (found.tau, found.verifications, found.since) == (2.0, 400, 1000.0)
-    assert found.half == pytest.approx(1.96 / 20)
+    assert found.half == pytest.approx(HALF)
     assert found.by_context == {"0-255": 2.0}
 
 
 def test_engines_of_a_server_are_summed_up() -> None:
-    found = look(counted(page({1: 100}), page({3: 100}, engine="1", proved=3.0)), None)
+    found = look(scraped(page({1: 100}), page({3: 100}, engine="1", proved=3.0)), None)
     assert found is not None
     assert (found.tau, found.verifications, found.proved) == (2.0, 200, 3.0)
 
 
 def test_nothing_since() -> None:
-    now = counted(page({4: 1000}))
+    now = scraped(page({4: 1000}))
     found = look(now, record(now))
     assert found is not None
     assert found.tau is None
@@ -102,25 +97,25 @@ def test_nothing_since() -> None:
 
 def test_a_server_that_began_anew() -> None:
     """Its counts are smaller: since its start, then."""
-    found = look(counted(page({2: 500})), record(counted(page({4: 1000}))))
+    found = look(scraped(page({2: 500})), record(scraped(page({4: 1000}))))
     assert found is not None
     assert (found.tau, found.since) == (2.0, None)
 
 
 def test_another_drafter_since_the_last_look() -> None:
     """Counts from before and after the swap are one sum: nothing can be said, until the next."""
-    before = record(counted(page({4: 1000})))
-    assert look(counted(page({4: 1000, 1: 400}, drafter_id="bbbb", swaps=1)), before) is None
+    before = record(scraped(page({4: 1000})))
+    assert look(scraped(page({4: 1000, 1: 400}, drafter_id="bbbb", swaps=1)), before) is None
     # Without a swap the server was started anew with it.
-    assert look(counted(page({4: 1000, 1: 400}, drafter_id="bbbb")), before) is not None
+    assert look(scraped(page({4: 1000, 1: 400}, drafter_id="bbbb")), before) is not None
 
 
 def test_below_by_more_than_the_interval() -> None:
-    found = look(counted(page({1: 200, 3: 200})), None)
+    found = look(scraped(page({1: 200, 3: 200})), None)
     assert found is not None
-    assert not found.is_below(2.05)
-    assert found.is_below(2.2)
-    few = look(counted(page({1: 40, 3: 40})), None)
+    assert not found.is_below(2.2)
+    assert found.is_below(2.3)
+    few = look(scraped(page({1: 40, 3: 40})), None)
     assert few is not None
     assert not few.is_below(16), "80 verifications say little"
 
@@ -134,7 +129,7 @@ def test_threshold(when_below: float, proved: float | None, limit: float) -> Non
 
 def test_a_share_of_nothing() -> None:
     assert threshold(0.8, None) is None
-    found = look(counted(page({1: 200}, proved=None)), None)
+    found = look(scraped(page({1: 200}, proved=None)), None)
     assert found is not None
     assert found.proved is None
     assert "proved" not in str(found)

@@ -69,7 +69,6 @@ NEEDS_TORCH = {
     "drafting.coverage",
     "drafting.layout",
     "drafting.pending",
-    "follow.folders",
     "follow.measure",
     "heads.argmax",
     "heads.candidates.modules",

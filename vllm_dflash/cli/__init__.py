@@ -30,6 +30,11 @@ from vllm_dflash.cli import (
 )
 from vllm_dflash.supported import INSTALL_VLLM
 
+COMMANDS = (
+    *(status, compat, inspect, convert, doctor),
+    *(bench, train, refresh, swap, top, cluster),
+)
+"""Modules, in the order of the help."""
 _NOBODY_READS = 128 + signal.SIGPIPE
 """The exit status of a program that the signal ends."""
 _COME_WITH_VLLM = ("vllm", "torch", "transformers", "numpy")
@@ -73,19 +78,7 @@ def parser_of_all() -> argparse.ArgumentParser:
         "--version", action="version", version=f"%(prog)s {vllm_dflash.__version__}"
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for each in (
-        status,
-        compat,
-        inspect,
-        convert,
-        doctor,
-        bench,
-        train,
-        refresh,
-        swap,
-        top,
-        cluster,
-    ):
+    for each in COMMANDS:
         each.add(commands)
     return parser
 

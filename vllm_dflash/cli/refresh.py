@@ -66,12 +66,6 @@ def add(commands: Any) -> None:
         help="JSON lines, as of vllm-dflash train",
     )
     learned.add_argument(
-        "--newer-than",
-        metavar="DAYS",
-        type=real(0, 36500, above=True),
-        help="only files that were written in so many days (default: all)",
-    )
-    learned.add_argument(
         "--most-prompts",
         metavar="N",
         type=count,

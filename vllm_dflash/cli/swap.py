@@ -50,8 +50,8 @@ def add(commands: Any) -> None:
         default=RECOMPUTE,
         help=(
             "what becomes of the context that the old drafter wrote: recompute computes requests in"
-            " flight anew and forgets the prefix cache, leave drafts over it, mask drafts without"
-            f" it (V1 model runner) (default: {RECOMPUTE})"
+            " flight anew and forgets the prefix cache, leave drafts over it (default:"
+            f" {RECOMPUTE})"
         ),
     )
     add_key(swap)

@@ -109,9 +109,9 @@ def exposure(serving: Serving) -> str | None:
     if is_local(serving.host) or serving.api_key_digest is not None:
         return None
     return (
-        f"--host {serving.host} is an address that other machines reach, and the endpoint asks nobody for a"
-        f" key: give one by {VARIABLE} or --api-key, keep it behind a firewall, or leave --host at"
-        " 127.0.0.1 (docs/cluster.md, Who can reach it)"
+        f"--host {serving.host} is an address that other machines reach, and the endpoint asks"
+        f" nobody for a key: give one by {VARIABLE} or --api-key, keep it behind a firewall, or"
+        " leave --host at 127.0.0.1 (docs/cluster.md, Who can reach it)"
     )
 
 

@@ -13,15 +13,16 @@ changes nothing.
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.files import RunError, read_record, write_record
 from vllm_dflash.follow.rounds import Rounds
 from vllm_dflash.follow.take import Options, refresh
-from vllm_dflash.follow.watch import SHAPE, Counted, look, threshold
+from vllm_dflash.follow.watch import SHAPE, Serving, look, record_of, threshold, utc
 from vllm_dflash.lock import hold
+from vllm_dflash.metrics.figures import Scrape
 from vllm_dflash.metrics.top import address, fetch
 from vllm_dflash.swap import client
 from vllm_dflash.swap.turns import RECOMPUTE
@@ -48,15 +49,15 @@ class _UsageError(RunError):
 
 def _run(args: argparse.Namespace) -> int:
     rounds, key = Rounds(args.out), client.key_of(args.api_key)
-    serving = Counted.of(_scrape(args.server)) if args.server else None
-    options = _options(args, serving, rounds)
+    scrape = _scrape(args.server) if args.server else None
+    options = _options(args, Serving.of(scrape).drafters if scrape else (), rounds)
     with hold(args.out, "vllm-dflash refresh"):
         open_round = rounds.settle()
         if args.swap and _catches_up(rounds, args.server, key):
             return KEPT_STATUS
         if args.when_below is not None and open_round is None:
-            assert serving is not None, "the flags' check sees to it"
-            if not _has_fallen(rounds, serving, args.when_below):
+            assert scrape is not None, "the flags' check sees to it"
+            if not _has_fallen(rounds, scrape, args.when_below):
                 return KEPT_STATUS
         kept = refresh(options, rounds, open_round)
         if kept and args.swap:
@@ -64,8 +65,8 @@ def _run(args: argparse.Namespace) -> int:
     return KEPT_STATUS if kept else NOT_BETTER
 
 
-def _options(args: argparse.Namespace, serving: Counted | None, rounds: Rounds) -> Options:
-    """What the flags and the server say.
+def _options(args: argparse.Namespace, serving: Sequence[str], rounds: Rounds) -> Options:
+    """What the flags and the server, with the drafters that its engines have, say.
 
     Raises:
         _UsageError: neither says what is needed, or flags contradict each other.
@@ -82,30 +83,23 @@ def _options(args: argparse.Namespace, serving: Counted | None, rounds: Rounds) 
     target = args.target or (_target_of(args.server) if args.server else None)
     if target is None:
         raise _UsageError("give the target with --target, or a server that has it with --server")
-    draft = args.draft
-    if draft is None and serving is not None and serving.drafter:
-        if ", " in serving.drafter:
-            raise _UsageError(
-                f"the server's engines have different drafters ({serving.drafter}): swap one in,"
-                " or give --draft"
-            )
-        draft = serving.drafter
-    if draft is None and rounds.link.exists():
-        draft = str(rounds.link)
+    if len(serving) > 1 and args.draft is None:
+        raise _UsageError(
+            f"the server's engines have different drafters ({', '.join(serving)}): swap one in, or"
+            " give --draft"
+        )
+    draft = args.draft or next(iter(serving), str(rounds.link) if rounds.link.exists() else None)
     if draft is None:
         raise _UsageError("give the drafter that serves with --draft, or its server with --server")
-    minutes = args.minutes if args.minutes is not None or args.tokens is not None else 15.0
     return Options(
         target,
         draft,
-        args.out,
         sources,
         args.settings,
-        minutes if args.tokens is None else None,
+        (args.minutes or 15.0) if args.tokens is None else None,
         args.tokens,
         args.held_out,
         args.most_prompts,
-        args.newer_than,
         args.dtype,
     )
 
@@ -120,7 +114,7 @@ def _target_of(server: str) -> str:
         raise _UsageError(str(error)) from None
 
 
-def _scrape(server: str) -> Any:
+def _scrape(server: str) -> Scrape:
     try:
         scrape = fetch(address(server))
     except (OSError, ValueError) as error:
@@ -130,11 +124,11 @@ def _scrape(server: str) -> Any:
     return scrape
 
 
-def _has_fallen(rounds: Rounds, now: Counted, when_below: float) -> bool:
+def _has_fallen(rounds: Rounds, now: Scrape, when_below: float) -> bool:
     """Whether acceptance is below, over the time since the last look; says what was seen, and
     leaves it for the next look."""
     before = read_record(rounds.watch, SHAPE, "remove it: the next look begins anew")
-    limit = threshold(when_below, now.proved)
+    limit = threshold(when_below, Serving.of(now).proved)
     if limit is None:
         raise _UsageError(
             f"--when-below {when_below:g} is a share of what the drafter was proved at, and its"
@@ -144,15 +138,15 @@ def _has_fallen(rounds: Rounds, now: Counted, when_below: float) -> bool:
     below = found is not None and found.is_below(limit)
     since = (before or {}).get("below_since") if below else None
     since = (since or time.time()) if below else None
-    write_record(
-        rounds.watch,
-        {"seconds": time.time(), "id": now.id, "counts": now.as_record(), "below_since": since},
-    )
+    record = record_of(now, time.time())
+    write_record(rounds.watch, record | {"below_since": since})
     if found is None:
-        rounds.say(f"drafter {now.id} is new since the last look: the next one judges it")
+        rounds.say(f"drafter {record['id']} is new since the last look: the next one judges it")
         return False
-    verdict = f"below {limit:.2f}: a refresh" if below else f"not below {limit:.2f}: nothing to do"
-    rounds.say(f"{found}; {verdict}")
+    if since is None:
+        rounds.say(f"{found}; not below {limit:.2f}: nothing to do")
+    else:
+        rounds.say(f"{found}; below {limit:.2f} since {utc(since)}: a refresh")
     return below
 
 
@@ -160,14 +154,13 @@ def _catches_up(rounds: Rounds, server: str, key: str | None) -> bool:
     """Has the server put the drafter in force that was kept last, where it has another: it was
     started anew, or a refresh was stopped before its swap. Not where a person has swapped another
     in since."""
-    from vllm_dflash.follow.folders import id_of_folder
+    from vllm_dflash.weights.identity import id_of_folder
 
-    kept = rounds.kept()
-    if not kept:
+    if not (kept := rounds.kept()):
         return False
     found = client.which(server, key)
     is_other = found["id"] != id_of_folder(kept[-1].drafter)
-    if not is_other or (kept[-1].was_swapped_in() and found.get("swapped")):
+    if not is_other or ("swapped_into" in kept[-1].notes() and found.get("swapped")):
         return False
     rounds.say(f"{server} does not serve {rounds.link}, which was kept last")
     _swap(rounds, server, key)
@@ -179,5 +172,5 @@ def _swap(rounds: Rounds, server: str, key: str | None) -> None:
 
     newest = rounds.kept()[-1]
     found = client.swap(server, key, str(newest.drafter.resolve()), RECOMPUTE)
-    newest.note_swapped_in(server)
+    newest.note(swapped_into=server)
     rounds.say(f"{server}: {swapped(found)}")

@@ -9,7 +9,6 @@ the target answers these prompts anew. Limits: the lines that are chosen are in 
 
 import json
 import re
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,6 @@ from vllm_dflash.files import RunError
 _FILES = "traffic-*.jsonl"
 _TARGET = re.compile(r"traffic-\d+-[0-9a-f]{6}-([0-9a-f]{16})\.jsonl")
 _ANSWER = ("response", "response_token_ids", "finish_reason")
-_DAY_S = 86400.0
 
 
 @dataclass
@@ -33,22 +31,16 @@ class Gathered:
     """Lines with an answer of the target."""
     others: int = 0
     """Lines whose answer was another target's, and is left out."""
-    old: int = 0
-    """Files that were too old."""
 
     def __str__(self) -> str:
         said = f"{len(self.lines)} prompts from {self.files} files, {self.answered} with an answer"
         if self.others:
             said += f"; {self.others} answers of another target are asked for again"
-        if self.old:
-            said += f"; {self.old} files are too old"
         return said
 
 
-def gather(
-    sources: Sequence[Path], target_files: str | None, most: int, days: float | None = None
-) -> Gathered:
-    """Up to ``most`` lines, none from a file that was last written more than ``days`` ago.
+def gather(sources: Sequence[Path], target_files: str | None, most: int) -> Gathered:
+    """Up to ``most`` lines.
 
     Args:
         sources: a recorder's folders, and files of JSON lines.
@@ -57,13 +49,10 @@ def gather(
     Raises:
         RunError: a source is not there, or there are no lines.
     """
-    found, oldest = Gathered(), None if days is None else time.time() - days * _DAY_S
-    for written, path in _newest_first(sources):
+    found = Gathered()
+    for path in _newest_first(sources):
         if len(found.lines) >= most:
             break
-        if oldest is not None and written < oldest:
-            found.old += 1
-            continue
         of = _TARGET.fullmatch(path.name)
         foreign = of is not None and target_files is not None and of[1] != target_files
         before = len(found.lines)
@@ -76,15 +65,14 @@ def gather(
         found.files += len(found.lines) > before
     if not found.lines:
         raise RunError(
-            f"{', '.join(map(str, sources))} hold no prompts"
-            + (f" of the last {days:g} days" if days is not None else "")
-            + ": is the recorder on (docs/follow.md)? Or give a file with --prompts"
+            f"{', '.join(map(str, sources))} hold no prompts: is the recorder on (docs/follow.md)?"
+            " Or give a file with --prompts"
         )
     return found
 
 
-def _newest_first(sources: Sequence[Path]) -> list[tuple[float, Path]]:
-    """Files with the Unix time of their last line."""
+def _newest_first(sources: Sequence[Path]) -> list[Path]:
+    """Files by the time of their last line."""
     found: list[tuple[float, Path]] = []
     for source in sources:
         try:
@@ -95,7 +83,7 @@ def _newest_first(sources: Sequence[Path]) -> list[tuple[float, Path]]:
                 f"{source} cannot be read ({error.strerror or error}): give the recorder's folder,"
                 " or a file of JSON lines"
             ) from None
-    return sorted(found, reverse=True)
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def _rows(path: Path, most: int) -> Iterator[dict[str, Any]]:
@@ -104,26 +92,18 @@ def _rows(path: Path, most: int) -> Iterator[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:  # the recorder has removed it meanwhile
         return
-    if lines and lines[-1]:
-        lines[-1] = _whole(lines[-1])
     count = 0
-    for line in reversed(lines):
+    for i, line in enumerate(reversed(lines)):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError:
+            if i == 0:
+                continue
             raise RunError(f"{path} has a line that is no JSON: mend or remove it") from None
         if isinstance(row, dict):
             yield row
             count += 1
         if count == most:
             return
-
-
-def _whole(line: str) -> str:
-    try:
-        json.loads(line)
-    except ValueError:
-        return ""
-    return line

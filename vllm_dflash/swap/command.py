@@ -48,7 +48,8 @@ def described(found: dict[str, Any]) -> str:
 def swapped(found: dict[str, Any]) -> str:
     """What a swap did, in a line."""
     note = f" ({found['context_note']})" if "context_note" in found else ""
-    return f"{found['before']} -> {found['id']} ({found.get('drafter')}), context: {found['context']}{note}"
+    said = f"{found['before']} -> {found['id']} ({found.get('drafter')})"
+    return f"{said}, context: {found['context']}{note}"
 
 
 def _age(seconds: float) -> str:

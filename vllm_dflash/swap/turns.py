@@ -12,12 +12,13 @@ from typing import Any
 
 PATH = "/v1/dflash/drafter"
 """Below /v1, as all of vLLM's paths that ask for the API key."""
+_METHOD = "dflash_drafter"
+"""``swap.worker.DrafterSwap``'s."""
 _LOOK_S = 0.1
 """Between two questions whether all ranks have read the drafter, meanwhile they serve."""
-LEAVE, MASK, RECOMPUTE = "leave", "mask", "recompute"
-CONTEXTS = (RECOMPUTE, LEAVE, MASK)
+CONTEXTS = RECOMPUTE, LEAVE = "recompute", "leave"
 """What becomes of the draft context that the old drafter wrote: requests in flight are computed
-anew from their tokens; drafts go on over it; or drafts see nothing of it."""
+anew from their tokens; or drafts go on over it."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Swap:
 
 async def which(engine: Any) -> dict[str, Any]:
     """What serves, as every rank says; ``refused`` where ranks disagree."""
-    return agreed(await _ask(engine, "dflash_which"))
+    return agreed(await _ask(engine, "which"))
 
 
 async def swap_in(engine: Any, swap: Swap, target_files: str | None) -> dict[str, Any]:
@@ -43,20 +44,19 @@ async def swap_in(engine: Any, swap: Swap, target_files: str | None) -> dict[str
     Returns:
         What serves afterwards, with ``before``, the id of what served; or ``refused``.
     """
-    now = await _ask(engine, "dflash_which")
+    now = await _ask(engine, "which")
     if any("refused" in answer for answer in now):
         return agreed(now)
     ticket = uuid.uuid4().hex
-    looks = await _ask(engine, "dflash_stage", ticket, swap.folder, target_files)
+    looks = await _ask(engine, "stage", ticket, swap.folder, target_files)
     while any("pending" in answer for answer in looks):
         await asyncio.sleep(_LOOK_S)
-        looks = await _ask(engine, "dflash_staged", ticket)
+        looks = await _ask(engine, "staged", ticket)
     staged = agreed(looks)
     if "refused" in staged:
-        await _ask(engine, "dflash_drop", ticket)
+        await _ask(engine, "drop", ticket)
         return staged
-    mask = swap.context == MASK
-    found = agreed(await _ask(engine, "dflash_commit", ticket, staged["id"], mask))
+    found = agreed(await _ask(engine, "commit", ticket, staged["id"]))
     if "refused" in found:
         return found
     answer = found | {
@@ -85,11 +85,11 @@ def agreed(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return dict(answers[0])
 
 
-async def _ask(engine: Any, method: str, *args: Any) -> list[dict[str, Any]]:
-    """The answers of every rank, of every data-parallel engine too."""
+async def _ask(engine: Any, *call: Any) -> list[dict[str, Any]]:
+    """The answers of every rank, of every data-parallel engine too, to a call of ``Swapping``'s."""
     core = getattr(engine, "engine_core", None)
     ask_all = getattr(core, "call_utility_all_async", None)
     if ask_all is not None:
-        each = await ask_all("collective_rpc", method, None, args, {})
+        each = await ask_all("collective_rpc", _METHOD, None, call, {})
         return [answer for answers in each for answer in answers]
-    return list(await engine.collective_rpc(method, args=args))
+    return list(await engine.collective_rpc(_METHOD, args=call))
