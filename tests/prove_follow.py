@@ -12,7 +12,6 @@ mean of its drafter's, and the server's memory. ``curve`` fine-tunes the embedde
 
 import argparse
 import contextlib
-import http.client
 import itertools
 import json
 import os
@@ -26,7 +25,6 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -35,70 +33,11 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from engine.harness import DRAFTER, TARGET, held_out_prompts, run_engine  # noqa: E402
 from engine.test_serve import request  # noqa: E402
+from engine.test_swap import Clients, make_drafters, swappable, tau_since, which  # noqa: E402
 from engine.test_swap import counts as drafts_of  # noqa: E402
-from engine.test_swap import make_drafters, swappable, which  # noqa: E402
 from vllm_dflash.cli import main as command  # noqa: E402
 from vllm_dflash.swap.turns import CONTEXTS, PATH  # noqa: E402
 from vllm_dflash.weights.identity import id_of_folder  # noqa: E402
-
-
-class Traffic:
-    """Clients without a pause: greedy answers that are compared, sampled ones, streams that are
-    broken off."""
-
-    def __init__(
-        self, port: int, prompts: list[list[int]], expected: list[list[int]], clients: int = 4
-    ) -> None:
-        self.port, self.prompts, self.expected = port, prompts, expected
-        self.greedy = self.sampled = self.broken = 0
-        self.wrong: list[Any] = []
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(i,)) for i in range(clients)]
-
-    def __enter__(self) -> "Traffic":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _ask(self, seed: int) -> None:
-        dice = random.Random(seed)
-        while not self._stop.is_set():
-            at, kind = dice.randrange(len(self.prompts)), dice.random()
-            body = {
-                "model": "embedded",
-                "prompt": self.prompts[at],
-                "max_tokens": len(self.expected[at]),
-                "temperature": 0,
-                "return_token_ids": True,
-            }
-            try:
-                if kind < 0.1:
-                    self._break_off(body | {"stream": True})
-                    self.broken += 1
-                elif kind < 0.25:
-                    request(self.port, "/v1/completions", body | {"temperature": 1.0})
-                    self.sampled += 1
-                else:
-                    answer = json.loads(request(self.port, "/v1/completions", body))
-                    self.greedy += 1
-                    if answer["choices"][0]["token_ids"] != self.expected[at]:
-                        self.wrong.append((at, answer["choices"][0]["token_ids"]))
-            except Exception as error:
-                if not self._stop.is_set():
-                    self.wrong.append(repr(error))
-
-    def _break_off(self, body: dict[str, Any]) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
-        connection.request(
-            "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
-        )
-        connection.getresponse().read(200)
-        connection.close()
 
 
 def listener(port: int) -> int:
@@ -133,7 +72,7 @@ def prove_soak(minutes: int, every: float, folder: Path) -> bool:
     ids = {name: id_of_folder(drafters / name) for name in ("good", "noisy")}
     taus: dict[str, list[float]] = {"good": [], "noisy": []}
     memory, good = [], True
-    with swappable(drafters) as port, Traffic(port, prompts, expected) as traffic:
+    with swappable(drafters) as port, Clients(port, prompts, expected, mixed=True) as traffic:
         for turn in range(round(minutes * 60 / every)):
             name = ("noisy", "good")[turn % 2]
             began = time.monotonic()
@@ -142,14 +81,11 @@ def prove_soak(minutes: int, every: float, folder: Path) -> bool:
             good &= status == 0 and which(port)["id"] == ids[name]
             before = drafts_of(port)
             time.sleep(max(0.0, every - took))
-            drafts, accepted = (
-                now - then for now, then in zip(drafts_of(port), before, strict=True)
-            )
-            taus[name].append(1 + accepted / drafts)
+            taus[name].append(tau_since(port, before))
             memory.append(memory_mb(port))
             print(
-                f"{turn + 1}: {name} in {took:.2f} s, tau {taus[name][-1]:.3f} over {drafts:.0f}"
-                f" drafts, {memory[-1]:.0f} MB, {traffic.greedy} greedy {traffic.sampled} sampled"
+                f"{turn + 1}: {name} in {took:.2f} s, tau {taus[name][-1]:.3f},"
+                f" {memory[-1]:.0f} MB, {traffic.greedy} greedy {traffic.sampled} sampled"
                 f" {traffic.broken} broken off, {len(traffic.wrong)} wrong",
                 flush=True,
             )
@@ -158,7 +94,7 @@ def prove_soak(minutes: int, every: float, folder: Path) -> bool:
         apart = max(abs(tau - mean) / mean for tau in found)
         print(f"{name}: tau {mean:.3f}, the furthest {apart:.1%} from it")
         good &= apart <= 0.03
-    third = len(memory) // 3
+    third = max(1, len(memory) // 3)
     grown = statistics.mean(memory[-third:]) - statistics.mean(memory[third : 2 * third])
     print(f"memory {grown:+.1f} MB from the second third to the last; wrong: {traffic.wrong[:3]}")
     return good and not traffic.wrong
@@ -171,7 +107,7 @@ def prove_context(folder: Path) -> bool:
     prompts = [text[100 * i : 100 * i + 320] for i in range(4)]
     expected = run_engine(TARGET, None, prompts, max_tokens=160)[0].tokens
     print("| context | tau in 3 s | 6 s | 9 s | 12 s |\n|---|---|---|---|---|")
-    with swappable(drafters) as port, Traffic(port, prompts, expected) as traffic:
+    with swappable(drafters) as port, Clients(port, prompts, expected, mixed=True) as traffic:
         for context in (*CONTEXTS, *CONTEXTS):
             url = f"http://127.0.0.1:{port}"
             command(["swap", "--server", url, "noisy", "--context", "recompute"])
@@ -181,10 +117,7 @@ def prove_context(folder: Path) -> bool:
             for _ in range(4):
                 before = drafts_of(port)
                 time.sleep(3)
-                drafts, accepted = (
-                    now - then for now, then in zip(drafts_of(port), before, strict=True)
-                )
-                row.append(f"{1 + accepted / max(1, drafts):.2f}")
+                row.append(f"{tau_since(port, before):.2f}")
             print(f"| {context} | {' | '.join(row)} |", flush=True)
     print(f"wrong: {traffic.wrong[:3]}")
     return not traffic.wrong

@@ -4,7 +4,9 @@ stays the target's, and a bad one changes nothing.
     pytest tests/engine/test_swap.py
 """
 
+import http.client
 import json
+import random
 import shutil
 import threading
 import time
@@ -87,18 +89,22 @@ def test_an_engine(
 
 
 class Clients:
-    """Requests without a pause, each answer against what plain decoding writes."""
+    """Requests without a pause: greedy ones, each against what plain decoding writes; where they
+    are ``mixed`` also sampled ones, and streams that are broken off."""
 
-    def __init__(self, port: int, prompts: list[list[int]], expected: list[list[int]]) -> None:
-        self.port, self.prompts, self.expected = port, prompts, expected
-        self.answered = 0
+    def __init__(
+        self, port: int, prompts: list[list[int]], expected: list[list[int]], mixed: bool = False
+    ) -> None:
+        self.port, self.prompts, self.expected, self.mixed = port, prompts, expected, mixed
+        self.greedy = self.sampled = self.broken = 0
         self.wrong: list[Any] = []
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._ask, args=(i,)) for i in range(4)]
 
-    def _ask(self, at: int) -> None:
+    def _ask(self, seed: int) -> None:
+        dice = random.Random(seed)
         while not self._stop.is_set():
-            at = (at + 1) % len(self.prompts)
+            at, kind = dice.randrange(len(self.prompts)), dice.random()
             body = {
                 "model": "embedded",
                 "prompt": self.prompts[at],
@@ -107,14 +113,26 @@ class Clients:
                 "return_token_ids": True,
             }
             try:
-                answer = json.loads(request(self.port, "/v1/completions", body))
-                tokens = answer["choices"][0]["token_ids"]
+                if self.mixed and kind < 0.1:
+                    self._break_off(body | {"stream": True})
+                elif self.mixed and kind < 0.25:
+                    request(self.port, "/v1/completions", body | {"temperature": 1.0})
+                    self.sampled += 1
+                else:
+                    answer = json.loads(request(self.port, "/v1/completions", body))
+                    self.greedy += 1
+                    if answer["choices"][0]["token_ids"] != self.expected[at]:
+                        self.wrong.append((at, answer["choices"][0]["token_ids"]))
             except Exception as error:
                 self.wrong.append(repr(error))
-                continue
-            self.answered += 1
-            if tokens != self.expected[at]:
-                self.wrong.append((at, tokens))
+
+    def _break_off(self, body: dict[str, Any]) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        connection.getresponse().read(200)
+        connection.close()
+        self.broken += 1
 
     def __enter__(self) -> "Clients":
         for thread in self._threads:
@@ -221,8 +239,8 @@ def test_swaps_under_load(drafters: Path, capsys: pytest.CaptureFixture[str]) ->
             for line in page.splitlines()
             if line.startswith("vllm_dflash_drafter_swaps_total") and swapped in line
         ] == ["6.0"]
-    print(f"{clients.answered} answers; tau {taus}")
-    assert clients.answered > 40
+    print(f"{clients.greedy} answers; tau {taus}")
+    assert clients.greedy > 40
     assert clients.wrong == []
     assert min(taus["good"]) > 1.2 * max(taus["noisy"]), taus
 

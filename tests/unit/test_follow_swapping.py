@@ -187,7 +187,7 @@ def test_a_copy_that_breaks_off_is_mended(model: Model, folders: tuple[Path, Pat
     swapping = Swapping(model, model)
     weights = stage(swapping, new)["id"]
     model.failing = ["norm.weight"]
-    assert swapping.commit("t", weights) == {"refused": "no memory"}
+    assert swapping.commit("t", weights) == {"refused": "MemoryError: no memory"}
     assert holds(model, old)
     assert (model.serving.id, model.serving.name) == (id_of_folder(old), str(old))
 

@@ -165,8 +165,17 @@ class Swapping:
             self._note(folder, proof_of(Path(folder)))
 
     def _refuse(self, folder: str, error: Exception) -> dict[str, Any]:
-        said = str(error) or type(error).__name__
+        expected = isinstance(error, DrafterConfigError)
+        import traceback
+
+        said = str(error) if expected else "".join(traceback.format_exception(error))
         self._drafter.serving.count_refusal()
         touch_here()
-        logger.warning("%s is not swapped in, %s goes on: %s", folder, self._drafter.serving, said)
+        logger.warning(
+            "%s is not swapped in, %s goes on: %s",
+            folder,
+            self._drafter.serving,
+            said,
+            exc_info=None if expected else error,
+        )
         return {"refused": said}
