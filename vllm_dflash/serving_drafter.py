@@ -71,14 +71,15 @@ class ServingDrafter:
         self.refused += 1
 
     def as_dict(self) -> dict[str, Any]:
-        """As the endpoint answers."""
+        """As the endpoint answers. An answer with ``refused`` is a refusal, so no figure has that
+        name."""
         return {
             "drafter": self.name,
             "id": self.id,
             "proved_tau": self.proof.tau,
             "since": self.since,
-            "swapped": self.swapped,
-            "refused": self.refused,
+            "swaps": self.swapped,
+            "refusals": self.refused,
         }
 
     def __str__(self) -> str:

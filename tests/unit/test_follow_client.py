@@ -16,8 +16,8 @@ FOUND = {
     "drafter": "/d/new",
     "proved_tau": 3.5,
     "since": 0.0,
-    "swapped": 2,
-    "refused": 1,
+    "swaps": 2,
+    "refusals": 1,
 }
 
 

@@ -70,7 +70,7 @@ class Server:
     """In the place of ``swap.client``."""
 
     def __init__(self, weights: str, swapped: int) -> None:
-        self.found = {"id": weights, "swapped": swapped}
+        self.found = {"id": weights, "swaps": swapped}
         self.given: list[str] = []
 
     def which(self, server: str, key: str | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from vllm_dflash.serving_drafter import ServingDrafter
 from vllm_dflash.swap.endpoint import FROM, WORKER, DrafterEndpoint, keys_of
 from vllm_dflash.swap.turns import PATH, agreed
 
@@ -48,7 +49,7 @@ class Engine:
             self.serving[rank], self.staged[rank] = weights, None
         if method == "drop":
             self.staged[rank] = None
-        return {"id": self.serving[rank], "drafter": "/d", "since": 1.0}
+        return ServingDrafter("/d", self.serving[rank], 1.0).as_dict()
 
     async def reset_prefix_cache(self, reset_running_requests: bool) -> bool:
         assert reset_running_requests
@@ -119,7 +120,7 @@ def root(tmp_path: Path) -> Path:
 
 def test_which(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = Server(root, monkeypatch)
-    assert server.ask() == (200, {"id": "old", "drafter": "/d", "since": 1.0})
+    assert server.ask() == (200, ServingDrafter("/d", "old", 1.0).as_dict())
     assert server.ask("DELETE")[0] == 405
     assert server.ask(path="/v1/models") == (0, None)
     assert server.passed == ["/v1/models"], "all else is the application's"

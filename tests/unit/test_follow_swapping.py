@@ -79,7 +79,7 @@ def test_a_swap(model: Model, folders: tuple[Path, Path]) -> None:
     found = swapping.commit("t", weights)
     assert holds(model, new)
     assert (found["id"], found["drafter"], found["proved_tau"]) == (weights, str(new), 3.5)
-    assert (found["swapped"], found["refused"]) == (1, 0)
+    assert (found["swaps"], found["refusals"]) == (1, 0)
     assert swapping.which() == found
     again = swapping.commit("t", weights)
     assert "not staged any more" in again["refused"]
@@ -158,7 +158,7 @@ def test_a_bad_one_is_refused(
     assert set(found) == {"refused"}
     assert re.search(said, found["refused"]), found["refused"]
     assert holds(model, old)
-    assert model.serving.as_dict() == before | {"refused": 1}
+    assert model.serving.as_dict() == before | {"refusals": 1}
     assert "refused" in swapping.commit("t", "x"), "and nothing is left staged"
 
 

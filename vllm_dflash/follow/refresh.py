@@ -160,7 +160,7 @@ def _catches_up(rounds: Rounds, server: str, key: str | None) -> bool:
         return False
     found = client.which(server, key)
     is_other = found["id"] != id_of_folder(kept[-1].drafter)
-    if not is_other or ("swapped_into" in kept[-1].notes() and found.get("swapped")):
+    if not is_other or ("swapped_into" in kept[-1].notes() and found["swaps"]):
         return False
     rounds.say(f"{server} does not serve {rounds.link}, which was kept last")
     _swap(rounds, server, key)

@@ -166,9 +166,7 @@ class Swapping:
 
     def _refuse(self, folder: str, error: Exception) -> dict[str, Any]:
         expected = isinstance(error, DrafterConfigError)
-        import traceback
-
-        said = str(error) if expected else "".join(traceback.format_exception(error))
+        said = str(error) if expected else f"{type(error).__name__}: {error}"
         self._drafter.serving.count_refusal()
         touch_here()
         logger.warning(

@@ -41,7 +41,7 @@ def described(found: dict[str, Any]) -> str:
     age = _age(time.time() - found.get("since", time.time()))
     return (
         f"drafter {found['id']} ({found.get('drafter')}, {proved}), in force for {age};"
-        f" {found.get('swapped', 0)} swaps, {found.get('refused', 0)} refused"
+        f" {found['swaps']} swaps, {found['refusals']} refused"
     )
 
 
