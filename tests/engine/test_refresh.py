@@ -14,7 +14,7 @@ import pytest
 
 from engine.harness import DRAFTER
 from engine.test_serve import request, server
-from engine.test_swap import EXTENSION, counts, tau_since, which
+from engine.test_swap import ALWAYS, EXTENSION, counts, tau_since, which
 from vllm_dflash.cli import main
 from vllm_dflash.weights.identity import id_of_folder
 
@@ -58,6 +58,7 @@ def test_the_circle(finetuned: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         "vllm_dflash.swap.endpoint.DrafterEndpoint",
         "--worker-extension-cls",
         EXTENSION["worker_extension_cls"],
+        *ALWAYS,
     ]
     env = {"VLLM_DFLASH_RECORD": str(traffic), "VLLM_DFLASH_SWAP_FROM": str(drafters)}
     with server(*flags, env=env, model=finetuned / "target") as port:

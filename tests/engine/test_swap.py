@@ -31,6 +31,8 @@ from vllm_dflash.weights.identity import id_of_folder
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
+ALWAYS = ("--additional-config", '{"dflash": {"adaptive": false}}')
+"""Flags: without them the noisy drafter is soon not asked any more, and its tau cannot be told."""
 EXTENSION = {"worker_extension_cls": "vllm_dflash.swap.worker.DrafterSwap"}
 
 
@@ -183,6 +185,7 @@ def swappable(drafters: Path, *more: str, ends_itself: bool = False) -> Iterator
         "vllm_dflash.swap.endpoint.DrafterEndpoint",
         "--worker-extension-cls",
         EXTENSION["worker_extension_cls"],
+        *ALWAYS,
         *more,
     )
     env = {"VLLM_DFLASH_SWAP_FROM": str(drafters)}
