@@ -5,13 +5,12 @@ pytest tests/engine/test_monitoring.py        (runs every query against a real s
 """
 
 from monitoring.dashboard.panel import TOKENS, Panel
-from monitoring.dashboard.promql import BY_ENGINE, EACH, last_of_path, mean, ratio, selector
+from monitoring.dashboard.promql import BY_ENGINE, EACH, last_of_path, mean, selector
 from monitoring.dashboard.speculation import ACCEPTED
 
 SINCE = selector("vllm_dflash_drafter_serving_since_seconds")
 SWAPS = "vllm_dflash_drafter_swaps_total"
 _PROVED = f"max by ({BY_ENGINE}) ({selector('vllm_dflash_drafter_proved_accepted_length')})"
-_NOT_PROVED = "the drafter's folder says no tau: no refresh.json, no training.json"
 _IN = 'result="swapped"'
 SWAPPED = f"changes({selector(SWAPS, _IN)}[1m]) > 0"
 """Where a swap was: the annotations of all panels."""
@@ -48,21 +47,9 @@ DRAFTER = (
         ((mean(ACCEPTED, BY_ENGINE), EACH), (_PROVED, EACH + ": proved")),
         TOKENS,
         "drafter",
-        9,
+        18,
         minimum=1,
         decimals=2,
-    ),
-    Panel(
-        "series",
-        "Share of the proved tau",
-        "The same as one figure. The alert fires below 80 %.",
-        ((ratio(mean(ACCEPTED, BY_ENGINE), _PROVED), EACH),),
-        "percentunit",
-        "drafter",
-        9,
-        thresholds=((None, "transparent"), (0.8, "red")),
-        may_be_empty=_NOT_PROVED,
-        no_value="no proved tau",
     ),
     Panel(
         "series",
