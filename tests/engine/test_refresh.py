@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 def finetuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the embedded target after a LoRA on another kind of text, and prompts of it."""
     folder = tmp_path_factory.mktemp("finetuned")
-    script = ROOT / "examples" / "follow" / "finetune.py"
+    script = ROOT / "tests" / "follow" / "finetune.py"
     subprocess.run(
         [sys.executable, str(script), "--out", str(folder), "--steps", "60"],
         check=True,
@@ -67,7 +67,7 @@ def test_the_circle(finetuned: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         old = tau_since(port, before)
         asked(port, rows[24:120])
         url, out = f"http://127.0.0.1:{port}", drafters / "refreshed"
-        toml = str(ROOT / "examples" / "follow" / "refresh.toml")
+        toml = str(ROOT / "tests" / "follow" / "refresh.toml")
         command = ["refresh", toml, "--server", url, "--traffic", str(traffic), "--swap"]
         command += ["--out", str(out), "--minutes", "1", "--held-out", "24", "--dtype", "float32"]
         assert main([*command, "--when-below", "0.95"]) == 0

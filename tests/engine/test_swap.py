@@ -91,13 +91,11 @@ def test_an_engine(
 
 
 class Clients:
-    """Requests without a pause: greedy ones, each against what plain decoding writes; where they
-    are ``mixed`` also sampled ones, and streams that are broken off."""
+    """Requests without a pause: greedy ones, each against what plain decoding writes, sampled ones,
+    and streams that are broken off."""
 
-    def __init__(
-        self, port: int, prompts: list[list[int]], expected: list[list[int]], mixed: bool = False
-    ) -> None:
-        self.port, self.prompts, self.expected, self.mixed = port, prompts, expected, mixed
+    def __init__(self, port: int, prompts: list[list[int]], expected: list[list[int]]) -> None:
+        self.port, self.prompts, self.expected = port, prompts, expected
         self.greedy = self.sampled = self.broken = 0
         self.wrong: list[Any] = []
         self._stop = threading.Event()
@@ -115,9 +113,9 @@ class Clients:
                 "return_token_ids": True,
             }
             try:
-                if self.mixed and kind < 0.1:
+                if kind < 0.1:
                     self._break_off(body | {"stream": True})
-                elif self.mixed and kind < 0.25:
+                elif kind < 0.25:
                     request(self.port, "/v1/completions", body | {"temperature": 1.0})
                     self.sampled += 1
                 else:
@@ -242,7 +240,7 @@ def test_swaps_under_load(drafters: Path, capsys: pytest.CaptureFixture[str]) ->
             for line in page.splitlines()
             if line.startswith("vllm_dflash_drafter_swaps_total") and swapped in line
         ] == ["6.0"]
-    print(f"{clients.greedy} answers; tau {taus}")
+    print(f"{clients.greedy} greedy, {clients.sampled} sampled, {clients.broken} broken; {taus}")
     assert clients.greedy > 40
     assert clients.wrong == []
     assert min(taus["good"]) > 1.2 * max(taus["noisy"]), taus
