@@ -63,6 +63,28 @@ def _qwen3_moe() -> Any:
     )
 
 
+def _gemma4() -> Any:
+    """Its embedding ends in a factor, and its logits in a cap; all of its layers attend to
+    everything."""
+    from transformers import Gemma4TextConfig
+
+    layers = 5
+    return Gemma4TextConfig(
+        **_SHAPE,
+        num_hidden_layers=layers,
+        head_dim=32,
+        global_head_dim=32,
+        layer_types=["full_attention"] * layers,
+        rope_parameters={
+            kind: {"rope_type": "default", "rope_theta": 10000.0}
+            for kind in ("full_attention", "sliding_attention")
+        },
+        hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=VOCAB,
+        final_logit_softcapping=20.0,
+    )
+
+
 def _nemotron_h() -> Any:
     """Mamba-2, attention and MLP layers, each a layer of its own."""
     from transformers import NemotronHConfig
@@ -150,6 +172,7 @@ FAMILIES = {
     "llama": Family(_llama),
     "qwen2": Family(_qwen2),
     "qwen3 moe": Family(_qwen3_moe),
+    "gemma 4": Family(_gemma4),
     "nemotron-h": Family(_nemotron_h),
     "qwen3-next": Family(_qwen3_next),
 }

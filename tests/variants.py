@@ -117,6 +117,7 @@ VARIANTS = {
         _ALL_LAYERS | {"kind": "dfly-lattice", "head": _LATTICE | {"lilicorr_candidate_topk": 2}},
         format="speculators",
     ),
+    "dflash factor": Variant({"input_embedding_scale": 2.5}, mask_embedding=True),
     "dflare": Variant(_ALL_LAYERS | {"kind": "dflare", "num_hidden_layers": 4}),
     "dflare biases": Variant(_ALL_LAYERS | {"kind": "dflare", "attention_bias": True}),
     "dflare mixed": Variant(_ALL_LAYERS | {"kind": "dflare", "sliding_windows": (None, 24, 24)}),

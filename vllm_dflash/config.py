@@ -8,6 +8,7 @@ is loaded.
     pytest tests/unit/test_config.py
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -139,6 +140,19 @@ def target_size(text: Any, name: str) -> int:
     )
 
 
+def embedding_scale(text: Any) -> float:
+    """The factor that is part of a target's embedding, of its text config: Gemma's ``sqrt(hidden
+    size)``; 1 where there is none, or where it is not the embedding's but the model's.
+
+    A drafter that shares the embedding is trained on what it gives. Source: transformers'
+    ``ScaledWordEmbedding``, vllm-project/vllm#41703.
+    """
+    kind = getattr(text, "model_type", None)
+    if isinstance(kind, str) and kind.startswith("gemma"):
+        return math.sqrt(target_size(text, "hidden_size"))
+    return 1.0
+
+
 @dataclass(frozen=True)
 class DrafterConfig:
     """A drafter's shape and its ties to the target. Sizes are in elements, positions in tokens."""
@@ -180,6 +194,13 @@ class DrafterConfig:
     """Rows of its block that each row's convolution takes in, itself included; 0: there is none."""
     conv_group_size: int = 0
     """Channels that share the part of a convolution's kernel that comes from the row."""
+    logit_scale: float = 1.0
+    """What logits are multiplied by before they become probabilities."""
+    logit_cap: float | None = None
+    """Then each logit x becomes ``logit_cap * tanh(x / logit_cap)``; None: it stays."""
+    input_embedding_scale: float | None = None
+    """What the rows of the embedding are multiplied by, and a mask embedding; None: what its kind
+    has it be (``kinds.row_scale``)."""
     head: Mapping[str, Any] = field(default_factory=dict)
     """The settings of the kind's head, by their keys in config.json; its defaults where they are
     left out."""
@@ -320,6 +341,13 @@ class DrafterConfig:
             name, wanted = problem
             raise DrafterConfigError(f"{name} is {self.head[name]!r}", wanted, field=name)
         self._check_convolution(kind)
+        if (self.logit_scale, self.logit_cap) != (1.0, None) and not kind.head.is_argmax:
+            raise DrafterConfigError(
+                "logits are scaled or capped (logit_scale, final_logit_softcapping or another name"
+                f" of theirs), and the head of a {kind.label} drafter adds to them",
+                "use another checkpoint",
+                field="logit_scale",
+            )
         if self.draft_vocab_size is not None and not kind.head.is_argmax:
             raise DrafterConfigError(
                 f"draft_vocab_size is {self.draft_vocab_size}, and the head of a {kind.label}"

@@ -8,6 +8,7 @@ that were not made for them.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,6 +128,25 @@ def test_a_good_pair(capsys: pytest.CaptureFixture[str], served: dict[str, Batch
     )
     assert check(report, "outputs")["found"].startswith("equal in plain PyTorch and vLLM, 8 of 8")
     assert any("Expect tau" in line for line in report["advice"])
+
+
+def test_a_rotary_factor_that_a_file_only_repeats(
+    capsys: pytest.CaptureFixture[str], drafter: Path
+) -> None:
+    """The embedded drafter was trained with whole heads: drafted with a quarter of them rotated,
+    next to nothing is accepted. No engine is started."""
+    path = drafter / "config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {"partial_rotary_factor": 0.25}))
+    status, report = doctor(capsys, TARGET, drafter, "--prompts", str(PROMPTS))
+    assert status == 1
+    assert "partial_rotary_factor" in check(report, "checkpoint")["found"]
+    readings = check(report, "rotary readings")
+    assert readings["state"] == "warning", readings
+    assert "remove partial_rotary_factor" in readings["remedy"]
+    whole, part = (float(x) for x in re.findall(r"\d\.\d\d", readings["found"]))
+    assert whole > part + 0.5
+    assert report["vllm"] is None
 
 
 def test_a_drafter_with_a_head(

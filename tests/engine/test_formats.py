@@ -7,7 +7,9 @@ changes drafts.
     pytest tests/engine/test_formats.py
 """
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +21,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from engine.harness import Batch, Job, engine_env, run_engine, run_engines
+from engine.harness import (
+    DRAFTER,
+    TARGET,
+    Batch,
+    Job,
+    engine_env,
+    held_out_prompts,
+    run_engine,
+    run_engines,
+)
 from engine.oracle import BFLOAT16_GAP, compare_drafts
 from kinds_of_users import NAMES, install, on_path
 from pairs import make_random_drafter, random_drafter_config, random_prompts
@@ -263,3 +274,26 @@ def test_quantized_weights(random_target: Path, tmp_path: Path, kind: str) -> No
     print(f"\n4-bit {kind}: {agreement.share:.4f} of {agreement.tokens} tokens agree")
     assert agreement.drafts >= 200
     assert agreement.share_beyond(BFLOAT16_GAP) >= 0.95
+
+
+def test_scales_of_logits_reach_drafts_that_are_drawn(tmp_path: Path) -> None:
+    """With logits that are all but equal, drafts are drawn evenly from 4,096 tokens. The best token
+    is the best whatever they are scaled by."""
+    raw, drafters = json.loads((DRAFTER / "config.json").read_text()), [DRAFTER]
+    for name, value in (("logit_scale", 1e-4), ("final_logit_softcapping", 1e-3)):
+        drafters.append(Path(shutil.copytree(DRAFTER, tmp_path / name)))
+        (drafters[-1] / "config.json").write_text(json.dumps(raw | {name: value}))
+    prompts = held_out_prompts(4)
+    drawn = {
+        "sampling": {"temperature": 1.0},
+        "speculative_config": {"draft_sample_method": "probabilistic"},
+    }
+    jobs = [
+        Job(TARGET, drafter, prompts, max_tokens=48, **asked)
+        for asked in ({}, drawn)
+        for drafter in drafters
+    ]
+    best, *others, plain, scaled, capped = (batches[0] for batches in run_engines(jobs))
+    assert [(b.tokens, b.tau) for b in others] == [(best.tokens, best.tau)] * 2
+    assert plain.tau > 1.6
+    assert max(scaled.tau, capped.tau) < 1.2

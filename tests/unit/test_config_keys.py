@@ -143,13 +143,25 @@ def test_a_key_that_changes_what_is_computed(name: str) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "given", [{"partial_rotary_factor": 0.25}, {"mrope_section": [24, 20, 20]}], ids=str
+)
+@pytest.mark.parametrize("place", ["rope_parameters", "rope_scaling"])
+def test_parameters_of_another_rotation_in_each_format(place: str, given: dict[str, Any]) -> None:
+    """Beside ``rope_type: default`` they were dropped."""
+    (name,) = given
+    rope = {place: {"rope_type": "default", "rope_theta": QWEN3_8B["rope_theta"]} | given}
+    raw = write(DrafterConfig.from_dict(QWEN3_8B), "speculators")
+    layers = raw["transformer_layer_config"] | rope
+    for changed in (QWEN3_8B | rope, raw | {"transformer_layer_config": layers}):
+        assert refusal(changed).field == f"{place}.{name}"
+    assert refusal(raw | {"shift_label": True}).field == "shift_label"
+
+
 @pytest.mark.parametrize("name", IN_DFLASH_CONFIG)
 def test_a_key_of_dflash_config(name: str) -> None:
     """``shift_label: true`` drafted one position off."""
     raw = QWEN3_8B | {"dflash_config": QWEN3_8B["dflash_config"] | {name: IN_DFLASH_CONFIG[name]}}
-    if name == "final_logit_softcapping":
-        assert DrafterConfig.from_dict(raw), "of no effect, and judged at the top level only"
-        return
     assert refusal(raw).field == f"dflash_config.{name}"
 
 
@@ -497,3 +509,72 @@ def test_quantization_methods_are_vllms() -> None:
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS as THEIRS
 
     assert set(THEIRS) == QUANTIZATION_METHODS
+
+
+def test_scales_of_logits_are_read_for_probabilities() -> None:
+    """They were of no effect: drafts are drawn, and confidences told, by probabilities."""
+    said = {"final_logit_softcapping": 30, "logits_scaling": 4.0, "logit_scale": 0.5}
+    config = DrafterConfig.from_dict(QWEN3_8B | said)
+    assert (config.logit_scale, config.logit_cap) == (0.125, 30.0)
+    for format in ("z-lab", "speculators"):
+        assert DrafterConfig.from_dict(write(config, format)) == config
+    for name in ("logit_scale", "logits_scaling", "output_multiplier", "output_multiplier_scale"):
+        for value, scale in ((None, 1.0), (2.0, 0.5 if name == "logits_scaling" else 2.0)):
+            assert DrafterConfig.from_dict(QWEN3_8B | {name: value}).logit_scale == scale
+        assert refusal(QWEN3_8B | {name: 1e-40}).field == name
+
+
+def nested(**said: Any) -> dict[str, Any]:
+    return QWEN3_8B | {"dflash_config": QWEN3_8B["dflash_config"] | said}
+
+
+def test_scales_in_either_place() -> None:
+    """In ``dflash_config``, where z-lab's code and vLLM's look first, they were passed over; said
+    twice in speculators' format, a factor counted twice."""
+    config = DrafterConfig.from_dict(nested(final_logit_softcapping=30.0, output_multiplier=0.5))
+    assert (config.logit_scale, config.logit_cap) == (0.5, 30.0)
+    for name in ("final_logit_softcapping", "logit_scale", "input_embedding_scale"):
+        one = DrafterConfig.from_dict(QWEN3_8B | {name: 3.0})
+        assert one == DrafterConfig.from_dict(nested(**{name: 3.0}) | {name: 3.0})
+        assert one == DrafterConfig.from_dict(nested(**{name: 3.0}))
+        assert one != DrafterConfig.from_dict(QWEN3_8B)
+        both = nested(**{name: 3.0}) | {name: 2.0}
+        assert refusal(both).field == f"dflash_config.{name}"
+    raw = write(DrafterConfig.from_dict(QWEN3_8B), "speculators")
+    inner = raw["transformer_layer_config"]
+    said = {"logit_scale": 2.0, "transformer_layer_config": inner | {"logit_scale": 2.0}}
+    assert DrafterConfig.from_dict(raw | said).logit_scale == 2.0
+    inside = {"transformer_layer_config": inner | {"input_embedding_scale": 1.0}}
+    assert refusal(raw | inside).field == "input_embedding_scale"
+
+
+@pytest.mark.parametrize("name", ["projector_type", "model_arch"])
+def test_another_kinds_name_beside_the_architecture(name: str) -> None:
+    """``projector_type: dspark`` at the top of a DFlash file was taken, and its tensors refused."""
+    for other in ("dspark", "dflare", "domino"):
+        assert refusal(QWEN3_8B | {name: other}).field == name
+        raw = write(DrafterConfig.from_dict(QWEN3_8B), "speculators")
+        assert refusal(raw | {name: other}).field == name
+    assert DrafterConfig.from_dict(QWEN3_8B | {name: "dflash"}).kind == "dflash"
+
+
+@pytest.mark.parametrize(
+    ("architectures", "scale"),
+    [
+        (["Gemma4ForConditionalGeneration"], 1.0),
+        (["PaliGemmaForConditionalGeneration"], 1.0),
+        (["Qwen3ForCausalLM"], None),
+        ([], None),
+        (3, None),
+    ],
+)
+def test_the_library_trains_on_rows_of_gemmas_embedding(
+    architectures: Any, scale: float | None
+) -> None:
+    raw = write(DrafterConfig.from_dict(QWEN3_8B), "speculators")
+    raw["speculators_config"]["verifier"]["architectures"] = architectures
+    config = DrafterConfig.from_dict(raw)
+    assert config.input_embedding_scale == scale
+    assert DrafterConfig.from_dict(write(config, "z-lab")) == config
+    again = DrafterConfig.from_dict(raw | {"input_embedding_scale": 8.0})
+    assert again.input_embedding_scale == 8.0

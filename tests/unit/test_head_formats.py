@@ -106,8 +106,19 @@ def test_all_keys_of_published_configs_are_known() -> None:
     config = parse(DSPARK | of_training)
     assert config == parse(DSPARK)
     assert config.unknown_keys == ()
-    nested = DFLASH2["dflash_config"] | {"input_embedding_scale": 1.0}
+    nested = DFLASH2["dflash_config"] | {"output_multiplier": 1.0}
     assert parse(DFLASH2 | {"dflash_config": nested}) == parse(DFLASH2)
+
+
+@pytest.mark.parametrize("scale", [1.0, 71.5])
+def test_a_factor_of_the_embedding_is_read(scale: float) -> None:
+    """Muse-Glimmer's drafter gives one."""
+    nested = DFLASH2["dflash_config"] | {"input_embedding_scale": scale}
+    config = parse(DFLASH2 | {"dflash_config": nested})
+    assert config == parse(DFLASH2).with_(input_embedding_scale=scale)
+    for format in (published_format(config), SPECULATORS):
+        assert parse(write(config, format)) == config
+    assert parse(DSPARK | {"input_embedding_scale": scale}).input_embedding_scale == scale
 
 
 def test_an_object_beside_the_top_level_is_dsparks_too() -> None:
@@ -127,7 +138,7 @@ def test_an_object_beside_the_top_level_is_dsparks_too() -> None:
         (DFLASH2, {"selector_top_k": 512}, "selector_top_k is 512"),
         (DFLASH2, {"conv_group_size": None}, "dflash_config.conv_group_size is missing"),
         (DFLASH2, {"conv_group_size": 3}, "conv_group_size is 3: a divisor of hidden_size"),
-        (DFLASH2, {"input_embedding_scale": 71.5}, "dflash_config.input_embedding_scale"),
+        (DFLASH2, {"input_embedding_scale": -1}, "dflash_config.input_embedding_scale is -1"),
         (DFLASH2, {"output_multiplier": 0.5}, "output_multiplier = 0.5 is not supported"),
         (DFLASH2, {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         (DFLASH2, {"markov_rank": 256}, "dflash_config.markov_rank"),

@@ -308,3 +308,22 @@ def test_a_served_head_asks_the_device_for_nothing(config: DrafterConfig, confid
     assert (tokens.shape, tokens.dtype) == ((3, K), torch.int64)
     assert (confidences is not None) == confident
     assert confidences is None or confidences.shape == (3, K)
+
+
+def test_confidences_are_of_the_logits_that_are_likely() -> None:
+    """The best token is ranked by logits as they are: capped ones may be equal."""
+    served = kind_of(PLAIN).head_part("Served")(PLAIN, torch.float32)
+    logits = 100 * torch.randn(3 * K, VOCAB)
+    ranking = Ranking(
+        lambda rows: logits,
+        lambda scores: scores.argmax(-1),
+        lambda rows: logits.argmax(-1),
+        confident=True,
+        likely=lambda scores: 3 * torch.tanh(0.5 * scores / 3),
+    )
+    tokens, confidences = served.draft(torch.empty(3 * K, HIDDEN), torch.arange(3), K, ranking)
+    assert torch.equal(tokens.flatten(), logits.argmax(-1))
+    for row, confidence in zip(logits.double(), confidences.flatten(), strict=True):
+        capped = [3 * math.tanh(0.5 * float(x) / 3) for x in row]
+        share = math.exp(max(capped)) / sum(map(math.exp, capped))
+        assert float(confidence) == pytest.approx(share, rel=1e-4)

@@ -20,7 +20,7 @@ from unit.test_checks import configure
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.tools.inspect import inspect_checkpoint
 from vllm_dflash.tools.pair_checks import checkpoint_checks
-from vllm_dflash.weights import check_dtypes, expected_tensors
+from vllm_dflash.weights import check_dtypes, check_tables, expected_tensors
 from vllm_dflash.weights.quantization import NEEDS, check_packed, check_quantization
 
 pytestmark = pytest.mark.vllm  # whose classes read it
@@ -168,3 +168,45 @@ def test_a_heads_projections_stay_plain() -> None:
     head = "hidden_correction.up_proj.weight"
     with pytest.raises(DrafterConfigError, match=f"{head} is F8_E4M3 and should be BF16"):
         check_dtypes(config, found | {head: "F8_E4M3"})
+
+
+QUANTIZED_TABLES = {
+    "fc": {"weight": torch.float8_e4m3fn, "weight_scale": torch.float32},
+    "lm_head": {"weight_packed": torch.int32, "weight_scale": torch.float32},
+    "hidden_norm": {"weight_scale": torch.float32},
+}
+
+
+@pytest.mark.parametrize("quantized", [True, False], ids=["with a config", "without"])
+@pytest.mark.parametrize("name", QUANTIZED_TABLES)
+def test_own_tables_in_few_bits_are_refused_by_name(
+    tmp_path: Path, name: str, quantized: bool
+) -> None:
+    """They were "unexpected tensors", or of a dtype that they should not have. ModelOpt keeps its
+    settings in a file of its own, so there may be no quantization_config."""
+    make_random_drafter(tmp_path / "d", tables=("lm_head.weight",))
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        plain = tensors[f"{name}.weight"]
+        if "weight_packed" in QUANTIZED_TABLES[name]:
+            del tensors[f"{name}.weight"]
+        for part, dtype in QUANTIZED_TABLES[name].items():
+            shape = (1,) if "scale" in part else plain.shape
+            tensors[f"{name}.{part}"] = torch.ones(shape).to(dtype)
+
+    edit(tmp_path / "d", spoil)
+    if quantized:
+        edit_config(tmp_path / "d", quantization_config=QUANTIZATION)
+    said = [str(error) for error in inspect_checkpoint(tmp_path / "d").errors]
+    [refused] = [
+        problem for problem in said if f"{name} of the checkpoint are quantized" in problem
+    ]
+    assert f"{name}.weight_scale" in refused
+    assert f"whose quantization leaves out {name}" in refused
+    assert not any("unexpected" in problem or "of a dtype" in problem for problem in said)
+
+
+def test_names_beside_plain_weights_are_no_quantization(tmp_path: Path) -> None:
+    config = random_drafter_config(kind="dfly")
+    check_tables(config, expected_tensors(config))
+    check_tables(config, ["fc.bias", "fc.weight_v", "extra.weight_scale"])

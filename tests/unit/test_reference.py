@@ -257,3 +257,34 @@ def test_rows_of_blocks_are_ranked_in_one_product(own: bool) -> None:
     assert "bmm" not in names
     expected = torch.stack([row @ head.weight[: 9 if own else None].T for row in hidden])
     torch.testing.assert_close(logits, expected.detach())
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "factor"),
+    [
+        ("dflash", None, 4.0),
+        ("dflash", 1.0, 1.0),
+        ("dflash", 2.5, 2.5),
+        ("dflash2", None, 1.0),
+        ("dflash2", 2.5, 2.5),
+    ],
+)
+def test_rows_of_a_target_whose_embedding_ends_in_a_factor(
+    kind: str, given: float | None, factor: float
+) -> None:
+    """DFlash2's published code, and vLLM's, read bare rows where a file says nothing; DFlash's
+    drafters for Gemma are trained on what the target's embedding gives."""
+
+    class Scaled(torch.nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids) * 4.0
+
+    config = random_drafter_config(kind=kind, input_embedding_scale=given)
+    drafter, target = new_drafter(config), Scaled(config.vocab_size, config.hidden_size)
+    ids = torch.tensor([[5, config.mask_token_id]])
+    with torch.no_grad():
+        assert torch.equal(drafter.embed(target, ids), target.weight[ids] * factor)
+        own = torch.nn.Parameter(torch.randn(config.hidden_size))
+        drafter.mask_embedding = own
+        expected = torch.stack([target.weight[5] * factor, own * (given or 1.0)])
+        assert torch.equal(drafter.embed(target, ids)[0], expected)

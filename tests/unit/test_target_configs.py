@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vllm_dflash.config import DrafterConfigError, TargetShape
+from vllm_dflash.config import DrafterConfigError, TargetShape, embedding_scale
 from vllm_dflash.hub import TargetError, eos_token_id, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,3 +87,67 @@ def test_every_command_refuses_it(
     assert main([command, "--target", str(target), *arguments]) != 0
     said = "".join(capfd.readouterr())
     assert "its config.json holds a number, not an object of settings" in said, said
+
+
+_SMALL: dict[str, Any] = dict(
+    vocab_size=32,
+    hidden_size=24,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    pad_token_id=0,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("gemma", {}),
+        ("gemma2", {}),
+        ("gemma3_text", {}),
+        ("gemma4_text", {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 32}),
+        ("qwen3", {}),
+        ("llama", {}),
+        ("granite", {"embedding_multiplier": 12.0}),
+    ],
+)
+def test_the_factor_that_is_part_of_an_embedding(name: str, more: dict[str, Any]) -> None:
+    """As transformers' model embeds, which drafters are trained with."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(name, **_SMALL, **more)
+    embedding = AutoModelForCausalLM.from_config(config).get_input_embeddings()
+    ids = torch.arange(1, 32)
+    with torch.no_grad():
+        expected = embedding.weight[ids] * embedding_scale(config)
+        torch.testing.assert_close(embedding(ids), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "state", "found"),
+    [
+        ("dflash", None, "warning", "rows times the target's 8: config.json does not say"),
+        ("dflash", 1.0, "ok", "rows times 1; the target's times 8"),
+        ("dflash2", None, "ok", "rows times 1; the target's times 8"),
+    ],
+)
+def test_the_doctor_tells_what_a_drafters_rows_are_multiplied_by(
+    kind: str, given: float | None, state: str, found: str
+) -> None:
+    from transformers import AutoConfig
+
+    from pairs import random_drafter_config
+    from vllm_dflash.tools.pair_checks import Settings, shape_checks
+
+    drafter = random_drafter_config(kind=kind, input_embedding_scale=given)
+
+    def lines(name: str) -> list[tuple[str, str]]:
+        target = AutoConfig.for_model(name, **_SMALL | {"hidden_size": 64})
+        checks = shape_checks(drafter, target, Settings())
+        return [(check.state, check.found) for check in checks if check.name == "embedding"]
+
+    assert lines("gemma3_text") == [(state, found)]
+    assert lines("qwen3") == []

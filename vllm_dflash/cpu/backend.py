@@ -65,7 +65,7 @@ class CPUBackend(Backend):
     def load(self, target_model: Any) -> None:
         """Takes the loaded drafter and puts our verifier into the runner."""
         proposer, config = self.proposer, self.proposer.vllm_config
-        logits: Callable[[Tensor], Any] = proposer.model.compute_logits
+        logits: Callable[[Tensor], Any] = proposer.model.rank_logits
         self.write_context = _in_chunks(self.write_by_modules)
         # A connector takes and brings keys and values in vLLM's attention modules.
         if config.kv_transfer_config is None:
@@ -83,6 +83,7 @@ class CPUBackend(Backend):
             lambda hidden: _greedy_argmax(logits(hidden).to(torch.float32)),
             confident=is_adaptive(config) and patch_set().fits(v1_confidences.PATCH),
             embed=proposer.model.embed_candidates,
+            likely=proposer.model.likely,
         )
         attach, runner = patch_set().attach, proposer.runner
         attach(runner, [v1_verifier.PATCH], runner)

@@ -91,7 +91,7 @@ class EagerContext:
 
 
 def eager_logits(drafter: Any) -> Callable[[Tensor], Tensor]:
-    """``compute_logits`` of a loaded ``DrafterForCausalLM``: hidden states [N, H] -> logits [N,
+    """``rank_logits`` of a loaded ``DrafterForCausalLM``: hidden states [N, H] -> logits [N,
     V]."""
     head, processor = (
         getattr(drafter.lm_head, "base_layer", drafter.lm_head),
@@ -106,7 +106,7 @@ def eager_logits(drafter: Any) -> Callable[[Tensor], Tensor]:
         or drafter.draft_ids is not None
         or processor.head_dtype not in (None, drafter.dtype)
     ):
-        return drafter.compute_logits
+        return drafter.rank_logits
     linear, vocab_size = Linear(head, biased=False), processor.org_vocab_size
     return lambda hidden: linear(hidden)[:, :vocab_size]
 

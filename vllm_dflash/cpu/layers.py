@@ -85,6 +85,8 @@ def embedding(model: Any) -> Callable[[Tensor], Tensor]:
     table = getattr(model.embed_tokens, "base_layer", model.embed_tokens)
     if (
         getattr(model, "has_mask_embedding", False)
+        or getattr(model, "embedding_scale", 1.0) != 1.0
+        or getattr(model, "input_scale", 1.0) != 1.0
         or type(getattr(table, "quant_method", None)) is not UnquantizedEmbeddingMethod
         or not has_forward(table, VocabParallelEmbedding.forward)
     ):

@@ -41,7 +41,7 @@ class Backend:
     def load(self, target_model: Any) -> None:
         """Takes the proposer's loaded drafter, whose target is ``target_model``."""
         proposer = self.proposer
-        logits = proposer.model.compute_logits
+        logits = proposer.model.rank_logits
         self.ranking = Ranking(
             logits,
             lambda scores: scores.argmax(-1),

@@ -107,7 +107,7 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "scale_emb": (1,),
     "scale_depth": (),
     "embedding_scale": (1,),
-    "input_embedding_scale": (1,),
+    "input_embedding_scale": (),
     "parallel_residual": (False,),
     "use_parallel_residual": (False,),
     "hidden_activation": ("silu",),
@@ -306,7 +306,7 @@ def _is_finite_number(value: Any) -> bool:
 
 
 def _is_positive(value: Any) -> bool:
-    return _is_finite_number(value) and value > 0
+    return _is_finite_number(value) and value >= 1e-30
 
 
 def _is_ids(value: Any) -> bool:
@@ -327,14 +327,18 @@ _OBJECT: _Kind = (_is_object, "an object", True)
 _MONOTONIC: _Kind = (_is_positive, "a positive number or null", True)
 _ANYTHING: _Kind = (_anything, "", True)
 
-SCALES = (
-    "logit_scale",
-    "logits_scaling",
-    "final_logit_softcapping",
-    "output_multiplier",
-    "output_multiplier_scale",
-)
-"""Of logits: of no effect where the best is taken, and refused where something is added to them."""
+EMBEDDING_SCALE = "input_embedding_scale"
+CAP = "final_logit_softcapping"
+FACTORS = {
+    "logit_scale": 1,
+    "logits_scaling": -1,
+    "output_multiplier": 1,
+    "output_multiplier_scale": 1,
+}
+"""Of logits, each with the power that it multiplies them in."""
+SCALES = (*FACTORS, CAP)
+"""Read for probabilities, of no effect where the best is taken, and refused where something is
+added to logits."""
 
 NO_EFFECT: dict[str, _Kind] = {
     # Training and generation
@@ -360,12 +364,8 @@ NO_EFFECT: dict[str, _Kind] = {
     "training_config": _ANYTHING,
     # Embedding and lm_head are the target's, or tensors of the checkpoint.
     "tie_word_embeddings": _FLAG,
-    # Monotonic: a draft is the best token, whatever its score is scaled by.
-    "logit_scale": _MONOTONIC,
-    "logits_scaling": _MONOTONIC,
-    "final_logit_softcapping": _MONOTONIC,
-    "output_multiplier": _MONOTONIC,
-    "output_multiplier_scale": _MONOTONIC,
+    # Monotonic: the best token stays the best; ``layers.read_scales`` reads them.
+    **dict.fromkeys(SCALES, _MONOTONIC),
     # What transformers writes into every file
     "transformers_version": _TEXT,
     "speculators_version": _TEXT,
@@ -414,6 +414,7 @@ DFLASH_CONFIG = frozenset(
         "use_swa",
         "swa_window_size",
         "sample_from_anchor",
+        EMBEDDING_SCALE,
     }
 )
 """What is read of ``dflash_config``."""

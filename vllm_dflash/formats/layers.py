@@ -3,11 +3,13 @@
 pytest tests/unit/test_formats.py tests/unit/test_config.py
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_dflash import fields
 from vllm_dflash.config import DEFAULT_RMS_NORM_EPS, DEFAULT_ROPE_THETA, DrafterConfig
+from vllm_dflash.formats.keys import CAP, EMBEDDING_SCALE, FACTORS, SCALES
 from vllm_dflash.formats.rope import read_rope
 from vllm_dflash.kinds import Kind, Setting
 
@@ -191,6 +193,55 @@ def _setting(setting: Setting, raw: Mapping[str, Any], name: str) -> Any:
     if setting.least == 0 and fields.is_int(value) and value == 0:
         return 0
     return fields.positive_int(raw, name)
+
+
+def read_scales(raw: Mapping[str, Any], inner: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """What becomes of logits before they are probabilities; of several factors the product.
+
+    Args:
+        inner: the object in ``raw`` that may say it as well, or ``raw`` itself; ``path`` is its
+            name, with a dot behind it, or nothing.
+    """
+    said: dict[str, float] = {}
+    for name in SCALES:
+        if path:
+            fields.agree(f"{path}{name}", inner.get(name), name, raw.get(name))
+        for place, at in ((inner, path), (raw, "")):
+            if place.get(name) is not None:
+                said.setdefault(name, fields.positive_float(place, f"{at}{name}"))
+    cap = said.pop(CAP, None)
+    scale = math.prod(value ** FACTORS[name] for name, value in said.items())
+    return {"logit_scale": float(scale), "logit_cap": cap}
+
+
+def read_embedding_scale(
+    raw: Mapping[str, Any], inner: Mapping[str, Any], path: str
+) -> float | None:
+    """What rows of the embedding are multiplied by; None where neither says; places as in
+    ``read_scales``."""
+    name = EMBEDDING_SCALE
+    if path:
+        fields.agree(f"{path}{name}", inner.get(name), name, raw.get(name))
+    for place, at in ((inner, path), (raw, "")):
+        if place.get(name) is not None:
+            return fields.positive_float(place, f"{at}{name}")
+    return None
+
+
+def write_scales(config: DrafterConfig) -> dict[str, Any]:
+    """These fields, where they say something."""
+    out: dict[str, Any] = {}
+    if config.logit_scale != 1.0:
+        out["logit_scale"] = config.logit_scale
+    if config.logit_cap is not None:
+        out[CAP] = config.logit_cap
+    return out
+
+
+def write_embedding_scale(config: DrafterConfig) -> dict[str, Any]:
+    """That field, where it is given."""
+    scale = config.input_embedding_scale
+    return {} if scale is None else {EMBEDDING_SCALE: scale}
 
 
 _CONVOLUTION = ("conv_kernel_size", "conv_group_size")

@@ -16,15 +16,20 @@ from vllm_dflash.formats.angelspec import (
     kind_in,
     written,
 )
+from vllm_dflash.formats.keys import EMBEDDING_SCALE
 from vllm_dflash.formats.layers import (
     draft_vocab,
     keys_of,
     read_attention,
     read_convolution,
+    read_embedding_scale,
     read_head,
     read_layers,
+    read_scales,
     write_convolution,
+    write_embedding_scale,
     write_layers,
+    write_scales,
 )
 from vllm_dflash.formats.speculators import SPECULATORS
 from vllm_dflash.formats.unread import check_dflash_config, check_head, check_keys
@@ -50,7 +55,9 @@ def parse_published(raw: Mapping[str, Any]) -> DrafterConfig:
     if nested is not raw:
         check_dflash_config(nested, kind, keys_of(kind))
     check_head(kind, raw, raw if is_flat else nested)
-    known = {*keys_of(kind), "target_layer_ids", "causal", *flat_keys} if is_flat else ()
+    known = {EMBEDDING_SCALE}
+    if is_flat:
+        known |= {*keys_of(kind), "target_layer_ids", "causal", *flat_keys}
     depth = fields.optional_positive_int(raw, "num_target_layers")
     transformer = read_layers(raw)
     if nested.get("target_layer_ids") is None:
@@ -80,7 +87,9 @@ def parse_published(raw: Mapping[str, Any]) -> DrafterConfig:
         head=read_head(kind, raw) if is_flat else read_head(kind, nested, place),
         **read_convolution(kind, nested, "dflash_config."),
         kind=kind.name,
-        unknown_keys=tuple(sorted(check_keys(raw, by_transformers=True, known=known))),
+        unknown_keys=tuple(sorted(check_keys(raw, kind, by_transformers=True, known=known))),
+        **read_scales(raw, nested, place),
+        input_embedding_scale=read_embedding_scale(raw, nested, place),
         format=format,
     )
 
@@ -140,6 +149,7 @@ def write_published(config: DrafterConfig, format: str) -> dict[str, Any]:
         "target_layer_ids": list(config.target_layer_ids),
         **config.head,
         **write_convolution(config),
+        **write_embedding_scale(config),
     }
     if config.sliding_windows:
         nested["causal"] = config.sliding_causal
@@ -154,7 +164,7 @@ def write_published(config: DrafterConfig, format: str) -> dict[str, Any]:
     }
     if kind.first_row == 0:
         out["sample_from_anchor"] = True
-    out |= write_layers(config)
+    out |= write_layers(config) | write_scales(config)
     if config.num_target_layers is not None:
         out["num_target_layers"] = config.num_target_layers
     if config.draft_vocab_size is not None:

@@ -34,8 +34,8 @@ _ROPE_NAMES = frozenset(
 _ROPE_REMEDIES = {
     "partial_rotary_factor": (
         "remove it from config.json if the drafter was trained with rotary positions in the whole"
-        " head, as some were whose file repeats the target's value; vllm-dflash doctor then says"
-        " what is accepted. Else use another checkpoint"
+        " head, as some were whose file repeats the target's value; vllm-dflash doctor drafts by"
+        " both readings and says which one is accepted. Else use another checkpoint"
     ),
     "mrope_section": (
         "remove it from config.json if the drafter was trained on text, where it changes nothing;"

@@ -9,15 +9,20 @@ from typing import Any
 
 from vllm_dflash import fields, kinds
 from vllm_dflash.config import DrafterConfig
+from vllm_dflash.formats.keys import EMBEDDING_SCALE
 from vllm_dflash.formats.layers import (
     draft_vocab,
     keys_of,
     read_attention,
     read_convolution,
+    read_embedding_scale,
     read_head,
     read_layers,
+    read_scales,
     write_convolution,
+    write_embedding_scale,
     write_layers,
+    write_scales,
 )
 from vllm_dflash.formats.unread import check_head, check_keys
 
@@ -45,12 +50,15 @@ def parse_speculators(raw: Mapping[str, Any]) -> DrafterConfig:
         raw.get("aux_hidden_state_layer_ids"), "aux_hidden_state_layer_ids", one_based=True
     )
     check_head(kinds.every()[kind], raw, raw, absent_from_anchor=False)
-    unknown = check_keys(raw, by_transformers=False, known=keys_of(kinds.every()[kind]))
+    known = {*keys_of(kinds.every()[kind]), EMBEDDING_SCALE}
+    unknown = check_keys(raw, kinds.every()[kind], by_transformers=False, known=known)
     unknown += [
-        f"transformer_layer_config.{name}" for name in check_keys(layers, by_transformers=False)
+        f"transformer_layer_config.{name}"
+        for name in check_keys(layers, kinds.every()[kind], by_transformers=False)
     ]
     # Not a field of the library's; ours, so that converting there and back loses nothing.
     depth = fields.optional_positive_int(raw, "num_target_layers")
+    scale = read_embedding_scale(raw, raw, "")
     windows, _ = read_attention(layers, layers, {})
     non_causal = fields.optional_flag(raw, _NON_CAUSAL)
     if windows and non_causal is None:
@@ -75,7 +83,20 @@ def parse_speculators(raw: Mapping[str, Any]) -> DrafterConfig:
         **read_convolution(kinds.every()[kind], raw),
         kind=kind,
         unknown_keys=tuple(sorted(unknown)),
+        **read_scales(raw, layers, "transformer_layer_config."),
+        input_embedding_scale=1.0 if scale is None and _is_gemmas(raw) else scale,
         format=SPECULATORS,
+    )
+
+
+def _is_gemmas(raw: Mapping[str, Any]) -> bool:
+    """Whether the library trained it for a Gemma target: it embeds by a copy of that one's table,
+    without the factor after it, and so does vLLM. What a file was converted from does not say."""
+    place = raw.get("speculators_config")
+    verifier = place.get("verifier") if isinstance(place, Mapping) else None
+    names = verifier.get("architectures") if isinstance(verifier, Mapping) else None
+    return fields.is_list(names) and any(
+        isinstance(name, str) and "gemma" in name.lower() for name in names
     )
 
 
@@ -103,7 +124,8 @@ def write_speculators(config: DrafterConfig, verifier: str) -> dict[str, Any]:
         _NON_CAUSAL: not config.sliding_causal,
         "transformer_layer_config": write_layers(config),
     }
-    out |= {**config.head, **write_convolution(config)}
+    out |= {**config.head, **write_convolution(config), **write_scales(config)}
+    out |= write_embedding_scale(config)
     if config.num_target_layers is not None:
         out["num_target_layers"] = config.num_target_layers
     if config.quantization_config is not None:

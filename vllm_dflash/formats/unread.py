@@ -22,10 +22,10 @@ _LONGEST = 1e30
 
 
 def check_keys(
-    raw: Mapping[str, Any], *, by_transformers: bool, known: Container[str] = ()
+    raw: Mapping[str, Any], kind: kinds.Kind, *, by_transformers: bool, known: Container[str] = ()
 ) -> list[str]:
-    """Judges every key of ``raw`` that no setting of the drafter is read from; returns those that
-    are not known.
+    """Judges every key of ``raw``, a file of a drafter of ``kind``, that no setting of it is read
+    from; returns those that are not known.
 
     Args:
         by_transformers: whether transformers reads this object at vLLM's start, which takes null
@@ -42,16 +42,16 @@ def check_keys(
         if name in known:
             continue
         if name in keys.OF_THE_KIND:
-            fields.refuse(raw, name, *kinds.names())
+            fields.refuse(raw, name, kind.name)
         elif name in keys.REFUSED:
             fields.refuse(raw, name, *keys.REFUSED[name])
         elif name in keys.NO_EFFECT:
-            fits, kind, nullable = keys.NO_EFFECT[name]
+            fits, wanted, nullable = keys.NO_EFFECT[name]
             if not fits(value) and not (value is None and (nullable or not by_transformers)):
                 raise fields.bad(
                     name,
                     f"is {fields.shown(value)}",
-                    f"give {kind}, or remove it. {fields.CAME_WITH}",
+                    f"give {wanted}, or remove it. {fields.CAME_WITH}",
                 )
         elif _is_read_elsewhere(name, value):
             raise fields.bad(

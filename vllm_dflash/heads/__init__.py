@@ -29,6 +29,8 @@ class Ranking(NamedTuple):
     before: "Tensor | None" = None
     """[B, C]: of each request the context, as ``ServedContext.combine`` makes it, of the token
     before its anchor; for a head ``over_block``."""
+    likely: "Callable[[Tensor], Tensor] | None" = None
+    """Logits of ``logits`` -> those of which probabilities are made; None: the same."""
 
 
 Ranked: TypeAlias = "tuple[Tensor, Tensor | None]"

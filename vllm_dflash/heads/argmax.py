@@ -38,4 +38,6 @@ class Served(ServedHead):
             return ranking.best(hidden).view(-1, k), None
         logits = ranking.logits(hidden).float()
         tokens = ranking.argmax(logits)
+        if ranking.likely is not None:
+            logits = ranking.likely(logits)
         return tokens.view(-1, k), logits.softmax(-1).gather(1, tokens[:, None]).view(-1, k)

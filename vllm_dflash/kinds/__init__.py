@@ -134,6 +134,9 @@ class Head:
     """Parts of tensors' names that some checkpoints have, each with what stands for it here."""
     problem: Callable[["DrafterConfig"], tuple[str, str] | None] = _no_problem
     """A setting that does not fit the others, and what it has to be."""
+    bare_rows: bool = False
+    """Where a file gives no ``input_embedding_scale`` the rows of the target's embedding are taken
+    as they are, without a factor that the target has for them: so does its published code."""
     over_block: bool = False
     """It ranks a block's rows together, of which it then gets all whatever K is, and reads the
     target's embeddings and the context of the token before the anchor; no others go from row to
@@ -317,6 +320,13 @@ def with_head(kind: str, head: str) -> Kind | None:
 def kind_of(config: "DrafterConfig") -> Kind:
     """The drafter's."""
     return every()[config.kind]
+
+
+def row_scale(config: "DrafterConfig") -> float | None:
+    """What the rows of the embedding are multiplied by, and a mask embedding; None: rows of the
+    target's by what the target multiplies them by."""
+    given = config.input_embedding_scale
+    return 1.0 if given is None and kind_of(config).head.bare_rows else given
 
 
 def own_tensors(config: "DrafterConfig") -> Tensors:

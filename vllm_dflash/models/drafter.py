@@ -20,8 +20,8 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefix
 
 from vllm_dflash.checks import drafter_config
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
-from vllm_dflash.kinds import kind_of
+from vllm_dflash.config import DrafterConfig, DrafterConfigError, embedding_scale
+from vllm_dflash.kinds import kind_of, row_scale
 from vllm_dflash.models.context import ContextKV
 from vllm_dflash.models.convolution import rows_in_reach
 from vllm_dflash.models.kernels import check_kernels
@@ -60,12 +60,19 @@ class DrafterModel(nn.Module):
         vllm_config: VllmConfig,
         config: DrafterConfig,
         first_layer: int,
+        target_scale: float,
         quant_config: Any,
         prefix: str = "",
     ) -> None:
         super().__init__()
         dtype = vllm_config.model_config.dtype
         self.embed_tokens: nn.Module = FromTarget()
+        given = row_scale(config)
+        self.embedding_scale = torch.tensor(target_scale).to(dtype).item() if given is None else 1.0
+        """What the target multiplies its rows by, rounded as there; 1 for rows of the
+        checkpoint."""
+        self.input_scale = 1.0 if given is None else given
+        """What the checkpoint says that every row is multiplied by, a mask's own too."""
         self.mask_token_id, self.has_mask_embedding = config.mask_token_id, False
         self.mask_embedding = nn.Parameter(
             torch.zeros(config.hidden_size, dtype=dtype), requires_grad=False
@@ -95,11 +102,13 @@ class DrafterModel(nn.Module):
         # With LoRA the target's embedding is wrapped, and the wrapper has the adapters of the
         # target's rows, not of these.
         embeds = getattr(self.embed_tokens, "base_layer", self.embed_tokens)(input_ids)
+        if self.embedding_scale != 1.0:
+            embeds = embeds * self.embedding_scale
         if self.has_mask_embedding:
             embeds = torch.where(
                 (input_ids == self.mask_token_id)[:, None], self.mask_embedding, embeds
             )
-        return embeds
+        return embeds if self.input_scale == 1.0 else embeds * self.input_scale
 
     def reach(self, positions: torch.Tensor) -> torch.Tensor:
         """What the layers' convolutions take, ``taps`` of them, for rows at ``positions`` [N]
@@ -148,14 +157,16 @@ class DrafterForCausalLM(nn.Module):
             vllm_config=vllm_config,
             config=self.drafter_config,
             first_layer=target_config.get_total_num_hidden_layers(),
+            target_scale=embedding_scale(target_config.hf_text_config),
             quant_config=get_draft_quant_config(vllm_config),
             prefix=maybe_prefix(prefix, "model"),
         )
         self.lm_head: nn.Module = FromTarget()
         self.draft_ids: torch.Tensor | None = None
-        # A target's logit scale or soft cap is left out: both are monotonic, and drafts are ranked
-        # unless probabilities are asked for.
+        # A scale or a cap of logits is left out of it: the best token stays the best, and rounded
+        # capped logits have more ties.
         self.logits_processor = LogitsProcessor(self.drafter_config.draft_tokens)
+        self._draws = speculative_config.draft_sample_method == "probabilistic"
         check_kernels(self.model)
         self.serving = ServingDrafter(str(self.model_path))
         self._loading = Loading(self, draft)
@@ -173,7 +184,11 @@ class DrafterForCausalLM(nn.Module):
         """``token_ids`` [...] -> embeddings of them [..., H], for a head: the target's, or the
         checkpoint's own."""
         table = getattr(self.model.embed_tokens, "base_layer", self.model.embed_tokens)
-        return table(token_ids.flatten()).view(*token_ids.shape, -1)
+        rows, scale = (
+            table(token_ids.flatten()).view(*token_ids.shape, -1),
+            self.model.embedding_scale * self.model.input_scale,
+        )
+        return rows if scale == 1.0 else rows * scale
 
     def embed_input_ids(
         self,
@@ -194,6 +209,24 @@ class DrafterForCausalLM(nn.Module):
         return self.model(input_ids, positions, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """``rank_logits``, as vLLM asks for them: where it draws drafts, those of which
+        probabilities are made."""
+        logits = self.rank_logits(hidden_states)
+        return logits if logits is None or not self._draws else self.likely(logits)
+
+    def likely(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [N, V] of which probabilities are made, of ``rank_logits``: times the drafter's
+        ``logit_scale``, below its ``logit_cap``."""
+        scale, cap = self.drafter_config.logit_scale, self.drafter_config.logit_cap
+        if scale != 1.0:
+            logits = logits * scale
+        if cap is not None:
+            # Not of minus infinity: what the draft vocabulary lacks stays impossible.
+            capped = cap * torch.tanh(logits / cap)
+            logits = capped if self.draft_ids is None else capped.where(logits.isfinite(), logits)
+        return logits
+
+    def rank_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """``hidden_states`` [N, H] -> logits [N, V]; minus infinity for tokens that the draft
         vocabulary lacks."""
         logits = self.logits_processor(

@@ -30,7 +30,7 @@ from vllm_dflash.metrics.recorder import touch_here
 from vllm_dflash.models.own import OwnTables
 from vllm_dflash.models.parameters import load_into
 from vllm_dflash.serving_drafter import PUSHED, Proof, id_of, proof_of
-from vllm_dflash.weights import check_shapes, expected_tensors
+from vllm_dflash.weights import check_shapes, check_tables, expected_tensors
 from vllm_dflash.weights.identity import digest_of
 from vllm_dflash.weights.mask_embedding import MASK_EMBEDDING
 from vllm_dflash.weights.values import check_finite
@@ -44,6 +44,11 @@ _FUSED = {
     "up_proj": ("gate_up_proj", 1),
 }
 _MOST_NAMED = 8
+_UNSAID = (
+    "the target's embedding ends in a factor of %g, and config.json of the drafter gives no"
+    " input_embedding_scale: anchors and masks get that factor too. If few drafts are accepted, it"
+    " was trained on bare rows: give it input_embedding_scale 1 (docs/checkpoints.md)"
+)
 
 
 class _Kind(NamedTuple):
@@ -116,6 +121,8 @@ class Loading:
                     for name, shape in expected_tensors(self._drafter.drafter_config).items()
                 }
             self._serves = True
+            if self._drafter.model.embedding_scale != 1.0:
+                logger.warning(_UNSAID, self._drafter.model.embedding_scale)
         elif self._kept:
             missing, self._kept = sorted(self._kinds.keys() - self._kept.keys()), {}
             raise DrafterConfigError(
@@ -148,6 +155,7 @@ class Loading:
         others = {
             name: shape for name, shape in expected_tensors(config).items() if name not in named
         }
+        check_tables(config, found)
         check_shapes(config, others | {name: tuple(tensor.shape) for name, tensor in found.items()})
         check_finite(found, self._drafter.dtype)
         named = {name: tensor for name, tensor in named.items() if name not in IGNORED_TENSORS}

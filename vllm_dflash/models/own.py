@@ -130,6 +130,7 @@ class OwnTables:
                     vocab, hidden, params_dtype=drafter.dtype
                 )
                 drafter.has_own_embed_tokens = True
+                drafter.model.embedding_scale = 1.0  # it is what the drafter takes
             else:
                 table = drafter.lm_head = ParallelLMHead(
                     config.draft_tokens, hidden, params_dtype=drafter.dtype, prefix="draft_lm_head"

@@ -7,9 +7,10 @@ vLLM follows both when new weights come into an engine that runs.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from vllm_dflash.config import DrafterConfig
@@ -57,6 +58,34 @@ class ServedHead(nn.Module):
             k: K.
         """
         raise NotImplementedError
+
+
+class ServedTensors(ServedHead):
+    """A head whose parameters are its own tensors of a checkpoint, each as it is there, whole on
+    every rank."""
+
+    def __init__(
+        self, tensors: Mapping[str, tuple[int, ...]], dtype: torch.dtype, float32: str = ""
+    ) -> None:
+        """Those of ``tensors``, names to shapes, whose names begin with ``float32`` are kept in
+        that."""
+        super().__init__()
+        for name, shape in tensors.items():
+            kept_in = torch.float32 if float32 and name.startswith(float32) else dtype
+            empty = torch.empty(shape, dtype=kept_in)
+            self.register_parameter(_attribute(name), nn.Parameter(empty, requires_grad=False))
+
+    def own(self, name: str) -> Any:
+        """The parameter that holds the tensor ``name``; None where there is no such tensor."""
+        return self._parameters.get(_attribute(name))
+
+    def load(self, name: str, tensor: Tensor) -> None:
+        if (place := self.own(name)) is not None:
+            load_into(place, tensor)
+
+
+def _attribute(name: str) -> str:
+    return name.replace(".", "_")  # a parameter's own has no dots
 
 
 def within_vocabulary(draft: "Draft", vocab_size: int) -> "Draft":

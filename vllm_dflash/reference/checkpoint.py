@@ -59,13 +59,16 @@ def save_drafter(folder: str | Path, model: Drafter) -> None:
     )
 
 
-def load_drafter(folder: str | Path, dtype: torch.dtype) -> Drafter:
-    """The drafter in ``folder``, its parameters cast to ``dtype``, in eval mode.
+def load_drafter(
+    folder: str | Path, dtype: torch.dtype, config: DrafterConfig | None = None
+) -> Drafter:
+    """The drafter in ``folder``, its parameters cast to ``dtype``, in eval mode; ``config`` in
+    place of what its config.json says.
 
     Raises:
         DrafterConfigError: the configuration or the weights are unusable.
     """
-    config = DrafterConfig.from_pretrained(folder)
+    config = config or DrafterConfig.from_pretrained(folder)
     if config.quantization_config is not None:
         raise DrafterConfigError(
             "the weights are quantized, which plain PyTorch does not run",

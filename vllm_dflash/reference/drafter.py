@@ -10,6 +10,7 @@ Tests: ``pytest tests/unit/test_reference.py``.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.heads.reference import Block, ReferenceHead
-from vllm_dflash.kinds import Kind, kind_of
+from vllm_dflash.kinds import Kind, kind_of, row_scale
 from vllm_dflash.reference.convolution import BlockConvolution
 from vllm_dflash.reference.masks import window_mask
 from vllm_dflash.reference.rotary import rotary_angles
@@ -253,6 +254,7 @@ class Drafter(nn.Module):
         super().__init__()
         self.config = config
         self.own = OwnTables()
+        self.angles: Callable[[DrafterConfig, Tensor], tuple[Tensor, Tensor]] = rotary_angles
         self.mask_embedding: nn.Parameter | None
         """[H], in place of the embedding of ``mask_token_id``; None: that embedding it is."""
         self.register_parameter("mask_embedding", None)
@@ -287,7 +289,7 @@ class Drafter(nn.Module):
     def context_kv(self, c: Tensor, positions: Tensor) -> ContextKV:
         """Every draft layer's context keys and values of ``c`` [B, S, ...] at ``positions`` [B,
         S]."""
-        cos, sin = rotary_angles(self.config, positions)
+        cos, sin = self.angles(self.config, positions)
         return [self.layer_key_value(i, c, cos, sin) for i in range(len(self.layers))]
 
     def embed(self, target_embedding: nn.Module, input_ids: Tensor) -> Tensor:
@@ -296,7 +298,8 @@ class Drafter(nn.Module):
         embeds = self.table(target_embedding)(input_ids)
         if self.mask_embedding is not None:
             is_mask = (input_ids == self.config.mask_token_id)[..., None]
-            embeds = torch.where(is_mask, self.mask_embedding.to(embeds.dtype), embeds)
+            mask = self.mask_embedding.to(embeds.dtype) * (row_scale(self.config) or 1.0)
+            embeds = torch.where(is_mask, mask, embeds)
         return embeds
 
     def draft_logits(self, lm_head: nn.Module, hidden: Tensor) -> Tensor:
@@ -332,10 +335,14 @@ class Drafter(nn.Module):
 
         return Block(hidden, rank(hidden), self.table(target_embedding), rank, before)
 
-    def table(self, target_embedding: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """Token ids -> embeddings, the target's, or the checkpoint's own where it has them."""
-        own = self.own.embed_tokens
-        return target_embedding if own is None else lambda ids: F.embedding(ids, own)
+    def table(self, target_embedding: Any) -> Callable[[Tensor], Tensor]:
+        """Token ids -> embeddings, the target's, or the checkpoint's own where it has them; where
+        the file gives a factor, or its kind has one, bare rows times that."""
+        own, scale = self.own.embed_tokens, row_scale(self.config)
+        if scale is None:
+            return target_embedding if own is None else lambda ids: F.embedding(ids, own)
+        rows = target_embedding.weight if own is None else own
+        return lambda ids: F.embedding(ids, rows) * scale
 
     def before_anchors(self, c: Tensor, anchors: Tensor) -> Tensor | None:
         """Of a context ``c`` [B, S, ...] the tokens' before ``anchors`` [B, N] int64, positions
@@ -377,7 +384,7 @@ class Drafter(nn.Module):
             block_size: every so many queries are a block, which sees itself besides the masked
                 context (for training).
         """
-        cos, sin = rotary_angles(self.config, query_positions)
+        cos, sin = self.angles(self.config, query_positions)
         where = Where(query_positions, cos, sin, attn_mask, block_size)
         x = query_embeds
         for layer, kv in zip(self.layers, context, strict=True):

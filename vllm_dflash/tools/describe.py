@@ -101,7 +101,21 @@ def _config_rows(config: DrafterConfig) -> list[tuple[str, str]]:
             ),
         ),
         ("quantization", "none" if quantization is None else str(quantization["quant_method"])),
+        *_scales(config),
     ]
+
+
+def _scales(config: DrafterConfig) -> list[tuple[str, str]]:
+    """What becomes of logits and of the target's embedding, where a file says something."""
+    said = []
+    if config.logit_scale != 1.0:
+        said.append(f"times {config.logit_scale:g}")
+    if config.logit_cap is not None:
+        said.append(f"at most {config.logit_cap:g} by tanh")
+    lines = [("probabilities", f"of logits {', '.join(said)}")] if said else []
+    if config.input_embedding_scale is not None:
+        lines.append(("embedding", f"rows times {config.input_embedding_scale:g}"))
+    return lines
 
 
 def _over_the_block(config: DrafterConfig) -> list[tuple[str, str]]:

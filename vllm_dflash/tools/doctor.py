@@ -14,11 +14,13 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.formats import read_raw
 from vllm_dflash.hub import (
     TargetError,
     count_tokens,
@@ -29,7 +31,7 @@ from vllm_dflash.hub import (
 )
 from vllm_dflash.prompts import PromptError, load_prompts
 from vllm_dflash.regular import check_input
-from vllm_dflash.tools.inspect import inspect_checkpoint
+from vllm_dflash.tools.inspect import Inspection, inspect_checkpoint
 from vllm_dflash.tools.pair_checks import (
     Check,
     Settings,
@@ -47,6 +49,7 @@ from vllm_dflash.tools.pair_runs import (
     run_engine,
     run_reference,
 )
+from vllm_dflash.tools.rotary_readings import ask, is_of_factor, readings_check, without_factor
 from vllm_dflash.tools.run_checks import advise, compare, layer_check, tau_check
 
 _NAME_WIDTH = 16
@@ -100,6 +103,7 @@ def diagnose(
     found = inspect_checkpoint(args.draft, dtype=served, progress=progress)
     diagnosis.add(checkpoint_checks(found))
     if found.config is None:
+        diagnosis.add(_ask_both(found, target, args, progress))
         return diagnosis
     tokenizer = load_tokenizer(args.target)
     settings = Settings(args.num_speculative_tokens, args.max_model_len, args.dtype)
@@ -109,37 +113,56 @@ def diagnose(
     if diagnosis.exit_status:
         diagnosis.advice.append("Nothing was run: set right what is wrong first.")
         return diagnosis
-    prompts = load_prompts(args.prompts, args.num_prompts, tokenizer, found.config.vocab_size)
-    text = target.get_text_config()
-    k = args.num_speculative_tokens or found.config.max_speculative_tokens
+    pair = _pair(found.folder, found.config, target.get_text_config(), tokenizer, args)
+    _run(diagnosis, pair, found.config, args, progress)
+    return diagnosis
+
+
+def _pair(
+    folder: Path, drafter: DrafterConfig, text: Any, tokenizer: Any, args: argparse.Namespace
+) -> Pair:
+    prompts = load_prompts(args.prompts, args.num_prompts, tokenizer, drafter.vocab_size)
+    k = args.num_speculative_tokens or drafter.max_speculative_tokens
     room = (
-        min(found.config.max_position_embeddings, text.max_position_embeddings)
-        - args.max_tokens
-        - k
-        - 1
+        min(drafter.max_position_embeddings, text.max_position_embeddings) - args.max_tokens - k - 1
     )
     if room < 1:
         raise PromptError(
             f"--max-tokens {args.max_tokens} leaves no room for a prompt: give"
             f" {args.max_tokens + room - 1} or less"
         )
-    prompts = [prompt[-room:] for prompt in prompts]
-    _run(
-        diagnosis,
-        Pair(
-            args.target,
-            found.folder,
-            prompts,
-            k,
-            args.max_tokens,
-            resolved_dtype(text, args.dtype),
-            eos_token_id(text),
-        ),
-        found.config,
-        args,
-        progress,
+    return Pair(
+        args.target,
+        folder,
+        [prompt[-room:] for prompt in prompts],
+        k,
+        args.max_tokens,
+        resolved_dtype(text, args.dtype),
+        eos_token_id(text),
     )
-    return diagnosis
+
+
+def _ask_both(
+    found: Inspection, target: Any, args: argparse.Namespace, progress: bool
+) -> list[Check]:
+    """Of a drafter that is refused for a rotary factor, and for nothing else, which reading of its
+    file is accepted."""
+    if not all(map(is_of_factor, found.errors)) or not found.is_there:
+        return []
+    unread = without_factor(read_raw(found.folder))
+    if unread is None:
+        return []
+    tokenizer, config = load_tokenizer(args.target), unread.config
+    settings = Settings(args.num_speculative_tokens, args.max_model_len, args.dtype)
+    checks = shape_checks(config, target, settings, count_tokens(tokenizer))
+    if any(check.state == "error" for check in checks):
+        return checks
+    pair = _pair(found.folder, config, target.get_text_config(), tokenizer, args)
+    try:
+        readings = ask(pair, config, unread.size, progress)
+    except DrafterConfigError as error:
+        return [Check("rotary readings", "warning", f"not tried: {error}")]
+    return [readings_check(readings, unread.size, config.head_dim)]
 
 
 def _run(

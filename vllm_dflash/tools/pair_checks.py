@@ -11,9 +11,16 @@ from typing import Any
 
 from vllm_dflash import smollm2
 from vllm_dflash.checks import check_model_type
-from vllm_dflash.config import DrafterConfig, DrafterConfigError, TargetShape, check_pair
+from vllm_dflash.config import (
+    DrafterConfig,
+    DrafterConfigError,
+    TargetShape,
+    check_pair,
+    embedding_scale,
+)
 from vllm_dflash.formats import CONFIG_FILE, read_raw
 from vllm_dflash.hub import are_equal, load_tokenizer, resolved_dtype
+from vllm_dflash.kinds import row_scale
 from vllm_dflash.plugin import why_off
 from vllm_dflash.records import RecordError, read
 from vllm_dflash.tools.inspect import Inspection
@@ -132,6 +139,7 @@ def shape_checks(
         ),
         _longer_than_target(length, theirs),
         _rope(drafter, text),
+        *_embedding(drafter, text),
         _dtype(drafter, text, settings.dtype),
     ]
 
@@ -185,6 +193,23 @@ def _rope(drafter: DrafterConfig, text: Any) -> Check:
         f"theta {drafter.rope_theta:g} ({ours}) in the drafter, {theta:g} ({kind}) in the target",
         "legal where it was trained so; where tau is low, compare with the drafter's model card",
     )
+
+
+def _embedding(drafter: DrafterConfig, text: Any) -> list[Check]:
+    """Where the target's embedding ends in a factor: what the drafter's rows are multiplied by."""
+    theirs, ours = embedding_scale(text), row_scale(drafter)
+    if theirs == 1.0:
+        return []
+    if ours is not None:
+        return [Check("embedding", "ok", f"rows times {ours:g}; the target's times {theirs:g}")]
+    return [
+        Check(
+            "embedding",
+            "warning",
+            f"rows times the target's {theirs:g}: config.json does not say",
+            "where tau is low, it was trained on bare rows: give input_embedding_scale 1",
+        )
+    ]
 
 
 def _dtype(drafter: DrafterConfig, text: Any, asked: str) -> Check:

@@ -50,9 +50,9 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Shift:
-    """What other target layers would give: ``gain`` accepted tokens a draft more, its standard
-    error, and how many prompts gain."""
+class Gain:
+    """What another reading of a drafter, as with other target layers, would give: ``gain`` accepted
+    tokens a draft more, its standard error, and how many prompts gain."""
 
     gain: float
     error: float
@@ -72,7 +72,7 @@ class ReferenceRun:
     """Per generated token, the target's best logit less the second, relative to the best: where
     small, rounding decides."""
     acceptance: Acceptance
-    shifts: dict[int, Shift]
+    shifts: dict[int, Gain]
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,7 @@ def run_reference(pair: Pair, progress: bool) -> ReferenceRun:
     Raises:
         DrafterConfigError: quantized weights, or a target whose layers the reference does not know.
     """
-    dtype, device = getattr(torch, pair.dtype), "cuda" if torch.cuda.is_available() else "cpu"
-    drafter = load_drafter(pair.draft, dtype).to(device)
-    target = load_model(pair.target, pair.dtype, device)
-    if not hasattr(getattr(target, "model", None), "layers"):
-        raise DrafterConfigError(
-            f"{type(target).__name__} has no model.layers, where the reference looks for the"
-            " target's layers; vLLM alone is asked"
-        )
+    target, drafter = load_pair(pair)
     k = pair.num_speculative_tokens
     tokens, leads, steps = [], [], []
     with Progress(
@@ -126,6 +119,23 @@ def run_reference(pair: Pair, progress: bool) -> ReferenceRun:
     return ReferenceRun(tokens, leads, Acceptance.of((step.accepted for step in steps), k), shifts)
 
 
+def load_pair(pair: Pair, config: DrafterConfig | None = None) -> tuple[Any, Drafter]:
+    """Target and drafter in plain PyTorch; ``config`` in place of what the drafter's file says.
+
+    Raises:
+        DrafterConfigError: quantized weights, or a target whose layers the reference does not know.
+    """
+    dtype, device = getattr(torch, pair.dtype), "cuda" if torch.cuda.is_available() else "cpu"
+    drafter = load_drafter(pair.draft, dtype, config).to(device)
+    target = load_model(pair.target, pair.dtype, device)
+    if not hasattr(getattr(target, "model", None), "layers"):
+        raise DrafterConfigError(
+            f"{type(target).__name__} has no model.layers, where the reference looks for the"
+            " target's layers; vLLM alone is asked"
+        )
+    return target, drafter
+
+
 @torch.inference_mode()
 def _leads(target: Any, prompt: Sequence[int], tokens: Sequence[int]) -> list[float]:
     ids = torch.tensor([[*prompt, *tokens]], device=target.device)
@@ -136,13 +146,11 @@ def _leads(target: Any, prompt: Sequence[int], tokens: Sequence[int]) -> list[fl
 
 def _shifts(
     target: Any, drafter: Drafter, sequences: list[list[int]], starts: list[int], k: int, bar: Any
-) -> dict[int, Shift]:
+) -> dict[int, Gain]:
     """Accepted tokens a draft with every target layer id one lower and one higher, against the ids
     as they are, anchor by anchor."""
     config, depth = drafter.config, len(target.model.layers)
-    stride = max(
-        1, sum(len(s) - n for s, n in zip(sequences, starts, strict=True)) // _REPLAYED_ANCHORS
-    )
+    stride = stride_of(sequences, starts)
     possible = [
         s
         for s in SHIFTS
@@ -151,20 +159,31 @@ def _shifts(
     differences: dict[int, list[list[int]]] = {shift: [] for shift in possible}
     for sequence, start in zip(sequences, starts, strict=True):
         anchors = range(start, len(sequence) - 1, stride)
-        accepted = {}
+        counts = {}
         for shift in (0, *possible):
             drafter.config = _shifted(config, shift)
-            drafts = replay_drafts(target, drafter, sequence, anchors, k) if anchors else []
-            accepted[shift] = [
-                _common(d.tokens, sequence[n + 1 :]) for d, n in zip(drafts, anchors, strict=True)
-            ]
+            counts[shift] = accepted(target, drafter, sequence, anchors, k)
         for shift in possible:
             differences[shift].append(
-                [b - a for a, b in zip(accepted[0], accepted[shift], strict=True)]
+                [b - a for a, b in zip(counts[0], counts[shift], strict=True)]
             )
         bar.update()
     drafter.config = config
-    return {shift: _paired(each) for shift, each in differences.items()}
+    return {shift: gained(each) for shift, each in differences.items()}
+
+
+def stride_of(sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> int:
+    """How far apart anchors are from ``starts`` on, so that they are some hundreds in all."""
+    total = sum(len(s) - n for s, n in zip(sequences, starts, strict=True))
+    return max(1, total // _REPLAYED_ANCHORS)
+
+
+def accepted(
+    target: Any, drafter: Drafter, sequence: Sequence[int], anchors: Sequence[int], k: int
+) -> list[int]:
+    """Of a draft at each of ``anchors`` how many tokens go on as ``sequence`` does."""
+    drafts = replay_drafts(target, drafter, sequence, anchors, k) if anchors else []
+    return [_common(d.tokens, sequence[n + 1 :]) for d, n in zip(drafts, anchors, strict=True)]
 
 
 def _shifted(config: DrafterConfig, shift: int) -> DrafterConfig:
@@ -178,12 +197,13 @@ def _common(draft: Sequence[int], truth: Sequence[int]) -> int:
     )
 
 
-def _paired(differences: list[list[int]]) -> Shift:
+def gained(differences: list[list[int]]) -> Gain:
+    """Of differences in accepted tokens, by prompt and anchor."""
     every = torch.tensor([d for each in differences for d in each], dtype=torch.float32)
     if len(every) < 2:
-        return Shift(0.0, 0.0, 0.0)
+        return Gain(0.0, 0.0, 0.0)
     better = sum(sum(each) > 0 for each in differences) / len(differences)
-    return Shift(every.mean().item(), (every.std() / len(every) ** 0.5).item(), better)
+    return Gain(every.mean().item(), (every.std() / len(every) ** 0.5).item(), better)
 
 
 def run_engine(pair: Pair, progress: bool) -> EngineRun:

@@ -181,13 +181,22 @@ def first_weights(config: DrafterConfig, settings: Settings, model: Any) -> Draf
             _take_layers(drafter, settings.drafter.init_layers)
     if settings.drafter.mask_embedding and drafter.mask_embedding is None:
         # As the target's embeddings are: the first step begins with an input that it knows.
-        row = model.get_input_embeddings().weight[config.mask_token_id]
-        drafter.mask_embedding = nn.Parameter(row.detach().float().cpu().clone())
+        drafter.mask_embedding = nn.Parameter(_mask_row(config, model).cpu().clone())
     if settings.drafter.tie_context:
         for layer in drafter.layers:
             for name, block_own in kinds.kind_of(config).context.own_projections.items():
                 setattr(layer.self_attn, name, getattr(layer.self_attn, block_own))
     return drafter
+
+
+def _mask_row(config: DrafterConfig, model: Any) -> torch.Tensor:
+    """The target's embedding of the mask, [H] float32, with the factor that it may end in; its bare
+    row where the drafter has a factor of its own for rows, and so for a mask embedding."""
+    embedding = model.get_input_embeddings()
+    if kinds.row_scale(config) is not None:
+        return embedding.weight[config.mask_token_id].detach().float()
+    ids = torch.tensor([config.mask_token_id], device=embedding.weight.device)
+    return embedding(ids)[0].detach().float()
 
 
 def _start_scale(config: DrafterConfig, model: Any) -> float:
@@ -198,7 +207,7 @@ def _start_scale(config: DrafterConfig, model: Any) -> float:
     first steps went into unlearning that (docs/log.md). The factor leaves the mask's embedding a
     loss of at most ``_START`` above ln V against any token.
     """
-    row = model.get_input_embeddings().weight[config.mask_token_id].detach().float()
+    row = _mask_row(config, model)
     row = row * torch.rsqrt(row.square().mean() + config.rms_norm_eps)
     head = model.get_output_embeddings().weight.detach().float()
     logits = (head @ (row * model.model.norm.weight.detach().float())).double()

@@ -6,7 +6,7 @@ it. A tensor that is missing or of another shape would otherwise show only as lo
 ``pytest tests/unit/test_weights.py tests/unit/test_broken_weights.py``.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from vllm_dflash.kinds import kind_of, own_tensors
 from vllm_dflash.weights.headers import read_headers, weight_files
 from vllm_dflash.weights.mask_embedding import read_mask_embedding
 from vllm_dflash.weights.messages import CAME_WITH, some
-from vllm_dflash.weights.quantization import check_packed, check_quantization
+from vllm_dflash.weights.quantization import check_left_out, check_packed, check_quantization
 from vllm_dflash.weights.reading import open_weights
 from vllm_dflash.weights.values import target_ids
 
@@ -126,9 +126,17 @@ def tensor_problems(
         lambda: read_mask_embedding(folder, config, dtype),
     ]
     if found is not None:
-        checks = [
+        each: list[Callable[[], object]] = [
             lambda: check_dtypes(config, dtypes),
             lambda: check_shapes(config, shapes),
+        ]
+        try:
+            check_tables(config, dtypes)
+        except DrafterConfigError as error:
+            yield error
+            each = []  # they would name the same tensors
+        checks = [
+            *each,
             lambda: check_packed(config, named),
             *checks,
             lambda: check_draft_vocabulary(config, folder),
@@ -138,6 +146,14 @@ def tensor_problems(
             check()
         except DrafterConfigError as error:
             yield error
+
+
+def check_tables(config: DrafterConfig, found: Iterable[str]) -> None:
+    """Refuses a checkpoint, with tensors of these names, that quantizes more than its layers'
+    projections; see ``check_left_out``."""
+    ours = expected_tensors(config) | optional_tensors(config)
+    plain = [name for name in ours if not (name.startswith("layers.") and "_proj." in name)]
+    check_left_out(plain, {tensor_name(name) for name in found})
 
 
 def check_dtypes(config: DrafterConfig, found: Mapping[str, str]) -> None:

@@ -8,7 +8,8 @@ known here too, so that it is named as well where vLLM is not.
 """
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from vllm_dflash import fields
@@ -37,6 +38,8 @@ _WHOLE = ("bits", "w_bit", "group_size", "q_group_size")
 _PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
 _PACKED = NEEDS.keys() | {"compressed-tensors"}
 """Methods that leave no plain weights to a layer that they quantize, and give it scales."""
+_QUANTIZED = re.compile("scale|packed|qweight|qzeros|zero_point|g_idx|amax|weight_shape")
+"""In the last part of the names that methods give to what stands beside or for a weight."""
 _LEFT_OUT = ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules", "exclude")
 """Where methods list the layers that they leave as they are."""
 
@@ -103,6 +106,35 @@ def _check_by_vllm(method: str, raw: dict[str, Any], dtype: Any) -> None:
             f"serve with --dtype {names[0]}, or use another checkpoint",
             field=f"{_FIELD}.quant_method",
         )
+
+
+def check_left_out(plain: Collection[str], found: Collection[str]) -> None:
+    """Refuses weights that are quantized beside the layers' projections, such as ``fc`` and
+    ``lm_head``: nothing here unpacks them.
+
+    Args:
+        plain: names of weights that have to be as they are, ours.
+        found: our names of what there is.
+
+    Raises:
+        DrafterConfigError: names them.
+    """
+    modules = {name.removesuffix(".weight") for name in plain if name.endswith(".weight")}
+    packed = [
+        name
+        for name in sorted(set(found) - set(plain))
+        if name.rpartition(".")[0] in modules and _QUANTIZED.search(name.rpartition(".")[2])
+    ]
+    if not packed:
+        return
+    names = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in packed))
+    raise DrafterConfigError(
+        f"{names} of the checkpoint are quantized ({some(packed)}), and of a drafter only the"
+        " projections of its layers are served so",
+        f"use a checkpoint whose quantization leaves out {names}, as its {_FIELD} lists them under"
+        " ignore or modules_to_not_convert",
+        field=_FIELD,
+    )
 
 
 def check_packed(config: DrafterConfig, found: Mapping[str, str]) -> None:

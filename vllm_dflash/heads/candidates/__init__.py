@@ -35,4 +35,5 @@ CANDIDATES = Head(
         "selector_top_k": Setting(16, least=2, most=256, counts_tokens=True),
     },
     parts=(PART,),
+    bare_rows=True,
 )

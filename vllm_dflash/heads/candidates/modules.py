@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.heads import Ranked, Ranking
+from vllm_dflash.heads.candidates import PART, own_tensors
 from vllm_dflash.heads.reference import Block, Lesson, ReferenceHead, cross_entropy
 from vllm_dflash.heads.walk import walk
-from vllm_dflash.models.parameters import ServedHead, load_into
+from vllm_dflash.models.parameters import ServedTensors
 
 _FIRST_SCALE = 0.02
 """Standard deviation of the codebooks at first: the walk begins nearly as argmax."""
@@ -70,29 +71,12 @@ class Reference(ReferenceHead):
         )
 
 
-class Served(ServedHead):
-    """The same for vLLM, whole on every rank."""
+class Served(ServedTensors):
+    """The same for vLLM."""
 
     def __init__(self, config: DrafterConfig, dtype: torch.dtype) -> None:
-        super().__init__()
-        rank, self.top_k = config.head["selector_rank"], config.head["selector_top_k"]
-
-        def empty(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
-
-        self.predecessors = empty(config.vocab_size, rank)
-        self.successors = empty(config.vocab_size, rank)
-        self.projection = empty(rank, config.hidden_size)
-
-    def load(self, name: str, tensor: Tensor) -> None:
-        """Takes one of the tensors of ``own_tensors``; others are not needed."""
-        place = {
-            "candidate_selector.predecessor_codebook": self.predecessors,
-            "candidate_selector.successor_codebook": self.successors,
-            "candidate_selector.hidden_projection.weight": self.projection,
-        }.get(name)
-        if place is not None:
-            load_into(place, tensor)
+        super().__init__(own_tensors(config), dtype)
+        self.top_k = config.head["selector_top_k"]
 
     def draft(self, hidden: Tensor, anchors: Tensor, k: int, ranking: Ranking) -> Ranked:
         """All edges are scored at once; the walk only looks them up."""
@@ -100,9 +84,13 @@ class Served(ServedHead):
         own, candidates = (x.view(-1, k, self.top_k) for x in (own, candidates))
         first = anchors.long()[:, None, None].expand(-1, 1, self.top_k)
         before = torch.cat([first, candidates[:, :-1]], dim=1)
-        gate = F.linear(hidden, self.projection).float().view(len(own), k, 1, -1)
+        gate = F.linear(hidden, self.own(f"{PART}.hidden_projection.weight")).float()
+        gate = gate.view(len(own), k, 1, -1)
+        predecessors, successors = (
+            self.own(f"{PART}.{name}_codebook") for name in ("predecessor", "successor")
+        )
         # [B, K, candidates of the row before, candidates of the row]
-        edges = own[:, :, None] + (self.predecessors[before].float() * gate) @ (
-            self.successors[candidates].float().transpose(-1, -2)
+        edges = own[:, :, None] + (predecessors[before].float() * gate) @ (
+            successors[candidates].float().transpose(-1, -2)
         )
         return walk(edges, candidates, ranking.confident)

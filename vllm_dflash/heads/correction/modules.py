@@ -3,6 +3,8 @@
 pytest tests/unit/test_heads.py tests/engine/test_formats.py
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from vllm_dflash.config import DrafterConfig
 from vllm_dflash.heads import Ranked, Ranking
 from vllm_dflash.heads.correction import PART, own_tensors, width
 from vllm_dflash.heads.reference import Block, ReferenceHead
-from vllm_dflash.models.parameters import ServedHead, load_into
+from vllm_dflash.models.parameters import ServedTensors
 from vllm_dflash.reference.drafter import RMSNorm
 
 _FIRST_SCALE = 0.002
@@ -56,20 +58,12 @@ class Reference(ReferenceHead):
         return block.rank(block.hidden + correction)
 
 
-class Served(ServedHead):
-    """The same for vLLM, whole on every rank."""
+class Served(ServedTensors):
+    """The same for vLLM."""
 
     def __init__(self, config: DrafterConfig, dtype: torch.dtype) -> None:
-        super().__init__()
+        super().__init__(own_tensors(config), dtype)
         self.eps, self.corrects = config.rms_norm_eps, config.head["enable_hidden_correction"]
-        for name, shape in own_tensors(config).items():
-            empty = torch.empty(shape, dtype=dtype)
-            self.register_parameter(_attribute(name), nn.Parameter(empty, requires_grad=False))
-
-    def load(self, name: str, tensor: Tensor) -> None:
-        """Takes one of the tensors of ``own_tensors``; others are not needed."""
-        if name.startswith(f"{PART}."):
-            load_into(getattr(self, _attribute(name)), tensor)
 
     def draft(self, hidden: Tensor, anchors: Tensor, k: int, ranking: Ranking) -> Ranked:
         """lm_head runs row after row: that is what this head costs."""
@@ -88,20 +82,16 @@ class Served(ServedHead):
         if not self.corrects:
             return row.contiguous()
         assert ranking.embed is not None
-        part, size = self._parameters, row.shape[-1:]
+        size = row.shape[-1:]
         x = torch.cat(
             [
-                F.rms_norm(row, size, part["hidden_norm"], self.eps),
-                F.rms_norm(ranking.embed(before).to(row.dtype), size, part["embed_norm"], self.eps),
+                F.rms_norm(x, size, self._of(f"{name}_norm"), self.eps)
+                for name, x in (("hidden", row), ("embed", ranking.embed(before).to(row.dtype)))
             ],
             dim=-1,
         )
-        gate, up, down = (part[f"{name}_proj"] for name in ("gate", "up", "down"))
-        assert gate is not None
-        assert up is not None
-        assert down is not None
-        return row + F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+        inner = F.silu(F.linear(x, self._of("gate_proj"))) * F.linear(x, self._of("up_proj"))
+        return row + F.linear(inner, self._of("down_proj"))
 
-
-def _attribute(name: str) -> str:
-    return name.removeprefix(f"{PART}.").removesuffix(".weight")
+    def _of(self, name: str) -> Any:
+        return self.own(f"{PART}.{name}.weight")

@@ -3,9 +3,11 @@
 pytest tests/unit/test_heads.py tests/unit/test_lattice.py tests/engine/test_formats.py
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.heads import Ranked, Ranking
@@ -13,7 +15,7 @@ from vllm_dflash.heads.lattice import FEATURES, PART, own_tensors, width
 from vllm_dflash.heads.lattice.network import Lattice
 from vllm_dflash.heads.reference import Block, Lesson, ReferenceHead, cross_entropy
 from vllm_dflash.heads.walk import walk
-from vllm_dflash.models.parameters import ServedHead, load_into
+from vllm_dflash.models.parameters import ServedTensors
 
 _EDGES_SHARE = 0.25
 """Of the edges' cross-entropy in the loss, as published."""
@@ -72,24 +74,16 @@ class Reference(ReferenceHead):
         )
 
 
-class Served(ServedHead):
-    """The same for vLLM, whole on every rank."""
+class Served(ServedTensors):
+    """The same for vLLM."""
 
     def __init__(self, config: DrafterConfig, dtype: torch.dtype) -> None:
-        super().__init__()
+        super().__init__(own_tensors(config), dtype)
         head = config.head
         self.top_k, self.block_size = head["lilicorr_candidate_topk"], config.block_size
         self.vector_eps, self.scale = head["lilicorr_vector_eps"], head["lilicorr_logit_scale"]
         self.num_heads, self.depth = head["lilicorr_num_heads"], head["lilicorr_num_layers"]
         self.eps, self.projects = config.rms_norm_eps, width(config) != config.hidden_size
-        for name, shape in own_tensors(config).items():
-            empty = torch.empty(shape, dtype=dtype)
-            self.register_parameter(_attribute(name), nn.Parameter(empty, requires_grad=False))
-
-    def load(self, name: str, tensor: Tensor) -> None:
-        """Takes one of the tensors of ``own_tensors``; others are not needed."""
-        if name.startswith(f"{PART}."):
-            load_into(getattr(self, _attribute(name)), tensor)
 
     def draft(self, hidden: Tensor, anchors: Tensor, k: int, ranking: Ranking) -> Ranked:
         """All edges are scored at once; the walk only looks them up."""
@@ -171,8 +165,8 @@ class Served(ServedHead):
         edges = torch.cat([first, out[:, :-1]], dim=1) @ into.transpose(-1, -2)
         return self.scale * edges.float()
 
-    def _of(self, name: str) -> Tensor:
-        return self._parameters[_attribute(f"{PART}.{name}")]
+    def _of(self, name: str) -> Any:
+        return self.own(f"{PART}.{name}")
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self._of(f"{name}.weight"), self._of(f"{name}.bias"))
@@ -183,7 +177,3 @@ class Served(ServedHead):
     def _norm(self, name: str, x: Tensor) -> Tensor:
         weight = self._of(f"{name}.weight")
         return F.rms_norm(x, weight.shape, weight, self.eps)
-
-
-def _attribute(name: str) -> str:
-    return name.replace(".", "_")

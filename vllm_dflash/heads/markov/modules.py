@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.heads import Ranked, Ranking
+from vllm_dflash.heads.markov import own_tensors
 from vllm_dflash.heads.reference import Block, Lesson, ReferenceHead, cross_entropy
-from vllm_dflash.models.parameters import ServedHead, load_into
+from vllm_dflash.models.parameters import ServedTensors
 
 _FIRST_SCALE = 0.02
 """Standard deviation of both matrices at first: the bias begins near nothing."""
@@ -80,44 +81,23 @@ class Reference(ReferenceHead):
         return Lesson(losses, learned, tokens)
 
 
-class Served(ServedHead):
-    """The same for vLLM, whole on every rank."""
+class Served(ServedTensors):
+    """The same for vLLM."""
 
     def __init__(self, config: DrafterConfig, dtype: torch.dtype) -> None:
-        super().__init__()
-        head = config.head
-        self.has_confidence = head["enable_confidence_head"]
-        self.with_markov = head["confidence_head_with_markov"]
-
-        def empty(shape: tuple[int, ...], kept_in: torch.dtype = dtype) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, dtype=kept_in), requires_grad=False)
-
-        table = config.vocab_size, head["markov_rank"]
-        self.w1, self.w2 = empty(table), empty(table)
-        if self.has_confidence:
-            width = config.hidden_size + self.with_markov * table[1]
-            self.confidence_weight = empty((1, width), torch.float32)
-            self.confidence_bias = empty((1,), torch.float32)
-
-    def load(self, name: str, tensor: Tensor) -> None:
-        """Takes one of the tensors of ``own_tensors``; others are not needed."""
-        place = {
-            "markov_head.markov_w1.weight": "w1",
-            "markov_head.markov_w2.weight": "w2",
-            "confidence_head.proj.weight": "confidence_weight",
-            "confidence_head.proj.bias": "confidence_bias",
-        }.get(name)
-        if place is not None:
-            load_into(getattr(self, place), tensor)
+        super().__init__(own_tensors(config), dtype, float32="confidence_head.")
+        self.has_confidence = config.head["enable_confidence_head"]
+        self.with_markov = config.head["confidence_head_with_markov"]
 
     def draft(self, hidden: Tensor, anchors: Tensor, k: int, ranking: Ranking) -> Ranked:
         """Without a confidence head a token's probability is that of its scores."""
-        logits = ranking.logits(hidden).float().view(-1, k, self.w2.shape[0])
+        w1, w2 = (self.own(f"markov_head.markov_{name}.weight") for name in ("w1", "w2"))
+        logits = ranking.logits(hidden).float().view(-1, k, w2.shape[0])
         before = anchors.long()
         tokens, embedded, probable = [], [], []
         for row in logits.unbind(1):
-            embedded.append(self.w1[before])
-            scores = row + F.linear(embedded[-1], self.w2).float()
+            embedded.append(w1[before])
+            scores = row + F.linear(embedded[-1], w2).float()
             before = ranking.argmax(scores)
             tokens.append(before)
             if ranking.confident and not self.has_confidence:
@@ -130,5 +110,6 @@ class Served(ServedHead):
         x = hidden.view(len(drafted), k, -1)
         if self.with_markov:
             x = torch.cat([x, torch.stack(embedded, 1)], -1)
-        odds = F.linear(x.float(), self.confidence_weight, self.confidence_bias)
+        weight, bias = (self.own(f"confidence_head.proj.{name}") for name in ("weight", "bias"))
+        odds = F.linear(x.float(), weight, bias)
         return drafted, odds[..., 0].sigmoid()

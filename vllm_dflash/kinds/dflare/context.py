@@ -5,20 +5,11 @@ k_norm is shared with the block's own keys. Served, all layers' projections are 
     pytest tests/unit/test_reference.py tests/engine/test_dflare.py
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from vllm_dflash.config import DrafterConfig
-from vllm_dflash.models.parameters import (
-    ServedContext,
-    capture_order,
-    in_parts,
-    load_into,
-    of_layer,
-    own_heads,
-)
+from vllm_dflash.models.fused import LayeredContext
 from vllm_dflash.reference.drafter import Drafter, RMSNorm, apply_rotary
 
 _FIRST_LOGIT = 2.0
@@ -63,76 +54,15 @@ class Reference(Drafter):
         return apply_rotary(key, cos, sin), attention.v_proj_target(own).view(split)
 
 
-class Served(ServedContext):
-    """The same for vLLM. The fusion runs at full width on every rank; keys and values of this
-    rank's heads."""
+class Served(LayeredContext):
+    """The same for vLLM."""
 
-    def __init__(
-        self,
-        config: DrafterConfig,
-        num_kv_heads: int,
-        dtype: torch.dtype,
-        quant_config: Any,
-        prefix: str,
-    ) -> None:
-        super().__init__()
-        from vllm_dflash.models.norm import ServedRMSNorm
+    projections = "k_proj_target", "v_proj_target"
 
-        self.num_layers, self.num_kv_heads, self.head_dim = (
-            config.num_hidden_layers,
-            num_kv_heads,
-            config.head_dim,
-        )
-        self.config = config
-        self.num_features, self.hidden_size = config.num_features, config.hidden_size
-        kv_size = num_kv_heads * config.head_dim
-        self.share = nn.Parameter(
-            torch.empty(self.num_layers, self.num_features, dtype=dtype), requires_grad=False
-        )
-        self.hidden_norm = ServedRMSNorm(self.hidden_size, eps=config.rms_norm_eps)
-        self.weight = in_parts(
-            nn.Parameter(
-                torch.empty(self.num_layers, self.hidden_size, 2 * kv_size, dtype=dtype),
-                requires_grad=False,
-            )
-        )
-        self.bias = in_parts(
-            nn.Parameter(
-                torch.zeros(self.num_layers, 1, 2 * kv_size, dtype=dtype), requires_grad=False
-            )
-        )
-
-    def load(self, name: str, tensor: Tensor) -> None:
-        """Takes one of the tensors of ``own_tensors``, in any order; others are not needed: the
-        context has projections of its own."""
-        layer, module, kind = of_layer(name)
-        if name == "layer_fusion_weights":
-            # The shares do not depend on the input: the softmax is taken once.
-            load_into(self.share, tensor.float().softmax(dim=1)[:, capture_order(self.config)])
-        elif name == "hidden_norm.weight":
-            load_into(self.hidden_norm.weight, tensor)
-        elif module in ("k_proj_target", "v_proj_target"):
-            size = self.num_kv_heads * self.head_dim
-            part = (
-                layer,
-                slice(None),
-                slice(size) if module == "k_proj_target" else slice(size, None),
-            )
-            own = own_heads(tensor, self.config, self.num_kv_heads)
-            load_into(getattr(self, kind), own.T if kind == "weight" else own[None], part)
+    def make(self, dtype: torch.dtype, prefix: str) -> None:
+        self.quantized = False  # the context's own projections are plain
+        super().make(dtype, prefix)
 
     def combine(self, features: Tensor) -> Tensor:
         """``features`` [N, T * H] -> context [N, D * H]."""
-        fused = self.share @ features.view(-1, self.num_features, self.hidden_size)
-        return self.hidden_norm(fused.view(-1, self.hidden_size)).view(
-            -1, self.num_layers * self.hidden_size
-        )
-
-    def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """``context`` [N, D * H] -> keys and values [N, D, kv heads, head_dim], before k_norm and
-        rotary."""
-        by_layer = context.view(-1, self.num_layers, self.hidden_size).transpose(0, 1)
-        kv = torch.baddbmm(self.bias, by_layer, self.weight).view(
-            self.num_layers, -1, 2, self.num_kv_heads, self.head_dim
-        )
-        return kv[:, :, 0].transpose(0, 1), kv[:, :, 1].transpose(0, 1)
+        return self.normed(self.mixed(features))

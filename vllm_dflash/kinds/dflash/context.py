@@ -4,20 +4,13 @@ pytest tests/unit/test_reference.py tests/engine/test_draft_parity.py
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vllm_dflash.config import DrafterConfig
-from vllm_dflash.models.parameters import (
-    ServedContext,
-    capture_order,
-    in_parts,
-    load_into,
-    of_layer,
-    own_heads,
-)
+from vllm_dflash.models.fused import FusedContext
+from vllm_dflash.models.parameters import in_parts, load_into, of_layer, own_heads
 from vllm_dflash.reference.drafter import Drafter, RMSNorm
 
 
@@ -41,69 +34,39 @@ class Reference(Drafter):
         return self.layers[index].self_attn.key_value(c, cos, sin)
 
 
-class Served(ServedContext):
-    """The same on vLLM's layers. The fusion runs at full width on every rank; keys and values of
-    this rank's heads."""
+class Served(FusedContext):
+    """The same on vLLM's layers."""
 
-    def __init__(
-        self,
-        config: DrafterConfig,
-        num_kv_heads: int,
-        dtype: torch.dtype,
-        quant_config: Any,
-        prefix: str,
-    ) -> None:
-        super().__init__()
+    def make(self, dtype: torch.dtype, prefix: str) -> None:
+        self.make_fc(dtype, prefix)
+        if self.quantized:
+            return
         from vllm.model_executor.layers.linear import ReplicatedLinear
 
-        from vllm_dflash.models.norm import ServedRMSNorm
-
-        self.num_layers, self.num_kv_heads, self.head_dim = (
-            config.num_hidden_layers,
-            num_kv_heads,
-            config.head_dim,
-        )
-        self.config = config
-        hidden, kv_size = config.hidden_size, num_kv_heads * config.head_dim
-        self.fc = ReplicatedLinear(
-            config.num_features * hidden,
-            hidden,
-            bias=False,
+        # A layer of vLLM's, so that its weight is packed as the platform likes it.
+        self.proj = ReplicatedLinear(
+            self.config.hidden_size,
+            2 * self.config.num_hidden_layers * self.num_kv_heads * self.config.head_dim,
+            bias=self.config.attention_bias,
             params_dtype=dtype,
-            prefix=f"{prefix}.fc",
+            prefix=f"{prefix}.proj",
             return_bias=False,
         )
-        self.hidden_norm = ServedRMSNorm(hidden, eps=config.rms_norm_eps)
-        self.quantized = quant_config is not None
-        # Packed weights cannot be stacked.
-        if not self.quantized:
-            # A layer of vLLM's, so that its weight is packed as the platform likes it.
-            self.proj = ReplicatedLinear(
-                hidden,
-                2 * self.num_layers * kv_size,
-                bias=config.attention_bias,
-                params_dtype=dtype,
-                prefix=f"{prefix}.proj",
-                return_bias=False,
+        for name, parameter in list(self.proj.named_parameters()):
+            # In place of that with vLLM's loader, which takes whole tensors.
+            self.proj.register_parameter(
+                name, in_parts(nn.Parameter(parameter.data, requires_grad=False))
             )
-            for name, parameter in list(self.proj.named_parameters()):
-                # In place of that with vLLM's loader, which takes whole tensors.
-                self.proj.register_parameter(
-                    name, in_parts(nn.Parameter(parameter.data, requires_grad=False))
-                )
 
     def load(self, name: str, tensor: Tensor) -> None:
-        """Takes what it needs of one tensor of a checkpoint, in any order: its own, and the draft
-        layers' keys and values."""
+        """Takes what it needs of one tensor of a checkpoint, in any order: the fusion's, and the
+        draft layers' keys and values."""
         layer, module, kind = of_layer(name)
-        if name == "fc.weight":
-            by_feature = tensor.unflatten(1, (self.config.num_features, -1))
-            load_into(self.fc.weight, by_feature[:, capture_order(self.config)].flatten(1))
-        elif name == "hidden_norm.weight":
-            load_into(self.hidden_norm.weight, tensor)
-        elif module in ("k_proj", "v_proj") and not self.quantized:
-            size = self.num_kv_heads * self.head_dim
-            start = (layer + (module == "v_proj") * self.num_layers) * size
+        if module not in ("k_proj", "v_proj"):
+            super().load(name, tensor)
+        elif not self.quantized:
+            size = self.num_kv_heads * self.config.head_dim
+            start = (layer + (module == "v_proj") * self.config.num_hidden_layers) * size
             load_into(
                 getattr(self.proj, kind),
                 own_heads(tensor, self.config, self.num_kv_heads),
@@ -117,12 +80,12 @@ class Served(ServedContext):
     def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """``context`` [N, H] -> keys and values [N, D, kv heads, head_dim] of all draft layers,
         before k_norm and rotary."""
-        shape = (-1, 2, self.num_layers, self.num_kv_heads, self.head_dim)
+        heads = self.num_kv_heads, self.config.head_dim
         if self.quantized:
             each = [a.qkv_proj(context)[0][:, a.q_size :] for a in self.attentions]
-            kv = torch.stack([e.view(-1, 2, self.num_kv_heads, self.head_dim) for e in each], dim=2)
+            kv = torch.stack([e.view(-1, 2, *heads) for e in each], dim=2)
         else:
-            kv = self.proj(context).view(shape)
+            kv = self.proj(context).view(-1, 2, self.config.num_hidden_layers, *heads)
         return kv[:, 0], kv[:, 1]
 
     def fast(self) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
@@ -136,7 +99,8 @@ class Served(ServedContext):
         rms_norm = torch.ops._C.rms_norm.default
         fc, proj = Linear(self.fc), Linear(self.proj)
         norm, eps = live(self.hidden_norm), self.hidden_norm.variance_epsilon
-        shape = -1, 2, self.num_layers, self.num_kv_heads, self.head_dim
+        config = self.config
+        shape = -1, 2, config.num_hidden_layers, self.num_kv_heads, config.head_dim
 
         def project(features: Tensor) -> tuple[Tensor, Tensor]:
             context = fc(features)
