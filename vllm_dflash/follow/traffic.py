@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash.files import RunError
+from vllm_dflash.json_text import loads
 
 _FILES = "traffic-*.jsonl"
 _TARGET = re.compile(r"traffic-\d+-[0-9a-f]{6}-([0-9a-f]{16})\.jsonl")
@@ -97,7 +98,7 @@ def _rows(path: Path, most: int) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = loads(line)
         except ValueError:
             if i == 0:
                 continue

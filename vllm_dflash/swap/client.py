@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm_dflash.api_keys import VARIABLE
 from vllm_dflash.files import RunError
+from vllm_dflash.json_text import loads
 from vllm_dflash.swap.turns import PATH
 
 _SECONDS = 600.0
@@ -59,7 +60,7 @@ def _ask(server: str, key: str | None, body: dict[str, Any] | None) -> dict[str,
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(url, data, headers)
         with urllib.request.urlopen(request, timeout=_SECONDS) as response:
-            found = json.loads(response.read())
+            found = loads(response.read())
     except urllib.error.HTTPError as error:
         raise _refusal(server, error) from None
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -74,7 +75,7 @@ def _ask(server: str, key: str | None, body: dict[str, Any] | None) -> dict[str,
 
 def _refusal(server: str, error: urllib.error.HTTPError) -> RunError:
     try:
-        said = json.loads(error.read())["refused"]
+        said = loads(error.read())["refused"]
     except (ValueError, LookupError, TypeError, OSError):
         said = None
     if error.code == 404 or (said is None and error.code != 401):

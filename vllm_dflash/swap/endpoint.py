@@ -22,6 +22,7 @@ from typing import Any
 
 from vllm_dflash import contents
 from vllm_dflash.api_keys import VARIABLE, admits, is_local, key_digest
+from vllm_dflash.json_text import loads
 from vllm_dflash.log import logger
 from vllm_dflash.swap.turns import CONTEXTS, PATH, RECOMPUTE, Swap, swap_in, which
 
@@ -122,7 +123,7 @@ def swap_of(body: bytes, root: Path) -> Swap:
         ValueError: it is no swap, or of a folder that is not below ``root``.
     """
     try:
-        asked = json.loads(body)
+        asked = loads(body)
     except ValueError:
         raise ValueError('the body is no JSON: send {"drafter": "FOLDER"}') from None
     if not isinstance(asked, Mapping) or not isinstance(asked.get("drafter"), str):

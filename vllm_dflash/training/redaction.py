@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from vllm_dflash.json_text import loads
 from vllm_dflash.training.errors import TrainingError
 
 Redact = Callable[[dict[str, Any]], Any]
@@ -48,7 +49,7 @@ def apply(redact: Redact, line: str) -> str | None:
     Raises:
         TypeError: it returned neither an object nor None; or whatever it raises.
     """
-    found = redact(json.loads(line))
+    found = redact(loads(line))
     if found is None:
         return None
     if not isinstance(found, dict):
