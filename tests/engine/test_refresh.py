@@ -16,7 +16,7 @@ from engine.harness import DRAFTER
 from engine.test_serve import request, server
 from engine.test_swap import ALWAYS, EXTENSION, counts, tau_since, which
 from vllm_dflash.cli import main
-from vllm_dflash.reference.checkpoint import id_of_folder
+from vllm_dflash.weights.identity import id_of_folder
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 

@@ -26,8 +26,8 @@ from engine.harness import DRAFTER, TARGET, held_out_prompts, run_engine
 from engine.reloads import MAX_TOKENS, job, redraw, run, wrong_drafts
 from engine.test_serve import metric, request, server
 from vllm_dflash.cli import main
-from vllm_dflash.reference.checkpoint import id_of_folder
 from vllm_dflash.swap.turns import PATH
+from vllm_dflash.weights.identity import id_of_folder
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 

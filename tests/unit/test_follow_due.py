@@ -13,8 +13,8 @@ from unit.test_follow_rounds import ABOUT
 from unit.test_follow_watch import page, scraped
 from vllm_dflash.follow import refresh
 from vllm_dflash.follow.rounds import KEPT, Rounds
-from vllm_dflash.reference.checkpoint import id_of_folder
 from vllm_dflash.swap import client
+from vllm_dflash.weights.identity import id_of_folder
 
 
 @pytest.fixture

@@ -8,10 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pairs import make_random_drafter, random_drafter_config
-from vllm_dflash.reference.checkpoint import id_of_folder
 from vllm_dflash.serving_drafter import Proof, ServingDrafter, id_of, proof_of
 from vllm_dflash.tools.convert import convert
-from vllm_dflash.weights.identity import digest_of
+from vllm_dflash.weights.identity import digest_of, id_of_folder
 
 
 @pytest.fixture

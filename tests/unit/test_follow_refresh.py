@@ -34,13 +34,13 @@ from vllm_dflash.follow import take
 from vllm_dflash.follow.interval import Comparison
 from vllm_dflash.follow.measure import Measure
 from vllm_dflash.follow.rounds import Rounds
-from vllm_dflash.reference.checkpoint import id_of_folder
 from vllm_dflash.reference.decoding import generate
 from vllm_dflash.serving_drafter import proof_of
 from vllm_dflash.training import learned
 from vllm_dflash.training import settings as training_settings
 from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.sequences import write_sequences
+from vllm_dflash.weights.identity import id_of_folder
 
 pytestmark = pytest.mark.slow
 

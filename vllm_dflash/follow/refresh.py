@@ -154,7 +154,7 @@ def _catches_up(rounds: Rounds, server: str, key: str | None) -> bool:
     """Has the server put the drafter in force that was kept last, where it has another: it was
     started anew, or a refresh was stopped before its swap. Not where a person has swapped another
     in since."""
-    from vllm_dflash.reference.checkpoint import id_of_folder
+    from vllm_dflash.weights.identity import id_of_folder
 
     if not (kept := rounds.kept()):
         return False

@@ -164,7 +164,7 @@ def _settings(options: Options, current: Round, steps: int | None) -> Any:
 
 
 def _about(options: Options) -> dict[str, Any]:
-    from vllm_dflash.reference.checkpoint import id_of_folder
+    from vllm_dflash.weights.identity import id_of_folder
 
     return {
         "target": options.target,

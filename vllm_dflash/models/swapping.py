@@ -18,9 +18,9 @@ from torch import Tensor
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.log import logger
 from vllm_dflash.metrics.recorder import touch_here
-from vllm_dflash.reference.checkpoint import read_tensors
 from vllm_dflash.serving_drafter import Proof, proof_of
 from vllm_dflash.weights import check_tensors
+from vllm_dflash.weights.identity import read_tensors
 from vllm_dflash.weights.mask_embedding import MASK_EMBEDDING, read_mask_embedding
 
 _MAY_DIFFER = ("dtype",)
