@@ -143,6 +143,25 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def point(link: Path, folder: Path) -> None:
+    """Has ``link`` lead to ``folder``, in the place of the link that is there, in one move: whoever
+    opens it finds one of the two.
+
+    Raises:
+        RunError: something else is at ``link``, or it cannot be written.
+    """
+    part = link.with_name(link.name + _PART)
+    try:
+        if link.exists() and not link.is_symlink():
+            raise FileExistsError(errno.EEXIST, "it is no link", str(link))
+        part.unlink(missing_ok=True)
+        part.symlink_to(os.path.relpath(folder, link.parent))
+        part.replace(link)
+        _sync(link.parent)
+    except OSError as error:
+        raise refusal(link, error) from None
+
+
 def put(path: Path, text: str) -> None:
     """``text`` in the place of what is there, in one move; not flushed to the disk: for what is
     soon written anew.

@@ -41,9 +41,11 @@ _LEAVE_THE_MODEL = frozenset(
         "synchronize_device",
         "reset_mm_cache",
         "reset_encoder_cache",
+        # Ours, which changes the drafter alone (``swap.worker``).
+        "dflash_drafter",
     }
 )
-"""vLLM's own methods of a worker, called without anything of its user's to run."""
+"""vLLM's own methods of a worker, and ours, called without anything of its user's to run."""
 _OWN = frozenset({"vllm", __name__.partition(".")[0]})
 
 

@@ -32,6 +32,7 @@ from grafana_foundation_sdk.models import heatmap as heatmap_options
 from grafana_foundation_sdk.models import text as text_options
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
+from monitoring.dashboard.drafter import DRAFTER, SWAPPED
 from monitoring.dashboard.panel import Note, Panel
 from monitoring.dashboard.service import LOAD, REQUESTS, TIME
 from monitoring.dashboard.speculation import ACCEPTANCE, DRAFT_LENGTHS, PAYING
@@ -40,6 +41,7 @@ from monitoring.queries import DASHBOARD
 ROWS = (
     ("Paying?", PAYING),
     ("Acceptance", ACCEPTANCE),
+    ("Drafter", DRAFTER),
     ("Time", TIME),
     ("Draft length", DRAFT_LENGTHS),
     ("Requests", REQUESTS),
@@ -151,6 +153,17 @@ def _dashboard() -> dashboard.Dashboard:
             .all_value(".*")
             .current(model.VariableOption(text=["All"], value=["$__all"], selected=True))
         )
+    built.annotation(
+        dashboard.AnnotationQuery()
+        .name("Swaps of the drafter")
+        .datasource(_SOURCE)
+        .enable(True)
+        .icon_color("purple")
+        .expr(SWAPPED)
+        .step("1m")
+        .title_format("another drafter")
+        .text_format("{{instance}} {{model_name}} engine {{engine}}")
+    )
     built.with_variable(dashboard.ConstantVariable("docs").label("Guide at").value(DOCS))
     for title, panels in ROWS:
         built.with_row(dashboard.Row(title))

@@ -80,6 +80,12 @@ class FromFiles(WeightTransferEngine):
 WeightTransferEngineFactory.register_engine("files", FromFiles)
 
 
+def swap_call(llm: Any, *call: Any) -> Any:
+    """The only rank's answer to a call of a swap."""
+    (answer,) = llm.collective_rpc("dflash_drafter", args=call)
+    return answer
+
+
 def change(llm: Any, step: dict[str, Any]) -> None:
     """Does what the step says."""
     how, runner = step["how"], model_runner(llm)
@@ -95,6 +101,16 @@ def change(llm: Any, step: dict[str, Any]) -> None:
             "update_weights", args=(step | ({"draft": True} if how == "draft update" else {}),)
         )
         llm.collective_rpc("finish_weight_update")
+    elif how == "draft swap":
+        found = swap_call(llm, "stage", "ticket", step["path"], None)
+        while "pending" in found:
+            found = swap_call(llm, "staged", "ticket")
+        if "refused" not in found:
+            found = swap_call(llm, "commit", "ticket", found["id"])
+        if "refused" in found:
+            raise RuntimeError(found["refused"])
+        assert found == swap_call(llm, "which")
+        llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
     elif how == "close":
         llm.collective_rpc("finish_weight_update")
     elif how == "draft load":

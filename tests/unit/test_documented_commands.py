@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_dflash.cli import bench, cluster, compat, convert, doctor, inspect, status, top, train
+from vllm_dflash.cli import COMMANDS
 from vllm_dflash.evaluation.methods import Drafter, parse_methods
 from vllm_dflash.training.errors import SettingsError
 from vllm_dflash.training.settings import load
@@ -86,7 +86,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     """The command line's, and those of its commands by name."""
     whole = argparse.ArgumentParser(prog="vllm-dflash")
     each = whole.add_subparsers(required=True)
-    for one in (status, compat, inspect, convert, doctor, bench, train, top, cluster):
+    for one in COMMANDS:
         one.add(each)
     return whole, dict(each.choices)
 

@@ -24,6 +24,7 @@ ALONE = {
     "batch": [str(PAIR / "prompts.jsonl"), *MODELS, "--device", "cpu", "--out", "out"],
     "up": [*MODELS, "--device", "cpu", "--print-config"],
     "train": ["--target", str(PAIR / "target"), "--prompts", "x", "--out", "out", "--dry-run"],
+    "refresh": [*MODELS, "--prompts", "x", "--out", "out"],
 }
 """What else each command needs, so that nothing but the flag is at fault."""
 NUMBERS = {"N", "K", "S", "X", "N|LOW-HIGH", "N or MIN,MAX", "LIST"}

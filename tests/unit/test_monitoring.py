@@ -20,7 +20,7 @@ from vllm_dflash.metrics.catalog import ALL
 DASHBOARD = json.loads(queries.DASHBOARD.read_text())
 PANELS = list(queries.panels(DASHBOARD))
 ROOT = queries.HERE.parent
-ROWS = ["Paying?", "Acceptance", "Time", "Draft length", "Requests", "Load"]
+ROWS = ["Paying?", "Acceptance", "Drafter", "Time", "Draft length", "Requests", "Load"]
 EXPRESSIONS = [target["expr"] for _, panel in PANELS for target in panel["targets"]] + [
     rule["expr"] for path in (queries.RECORDING, queries.ALERTS) for rule in queries.rules(path)
 ]

@@ -15,9 +15,26 @@ import sys
 
 import vllm_dflash
 from vllm_dflash import smollm2
-from vllm_dflash.cli import bench, cluster, compat, convert, doctor, inspect, status, top, train
+from vllm_dflash.cli import (
+    bench,
+    cluster,
+    compat,
+    convert,
+    doctor,
+    inspect,
+    refresh,
+    status,
+    swap,
+    top,
+    train,
+)
 from vllm_dflash.supported import INSTALL_VLLM
 
+COMMANDS = (
+    *(status, compat, inspect, convert, doctor),
+    *(bench, train, refresh, swap, top, cluster),
+)
+"""Modules, in the order of the help."""
 _NOBODY_READS = 128 + signal.SIGPIPE
 """The exit status of a program that the signal ends."""
 _COME_WITH_VLLM = ("vllm", "torch", "transformers", "numpy")
@@ -42,6 +59,10 @@ A new drafter, in this order:
 No drafter yet:
   vllm-dflash train --target T --prompts P --out RUN
 
+The target or its traffic has changed:
+  vllm-dflash refresh --server URL --traffic DIR --out DIR
+  vllm-dflash swap --server URL DRAFTER
+
 More than one device or machine, on Ray:
   vllm-dflash batch PROMPTS --target T --draft DRAFTER --out DIR
   vllm-dflash up --target T --draft DRAFTER --replicas 1,8
@@ -57,7 +78,7 @@ def parser_of_all() -> argparse.ArgumentParser:
         "--version", action="version", version=f"%(prog)s {vllm_dflash.__version__}"
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for each in (status, compat, inspect, convert, doctor, bench, train, top, cluster):
+    for each in COMMANDS:
         each.add(commands)
     return parser
 

@@ -4,17 +4,14 @@ that. Pure.
 pytest tests/unit/test_cluster_access.py
 """
 
-import hashlib
 import json
 import re
-import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from vllm_dflash.api_keys import VARIABLE, admits, key_digest
 from vllm_dflash.cluster.settings import ClusterError
 
-VARIABLE = "VLLM_API_KEY"
-"""As for ``vllm serve``."""
 _Call = Callable[..., Awaitable[None]]
 _REFUSAL = {
     "error": {
@@ -41,21 +38,7 @@ def digest_of(flag: str | None, environment: Mapping[str, str]) -> str | None:
             f"{source} is empty, or has a space or a letter beyond ASCII: give letters, digits and"
             " signs"
         )
-    return hashlib.sha256(key.encode()).hexdigest()
-
-
-def admits(digest: str, scope: Any) -> bool:
-    """Whether an ASGI scope is one to answer: it brings the key, or asks only what a browser may
-    send (OPTIONS)."""
-    if scope["type"] not in ("http", "websocket") or scope.get("method") == "OPTIONS":
-        return True
-    given = next(
-        (value for name, value in scope["headers"] if name.lower() == b"authorization"), b""
-    )
-    scheme, _, key = given.partition(b" ")
-    return scheme.lower() == b"bearer" and secrets.compare_digest(
-        hashlib.sha256(key.strip()).hexdigest(), digest
-    )
+    return key_digest(key)
 
 
 class Guard:

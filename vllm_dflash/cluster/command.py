@@ -3,7 +3,7 @@
 
 import argparse
 
-from vllm_dflash.cluster.access import VARIABLE
+from vllm_dflash.api_keys import VARIABLE
 from vllm_dflash.cluster.settings import DEVICES, EngineSettings, parse_engine_args
 from vllm_dflash.flag_types import (
     DTYPES,

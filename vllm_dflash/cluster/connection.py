@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import vllm_dflash
-from vllm_dflash.cluster.access import VARIABLE
+from vllm_dflash.api_keys import VARIABLE
 from vllm_dflash.cluster.settings import (
     ClusterError,
     EngineSettings,

@@ -9,7 +9,6 @@ check fails, and finish what they have when they stop. Limits: one model a deplo
 """
 
 import argparse
-import ipaddress
 import math
 import os
 import signal
@@ -18,7 +17,8 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_dflash.cluster.access import VARIABLE, digest_of
+from vllm_dflash.api_keys import VARIABLE, is_local
+from vllm_dflash.cluster.access import digest_of
 from vllm_dflash.cluster.command import settings_of
 from vllm_dflash.cluster.connection import check_engine, connect
 from vllm_dflash.cluster.settings import ClusterError, EngineSettings, engine_args, environment
@@ -106,17 +106,12 @@ def serving_of(args: argparse.Namespace) -> Serving:
 def exposure(serving: Serving) -> str | None:
     """What to say of an address that others than this machine reach without a key; None for the
     loopback, or with one."""
-    host = serving.host
-    try:
-        local = ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
-        local = host == "localhost"
-    if local or serving.api_key_digest is not None:
+    if is_local(serving.host) or serving.api_key_digest is not None:
         return None
     return (
-        f"--host {host} is an address that other machines reach, and the endpoint asks nobody for a"
-        f" key: give one by {VARIABLE} or --api-key, keep it behind a firewall, or leave --host at"
-        " 127.0.0.1 (docs/cluster.md, Who can reach it)"
+        f"--host {serving.host} is an address that other machines reach, and the endpoint asks"
+        f" nobody for a key: give one by {VARIABLE} or --api-key, keep it behind a firewall, or"
+        " leave --host at 127.0.0.1 (docs/cluster.md, Who can reach it)"
     )
 
 

@@ -359,6 +359,34 @@ ALL = (
         only=_BASELINE,
     ),
     Metric(
+        "vllm_dflash_drafter_serving_since_seconds",
+        GAUGE,
+        "seconds",
+        "Unix time since which these weights serve.",
+        "Which drafter serves, and how old is it?",
+        (
+            ("drafter", "the folder or hub id that the weights came from"),
+            ("drafter_id", "of the weights themselves: twelve hexadecimal digits"),
+        ),
+    ),
+    Metric(
+        "vllm_dflash_drafter_proved_accepted_length",
+        GAUGE,
+        "tokens",
+        "tau that the drafter was proved at: on the traffic that it was refreshed for, or on its"
+        " training's held-out prompts.",
+        "Is acceptance what it was when the drafter was made?",
+        only="where the drafter's folder says it (refresh.json, training.json)",
+    ),
+    Metric(
+        "vllm_dflash_drafter_swaps_total",
+        COUNTER,
+        "swaps",
+        "Drafters that were to take the place of the one that serves, without a restart.",
+        "When did the drafter change?",
+        (("result", "swapped, or refused: the old one serves on"),),
+    ),
+    Metric(
         "vllm_dflash_drafter_info",
         GAUGE,
         "none",

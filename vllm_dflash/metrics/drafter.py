@@ -19,6 +19,7 @@ from vllm_dflash.log import logger
 from vllm_dflash.metrics.catalog import BY_NAME
 from vllm_dflash.metrics.counts import Histogram, by_position
 from vllm_dflash.metrics.recorder import Recorder
+from vllm_dflash.serving_drafter import ServingDrafter
 
 if TYPE_CHECKING:
     from vllm_dflash.drafting.v1 import DFlashProposer
@@ -112,6 +113,7 @@ class DrafterRecord:
             "drafted_tokens": by_position(self.drafted),
             "drafter_seconds": [([], self.seconds.sample())],
         }
+        found |= serving_samples(getattr(getattr(self._drafter(), "model", None), "serving", None))
         # The proposer makes it once the page size is known, in its first step.
         drafter = self._drafter() if any(self.seconds.counts) else None
         coverage = drafter and drafter.coverage
@@ -120,3 +122,16 @@ class DrafterRecord:
                 ([state], count) for state, count in vars(coverage.counts).items()
             ]
         return found
+
+
+def serving_samples(serving: ServingDrafter | None) -> dict[str, list[Any]]:
+    """Which drafter serves, as samples; none before its weights are loaded."""
+    if serving is None or not serving.id:
+        return {}
+    found: dict[str, list[Any]] = {
+        "drafter_serving_since_seconds": [([serving.name, serving.id], serving.since)],
+        "drafter_swaps": [(["swapped"], serving.swapped), (["refused"], serving.refused)],
+    }
+    if serving.proof.tau is not None:
+        found["drafter_proved_accepted_length"] = [([], serving.proof.tau)]
+    return found

@@ -210,9 +210,8 @@ def interval(found: dict[str, Any]) -> tuple[float, float] | None:
     """The speed-up's 95 % confidence interval, by the least that can be said for so many
     speculative steps; None without any.
 
-    An accepted length between 1 and the block's size with mean tau has at most the variance (tau -
-    1)(block size - tau) (Bhatia and Davis). A step's time is taken to have as large a deviation as
-    its mean, as on a machine that others use.
+    A step's time is taken to have as large a deviation as its mean, as on a machine that others
+    use.
     """
     speedup, tau, steps = (
         found["speedup"],
@@ -221,9 +220,15 @@ def interval(found: dict[str, Any]) -> tuple[float, float] | None:
     )
     if speedup is None or tau is None or not steps:
         return None
-    variance = max((tau - 1) * (found["block_size"] - tau), 0.0) / tau**2 + 1.0
+    variance = tau_variance(tau, found["block_size"]) / tau**2 + 1.0
     factor = math.exp(min(1.96 * math.sqrt(variance / steps), 99.0))
     return speedup / factor, speedup * factor
+
+
+def tau_variance(tau: float, block_size: float) -> float:
+    """The most that accepted lengths between 1 and the block's size with mean ``tau`` can vary
+    (Bhatia and Davis)."""
+    return max((tau - 1) * (block_size - tau), 0.0)
 
 
 def _over(numerator: float, denominator: float) -> float | None:

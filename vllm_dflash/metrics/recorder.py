@@ -72,6 +72,10 @@ class Recorder:
         else:
             self._failing = False
 
+    def touch(self) -> None:
+        """What is counted has changed."""
+        self.dirty = True
+
     def close(self) -> None:
         """Ends the series: an engine that is gone has none."""
         self._stop.set()
@@ -86,6 +90,12 @@ class Recorder:
         while not self._stop.wait(PERIOD - time.time() % PERIOD):
             if self.dirty or self._samples() is None:
                 self.flush()
+
+
+def touch_here() -> None:
+    """Has what this process's recorders know written anew: it has changed outside of a step."""
+    for recorder in list(_recorders):
+        recorder.touch()
 
 
 def flush_here() -> None:

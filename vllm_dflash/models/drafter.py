@@ -29,7 +29,9 @@ from vllm_dflash.models.layers import DrafterLayer
 from vllm_dflash.models.loading import Loading
 from vllm_dflash.models.norm import ServedRMSNorm
 from vllm_dflash.models.parameters import ServedHead, within_vocabulary
+from vllm_dflash.models.swapping import Swapping
 from vllm_dflash.plugin import patch_set
+from vllm_dflash.serving_drafter import ServingDrafter
 
 if TYPE_CHECKING:
     from vllm_dflash.heads import Draft
@@ -166,7 +168,9 @@ class DrafterForCausalLM(nn.Module):
         self.logits_processor = LogitsProcessor(self.drafter_config.draft_tokens)
         self._draws = speculative_config.draft_sample_method == "probabilistic"
         check_kernels(self.model)
+        self.serving = ServingDrafter(str(self.model_path))
         self._loading = Loading(self, draft)
+        self.swapping = Swapping(self, self._loading)
         self.model.layers[-1].self_attn.attn.loaded = self._loading.finish
 
     def drafting(self) -> "Draft":

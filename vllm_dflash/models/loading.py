@@ -3,10 +3,10 @@ format, in portions of any size.
 
 At the start each tensor is loaded as it comes, and the end of the load says what is missing. Into a
 running engine vLLM pushes new ones between ``start_draft_weight_update`` and
-``finish_weight_update``: they are kept in host memory until all are there, so that an update that
-is refused changes nothing, and are then copied in place, for CUDA graphs keep addresses. Limits:
-what goes wrong while they are copied (memory runs out) leaves some layers with new weights and some
-with old ones.
+``finish_weight_update``, or a swap brings them (``swapping``): they are kept in host memory until
+all are there, so that an update that is refused changes nothing, and are then copied in place, for
+CUDA graphs keep addresses. Limits: what goes wrong while they are copied (memory runs out) leaves
+some layers with new weights and some with old ones.
 
     pytest tests/engine/test_reload.py
 """
@@ -23,11 +23,16 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.formats import IGNORED_TENSORS, tensor_name
+from vllm_dflash.hub import drafter_folder
 from vllm_dflash.kinds import own_tensors
 from vllm_dflash.log import logger
-from vllm_dflash.models.own import MASK_EMBEDDING, OwnTables
+from vllm_dflash.metrics.recorder import touch_here
+from vllm_dflash.models.own import OwnTables
 from vllm_dflash.models.parameters import load_into
+from vllm_dflash.serving_drafter import PUSHED, Proof, id_of, proof_of
 from vllm_dflash.weights import check_shapes, check_tables, expected_tensors
+from vllm_dflash.weights.identity import digest_of
+from vllm_dflash.weights.mask_embedding import MASK_EMBEDDING
 from vllm_dflash.weights.values import check_finite
 
 # A checkpoint's name of a projection -> (vLLM's fused parameter, its shard).
@@ -67,6 +72,8 @@ class Loading:
         """Of the tensors that came at the start, by our names: an update brings the same."""
         self._kept: dict[str, Tensor] = {}
         """Tensors of an update that is not whole yet."""
+        self._digests: dict[str, bytes] = {}
+        """Of the tensors that came at the start."""
 
     def take(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Takes some of a checkpoint's tensors.
@@ -104,9 +111,10 @@ class Loading:
                     {name: kind.shape for name, kind in self._kinds.items()},
                 )
                 mask = self._tables.read_mask_embedding()
-                self._kinds |= (
-                    {} if mask is None else {MASK_EMBEDDING: _Kind(tuple(mask.shape), True)}
-                )
+                if mask is not None:
+                    self._kinds[MASK_EMBEDDING] = _Kind(tuple(mask.shape), True)
+                    self._digests[MASK_EMBEDDING] = digest_of(mask)
+                self._note_start()
             else:  # vLLM's load format "dummy": updates bring the first weights
                 self._kinds = {
                     name: _Kind(shape, name != "d2t")
@@ -123,6 +131,22 @@ class Loading:
                 " this update, and send all tensors of the checkpoint in the next"
             )
 
+    def judge(self, found: dict[str, Tensor]) -> str:
+        """The id of a whole drafter's tensors, by our names, that may take the places of those in
+        force; nothing is changed.
+
+        Raises:
+            DrafterConfigError: names each tensor that is missing, unknown, misshaped or not finite.
+        """
+        named = self._checked_update(found)
+        missing = sorted(self._kinds.keys() - named.keys())
+        if missing:
+            raise DrafterConfigError(
+                f"the update is without {_some(missing)}: send all tensors of the checkpoint. The"
+                " weights from before the update stay in force"
+            )
+        return id_of({name: digest_of(tensor) for name, tensor in named.items()})
+
     def _checked(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors by our names, at the engine's start; whether some are missing is not known
         yet."""
@@ -135,6 +159,7 @@ class Loading:
         check_shapes(config, others | {name: tuple(tensor.shape) for name, tensor in found.items()})
         check_finite(found, self._drafter.dtype)
         named = {name: tensor for name, tensor in named.items() if name not in IGNORED_TENSORS}
+        self._digests |= {name: digest_of(tensor) for name, tensor in named.items()}
         self._kinds |= {
             name: _Kind(tuple(tensor.shape), tensor.is_floating_point())
             for name, tensor in named.items()
@@ -171,17 +196,47 @@ class Loading:
         self._tables.check_update(named)
         return named
 
-    def _replace(self) -> None:
-        """Puts a whole update in place of the weights in force."""
+    def put(self, judged: dict[str, Tensor], weights: str) -> None:
+        """Puts tensors in force that ``judge`` has passed and given the id ``weights``.
+
+        Raises:
+            DrafterConfigError: an update by vLLM's own calls is not over; nothing is changed.
+        """
+        if self._kept or self._is_open():
+            raise DrafterConfigError(
+                "an update of the drafter's weights is under way: end it by finish_weight_update,"
+                " and send the swap again"
+            )
+        self._kept = dict(judged)
+        self._replace(weights)
+
+    def _replace(self, weights: str | None = None) -> None:
+        """Puts a whole update, whose id ``weights`` is if it is known, in place of the weights in
+        force."""
         kept, self._kept = self._kept, {}
+        if weights is None:
+            weights = id_of({name: digest_of(tensor) for name, tensor in kept.items()})
         if self._is_open():
             self._load(kept)
-            return
-        # ``load_weights`` without vLLM's calls around it: a layer's packed weight could not take a
-        # part of a new one.
-        initialize_layerwise_reload(self._drafter)
-        self._load(kept)
-        finalize_layerwise_reload(self._drafter, self._model_config)
+        else:
+            # ``load_weights`` without vLLM's calls around it: a layer's packed weight could not
+            # take a part of a new one.
+            initialize_layerwise_reload(self._drafter)
+            self._load(kept)
+            finalize_layerwise_reload(self._drafter, self._model_config)
+        self._drafter.serving.put(PUSHED, weights, Proof())
+        touch_here()
+
+    def _note_start(self) -> None:
+        """Notes which weights the engine has begun with."""
+        drafter = self._drafter
+        try:
+            folder = drafter_folder(drafter.model_path, drafter.revision)
+        except DrafterConfigError:  # what is not to be looked at says nothing of itself
+            folder = None
+        drafter.serving.put(drafter.model_path, id_of(self._digests), proof_of(folder))
+        touch_here()
+        logger.info("%s serves", drafter.serving)
 
     def _abandon(self) -> None:
         """Ends an update of which nothing has been loaded yet: puts back what vLLM has moved aside

@@ -18,15 +18,16 @@ from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.models.parameters import load_into
-from vllm_dflash.weights.mask_embedding import MASK_EMBEDDING_FILE, load_mask_embedding
+from vllm_dflash.weights.mask_embedding import (
+    MASK_EMBEDDING,
+    MASK_EMBEDDING_FILE,
+    load_mask_embedding,
+)
 from vllm_dflash.weights.values import target_ids
 
 if TYPE_CHECKING:
     from vllm_dflash.models.drafter import DrafterForCausalLM
 
-MASK_EMBEDDING = "mask_embedding"
-"""The name of ``mask_embedding.pt``'s tensor, [H], where new weights are pushed into a running
-engine."""
 _EMBEDDING, _HEAD, _OFFSETS = "embed_tokens.weight", "lm_head.weight", "d2t"
 
 

@@ -29,17 +29,21 @@ def run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
     """
     try:
         # What cannot be used is refused before the folder is made.
-        plan = _plan(settings)
+        planned = plan(settings)
         _check_inputs(settings, stages)
         with hold(Path(settings.run.out), "vllm-dflash train"):
-            return _run_stages(*plan, stages)
+            return _run_stages(*planned, stages)
     except DrafterConfigError as error:
         raise TrainingError(str(error)) from None
 
 
-def _plan(settings: Settings) -> tuple[Settings, Any, DrafterConfig, str]:
+def plan(settings: Settings) -> tuple[Settings, Any, DrafterConfig, str]:
     """The settings with what was left to be decided, the target, the drafter's shape and why its
-    mask token is what it is."""
+    mask token is what it is.
+
+    Raises:
+        TrainingError, DrafterConfigError: they do not go together.
+    """
     from vllm_dflash.training import drafter, target
 
     found = target.find_target(settings)
@@ -206,7 +210,7 @@ def _dry_run(settings: Settings) -> int:
 
     from vllm_dflash.training import budget, target
 
-    settings, found, config, why = _plan(settings)
+    settings, found, config, why = plan(settings)
     prompts, said = _expected_prompts(settings, found, reach(found, config))
     expected = budget.budget(settings, config, target.parameters(found, settings), prompts)
     cores = torch.get_num_threads() if target.device() == "cpu" else None

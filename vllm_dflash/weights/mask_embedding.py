@@ -15,6 +15,8 @@ from vllm_dflash.weights.messages import FETCH_AGAIN
 from vllm_dflash.weights.values import is_finite, overflow
 
 MASK_EMBEDDING_FILE = "mask_embedding.pt"
+MASK_EMBEDDING = "mask_embedding"
+"""The name of that file's tensor, [H], where new weights are pushed into a running engine."""
 _LARGEST_EMBEDDING = 1 << 26
 _BEGINNINGS = (b"PK", b"\x80")
 """Of what torch.save writes: an archive, or a pickle. Of other bytes the unpickler says nothing of

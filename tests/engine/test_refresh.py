@@ -1,0 +1,88 @@
+"""The whole circle on a server: a target with a merged LoRA, its old drafter, recorded traffic, a
+refresh of a minute, and the new drafter in the running server.
+
+    pytest -s tests/engine/test_refresh.py
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.harness import DRAFTER
+from engine.test_serve import request, server
+from engine.test_swap import ALWAYS, EXTENSION, counts, tau_since, which
+from vllm_dflash.cli import main
+from vllm_dflash.weights.identity import id_of_folder
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the embedded target after a LoRA on another kind of text, and prompts of it."""
+    folder = tmp_path_factory.mktemp("finetuned")
+    script = ROOT / "tests" / "follow" / "finetune.py"
+    subprocess.run(
+        [sys.executable, str(script), "--out", str(folder), "--steps", "60"],
+        check=True,
+        timeout=900,
+    )
+    return folder
+
+
+def asked(port: int, rows: list[str], **more: object) -> None:
+    for row in rows:
+        body = {"model": "embedded", "max_tokens": 64, "temperature": 0, **json.loads(row), **more}
+        body["prompt"] = body.pop("prompt_token_ids")
+        request(port, "/v1/completions", body)
+
+
+def test_the_circle(finetuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """tau of the server rises with the swap, on prompts that nothing was trained on."""
+    rows = (finetuned / "prompts.jsonl").read_text().splitlines()
+    drafters, traffic = tmp_path / "drafters", tmp_path / "traffic"
+    shutil.copytree(DRAFTER, drafters / "first")
+    speculative = json.dumps({"method": "dflash", "model": str(drafters / "first")})
+    flags = [
+        "--speculative-config",
+        speculative,
+        "--middleware",
+        "vllm_dflash.training.recorder.TrafficRecorder",
+        "--middleware",
+        "vllm_dflash.swap.endpoint.DrafterEndpoint",
+        "--worker-extension-cls",
+        EXTENSION["worker_extension_cls"],
+        *ALWAYS,
+    ]
+    env = {"VLLM_DFLASH_RECORD": str(traffic), "VLLM_DFLASH_SWAP_FROM": str(drafters)}
+    with server(*flags, env=env, model=finetuned / "target") as port:
+        before = counts(port)
+        asked(port, rows[:24], ignore_eos=True)  # which is not recorded
+        old = tau_since(port, before)
+        asked(port, rows[24:120])
+        url, out = f"http://127.0.0.1:{port}", drafters / "refreshed"
+        toml = str(ROOT / "tests" / "follow" / "refresh.toml")
+        command = ["refresh", toml, "--server", url, "--traffic", str(traffic), "--swap"]
+        command += ["--out", str(out), "--minutes", "1", "--held-out", "24", "--dtype", "float32"]
+        assert main([*command, "--when-below", "0.95"]) == 0
+        journal = (out / "journal.txt").read_text()
+        print(journal)
+        assert "round 1, kept: tau" in journal
+        assert which(port)["id"] == id_of_folder(out / "drafter")
+        before = counts(port)
+        asked(port, rows[:24], ignore_eos=True)
+        new = tau_since(port, before)
+        print(f"served: tau {old:.2f} -> {new:.2f}")
+        assert new > old
+        capsys.readouterr()
+        # The drafter was swapped in since the last look: the next one judges it.
+        assert main([*command, "--when-below", "0.5"]) == 0
+        assert "is new since the last look" in capsys.readouterr().out
+    note = json.loads((out / "drafter" / "refresh.json").read_text())
+    assert note["tau"] > note["tau_before"]

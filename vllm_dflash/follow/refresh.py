@@ -1,0 +1,176 @@
+"""``vllm-dflash refresh``: a drafter for what is served now, from the one that serves.
+
+A round takes the newest traffic, lets the target answer what has no answer, measures the old
+drafter on a held-out part, goes on training it within a budget, measures the new one on the same
+part, and keeps it only where it is better by more than its interval and vLLM serves it as training
+said. The trainer, its stages and its proof are ``vllm-dflash train``'s. A round that is refused
+changes nothing.
+
+    vllm-dflash refresh --server http://127.0.0.1:8000 --traffic traffic --out refreshed
+    pytest tests/unit/test_follow_refresh.py tests/engine/test_refresh.py
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.files import RunError, read_record, write_record
+from vllm_dflash.follow.rounds import Rounds
+from vllm_dflash.follow.take import Options, refresh
+from vllm_dflash.follow.watch import SHAPE, Serving, look, record_of, threshold, utc
+from vllm_dflash.lock import hold
+from vllm_dflash.metrics.figures import Scrape
+from vllm_dflash.metrics.top import address, fetch
+from vllm_dflash.swap import client
+from vllm_dflash.swap.turns import RECOMPUTE
+from vllm_dflash.training.errors import SettingsError
+
+KEPT_STATUS, FAILED, USAGE, NOT_BETTER = 0, 1, 2, 3
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; see its ``--help`` for what it ends with."""
+    try:
+        return _run(args)
+    except (SettingsError, client.ServerError, _UsageError) as error:
+        print(f"vllm-dflash refresh: {error}", file=sys.stderr)
+        return USAGE
+    except (RunError, DrafterConfigError) as error:
+        print(f"vllm-dflash refresh: {error}", file=sys.stderr)
+        return FAILED
+
+
+class _UsageError(RunError):
+    """What is asked for cannot be done as it is asked."""
+
+
+def _run(args: argparse.Namespace) -> int:
+    rounds, key = Rounds(args.out), client.key_of(args.api_key)
+    scrape = _scrape(args.server) if args.server else None
+    options = _options(args, Serving.of(scrape).drafters if scrape else (), rounds)
+    with hold(args.out, "vllm-dflash refresh"):
+        open_round = rounds.settle()
+        if args.swap and _catches_up(rounds, args.server, key):
+            return KEPT_STATUS
+        if args.when_below is not None and open_round is None:
+            assert scrape is not None, "the flags' check sees to it"
+            if not _has_fallen(rounds, scrape, args.when_below):
+                return KEPT_STATUS
+        kept = refresh(options, rounds, open_round)
+        if kept and args.swap:
+            _swap(rounds, args.server, key)
+    return KEPT_STATUS if kept else NOT_BETTER
+
+
+def _options(args: argparse.Namespace, serving: Sequence[str], rounds: Rounds) -> Options:
+    """What the flags and the server, with the drafters that its engines have, say.
+
+    Raises:
+        _UsageError: neither says what is needed, or flags contradict each other.
+    """
+    for flag in ("when_below", "swap"):
+        if getattr(args, flag) and args.server is None:
+            raise _UsageError(f"--{flag.replace('_', '-')} asks a server: give it with --server")
+    sources = tuple(Path(each) for each in (*(args.traffic or ()), *(args.prompts or ())))
+    if not sources:
+        raise _UsageError(
+            "nothing to learn from: give the recorder's folder with --traffic, or files with"
+            " --prompts"
+        )
+    target = args.target or (_target_of(args.server) if args.server else None)
+    if target is None:
+        raise _UsageError("give the target with --target, or a server that has it with --server")
+    if len(serving) > 1 and args.draft is None:
+        raise _UsageError(
+            f"the server's engines have different drafters ({', '.join(serving)}): swap one in, or"
+            " give --draft"
+        )
+    draft = args.draft or next(iter(serving), str(rounds.link) if rounds.link.exists() else None)
+    if draft is None:
+        raise _UsageError("give the drafter that serves with --draft, or its server with --server")
+    return Options(
+        target,
+        draft,
+        sources,
+        args.settings,
+        (args.minutes or 15.0) if args.tokens is None else None,
+        args.tokens,
+        args.held_out,
+        args.most_prompts,
+        args.dtype,
+    )
+
+
+def _target_of(server: str) -> str:
+    from vllm_dflash.evaluation.methods import UsageError
+    from vllm_dflash.evaluation.server import connect
+
+    try:
+        return connect(server if "://" in server else f"http://{server}")[1]
+    except UsageError as error:
+        raise _UsageError(str(error)) from None
+
+
+def _scrape(server: str) -> Scrape:
+    try:
+        scrape = fetch(address(server))
+    except (OSError, ValueError) as error:
+        raise client.ServerError(f"{server} does not answer with metrics ({error})") from None
+    if not scrape.engines():
+        raise client.ServerError(f"{server} has no metrics of a drafter of vllm-dflash")
+    return scrape
+
+
+def _has_fallen(rounds: Rounds, now: Scrape, when_below: float) -> bool:
+    """Whether acceptance is below, over the time since the last look; says what was seen, and
+    leaves it for the next look."""
+    before = read_record(rounds.watch, SHAPE, "remove it: the next look begins anew")
+    limit = threshold(when_below, Serving.of(now).proved)
+    if limit is None:
+        raise _UsageError(
+            f"--when-below {when_below:g} is a share of what the drafter was proved at, and its"
+            " folder does not say that: give a tau above 1"
+        )
+    found = look(now, before)
+    below = found is not None and found.is_below(limit)
+    since = (before or {}).get("below_since") if below else None
+    since = (since or time.time()) if below else None
+    record = record_of(now, time.time())
+    write_record(rounds.watch, record | {"below_since": since})
+    if found is None:
+        rounds.say(f"drafter {record['id']} is new since the last look: the next one judges it")
+        return False
+    if since is None:
+        rounds.say(f"{found}; not below {limit:.2f}: nothing to do")
+    else:
+        rounds.say(f"{found}; below {limit:.2f} since {utc(since)}: a refresh")
+    return below
+
+
+def _catches_up(rounds: Rounds, server: str, key: str | None) -> bool:
+    """Has the server put the drafter in force that was kept last, where it has another: it was
+    started anew, or a refresh was stopped before its swap. Not where a person has swapped another
+    in since."""
+    from vllm_dflash.weights.identity import id_of_folder
+
+    if not (kept := rounds.kept()):
+        return False
+    found = client.which(server, key)
+    is_other = found["id"] != id_of_folder(kept[-1].drafter)
+    if not is_other or ("swapped_into" in kept[-1].notes() and found["swaps"]):
+        return False
+    rounds.say(f"{server} does not serve {rounds.link}, which was kept last")
+    _swap(rounds, server, key)
+    return True
+
+
+def _swap(rounds: Rounds, server: str, key: str | None) -> None:
+    from vllm_dflash.swap.command import swapped
+
+    newest = rounds.kept()[-1]
+    found = client.swap(server, key, str(newest.drafter.resolve()), RECOMPUTE)
+    newest.note(swapped_into=server)
+    rounds.say(f"{server}: {swapped(found)}")

@@ -1,0 +1,184 @@
+"""One round of a refresh: traffic, answers, the old drafter's tau, training, the new one's, and the
+decision. Each stage is taken up where a killed one stopped.
+
+    pytest tests/unit/test_follow_refresh.py tests/engine/test_refresh.py
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_dflash import contents, hub, smollm2
+from vllm_dflash.acceptance import tau
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.files import RunError, whole_file, write_record
+from vllm_dflash.follow.interval import compare
+from vllm_dflash.follow.rounds import KEPT, LEFT, REFUSED, Round, Rounds
+from vllm_dflash.follow.traffic import gather
+from vllm_dflash.serving_drafter import NOTE
+from vllm_dflash.training import settings as training_settings
+from vllm_dflash.training.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a refresh is asked for."""
+
+    target: str
+    draft: str
+    """The drafter that serves: a folder, or a hub id that is downloaded."""
+    sources: tuple[Path, ...]
+    """The recorder's folders, and files of prompts."""
+    settings: str | None
+    """A TOML file of ``vllm-dflash train``'s."""
+    minutes: float | None
+    """Of training; or ``tokens``."""
+    tokens: int | None
+    """Drafted tokens that are learned from."""
+    held_out: int
+    most_prompts: int
+    dtype: str | None
+    """Of the target, as it is served; None: the settings'."""
+
+
+def refresh(options: Options, rounds: Rounds, open_round: Round | None) -> bool:
+    """Takes a round to its decision, one that was begun before or a new one; whether the new
+    drafter is kept.
+
+    Raises:
+        RunError: a stage cannot go on; the same command does from there.
+    """
+    about = _about(options)
+    if open_round is not None:
+        begun = open_round.notes()
+        if any(begun[name] != about[name] for name in ("target_files", "draft_id")):
+            _decide(rounds, open_round, LEFT, "it was for another target or drafter")
+            open_round = None
+        else:
+            rounds.say(f"{open_round.name} goes on where it was stopped")
+            options = dataclasses.replace(options, minutes=begun["minutes"], tokens=begun["tokens"])
+    current = open_round or _begin(options, rounds, about)
+    decision, line = _take(options, rounds, current)
+    _decide(rounds, current, decision, line)
+    return decision == KEPT
+
+
+def _decide(rounds: Rounds, current: Round, decision: str, line: str) -> None:
+    current.note(decision=decision, line=line)
+    rounds.say(f"{current.name}, {decision}: {line}")
+    rounds.settle()
+
+
+def _begin(options: Options, rounds: Rounds, about: Mapping[str, Any]) -> Round:
+    found = gather(options.sources, about["target_files"], options.most_prompts)
+    new = rounds.new()
+    with whole_file(new.traffic) as file:
+        file.write("".join(f"{line}\n" for line in found.lines).encode())
+    new.note(**about)
+    rounds.say(f"{new.name}: {found}; begins from drafter {about['draft_id']} ({about['draft']})")
+    return new
+
+
+def _take(options: Options, rounds: Rounds, current: Round) -> tuple[str, str]:
+    """A round's stages: its decision, and a line about it."""
+    from vllm_dflash.training import learned, pipeline
+
+    notes = current.notes()
+    # With the steps that are known: what is trained already is not for other ones.
+    settings = _settings(options, current, notes.get("steps"))
+    pipeline.run_stages(settings, ("generate", "features"))
+    if "steps" not in notes:
+        notes = _before(options, rounds, current, settings)
+    settings = _settings(options, current, notes["steps"])
+    pipeline.run_stages(settings, ("train",))
+    if "new" not in notes:
+        from vllm_dflash.follow.measure import Measure
+
+        measure = Measure(settings)
+        notes = current.note(new=measure.counts(learned.trained_folder(measure.settings)))
+    compared = compare(notes["old"], notes["new"])
+    if not compared.is_better:
+        return REFUSED, f"{compared}: not better by more than its interval"
+    if not pipeline.run_stages(settings, ("prove", "export")):
+        return REFUSED, f"{compared}, but vLLM does not serve it as training said (prove.json)"
+    note = {
+        "tau": compared.new,
+        "tau_before": compared.old,
+        "half_interval": compared.half,
+        "prompts": compared.prompts,
+        "target": options.target,
+        "target_files": notes["target_files"],
+        "from": options.draft,
+    }
+    write_record(current.drafter / NOTE, note)
+    return KEPT, f"{compared}: {rounds.link} leads to it"
+
+
+def _before(options: Options, rounds: Rounds, current: Round, settings: Any) -> dict[str, Any]:
+    """Notes the old drafter's counts, and how many steps there are to be."""
+    from vllm_dflash.follow.measure import Measure
+
+    measure = Measure(settings)
+    old = measure.counts(Path(_folder(options.draft)))
+    found = tau(sum(count[1] for count in old), sum(count[0] for count in old))
+    if found is None:
+        raise RunError(
+            f"{current.name}: its held-out answers are too short to draft for; set prove_tokens in"
+            " the table [prove] of the settings, and remove the round's folder"
+        )
+    rounds.say(f"{current.name}: the old drafter has tau {found:.2f} on this traffic")
+    if options.tokens is None:
+        assert options.minutes is not None
+        steps, budget = measure.steps_in(options.minutes), f"{options.minutes:g} minutes"
+    else:
+        steps, budget = measure.steps_for(options.tokens), f"{options.tokens} tokens"
+    rounds.say(f"{current.name}: {steps} steps for the budget of {budget}")
+    return current.note(old=old, steps=steps)
+
+
+def _settings(options: Options, current: Round, steps: int | None) -> Any:
+    """The training's: the user's file, and what a refresh decides."""
+    folder = _folder(options.draft)
+    config = DrafterConfig.from_pretrained(folder)
+    flags: dict[str, Any] = {
+        "target": options.target,
+        "out": str(current.run),
+        "prompts": [str(current.traffic)],
+        "held_out": options.held_out,
+        "prove_prompts": options.held_out,
+        "kind": config.kind,
+        "block_size": config.block_size,
+        "init": folder,
+    }
+    flags |= {} if steps is None else {"steps": steps}
+    flags |= {} if options.dtype is None else {"dtype": options.dtype}
+    found = training_settings.load(options.settings, flags)
+    if found.train.workers > 1 and options.minutes is not None:
+        raise SettingsError(
+            f"workers is {found.train.workers}, and minutes are counted in steps of one process:"
+            " give --tokens in place of --minutes"
+        )
+    return found
+
+
+def _about(options: Options) -> dict[str, Any]:
+    from vllm_dflash.weights.identity import id_of_folder
+
+    return {
+        "target": options.target,
+        "target_files": contents.of_folder(smollm2.resolve(options.target)),
+        "draft": options.draft,
+        "draft_id": id_of_folder(Path(_folder(options.draft))),
+        "minutes": options.minutes,
+        "tokens": options.tokens,
+    }
+
+
+def _folder(draft: str) -> str:
+    """The drafter's folder, with no link in its place, which may lead elsewhere later."""
+    found = hub.drafter_folder(draft, None)
+    if found is None:
+        raise hub.no_drafter_at(draft)
+    return str(found.resolve())

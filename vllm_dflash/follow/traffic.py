@@ -1,0 +1,110 @@
+"""What a refresh learns from: the newest of the lines that a recorder kept, and of the user's own
+files. Pure.
+
+A recorder's file says in its name whose answers it holds; those of another target are left out, and
+the target answers these prompts anew. Limits: the lines that are chosen are in memory once.
+
+    pytest tests/unit/test_follow_traffic.py
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_dflash.files import RunError
+from vllm_dflash.json_text import loads
+
+_FILES = "traffic-*.jsonl"
+_TARGET = re.compile(r"traffic-\d+-[0-9a-f]{6}-([0-9a-f]{16})\.jsonl")
+_ANSWER = ("response", "response_token_ids", "finish_reason")
+
+
+@dataclass
+class Gathered:
+    """Lines, the newest first, and where they are from."""
+
+    lines: list[str] = field(default_factory=list)
+    files: int = 0
+    answered: int = 0
+    """Lines with an answer of the target."""
+    others: int = 0
+    """Lines whose answer was another target's, and is left out."""
+
+    def __str__(self) -> str:
+        said = f"{len(self.lines)} prompts from {self.files} files, {self.answered} with an answer"
+        if self.others:
+            said += f"; {self.others} answers of another target are asked for again"
+        return said
+
+
+def gather(sources: Sequence[Path], target_files: str | None, most: int) -> Gathered:
+    """Up to ``most`` lines.
+
+    Args:
+        sources: a recorder's folders, and files of JSON lines.
+        target_files: stands for the target (``contents.of_folder``); None: not known.
+
+    Raises:
+        RunError: a source is not there, or there are no lines.
+    """
+    found = Gathered()
+    for path in _newest_first(sources):
+        if len(found.lines) >= most:
+            break
+        of = _TARGET.fullmatch(path.name)
+        foreign = of is not None and target_files is not None and of[1] != target_files
+        before = len(found.lines)
+        for row in _rows(path, most - len(found.lines)):
+            if foreign and any(name in row for name in _ANSWER):
+                row = {name: value for name, value in row.items() if name not in _ANSWER}
+                found.others += 1
+            found.answered += any(row.get(name) for name in _ANSWER[:2])
+            found.lines.append(json.dumps(row, ensure_ascii=False))
+        found.files += len(found.lines) > before
+    if not found.lines:
+        raise RunError(
+            f"{', '.join(map(str, sources))} hold no prompts: is the recorder on (docs/follow.md)?"
+            " Or give a file with --prompts"
+        )
+    return found
+
+
+def _newest_first(sources: Sequence[Path]) -> list[Path]:
+    """Files by the time of their last line."""
+    found: list[tuple[float, Path]] = []
+    for source in sources:
+        try:
+            paths = list(source.glob(_FILES)) if source.is_dir() else [source]
+            found += [(path.stat().st_mtime, path) for path in paths]
+        except OSError as error:
+            raise RunError(
+                f"{source} cannot be read ({error.strerror or error}): give the recorder's folder,"
+                " or a file of JSON lines"
+            ) from None
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _rows(path: Path, most: int) -> Iterator[dict[str, Any]]:
+    """A file's last lines, the newest first. The last one may be in the middle of being written."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:  # the recorder has removed it meanwhile
+        return
+    count = 0
+    for i, line in enumerate(reversed(lines)):
+        if not line.strip():
+            continue
+        try:
+            row = loads(line)
+        except ValueError:
+            if i == 0:
+                continue
+            raise RunError(f"{path} has a line that is no JSON: mend or remove it") from None
+        if isinstance(row, dict):
+            yield row
+            count += 1
+        if count == most:
+            return

@@ -1,0 +1,59 @@
+"""``vllm-dflash swap``: another drafter into running servers, one after another; or, without a
+drafter, which one serves.
+
+    vllm-dflash swap --server http://127.0.0.1:8000 DRAFTER
+    pytest tests/unit/test_follow_client.py tests/engine/test_swap.py
+"""
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from vllm_dflash.swap import client
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command; 0 where every server serves the drafter, 1 where one refused it (those after it
+    were not asked), 2 where one cannot be asked."""
+    key = client.key_of(args.api_key)
+    for server in args.server:
+        try:
+            if args.drafter is None:
+                print(f"{server}: {described(client.which(server, key))}")
+                continue
+            found = client.swap(server, key, args.drafter, args.context)
+        except client.RefusedError as error:
+            said = "" if args.drafter is None else "refused, the old drafter serves on: "
+            print(f"vllm-dflash swap: {said}{error}", file=sys.stderr)
+            return 1
+        except client.ServerError as error:
+            print(f"vllm-dflash swap: {error}", file=sys.stderr)
+            return 2
+        print(f"{server}: {swapped(found)}")
+    return 0
+
+
+def described(found: dict[str, Any]) -> str:
+    """What serves, in a line."""
+    tau = found.get("proved_tau")
+    proved = "no proved tau" if tau is None else f"proved tau {tau:.2f}"
+    age = _age(time.time() - found.get("since", time.time()))
+    return (
+        f"drafter {found['id']} ({found.get('drafter')}, {proved}), in force for {age};"
+        f" {found['swaps']} swaps, {found['refusals']} refused"
+    )
+
+
+def swapped(found: dict[str, Any]) -> str:
+    """What a swap did, in a line."""
+    note = f" ({found['context_note']})" if "context_note" in found else ""
+    said = f"{found['before']} -> {found['id']} ({found.get('drafter')})"
+    return f"{said}, context: {found['context']}{note}"
+
+
+def _age(seconds: float) -> str:
+    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{max(0.0, seconds):.0f} seconds"

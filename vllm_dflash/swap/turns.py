@@ -1,0 +1,95 @@
+"""A swap in an engine with several ranks: all look at the new drafter before any puts it in force,
+and what they answer is one answer. Pure; the engine is an argument.
+
+    pytest tests/unit/test_follow_endpoint.py
+"""
+
+import asyncio
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+PATH = "/v1/dflash/drafter"
+"""Below /v1, as all of vLLM's paths that ask for the API key."""
+_METHOD = "dflash_drafter"
+"""``swap.worker.DrafterSwap``'s."""
+_LOOK_S = 0.1
+"""Between two questions whether all ranks have read the drafter, meanwhile they serve."""
+CONTEXTS = RECOMPUTE, LEAVE = "recompute", "leave"
+"""What becomes of the draft context that the old drafter wrote: requests in flight are computed
+anew from their tokens; or drafts go on over it."""
+
+
+@dataclass(frozen=True)
+class Swap:
+    """What is asked for."""
+
+    folder: str
+    context: str = RECOMPUTE
+
+
+async def which(engine: Any) -> dict[str, Any]:
+    """What serves, as every rank says; ``refused`` where ranks disagree."""
+    return agreed(await _ask(engine, "which"))
+
+
+async def swap_in(engine: Any, swap: Swap, target_files: str | None) -> dict[str, Any]:
+    """Puts a drafter in force on every rank, or on none.
+
+    Args:
+        engine: vLLM's ``EngineClient``.
+        target_files: as ``Swapping.stage``.
+
+    Returns:
+        What serves afterwards, with ``before``, the id of what served; or ``refused``.
+    """
+    now = await _ask(engine, "which")
+    if any("refused" in answer for answer in now):
+        return agreed(now)
+    ticket = uuid.uuid4().hex
+    looks = await _ask(engine, "stage", ticket, swap.folder, target_files)
+    while any("pending" in answer for answer in looks):
+        await asyncio.sleep(_LOOK_S)
+        looks = await _ask(engine, "staged", ticket)
+    staged = agreed(looks)
+    if "refused" in staged:
+        await _ask(engine, "drop", ticket)
+        return staged
+    found = agreed(await _ask(engine, "commit", ticket, staged["id"]))
+    if "refused" in found:
+        return found
+    answer = found | {
+        "before": ", ".join(sorted({answer["id"] for answer in now})),
+        "context": swap.context,
+    }
+    if swap.context == RECOMPUTE:
+        try:
+            await engine.reset_prefix_cache(reset_running_requests=True)
+        except Exception as error:  # a KV connector's requests cannot be preempted
+            answer |= {"context": LEAVE, "context_note": f"left as it was: {error}"}
+    return answer
+
+
+def agreed(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One answer of all ranks; ``refused`` with each reason where one refuses or they differ."""
+    reasons = dict.fromkeys(answer["refused"] for answer in answers if "refused" in answer)
+    if reasons:
+        return {"refused": "; ".join(reasons)}
+    ids = {answer["id"] for answer in answers}
+    if len(ids) != 1:
+        return {
+            "refused": f"ranks hold different drafters ({', '.join(sorted(ids))}): swap one in, or"
+            " restart the server"
+        }
+    return dict(answers[0])
+
+
+async def _ask(engine: Any, *call: Any) -> list[dict[str, Any]]:
+    """The answers of every rank, of every data-parallel engine too, to a call of ``Swapping``'s."""
+    core = getattr(engine, "engine_core", None)
+    ask_all = getattr(core, "call_utility_all_async", None)
+    if ask_all is not None:
+        each = await ask_all("collective_rpc", _METHOD, None, call, {})
+        return [answer for answers in each for answer in answers]
+    return list(await engine.collective_rpc(_METHOD, args=call))
