@@ -99,6 +99,17 @@ class Step:
         return before + scheduled.total_num_scheduled_tokens
 
     @property
+    def num_attended(self) -> int:
+        """Of each row the positions of its request's context, in all; of steps that only decode."""
+        scheduled = self.scheduled
+        counts, cached = scheduled.num_scheduled_tokens, scheduled.scheduled_cached_reqs
+        if scheduled.total_num_scheduled_tokens == len(counts):
+            return self.num_context  # a row for each
+        before = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        before |= {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
+        return sum(count * (before[name] + count) for name, count in counts.items())
+
+    @property
     def committed(self) -> Mapping[str, int]:
         """By request, the tokens that became output: without those past its end."""
         if self._committed is None:

@@ -55,8 +55,8 @@ def slow_drafts(scheduler: Any, factor: float) -> None:
     observe = scheduler.controller.observe
 
     def observing(work: Any, seconds: float, *args: Any) -> None:
-        known = work or args[-1]
-        observe(work, seconds * (factor if known and known.draft_rows else 1.0), *args)
+        drafts = work is not None and work.draft_rows
+        observe(work, seconds * (factor if drafts else 1.0), *args)
 
     scheduler.controller.observe = observing
 

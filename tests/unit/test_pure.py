@@ -27,6 +27,7 @@ NEEDS_VLLM = {
     "cpu.verification",
     "drafting.backend",
     "drafting.context_store",
+    "drafting.measure",
     "drafting.metadata",
     "drafting.v1",
     "drafting.v2",

@@ -4,9 +4,11 @@ enough to be looked at. Pure.
 pytest tests/unit/test_adaptive_learner.py
 """
 
-from vllm_dflash.adaptive.controller import Controller
-from vllm_dflash.adaptive.cost import Work
-from vllm_dflash.adaptive.plans import Plan
+from collections import deque
+from typing import Any
+
+from vllm_dflash.adaptive.controller import Controller, Plan
+from vllm_dflash.cost_profile import Work
 from vllm_dflash.steps import Step
 
 _MEASURED_EVERY = 4
@@ -24,6 +26,8 @@ class Learner:
         self.controller, self._is_synchronous = controller, is_synchronous
         self.plan = Plan(controller.max_draft)
         """Of the step that was scheduled last."""
+        self._plans: deque[tuple[Any, Plan]] = deque()
+        """Of the steps that run, with vLLM's ``SchedulerOutput`` of each."""
         self.is_closed = False
         """Nothing more is learned; where that is a failure, what was is not to be trusted
         either."""
@@ -34,35 +38,46 @@ class Learner:
     def close(self) -> None:
         """See ``Observer``."""
         self.is_closed = True
+        self._plans.clear()
+
+    def schedule(self, scheduled: Any, plan: Plan) -> None:
+        """A step was planned."""
+        self.plan = plan
+        self._plans.append((scheduled, plan))
 
     def observe(self, step: Step) -> None:
         """Takes in a step, and of those that neither draft nor verify, as is best, one in a few:
         that tells enough."""
         self._steps += 1
-        drafts = step.num_drafted > 0
+        plan, drafts = self._plan_of(step.scheduled), step.num_drafted > 0
         writes_backlog, self._drafted = drafts and not self._drafted, drafts
-        is_dull = (
-            not drafts
+        if (
+            self._steps % _MEASURED_EVERY
+            and not drafts
             and not step.scheduled.scheduled_spec_decode_tokens
-            and self.plan.why == "best"
-        )
-        if is_dull and self._steps % _MEASURED_EVERY:
+            and plan.why == "best"
+        ):
             return
         began = self._began(step)
-        # A step in which nothing is scheduled computes nothing.
-        is_empty = began is None or not step.scheduled.num_scheduled_tokens
-        work = None if is_empty else self._work(step)
         # Its time tells how long decoding takes only where it was all decoding.
-        is_exact = step.all_decode and not step.num_ended
+        is_exact = began is not None and step.all_decode and not step.num_ended
         self.controller.observe(
-            work if is_exact else None,
+            self._work(step) if is_exact else None,
             step.ended - (began or step.ended),
             step.verified,
             step.confidences,
-            _MEASURED_EVERY if is_dull else 1,
+            plan,
             writes_backlog,
-            None if is_exact else work,
         )
+
+    def _plan_of(self, scheduled: Any) -> Plan:
+        """With which a step was scheduled: under asynchronous scheduling later ones are planned
+        by the time it has run."""
+        while self._plans:
+            theirs, plan = self._plans.popleft()
+            if theirs is scheduled:
+                return plan
+        return self.plan
 
     def _began(self, step: Step) -> float | None:
         """When it began; None where that is not known."""
@@ -79,7 +94,14 @@ class Learner:
         return step.began
 
     def _work(self, step: Step) -> Work:
-        """What the step computed, the rows of prompts in it as if they were verified tokens."""
-        count = len(step.scheduled.num_scheduled_tokens)
-        draft_rows = count * self.controller.block_size if step.num_drafted else 0
-        return Work(count, step.scheduled.total_num_scheduled_tokens, draft_rows, step.num_context)
+        """What the step computed."""
+        count, num_context = len(step.scheduled.num_scheduled_tokens), step.num_context
+        block = self.controller.block_size if step.num_drafted else 0
+        return Work(
+            count,
+            step.scheduled.total_num_scheduled_tokens,
+            count * block,
+            num_context,
+            step.num_attended,
+            num_context * block,
+        )

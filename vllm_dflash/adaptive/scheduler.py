@@ -20,10 +20,10 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds
 
-from vllm_dflash.adaptive.controller import Controller
+from vllm_dflash.adaptive.controller import Controller, Plan
 from vllm_dflash.adaptive.learner import Learner
-from vllm_dflash.adaptive.plans import Plan
 from vllm_dflash.compat import num_drafted
+from vllm_dflash.drafting.measure import profile_for
 from vllm_dflash.drafts import confidences_of
 from vllm_dflash.log import logger
 from vllm_dflash.patches.adaptive_scheduler import cut_drafts, cut_placeholders, plan_drafts
@@ -41,7 +41,12 @@ class _Adaptive(Scheduler):
         draft_config = self.vllm_config.speculative_config.draft_model_config.hf_config
         self._limits = limits_of(self)
         self.controller = Controller(
-            self.num_spec_tokens, draft_config.block_size, self._group, self._limits.most
+            self.num_spec_tokens,
+            draft_config.block_size,
+            self._group,
+            self._limits.most,
+            self._context,
+            profile_for(self.vllm_config),
         )
         self._learner = Learner(self.controller, self._is_synchronous)
         self._confidences: dict[str, list[float]] = {}
@@ -82,9 +87,9 @@ class _Adaptive(Scheduler):
         if num_drafted(scheduler_output) == 0:
             plan = Plan(0)  # no request of the step can use drafts
         elif plan is None:
-            drafting, num_context = self._drafting(scheduler_output)
-            plan = self.controller.plan(drafting, num_context) if drafting else Plan(0)
-        self._learner.plan = plan
+            drafting = self._drafting(scheduler_output)
+            plan = self.controller.plan(drafting) if drafting else Plan(0)
+        self._learner.schedule(scheduler_output, plan)
         plan_drafts(scheduler_output, plan.num_draft_tokens)
         if scheduler_output.finished_req_ids:
             self.controller.forget(scheduler_output.finished_req_ids)
@@ -103,17 +108,19 @@ class _Adaptive(Scheduler):
         )
         return warmth, self._limits.most(request_id)
 
-    def _drafting(self, scheduler_output: SchedulerOutput) -> tuple[list[str], int]:
-        """The requests of a step that sample a token, and so can draft, and the positions of their
-        contexts in all."""
-        drafting, num_context = [], 0
-        for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
-            request = self.requests[request_id]
-            end = request.num_computed_tokens + num_tokens
-            if end >= request.num_tokens:
-                drafting.append(request_id)
-                num_context += end
-        return drafting, num_context
+    def _context(self, request_id: str) -> int:
+        """Positions of a request's context."""
+        request = self.requests.get(request_id)
+        return 0 if request is None else request.num_tokens
+
+    def _drafting(self, scheduler_output: SchedulerOutput) -> list[str]:
+        """The requests of a step that sample a token, and so can draft."""
+        return [
+            request_id
+            for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items()
+            if (request := self.requests[request_id]).num_computed_tokens + num_tokens
+            >= request.num_tokens
+        ]
 
 
 class AdaptiveScheduler(_Adaptive):

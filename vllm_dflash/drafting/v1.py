@@ -63,6 +63,8 @@ class DFlashProposer(NativeDFlashProposer):
         self.positions, self._slot_mapping_buffer = (
             torch.zeros(size, dtype=torch.int64, device=device) for _ in range(2)
         )
+        self.is_measured = False
+        """Whether dummy runs of the target leave the drafter out."""
         self._causal: dict[str, bool] = {}
         """By draft layer, whether a query sees no later ones of its block."""
         self.context = ContextStore(vllm_config, device, self._live_pages)
@@ -83,6 +85,11 @@ class DFlashProposer(NativeDFlashProposer):
         self.backend.load(target_model)
         self.context.write_rows = self.backend.write_context
         self._draft = self.model.drafting()
+
+    def dummy_run(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's."""
+        if not self.is_measured:
+            super().dummy_run(*args, **kwargs)
 
     def prepare_next_token_ids_padded(
         self,

@@ -13,7 +13,6 @@ from typing import Any
 
 from vllm_dflash import __version__
 from vllm_dflash.adaptive.controller import Status
-from vllm_dflash.adaptive.cost import Work
 from vllm_dflash.adaptive.settings import is_adaptive
 from vllm_dflash.checks import drafter_config
 from vllm_dflash.metrics.outcomes import Outcomes
@@ -70,11 +69,9 @@ class EngineRecord:
     def _plain_seconds(self, num_reqs: int) -> float | None:
         """Seconds of a plain step by what the controller has measured; None before it has seen such
         a batch."""
-        cost = self.scheduler.controller.cost
-        if not cost.has_seen(num_reqs):
-            return None
         num_context = sum(request.num_computed_tokens for request in self.scheduler.running)
-        seconds: float = cost.near(num_reqs).seconds(Work(num_reqs, num_reqs, 0, num_context))
+        cost = self.scheduler.controller.cost
+        seconds: float | None = cost.plain_seconds(num_reqs, num_context)
         return seconds
 
     def samples(self) -> dict[str, list[Any]]:

@@ -1,0 +1,185 @@
+"""What a step takes by what it computes, as measured at an engine's warm-up: seconds by the rows of
+the target and of the drafter, and by the contexts that they attend to. Pure.
+
+A table, for rows cost as a machine has it: one by one on a CPU, nothing up to a number on a GPU.
+Attention is a sum by request: a position of a context is read once for all rows of its request, and
+meets each of them.
+
+    pytest tests/unit/test_cost_profile.py
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+_BEYOND = 1 << 20
+"""Rows at the end of the line that goes on from the last measured ones."""
+
+
+def row_step(count: int) -> int:
+    """What numbers of rows about as large as ``count`` are multiples of: there are four in each
+    octave."""
+    return 1 << max(count.bit_length() - 3, 0)
+
+
+def round_rows(count: int) -> int:
+    """The nearest such number."""
+    step = row_step(count)
+    return (count + step // 2) // step * step
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step computes."""
+
+    num_reqs: int
+    num_tokens: int
+    """The target's rows: one a request and one for each draft token that is verified."""
+    draft_rows: int
+    """The drafter's rows, a block for each request that drafts; 0 where nothing is drafted."""
+    num_context: int = 0
+    """Positions of all requests' contexts."""
+    attended: int = 0
+    """Of each of the target's rows the positions of its request's context, in all."""
+    draft_attended: int = 0
+    """The same of the drafter's rows."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A measured step, of which ``Work.draft_rows`` are run alone or not at all."""
+
+    work: Work
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Seconds of a step."""
+
+    rows: tuple[float, ...]
+    """Numbers of rows, rising; the last two begin a line that goes on."""
+    target: tuple[float, ...]
+    """Of the target with so many rows, without context."""
+    draft: tuple[float, ...]
+    """Of the drafter with so many."""
+    read: float = 0.0
+    """More for each position of a request's context."""
+    attend: float = 0.0
+    """More for each row of the target's and each position that it attends to."""
+    draft_attend: float = 0.0
+    """The same of the drafter's rows."""
+
+    def seconds(
+        self,
+        num_tokens: Any,
+        draft_rows: int = 0,
+        num_context: int = 0,
+        attended: Any = 0,
+        draft_attended: int = 0,
+    ) -> Any:
+        """See ``Work``; ``num_tokens`` and ``attended`` may be arrays."""
+        found = np.interp(num_tokens, self.rows, self.target)
+        found = found + self.read * num_context + self.attend * attended
+        if draft_rows:
+            found = found + self.draft_attend * draft_attended
+            found = found + np.interp(draft_rows, self.rows, self.draft)
+        return found
+
+    def of(self, work: Work) -> float:
+        """Seconds of one step."""
+        return float(
+            self.seconds(
+                work.num_tokens,
+                work.draft_rows,
+                work.num_context,
+                work.attended,
+                work.draft_attended,
+            )
+        )
+
+
+def line(target: tuple[float, float], draft: tuple[float, float], **attention: float) -> Profile:
+    """Of a constant and seconds a row, for the target and for the drafter."""
+    ends = (0.0, float(_BEYOND))
+    return Profile(
+        ends,
+        tuple(target[0] + target[1] * n for n in ends),
+        tuple(draft[0] + draft[1] * n for n in ends),
+        **attention,
+    )
+
+
+GUESS = line((1e-2, 5e-4), (3e-3, 1.5e-4))
+"""Where nothing was measured: what counts is that a step with a block takes some 1.5 plain ones."""
+
+
+def fit(cells: Iterable[Cell]) -> Profile:
+    """The profile through measured cells: target steps (no rows of the drafter) and drafts alone
+    (none of the target). More rows are taken to cost no less; for each number of rows the lowest of
+    its measurements counts, for what held a step up was none of its own.
+
+    Raises:
+        ValueError: no target steps, or no drafts, without context.
+    """
+    kept = list(cells)
+    sides = [[c for c in kept if not c.work.draft_rows], [c for c in kept if c.work.draft_rows]]
+    tables = []
+    for cells_of_one in sides:
+        lowest: dict[int, float] = {}
+        for cell in cells_of_one:
+            if not cell.work.num_context:
+                rows = cell.work.draft_rows or cell.work.num_tokens
+                lowest[rows] = min(cell.seconds, lowest.get(rows, cell.seconds))
+        if not lowest:
+            raise ValueError("the cells have no target steps, or no drafts, without context")
+        at = sorted(lowest)
+        tables.append((at, np.maximum.accumulate([lowest[rows] for rows in at])))
+    rows = sorted({0, *tables[0][0], *tables[1][0], _BEYOND})
+    target, draft = (_through(rows, *table) for table in tables)
+    flat = Profile(tuple(map(float, rows)), target, draft)
+    read, attend = _least([(c.work.num_context, c.work.attended) for c in sides[0]], sides[0], flat)
+    (drafted,) = _least([(c.work.draft_attended,) for c in sides[1]], sides[1], flat)
+    return Profile(flat.rows, target, draft, read, attend, drafted)
+
+
+def _through(rows: Sequence[int], at: Sequence[int], seconds: np.ndarray) -> tuple[float, ...]:
+    """Seconds at each of ``rows``: between the measured ones, and on by the line of the last
+    octave."""
+    found = np.interp(rows, at, seconds)
+    far = [i for i, n in enumerate(at) if 2 * n <= at[-1]]
+    first = far[-1] if far else 0
+    slope = (
+        float(seconds[-1] - seconds[first]) / (at[-1] - at[first])
+        if len(at) > 1
+        else float(seconds[0]) / at[0]
+    )
+    beyond = np.maximum(np.array(rows) - at[-1], 0)
+    return tuple((found + slope * beyond).tolist())
+
+
+def _least(
+    features: Sequence[tuple[int, ...]], cells: Sequence[Cell], flat: Profile
+) -> tuple[float, ...]:
+    """Seconds for each feature by least squares of what the rows alone do not take; none below
+    zero, of those that would be the lowest is left out in turn."""
+    over = [
+        c.seconds
+        - float(
+            np.interp(c.work.draft_rows, flat.rows, flat.draft)
+            if c.work.draft_rows
+            else np.interp(c.work.num_tokens, flat.rows, flat.target)
+        )
+        for c in cells
+    ]
+    x, kept = np.array(features, dtype=float), list(range(len(features[0])))
+    found = np.zeros(x.shape[1])
+    while kept:
+        solved = np.linalg.lstsq(x[:, kept], np.array(over), rcond=None)[0]
+        if solved.min() >= 0:
+            found[kept] = solved
+            break
+        kept.pop(int(solved.argmin()))
+    return tuple(found.tolist())
