@@ -1,4 +1,4 @@
-"""V1 runner on a CPU: once the cache of keys and values is there, the engine's steps are measured."""
+"""V1 runner on a CPU: an engine's steps are measured once its cache of keys and values is there."""
 
 from collections.abc import Callable
 from typing import Any

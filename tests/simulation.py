@@ -1,7 +1,7 @@
 """A server in numbers: steps of known cost and requests of known acceptance, to hold the controller
 against what is best in hindsight."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,7 +33,11 @@ class _Unasked:
     def lengths(
         self, requests: Sequence[str], plan: Plan, confidences: Any = None
     ) -> dict[str, int]:
-        return dict.fromkeys(requests, plan.num_draft_tokens)
+        return {r: 0 if r in plan.skipped else plan.num_draft_tokens for r in requests}
+
+    def kind(self, request: str) -> str:
+        """Here each request is of its own."""
+        return request
 
 
 def profile_of(
@@ -101,9 +105,11 @@ class Server:
     def __post_init__(self) -> None:
         self.random = np.random.default_rng(self.seed)
 
-    def fixed(self, k: int, batches: Sequence[Batch]) -> float:
-        """Tokens a second of a fixed K."""
-        return self._run(_Unasked(), batches, lambda requests: Plan(k))
+    def fixed(
+        self, k: int, batches: Sequence[Batch], skipped: frozenset[Hashable] = frozenset()
+    ) -> float:
+        """Tokens a second of a fixed K; of requests that are skipped nothing is drafted."""
+        return self._run(_Unasked(), batches, lambda requests: Plan(k, skipped=skipped))
 
     def adaptive(self, batches: Sequence[Batch], controller: Controller | None = None) -> float:
         """Tokens a second under a controller."""
@@ -220,6 +226,16 @@ def two_cores(work: Work) -> float:
     """Seconds on two cores, of the embedded pair's kind: every row costs."""
     return 1e-3 * (
         5.0 + 0.55 * work.num_tokens + (1.8 if work.draft_rows else 0) + 0.12 * work.draft_rows
+    )
+
+
+def long_contexts(work: Work) -> float:
+    """Seconds on two cores, where contexts cost too: a position of 32k takes as long to read as a
+    plain step without, and each row meets it for a quarter of that."""
+    return two_cores(work) + 1e-3 * (
+        5e-3 / 32 * work.num_context
+        + 1.2e-3 / 32 * work.attended
+        + 0.3e-3 / 32 * work.draft_attended
     )
 
 

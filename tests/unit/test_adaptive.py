@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
-from simulation import Server, large_gpu, profile_of, two_cores
+from simulation import Server, large_gpu, long_contexts, profile_of, two_cores
 from vllm_dflash.adaptive.acceptance import Acceptance
 from vllm_dflash.adaptive.controller import Controller, Plan
 from vllm_dflash.adaptive.cost import StepCost
@@ -100,6 +100,20 @@ def test_each_request_has_its_own_length() -> None:
     batches = [{f"r{i}": RATES["good" if i % 2 else "bad"] for i in range(32)}] * 2000
     server = Server(large_gpu, noise=0.08)
     assert server.adaptive(batches) > max(server.fixed(k, batches) for k in range(8))
+
+
+@pytest.mark.parametrize("skips", [True, False], ids=["skips", "drafts for all"])
+@pytest.mark.parametrize("rates", RATES)
+@pytest.mark.parametrize("contexts", [[1 << 15, *[128] * 7], [1 << 13] * 4, [1 << 15]])
+def test_long_contexts(contexts: list[int], rates: str, skips: bool) -> None:
+    """One request of 32k positions among seven short ones, and long ones alone: as good as the best
+    of no drafts, drafts for all, and drafts for the short ones only."""
+    requests = {f"r{i}": context for i, context in enumerate(contexts)}
+    batches = [dict.fromkeys(requests, RATES[rates])] * 600
+    server = Server(long_contexts, noise=0.05, contexts=requests, skips=skips)
+    long = frozenset(name for name, context in requests.items() if context >= 1 << 15)
+    best = max(server.fixed(k, batches, skipped) for k in range(8) for skipped in (long, set()))
+    assert server.adaptive(batches) >= 0.97 * best
 
 
 @pytest.mark.slow

@@ -25,10 +25,6 @@ from vllm_dflash.adaptive.cost import StepCost, power
 from vllm_dflash.adaptive.tuning import TUNING, Tuning
 from vllm_dflash.cost_profile import GUESS, Profile, Work
 
-_TRIAL = 2
-"""Steps of a trial: the first that drafts brings the contexts up to date, only the second is like
-those that would follow."""
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -44,17 +40,10 @@ class Plan:
     """The kinds of requests that have nothing to gain (``Controller.kind``)."""
     why: str = "best"
     """``best`` by what is known, or ``trial`` of what does not look best."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The plan of the next steps, for so many requests, with the committed tokens a second that are
-    expected of it."""
-
-    plan: Plan
-    num_reqs: int
-    rate: float
-    seconds: float
+    seconds: float = 1.0
+    """Expected of a step."""
+    rate: float = 0.0
+    """Expected committed tokens a second."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +64,13 @@ class Status:
 
 @dataclass
 class _Size:
-    """What is kept for about as many requests."""
+    """What is kept for about as many requests: steps, trials, the step of the last one, and how
+    many steps it has lost."""
 
     steps: int = 0
-    tried: int = 0
-    """Step of the last trial."""
-    lost: float = 0.0
-    """Steps that it has lost."""
     trials: int = 0
+    tried: int = 0
+    lost: float = 0.0
 
 
 class Controller:
@@ -108,16 +96,17 @@ class Controller:
         self._seen: list[tuple[Outcomes, Confidences | None]] = []
         self._steps, self._due = 0, 0
         """Steps planned, and when the next choice is."""
+        self._best: Plan | None = None
+        self._num_reqs = 0
+        """For which it was chosen."""
+        self._is_slow = False
+        """Whether drafting would not pay if every draft token was accepted."""
         self._sizes: dict[int, _Size] = {}
         self._now = _Size()
-        """The one that was chosen for last."""
         self._rest: list[Plan] = []
         """What is left of a trial."""
         self._usual_loss = 0.0
         """Of a step of the last trial, as it was expected."""
-        self._choice: Choice | None = None
-        self._is_slow = False
-        """Whether drafting would not pay if every draft token was accepted."""
 
     def observe(
         self,
@@ -144,15 +133,17 @@ class Controller:
             self._seen.append((outcomes, confidences))
             if not self.acceptance.young.isdisjoint(outcomes):
                 self._learn()
-        if plan is not None and plan.why == "trial":
-            self._charge(work, seconds, outcomes)
-        if (
-            work is None
-            or writes_backlog
-            or (work.num_tokens > work.num_reqs > 0 == work.draft_rows)
-        ):
-            return  # the last kind verifies what was drafted before, and is between two plans
-        self.cost.observe(work, seconds)
+        best, now = self._best, self._now
+        if plan is not None and plan.why == "trial" and best is not None:
+            lost = self._usual_loss
+            if work is not None:
+                tokens = work.num_reqs + sum(accepted for _, accepted in outcomes.values())
+                lost = (seconds - tokens / best.rate) / best.seconds
+            # Never more than its rows would take as plain steps of their own.
+            now.lost = min(now.lost + lost, 4.0 * self.block_size)
+        # One that verifies and does not draft is between two plans.
+        if work and not writes_backlog and (work.draft_rows or work.num_tokens == work.num_reqs):
+            self.cost.observe(work, seconds)
 
     def plan(self, requests: Sequence[str]) -> Plan:
         """What to draft for these requests, which all decode."""
@@ -164,30 +155,34 @@ class Controller:
         if self._rest:
             return self._rest.pop()
         self._learn()
-        self._now = self._size(len(requests))
-        self._due = self._steps + min(self._tuning.every, self._steps)
+        self._now = now = self._size(len(requests))
         none, draft = self._weigh(requests)
-        was_off = self._choice is not None and not self._choice.plan.num_draft_tokens
+        was_off = self._best is not None and not self._best.num_draft_tokens
         margin = self._tuning.margin if was_off else 1.0
-        best = self._choice = draft if draft.rate > margin * none.rate else none
-        if self._now.steps >= self._next_trial():
-            self._try(best, none if best is draft else draft)
-        return self._rest.pop() if self._rest else best.plan
+        best, other = (draft, none) if draft.rate > margin * none.rate else (none, draft)
+        self._best, self._num_reqs = best, len(requests)
+        self._due = self._steps + min(self._tuning.every, self._steps)
+        if now.steps < self._next_trial():
+            return best
+        now.tried, now.lost, now.trials = now.steps, 0.0, now.trials + 1
+        self._usual_loss = max(other.seconds * (1 - other.rate / best.rate) / best.seconds, 0.0)
+        # Now and then whole drafts, so that positions that did not pay are seen to pay again.
+        whole = Plan(self.max_draft, -1.0, why="trial")
+        tried = replace(other, why="trial") if now.trials % 4 else whole
+        # The first that drafts brings contexts up to date, only the second is like those that would
+        # follow; the last verifies what the second drafted.
+        self._rest = [replace(best, why="trial"), tried]
+        return tried
 
     def kept_plan(self, num_reqs: int) -> Plan | None:
         """In place of ``plan``: the plan for so many requests, if there is nothing to be chosen
         yet; else None, and ``plan`` is to be asked."""
-        last = self._choice
-        if (
-            last is None
-            or self._rest
-            or self._steps >= self._due
-            or abs(num_reqs - last.num_reqs) * 8 > last.num_reqs
-        ):
+        is_due = self._rest or self._steps >= self._due
+        if is_due or abs(num_reqs - self._num_reqs) * 8 > self._num_reqs:
             return None
         self._steps += 1
         self._now.steps += 1
-        return last.plan
+        return self._best
 
     def kind(self, request: str) -> Hashable:
         """Requests that are accepted alike, at about as long a context."""
@@ -217,27 +212,32 @@ class Controller:
 
     def status(self) -> Status:
         """What was chosen last, and why."""
-        last = self._choice
-        if last is None:
+        best = self._best
+        if best is None:
             return Status(drafting=True, why="first")
-        measured = self.cost.measured.get((power(last.num_reqs), True))
-        if last.plan.num_draft_tokens:
+        measured = self.cost.measured.get((power(self._num_reqs), True))
+        if best.num_draft_tokens:
             return Status(drafting=True, why="pays", measured=measured)
         steps = max(self._next_trial() - self._now.steps, self._due - self._steps, 0)
         why = "slow" if self._is_slow else "rejected"
-        return Status(False, why, measured, steps * last.seconds)
+        return Status(False, why, measured, steps * best.seconds)
 
     def _size(self, num_reqs: int) -> _Size:
         return self._sizes.setdefault(power(num_reqs), _Size())
+
+    def _next_trial(self) -> int:
+        """Its step, of those with about as many requests."""
+        later = math.ceil(self._now.lost / self._tuning.exploration)
+        return self._now.tried + max(2 * self._tuning.every, later)
 
     def _learn(self) -> None:
         if self._seen and self.acceptance.learn(self._seen):
             self._due = 0
         self._seen = []
 
-    def _weigh(self, requests: Sequence[str]) -> tuple[Choice, Choice]:
+    def _weigh(self, requests: Sequence[str]) -> tuple[Plan, Plan]:
         """What is expected of no draft, and of the best of those for all requests or some."""
-        num_reqs, profile = len(requests), self._profile
+        num_reqs, block, profile = len(requests), self.block_size, self._profile
         kinds: dict[Hashable, list[str]] = {}
         for request in requests:
             kinds.setdefault(self.kind(request), []).append(request)
@@ -250,86 +250,54 @@ class Controller:
             for kind, names in kinds.items()
         }
         num_context = round(sum(count * context for count, context, _ in parts.values()))
-        factor = self.cost.factor(num_reqs, True)
         plain = self.cost.seconds(Work(num_reqs, num_reqs, 0, num_context, num_context))
-        none = Choice(Plan(0), num_reqs, num_reqs / plain, plain)
-        last = self._choice
-        alike = last is not None and power(last.num_reqs) == power(num_reqs)
-        rate = max(none.rate, last.rate if last is not None and alike else 0.0)
-        rows, k = num_reqs * self.block_size, self.max_draft
-        at_most = factor * profile.seconds(num_reqs * (k + 1), rows)
-        self._is_slow = num_reqs * (k + 1) < none.rate * at_most
+        none = Plan(0, seconds=plain, rate=num_reqs / plain)
+        factor, rate = self.cost.factor(num_reqs, True), none.rate
+        if self._best is not None and power(self._num_reqs) == power(num_reqs):
+            rate = max(rate, self._best.rate)
+        attend = rate * factor * profile.attend
+        whole = num_reqs * (self.max_draft + 1)
+        self._is_slow = whole < none.rate * factor * profile.seconds(whole, num_reqs * block)
 
-        def weigh(taken: Sequence[Hashable]) -> Choice:
+        def weigh(taken: Sequence[Hashable]) -> Plan:
             found = [parts[kind] for kind in taken]
-            price = rate * factor * profile.attend
-            each, context, survival = (
-                np.concatenate(column)
-                for column in zip(
-                    *(
-                        (np.full(s.size, count / len(s)), np.full(s.size, context), s.ravel())
-                        for count, context, s in found
-                    ),
-                    strict=True,
+            survival = np.concatenate([s.ravel() for _, _, s in found])
+            each, context = (
+                np.repeat(column, [s.size for _, _, s in found])
+                for column in (
+                    [count / len(s) for count, _, s in found],
+                    [context for _, context, _ in found],
                 )
             )
-            worth = survival - price * context
+            worth = survival - attend * context
             order = np.argsort(-worth, kind="stable")
-            worth, each, context = worth[order], each[order], context[order]
+            worth, each = worth[order], each[order]
             seconds = factor * profile.seconds(
                 num_reqs + np.cumsum(each),
-                self.block_size * sum(count for count, _, _ in found),
+                block * sum(count for count, _, _ in found),
                 num_context,
-                num_context + np.cumsum(each * context),
-                self.block_size * sum(count * context for count, context, _ in found),
+                num_context + np.cumsum(each * context[order]),
+                block * sum(count * context for count, context, _ in found),
             )
-            tokens = num_reqs + np.cumsum(each * survival[order])
+            rates = (num_reqs + np.cumsum(each * survival[order])) / seconds
             # Of equal ones all are in or out.
-            ends = np.append(worth[:-1] > worth[1:], True)
-            best = int(np.argmax(np.where(ends, tokens / seconds, 0.0)))
+            best = int(np.argmax(np.where(np.append(worth[:-1] > worth[1:], True), rates, 0.0)))
             rest = worth[best + 1] if best + 1 < len(worth) else min(worth[best], 0.0) - 1
-            plan = Plan(
-                k, float(worth[best] + rest) / 2, price, frozenset(parts.keys() - set(taken))
+            return Plan(
+                self.max_draft,
+                float(worth[best] + rest) / 2,
+                attend,
+                frozenset(parts.keys() - set(taken)),
+                seconds=float(seconds[best]),
+                rate=float(rates[best]),
             )
-            return Choice(plan, num_reqs, float(tokens[best] / seconds[best]), float(seconds[best]))
 
-        # Those first that bring most for what their context costs the drafter.
         def gain(kind: Hashable) -> float:
+            """What drafts bring, less what their context costs."""
             _, context, survival = parts[kind]
-            cost = rate * factor * context
-            kept = np.maximum(survival - cost * profile.attend, 0.0).sum(1).mean()
-            return float(kept - cost * profile.draft_attend * self.block_size)
+            kept = np.maximum(survival - attend * context, 0.0).sum(1).mean()
+            return float(kept - rate * factor * context * profile.draft_attend * block)
 
         first = sorted(parts, key=gain, reverse=True)
-        return none, max(
-            (weigh(first[: i + 1]) for i in range(len(first))), key=lambda choice: choice.rate
-        )
-
-    def _next_trial(self) -> int:
-        """Its step, of those with about as many requests."""
-        now, least = self._now, 2 * self._tuning.every
-        return now.tried + max(least, math.ceil(now.lost / self._tuning.exploration))
-
-    def _try(self, best: Choice, other: Choice) -> None:
-        """Plans a trial: no draft where drafts are, else a draft; now and then one that is verified
-        whole, so that positions that did not pay are seen to pay again."""
-        now, plan = self._now, other.plan
-        now.tried, now.lost, now.trials = now.steps, 0.0, now.trials + 1
-        if now.trials % 4 == 0:
-            plan = Plan(self.max_draft, -1.0)
-        loss = other.seconds * (1 - other.rate / best.rate) / best.seconds
-        self._usual_loss = max(loss, 0.0)
-        self._rest = [replace(each, why="trial") for each in (best.plan, *[plan] * _TRIAL)]
-
-    def _charge(self, work: Work | None, seconds: float, outcomes: Outcomes) -> None:
-        """What a step of a trial has lost, in steps that look best. It is never more than its rows
-        would take as plain steps of their own."""
-        last, now = self._choice, self._now
-        if last is None:
-            return
-        if work is None:
-            now.lost += self._usual_loss
-        else:
-            tokens = work.num_reqs + sum(accepted for _, accepted in outcomes.values())
-            now.lost += (seconds - tokens / last.rate) / last.seconds
-        now.lost = min(now.lost, 2.0 * _TRIAL * self.block_size)
+        drafts = (weigh(first[: i + 1]) for i in range(len(first)))
+        return none, max(drafts, key=lambda plan: plan.rate)
