@@ -131,6 +131,7 @@ class Server:
                 noise=self.noise,
             ),
             tuning=tuning,
+            skips=self.skips,
         )
 
     def _run(

@@ -101,13 +101,19 @@ class Step:
     @property
     def num_attended(self) -> int:
         """Of each row the positions of its request's context, in all; of steps that only decode."""
-        scheduled = self.scheduled
-        counts, cached = scheduled.num_scheduled_tokens, scheduled.scheduled_cached_reqs
-        if scheduled.total_num_scheduled_tokens == len(counts):
+        counts = self.scheduled.num_scheduled_tokens
+        if self.scheduled.total_num_scheduled_tokens == len(counts):
             return self.num_context  # a row for each
+        contexts = self.contexts
+        return sum(count * contexts[name] for name, count in counts.items())
+
+    @property
+    def contexts(self) -> dict[str, int]:
+        """By request, the positions of its context, as it was scheduled."""
+        scheduled, cached = self.scheduled, self.scheduled.scheduled_cached_reqs
         before = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         before |= {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
-        return sum(count * (before[name] + count) for name, count in counts.items())
+        return {name: before[name] + n for name, n in scheduled.num_scheduled_tokens.items()}
 
     @property
     def committed(self) -> Mapping[str, int]:

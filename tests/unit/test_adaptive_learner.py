@@ -1,6 +1,7 @@
 """What the controller gets of each step, apart from an engine."""
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from step_records import ran_of, scheduled_of, scheduler_of
 from vllm_dflash.adaptive.controller import Plan
 from vllm_dflash.adaptive.learner import Learner
 from vllm_dflash.cost_profile import Work
+from vllm_dflash.drafts import Planned
 from vllm_dflash.steps import Step, Steps
 
 
@@ -95,6 +97,23 @@ def test_an_asynchronous_step_began_when_the_one_before_ended_and_tells_nothing_
     seen = learn(SPECULATIVE, SPECULATIVE, synchronous=False)
     assert [work is None for work, *_ in seen] == [True, False]
     assert seen[1][1] > 0
+
+
+def test_an_asynchronous_steps_time_holds_the_draft_of_the_step_before() -> None:
+    """Its output is handed on before its own draft runs."""
+    seen = learn(plain(), plain(k=7), SPECULATIVE, plain(), synchronous=False, why="trial")
+    assert [work and work.draft_rows for work, *_ in seen] == [None, 0, 16, 16]
+    assert not any(writes_backlog for *_, writes_backlog in seen)
+
+
+def test_a_step_that_drafts_for_some_requests() -> None:
+    """Of the others neither rows nor contexts count for the drafter."""
+    step, ran = SPECULATIVE
+    scheduled = SimpleNamespace(
+        **vars(step) | {"num_spec_tokens_to_schedule": Planned(7, ["a", "gone"])}
+    )
+    [(work, *_)] = learn((scheduled, ran))
+    assert work == Work(2, 7, 8, 14, 49, 8 * (4 + 3))
 
 
 def test_a_speculative_step() -> None:

@@ -123,8 +123,9 @@ class Acceptance:
         said = [None if confidences is None else confidences.get(name) for name in requests]
         x, is_said = self._log_odds(said)
         if is_said:
-            for row, index in zip(x, own[:, 0].astype(int).tolist(), strict=True):
-                self._by_index[index].recent.append(row)
+            for row, index, own_said in zip(x, own[:, 0].astype(int).tolist(), said, strict=True):
+                if own_said:
+                    self._by_index[index].recent.append(row)
         return np.cumprod(_odds(self._scores(x, is_said, own)), axis=1)
 
     def lengths(self, survival: np.ndarray, prices: "np.ndarray | float") -> list[int]:

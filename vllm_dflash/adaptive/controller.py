@@ -86,11 +86,13 @@ class Controller:
         context: Callable[[str], int] = lambda _: 0,
         profile: Profile = GUESS,
         tuning: Tuning = TUNING,
+        skips: bool = True,
     ) -> None:
         """``group``, ``limit``: see ``Acceptance``; ``context``: positions of a request's;
-        ``profile``: of steps as they were measured at warm-up."""
+        ``profile``: of steps as they were measured at warm-up; ``skips``: whether requests that
+        have nothing to gain cost no rows of the drafter's."""
         self.max_draft, self.block_size, self._tuning = max_draft, block_size, tuning
-        self._context, self._profile = context, profile
+        self._context, self._profile, self._skips = context, profile, skips
         self.cost = StepCost(profile, tuning)
         self.acceptance = Acceptance(max_draft, tuning, group, limit)
         self._seen: list[tuple[Outcomes, Confidences | None]] = []
@@ -261,6 +263,7 @@ class Controller:
 
         def weigh(taken: Sequence[Hashable]) -> Plan:
             found = [parts[kind] for kind in taken]
+            drafted = found if self._skips else list(parts.values())
             survival = np.concatenate([s.ravel() for _, _, s in found])
             each, context = (
                 np.repeat(column, [s.size for _, _, s in found])
@@ -274,10 +277,10 @@ class Controller:
             worth, each = worth[order], each[order]
             seconds = factor * profile.seconds(
                 num_reqs + np.cumsum(each),
-                block * sum(count for count, _, _ in found),
+                block * sum(count for count, _, _ in drafted),
                 num_context,
                 num_context + np.cumsum(each * context[order]),
-                block * sum(count * context for count, context, _ in found),
+                block * sum(count * context for count, context, _ in drafted),
             )
             rates = (num_reqs + np.cumsum(each * survival[order])) / seconds
             # Of equal ones all are in or out.

@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_dflash.adaptive.controller import Controller, Plan
 from vllm_dflash.cost_profile import Work
+from vllm_dflash.drafts import skipped_of
 from vllm_dflash.steps import Step
 
 _MEASURED_EVERY = 4
@@ -49,8 +50,12 @@ class Learner:
         """Takes in a step, and of those that neither draft nor verify, as is best, one in a few:
         that tells enough."""
         self._steps += 1
-        plan, drafts = self._plan_of(step.scheduled), step.num_drafted > 0
-        writes_backlog, self._drafted = drafts and not self._drafted, drafts
+        plan, before = self._plan_of(step.scheduled), self._drafted
+        self._drafted = step.num_drafted > 0
+        # Under asynchronous scheduling a step's output is handed on before its draft runs: the time
+        # up to it holds the draft of the step before.
+        drafts = self._drafted if self._is_synchronous else before
+        writes_backlog = self._is_synchronous and drafts and not before
         if (
             self._steps % _MEASURED_EVERY
             and not drafts
@@ -62,7 +67,7 @@ class Learner:
         # Its time tells how long decoding takes only where it was all decoding.
         is_exact = began is not None and step.all_decode and not step.num_ended
         self.controller.observe(
-            self._work(step) if is_exact else None,
+            self._work(step, drafts) if is_exact else None,
             step.ended - (began or step.ended),
             step.verified,
             step.confidences,
@@ -93,15 +98,20 @@ class Learner:
             return step.scheduled_at
         return step.began
 
-    def _work(self, step: Step) -> Work:
-        """What the step computed."""
+    def _work(self, step: Step, drafts: bool) -> Work:
+        """What was computed in a step's time."""
         count, num_context = len(step.scheduled.num_scheduled_tokens), step.num_context
-        block = self.controller.block_size if step.num_drafted else 0
+        drafting, seen, block = count, num_context, self.controller.block_size
+        if not drafts:
+            block = 0
+        elif skipped := skipped_of(step.num_planned):
+            contexts = [n for name, n in step.contexts.items() if name not in skipped]
+            drafting, seen = len(contexts), sum(contexts)
         return Work(
             count,
             step.scheduled.total_num_scheduled_tokens,
-            count * block,
+            drafting * block,
             num_context,
             step.num_attended,
-            num_context * block,
+            seen * block,
         )

@@ -24,7 +24,7 @@ from vllm_dflash.adaptive.controller import Controller, Plan
 from vllm_dflash.adaptive.learner import Learner
 from vllm_dflash.compat import num_drafted
 from vllm_dflash.drafting.measure import profile_for
-from vllm_dflash.drafts import confidences_of
+from vllm_dflash.drafts import Planned, confidences_of
 from vllm_dflash.log import logger
 from vllm_dflash.patches.adaptive_scheduler import cut_drafts, cut_placeholders, plan_drafts
 from vllm_dflash.patches.request_drafts import limits_of
@@ -38,6 +38,9 @@ class _Adaptive(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        device = self.vllm_config.device_config.device_type
+        self._skips = self._is_synchronous and device == "cpu"
+        """Whether a step can draft for some of its requests only."""
         draft_config = self.vllm_config.speculative_config.draft_model_config.hf_config
         self._limits = limits_of(self)
         self.controller = Controller(
@@ -47,6 +50,7 @@ class _Adaptive(Scheduler):
             self._limits.most,
             self._context,
             profile_for(self.vllm_config),
+            skips=self._skips,
         )
         self._learner = Learner(self.controller, self._is_synchronous)
         self._confidences: dict[str, list[float]] = {}
@@ -90,7 +94,13 @@ class _Adaptive(Scheduler):
             drafting = self._drafting(scheduler_output)
             plan = self.controller.plan(drafting) if drafting else Plan(0)
         self._learner.schedule(scheduler_output, plan)
-        plan_drafts(scheduler_output, plan.num_draft_tokens)
+        k = plan.num_draft_tokens
+        if plan.skipped and self._skips:
+            kind = self.controller.kind
+            k = Planned(
+                k, [r for r in scheduler_output.num_scheduled_tokens if kind(r) in plan.skipped]
+            )
+        plan_drafts(scheduler_output, k)
         if scheduler_output.finished_req_ids:
             self.controller.forget(scheduler_output.finished_req_ids)
             for request_id in scheduler_output.finished_req_ids:
@@ -131,7 +141,7 @@ class AdaptiveScheduler(_Adaptive):
             draft_token_ids.draft_token_ids,
             confidences_of(draft_token_ids.draft_token_ids),
         )
-        if not drafts or not drafts[0]:
+        if not any(drafts):
             return  # a request that was scheduled has no draft from before
         if self._learner.is_closed:
             super().update_draft_token_ids(draft_token_ids)

@@ -57,6 +57,7 @@ def _slots(block_table: Tensor, positions: Tensor, page_size: int) -> Tensor:
 class CPUBackend(Backend):
     """Drafts are verified by our own class; layers run kernel by kernel where they can."""
 
+    skips = True
     slots = staticmethod(_slots if _slot_mapping else paged_slots)
 
     def __init__(self, proposer: "DFlashProposer") -> None:
