@@ -489,7 +489,7 @@ def test_what_top_says_of_drafting(folder: Path):
             " decoding"
         ),
         "on: measured to pay, 2 seconds ago",
-        "on: first steps of a batch size",
+        "on: nothing was chosen yet",
     ]
 
 

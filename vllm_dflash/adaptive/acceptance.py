@@ -137,7 +137,7 @@ class Acceptance:
         """
         count, k = survival.shape
         worth = np.where(survival > 0, survival - prices, -np.inf).ravel()
-        kept = round_rows(count + int((worth > 0).sum())) - count
+        kept = max(round_rows(count + int((worth > 0).sum())) - count, 0)
         best = np.argsort(-worth, kind="stable")[: min(kept, int((survival > 0).sum()))]
         found: list[int] = np.bincount(best // k, minlength=count).tolist()
         return found
