@@ -61,6 +61,24 @@ def slow_drafts(scheduler: Any, factor: float) -> None:
     scheduler.controller.observe = observing
 
 
+def skip_requests(scheduler: Any, skipped: set[int]) -> None:
+    """The controller drafts nothing for these requests of a batch, in every third step nothing for
+    any, and else whole drafts for the others."""
+    from vllm_dflash.adaptive.controller import Plan
+
+    controller, step = scheduler.controller, iter(range(1 << 30))
+    size = 1 + max(skipped)
+
+    def kind(request: str) -> bool:
+        return int(request.split("-")[0]) % size in skipped
+
+    def plan(requests: Any) -> Any:
+        off = next(step) % 3 == 2
+        return Plan(0) if off else Plan(controller.max_draft, -1.0, skipped=frozenset([True]))
+
+    controller.kind, controller.plan, controller.kept_plan = kind, plan, lambda num_reqs: None
+
+
 def coverage(llm: Any) -> dict[str, int]:
     """The proposer's counts of context positions; empty for a proposer that is not ours."""
     from vllm_dflash.drafting.v1 import DFlashProposer, context_counts
@@ -97,11 +115,14 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if job.get("record"):
         record_drafts(model_runner(llm), drafts)
     verified = Verifications()
-    if job.get("slow_drafts"):
+    if job.get("slow_drafts") or job.get("skip_requests"):
         from vllm_dflash.patches.scheduler_steps import watch
 
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-        slow_drafts(scheduler, job["slow_drafts"])
+        if job.get("slow_drafts"):
+            slow_drafts(scheduler, job["slow_drafts"])
+        else:
+            skip_requests(scheduler, set(job["skip_requests"]))
         watch(scheduler, verified)
     asked = dict(
         temperature=0,
