@@ -115,8 +115,8 @@ def test_steps_that_draft_for_some_requests_only() -> None:
 
 
 def test_steps_are_measured_at_the_first_start_and_read_at_the_second(tmp_path: Path) -> None:
-    """More rows take longer, drafts less than half of what the same rows of the target take, and
-    the drafts that follow are the reference's: nothing of what was measured is left behind."""
+    """More rows take longer, and the drafts that follow are the reference's: nothing of what was
+    measured is left behind."""
     settings = {
         "adaptive": True,
         "record": True,

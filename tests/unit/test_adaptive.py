@@ -65,7 +65,7 @@ def test_catching_up_is_paid_for_and_is_not_what_drafting_costs() -> None:
     long; the next ones do not."""
     controller, drafted = Controller(7, 8, profile=PROFILE), 0
     requests, lost = [f"r{i}" for i in range(8)], list[float]()
-    for _ in range(1200):
+    for _ in range(3200):
         plan = controller.plan(requests)
         now = plan.num_draft_tokens
         work, writes_backlog = Work(8, 8 + 8 * drafted, 64 if now else 0), bool(now and not drafted)
@@ -81,7 +81,7 @@ def test_catching_up_is_paid_for_and_is_not_what_drafting_costs() -> None:
         drafted = now
     draft = Work(8, 8, 64)
     assert controller.cost.seconds(draft) == pytest.approx(two_cores(draft), rel=0.05)
-    assert 0 < sum(lost[200:]) < 0.02 * 1000 * two_cores(Work(8, 8, 0))
+    assert 0 < sum(lost[200:]) < 0.01 * 3000 * two_cores(Work(8, 8, 0))
 
 
 @pytest.mark.parametrize("num_reqs", [1, 2, 4, 8])
@@ -134,15 +134,15 @@ def _observe(
     confidences: Sequence[float] | None = None,
 ) -> None:
     said: Mapping[str, Sequence[float]] | None = confidences and {request: confidences}
-    acceptance.survival([request], said)
+    acceptance.lengths([request], [0.0], said)
     acceptance.learn([({request: (verified, accepted)}, said)])
 
 
 def _survival(
     acceptance: Acceptance, request: str, confidences: Sequence[float] | None = None
 ) -> list[float]:
-    found = acceptance.survival([request], None if confidences is None else {request: confidences})
-    return found[0].tolist()
+    found: list[float] = acceptance.survival([request], [confidences])[0].tolist()
+    return found
 
 
 def test_confidence_is_calibrated() -> None:
@@ -312,9 +312,8 @@ def test_rows_come_in_round_numbers() -> None:
     confidences = {
         name: [0.99 - 0.05 * i - 0.001 * n for i in range(7)] for n, name in enumerate(requests)
     }
-    survival = dict(
-        zip(requests, controller.acceptance.survival(requests, confidences).tolist(), strict=True)
-    )
+    found = controller.acceptance.survival(requests, confidences.values()).tolist()
+    survival = dict(zip(requests, found, strict=True))
     for threshold in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7):
         lengths = controller.lengths(requests, Plan(7, threshold), confidences)
         rows = len(requests) + sum(lengths.values())

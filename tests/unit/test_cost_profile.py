@@ -109,7 +109,7 @@ def test_where_nothing_can_be_written_it_holds_for_the_process(tmp_path: Path) -
     [
         lambda text: text[:-20],
         lambda text: text.replace('"target"', '"targets"'),
-        lambda text: text.replace("0.5", '"a"'),
+        lambda text: text.replace("0.25", '"a"'),
         lambda text: text.replace('"a"', '"another"').replace(r"\"a\"", r"\"b\""),
         lambda text: text.replace("1048576.0", "0.0"),
         lambda text: text.replace("1.0,", "0.0,").replace("0.25", "0.0"),

@@ -8,8 +8,10 @@ one drafts are accepted less than of a greedy one.
     pytest tests/unit/test_adaptive.py
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
+from heapq import nlargest
 
 import numpy as np
 
@@ -22,18 +24,33 @@ Outcomes = Mapping[str, tuple[int, int]]
 """By request, draft tokens that were verified and how many of them were accepted."""
 _USUAL = 0.6
 """Probability of a token of which nothing is known."""
+_BINS = 64
+"""Confidences that are told apart where drafts are cut."""
+_APART = 4
+"""How much slower what is a position's or a request's own is learned than what all share."""
 
 
 class _Group:
     """What was learned of one group of requests."""
 
-    def __init__(self, index: int, num_weights: int, tuning: Tuning) -> None:
-        self.index, self.num_drafts = index, 0
-        # What is a position's own is believed half as fast as what all have in common.
-        self.prior = np.diag(tuning.prior * np.array([1, 1, *[2] * (num_weights - 2)]))
-        self.information = self.prior
-        self.recent: deque[np.ndarray] = deque(maxlen=tuning.recent)
-        """Log-odds of the last drafts' confidences, [K] each."""
+    def __init__(self, max_draft: int, limit: int, tuning: Tuning) -> None:
+        self.num_drafts = 0
+        self.weights = np.array([1.0, 0.0, *[0.0] * limit, *[-math.inf] * (max_draft - limit)])
+        """Slope, bias, and the positions' biases; past the limit nothing is accepted."""
+        self.information = np.zeros((2 + max_draft, 2 + max_draft))
+        self.recent: deque[Sequence[float]] = deque(maxlen=tuning.recent)
+        """Confidences of the last drafts, [K] each."""
+        self.odds: list[list[float]] = []
+        """[K][bins] of acceptance by confidence; empty where they have to be reckoned anew."""
+
+
+class _Request:
+    """What was learned of one request: its bias, and the information that this is based on."""
+
+    __slots__ = ("bias", "group", "information")
+
+    def __init__(self, group: _Group) -> None:
+        self.group, self.bias, self.information = group, 0.0, 0.0
 
 
 class Acceptance:
@@ -48,14 +65,11 @@ class Acceptance:
     ) -> None:
         """``group``: which of a request's kind are accepted alike, and have the same limit;
         ``limit``: the draft tokens that a request may have, ``max_draft`` where left out."""
-        self._max_draft, self._tuning = max_draft, tuning
-        self._group, self._limit = group, limit or (lambda _: max_draft)
+        self._max_draft, self._tuning, self._group = max_draft, tuning, group
+        self._limit = limit or (lambda _: max_draft)
         self._groups: dict[Hashable, _Group] = {}
-        self._by_index: list[_Group] = []
-        self._weights = np.zeros((0, 2 + max_draft))
-        """By group: slope, bias, and the positions' biases; -inf past the limit."""
-        self._requests: dict[str, tuple[int, float, float]] = {}
-        """Of each its group, its bias and the information that this is based on."""
+        self._requests: dict[str, _Request] = {}
+        self._usual = [_USUAL] * max_draft
         self._positions = np.arange(max_draft)
         self.young: set[str] = set()
         """Requests of groups of which next to nothing is known."""
@@ -63,83 +77,99 @@ class Acceptance:
     def learn(self, steps: Iterable[tuple[Outcomes, Confidences | None]]) -> bool:
         """Takes in what became of drafts; returns whether as many of a group were seen as were
         known of it before."""
-        seen = [
-            (name, *counts, said.get(name) if said else None)
-            for outcomes, said in steps
-            for name, counts in outcomes.items()
-            if counts[0]
-        ]
-        if not seen:
-            return False
-        names, verified, accepted, said = zip(*seen, strict=True)
-        own, (x, is_said), memory = self._own(names), self._log_odds(said), self._tuning.memory
-        right = self._positions < np.array(accepted)[:, None]
-        reached = self._positions < np.minimum(np.array(accepted) + 1, verified)[:, None]
-        error = right - _odds(self._scores(x, is_said, own))
+        seen: dict[_Group, list[tuple[_Request, int, int, Sequence[float] | None]]] = {}
+        for outcomes, said in steps:
+            for name, (verified, accepted) in outcomes.items():
+                if verified:
+                    request = self._of(name)
+                    row = said.get(name) if said else None
+                    seen.setdefault(request.group, []).append((request, verified, accepted, row))
         has_news = False
-        for index in np.unique(own[:, 0]).astype(int).tolist():
-            group = self._by_index[index]
-            rows, at = (reached & (own[:, :1] == index)).nonzero()
-            features = np.zeros((len(rows), len(group.prior)))
-            if is_said:
-                features[:, 0], features[:, 1] = x[rows, at], 1.0
-            features[np.arange(len(rows)), 2 + at] = 1.0
-            over, kept = error[rows, at], max(1 - len(rows) / memory, 0.0)
-            group.information = (
-                group.prior
-                + kept * (group.information - group.prior)
-                + features.T @ (features * (np.abs(over) * (1 - np.abs(over)))[:, None])
-            )
-            step = np.linalg.solve(group.information, features.T @ over)
-            # No further than the curve may be taken for a line.
-            self._weights[index] += np.clip(step, -1.0, 1.0)
-            count = int((own[:, 0] == index).sum())
-            has_news |= group.num_drafts.bit_length() < (group.num_drafts + count).bit_length()
-            group.num_drafts += count
-        self.young = {
-            name
-            for name in self.young
-            if self._by_index[self._requests[name][0]].num_drafts < self._tuning.every
-        }
-        # What the group has learned is no request's own.
-        likely = _odds(self._scores(x, is_said, own))
-        rows = np.stack([right - likely, likely * (1 - likely), np.ones_like(likely)], 2)
-        sums: dict[str, np.ndarray] = {}
-        for name, row in zip(names, (rows * reached[:, :, None]).sum(1), strict=True):
-            sums[name] = row + sums.get(name, 0.0)
-        for name, (over, information, count) in sums.items():
-            index, bias, known = self._requests[name]
-            known = known * max(1 - count / memory, 0.0) + information
-            step = min(max(over / (2 * self._tuning.prior + known), -1.0), 1.0)
-            self._requests[name] = index, bias + float(step), float(known)
+        for group, rows in seen.items():
+            self._learn(group, *zip(*rows, strict=True))
+            before, group.num_drafts = group.num_drafts, group.num_drafts + len(rows)
+            has_news |= before.bit_length() < group.num_drafts.bit_length()
+        if self.young:
+            every = self._tuning.every
+            self.young = {name for name in self.young if self._of(name).group.num_drafts < every}
         return has_news
 
-    def survival(
-        self, requests: Sequence[str], confidences: Confidences | None = None
-    ) -> np.ndarray:
-        """float64 [n, K]: probability that each request's draft is accepted up to and with each
-        position; past its limit 0. Remembers the drafts for ``expected``."""
-        own = self._own(requests)
-        said = [None if confidences is None else confidences.get(name) for name in requests]
-        x, is_said = self._log_odds(said)
+    def _learn(
+        self,
+        group: _Group,
+        requests: Sequence[_Request],
+        verified: Sequence[int],
+        accepted: Sequence[int],
+        said: Sequence[Sequence[float] | None],
+    ) -> None:
+        """One Newton step of a group's curve, and then of its requests' biases."""
+        tuning, is_said = self._tuning, any(said)
+        x = _log_odds([self._whole(row) for row in said])
+        bias = np.array([[request.bias] for request in requests])
+        right = self._positions < np.array(accepted)[:, None]
+        reached = self._positions < np.minimum(np.array(accepted) + 1, verified)[:, None]
+        rows, at = reached.nonzero()
+        over = (right - _odds(_scores(group, x, bias)))[rows, at]
+        features = np.zeros((len(rows), len(group.weights)))
         if is_said:
-            for row, index, own_said in zip(x, own[:, 0].astype(int).tolist(), said, strict=True):
-                if own_said:
-                    self._by_index[index].recent.append(row)
-        return np.cumprod(_odds(self._scores(x, is_said, own)), axis=1)
+            features[:, 0], features[:, 1] = x[rows, at], 1.0
+        features[np.arange(len(rows)), 2 + at] = 1.0
+        own = _APART if is_said else 1
+        prior = tuning.prior * np.diag([1.0, 1.0, *[own] * self._max_draft])
+        group.information = max(1 - len(rows) / tuning.memory, 0.0) * group.information
+        group.information += features.T @ (features * (np.abs(over) * (1 - np.abs(over)))[:, None])
+        # No further than the curve may be taken for a line.
+        step = np.linalg.solve(prior + group.information, features.T @ over)
+        group.weights += np.clip(step, -1.0, 1.0)
+        group.odds = []
+        # What the group has learned is no request's own.
+        likely = _odds(_scores(group, x, bias))
+        told = np.stack([right - likely, likely * (1 - likely), np.ones_like(x)], 2)
+        sums: dict[_Request, np.ndarray] = {}
+        for request, row in zip(requests, (told * reached[:, :, None]).sum(1), strict=True):
+            sums[request] = row + sums.get(request, 0.0)
+        for request, row in sums.items():
+            error, information, count = row.tolist()
+            request.information *= max(1 - count / tuning.memory, 0.0)
+            request.information += information
+            step = error / (_APART * tuning.prior + request.information)
+            request.bias += min(max(step, -1.0), 1.0)
 
-    def lengths(self, survival: np.ndarray, prices: "np.ndarray | float") -> list[int]:
-        """Of each request's draft tokens, how many are accepted with a probability above the
-        request's price, [n, 1] or one for all.
+    def lengths(
+        self, requests: Sequence[str], prices: Sequence[float], confidences: Confidences | None
+    ) -> list[int]:
+        """Of each request's draft tokens, how many are accepted with a probability above its price.
+        Remembers the drafts for ``expected``.
 
         A few more or fewer, so that the target's rows come in round numbers: a CPU's kernels are
         made anew for each number of rows.
         """
-        count, k = survival.shape
-        worth = np.where(survival > 0, survival - prices, -np.inf).ravel()
-        kept = max(round_rows(count + int((worth > 0).sum())) - count, 0)
-        best = np.argsort(-worth, kind="stable")[: min(kept, int((survival > 0).sum()))]
-        found: list[int] = np.bincount(best // k, minlength=count).tolist()
+        found, inside, outside = [], [], []
+        for i, (name, price) in enumerate(zip(requests, prices, strict=True)):
+            request = self._of(name)
+            group, row = request.group, self._usual
+            if confidences and (own := confidences.get(name)):
+                row = own
+                group.recent.append(row)
+            if not group.odds:
+                self._tabulate(group)
+            probability, count, factor = 1.0, 0, math.exp(request.bias)
+            kept = 0.0
+            for odds, confidence in zip(group.odds, row, strict=False):
+                once = odds[int(confidence * _BINS)] * factor
+                probability *= once / (1 + once)
+                if probability <= price or probability <= 0.0:
+                    if probability > 0.0 and price < 1.0:
+                        outside.append((probability - price, i))
+                    break
+                kept, count = probability, count + 1
+            if count:
+                inside.append((price - kept, i))
+            found.append(count)
+        rows = len(found) + sum(found)
+        missing = round_rows(rows) - rows
+        for _, i in nlargest(abs(missing), outside if missing > 0 else inside) if missing else ():
+            found[i] += 1 if missing > 0 else -1
         return found
 
     def expected(self, requests: Sequence[str]) -> np.ndarray:
@@ -149,12 +179,18 @@ class Acceptance:
         The group's last drafts, where confidences are known: how far drafts differ decides what it
         brings to verify only part of some.
         """
-        own = self._own(requests)
-        x = np.array(self._by_index[int(own[0, 0])].recent)
-        if not len(x):
-            x = np.zeros((len(own), self._max_draft))
-            return np.cumprod(_odds(self._scores(x, False, own)), axis=1)
-        return np.cumprod(_odds(self._scores(x, True, own[np.arange(len(x)) % len(own)])), axis=1)
+        recent = self._of(requests[0]).group.recent or [None] * len(requests)
+        return self.survival([requests[i % len(requests)] for i in range(len(recent))], recent)
+
+    def survival(
+        self, requests: Sequence[str], said: Iterable[Sequence[float] | None]
+    ) -> np.ndarray:
+        """float64 [n, K]: probability that drafts of these requests, which are of one group, are
+        accepted up to and with each position; past the limit 0."""
+        known, x = [self._of(name) for name in requests], _log_odds([*map(self._whole, said)])
+        bias = np.array([[request.bias] for request in known])
+        found: np.ndarray = np.cumprod(_odds(_scores(known[0].group, x, bias)), axis=1)
+        return found
 
     def forget(self, requests: Container[str]) -> None:
         """These requests have ended."""
@@ -162,45 +198,46 @@ class Acceptance:
             del self._requests[request]
             self.young.discard(request)
 
-    def group_of(self, request: str) -> int:
-        """Its group's index."""
-        known = self._requests.get(request)
-        return known[0] if known else int(self._own([request])[0, 0])
+    def group_of(self, request: str) -> Hashable:
+        """Requests of one group are accepted alike."""
+        return self._of(request).group
 
-    def _own(self, requests: Sequence[str]) -> np.ndarray:
-        """[n, 3] of ``_requests``; new ones are taken in."""
-        for name in () if self._requests.keys() >= set(requests) else requests:
-            if name not in self._requests:
-                group = self._groups.get(self._group(name)) or self._new_group(name)
-                self._requests[name] = group.index, 0.0, 0.0
-                if group.num_drafts < self._tuning.every:
-                    self.young.add(name)
-        return np.array([self._requests[name] for name in requests])
+    def _of(self, name: str) -> _Request:
+        request = self._requests.get(name)
+        if request is None:
+            key, tuning = self._group(name), self._tuning
+            if key not in self._groups:
+                self._groups[key] = _Group(self._max_draft, self._limit(name), tuning)
+            request = self._requests[name] = _Request(self._groups[key])
+            if request.group.num_drafts < tuning.every:
+                self.young.add(name)
+        return request
 
-    def _new_group(self, request: str) -> _Group:
-        group = _Group(len(self._by_index), 2 + self._max_draft, self._tuning)
-        self._groups[self._group(request)] = group
-        self._by_index.append(group)
-        weights = np.array([1.0, 0.0, *[0.0] * self._max_draft])
-        weights[2 + self._limit(request) :] = -np.inf
-        self._weights = np.vstack([self._weights, weights])
-        return group
+    def _whole(self, row: Sequence[float] | None) -> Sequence[float]:
+        """Confidences of a whole draft: of a shorter one, and of none, the usual ones."""
+        if row is None or len(row) < self._max_draft:
+            return [*(row or ()), *self._usual[len(row or ()) :]]
+        return row
 
-    def _log_odds(self, said: Sequence[Sequence[float] | None]) -> tuple[np.ndarray, bool]:
-        """[n, K] of the confidences, and whether there are any."""
-        k = self._max_draft
-        if not any(said):
-            return np.zeros((len(said), k)), False
-        p = np.array([[*(row or ()), *[_USUAL] * (k - len(row or ()))] for row in said])
-        return np.log(np.clip(p, 0.0025, 0.9975) / (1 - np.clip(p, 0.0025, 0.9975))), True
+    def _tabulate(self, group: _Group) -> None:
+        middles = _log_odds([[(i + 0.5) / _BINS for i in range(_BINS)]] * self._max_draft)
+        scores = group.weights[0] * middles + group.weights[1] + group.weights[2:, None]
+        odds = np.exp(scores)
+        # A draft token of which all is sure has the last bin.
+        group.odds = np.hstack([odds, odds[:, -1:]]).tolist()
 
-    def _scores(self, x: np.ndarray, is_said: bool, own: np.ndarray) -> np.ndarray:
-        """[n, K] log-odds of acceptance."""
-        weights = self._weights[own[:, 0].astype(int)]
-        usual = np.log(_USUAL / (1 - _USUAL))
-        shared = weights[:, :1] * x + weights[:, 1:2] if is_said else usual
-        found: np.ndarray = shared + weights[:, 2:] + own[:, 1:2]
-        return found
+
+def _scores(group: _Group, x: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """[n, K] log-odds of acceptance, by those of the confidences and the requests' biases."""
+    weights = group.weights
+    scores: np.ndarray = weights[0] * x + weights[1] + weights[2:] + bias
+    return scores
+
+
+def _log_odds(p: Sequence[Sequence[float]]) -> np.ndarray:
+    kept = np.clip(np.array(p), 0.0025, 0.9975)
+    found: np.ndarray = np.log(kept / (1 - kept))
+    return found
 
 
 def _odds(x: np.ndarray) -> np.ndarray:

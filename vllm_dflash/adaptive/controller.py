@@ -16,7 +16,6 @@ next comes: so late that it was ``Tuning.exploration`` of the time, and never la
 import math
 from collections.abc import Callable, Container, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -142,7 +141,8 @@ class Controller:
                 tokens = work.num_reqs + sum(accepted for _, accepted in outcomes.values())
                 lost = (seconds - tokens / best.rate) / best.seconds
             # Never more than its rows would take as plain steps of their own.
-            now.lost = min(now.lost + lost, 4.0 * self.block_size)
+            now.lost += min(lost, 2.0 * self.block_size)
+            now.lost = min(now.lost, 4.0 * self.block_size)
         # One that verifies and does not draft is between two plans.
         if work and not writes_backlog and (work.draft_rows or work.num_tokens == work.num_reqs):
             self.cost.observe(work, seconds)
@@ -197,15 +197,15 @@ class Controller:
         drafted."""
         if not plan.num_draft_tokens or not requests:
             return dict.fromkeys(requests, 0)
-        survival = self.acceptance.survival(requests, confidences)
-        survival[:, plan.num_draft_tokens :] = 0.0
-        prices: Any = plan.threshold
+        prices = [plan.threshold] * len(requests)
         if plan.price:
-            contexts = np.fromiter(map(self._context, requests), float, len(requests))
-            prices = (plan.threshold + plan.price * contexts)[:, None]
+            prices = [plan.threshold + plan.price * self._context(name) for name in requests]
         if plan.skipped:
-            survival[[self.kind(request) in plan.skipped for request in requests]] = 0.0
-        return dict(zip(requests, self.acceptance.lengths(survival, prices), strict=True))
+            for i, name in enumerate(requests):
+                if self.kind(name) in plan.skipped:
+                    prices[i] = math.inf
+        found = self.acceptance.lengths(requests, prices, confidences)
+        return dict(zip(requests, found, strict=True))
 
     def forget(self, requests: Container[str]) -> None:
         """These requests have ended."""

@@ -12,7 +12,7 @@ was held up does not count.
 import math
 import time
 from collections import deque
-from statistics import median
+from collections.abc import Iterable
 
 from vllm_dflash.adaptive.tuning import Tuning
 from vllm_dflash.cost_profile import GUESS, Profile, Work
@@ -30,7 +30,7 @@ class StepCost:
     """Seconds of steps, by a profile and by what was measured since."""
 
     def __init__(self, profile: Profile, tuning: Tuning) -> None:
-        self._profile, self._tuning = profile, tuning
+        self._profile, self._tuning, self._steps = profile, tuning, 0
         self._paces: deque[tuple[_Kind, float]] = deque(maxlen=tuning.window)
         """Of the last steps: logarithms of what they took over what is known of their kinds."""
         self._over: dict[_Kind, deque[float]] = {}
@@ -38,29 +38,32 @@ class StepCost:
         of 1."""
         self._factors: dict[_Kind, float] = {}
         """Their medians."""
+        self._last: dict[_Kind, int] = {}
+        """The step of each kind's last measurement."""
         self.measured: dict[_Kind, float] = {}
-        """When a kind last was, on ``time.monotonic``'s clock."""
+        """When that was, on ``time.monotonic``'s clock."""
 
     def observe(self, work: Work, seconds: float) -> None:
         """Takes in a measured step."""
-        kind = power(work.num_reqs), work.draft_rows > 0
-        self.measured[kind] = time.monotonic()
-        over = math.log(max(seconds, 1e-9) / self._profile.of(work))
-        # A kind that sets the pace itself tells nothing of what it takes beside the others.
+        kind, tuning = (power(work.num_reqs), work.draft_rows > 0), self._tuning
+        over, self._steps = math.log(max(seconds, 1e-9) / self._profile.of(work)), self._steps + 1
+        known = self._over.setdefault(kind, deque([self._factor(kind)], maxlen=tuning.samples))
+        # What was measured long ago counts for one measurement in all.
+        if self._steps - self._last.get(kind, 0) > 8 * tuning.every:
+            known.clear()
+            known.append(self._factor(kind))
+        # A kind that sets the pace itself tells little of what it takes beside the others.
         others = [pace for other, pace in self._paces if other != kind]
-        if 2 * len(others) > self._tuning.window:
-            known = self._over.get(kind)
-            if known is None:
-                known = deque([self._factor(kind)], maxlen=self._tuning.samples)
-                self._over[kind] = known
-            known.append(over - median(others))
-            self._factors[kind] = median(known)
+        is_contrast = 2 * len(others) > tuning.window
+        if is_contrast or (self._paces and len(known) < tuning.samples):
+            known.append(over - (_middle(others) if is_contrast else self._pace()))
+            self._factors[kind] = _middle(known)
         self._paces.append((kind, over - self._factor(kind)))
+        self._last[kind], self.measured[kind] = self._steps, time.monotonic()
 
     def factor(self, num_reqs: int, drafts: bool) -> float:
         """What steps of so many requests take now, over the profile."""
-        pace = median(pace for _, pace in self._paces) if self._paces else 0.0
-        return math.exp(self._factor((power(num_reqs), drafts)) + pace)
+        return math.exp(self._factor((power(num_reqs), drafts)) + self._pace())
 
     def seconds(self, work: Work) -> float:
         """Expected seconds of a step."""
@@ -72,9 +75,20 @@ class StepCost:
             return None
         return self.seconds(Work(num_reqs, num_reqs, 0, num_context, num_context))
 
+    def _pace(self) -> float:
+        return _middle(pace for _, pace in self._paces) if self._paces else 0.0
+
     def _factor(self, kind: _Kind) -> float:
         """Its own, or that of the next number of requests that was measured."""
+        if kind in self._factors:
+            return self._factors[kind]
         known = [other for other in self._factors if other[1] == kind[1]]
-        if not known:
-            return 0.0
-        return self._factors[min(known, key=lambda other: abs(other[0] - kind[0]))]
+        nearest = min(known, key=lambda other: abs(other[0] - kind[0]), default=None)
+        return 0.0 if nearest is None else self._factors[nearest]
+
+
+def _middle(values: Iterable[float]) -> float:
+    """The median; of two in the middle the lower one, so that of two measurements the one that was
+    held up does not count."""
+    found = sorted(values)
+    return found[(len(found) - 1) // 2]
