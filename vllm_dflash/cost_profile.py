@@ -89,6 +89,11 @@ class Profile:
             found = found + np.interp(draft_rows, self.rows, self.draft)
         return found
 
+    def draft_seconds(self, fewer: float, more: float) -> float:
+        """Seconds that the drafter takes longer for ``more`` rows than for ``fewer``."""
+        longer = _between(self.rows, self.draft, more)
+        return longer - (_between(self.rows, self.draft, fewer) if fewer else 0.0)
+
     def of(self, work: Work) -> float:
         """Seconds of one step."""
         found = _between(self.rows, self.target, work.num_tokens)

@@ -109,7 +109,7 @@ def test_long_contexts(contexts: list[int], rates: str, skips: bool) -> None:
     """One request of 32k positions among seven short ones, and long ones alone: as good as the best
     of no drafts, drafts for all, and drafts for the short ones only."""
     requests = {f"r{i}": context for i, context in enumerate(contexts)}
-    batches = [dict.fromkeys(requests, RATES[rates])] * 600
+    batches = [dict.fromkeys(requests, RATES[rates])] * 1000
     server = Server(long_contexts, noise=0.05, contexts=requests, skips=skips)
     long = frozenset(name for name, context in requests.items() if context >= 1 << 15)
     best = max(server.fixed(k, batches, skipped) for k in range(8) for skipped in (long, set()))
@@ -247,8 +247,8 @@ def test_a_step_that_was_held_up_tells_nothing_of_its_kind() -> None:
 
 
 def test_acceptance_is_conditional() -> None:
-    """A position counts only where it was reached: two of three accepted say nothing about a
-    fourth."""
+    """A position counts only where it was reached: two of three accepted are not three of four
+    rejected, and of the fourth nothing is known but what the others have in common."""
     acceptance = Acceptance(4, TUNING)
     for _ in range(400):
         _observe(acceptance, "a", verified=3, accepted=2)
@@ -256,7 +256,7 @@ def test_acceptance_is_conditional() -> None:
     first, second, third, fourth = survival / np.array([1.0, *survival[:-1]])
     assert min(first, second) > 0.98
     assert third < 0.02
-    assert fourth == pytest.approx(0.6), "the prior"
+    assert 0.4 < fourth < 0.9
     controller = Controller(4, 5)
     controller.acceptance = acceptance
     assert controller.lengths(["a"], Plan(4, 0.5)) == {"a": 2}

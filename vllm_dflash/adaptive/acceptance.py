@@ -103,7 +103,7 @@ class Acceptance:
         said: Sequence[Sequence[float] | None],
     ) -> None:
         """One Newton step of a group's curve, and then of its requests' biases."""
-        tuning, is_said = self._tuning, any(said)
+        tuning = self._tuning
         x = _log_odds([self._whole(row) for row in said])
         bias = np.array([[request.bias] for request in requests])
         right = self._positions < np.array(accepted)[:, None]
@@ -111,11 +111,9 @@ class Acceptance:
         rows, at = reached.nonzero()
         over = (right - _odds(_scores(group, x, bias)))[rows, at]
         features = np.zeros((len(rows), len(group.weights)))
-        if is_said:
-            features[:, 0], features[:, 1] = x[rows, at], 1.0
+        features[:, 0], features[:, 1] = x[rows, at] if any(said) else 0.0, 1.0
         features[np.arange(len(rows)), 2 + at] = 1.0
-        own = _APART if is_said else 1
-        prior = tuning.prior * np.diag([1.0, 1.0, *[own] * self._max_draft])
+        prior = tuning.prior * np.diag([1.0, 1.0, *[_APART] * self._max_draft])
         group.information = max(1 - len(rows) / tuning.memory, 0.0) * group.information
         group.information += features.T @ (features * (np.abs(over) * (1 - np.abs(over)))[:, None])
         # No further than the curve may be taken for a line.

@@ -14,7 +14,7 @@ next comes: so late that it was ``Tuning.exploration`` of the time, and never la
 """
 
 import math
-from collections.abc import Callable, Container, Hashable, Sequence
+from collections.abc import Callable, Collection, Container, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -59,6 +59,21 @@ class Status:
     next_trial: float | None = None
     """Where nothing is drafted: seconds of decoding until drafting is tried again, if all goes on
     as now."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Requests of one kind in a batch: how many, their mean context, and their drafts as they are
+    to be expected, float64 [n, K]."""
+
+    count: int
+    context: float
+    survival: np.ndarray
+
+    def surplus(self, threshold: float, attend: float) -> float:
+        """What the tokens that are verified bring a request over their price."""
+        over = self.survival - attend * self.context - max(threshold, 0.0)
+        return float(np.maximum(over, 0.0).sum(1).mean())
 
 
 @dataclass
@@ -187,8 +202,9 @@ class Controller:
         return self._best
 
     def kind(self, request: str) -> Hashable:
-        """Requests that are accepted alike, at about as long a context."""
-        return self.acceptance.group_of(request), self._context(request).bit_length()
+        """Requests that are accepted alike, at about as long a context; those of less than 512
+        positions are all short."""
+        return self.acceptance.group_of(request), (self._context(request) >> 9).bit_length()
 
     def lengths(
         self, requests: Sequence[str], plan: Plan, confidences: Confidences | None = None
@@ -244,43 +260,43 @@ class Controller:
         for request in requests:
             kinds.setdefault(self.kind(request), []).append(request)
         parts = {
-            kind: (
+            kind: _Part(
                 len(names),
                 sum(map(self._context, names)) / len(names),
                 self.acceptance.expected(names),
             )
             for kind, names in kinds.items()
         }
-        num_context = round(sum(count * context for count, context, _ in parts.values()))
-        plain = self.cost.seconds(Work(num_reqs, num_reqs, 0, num_context, num_context))
+        num_context = sum(part.count * part.context for part in parts.values())
+        plain = self.cost.seconds(
+            Work(num_reqs, num_reqs, 0, round(num_context), round(num_context))
+        )
         none = Plan(0, seconds=plain, rate=num_reqs / plain)
-        factor, rate = self.cost.factor(num_reqs, True), none.rate
+        factor, whole = self.cost.factor(num_reqs, True), num_reqs * (self.max_draft + 1)
+        self._is_slow = whole < none.rate * factor * profile.seconds(whole, num_reqs * block)
+        rate = none.rate
         if self._best is not None and power(self._num_reqs) == power(num_reqs):
             rate = max(rate, self._best.rate)
         attend = rate * factor * profile.attend
-        whole = num_reqs * (self.max_draft + 1)
-        self._is_slow = whole < none.rate * factor * profile.seconds(whole, num_reqs * block)
 
-        def weigh(taken: Sequence[Hashable]) -> Plan:
-            found = [parts[kind] for kind in taken]
-            drafted = found if self._skips else list(parts.values())
-            survival = np.concatenate([s.ravel() for _, _, s in found])
-            each, context = (
-                np.repeat(column, [s.size for _, _, s in found])
-                for column in (
-                    [count / len(s) for count, _, s in found],
-                    [context for _, context, _ in found],
-                )
-            )
+        def weigh(kinds: Collection[Hashable]) -> Plan:
+            """Drafts for these: the likeliest tokens, each less what its context costs, as long as
+            the step's rate rises."""
+            taken = [parts[kind] for kind in kinds]
+            drafted = taken if self._skips else parts.values()
+            sizes = [part.survival.size for part in taken]
+            survival = np.concatenate([part.survival.ravel() for part in taken])
+            each = np.repeat([part.count / len(part.survival) for part in taken], sizes)
+            context = np.repeat([part.context for part in taken], sizes)
             worth = survival - attend * context
             order = np.argsort(-worth, kind="stable")
             worth, each = worth[order], each[order]
             seconds = factor * profile.seconds(
                 num_reqs + np.cumsum(each),
-                block * sum(count for count, _, _ in drafted),
+                block * sum(part.count for part in drafted),
                 num_context,
                 num_context + np.cumsum(each * context[order]),
-                block * sum(count * context for count, context, _ in drafted),
+                block * sum(part.count * part.context for part in drafted),
             )
             rates = (num_reqs + np.cumsum(each * survival[order])) / seconds
             # Of equal ones all are in or out.
@@ -290,17 +306,23 @@ class Controller:
                 self.max_draft,
                 float(worth[best] + rest) / 2,
                 attend,
-                frozenset(parts.keys() - set(taken)),
+                frozenset(parts.keys() - set(kinds)),
                 seconds=float(seconds[best]),
                 rate=float(rates[best]),
             )
 
-        def gain(kind: Hashable) -> float:
-            """What drafts bring, less what their context costs."""
-            _, context, survival = parts[kind]
-            kept = np.maximum(survival - attend * context, 0.0).sum(1).mean()
-            return float(kept - rate * factor * context * profile.draft_attend * block)
-
-        first = sorted(parts, key=gain, reverse=True)
-        drafts = (weigh(first[: i + 1]) for i in range(len(first)))
-        return none, max(drafts, key=lambda plan: plan.rate)
+        draft = weigh(parts.keys())
+        if len(parts) > 1 and self._skips:
+            # Those whose drafts bring more than their blocks and contexts cost the drafter.
+            price = max(rate, draft.rate) * factor
+            rows = block * num_reqs
+            gaining = [
+                kind
+                for kind, part in parts.items()
+                if part.surplus(draft.threshold, attend)
+                > price * block * part.context * profile.draft_attend
+                + price * profile.draft_seconds(rows - block * part.count, rows) / part.count
+            ]
+            if 0 < len(gaining) < len(parts):
+                draft = max(draft, weigh(gaining), key=lambda plan: plan.rate)
+        return none, draft
