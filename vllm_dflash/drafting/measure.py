@@ -31,9 +31,11 @@ from vllm_dflash.progress import Progress
 if TYPE_CHECKING:
     from vllm_dflash.drafting.v1 import DFlashProposer
 
-_SECONDS = 20.0
+_SECONDS = 10.0
 """In which all has to be measured; what is not by then is left out."""
-_TIMES = 3
+_MOST_ROWS = 512
+"""From which on the line goes on."""
+_TIMES = 2
 """Measurements of a cell, after one that is not counted."""
 
 
@@ -93,9 +95,11 @@ def _cells(proposer: "DFlashProposer") -> Iterator[Cell]:
     longest = min(proposer.max_model_len, pages * proposer.page_size) - 2 * block
     contexts = [context for context in (longest // 8, longest) if context >= 512]
     plan: list[Work] = []
-    for rows in _round_numbers(min(most_reqs * (k + 1), proposer.runner.max_num_tokens)):
+    for rows in _round_numbers(
+        min(most_reqs * (k + 1), proposer.runner.max_num_tokens, _MOST_ROWS)
+    ):
         plan.append(Work(1, rows, 0))
-    for num_reqs in _round_numbers(most_reqs):
+    for num_reqs in _round_numbers(max(min(most_reqs, _MOST_ROWS // block), 1)):
         plan.append(Work(num_reqs, 0, num_reqs * block))
     for context in contexts:
         plan += [Work(1, rows, 0, context, rows * context) for rows in (1, k + 1)]
@@ -106,7 +110,7 @@ def _cells(proposer: "DFlashProposer") -> Iterator[Cell]:
     for work in Progress(plan, desc="measuring steps", unit="step"):
         run = _draft(proposer, work) if work.draft_rows else _target(proposer, work)
         for i in range(1 + _TIMES):
-            if time.monotonic() > until and min(work.num_tokens, work.draft_rows) > block:
+            if time.monotonic() > until and max(work.num_tokens, work.draft_rows) > 2 * block:
                 break
             _wait(proposer)
             began = time.perf_counter()
