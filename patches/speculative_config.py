@@ -75,6 +75,7 @@ PATCH = Patch(
                 "enable_adaptive_verification",
                 "target_model_config",
                 "target_parallel_config",
+                "use_local_argmax_reduction",
             )
         ),
     ),

@@ -75,6 +75,18 @@ class Starting(Completer):
         time.sleep(600)
 
 
+class Waiting:
+    """An engine of training that never has its first shard."""
+
+    def __init__(self, engine_args: Mapping[str, Any], folder: str) -> None:
+        self._folder = Path(folder)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        (self._folder / "waiting").touch()
+        time.sleep(600)
+        return {"count": [0]}
+
+
 class Counting(Completer):
     """Leaves its engines' own counters of drafts beside the answers, one file a process."""
 

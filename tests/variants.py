@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pairs import make_random_drafter, random_drafter_config
+from vllm_dflash import kinds
 
 _ALL_LAYERS = {"target_layer_ids": (0, 1, 2, 3, 4)}
 _FEW = {"selector_rank": 12, "selector_top_k": 5}
@@ -108,6 +109,14 @@ VARIANTS = {
             "sliding_windows": (None, 24, 24),
         }
     ),
+    "dfly": Variant(_ALL_LAYERS | {"kind": "dfly"}),
+    "dfly argmax": Variant(
+        _ALL_LAYERS | {"kind": "dfly-argmax", "attention_bias": True, "num_hidden_layers": 2}
+    ),
+    "dfly lattice": Variant(
+        _ALL_LAYERS | {"kind": "dfly-lattice", "head": _LATTICE | {"lilicorr_candidate_topk": 2}},
+        format="speculators",
+    ),
     "dflare": Variant(_ALL_LAYERS | {"kind": "dflare", "num_hidden_layers": 4}),
     "dflare biases": Variant(_ALL_LAYERS | {"kind": "dflare", "attention_bias": True}),
     "dflare mixed": Variant(_ALL_LAYERS | {"kind": "dflare", "sliding_windows": (None, 24, 24)}),
@@ -117,3 +126,8 @@ VARIANTS = {
         mask_embedding=True,
     ),
 }
+_IN_THERE = {v.changes.get("kind", "dflash") for v in VARIANTS.values()}
+VARIANTS |= {
+    kind: Variant(_ALL_LAYERS | {"kind": kind}) for kind in kinds.names() if kind not in _IN_THERE
+}
+"""A kind that has no shape of its own above is served with its head's defaults."""

@@ -23,6 +23,7 @@ from vllm_dflash.formats import (
     read_raw,
     write,
 )
+from vllm_dflash.formats.angelspec import MODEL_TYPE
 from vllm_dflash.hub import count_tokens, drafter_folder, load_tokenizer
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.log import logger
@@ -61,11 +62,12 @@ def check_speculative_config(speculative: Any) -> dict[str, Any]:
         target.max_model_len,
     )
     check_sampling(
-        drafter, speculative.draft_sample_method, speculative.enable_adaptive_verification
+        drafter,
+        speculative.draft_sample_method,
+        speculative.enable_adaptive_verification,
+        speculative.use_local_argmax_reduction,
     )
-    if folder is not None and (
-        Path(speculative.model).is_dir() or any(folder.glob("*.safetensors"))
-    ):
+    if folder is not None and (Path(speculative.model).is_dir() or _has_weights(folder)):
         from vllm_dflash.weights import check_tensors
 
         check_tensors(drafter, folder, target.dtype)
@@ -74,6 +76,11 @@ def check_speculative_config(speculative: Any) -> dict[str, Any]:
     if drafter.unknown_keys:
         logger.warning("%s", said_of_unknown_keys(drafter))
     return _attributes(drafter)
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a folder of the hub's cache holds more than config.json."""
+    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model.bin"))
 
 
 def advise_eager(vllm_config: Any) -> None:
@@ -118,10 +125,13 @@ def check_room(vllm_config: Any) -> None:
 
 
 def check_sampling(
-    drafter: DrafterConfig, draft_sample_method: str, adaptive_verification: bool = False
+    drafter: DrafterConfig,
+    draft_sample_method: str,
+    adaptive_verification: bool = False,
+    local_argmax: bool = False,
 ) -> None:
     """Refuses what vLLM does with a drafter's logits where the kind's head is not the best token of
-    each row: to draw drafts by them, or to cut drafts by what it makes of them.
+    each row: to draw drafts by them, to cut drafts by what it makes of them, or to do without them.
 
     Raises:
         DrafterConfigError: names the setting.
@@ -134,6 +144,12 @@ def check_sampling(
             f"enable_adaptive_verification is true, and a {kind.label} drafter's tokens are not the"
             " best of the logits that vLLM would judge them by",
             "leave enable_adaptive_verification out of the speculative config",
+        )
+    if local_argmax:
+        raise DrafterConfigError(
+            f"use_local_argmax_reduction is true, and a {kind.label} drafter's tokens are not the"
+            " best of each row's logits",
+            "leave use_local_argmax_reduction out of the speculative config",
         )
     if draft_sample_method == "probabilistic":
         raise DrafterConfigError(
@@ -309,6 +325,7 @@ def read_early(
             )
         return None
     drafter = DrafterConfig.from_pretrained(folder)
+    check_model_type(raw, drafter, folder)
     if drafter.quantization_config is not None:
         from vllm_dflash.weights.quantization import check_quantization
 
@@ -317,6 +334,21 @@ def read_early(
         except DrafterConfigError as error:
             raise error.at(folder / CONFIG_FILE) from None
     return drafter
+
+
+def check_model_type(raw: Any, drafter: DrafterConfig, folder: Path) -> None:
+    """Refuses a config.json, of contents ``raw``, that every tool reads and vLLM does not.
+
+    Raises:
+        DrafterConfigError: says how it is written anew.
+    """
+    if raw.get("model_type") == MODEL_TYPE:
+        raise DrafterConfigError(
+            f"model_type is {shown(MODEL_TYPE)}, by which vLLM cannot read a config.json",
+            f"write it anew: vllm-dflash convert {folder} FOLDER --to {published_format(drafter)}",
+            field="model_type",
+            where=str(folder / CONFIG_FILE),
+        )
 
 
 def _attributes(drafter: DrafterConfig) -> dict[str, Any]:

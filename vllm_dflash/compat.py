@@ -8,13 +8,11 @@ goes takes its facts along.
 """
 
 import ast
-from functools import cache
 from typing import Any
 
-from vllm_dflash.upstream import SourceNotFoundError, Sources
+from vllm_dflash.upstream import Sources
 
 _SLOTS = "vllm.config.speculative:SpeculativeConfig.max_num_new_slots_for_drafting"
-_V2_PROPOSE = "vllm.v1.worker.gpu.spec_decode.dflash.speculator:DFlashSpeculator.propose"
 
 
 def draft_slots_needed(sources: Sources) -> bool:
@@ -33,17 +31,3 @@ def num_drafted(scheduled: Any) -> int:
     """K of a step, by its ``SchedulerOutput``; 0 where 0.33's scheduler says that nobody can use
     its drafts (``skip_drafts``)."""
     return 0 if getattr(scheduled, "skip_drafts", False) else scheduled.num_spec_tokens_to_schedule
-
-
-@cache
-def v2_skips_drafts() -> bool:
-    """Whether the V2 speculator runs no queries in a step with K = 0: 0.33's does not, 0.32's
-    drafts all the same."""
-    try:
-        nodes = ast.walk(Sources().locate(_V2_PROPOSE).node)
-    except SourceNotFoundError:
-        return False
-    return any(
-        isinstance(n, ast.Compare) and ast.unparse(n) == "num_speculative_tokens == 0"
-        for n in nodes
-    )

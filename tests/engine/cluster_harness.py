@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,36 @@ def ray_cluster(*, platform: bool = False, **resources: Any) -> Iterator[None]:
             else:
                 os.environ[name] = value
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def room_taken(num_cpus: int) -> Iterator[None]:
+    """Another job has so much of the cluster meanwhile."""
+    import ray
+
+    @ray.remote(num_cpus=num_cpus)
+    class Other:
+        def here(self) -> None: ...
+
+    other = Other.remote()
+    ray.get(other.here.remote())
+    try:
+        yield
+    finally:
+        ray.kill(other)
+
+
+def wait_until_free(num_cpus: int, seconds: float = 20) -> None:
+    """Until the cluster has all of its room back, and no actor with a name; then they stay away for
+    a second. Ray takes some time for it on a busy machine."""
+    import ray
+
+    until = time.monotonic() + seconds
+    while ray.util.list_named_actors() or ray.available_resources().get("CPU") != num_cpus:
+        assert time.monotonic() < until, (ray.util.list_named_actors(), ray.available_resources())
+        time.sleep(0.1)
+    time.sleep(1)
+    assert ray.available_resources()["CPU"] == num_cpus
 
 
 def plugin_processes(folder: Path) -> dict[str, bool]:

@@ -72,7 +72,8 @@ class Job:
     prompts: Sequence[Sequence[int]]
     dtype: str = "float32"
     num_speculative_tokens: int = 7
-    max_tokens: int = 128
+    max_tokens: int | Sequence[int] = 128
+    """Of all, or of each: ``worker.py`` alone takes those."""
     batch_sizes: Sequence[int] = (16,)
     max_model_len: int = 512
     record: bool = False
@@ -92,10 +93,10 @@ class Job:
     for the others; then ``verified`` is filled too."""
     skip_steps: tuple[int, int] | None = None
     """Steps, from the first to before the second, that run without the drafter."""
-    sampling: dict[str, Any] = field(default_factory=dict)
-    """Of ``SamplingParams``, where it is not greedy."""
-    as_embeddings: bool = False
-    """Whether the prompts are given as the embeddings of their tokens."""
+    sampling: dict[str, Any] | Sequence[dict[str, Any]] = field(default_factory=dict)
+    """Of ``SamplingParams``, where it is not greedy; of several each prompt has the next."""
+    as_embeddings: Sequence[bool] = ()
+    """Whether each prompt is given as the embeddings of its tokens; empty: none is."""
 
     def to_json(self) -> dict[str, Any]:
         speculative = {
@@ -121,7 +122,7 @@ class Job:
             "skip_requests": list(self.skip_requests),
             "skip_steps": self.skip_steps,
             "sampling": self.sampling,
-            "as_embeddings": self.as_embeddings,
+            "as_embeddings": list(self.as_embeddings),
         }
 
 

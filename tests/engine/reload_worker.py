@@ -149,7 +149,7 @@ def record_v2(speculator: Any, drafts: list[dict[str, Any]]) -> None:
     def recording(batch: Any, *args: Any, **kwargs: Any) -> Any:
         tokens = propose(batch, *args, **kwargs)
         if not kwargs.get("dummy_run"):
-            masks = speculator.num_speculative_steps
+            masks = len(speculator.sample_pos) // speculator.max_num_reqs
             for row, request in enumerate(batch.req_ids):
                 anchor, token = (
                     int(speculator.sample_pos[row * masks]) - 1,

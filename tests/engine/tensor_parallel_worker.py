@@ -22,6 +22,21 @@ def recorded(worker: Any) -> list[dict[str, Any]]:
     return worker.model_runner.recorded
 
 
+def top_tokens(worker: Any) -> tuple[list[int], list[int]]:
+    """Runs in a rank: the best tokens of random rows, by ``use_local_argmax_reduction``'s way and
+    by the logits of all ranks."""
+    import torch
+
+    model = worker.model_runner.drafter.model
+    shape, made = (64, model.drafter_config.hidden_size), torch.Generator().manual_seed(1)
+    with torch.inference_mode():
+        hidden = torch.randn(shape, generator=made).to(model.dtype)
+        return (
+            model.get_top_tokens(hidden.clone()).tolist(),
+            model.compute_logits(hidden.clone()).argmax(-1).tolist(),
+        )
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import SamplingParams
 
@@ -39,12 +54,14 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         [{"prompt_token_ids": p} for p in job["prompts"]], params, use_tqdm=False
     )
     counted, ranks = counters(llm), llm.collective_rpc(recorded) if drafted else []
+    top = llm.collective_rpc(top_tokens) if drafted else []
     llm.llm_engine.engine_core.shutdown()
     return {
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],
         "counters": counted,
         "proposers": proposers,
         "ranks": ranks,
+        "top": top,
     }
 
 

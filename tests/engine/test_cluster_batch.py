@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from cluster_workers import POISON, POISONED, Counting, StandIn
-from engine.cluster_harness import ray_cluster
+from engine.cluster_harness import ray_cluster, room_taken, wait_until_free
 from engine.harness import DRAFTER, PROMPTS, TARGET, Batch
 from vllm_dflash.cluster import connection
 from vllm_dflash.cluster.batch import Job, complete
@@ -191,31 +191,18 @@ def test_a_bad_row_costs_itself_alone_and_errors_are_counted(tmp_path: Path) -> 
 def test_room_that_is_taken_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the check another job takes it: Ray waits for ever. It is said within a minute, and
     what was waited for does not take the room later."""
-    import ray
-
-    @ray.remote(num_cpus=2)
-    class Other:
-        def here(self) -> None: ...
-
-    other = Other.remote()
-    ray.get(other.here.remote())
     monkeypatch.setattr(connection, "check_room", lambda *args: None)
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
     began = time.monotonic()
-    try:
-        with pytest.raises(
+    with (
+        room_taken(2),
+        pytest.raises(
             ClusterError, match="the cluster had room, but 1 replicas did not start within 45 s"
-        ):
-            complete(Job([str(tmp_path / "in.jsonl")], tmp_path / "out", ENGINE, {}, 1), StandIn)
-    finally:
-        ray.kill(other)
+        ),
+    ):
+        complete(Job([str(tmp_path / "in.jsonl")], tmp_path / "out", ENGINE, {}, 1), StandIn)
     assert time.monotonic() - began < 60
-    until = time.monotonic() + 30
-    while ray.available_resources().get("CPU", 0) < 2:
-        assert time.monotonic() < until, "the job that was given up has taken the room"
-        time.sleep(0.2)
-    time.sleep(1)
-    assert ray.available_resources()["CPU"] == 2
+    wait_until_free(2, 30)
 
 
 def test_parquet_in_and_out(tmp_path: Path) -> None:

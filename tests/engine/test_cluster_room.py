@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from cluster_workers import StandIn
-from engine.cluster_harness import PYTHONPATH, ray_cluster
+from engine.cluster_harness import PYTHONPATH, ray_cluster, room_taken, wait_until_free
 from vllm_dflash.cluster import batch, connection, room
 from vllm_dflash.cluster.batch import Job, complete
 from vllm_dflash.cluster.settings import ClusterError, EngineSettings
@@ -55,19 +55,7 @@ def job(tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch) -> Itera
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "out" / "_batch").mkdir(parents=True)
     yield Job([str(tmp_path / "in.jsonl")], tmp_path / "out", ENGINE, {}, 2, rows_per_part=4)
-    wait_until_free()
-
-
-def wait_until_free() -> None:
-    """And no actor of a batch is there, nor comes back."""
-    import ray
-
-    until = time.monotonic() + SECONDS
-    while ray.util.list_named_actors() or ray.available_resources().get("CPU") != 2:
-        assert time.monotonic() < until, (ray.util.list_named_actors(), ray.available_resources())
-        time.sleep(0.1)
-    time.sleep(1)
-    assert ray.available_resources()["CPU"] == 2
+    wait_until_free(2)
 
 
 def test_finished(job: Job) -> None:
@@ -91,7 +79,7 @@ def test_rows_that_end_every_process(job: Job, monkeypatch: pytest.MonkeyPatch) 
     (job.out / "_batch" / "always-die-on-5").touch()
     with pytest.raises(ClusterError, match=r"process ended.*What is answered is kept") as kept:
         complete(job, StandIn)
-    wait_until_free()  # while the error is kept, whose traceback leads to Ray Data's handles
+    wait_until_free(2)  # while the error is kept, whose traceback leads to Ray Data's handles
     assert kept.value.__cause__ is not None
     assert not (job.out / "part-000005.jsonl").exists()
 
@@ -101,21 +89,10 @@ def test_a_job_that_was_given_up_takes_no_room_later(
 ) -> None:
     """Ray started its actors once there was room, to end them then, which took half a minute of a
     busy machine; the next job found none."""
-    import ray
-
-    @ray.remote(num_cpus=2)
-    class Other:
-        def here(self) -> None: ...
-
-    other = Other.remote()
-    ray.get(other.here.remote())
     monkeypatch.setattr(connection, "check_room", lambda *args: None)
     monkeypatch.setattr(batch, "_PLACED_S", 5)
-    try:
-        with pytest.raises(ClusterError, match="2 replicas did not start within 5 s"):
-            complete(job, StandIn)
-    finally:
-        ray.kill(other)
+    with room_taken(2), pytest.raises(ClusterError, match="2 replicas did not start within 5 s"):
+        complete(job, StandIn)
     until = time.monotonic() + 15
     while time.monotonic() < until:
         assert not list((job.out / "_batch").glob("started-*"))

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from engine.harness import Batch, Job, engine_env, run_engine, run_engines
 from engine.oracle import BFLOAT16_GAP, compare_drafts
@@ -24,8 +25,11 @@ from kinds_of_users import NAMES, install, on_path
 from pairs import make_random_drafter, random_drafter_config, random_prompts
 from quantized import quantize
 from variants import VARIANTS
+from vllm_dflash.reference.decoding import generate
 
 LIMIT = 96
+SAMPLING = ({}, {"temperature": 0.8, "seed": 7})
+"""Of every second prompt: on a CPU a seed gives what it gives without a drafter."""
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 
@@ -49,10 +53,11 @@ def served(random_target: Path, drafters: dict[str, Path]) -> dict[str, Batch]:
             num_speculative_tokens=VARIANTS[name].tokens,
             max_tokens=24,
             record=True,
+            sampling=SAMPLING,
         )
         for name, folder in drafters.items()
     ]
-    plain = Job(random_target, None, prompts, max_tokens=24)
+    plain = Job(random_target, None, prompts, max_tokens=24, sampling=SAMPLING)
     batches = run_engines([*jobs, plain])
     return dict(zip([*drafters, "plain"], (b[0] for b in batches), strict=True))
 
@@ -67,6 +72,15 @@ def test_drafts_are_the_references(
     assert agreement.drafts >= 200
     assert agreement.differences == []
     assert served[name].tokens == served["plain"].tokens
+
+
+def test_half_of_the_output_is_sampled(random_target: Path, served: dict[str, Batch]) -> None:
+    """Else the equality above, with a seed, would say nothing of sampling."""
+    model = AutoModelForCausalLM.from_pretrained(random_target, dtype=torch.float32)
+    for i, (prompt, tokens) in enumerate(
+        zip(served["plain"].prompts, served["plain"].tokens, strict=True)
+    ):
+        assert (tokens == generate(model, None, prompt, 24, 0).tokens) == (i % 2 == 0)
 
 
 def test_the_variants_differ(served: dict[str, Batch]) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from fuzz_differential import Fuzzer, Tally
 from fuzzing.draw import ORDINARY, draw_round
+from fuzzing.fuzzer import Fuzzer
 from fuzzing.pairs import PAIRS
+from fuzzing.tally import Tally
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 ROUNDS = 7

@@ -110,6 +110,18 @@ def test_both_ranks_draft_what_the_reference_drafts(
     assert agreement.differences == []
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_best_token_without_gathering_logits(
+    reports: dict[tuple[str, int], dict], name: str, ranks: int
+) -> None:
+    """What ``use_local_argmax_reduction`` asks for: vLLM refused it with our drafters."""
+    for local, gathered in reports[name, ranks]["top"]:
+        # The random target's own lm_head has six tokens that win, all on the first rank.
+        assert len(set(gathered)) > (5 if name == "dflare" else 10)
+        assert local == gathered
+
+
 def test_pipeline_parallelism_is_refused(random_target: Path, random_drafter: Path) -> None:
     """When the configuration is made: the drafter shares the target's embedding, which another
     stage would hold."""

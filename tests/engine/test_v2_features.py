@@ -4,8 +4,8 @@ decoding's, the drafts are the reference's.
 A position for which no draft K/V was written, or another request's K/V, changes a random drafter's
 drafts, so that the plain PyTorch reference finds it. One process; each engine's requests are listed
 with it.
-Not tested here, for the interpreter has none of it: CUDA graphs, asynchronous scheduling, tensor
-parallelism, LoRA.
+Not tested here, for the interpreter has none of it: asynchronous scheduling, tensor parallelism,
+LoRA; CUDA graphs are ``test_v2_graphs.py``'s.
 
     pytest tests/engine/test_v2_features.py
 """
@@ -30,9 +30,10 @@ MAX_MODEL_LEN = 128
 PAGE = 32
 """Tokens in a page of the KV cache."""
 PLAIN, DFLASH, SLIDING, PLAIN_LONG, TIGHT, TIGHT_SLIDING, ZERO, PLAIN_TEXT, TEXT = range(9)
-"""The jobs: many features at once; a KV cache too small for the requests; steps with K = 0;
-structured output, and requests that limit their drafts. SLIDING's drafter is DFlare with a full and
-two sliding layers, which have KV cache groups of their own."""
+"""The jobs: many features at once; a KV cache too small for the requests, the first of them with
+``use_local_argmax_reduction``; steps with K = 0; structured output, and requests that limit their
+drafts. SLIDING's drafter is DFlare with a full and two sliding layers, which have KV cache groups
+of their own."""
 (
     GREEDY,
     COLD,
@@ -115,11 +116,14 @@ def runs(random_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         str(VARIANTS[name].make(folder / name)) for name in ("dflash", "dflare mixed")
     )
     many = _many(str(random_target), random)
-    prompts = [[random.randrange(2, 500) for _ in range(length)] for length in (60, 50, 40, 30, 7)]
+    prompts = [
+        [random.randrange(2, 500) for _ in range(length)] for length in (60, 50, 40, 30, 7, 9)
+    ]
     long = {
         3: Request(dict(max_tokens=12)),
         2: Request(dict(max_tokens=16)),
         4: Request(wave=1, follows=3),
+        5: Request(wave=1),
     }
     shared: dict[str, Any] = dict(
         target=str(random_target),
@@ -169,6 +173,7 @@ def runs(random_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         Job(
             **shared | speculative | dict(drafter=dflash),
             engine_args=dict(block_size=PAGE, kv_cache_memory_bytes=8 * page_bytes),
+            speculative_config={"use_local_argmax_reduction": True},
         ),
         Job(
             **shared, **speculative, engine_args=cached | dict(kv_cache_memory_bytes=6 * page_bytes)
@@ -320,17 +325,19 @@ def test_preemption(runs: Runs, run: int) -> None:
 
 
 def test_steps_that_draft_nothing(runs: Runs) -> None:
-    """With K = 0 the context is written all the same: later drafts, and those of the next turn on
-    the same pages, are whole."""
-    undrafted: set[int] = set()
+    """With K = 0 no query runs, and the context is written all the same: later drafts, and those of
+    the next turn on the same pages, are whole."""
+    undrafted = [work for work in runs.results[ZERO].work if not work.k]
+    assert {(work.forwarded, work.ranked) for work in undrafted} == {(0, 0)}
+    assert max(work.num_reqs for work in undrafted) > DRAFT_AT_MOST
     after = []
     for i in range(len(runs.jobs[ZERO].prompts)):
         for prompt, _, drafts in runs.drafts(ZERO, [i]):
             for one, other in pairwise([draft for draft in drafts if draft.anchor >= len(prompt)]):
-                if one.num_reqs > DRAFT_AT_MOST:
-                    undrafted.add(other.anchor - one.anchor)
-                    after += [(i, other.anchor)] if other.num_reqs <= DRAFT_AT_MOST else []
-    assert undrafted == {1}
+                # A step commits the tokens of the draft before it; those without one, a token each.
+                after += [(i, other.anchor)] if other.step > one.step + 1 else []
+            first = next((draft for draft in drafts if draft.anchor >= len(prompt)), None)
+            after += [(i, first.anchor)] if first and first.anchor > len(prompt) else []
     assert after, "no request went from K = 0 to K = 7"
     assert (
         runs.results[ZERO].cached_tokens[4] >= PAGE or len(runs.results[ZERO].prompts[4]) < 2 * PAGE

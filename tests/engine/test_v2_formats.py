@@ -44,6 +44,7 @@ NAMES = (
     "dflash yarn",
     "lilicorr convolution",
     "dflare lattice",
+    "dfly",
 )
 SLIDING = ("dflare mixed", "dflash mixed causal", "dflash sliding")
 ON_BOTH_RUNNERS = ("dflash", "dflare")

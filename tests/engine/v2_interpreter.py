@@ -17,12 +17,11 @@ import subprocess
 import sys
 import tempfile
 import types
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-from vllm_dflash.compat import v2_skips_drafts
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,8 @@ class Job:
     """Further arguments of LLM, or others than here."""
     requests: dict[int, Request] = field(default_factory=dict)
     """By prompt, where a request is special."""
+    device: str = ""
+    """"watched" or "graphs": the drafter on ``fake_device``, eagerly or by CUDA graphs."""
 
     @classmethod
     def read(cls, raw: dict[str, Any]) -> "Job":
@@ -92,6 +93,23 @@ class Draft:
     """The requests in the step."""
     completion: int = 0
     """Which of the prompt's completions, where it has several."""
+    step: int = 0
+    """The engine's, those that draft nothing counted."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step's ``propose`` ran."""
+
+    num_reqs: int
+    k: int
+    """The drafts that the step asked for."""
+    forwarded: int
+    """Rows through the draft layers."""
+    ranked: int
+    """Rows through lm_head."""
+    replayed: int
+    """The requests of the CUDA graph that was replayed; 0: none was."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +135,12 @@ class Result:
     """(prompt, length of its sequence) for each request that lost its KV cache to another and was
     resumed later."""
     kv_cache_groups: int = 1
+    work: list[Work] = field(default_factory=list)
+    max_model_len: int = 0
+    confidences: list[int] = field(default_factory=list)
+    """The shape of what the speculator hands to vLLM's adaptive verification."""
+    attention_rows: int = 0
+    """The largest graph that the draft layers' attention plans for."""
 
 
 def run_engines(
@@ -147,7 +171,13 @@ def run_engines(
                 )
         results = json.loads(answer.read_text())
     return [
-        Result(**{**raw, "drafts": [[Draft(**d) for d in drafts] for drafts in raw["drafts"]]})
+        Result(
+            **raw
+            | {
+                "drafts": [[Draft(**d) for d in drafts] for drafts in raw["drafts"]],
+                "work": [Work(**work) for work in raw["work"]],
+            }
+        )
         for raw in results
     ]
 
@@ -292,6 +322,7 @@ def _serve(job: Job, script: list[list[int]] | None) -> Result:
             llm.llm_engine, job, {i: r for i, r in enumerate(requests) if r.wave == wave}, finished
         )
     outputs = [finished.get(i) for i in range(len(requests))]
+    planned = runner.speculator.attn_vllm_config.compilation_config if recorder else None
     completions = [
         [list(c.token_ids) for c in output.outputs] if output else [] for output in outputs
     ]
@@ -308,6 +339,10 @@ def _serve(job: Job, script: list[list[int]] | None) -> Result:
         prompts=job.prompts,
         preempted=preempted,
         kv_cache_groups=len(runner.kv_cache_config.kv_cache_groups),
+        work=recorder.work if recorder else [],
+        max_model_len=runner.max_model_len,
+        confidences=list(runner.speculator.draft_token_confidence_probs.shape) if recorder else [],
+        attention_rows=(planned and planned.max_cudagraph_capture_size) or 0,
     )
 
 
@@ -384,25 +419,50 @@ class _Recorder:
 
     def __init__(self, speculator: Any, job: Job, script: list[list[int]] | None) -> None:
         self.speculator, self.job, self.script, self.steps = speculator, job, script, 0
-        self.propose = speculator.propose
         self.drafts: list[list[Draft]] = [[] for _ in job.prompts]
         self.random = random.Random(0)
+        self.work: list[Work] = []
+        self._counts: Counter[str] = Counter()
+        run_model, logits = speculator._run_model, speculator.model.compute_logits
+
+        def running(num_tokens: int, *args: Any, **kwargs: Any) -> Any:
+            self._counts["forwarded"] += num_tokens
+            return run_model(num_tokens, *args, **kwargs)
+
+        def ranking(hidden: Any, *args: Any, **kwargs: Any) -> Any:
+            self._counts["ranked"] += len(hidden)
+            return logits(hidden, *args, **kwargs)
+
+        speculator._run_model, speculator.model.compute_logits = running, ranking
+        if job.device:
+            from fake_device import install
+
+            install(speculator, self._counts, graphs=job.device == "graphs")
+        self.propose = speculator.propose
         speculator.propose = self
 
     def __call__(self, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        self._counts.clear()
         draft_tokens = self.propose(input_batch, *args, **kwargs)
-        # Where no draft is asked for, vLLM 0.32 drafts and 0.33 does not: its buffer holds an
-        # earlier step's tokens, or none.
-        if kwargs.get("dummy_run") or (kwargs["num_speculative_tokens"] == 0 and v2_skips_drafts()):
+        if kwargs.get("dummy_run"):
+            return draft_tokens
+        k = kwargs["num_speculative_tokens"]
+        self.work.append(
+            Work(
+                input_batch.num_reqs,
+                k,
+                *(self._counts[name] for name in ("forwarded", "ranked", "replayed")),
+            )
+        )
+        # Where no draft is asked for, the buffer holds an earlier step's tokens, or none.
+        if k == 0:
             return draft_tokens
         self.steps += 1
-        num_drafted, num_rows = (
-            self.speculator.num_speculative_steps,
-            self.speculator.num_query_per_req,
-        )
+        num_drafted, num_rows = draft_tokens.shape[1], self.speculator.num_query_per_req
+        num_predicting = len(self.speculator.sample_pos) // self.speculator.max_num_reqs
         for row, request in enumerate(input_batch.req_ids):
             prompt, completion = _prompt(request)
-            anchor = int(self.speculator.sample_pos[row * num_drafted]) - 1
+            anchor = int(self.speculator.sample_pos[row * num_predicting]) - 1
             anchor_token = int(self.speculator.input_buffers.input_ids[row * num_rows])
             self.drafts[prompt].append(
                 Draft(
@@ -411,6 +471,7 @@ class _Recorder:
                     draft_tokens[row].tolist(),
                     input_batch.num_reqs,
                     completion,
+                    len(self.work),
                 )
             )
             if self.script and prompt % 2 == 0:

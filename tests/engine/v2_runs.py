@@ -86,7 +86,9 @@ class Runs:
         for i in range(len(job.prompts)):
             for _, tokens, drafts in self.drafts(run, [i]):
                 anchors = [draft.anchor for draft in drafts]
-                references = replay(tokens, anchors, job.num_speculative_tokens, job.max_model_len)
+                references = replay(
+                    tokens, anchors, job.num_speculative_tokens, self.results[run].max_model_len
+                )
                 for served, reference in zip(drafts, references, strict=True):
                     assert served.anchor_token == tokens[served.anchor]
                     # The reference drafts no further than max_model_len; the engine's tokens past

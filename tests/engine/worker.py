@@ -6,6 +6,8 @@ vLLM's own counters for each batch and, if asked for, every draft made inside th
 """
 
 import time
+from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 from engines import answer_jobs, counted, counters, model_runner, record_drafts, start
@@ -90,13 +92,18 @@ def coverage(llm: Any) -> dict[str, int]:
     )
 
 
-def as_embeddings(target: str, prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The prompts as the target embeds them, without their token ids."""
+def as_embeddings(
+    target: str, prompts: list[dict[str, Any]], which: Sequence[bool]
+) -> list[dict[str, Any]]:
+    """The prompts, of which some as the target embeds them, without their token ids."""
     from safetensors import safe_open
 
     with safe_open(f"{target}/model.safetensors", "pt") as file:
         table = file.get_tensor("model.embed_tokens.weight").float()
-    return [{"prompt_embeds": table[prompt["prompt_token_ids"]]} for prompt in prompts]
+    return [
+        {"prompt_embeds": table[prompt["prompt_token_ids"]]} if embedded else prompt
+        for prompt, embedded in zip(prompts, which, strict=True)
+    ]
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -126,22 +133,29 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         watch(scheduler, verified)
     asked = dict(
         temperature=0,
-        max_tokens=job["max_tokens"],
         ignore_eos=job.get("ignore_eos", True),
         logprobs=job.get("logprobs"),
         detokenize=False,
     )
-    params = SamplingParams(**asked | job.get("sampling", {}))
+    most, sampling = job["max_tokens"], job.get("sampling", {})
+    lengths = [most] * len(job["prompts"]) if isinstance(most, int) else most
+    # Of a list each prompt has the next, and the first again after the last.
+    params = [
+        SamplingParams(**{"max_tokens": length} | asked | each)
+        for length, each in zip(
+            lengths, cycle(sampling if isinstance(sampling, list) else [sampling])
+        )
+    ]
     batches = []
     for size in job["batch_sizes"]:
         before, first, tokens, logprobs, seconds = counters(llm), len(drafts), [], [], 0.0
         first_verified = len(verified.found)
         for at in range(0, len(job["prompts"]), size):
             prompts = [{"prompt_token_ids": p} for p in job["prompts"][at : at + size]]
-            if job.get("as_embeddings"):
-                prompts = as_embeddings(job["target"], prompts)
+            if which := job.get("as_embeddings"):
+                prompts = as_embeddings(job["target"], prompts, which[at : at + size])
             began = time.perf_counter()
-            outputs = llm.generate(prompts, params, use_tqdm=False)
+            outputs = llm.generate(prompts, params[at : at + size], use_tqdm=False)
             seconds += time.perf_counter() - began
             tokens += [list(o.outputs[0].token_ids) for o in outputs]
             if job.get("logprobs"):

@@ -47,7 +47,7 @@ def plain_args(shared: dict[str, Any]) -> dict[str, Any]:
 def draft_args(
     shared: dict[str, Any], settings: dict[str, Any], drafter: Path, method: str
 ) -> dict[str, Any]:
-    """Those of the engine with drafts. ``method``: a key of ``fuzz_differential.METHODS``."""
+    """Those of the engine with drafts. ``method``: a key of ``fuzzer.METHODS``."""
     speculative: dict[str, Any] = {"num_speculative_tokens": settings["num_speculative_tokens"]}
     if method == "ngram":
         speculative |= {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}

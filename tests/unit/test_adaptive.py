@@ -95,6 +95,7 @@ def test_a_machine_that_others_share(rates: str, num_reqs: int) -> None:
     assert server.adaptive(batches) > 0.95 * best
 
 
+@pytest.mark.slow
 def test_each_request_has_its_own_length() -> None:
     """Requests that accept much beside others that accept little: better than any one K for all."""
     batches = [{f"r{i}": RATES["good" if i % 2 else "bad"] for i in range(32)}] * 2000

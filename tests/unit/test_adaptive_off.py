@@ -71,6 +71,7 @@ def test_a_trial_whose_first_step_was_held_up(block: int, held_up: float) -> Non
     assert gaps.max() <= longest(block)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_batch_sizes_that_come_and_go(seed: int) -> None:
     """The number of requests wanders between 1 and 16, and the first drafts of each size were slow:
@@ -97,6 +98,7 @@ def test_batch_sizes_that_come_and_go(seed: int) -> None:
     assert drafting(run.plans[-2000:]) > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cost", [two_cores, large_gpu])
 def test_never_slower_for_good_whatever_is_forgiven(cost: Callable[[Work], float]) -> None:
     """Drafts that bring nothing and whose first step after a pause takes as long as forty plain

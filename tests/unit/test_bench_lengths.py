@@ -106,6 +106,7 @@ def test_drafts_that_were_accepted_are_said() -> None:
     assert "dflash at 1, 128 tokens: tau was 1.50, so not all drafts were rejected." in table.notes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lengths", "settings"),
     [(LENGTHS, {}), (LENGTHS, {"break_even": True}), ([None], {"break_even": True})],

@@ -112,6 +112,7 @@ def make_results(names=tuple(SPEED), methods=METHODS, dtype="float32"):
     }
 
 
+@pytest.mark.slow
 def test_a_load_in_phases_against_the_best_schedule():
     """The schedule takes of each phase the method with the least median seconds: 1 s of dflash:7
     and 2 s of plain, for 30 tokens."""
@@ -205,6 +206,7 @@ def test_markdown():
     assert len(widths) == 1
 
 
+@pytest.mark.slow
 def test_an_overview_by_prompt_set():
     """tau by prompt set, and where a method was the slowest, were to be gathered from all
     tables."""
@@ -256,6 +258,7 @@ def test_what_spoils_figures_is_said():
     assert "NOT COMPLETE: 1 of 2 repeats" in as_markdown(results)
 
 
+@pytest.mark.slow
 def test_files(tmp_path):
     """The HTML stands alone: nothing in it is fetched, its SVGs are well formed, and text from
     outside is escaped."""

@@ -63,6 +63,7 @@ def test_a_wheel_is_unpacked_once_and_without_its_kernels(asked: list[str], tmp_
     assert list((tmp_path / "wheels").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_overlay_has_one_release_over_the_kernels_of_another(tmp_path: Path) -> None:
     """Child processes see it too, and all other packages, ours included."""
     source = tmp_path / "vllm-9.1.0"

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from engine.harness import TARGET
-from fuzz_differential import Fuzzer
 from fuzzing import serving
 from fuzzing.child import Crash
 from fuzzing.compare import difference
@@ -26,6 +25,7 @@ from fuzzing.draw import (
     draw_settings,
     is_compared,
 )
+from fuzzing.fuzzer import Fuzzer
 from fuzzing.pairs import Pair
 from fuzzing.shrink import shrink
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from pairs import random_drafter_config
+from vllm_dflash import kinds
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.heads import Ranking
 from vllm_dflash.heads.reference import Block, ReferenceHead
@@ -37,7 +38,8 @@ def head_of(config: DrafterConfig) -> tuple[ReferenceHead, dict[str, torch.Tenso
     own = kind_of(config).head.own_tensors(config)
     tensors = drafter.state_dict()
     assert own.items() == {n: tuple(tensors[n].shape) for n in own}.items()
-    assert own.keys() == tensors.keys() - new_drafter(PLAIN).state_dict().keys()
+    plain = new_drafter(config.with_(kind=kinds.with_head(config.kind, "argmax").name, head={}))
+    assert own.keys() == tensors.keys() - plain.state_dict().keys()
     return drafter.head, {n: tensors[n] for n in own}
 
 
@@ -143,6 +145,12 @@ def test_a_head_of_candidates_ranks_the_whole_vocabulary() -> None:
 
 
 LATTICE = random_drafter_config(kind="lilicorr", vocab_size=VOCAB, hidden_size=HIDDEN)
+CORRECTION = random_drafter_config(
+    kind="dfly",
+    vocab_size=VOCAB,
+    hidden_size=HIDDEN,
+    head={"hidden_correction_intermediate_size": RANK},
+)
 MARKOV = random_drafter_config(
     kind="dspark", vocab_size=VOCAB, hidden_size=HIDDEN, head={"markov_rank": RANK}
 )
@@ -166,6 +174,33 @@ def test_a_markov_head_adds_what_the_token_before_says() -> None:
             before = max(range(VOCAB), key=by_hand.__getitem__)
             assert int(drafted[b, k]) == before
     assert not torch.equal(drafted, block.logits.argmax(-1))
+
+
+def test_hidden_states_are_corrected_by_the_token_before() -> None:
+    head, tensors = head_of(CORRECTION)
+    t = {n.removeprefix("hidden_correction."): x.double() for n, x in tensors.items()}
+    block, anchors = random_block(3), torch.tensor([4, 9, 29])
+    table, lm_head = torch.randn(VOCAB, HIDDEN), torch.randn(VOCAB, HIDDEN)
+    block = block._replace(embed=lambda ids: table[ids], rank=lambda h: h @ lm_head.T)
+    with torch.no_grad():
+        drafted, scores = head.draft(block, anchors)
+
+    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
+        scale = math.sqrt(float((x * x).mean()) + CORRECTION.rms_norm_eps)
+        return t[f"{name}.weight"] * x / scale
+
+    for b in range(3):
+        before = int(anchors[b])
+        for k in range(K):
+            h = block.hidden[b, k].double()
+            x = torch.cat([norm("hidden_norm", h), norm("embed_norm", table[before].double())])
+            gate, up = t["gate_proj.weight"] @ x, t["up_proj.weight"] @ x
+            h = h + t["down_proj.weight"] @ (gate / (1 + torch.exp(-gate)) * up)
+            by_hand = lm_head.double() @ h
+            assert scores[b, k].tolist() == pytest.approx(by_hand.tolist(), rel=1e-4, abs=1e-4)
+            before = int(by_hand.argmax())
+            assert int(drafted[b, k]) == before
+    assert not torch.equal(drafted, block.rank(block.hidden).argmax(-1))
 
 
 @pytest.mark.parametrize("with_markov", [True, False])
@@ -246,7 +281,9 @@ def test_an_anchor_beyond_the_vocabulary_is_drafted_after(config: DrafterConfig)
 
 @pytest.mark.parametrize("confident", [False, True])
 @pytest.mark.parametrize(
-    "config", [PLAIN, CANDIDATES, MARKOV, LATTICE], ids=["argmax", "walk", "markov", "lattice"]
+    "config",
+    [PLAIN, CANDIDATES, MARKOV, LATTICE, CORRECTION],
+    ids=["argmax", "walk", "markov", "lattice", "correction"],
 )
 def test_a_served_head_asks_the_device_for_nothing(config: DrafterConfig, confident: bool) -> None:
     """On a GPU a graph records it, and a question would wait: torch's meta device has no answer."""

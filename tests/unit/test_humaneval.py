@@ -55,6 +55,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_fetched_once_and_written_as_chats(
     index: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,6 +75,7 @@ def test_fetched_once_and_written_as_chats(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_damaged_in_the_cache_it_is_fetched_anew(index: Path) -> None:
     kept = index / "cache" / "vllm-dflash" / "HumanEval.jsonl.gz"
     kept.parent.mkdir(parents=True)
@@ -81,6 +83,7 @@ def test_damaged_in_the_cache_it_is_fetched_anew(index: Path) -> None:
     assert humaneval.tasks() == TASKS
 
 
+@pytest.mark.slow
 def test_as_a_prompt_set(index: Path) -> None:
     """Chats where the target is one, else text to be gone on with."""
     chats = humaneval_prompts(Tokenizer("a template"), 256)
@@ -90,6 +93,7 @@ def test_as_a_prompt_set(index: Path) -> None:
     assert "".join(map(chr, text.prompts[2])) == TASKS[2]["prompt"]
 
 
+@pytest.mark.slow
 def test_refusals_name_the_remedy(
     index: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -139,6 +139,7 @@ def _without_late(names: Iterable[str]) -> dict[str, set[str]]:
     }
 
 
+@pytest.mark.slow
 def test_no_circle_when_modules_are_loaded() -> None:
     assert circles(_graphs()[0]) == []
 

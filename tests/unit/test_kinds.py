@@ -8,6 +8,8 @@ import ast
 import copy
 import dataclasses
 import json
+import math
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kinds_of_users import NAMES, install, on_path, write_package
 from pairs import make_random_drafter, random_drafter_config
@@ -34,11 +36,13 @@ from vllm_dflash.reference.checkpoint import new_drafter
 from vllm_dflash.reference.loss import block_labels, position_weights
 from vllm_dflash.reference.rotary import rotary_angles
 from vllm_dflash.tools.convert import convert
+from vllm_dflash.tools.inspect import inspect_checkpoint
 from vllm_dflash.training.drafter import plan
 from vllm_dflash.training.export import folder_of
 from vllm_dflash.training.learned import final_folder, trained_folder
 from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.target import find_target
+from vllm_dflash.weights import check_dtypes, check_shapes, expected_tensors
 
 ROOT = Path(__file__).parents[2]
 OURS = tuple(sorted(kinds.names()))
@@ -53,9 +57,10 @@ METHOD = {
     ("evaluation/methods", "FIXED"),
     ("evaluation/plan", "_DRAFTER"),
     ("heads/lattice/__init__", "PART"),
+    ("formats/angelspec", "MODEL_TYPE"),
 }
 """Where a string that is a kind's name is something else: vLLM's method, a section, the plug-in, a
-benchmark's method, a folder, what tensors' names begin with."""
+benchmark's method, a folder, what tensors' names begin with, a model_type."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -140,28 +145,43 @@ def test_a_served_head_is_the_reference(kind: str, confident: bool) -> None:
         name: torch.randn(shape) if max(shape) > 1 else 20 + torch.rand(shape)
         for name, shape in head.own_tensors(config).items()
     }
-    if head.over_block:  # as large as in a network of many layers
-        own = {name: tensor / tensor.shape[-1] ** 0.5 for name, tensor in own.items()}
+    is_network = any(name.endswith("_proj.weight") for name in own)
+    if is_network:  # as large as in one of many layers
+        own = {
+            name: tensor / tensor.shape[-1] ** 0.5 if tensor.dim() == 2 else tensor
+            for name, tensor in own.items()
+        }
     with torch.inference_mode():
         for name, tensor in own.items():
             ours.load(name, tensor)
         theirs.load_state_dict({name.removeprefix("head."): own[name] for name in own})
         table = torch.randn(config.vocab_size, config.hidden_size)
-        beside = (lambda ids: table[ids], torch.randn(batch, kind_of(config).context.width(config)))
-        block = Block(hidden.view(batch, k, -1), (hidden @ lm_head.T).view(batch, k, -1), *beside)
+
+        def embed(ids: torch.Tensor) -> torch.Tensor:
+            return table[ids]
+
+        before_anchors = torch.randn(batch, kind_of(config).context.width(config))
+        block = Block(
+            hidden.view(batch, k, -1),
+            (hidden @ lm_head.T).view(batch, k, -1),
+            embed,
+            lambda h: h @ lm_head.T,
+            before_anchors,
+        )
         ranking = Ranking(
             lambda h: h @ lm_head.T,
             lambda x: x.argmax(-1),
             lambda h: (h @ lm_head.T).argmax(-1),
             confident,
-            *beside,
+            embed,
+            before_anchors,
         )
         tokens, confidences = ours.draft(hidden, anchors, k, ranking)
         expected, scores = theirs.draft(block, anchors)
         # What training ranks is what drafting ranks, where the drafted tokens are the ones before.
         before = torch.cat([anchors[:, None].long(), expected[:, :-1]], dim=1)
         assert torch.equal(theirs.lesson(block, before, expected).tokens, expected)
-        if head.over_block:  # a network that computes in float32
+        if is_network:  # it computes in float32
             torch.testing.assert_close(theirs.scores(block, before), scores, rtol=1e-4, atol=1e-4)
         else:
             # In float64: a processor may sum a batch of rows in another order than a row.
@@ -205,6 +225,32 @@ def test_the_tools_take_a_kind(
     ours, back = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "back"))
     assert ours.keys() == back.keys()
     assert all(torch.equal(tensor, back[n]) for n, tensor in ours.items())
+
+
+@pytest.mark.parametrize("name", [*OURS, *NAMES])
+def test_each_of_a_kinds_own_tensors_is_missed(name: str, tmp_path: Path) -> None:
+    """Missing, of another shape, of another dtype, or not finite: refused by its name."""
+    config = random_drafter_config(kind=name).with_()
+    shapes, own = expected_tensors(config), kinds.own_tensors(config)
+    check_shapes(config, shapes)
+    assert own.keys() <= shapes.keys()
+    for tensor, shape in own.items():
+        with pytest.raises(DrafterConfigError, match=re.escape(f"missing: {tensor};")):
+            check_shapes(
+                config, {n: s for n, s in shapes.items() if n != tensor} | {f"{tensor}.old": shape}
+            )
+        with pytest.raises(DrafterConfigError, match=re.escape(f"{tensor} is [7, 7, 7]")):
+            check_shapes(config, shapes | {tensor: (7, 7, 7)})
+        with pytest.raises(DrafterConfigError, match=re.escape(f"{tensor} is I64")):
+            check_dtypes(config, dict.fromkeys(shapes, "F32") | {tensor: "I64"})
+    poisoned = list(own)[-1]
+    folder = make_random_drafter(tmp_path / "drafter", config=config)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[poisoned].view(-1)[-1] = math.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    [problem] = inspect_checkpoint(folder).errors
+    assert poisoned in str(problem)
+    assert "NaN or infinity" in str(problem)
 
 
 @pytest.mark.slow
@@ -302,6 +348,7 @@ def test_what_vllm_would_draft_in_its_own_way_is_refused() -> None:
         for asked, setting in (
             (("probabilistic",), "draft_sample_method"),
             (("greedy", True), "enable_adaptive_verification"),
+            (("greedy", False, True), "use_local_argmax_reduction"),
         ):
             with (
                 nullcontext()

@@ -78,7 +78,7 @@ def random_block(batch: int) -> tuple[Block, torch.Tensor]:
         torch.randn(batch, K, HIDDEN),
         3 * torch.randn(batch, K, VOCAB),
         lambda ids: table[ids],
-        torch.randn(batch, HIDDEN),
+        before=torch.randn(batch, HIDDEN),
     )
     return block, table
 

@@ -153,3 +153,21 @@ def test_blocks_are_moved_back_by_their_overflow(
     ]
     assert asked.tolist() == samples, f"asked were {moved} of the second block"
     assert last.tolist() == [[11], [13]], "the caller's, and not changed"
+
+
+def test_blocks_are_moved_without_asking_the_device() -> None:
+    """A meta tensor has no values: what asked for one, or made a shape of one, would raise."""
+    blocks, masks, on_device = 3, 7, torch.device("meta")
+
+    def rows(width: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.empty(blocks, width, dtype=dtype, device=on_device)
+
+    end_blocks_at(
+        64,
+        last_positions=rows(1),
+        rows=[rows(masks + 1, torch.int32), rows(masks + 1)],
+        slots=[rows(masks + 1)],
+        sample_indices=rows(masks),
+    )
+    with pytest.raises(RuntimeError, match="meta"):
+        rows(1).tolist()

@@ -237,6 +237,7 @@ def test_configuration_and_rules_are_sound(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @needs_prometheus
 def test_alerts_fire_and_stay_quiet() -> None:
     """The cases of both files: for every alert one that fires and one that does not, at its own

@@ -96,6 +96,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next((folder / "unpacked").iterdir())
 
 
+@pytest.mark.slow
 def test_the_source_distribution_has_all_of_the_checkout(sdist: Path) -> None:
     """It had no changelog, tests, documents, examples nor Makefile: nobody could have run a test
     from it."""
@@ -117,6 +118,7 @@ def test_the_source_distribution_has_all_of_the_checkout(sdist: Path) -> None:
     } <= there
 
 
+@pytest.mark.slow
 def test_a_wheel_comes_out_of_the_source_distribution(sdist: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(build("wheel", sdist, tmp_path)) as archive:
         names = set(archive.namelist())

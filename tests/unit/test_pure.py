@@ -53,6 +53,7 @@ ASKS_VLLM = {
     "evaluation.engine_child",
     "evaluation.rejection",
     "kinds.dflash.context",
+    "kinds.dfly.context",
     "models.parameters",
     "patches.request_params",
     "patches.server_metrics",
@@ -70,6 +71,7 @@ NEEDS_TORCH = {
     "drafting.pending",
     "heads.argmax",
     "heads.candidates.modules",
+    "heads.correction.modules",
     "heads.lattice.network",
     "heads.lattice.modules",
     "heads.markov.modules",
@@ -77,6 +79,7 @@ NEEDS_TORCH = {
     "heads.walk",
     "kinds.dflare.context",
     "kinds.dflash.context",
+    "kinds.dfly.context",
     "models.parameters",
     "reference.checkpoint",
     "reference.convolution",
@@ -112,6 +115,7 @@ NEEDS_TORCH = {
     "weights.mask_embedding",
     "weights.messages",
     "weights.quantization",
+    "weights.reading",
     "weights.values",
 }
 """Cannot be imported without torch."""
@@ -157,10 +161,12 @@ def cannot_do_without(absent: str, names: set[str]) -> set[str]:
     return {line.removeprefix(f"{PACKAGE}.") for line in done.stdout.split()}
 
 
+@pytest.mark.slow
 def test_only_the_listed_modules_need_vllm() -> None:
     assert cannot_do_without("vllm", set(files()) - NEEDS_RAY) == NEEDS_VLLM
 
 
+@pytest.mark.slow
 def test_only_the_listed_modules_need_torch() -> None:
     assert (
         cannot_do_without("vllm,torch,transformers", set(files()) - NEEDS_VLLM - NEEDS_RAY)

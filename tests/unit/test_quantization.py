@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from broken import edit, edit_config
-from pairs import make_random_drafter
+from pairs import make_random_drafter, random_drafter_config
 from quantized import QUANTIZATION, quantize
 from unit.test_checks import configure
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.tools.inspect import inspect_checkpoint
 from vllm_dflash.tools.pair_checks import checkpoint_checks
+from vllm_dflash.weights import check_dtypes, expected_tensors
 from vllm_dflash.weights.quantization import NEEDS, check_packed, check_quantization
 
 pytestmark = pytest.mark.vllm  # whose classes read it
@@ -151,3 +152,19 @@ def test_packed_weights_are_sound_and_eight_bits_have_a_scale(
         "the weights hold no scale of the quantized layers.0.mlp.up_proj.weight: use the weights"
         " that the config.json came with"
     ]
+
+
+def test_a_heads_projections_stay_plain() -> None:
+    """DFly's head has projections too, and quantization is of the layers': a sound checkpoint was
+    refused, and a head in 8 bits was not."""
+    config = random_drafter_config(kind="dfly").with_(
+        quantization_config=SOUND["fp8"] | {"quant_method": "fp8"}
+    )
+    found = dict.fromkeys(expected_tensors(config), "BF16")
+    for name in [name for name in found if name.startswith("layers.") and "_proj." in name]:
+        found |= {name: "F8_E4M3", f"{name}_scale": "F32"}
+    check_packed(config, found)
+    check_dtypes(config, found)
+    head = "hidden_correction.up_proj.weight"
+    with pytest.raises(DrafterConfigError, match=f"{head} is F8_E4M3 and should be BF16"):
+        check_dtypes(config, found | {head: "F8_E4M3"})

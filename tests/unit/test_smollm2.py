@@ -215,6 +215,7 @@ def test_another_name_is_itself() -> None:
     assert smollm2.resolve("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B"
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_whole_is_made_anew(index: Path) -> None:
     folder = Path(smollm2.resolve("smollm2"))
     whole = (folder / "model.safetensors").read_bytes()
@@ -223,6 +224,7 @@ def test_a_folder_that_is_not_whole_is_made_anew(index: Path) -> None:
     assert (folder / "model.safetensors").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_refusals_name_the_remedy(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smollm2, "_SHA256", "0" * 64)
     with pytest.raises(smollm2.SmolLM2Error, match="not the file that was tested"):

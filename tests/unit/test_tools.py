@@ -393,6 +393,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"vllm-dflash {vllm_dflash.__version__}\n"
 
 
+@pytest.mark.slow
 def test_status_stays_light() -> None:
     code = (
         "import sys; from vllm_dflash.cli import main; main(['status']); print([m for m in"

@@ -199,6 +199,7 @@ def test_what_is_no_number(asked: tuple[str, ...]) -> None:
         chosen(Path("o"), prompts=asked)
 
 
+@pytest.mark.slow
 def test_damaged(tmp_path: Path, found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file of the stage in every way: it ends with the same prompts, or says which file and
     what to do."""

@@ -2,26 +2,29 @@
 ``max_model_len``.
 
 The draft model is ours because it is registered over the architecture's name, so vLLM's loader
-finds it; nothing of the loading is repeated here. A step that schedules fewer than
-``num_speculative_tokens`` drafts still drafts the whole block, and the model runner cuts the rest:
-the tokens that stay are the same.
+finds it; nothing of the loading is repeated here. The block is forwarded whole whatever
+``num_speculative_tokens`` (K) is, and lm_head is asked for K rows a request, for all that predict
+where the head is over the whole block. A step that schedules fewer drafts still drafts K, and the
+model runner cuts the rest; one that schedules none writes the context and runs no query.
 Limits: text only, and one pipeline stage, as the drafter takes the target's embedding.
 
     pytest tests/engine/test_v2.py tests/engine/test_v2_formats.py tests/engine/test_v2_features.py
 """
 
 import copy
-from math import prod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import (
     DFlashSpeculator as NativeDFlashSpeculator,
 )
 
 from vllm_dflash.checks import drafter_config
 from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.drafting.graphs import graph_tokens, verification
 from vllm_dflash.drafting.layout import end_blocks_at
 from vllm_dflash.heads import Draft, Ranking
 from vllm_dflash.kinds import AFTER_ANCHOR, kind_of
@@ -37,29 +40,38 @@ class DFlashSpeculator(NativeDFlashSpeculator):
     moved to end there."""
 
     _speculator_name = "vllm-dflash"
+    vllm_config: VllmConfig
     _draft: "Draft | None" = None
     """What drafts, where it is not the best token of each row."""
     coverage = None
     """Known with the V1 runner only: here no step is without ``propose``."""
 
+    _drafts = True
+    """Whether the step that runs asks for drafts."""
+
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         speculative = vllm_config.speculative_config
         assert speculative is not None
         drafter = drafter_config(speculative.draft_model_config.hf_config)
+        self._first_row, self._num_rows = drafter.first_row, drafter.max_speculative_tokens
         self.num_draft_tokens = speculative.num_speculative_tokens
-        # The block is drafted whole, whatever K is: vLLM's own class takes its length from the
-        # config.
-        whole, block = copy.copy(vllm_config), copy.copy(speculative)
-        block.num_speculative_tokens = drafter.max_speculative_tokens
+        super().__init__(vllm_config, device)
+        # What is handed out holds K tokens a request, what is forwarded is a whole block: vLLM's
+        # own class takes both from one setting.
+        self.num_query_per_req = drafter.block_size
+        block = copy.copy(speculative)
+        block.num_speculative_tokens = drafter.block_size - 1
+        # Or the draft's CUDA graphs would be for that schedule's lengths.
+        block.num_speculative_tokens_per_batch_size = None
+        whole = copy.copy(self.vllm_config)
         whole.speculative_config = block
-        super().__init__(whole, device)
-        self._first_row = drafter.first_row
-        # Of a row's token: a row predicts its own position's or the next one's.
-        self._tokens_end = self.max_model_len + AFTER_ANCHOR - self._first_row
-        if not self._first_row:
-            # The anchor's row predicts too: as many rows as tokens.
-            self.sample_from_anchor = True
-            self.num_query_per_req = self.num_speculative_steps
+        self.vllm_config = whole
+        # The anchor's row may predict too: as many rows as tokens.
+        self.sample_from_anchor = not self._first_row
+        rows = self.max_num_reqs * self._num_rows
+        self.sample_indices = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.sample_pos = torch.zeros_like(self.sample_indices)
+        self.sample_idx_mapping = torch.full_like(self.sample_indices, -1)
         width = kind_of(drafter).context.width(drafter)
         # vLLM's buffer holds one hidden state a token, a context may be wider.
         self.hidden_states = torch.zeros(
@@ -73,6 +85,63 @@ class DFlashSpeculator(NativeDFlashSpeculator):
             # Where a full CUDA graph takes the context in, vLLM 0.33 stages the counts here.
             self._num_rejected = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         record_drafter(self, vllm_config, device)
+
+    @property
+    def max_model_len(self) -> int:
+        """In tokens, as it is now: where ``--max-model-len`` is -1, vLLM lowers it once it knows
+        the KV cache."""
+        return int(self.vllm_config.model_config.max_model_len)
+
+    @max_model_len.setter
+    def max_model_len(self, value: int) -> None:
+        """vLLM 0.32 keeps what it was when the speculator was made: nothing is kept."""
+
+    @contextmanager
+    def _with(self, **attributes: Any) -> Iterator[None]:
+        """For a while, these attributes."""
+        before = {name: getattr(self, name) for name in attributes}
+        self.__dict__.update(attributes)
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
+
+    def _graph_tokens(self) -> list[int]:
+        """The sizes of the draft's CUDA graphs, in tokens: none where the target has none."""
+        sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes
+        if not sizes:
+            return []
+        verified, most = verification(self.speculative_config, self.max_num_reqs)
+        return graph_tokens(
+            sizes,
+            verified=verified,
+            rows=self.num_query_per_req,
+            most_requests=most,
+            most_rows=self.max_num_tokens,
+        )
+
+    @property
+    def attn_vllm_config(self) -> VllmConfig:
+        """As vLLM's; attention plans up to ``max_cudagraph_capture_size`` for a graph, whose
+        buffers and splits stand still, and the draft's graphs may be larger than the target's."""
+        config, sizes = copy.copy(super().attn_vllm_config), self._graph_tokens()
+        if sizes:
+            compilation = copy.copy(config.compilation_config)
+            compilation.max_cudagraph_capture_size = max(
+                compilation.max_cudagraph_capture_size, *sizes
+            )
+            config.compilation_config = compilation
+        return config
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """As vLLM's, with graphs for as many requests as the target's for verification are."""
+        config = copy.copy(self.vllm_config)
+        compilation = copy.copy(config.compilation_config)
+        compilation.cudagraph_capture_sizes = self._graph_tokens()
+        compilation.max_cudagraph_capture_size = max(compilation.cudagraph_capture_sizes, default=0)
+        config.compilation_config = compilation
+        with self._with(vllm_config=config):
+            super().init_cudagraph_manager(cudagraph_mode)
 
     def load_draft_model(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM's; the loaded drafter."""
@@ -131,8 +200,24 @@ class DFlashSpeculator(NativeDFlashSpeculator):
         self._before[:count] = self.hidden_states[(ends - 1).clamp(min=0).long()]
 
     def propose(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As vLLM's; of each block the first ``num_speculative_tokens`` tokens, [num_reqs, K]."""
-        return super().propose(*args, **kwargs)[:, : self.num_draft_tokens]
+        """As vLLM's; of each block the first K tokens [num_reqs, K] int64. Where a step's
+        ``num_speculative_tokens`` is 0 the context is written, and no query runs."""
+        off = kwargs.get("num_speculative_tokens") == 0 and not kwargs.get("dummy_run")
+        if off:
+            # vLLM 0.33 returns before its query pass; 0.32 runs this step eagerly, for a graph
+            # would draft.
+            kwargs["is_profile"] = True
+        # All rows that predict are laid out: what moves a block looks at its last one.
+        with self._with(num_speculative_steps=self._num_rows, _drafts=not off):
+            return super().propose(*args, **kwargs)
+
+    def _num_graph_context_tokens(self, num_reqs: int) -> int:
+        """The context rows that a graph for ``num_reqs`` requests stores: a whole verification of
+        each."""
+        return min(num_reqs * (self.num_draft_tokens + 1), self.max_num_tokens)
+
+    def _build_uniform_attn_metadata(self, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
+        return super()._build_uniform_attn_metadata(*args, **kwargs) if self._drafts else None
 
     def _generate_draft(
         self,
@@ -149,40 +234,58 @@ class DFlashSpeculator(NativeDFlashSpeculator):
         buffers, in place, and asks the device for nothing. ``slot_mappings`` is None in memory
         profiling, when there is no KV cache yet.
         """
+        if not self._drafts:
+            return
         draft = self._draft
         anchors = None if draft is None else self._anchors(num_reqs)
         if slot_mappings is not None:
-            queries, samples = (
-                (num_reqs, self.num_query_per_req),
-                (num_reqs, self.num_speculative_steps),
-            )
-            num_queries, num_samples = prod(queries), prod(samples)
-            end_blocks_at(
-                self._tokens_end,
-                last_positions=self.sample_pos[:num_samples].view(samples)[:, -1:],
-                rows=[
-                    buffer[:num_queries].view(queries)
-                    for buffer in (self.input_buffers.input_ids, self.input_buffers.positions)
-                ],
-                slots=[
-                    self.block_tables.slot_mappings[group, :num_queries].view(queries)
-                    for group in self.draft_kv_cache_group_ids
-                ],
-                sample_indices=self.sample_indices[:num_samples].view(samples),
-                first_row=self._first_row,
-            )
+            self._end_blocks(num_reqs)
         if draft is None or anchors is None:
-            super()._generate_draft(
-                num_reqs, num_tokens_padded, attn_metadata, slot_mappings, *args, **kwargs
-            )
+            with self._with(
+                num_speculative_steps=self.num_draft_tokens,
+                **{
+                    name: self._first(getattr(self, name), num_reqs, self.num_draft_tokens)
+                    for name in ("sample_indices", "sample_pos", "sample_idx_mapping")
+                },
+            ):
+                super()._generate_draft(
+                    num_reqs, num_tokens_padded, attn_metadata, slot_mappings, *args, **kwargs
+                )
             return
-        rows = self.sample_indices[: num_reqs * self.num_speculative_steps]
         hidden = self._run_model(num_tokens_padded, attn_metadata, slot_mappings, *args, **kwargs)
-        ranking = self._ranking
+        ranking, rows = self._ranking, self.num_draft_tokens
         if self._before is not None:
-            ranking = ranking._replace(before=self._before[:num_reqs])
-        tokens, _ = draft(hidden[rows], anchors, self.num_speculative_steps, ranking)
-        self.draft_tokens[:num_reqs] = tokens
+            # Each of its tokens is of the whole block.
+            ranking, rows = ranking._replace(before=self._before[:num_reqs]), self._num_rows
+        indices = self._first(self.sample_indices, num_reqs, rows)
+        tokens, _ = draft(hidden[indices], anchors, rows, ranking)
+        self.draft_tokens[:num_reqs] = tokens[:, : self.num_draft_tokens]
+
+    def _first(self, buffer: torch.Tensor, num_reqs: int, k: int) -> torch.Tensor:
+        """Of ``buffer``, which has a place for every row that predicts, those of each request's
+        first k rows [num_reqs * k]."""
+        whole = buffer[: num_reqs * self._num_rows].view(num_reqs, self._num_rows)
+        return whole[:, :k].flatten()
+
+    def _end_blocks(self, num_reqs: int) -> None:
+        """Moves blocks that reach past ``max_model_len`` to where they end there."""
+        queries, samples = (num_reqs, self.num_query_per_req), (num_reqs, self._num_rows)
+        num_queries, num_samples = num_reqs * queries[1], num_reqs * samples[1]
+        end_blocks_at(
+            # Of a row's token: a row predicts its own position's or the next one's.
+            self.max_model_len + AFTER_ANCHOR - self._first_row,
+            last_positions=self.sample_pos[:num_samples].view(samples)[:, -1:],
+            rows=[
+                buffer[:num_queries].view(queries)
+                for buffer in (self.input_buffers.input_ids, self.input_buffers.positions)
+            ],
+            slots=[
+                self.block_tables.slot_mappings[group, :num_queries].view(queries)
+                for group in self.draft_kv_cache_group_ids
+            ],
+            sample_indices=self.sample_indices[:num_samples].view(samples),
+            first_row=self._first_row,
+        )
 
     def _anchors(self, num_reqs: int) -> torch.Tensor:
         """Each request's anchor [num_reqs], of its block's first row; a copy, for blocks may be

@@ -28,7 +28,12 @@ IGNORED_TENSORS = frozenset(
     {"t2d", "verifier_norm.weight", "verifier_lm_head.weight", "rotary_emb.inv_freq"}
 )
 """Tensors that only training needs."""
-_TENSOR_ALIASES = {"draft_id_to_target_id": "d2t"}
+_TENSOR_ALIASES = {
+    "draft_id_to_target_id": "d2t",
+    "context_proj.weight": "fc.weight",
+    "context_norm.weight": "hidden_norm.weight",
+    "final_norm.weight": "norm.weight",
+}
 
 
 def format_names() -> tuple[str, ...]:

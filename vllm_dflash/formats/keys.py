@@ -141,6 +141,10 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "confidence_head": (False,),
     "enable_confidence_head": (False,),
     "target_num_hidden_layers": (),
+    "fusion_type": ("concat_fc",),
+    "enable_hidden_correction": (False,),
+    "hidden_correction_type": (),
+    "hidden_correction_intermediate_size": (),
 }
 """Keys that change what is computed, in ways that are not implemented; with the values that say
 what is so without them."""

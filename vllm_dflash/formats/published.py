@@ -8,6 +8,14 @@ from typing import Any
 
 from vllm_dflash import fields, kinds
 from vllm_dflash.config import DrafterConfig, DrafterConfigError, default_target_layer_ids
+from vllm_dflash.formats.angelspec import (
+    ANGELSPEC,
+    OWN_KEYS,
+    as_published,
+    is_angelspec,
+    kind_in,
+    written,
+)
 from vllm_dflash.formats.layers import (
     draft_vocab,
     keys_of,
@@ -24,9 +32,14 @@ from vllm_dflash.formats.unread import check_dflash_config, check_head, check_ke
 
 def parse_published(raw: Mapping[str, Any]) -> DrafterConfig:
     """The drafter that such a ``config.json`` describes; see ``formats.parse``."""
-    kind = kinds.architectures()[_architecture(raw)]
+    kind, flat_keys = kinds.architectures()[_architecture(raw)], frozenset[str]()
+    format = kind.format
+    if is_angelspec(raw):
+        kind, format, flat_keys = kind_in(raw, kind), ANGELSPEC, OWN_KEYS
+        raw = as_published(raw, kind)
+    is_flat = kind.is_flat or format == ANGELSPEC
     nested, place = raw.get("dflash_config"), "dflash_config."
-    if kind.is_flat and nested is None:
+    if is_flat and nested is None:
         nested, place = raw, ""
     if not isinstance(nested, Mapping):
         raise fields.bad(
@@ -36,8 +49,8 @@ def parse_published(raw: Mapping[str, Any]) -> DrafterConfig:
         )
     if nested is not raw:
         check_dflash_config(nested, kind, keys_of(kind))
-    check_head(kind, raw, raw if kind.is_flat else nested)
-    known = {*keys_of(kind), "target_layer_ids", "causal"} if kind.is_flat else ()
+    check_head(kind, raw, raw if is_flat else nested)
+    known = {*keys_of(kind), "target_layer_ids", "causal", *flat_keys} if is_flat else ()
     depth = fields.optional_positive_int(raw, "num_target_layers")
     transformer = read_layers(raw)
     if nested.get("target_layer_ids") is None:
@@ -49,7 +62,7 @@ def parse_published(raw: Mapping[str, Any]) -> DrafterConfig:
         raw if raw.get("block_size") is not None else {"block_size": nested.get("block_size")},
         "block_size",
     )
-    twice = ("block_size", "mask_token_id", *(("target_layer_ids",) if kind.is_flat else ()))
+    twice = ("block_size", "mask_token_id", *(("target_layer_ids",) if is_flat else ()))
     for name in twice:
         fields.agree(name, raw.get(name), f"dflash_config.{name}", nested.get(name))
     windows, causal = read_attention(raw, raw, nested)
@@ -64,11 +77,11 @@ def parse_published(raw: Mapping[str, Any]) -> DrafterConfig:
         sliding_causal=causal,
         quantization_config=fields.quantization(raw),
         dtype=fields.dtype(raw),
-        head=read_head(kind, raw) if kind.is_flat else read_head(kind, nested, place),
+        head=read_head(kind, raw) if is_flat else read_head(kind, nested, place),
         **read_convolution(kind, nested, "dflash_config."),
         kind=kind.name,
         unknown_keys=tuple(sorted(check_keys(raw, by_transformers=True, known=known))),
-        format=kind.format,
+        format=format,
     )
 
 
@@ -148,4 +161,4 @@ def write_published(config: DrafterConfig, format: str) -> dict[str, Any]:
         out["draft_vocab_size"] = config.draft_vocab_size
     if config.quantization_config is not None:
         out["quantization_config"] = dict(config.quantization_config)
-    return dict(sorted(out.items()))
+    return written(config, out) if format == ANGELSPEC else dict(sorted(out.items()))

@@ -25,11 +25,10 @@ class Ranking(NamedTuple):
     confident: bool
     """Whether the probability of each token is wanted."""
     embed: "Callable[[Tensor], Tensor] | None" = None
-    """Token ids [...] -> the target's embeddings of them [..., H]; for a head ``over_block``, as
-    ``before``."""
+    """Token ids [...] -> embeddings of them [..., H], the target's or the checkpoint's own."""
     before: "Tensor | None" = None
     """[B, C]: of each request the context, as ``ServedContext.combine`` makes it, of the token
-    before its anchor."""
+    before its anchor; for a head ``over_block``."""
 
 
 Ranked: TypeAlias = "tuple[Tensor, Tensor | None]"

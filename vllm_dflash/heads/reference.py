@@ -20,14 +20,16 @@ class Block(NamedTuple):
     logits: Tensor
     """[..., V] float32, of lm_head."""
     embed: "Callable[[Tensor], Tensor] | None" = None
-    """Token ids [...] -> the target's embeddings of them [..., H]; for a head ``over_block``, as
-    ``before``."""
+    """Token ids [...] -> embeddings of them [..., H], the target's or the checkpoint's own."""
+    rank: "Callable[[Tensor], Tensor] | None" = None
+    """Hidden states [..., H] -> logits [..., V] float32, as those of the rows were made."""
     before: Tensor | None = None
-    """The context [..., C], one a block, of the token before its anchor."""
+    """The context [..., C], one a block, of the token before its anchor; for a head
+    ``over_block``."""
 
     def row(self, index: int) -> "Block":
         """One row [...] of blocks [..., K], for a head that goes from row to row."""
-        return Block(self.hidden[..., index, :], self.logits[..., index, :])
+        return self._replace(hidden=self.hidden[..., index, :], logits=self.logits[..., index, :])
 
 
 class Lesson(NamedTuple):

@@ -177,6 +177,11 @@ class Kind:
     own_method: str | None = None
     """The method that vLLM takes for its published architecture by itself, where that is not
     ``dflash``."""
+    exported_as: str | None = None
+    """The architecture that AngelSpec's trainer writes it under, with its name as ``model_arch``,
+    where that is not the published one."""
+    also_named: tuple[str, ...] = ()
+    """Further names of its architecture in checkpoints of its published format."""
     served_as: str | None = None
     """What our model is registered as, where vLLM treats the published architecture in a way of its
     own."""
@@ -323,6 +328,9 @@ def own_tensors(config: "DrafterConfig") -> Tensors:
 def architectures() -> Mapping[str, Kind]:
     """Architecture names in checkpoints, and those that vLLM looks up for them, to their kinds."""
     by_name = {kind.architecture: kind for kind in every().values()}
+    for kind in every().values():
+        for name in kind.also_named:
+            by_name.setdefault(name, kind)
     return by_name | {kind.served_architecture: kind for kind in every().values()}
 
 

@@ -15,7 +15,6 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from vllm_dflash.acceptance import Positions
-from vllm_dflash.compat import v2_skips_drafts
 from vllm_dflash.log import logger
 from vllm_dflash.metrics.catalog import BY_NAME
 from vllm_dflash.metrics.counts import Histogram, by_position
@@ -41,7 +40,7 @@ class DrafterRecord:
     """Counts of one worker's drafter."""
 
     def __init__(self, drafter: Any, vllm_config: Any, *, on_gpu: bool) -> None:
-        self.on_gpu, self._drafter, self._skips = on_gpu, weakref.ref(drafter), v2_skips_drafts()
+        self.on_gpu, self._drafter = on_gpu, weakref.ref(drafter)
         self.drafted, self.seconds = (
             Positions(vllm_config.speculative_config.num_speculative_tokens),
             Histogram(BY_NAME["drafter_seconds"].buckets),
@@ -98,7 +97,7 @@ class DrafterRecord:
         drafts = [row for row in drafts if row] if isinstance(drafts, list) else drafts
         num_reqs = len(drafts)
         # What the V2 speculator returns is as wide as ever where it has drafted nothing.
-        skipped = self._skips and kwargs.get("num_speculative_tokens") == 0
+        skipped = kwargs.get("num_speculative_tokens") == 0
         self.drafted.add(len(drafts[0]) if num_reqs and not skipped else 0, num_reqs)
         self.recorder.dirty = True
 

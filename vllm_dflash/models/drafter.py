@@ -166,8 +166,8 @@ class DrafterForCausalLM(nn.Module):
         return within_vocabulary(draft, config.vocab_size)
 
     def embed_candidates(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """``token_ids`` [...] -> the target's embeddings of them [..., H], for a head over the
-        block."""
+        """``token_ids`` [...] -> embeddings of them [..., H], for a head: the target's, or the
+        checkpoint's own."""
         table = getattr(self.model.embed_tokens, "base_layer", self.model.embed_tokens)
         return table(token_ids.flatten()).view(*token_ids.shape, -1)
 
@@ -200,6 +200,19 @@ class DrafterForCausalLM(nn.Module):
         full = logits.new_full((logits.shape[0], self.drafter_config.vocab_size), float("-inf"))
         full[:, self.draft_ids] = logits
         return full
+
+    def get_top_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """``compute_logits``' best tokens [N] int64 of ``hidden_states`` [N, H]: with
+        ``use_local_argmax_reduction`` tensor-parallel ranks exchange a number and a token for each
+        row instead of its logits."""
+        head = getattr(self.lm_head, "base_layer", self.lm_head)
+        if head.org_vocab_size != self.drafter_config.draft_tokens:
+            # The target's, with rows for tokens that the drafter does not know.
+            logits = self.compute_logits(hidden_states)
+            assert logits is not None
+            return logits.argmax(-1)
+        best = self.logits_processor.get_top_tokens(head, hidden_states)
+        return best if self.draft_ids is None else self.draft_ids[best]
 
     def combine_hidden_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Captured features [N, T * H] -> context [N, C], by the drafter's kind."""

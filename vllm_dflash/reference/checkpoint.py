@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
@@ -18,6 +18,7 @@ from vllm_dflash.reference.drafter import Drafter, OwnTables
 from vllm_dflash.weights import check_tensors, expected_tensors, optional_tensors
 from vllm_dflash.weights.headers import SINGLE_FILE, weight_files
 from vllm_dflash.weights.mask_embedding import MASK_EMBEDDING_FILE, read_mask_embedding
+from vllm_dflash.weights.reading import open_weights
 from vllm_dflash.weights.values import check_finite
 
 _OWN = {"embed_tokens.weight": "embed_tokens", "lm_head.weight": "lm_head", "d2t": "d2t"}
@@ -86,12 +87,17 @@ def load_drafter(folder: str | Path, dtype: torch.dtype) -> Drafter:
     return model.to(dtype).eval()
 
 
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    with open_weights(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+
 def read_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint's safetensors files by our names, without those that only
+    """Every tensor of a checkpoint's weight files by our names, without those that only
     training needs."""
     named = {
         tensor_name(name): tensor
         for path in weight_files(folder)
-        for name, tensor in load_file(path).items()
+        for name, tensor in _tensors(path).items()
     }
     return {name: tensor for name, tensor in named.items() if name not in IGNORED_TENSORS}

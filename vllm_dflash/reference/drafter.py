@@ -293,8 +293,7 @@ class Drafter(nn.Module):
     def embed(self, target_embedding: nn.Module, input_ids: Tensor) -> Tensor:
         """Embeddings [..., H] of ``input_ids``: the target's, or the checkpoint's own where it has
         them."""
-        table = self.own.embed_tokens
-        embeds = target_embedding(input_ids) if table is None else F.embedding(input_ids, table)
+        embeds = self.table(target_embedding)(input_ids)
         if self.mask_embedding is not None:
             is_mask = (input_ids == self.config.mask_token_id)[..., None]
             embeds = torch.where(is_mask, self.mask_embedding.to(embeds.dtype), embeds)
@@ -327,7 +326,16 @@ class Drafter(nn.Module):
     ) -> Block:
         """What the head ranks of ``hidden`` [..., H], over the target's whole vocabulary;
         ``before`` is of ``before_anchors``."""
-        return Block(hidden, self.logits(lm_head, hidden).float(), target_embedding, before)
+
+        def rank(rows: Tensor) -> Tensor:
+            return self.logits(lm_head, rows).float()
+
+        return Block(hidden, rank(hidden), self.table(target_embedding), rank, before)
+
+    def table(self, target_embedding: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Token ids -> embeddings, the target's, or the checkpoint's own where it has them."""
+        own = self.own.embed_tokens
+        return target_embedding if own is None else lambda ids: F.embedding(ids, own)
 
     def before_anchors(self, c: Tensor, anchors: Tensor) -> Tensor | None:
         """Of a context ``c`` [B, S, ...] the tokens' before ``anchors`` [B, N] int64, positions

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
@@ -32,6 +32,7 @@ from vllm_dflash.progress import Progress
 from vllm_dflash.regular import check_readable, names_in
 from vllm_dflash.weights import check_tensors
 from vllm_dflash.weights.headers import INDEX_FILE, SINGLE_FILE, read_headers, weight_files
+from vllm_dflash.weights.reading import open_weights
 from vllm_dflash.weights.values import target_ids
 
 
@@ -108,11 +109,11 @@ def _verifier(folder: Path) -> str:
 
 def _tensors(path: Path, bar: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Each tensor of a file by its name there."""
-    with safe_open(path, framework="pt") as file:
+    with open_weights(path) as file:
         for name in file.keys():  # noqa: SIM118 (no mapping)
             # A copy: what safetensors gives is a view of the file, and would be read only when it
             # is saved.
-            tensor = file.get_tensor(name).clone()
+            tensor = file.get_tensor(name).clone().contiguous()
             bar.update(tensor.numel() * tensor.element_size())
             yield name, tensor
 
@@ -152,9 +153,7 @@ def _compare(paths: list[Path], new: Path, bar: Any) -> None:
     doing."""
     written = {path.name: path for path in weight_files(new)}
     for path in paths:
-        with safe_open(
-            written[path.name if len(paths) > 1 else SINGLE_FILE], framework="pt"
-        ) as file:
+        with open_weights(written[path.name if len(paths) > 1 else SINGLE_FILE]) as file:
             for name, tensor in _tensors(path, bar):
                 if tensor_name(name) in IGNORED_TENSORS:
                     continue

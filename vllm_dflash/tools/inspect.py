@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from vllm_dflash.checks import said_of_unknown_keys
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
@@ -27,9 +26,10 @@ from vllm_dflash.progress import Progress
 from vllm_dflash.tools.describe import as_text
 from vllm_dflash.tools.repair import config_problems
 from vllm_dflash.weights import READABLE, tensor_problems
-from vllm_dflash.weights.headers import read_header, weight_files
+from vllm_dflash.weights.headers import weight_files
 from vllm_dflash.weights.mask_embedding import MASK_EMBEDDING_FILE
 from vllm_dflash.weights.messages import FETCH_AGAIN, some
+from vllm_dflash.weights.reading import open_weights, read_header
 from vllm_dflash.weights.values import check_finite, is_finite, is_zero
 
 
@@ -169,7 +169,7 @@ def _read_tensors(found: Inspection, paths: list[Path], dtype: torch.dtype, prog
     zeros: list[str] = []
     with bar:
         for path in paths:
-            with safe_open(path, framework="pt") as file:
+            with open_weights(path) as file:
                 for name in file.keys():  # noqa: SIM118 (no mapping)
                     ours = tensor_name(name)
                     if ours in IGNORED_TENSORS or found.headers[name][0] not in READABLE:

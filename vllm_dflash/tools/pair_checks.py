@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash import smollm2
+from vllm_dflash.checks import check_model_type
 from vllm_dflash.config import DrafterConfig, DrafterConfigError, TargetShape, check_pair
-from vllm_dflash.formats import CONFIG_FILE
+from vllm_dflash.formats import CONFIG_FILE, read_raw
 from vllm_dflash.hub import are_equal, load_tokenizer, resolved_dtype
 from vllm_dflash.plugin import why_off
 from vllm_dflash.records import RecordError, read
@@ -56,6 +57,11 @@ def checkpoint_checks(found: Inspection) -> list[Check]:
     """The drafter's own folder."""
     if found.errors:
         return [refusal("checkpoint", error) for error in found.errors]
+    if found.config is not None:
+        try:
+            check_model_type(read_raw(found.folder), found.config, found.folder)
+        except DrafterConfigError as error:
+            return [refusal("model type", error)]
     warnings = [
         Check("config keys", "warning", warning, "compare them with the drafter's model card")
         if warning.startswith(CONFIG_FILE)

@@ -166,7 +166,11 @@ class Objective(torch.nn.Module):
             # A token that the draft vocabulary lacks teaches nothing, and ends what is accepted.
             y, known = self.drafter.draft_labels(y)
             v = v & known
-            block = Block(h, self.drafter.draft_logits(head, h).float(), self.frozen[0], c)
+
+            def rank(rows: Tensor) -> Tensor:
+                return self.drafter.draft_logits(head, rows).float()
+
+            block = Block(h, rank(h), self.frozen[0], rank, c)
             lesson = self.drafter.head.lesson(block, x, y)
             share = (
                 dpace_weights(lesson.losses, v, self.table.dpace_alpha)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from vllm_dflash.config import DrafterConfig, DrafterConfigError
 from vllm_dflash.formats import IGNORED_TENSORS, tensor_name
@@ -19,6 +18,7 @@ from vllm_dflash.weights.headers import read_headers, weight_files
 from vllm_dflash.weights.mask_embedding import read_mask_embedding
 from vllm_dflash.weights.messages import CAME_WITH, some
 from vllm_dflash.weights.quantization import check_packed, check_quantization
+from vllm_dflash.weights.reading import open_weights
 from vllm_dflash.weights.values import target_ids
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -148,9 +148,13 @@ def check_dtypes(config: DrafterConfig, found: Mapping[str, str]) -> None:
         DrafterConfigError: names them.
     """
     named = {tensor_name(name): dtype for name, dtype in found.items()}
-    packed = config.quantization_config is not None
+    packed = "layers." if config.quantization_config is not None else "-"
     ours = expected_tensors(config) | optional_tensors(config)
-    floats = [name for name in ours if name != "d2t" and not (packed and "_proj." in name)]
+    floats = [
+        name
+        for name in ours
+        if name != "d2t" and not (name.startswith(packed) and "_proj." in name)
+    ]
     bad = [
         f"{n} is {named[n]} and should be BF16, F16 or F32"
         for n in sorted(floats)
@@ -178,7 +182,7 @@ def check_draft_vocabulary(config: DrafterConfig, folder: str | Path) -> None:
     if config.draft_vocab_size is None:
         return
     for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
+        with open_weights(path) as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 if tensor_name(name) == "d2t":
                     target_ids(file.get_tensor(name), config.vocab_size)

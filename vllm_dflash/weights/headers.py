@@ -1,25 +1,25 @@
-"""The safetensors files of a checkpoint and what their headers say; no tensor is read.
+"""The weight files of a checkpoint and what their headers say; no tensor is read.
 
 pytest tests/unit/test_weights.py tests/unit/test_broken_weights.py
 """
 
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.json_text import loads
-from vllm_dflash.regular import check_readable, names_in, read_regular, size_of_regular
+from vllm_dflash.regular import names_in, read_regular, size_of_regular
 from vllm_dflash.weights.messages import FETCH_AGAIN, some
+from vllm_dflash.weights.reading import read_header
 
+PICKLED_FILE = "pytorch_model.bin"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _LARGEST_INDEX = 1 << 27
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint, as vLLM reads it: the shards that its index names, or
-    the single file.
+    """The weight files of a checkpoint, as vLLM reads it: the shards that its index names, the
+    single file, or, where there is no safetensors file at all, ``pytorch_model.bin``.
 
     Raises:
         DrafterConfigError: there is no weight file, the index is unusable, a shard is absent, or
@@ -31,6 +31,8 @@ def weight_files(folder: str | Path) -> list[Path]:
     if data is not None:
         return _shards(folder, index, data)
     found = [name for name in names_in(folder) if name.endswith(".safetensors")]
+    if not found and size_of_regular(folder / PICKLED_FILE) is not None:
+        return [folder / PICKLED_FILE]
     if SINGLE_FILE not in found:
         raise DrafterConfigError(
             f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}",
@@ -71,12 +73,12 @@ def _shards(folder: Path, index: Path, data: bytes) -> list[Path]:
 
 
 def read_headers(folder: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name, safetensors dtype (such as BF16) and shape of every tensor in the folder's safetensors
+    """Name, safetensors dtype (such as BF16) and shape of every tensor in the folder's weight
     files.
 
     Raises:
-        DrafterConfigError: a file is absent, truncated or no safetensors file, or two hold the same
-            tensor.
+        DrafterConfigError: a file is absent, truncated or not what its name says, or two hold the
+            same tensor.
     """
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for path in weight_files(folder):
@@ -91,23 +93,7 @@ def read_headers(folder: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return found
 
 
-def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The same of one file."""
-    check_readable(path)  # safetensors says of a file that it may not read that it is not there
-    try:
-        with safe_open(path, framework="numpy") as file:
-            # The file is no mapping.
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {
-                name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()
-            }
-    except (SafetensorError, OSError) as error:
-        raise DrafterConfigError(
-            f"{path} cannot be read as safetensors ({error})", FETCH_AGAIN
-        ) from None
-
-
 def read_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the folder's safetensors files; raises as
+    """Name and shape of every tensor in the folder's weight files; raises as
     ``read_headers``."""
     return {name: shape for name, (_, shape) in read_headers(folder).items()}

@@ -119,7 +119,11 @@ def check_packed(config: DrafterConfig, found: Mapping[str, str]) -> None:
     raw = config.quantization_config
     if raw is None or raw["quant_method"] not in _PACKED or _leaves_out(raw):
         return
-    weights = {name: dtype for name, dtype in found.items() if name.endswith("_proj.weight")}
+    weights = {
+        name: dtype
+        for name, dtype in found.items()
+        if name.startswith("layers.") and name.endswith("_proj.weight")
+    }
     plain = sorted(name for name, dtype in weights.items() if dtype in _PLAIN)
     if plain:
         dtypes = " and ".join(sorted({weights[name] for name in plain}))

@@ -54,6 +54,8 @@ KIND = Kind(
     layers=lambda target_layers: min(7, target_layers // 2),
     # A quarter of the target's layers (9 of 36), but two more than the draft's.
     features=lambda layers, target_layers: max(layers + 2, round(target_layers / 4)),
+    exported_as="DFlashDraftModel",
+    also_named=("DFlareQwen3Model",),
 )
 
 CANDIDATES_OVER_DFLARE = replace(
