@@ -1,7 +1,7 @@
 """A server in numbers: steps of known cost and requests of known acceptance, to hold the controller
 against what is best in hindsight."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,10 +34,6 @@ class _Unasked:
         self, requests: Sequence[str], plan: Plan, confidences: Any = None
     ) -> dict[str, int]:
         return {r: 0 if r in plan.skipped else plan.num_draft_tokens for r in requests}
-
-    def kind(self, request: str) -> str:
-        """Here each request is of its own."""
-        return request
 
 
 def profile_of(
@@ -106,7 +102,7 @@ class Server:
         self.random = np.random.default_rng(self.seed)
 
     def fixed(
-        self, k: int, batches: Sequence[Batch], skipped: frozenset[Hashable] = frozenset()
+        self, k: int, batches: Sequence[Batch], skipped: frozenset[str] = frozenset()
     ) -> float:
         """Tokens a second of a fixed K; of requests that are skipped nothing is drafted."""
         return self._run(_Unasked(), batches, lambda requests: Plan(k, skipped=skipped))
@@ -161,7 +157,7 @@ class Server:
             requests, now = list(batch), plan(list(batch))
             k, num_verified = now.num_draft_tokens, sum(count for count, _ in outcomes.values())
             drafting = [
-                r for r in batch if k and not (self.skips and self._skips(controller, r, now))
+                r for r in batch if k and not (self.skips and r in now.skipped)
             ]
             context, block = self.contexts.get, self.max_draft + 1
             work = Work(
@@ -202,9 +198,6 @@ class Server:
             )
             verified = controller.lengths(requests, now, said if self.confident else None)
         return committed / seconds
-
-    def _skips(self, controller: Any, request: str, plan: Plan) -> bool:
-        return bool(plan.skipped) and controller.kind(request) in plan.skipped
 
     def _draft(self, rates: Sequence[float]) -> np.ndarray:
         """[K] each token's own probability."""

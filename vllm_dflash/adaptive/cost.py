@@ -23,47 +23,38 @@ _Kind = tuple[int, bool]
 
 def power(num_reqs: int) -> int:
     """The nearest power of two, by its logarithm: so many requests are about as many."""
-    return round(math.log2(num_reqs))
+    return (num_reqs * num_reqs).bit_length() // 2
 
 
 class StepCost:
     """Seconds of steps, by a profile and by what was measured since."""
 
     def __init__(self, profile: Profile, tuning: Tuning) -> None:
-        self._profile, self._tuning, self._steps = profile, tuning, 0
+        self._profile, self._tuning = profile, tuning
         self._paces: deque[tuple[_Kind, float]] = deque(maxlen=tuning.window)
         """Of the last steps: logarithms of what they took over what is known of their kinds."""
         self._over: dict[_Kind, deque[float]] = {}
         """Of each kind's measurements: logarithms of what a step took over the profile, at a pace
         of 1."""
-        self._factors: dict[_Kind, float] = {}
-        """Their medians."""
-        self._last: dict[_Kind, int] = {}
-        """The step of each kind's last measurement."""
         self.measured: dict[_Kind, float] = {}
-        """When that was, on ``time.monotonic``'s clock."""
+        """When a kind was last measured, on ``time.monotonic``'s clock."""
 
     def observe(self, work: Work, seconds: float) -> None:
         """Takes in a measured step."""
         kind, tuning = (power(work.num_reqs), work.draft_rows > 0), self._tuning
-        over, self._steps = math.log(max(seconds, 1e-9) / self._profile.of(work)), self._steps + 1
-        known = self._over.setdefault(kind, deque([self._factor(kind)], maxlen=tuning.samples))
-        # What was measured long ago counts for one measurement in all.
-        if self._steps - self._last.get(kind, 0) > 8 * tuning.every:
-            known.clear()
-            known.append(self._factor(kind))
-        # A kind that sets the pace itself tells little of what it takes beside the others.
+        over = math.log(max(seconds, 1e-9) / self._profile.of(work))
+        # A kind that sets the pace itself tells nothing of what it takes beside the others.
         others = [pace for other, pace in self._paces if other != kind]
-        is_contrast = 2 * len(others) > tuning.window
-        if is_contrast or (self._paces and len(known) < tuning.samples):
-            known.append(over - (_middle(others) if is_contrast else self._pace()))
-            self._factors[kind] = _middle(known)
+        if 2 * len(others) > tuning.window:
+            known = self._over.setdefault(kind, deque([self._factor(kind)], maxlen=tuning.samples))
+            known.append(over - _middle(others))
         self._paces.append((kind, over - self._factor(kind)))
-        self._last[kind], self.measured[kind] = self._steps, time.monotonic()
+        self.measured[kind] = time.monotonic()
 
     def factor(self, num_reqs: int, drafts: bool) -> float:
         """What steps of so many requests take now, over the profile."""
-        return math.exp(self._factor((power(num_reqs), drafts)) + self._pace())
+        pace = _middle(pace for _, pace in self._paces) if self._paces else 0.0
+        return math.exp(self._factor((power(num_reqs), drafts)) + pace)
 
     def seconds(self, work: Work) -> float:
         """Expected seconds of a step."""
@@ -75,16 +66,14 @@ class StepCost:
             return None
         return self.seconds(Work(num_reqs, num_reqs, 0, num_context, num_context))
 
-    def _pace(self) -> float:
-        return _middle(pace for _, pace in self._paces) if self._paces else 0.0
-
     def _factor(self, kind: _Kind) -> float:
         """Its own, or that of the next number of requests that was measured."""
-        if kind in self._factors:
-            return self._factors[kind]
-        known = [other for other in self._factors if other[1] == kind[1]]
-        nearest = min(known, key=lambda other: abs(other[0] - kind[0]), default=None)
-        return 0.0 if nearest is None else self._factors[nearest]
+        if kind not in self._over:
+            known = [other for other in self._over if other[1] == kind[1]]
+            if not known:
+                return 0.0
+            kind = min(known, key=lambda other: abs(other[0] - kind[0]))
+        return _middle(self._over[kind])
 
 
 def _middle(values: Iterable[float]) -> float:

@@ -12,11 +12,6 @@ from vllm_dflash.cost_profile import Work
 from vllm_dflash.drafts import skipped_of
 from vllm_dflash.steps import Step
 
-_MEASURED_EVERY = 4
-"""Steps without drafts of which one is measured."""
-_LONGEST_GAP = 0.25
-"""Of a step's time, what may lie between the last step's end and its beginning."""
-
 
 class Learner:
     """Watches an engine's steps for its controller."""
@@ -32,7 +27,6 @@ class Learner:
         self.is_closed = False
         """Nothing more is learned; where that is a failure, what was is not to be trusted
         either."""
-        self._steps = 0
         self._drafted = False
         """Whether the last step did."""
 
@@ -47,20 +41,18 @@ class Learner:
         self._plans.append((scheduled, plan))
 
     def observe(self, step: Step) -> None:
-        """Takes in a step, and of those that neither draft nor verify, as is best, one in a few:
-        that tells enough."""
-        self._steps += 1
+        """Takes in a step; of those that neither draft nor verify, as is best, the last ones before
+        a choice: that tells enough."""
         plan, before = self._plan_of(step.scheduled), self._drafted
         self._drafted = step.num_drafted > 0
         # Under asynchronous scheduling a step's output is handed on before its draft runs: the time
         # up to it holds the draft of the step before.
         drafts = self._drafted if self._is_synchronous else before
-        writes_backlog = self._is_synchronous and drafts and not before
         if (
-            self._steps % _MEASURED_EVERY
-            and not drafts
-            and not step.scheduled.scheduled_spec_decode_tokens
+            not drafts
             and plan.why == "best"
+            and not step.scheduled.scheduled_spec_decode_tokens
+            and not self.controller.is_pending
         ):
             return
         began = self._began(step)
@@ -72,7 +64,7 @@ class Learner:
             step.verified,
             step.confidences,
             plan,
-            writes_backlog,
+            self._is_synchronous and drafts and not before,
         )
 
     def _plan_of(self, scheduled: Any) -> Plan:
@@ -85,26 +77,19 @@ class Learner:
         return self.plan
 
     def _began(self, step: Step) -> float | None:
-        """When it began; None where that is not known."""
+        """When it began; None where that is not known. What comes between two steps, such as the
+        handling of outputs, is part of a step's cost; a wait longer than it was somebody else's."""
         if not self._is_synchronous:
             return None if step.after_pause else step.began
-        # What comes between two steps, such as the handling of outputs, is part of a step's cost; a
-        # longer wait was somebody else's.
-        if (
-            step.after_pause
-            or step.began is None
-            or step.scheduled_at - step.began > _LONGEST_GAP * (step.ended - step.scheduled_at)
-        ):
-            return step.scheduled_at
-        return step.began
+        began, scheduled = step.began, step.scheduled_at
+        is_wait = step.after_pause or began is None or scheduled - began > step.ended - scheduled
+        return scheduled if is_wait else began
 
     def _work(self, step: Step, drafts: bool) -> Work:
         """What was computed in a step's time."""
         count, num_context = len(step.scheduled.num_scheduled_tokens), step.num_context
-        drafting, seen, block = count, num_context, self.controller.block_size
-        if not drafts:
-            block = 0
-        elif skipped := skipped_of(step.num_planned):
+        drafting, seen, block = count, num_context, drafts * self.controller.block_size
+        if drafts and (skipped := skipped_of(step.num_planned)):
             contexts = [n for name, n in step.contexts.items() if name not in skipped]
             drafting, seen = len(contexts), sum(contexts)
         return Work(

@@ -9,8 +9,7 @@ class Tuning:
     """All that is set beforehand; nothing of it is a machine's or a model's."""
 
     every: int = 16
-    """Steps between two choices; what was seen is learned from then, in one piece. Two such times
-    lie between trials."""
+    """Steps between two choices; two such times lie between trials."""
     exploration: float = 0.0075
     """Share of the time that trials of what does not look best may lose."""
     margin: float = 1.02
@@ -20,11 +19,13 @@ class Tuning:
     """Steps whose median is the pace."""
     samples: int = 25
     """Measurements of a kind of step that count."""
-    prior: float = 2.0
-    """How fast a curve of acceptance is believed to be another: the information, in tokens times
-    p (1 - p), that stands for what is believed beforehand."""
-    memory: float = 500.0
-    """Tokens that count for acceptance; older ones fade."""
+    usual: float = 0.6
+    """Confidence in a token of which the drafter says nothing."""
+    prior: float = 4.0
+    """Expected accepted tokens that stand for what is believed beforehand: that a drafter's
+    confidence is right, and a request is like the others."""
+    memory: float = 100.0
+    """Expected accepted tokens that count; older ones fade."""
     recent: int = 64
     """Drafts that stand for those to come."""
 
