@@ -25,25 +25,38 @@ _BINS = 16
 """Of a confidence; one of 1 has a bin of its own."""
 
 
+class _Factor:
+    """Accepted tokens over expected ones, older ones fading; and the expected ones."""
+
+    __slots__ = ("value", "weight")
+
+    def __init__(self, weight: float) -> None:
+        self.value, self.weight = 1.0, weight
+
+    def add(self, accepted: float, expected: float, memory: float) -> None:
+        """So many more."""
+        self.weight = weight = min(self.weight + expected, memory)
+        self.value += (accepted - expected * self.value) / weight
+
+
 class _Group:
     """What was learned of one group of requests."""
 
     def __init__(self, limit: int, tuning: Tuning) -> None:
-        self.factors = [[1.0] * (_BINS + 1) for _ in range(limit)]
-        """By position and bin: what confidences are worth."""
-        self.weights = [[tuning.prior] * (_BINS + 1) for _ in range(limit)]
-        """Expected tokens that a factor is based on."""
+        self.bins = [_Factor(tuning.prior) for _ in range(_BINS + 1)]
+        self.positions = [_Factor(tuning.memory) for _ in range(limit)]
         self.recent: deque[Sequence[float]] = deque(maxlen=tuning.recent)
         """Confidences of the last drafts, [K] each."""
 
 
-class _Request:
+class _Request(_Factor):
     """What was learned of one request."""
 
-    __slots__ = ("factor", "group", "weight")
+    __slots__ = ("group",)
 
-    def __init__(self, group: _Group, prior: float) -> None:
-        self.group, self.factor, self.weight = group, 1.0, prior
+    def __init__(self, group: _Group, weight: float) -> None:
+        super().__init__(weight)
+        self.group = group
 
 
 class Acceptance:
@@ -69,16 +82,16 @@ class Acceptance:
     ) -> None:
         """Takes in that of ``verified`` draft tokens the first ``accepted`` were accepted."""
         request, memory, expected = self._of(name), self._tuning.memory, 0.0
-        factors, weights = request.group.factors, request.group.weights
+        bins, positions = request.group.bins, request.group.positions
         # What is expected is told after the group has learned of it: what a request alone tells
         # would count twice.
         for i, confidence in enumerate((confidences or self._usual)[: min(accepted + 1, verified)]):
-            at, factor = int(confidence * _BINS), factors[i]
-            weight = weights[i][at] = min(weights[i][at] + confidence, memory)
-            factor[at] += ((i < accepted) - confidence * factor[at]) / weight
-            expected += confidence * factor[at]
-        request.weight = min(request.weight + expected, memory)
-        request.factor += (min(accepted, verified) - expected * request.factor) / request.weight
+            each, position = bins[int(confidence * _BINS)], positions[i]
+            each.add(i < accepted, confidence, memory)
+            once = confidence * each.value
+            position.add(i < accepted, once, memory)
+            expected += once * position.value
+        request.add(min(accepted, verified), expected, memory)
 
     def lengths(
         self, requests: Sequence[str], prices: Sequence[float], confidences: Confidences | None
@@ -95,9 +108,10 @@ class Acceptance:
             if confidences and (own := confidences.get(name)):
                 row = own
                 request.group.recent.append(row)
-            factor, probability, count, kept = request.factor, 1.0, 0, 0.0
-            for factors, confidence in zip(request.group.factors, row, strict=False):
-                once = confidence * factors[int(confidence * _BINS)] * factor
+            factor, bins = request.value, request.group.bins
+            probability, count, kept = 1.0, 0, 0.0
+            for position, confidence in zip(request.group.positions, row, strict=False):
+                once = confidence * bins[int(confidence * _BINS)].value * position.value * factor
                 if once < 1.0:
                     probability *= once
                 if probability <= price:
@@ -117,9 +131,9 @@ class Acceptance:
         """[K]: probability that a draft with these confidences is accepted up to and with each
         position; past the request's limit 0."""
         request, probability, found = self._of(name), 1.0, []
-        factor = request.factor
-        for factors, confidence in zip(request.group.factors, row or self._usual, strict=False):
-            once = confidence * factors[int(confidence * _BINS)] * factor
+        factor, bins = request.value, request.group.bins
+        for position, confidence in zip(request.group.positions, row or self._usual, strict=False):
+            once = confidence * bins[int(confidence * _BINS)].value * position.value * factor
             if once < 1.0:
                 probability *= once
             found.append(probability)
@@ -149,5 +163,5 @@ class Acceptance:
             key, tuning = self._group(name), self._tuning
             if key not in self._groups:
                 self._groups[key] = _Group(self._limit(name), tuning)
-            request = self._requests[name] = _Request(self._groups[key], tuning.prior)
+            request = self._requests[name] = _Request(self._groups[key], tuning.memory)
         return request

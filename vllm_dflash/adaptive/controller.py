@@ -152,7 +152,7 @@ class Controller:
         self._now.steps += 1
         if self._rest:
             return self._rest.pop()
-        self._now = now = self._sizes.setdefault(power(num_reqs), _Size())
+        self._now = now = self._sizes.setdefault(power(num_reqs), _Size(tried=-2*tuning.every))
         none, draft = self._weigh(requests)
         was_off = self._best is not None and not self._best.num_draft_tokens
         margin = tuning.margin if was_off else 1.0
@@ -162,8 +162,7 @@ class Controller:
         if now.steps < self._next_trial():
             return best
         now.tried, now.lost = now.steps, 0.0
-        # Drafts are verified whole, so that positions that did not pay are seen to pay again.
-        tried = replace(other, threshold=-1.0, price=0.0, why="trial")
+        tried = replace(other, why="trial")
         # The first that drafts brings contexts up to date, only the second is like those that would
         # follow; the last verifies what the second drafted.
         self._rest = [replace(best, why="trial"), tried]

@@ -24,7 +24,7 @@ class Tuning:
     prior: float = 4.0
     """Expected accepted tokens that stand for what is believed beforehand: that a drafter's
     confidence is right, and a request is like the others."""
-    memory: float = 100.0
+    memory: float = 500.0
     """Expected accepted tokens that count; older ones fade."""
     recent: int = 64
     """Drafts that stand for those to come."""
