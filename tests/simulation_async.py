@@ -67,6 +67,7 @@ class AsyncServer:
             context=lambda _: self.context,
             profile=profile or self.profile(),
             tuning=tuning,
+            skips=False,
         )
         tokens = seconds = 0.0
         before = Plan(0)

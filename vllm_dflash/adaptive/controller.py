@@ -66,9 +66,10 @@ class _Size:
     """What is kept for about as many requests: steps, the step of the last trial, and how many
     steps that has lost."""
 
+    tried: int
     steps: int = 0
-    tried: int = 0
     lost: float = 0.0
+    owes: bool = False
 
 
 class Controller:
@@ -99,7 +100,7 @@ class Controller:
         self._num_reqs = 0
         """For which it was chosen."""
         self._sizes: dict[int, _Size] = {}
-        self._now = _Size()
+        self._now = _Size(0)
         self._rest: list[Plan] = []
         """What is left of a trial."""
 
@@ -137,8 +138,8 @@ class Controller:
             if work is not None:
                 tokens = work.num_reqs + sum(accepted for _, accepted in outcomes.values())
                 lost = seconds - tokens / best.rate
-            # Never more than its rows would take as plain steps of their own.
-            self._now.lost += min(lost / best.seconds, self.block_size)
+            # Never more than its rows would take as plain steps of their own; at first nothing.
+            self._now.lost += min(lost / best.seconds, self.block_size) * self._now.owes
         # One that verifies and does not draft is between two plans.
         if work and not writes_backlog and (work.draft_rows or work.num_tokens == work.num_reqs):
             self.cost.observe(work, seconds)
@@ -152,7 +153,7 @@ class Controller:
         self._now.steps += 1
         if self._rest:
             return self._rest.pop()
-        self._now = now = self._sizes.setdefault(power(num_reqs), _Size(tried=-2*tuning.every))
+        self._now = now = self._sizes.setdefault(power(num_reqs), _Size(-2 * tuning.every))
         none, draft = self._weigh(requests)
         was_off = self._best is not None and not self._best.num_draft_tokens
         margin = tuning.margin if was_off else 1.0
@@ -161,7 +162,7 @@ class Controller:
         self._due = self._steps + min(tuning.every, self._steps)
         if now.steps < self._next_trial():
             return best
-        now.tried, now.lost = now.steps, 0.0
+        now.tried, now.lost, now.owes = now.steps, 0.0, now.tried >= 0
         tried = replace(other, why="trial")
         # The first that drafts brings contexts up to date, only the second is like those that would
         # follow; the last verifies what the second drafted.
@@ -266,7 +267,7 @@ class Controller:
             )
 
         draft = weigh(np.arange(num_reqs))
-        if self._skips and profile.draft_attend:
+        if self._skips:
             # Those whose drafts bring more than their blocks cost the drafter.
             gains = np.maximum(worth - max(draft.threshold, 0.0), 0.0).sum(2).mean(1)
             rows = block * num_reqs

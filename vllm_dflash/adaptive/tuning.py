@@ -19,7 +19,7 @@ class Tuning:
     """Steps whose median is the pace."""
     samples: int = 25
     """Measurements of a kind of step that count."""
-    usual: float = 0.6
+    usual: float = 0.7
     """Confidence in a token of which the drafter says nothing."""
     prior: float = 4.0
     """Expected accepted tokens that stand for what is believed beforehand: that a drafter's
