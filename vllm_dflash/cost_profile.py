@@ -73,36 +73,30 @@ class Profile:
     draft_attend: float = 0.0
     """The same of the drafter's rows."""
 
-    def seconds(
-        self,
-        num_tokens: Any,
-        draft_rows: int = 0,
-        num_context: int = 0,
-        attended: Any = 0,
-        draft_attended: int = 0,
-    ) -> Any:
-        """See ``Work``; ``num_tokens`` and ``attended`` may be arrays."""
+    def target_seconds(
+        self, num_tokens: np.ndarray, num_context: float, attended: np.ndarray
+    ) -> np.ndarray:
+        """The target's part of steps: see ``Work``."""
         found = np.interp(num_tokens, self.rows, self.target)
-        found = found + self.read * num_context + self.attend * attended
-        if draft_rows:
-            found = found + self.draft_attend * draft_attended
-            found = found + np.interp(draft_rows, self.rows, self.draft)
+        found += self.read * num_context + self.attend * attended
         return found
 
-    def draft_seconds(self, fewer: float, more: float) -> float:
-        """Seconds that the drafter takes longer for ``more`` rows than for ``fewer``."""
-        longer = _between(self.rows, self.draft, more)
-        return longer - (_between(self.rows, self.draft, fewer) if fewer else 0.0)
+    def draft_seconds(self, rows: float, attended: Any) -> Any:
+        """The drafter's part of a step: see ``Work``."""
+        return _between(self.rows, self.draft, rows) + self.draft_attend * attended
 
     def of(self, work: Work) -> float:
         """Seconds of one step."""
-        found = _between(self.rows, self.target, work.num_tokens)
+        return sum(self.parts(work))
+
+    def parts(self, work: Work) -> tuple[float, float]:
+        """The target's and the drafter's of them."""
+        target, draft = _between(self.rows, self.target, work.num_tokens), 0.0
         if work.num_context:
-            found += self.read * work.num_context + self.attend * work.attended
+            target += self.read * work.num_context + self.attend * work.attended
         if work.draft_rows:
-            found += _between(self.rows, self.draft, work.draft_rows)
-            found += self.draft_attend * work.draft_attended
-        return found
+            draft = self.draft_seconds(work.draft_rows, work.draft_attended)
+        return target, draft
 
 
 def _between(x: Sequence[float], y: Sequence[float], at: float) -> float:

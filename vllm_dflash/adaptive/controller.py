@@ -231,11 +231,11 @@ class Controller:
         total = float(context.sum())
         plain = self.cost.seconds(Work(num_reqs, num_reqs, 0, int(total), int(total)))
         none = Plan(0, seconds=plain, rate=num_reqs / plain)
-        factor = self.cost.factor(num_reqs, True)
+        pace, slower = self.cost.scales(num_reqs, True)
         rate = max(none.rate, self._best.rate if self._best and self._num_reqs == num_reqs else 0.0)
         expected = self.acceptance.expected(requests)
         # A token's worth is less what its row's attention takes.
-        attend = rate * factor * profile.attend
+        attend = rate * pace * profile.attend
         worth = expected - attend * context[:, None, None]
 
         def weigh(drafted: np.ndarray) -> Plan:
@@ -245,13 +245,9 @@ class Controller:
             values = values[order]
             counts = each * np.arange(1, len(values) + 1)
             seen = np.repeat(context[drafted], expected[0].size)[order]
-            seconds = factor * profile.seconds(
-                num_reqs + counts,
-                block * len(drafted),
-                total,
-                total + each * np.cumsum(seen),
-                block * context[drafted].sum(),
-            )
+            seconds = pace * profile.target_seconds(
+                num_reqs + counts, total, total + each * np.cumsum(seen)
+            ) + slower * profile.draft_seconds(block * len(drafted), block * context[drafted].sum())
             rates = (num_reqs + each * np.cumsum(values + attend * seen)) / seconds
             # Of equal ones all are in or out.
             rates[:-1][values[:-1] <= values[1:]] = 0.0
@@ -267,13 +263,12 @@ class Controller:
             )
 
         draft = weigh(np.arange(num_reqs))
-        if self._skips:
+        if self._skips and num_reqs > 1:
             # Those whose drafts bring more than their blocks cost the drafter.
             gains = np.maximum(worth - max(draft.threshold, 0.0), 0.0).sum(2).mean(1)
-            rows = block * num_reqs
-            price = profile.draft_seconds(rows - block, rows)
-            price = price + block * profile.draft_attend * context
-            (gaining,) = (gains > max(rate, draft.rate) * factor * price).nonzero()
+            more = profile.draft_seconds(block * num_reqs, block * context)
+            fewer = profile.draft_seconds(block * (num_reqs - 1), 0.0)
+            (gaining,) = (gains > max(rate, draft.rate) * slower * (more - fewer)).nonzero()
             if 0 < len(gaining) < num_reqs:
                 draft = max(draft, weigh(gaining), key=lambda plan: plan.rate)
         return none, draft

@@ -1,24 +1,45 @@
 """What a step takes now: the profile of the warm-up, at the machine's pace. Pure.
 
-A machine that others share slows down and recovers by half within seconds, and all kinds of steps
-with it: the pace is the median of the last steps over what is known of their kinds. Kinds are steps
-that draft and steps that do not, at about as many requests. What a kind takes beside the profile is
-measured against the others' pace, in the first steps after a change; a median again, so a step that
-was held up does not count.
+A machine that others share slows down and recovers by half within seconds: the pace is the median
+of the last steps over what is known of them. What the drafter takes beside the profile is known by
+the number of requests, up to the nearest power of two: a median of measurements of steps that draft
+beside some that do not, and the other way about, so that a step that was held up does not count.
 
     pytest tests/unit/test_adaptive.py
 """
 
-import math
 import time
 from collections import deque
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from vllm_dflash.adaptive.tuning import Tuning
 from vllm_dflash.cost_profile import GUESS, Profile, Work
 
-_Kind = tuple[int, bool]
-"""The nearest power of two of the requests, and whether steps draft."""
+
+class _Seen(NamedTuple):
+    """A step, and what the profile says of its parts."""
+
+    size: int
+    seconds: float
+    target: float
+    draft: float
+
+    def pace(self, extra: float) -> float:
+        """The machine's, with the drafter's ``extra``."""
+        target, draft = _scales(extra) if self.draft else (1.0, 0.0)
+        return self.seconds / (target * self.target + draft * self.draft)
+
+    def extra(self, pace: float) -> float:
+        """What it took beside the target's part, over the drafter's; where it took less than the
+        target's alone, that over the target's, below zero."""
+        rest = self.seconds / pace - self.target
+        return rest / (self.draft if rest > 0 else self.target)
+
+
+def _scales(extra: float) -> tuple[float, float]:
+    """What the target and the drafter take over the profile."""
+    return 1.0 + min(extra, 0.0), max(extra, 0.0)
 
 
 def power(num_reqs: int) -> int:
@@ -31,34 +52,44 @@ class StepCost:
 
     def __init__(self, profile: Profile, tuning: Tuning) -> None:
         self._profile, self._tuning = profile, tuning
-        self._paces: deque[tuple[_Kind, float]] = deque(maxlen=tuning.window)
-        """Of the last steps: logarithms of what they took over what is known of their kinds."""
-        self._over: dict[_Kind, deque[float]] = {}
-        """Of each kind's measurements: logarithms of what a step took over the profile, at a pace
-        of 1."""
-        self.measured: dict[_Kind, float] = {}
-        """When a kind was last measured, on ``time.monotonic``'s clock."""
+        self._window: deque[_Seen] = deque(maxlen=tuning.window)
+        self._extras: dict[int, deque[float]] = {}
+        """By size: measurements of the drafter's extra. What is believed beforehand counts for as
+        many as set the pace."""
+        self.measured: dict[tuple[int, bool], float] = {}
+        """When steps of a size that draft, or do not, were last measured, on ``time.monotonic``'s
+        clock."""
 
     def observe(self, work: Work, seconds: float) -> None:
         """Takes in a measured step."""
-        kind, tuning = (power(work.num_reqs), work.draft_rows > 0), self._tuning
-        over = math.log(max(seconds, 1e-9) / self._profile.of(work))
-        # A kind that sets the pace itself tells nothing of what it takes beside the others.
-        others = [pace for other, pace in self._paces if other != kind]
-        if 2 * len(others) > tuning.window:
-            known = self._over.setdefault(kind, deque([self._factor(kind)], maxlen=tuning.samples))
-            known.append(over - _middle(others))
-        self._paces.append((kind, over - self._factor(kind)))
-        self.measured[kind] = time.monotonic()
+        parts = self._profile.parts(work)
+        step = _Seen(power(work.num_reqs), max(seconds, 1e-9), *parts)
+        is_change = bool(self._window) and (self._window[-1].draft > 0) != (step.draft > 0)
+        self._window.append(step)
+        self.measured[step.size, step.draft > 0] = time.monotonic()
+        if is_change:
+            pace = _middle(other.pace(0.0) for other in self._window if not other.draft)
+            drafts = [other for other in self._window if other.draft]
+            size = drafts[-1].size
+            if size not in self._extras:
+                self._extras[size] = deque([self._extra(size)] * 2, maxlen=self._tuning.samples)
+            self._extras[size].append(
+                _middle(other.extra(pace) for other in drafts if other.size == size)
+            )
 
-    def factor(self, num_reqs: int, drafts: bool) -> float:
-        """What steps of so many requests take now, over the profile."""
-        pace = _middle(pace for _, pace in self._paces) if self._paces else 0.0
-        return math.exp(self._factor((power(num_reqs), drafts)) + pace)
+    def scales(self, num_reqs: int, drafts: bool) -> tuple[float, float]:
+        """What the target and the drafter take now over the profile, in steps of so many
+        requests."""
+        paces = [step.pace(self._extra(step.size)) for step in self._window]
+        pace, extra = _middle(paces or [1.0]), self._extra(power(num_reqs)) if drafts else 0.0
+        target, draft = _scales(extra)
+        return pace * target, pace * draft
 
     def seconds(self, work: Work) -> float:
         """Expected seconds of a step."""
-        return self._profile.of(work) * self.factor(work.num_reqs, work.draft_rows > 0)
+        target, draft = self._profile.parts(work)
+        slower, also = self.scales(work.num_reqs, draft > 0)
+        return slower * target + also * draft
 
     def plain_seconds(self, num_reqs: int, num_context: int) -> float | None:
         """Seconds of a step without drafts; None where only guesses are known."""
@@ -66,14 +97,13 @@ class StepCost:
             return None
         return self.seconds(Work(num_reqs, num_reqs, 0, num_context, num_context))
 
-    def _factor(self, kind: _Kind) -> float:
-        """Its own, or that of the next number of requests that was measured."""
-        if kind not in self._over:
-            known = [other for other in self._over if other[1] == kind[1]]
-            if not known:
-                return 0.0
-            kind = min(known, key=lambda other: abs(other[0] - kind[0]))
-        return _middle(self._over[kind])
+    def _extra(self, size: int) -> float:
+        """Of this size, or of the next that was measured."""
+        if size not in self._extras:
+            if not self._extras:
+                return 1.0
+            size = min(self._extras, key=lambda other: abs(other - size))
+        return _middle(self._extras[size])
 
 
 def _middle(values: Iterable[float]) -> float:
