@@ -153,7 +153,7 @@ class Controller:
         self._now.steps += 1
         if self._rest:
             return self._rest.pop()
-        self._now = now = self._sizes.setdefault(power(num_reqs), _Size(-2 * tuning.every))
+        self._now = now = self._sizes.setdefault(power(num_reqs), _Size(-tuning.every))
         none, draft = self._weigh(requests)
         was_off = self._best is not None and not self._best.num_draft_tokens
         margin = tuning.margin if was_off else 1.0
@@ -222,7 +222,7 @@ class Controller:
     def _next_trial(self) -> int:
         """Its step, of those with about as many requests."""
         later = math.ceil(self._now.lost / self._tuning.exploration)
-        return self._now.tried + max(2 * self._tuning.every, later)
+        return self._now.tried + max(self._tuning.every, later)
 
     def _weigh(self, requests: Sequence[str]) -> tuple[Plan, Plan]:
         """What is expected of no draft, and of the best of those for all requests or some."""
@@ -231,7 +231,7 @@ class Controller:
         total = float(context.sum())
         plain = self.cost.seconds(Work(num_reqs, num_reqs, 0, int(total), int(total)))
         none = Plan(0, seconds=plain, rate=num_reqs / plain)
-        pace, slower = self.cost.scales(num_reqs, True)
+        pace, slower = self.cost.scales(num_reqs)
         rate = max(none.rate, self._best.rate if self._best and self._num_reqs == num_reqs else 0.0)
         expected = self.acceptance.expected(requests)
         # A token's worth is less what its row's attention takes.
