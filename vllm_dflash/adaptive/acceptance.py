@@ -8,9 +8,11 @@ greedy one. Where no confidences are known, the usual one stands for each.
     pytest tests/unit/test_adaptive.py
 """
 
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Container, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from heapq import nlargest
+from operator import neg
 
 import numpy as np
 
@@ -40,23 +42,14 @@ class _Factor:
 
 
 class _Group:
-    """What was learned of one group of requests."""
+    """What was learned of one group of requests. What is a position's or a request's own is learned
+    slower than what a confidence is worth to all."""
 
     def __init__(self, limit: int, tuning: Tuning) -> None:
         self.bins = [_Factor(tuning.prior) for _ in range(_BINS + 1)]
         self.positions = [_Factor(tuning.memory) for _ in range(limit)]
-        self.recent: deque[Sequence[float]] = deque(maxlen=tuning.recent)
+        self.recent: deque[Sequence[float] | None] = deque([None], tuning.recent)
         """Confidences of the last drafts, [K] each."""
-
-
-class _Request(_Factor):
-    """What was learned of one request."""
-
-    __slots__ = ("group",)
-
-    def __init__(self, group: _Group, weight: float) -> None:
-        super().__init__(weight)
-        self.group = group
 
 
 class Acceptance:
@@ -71,30 +64,29 @@ class Acceptance:
     ) -> None:
         """``group``: which of a request's kind are accepted alike, and have the same limit;
         ``limit``: the draft tokens that a request may have, ``max_draft`` where left out."""
-        self._max_draft, self._tuning, self._group = max_draft, tuning, group
-        self._limit = limit or (lambda _: max_draft)
+        self._tuning, self._group, self._limit = tuning, group, limit or (lambda _: max_draft)
         self._groups: dict[Hashable, _Group] = {}
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, tuple[_Group, _Factor]] = {}
         self._usual = [tuning.usual] * max_draft
 
     def learn(
-        self, name: str, verified: int, accepted: int, confidences: Sequence[float] | None = None
+        self, request: str, verified: int, accepted: int, said: Sequence[float] | None = None
     ) -> None:
-        """Takes in that of ``verified`` draft tokens the first ``accepted`` were accepted."""
-        request, memory, expected = self._of(name), self._tuning.memory, 0.0
-        bins, positions = request.group.bins, request.group.positions
+        """Takes in that of ``verified`` draft tokens, drafted with these confidences, the first
+        ``accepted`` were accepted."""
+        (group, own), memory, total = self._of(request), self._tuning.memory, 0.0
         # What is expected is told after the group has learned of it: what a request alone tells
         # would count twice.
-        for i, confidence in enumerate((confidences or self._usual)[: min(accepted + 1, verified)]):
-            each, position = bins[int(confidence * _BINS)], positions[i]
-            each.add(i < accepted, confidence, memory)
-            once = confidence * each.value
-            position.add(i < accepted, once, memory)
-            expected += once * position.value
-        request.add(min(accepted, verified), expected, memory)
+        for i, confidence in enumerate((said or self._usual)[: min(accepted + 1, verified)]):
+            worth, position = group.bins[int(confidence * _BINS)], group.positions[i]
+            worth.add(i < accepted, confidence, memory)
+            expected = confidence * worth.value
+            position.add(i < accepted, expected, memory)
+            total += expected * position.value
+        own.add(min(accepted, verified), total, memory)
 
     def lengths(
-        self, requests: Sequence[str], prices: Sequence[float], confidences: Confidences | None
+        self, requests: Sequence[str], prices: Sequence[float], confidences: Confidences
     ) -> list[int]:
         """Of each request's draft tokens, how many are accepted with a probability above its price.
         Remembers the drafts for ``expected``.
@@ -103,23 +95,15 @@ class Acceptance:
         made anew for each number of rows.
         """
         found, inside, outside = [], [], []
-        for i, (name, price) in enumerate(zip(requests, prices, strict=True)):
-            request, row = self._of(name), self._usual
-            if confidences and (own := confidences.get(name)):
-                row = own
-                request.group.recent.append(row)
-            factor, bins = request.value, request.group.bins
-            probability, count, kept = 1.0, 0, 0.0
-            for position, confidence in zip(request.group.positions, row, strict=False):
-                once = confidence * bins[int(confidence * _BINS)].value * position.value * factor
-                if once < 1.0:
-                    probability *= once
-                if probability <= price:
-                    outside.append((probability - price, i))
-                    break
-                kept, count = probability, count + 1
+        for i, (request, price) in enumerate(zip(requests, prices, strict=True)):
+            if said := confidences.get(request):
+                self._of(request)[0].recent.append(said)
+            survival = self.survival(request, said)
+            count = bisect_left(survival, -price, key=neg)
             if count:
-                inside.append((price - kept, i))
+                inside.append((price - survival[count - 1], i))
+            if count < len(survival) and survival[count]:
+                outside.append((survival[count] - price, i))
             found.append(count)
         rows = len(found) + sum(found)
         missing = round_rows(rows) - rows
@@ -127,41 +111,40 @@ class Acceptance:
             found[i] += 1 if missing > 0 else -1
         return found
 
-    def survival(self, name: str, row: Sequence[float] | None = None) -> list[float]:
+    def survival(self, request: str, said: Sequence[float] | None = None) -> list[float]:
         """[K]: probability that a draft with these confidences is accepted up to and with each
         position; past the request's limit 0."""
-        request, probability, found = self._of(name), 1.0, []
-        factor, bins = request.value, request.group.bins
-        for position, confidence in zip(request.group.positions, row or self._usual, strict=False):
+        (group, own), probability, found = self._of(request), 1.0, []
+        factor, bins = own.value, group.bins
+        for position, confidence in zip(group.positions, said or self._usual, strict=False):
             once = confidence * bins[int(confidence * _BINS)].value * position.value * factor
-            if once < 1.0:
-                probability *= once
+            probability *= min(once, 1.0)
             found.append(probability)
-        return found + [0.0] * (self._max_draft - len(found))
+        return found + [0.0] * (len(self._usual) - len(found))
 
     def expected(self, requests: Sequence[str]) -> np.ndarray:
         """float64 [n, m, K]: survival of whole drafts as they are to be expected of each request:
         of its group's last ones, where confidences are known. How far drafts differ decides what it
         brings to verify only part of some."""
-        recent = [self._of(name).group.recent or (None,) for name in requests]
-        each = -(-max(map(len, recent)) // len(requests))
+        recent = [self._of(request)[0].recent for request in requests]
+        each = range(-(-max(map(len, recent)) // len(requests)))
         return np.array(
             [
-                [self.survival(name, rows[(i * each + j) % len(rows)]) for j in range(each)]
-                for i, (name, rows) in enumerate(zip(requests, recent, strict=True))
+                [self.survival(request, drafts[(i + j * len(requests)) % len(drafts)]) for j in each]
+                for i, (request, drafts) in enumerate(zip(requests, recent, strict=True))
             ]
         )
 
-    def forget(self, requests: Container[str]) -> None:
+    def forget(self, requests: Iterable[str]) -> None:
         """These requests have ended."""
-        for request in [name for name in self._requests if name in requests]:
-            del self._requests[request]
+        for request in requests:
+            self._requests.pop(request, None)
 
-    def _of(self, name: str) -> _Request:
-        request = self._requests.get(name)
-        if request is None:
-            key, tuning = self._group(name), self._tuning
+    def _of(self, request: str) -> tuple[_Group, _Factor]:
+        known = self._requests.get(request)
+        if known is None:
+            key, tuning = self._group(request), self._tuning
             if key not in self._groups:
-                self._groups[key] = _Group(self._limit(name), tuning)
-            request = self._requests[name] = _Request(self._groups[key], tuning.memory)
-        return request
+                self._groups[key] = _Group(self._limit(request), tuning)
+            known = self._requests[request] = self._groups[key], _Factor(tuning.memory)
+        return known

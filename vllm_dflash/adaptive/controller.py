@@ -14,7 +14,7 @@ next comes: so late that it was ``Tuning.exploration`` of the time, and never la
 """
 
 import math
-from collections.abc import Callable, Container, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -63,13 +63,13 @@ class Status:
 
 @dataclass
 class _Size:
-    """What is kept for about as many requests: steps, the step of the last trial, and how many
-    steps that has lost."""
+    """What is kept for about as many requests: steps, trials, the step of the last one, and how
+    many steps it has lost."""
 
-    tried: int
     steps: int = 0
+    trials: int = 0
+    tried: int = 0
     lost: float = 0.0
-    owes: bool = False
 
 
 class Controller:
@@ -94,13 +94,11 @@ class Controller:
         self._context, self._profile, self._skips = context, profile, skips
         self.cost = StepCost(profile, tuning)
         self.acceptance = Acceptance(max_draft, tuning, group, limit)
-        self._steps, self._due = 0, 0
-        """Steps planned, and when the next choice is."""
+        self._steps = self._due = self._num_reqs = 0
+        """Steps planned, when the next choice is, and the requests of the last one."""
         self._best: Plan | None = None
-        self._num_reqs = 0
-        """For which it was chosen."""
         self._sizes: dict[int, _Size] = {}
-        self._now = _Size(0)
+        self._now = _Size()
         self._rest: list[Plan] = []
         """What is left of a trial."""
 
@@ -129,55 +127,49 @@ class Controller:
             writes_backlog: whether it is the first that drafts after some that did not, and writes
                 the context of them all.
         """
-        said, best = confidences or {}, self._best
-        for name, (verified, accepted) in outcomes.items():
-            if verified:
-                self.acceptance.learn(name, verified, accepted, said.get(name))
-        if plan is not None and plan.why == "trial" and best is not None:
+        said, best, now = confidences or {}, self._best, self._now
+        for request, (verified, accepted) in outcomes.items():
+            self.acceptance.learn(request, verified, accepted, said.get(request))
+        if plan is not None and plan.why == "trial" and best is not None and now.trials > 1:
             lost = plan.seconds * (1 - plan.rate / best.rate)
             if work is not None:
                 tokens = work.num_reqs + sum(accepted for _, accepted in outcomes.values())
                 lost = seconds - tokens / best.rate
-            # Never more than its rows would take as plain steps of their own; at first nothing.
-            self._now.lost += min(lost / best.seconds, self.block_size) * self._now.owes
+            # Never more than its rows would take as plain steps of their own.
+            now.lost += min(lost / best.seconds, self.block_size)
         # One that verifies and does not draft is between two plans.
         if work and not writes_backlog and (work.draft_rows or work.num_tokens == work.num_reqs):
             self.cost.observe(work, seconds)
 
     def plan(self, requests: Sequence[str]) -> Plan:
         """What to draft for these requests, which all decode."""
-        num_reqs, tuning = len(requests), self._tuning
+        num_reqs, tuning, before = len(requests), self._tuning, self._best
         if (kept := self.kept_plan(num_reqs)) is not None:
             return kept
         self._steps += 1
         self._now.steps += 1
         if self._rest:
             return self._rest.pop()
-        self._now = now = self._sizes.setdefault(power(num_reqs), _Size(-tuning.every))
+        self._now = now = self._sizes.setdefault(power(num_reqs), _Size())
         none, draft = self._weigh(requests)
-        was_off = self._best is not None and not self._best.num_draft_tokens
-        margin = tuning.margin if was_off else 1.0
+        margin = tuning.margin if before and not before.num_draft_tokens else 1.0
         best, other = (draft, none) if draft.rate > margin * none.rate else (none, draft)
         self._best, self._num_reqs = best, num_reqs
         self._due = self._steps + min(tuning.every, self._steps)
         if now.steps < self._next_trial():
             return best
-        now.tried, now.lost, now.owes = now.steps, 0.0, now.tried >= 0
-        tried = replace(other, why="trial")
+        now.trials, now.tried, now.lost = now.trials + 1, now.steps, 0.0
         # The first that drafts brings contexts up to date, only the second is like those that would
         # follow; the last verifies what the second drafted.
+        tried = replace(other, why="trial")
         self._rest = [replace(best, why="trial"), tried]
         return tried
 
     def kept_plan(self, num_reqs: int) -> Plan | None:
         """In place of ``plan``: the plan for so many requests, if there is nothing to be chosen
         yet; else None, and ``plan`` is to be asked."""
-        if (
-            self._rest
-            or self._steps >= self._due
-            or num_reqs != self._num_reqs
-            and power(num_reqs) != power(self._num_reqs)
-        ):
+        is_due = self._rest or self._steps >= self._due
+        if is_due or power(num_reqs) != power(self._num_reqs):
             return None
         self._steps += 1
         self._now.steps += 1
@@ -192,16 +184,13 @@ class Controller:
             return dict.fromkeys(requests, 0)
         prices = [plan.threshold] * len(requests)
         if plan.price or plan.skipped:
-            prices = [
-                math.inf
-                if name in plan.skipped
-                else plan.threshold + plan.price * self._context(name)
-                for name in requests
-            ]
-        found = self.acceptance.lengths(requests, prices, confidences)
+            for i, request in enumerate(requests):
+                is_out = request in plan.skipped
+                prices[i] += math.inf if is_out else plan.price * self._context(request)
+        found = self.acceptance.lengths(requests, prices, confidences or {})
         return dict(zip(requests, found, strict=True))
 
-    def forget(self, requests: Container[str]) -> None:
+    def forget(self, requests: Iterable[str]) -> None:
         """These requests have ended."""
         self.acceptance.forget(requests)
 
@@ -214,15 +203,15 @@ class Controller:
         if best.num_draft_tokens:
             return Status(drafting=True, why="pays", measured=measured)
         steps = max(self._next_trial() - self._now.steps, self._due - self._steps, 0)
-        whole = num_reqs * (self.max_draft + 1)
-        seconds = self.cost.seconds(Work(num_reqs, whole, num_reqs * self.block_size))
-        why = "slow" if whole < best.rate * seconds else "rejected"
-        return Status(False, why, measured, steps * best.seconds)
+        whole = Work(num_reqs, num_reqs * (self.max_draft + 1), num_reqs * self.block_size)
+        is_slow = whole.num_tokens < best.rate * self.cost.seconds(whole)
+        return Status(False, "slow" if is_slow else "rejected", measured, steps * best.seconds)
 
     def _next_trial(self) -> int:
-        """Its step, of those with about as many requests."""
-        later = math.ceil(self._now.lost / self._tuning.exploration)
-        return self._now.tried + max(self._tuning.every, later)
+        """Its step, of those with about as many requests; the first is due at once, and free."""
+        now, tuning = self._now, self._tuning
+        later = max(tuning.every, math.ceil(now.lost / tuning.exploration))
+        return now.tried + later if now.trials else 0
 
     def _weigh(self, requests: Sequence[str]) -> tuple[Plan, Plan]:
         """What is expected of no draft, and of the best of those for all requests or some."""
@@ -233,9 +222,9 @@ class Controller:
         none = Plan(0, seconds=plain, rate=num_reqs / plain)
         pace, slower = self.cost.scales(num_reqs)
         rate = max(none.rate, self._best.rate if self._best and self._num_reqs == num_reqs else 0.0)
-        expected = self.acceptance.expected(requests)
         # A token's worth is less what its row's attention takes.
         attend = rate * pace * profile.attend
+        expected = self.acceptance.expected(requests)
         worth = expected - attend * context[:, None, None]
 
         def weigh(drafted: np.ndarray) -> Plan:
@@ -243,12 +232,12 @@ class Controller:
             each, values = 1 / expected.shape[1], worth[drafted].ravel()
             order = np.argsort(-values, kind="stable")
             values = values[order]
-            counts = each * np.arange(1, len(values) + 1)
             seen = np.repeat(context[drafted], expected[0].size)[order]
-            seconds = pace * profile.target_seconds(
-                num_reqs + counts, total, total + each * np.cumsum(seen)
-            ) + slower * profile.draft_seconds(block * len(drafted), block * context[drafted].sum())
-            rates = (num_reqs + each * np.cumsum(values + attend * seen)) / seconds
+            counts = num_reqs + each * np.arange(1, len(values) + 1)
+            target = profile.target_seconds(counts, total, total + each * seen.cumsum())
+            draft = profile.draft_seconds(block * len(drafted), block * context[drafted].sum())
+            seconds = pace * target + slower * draft
+            rates = (num_reqs + each * (values + attend * seen).cumsum()) / seconds
             # Of equal ones all are in or out.
             rates[:-1][values[:-1] <= values[1:]] = 0.0
             best = int(rates.argmax())
@@ -257,7 +246,7 @@ class Controller:
                 self.max_draft,
                 float(values[best] + rest) / 2,
                 attend,
-                frozenset(requests) - {requests[i] for i in drafted},
+                frozenset(requests).difference(requests[i] for i in drafted),
                 seconds=float(seconds[best]),
                 rate=float(rates[best]),
             )
@@ -267,8 +256,8 @@ class Controller:
             # Those whose drafts bring more than their blocks cost the drafter.
             gains = np.maximum(worth - max(draft.threshold, 0.0), 0.0).sum(2).mean(1)
             more = profile.draft_seconds(block * num_reqs, block * context)
-            fewer = profile.draft_seconds(block * (num_reqs - 1), 0.0)
-            (gaining,) = (gains > max(rate, draft.rate) * slower * (more - fewer)).nonzero()
+            more = more - profile.draft_seconds(block * (num_reqs - 1), 0.0)
+            (gaining,) = (gains > max(rate, draft.rate) * slower * more).nonzero()
             if 0 < len(gaining) < num_reqs:
                 draft = max(draft, weigh(gaining), key=lambda plan: plan.rate)
         return none, draft
