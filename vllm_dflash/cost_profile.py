@@ -8,9 +8,11 @@ meets each of them.
     pytest tests/unit/test_cost_profile.py
 """
 
-from bisect import bisect
+from bisect import bisect, bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from heapq import nlargest
+from operator import neg
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,27 @@ def round_rows(count: int) -> int:
     """The nearest such number."""
     step = row_step(count)
     return (count + step // 2) // step * step
+
+
+def fill_rows(survivals: Sequence[Sequence[float]], prices: Sequence[float]) -> list[int]:
+    """Of each request's draft tokens, how many have a probability above its price: [n], of falling
+    probabilities. The likeliest that were left out are let in, or the least likely out, until the
+    target's rows, a row a request besides, are a round number: a CPU's kernels are made anew for
+    each number of rows."""
+    found: list[int] = []
+    inside: list[tuple[float, int]] = []
+    outside: list[tuple[float, int]] = []
+    for i, (survival, price) in enumerate(zip(survivals, prices, strict=True)):
+        count = bisect_left(survival, -price, key=neg)
+        if count:
+            inside.append((price - survival[count - 1], i))
+        if count < len(survival) and survival[count]:
+            outside.append((survival[count] - price, i))
+        found.append(count)
+    missing = round_rows(len(found) + sum(found)) - len(found) - sum(found)
+    for _, i in nlargest(abs(missing), outside if missing > 0 else inside) if missing else ():
+        found[i] += 1 if missing > 0 else -1
+    return found
 
 
 @dataclass(frozen=True)

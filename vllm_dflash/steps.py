@@ -17,6 +17,8 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from vllm_dflash.compat import num_drafted
+from vllm_dflash.cost_profile import Work
+from vllm_dflash.drafts import skipped_of
 from vllm_dflash.log import logger
 
 
@@ -114,6 +116,24 @@ class Step:
         before = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         before |= {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
         return {name: before[name] + n for name, n in scheduled.num_scheduled_tokens.items()}
+
+    def work(self, block: int) -> Work:
+        """What was computed, with ``block`` rows of the drafter's for each request that it drafted
+        for; of steps that only decode."""
+        drafting = seen = 0
+        if block:
+            drafting, seen = len(self.scheduled.num_scheduled_tokens), self.num_context
+            if skipped := skipped_of(self.num_planned):
+                contexts = [n for name, n in self.contexts.items() if name not in skipped]
+                drafting, seen = len(contexts), sum(contexts)
+        return Work(
+            len(self.scheduled.num_scheduled_tokens),
+            self.scheduled.total_num_scheduled_tokens,
+            drafting * block,
+            self.num_context,
+            self.num_attended,
+            seen * block,
+        )
 
     @property
     def committed(self) -> Mapping[str, int]:

@@ -8,19 +8,22 @@ greedy one. Where no confidences are known, the usual one stands for each.
     pytest tests/unit/test_adaptive.py
 """
 
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from heapq import nlargest
-from operator import neg
 
 import numpy as np
 
 from vllm_dflash.adaptive.tuning import Tuning
-from vllm_dflash.cost_profile import round_rows
+from vllm_dflash.cost_profile import fill_rows
 
+Said = Sequence[float] | None
+"""The probability that the drafter gives each token of a draft, where known."""
 Confidences = Mapping[str, Sequence[float]]
-"""By request, the probability that the drafter gives each token of its draft."""
+"""By request, of its draft."""
+GroupOf = Callable[[str], Hashable]
+"""Which of a request's kind are accepted alike, and have the same limit."""
+LimitOf = Callable[[str], int] | None
+"""The draft tokens that a request may have; None for no limit."""
 Outcomes = Mapping[str, tuple[int, int]]
 """By request, draft tokens that were verified and how many of them were accepted."""
 _BINS = 16
@@ -48,30 +51,20 @@ class _Group:
     def __init__(self, limit: int, tuning: Tuning) -> None:
         self.bins = [_Factor(tuning.prior) for _ in range(_BINS + 1)]
         self.positions = [_Factor(tuning.memory) for _ in range(limit)]
-        self.recent: deque[Sequence[float] | None] = deque([None], tuning.recent)
+        self.recent: deque[Said] = deque([None], tuning.recent)
         """Confidences of the last drafts, [K] each."""
 
 
 class Acceptance:
     """Conditional acceptance of draft tokens at up to ``max_draft`` positions."""
 
-    def __init__(
-        self,
-        max_draft: int,
-        tuning: Tuning,
-        group: Callable[[str], Hashable] = lambda _: None,
-        limit: Callable[[str], int] | None = None,
-    ) -> None:
-        """``group``: which of a request's kind are accepted alike, and have the same limit;
-        ``limit``: the draft tokens that a request may have, ``max_draft`` where left out."""
+    def __init__(self, max_draft: int, tuning: Tuning, group: GroupOf, limit: LimitOf) -> None:
         self._tuning, self._group, self._limit = tuning, group, limit or (lambda _: max_draft)
         self._groups: dict[Hashable, _Group] = {}
         self._requests: dict[str, tuple[_Group, _Factor]] = {}
         self._usual = [tuning.usual] * max_draft
 
-    def learn(
-        self, request: str, verified: int, accepted: int, said: Sequence[float] | None = None
-    ) -> None:
+    def learn(self, request: str, verified: int, accepted: int, said: Said = None) -> None:
         """Takes in that of ``verified`` draft tokens, drafted with these confidences, the first
         ``accepted`` were accepted."""
         (group, own), memory, total = self._of(request), self._tuning.memory, 0.0
@@ -88,30 +81,17 @@ class Acceptance:
     def lengths(
         self, requests: Sequence[str], prices: Sequence[float], confidences: Confidences
     ) -> list[int]:
-        """Of each request's draft tokens, how many are accepted with a probability above its price.
-        Remembers the drafts for ``expected``.
-
-        A few more or fewer, so that the target's rows come in round numbers: a CPU's kernels are
-        made anew for each number of rows.
-        """
-        found, inside, outside = [], [], []
-        for i, (request, price) in enumerate(zip(requests, prices, strict=True)):
+        """Of each request's draft tokens, how many are accepted with a probability above its price;
+        a few more or fewer where that makes rows come in round numbers. Remembers the drafts for
+        ``expected``."""
+        survivals = []
+        for request in requests:
             if said := confidences.get(request):
                 self._of(request)[0].recent.append(said)
-            survival = self.survival(request, said)
-            count = bisect_left(survival, -price, key=neg)
-            if count:
-                inside.append((price - survival[count - 1], i))
-            if count < len(survival) and survival[count]:
-                outside.append((survival[count] - price, i))
-            found.append(count)
-        rows = len(found) + sum(found)
-        missing = round_rows(rows) - rows
-        for _, i in nlargest(abs(missing), outside if missing > 0 else inside) if missing else ():
-            found[i] += 1 if missing > 0 else -1
-        return found
+            survivals.append(self.survival(request, said))
+        return fill_rows(survivals, prices)
 
-    def survival(self, request: str, said: Sequence[float] | None = None) -> list[float]:
+    def survival(self, request: str, said: Said = None) -> list[float]:
         """[K]: probability that a draft with these confidences is accepted up to and with each
         position; past the request's limit 0."""
         (group, own), probability, found = self._of(request), 1.0, []
@@ -126,14 +106,14 @@ class Acceptance:
         """float64 [n, m, K]: survival of whole drafts as they are to be expected of each request:
         of its group's last ones, where confidences are known. How far drafts differ decides what it
         brings to verify only part of some."""
-        recent = [self._of(request)[0].recent for request in requests]
-        each = range(-(-max(map(len, recent)) // len(requests)))
-        return np.array(
-            [
-                [self.survival(request, drafts[(i + j * len(requests)) % len(drafts)]) for j in each]
-                for i, (request, drafts) in enumerate(zip(requests, recent, strict=True))
-            ]
-        )
+        recent, count = [self._of(request)[0].recent for request in requests], len(requests)
+        each = range(-(-max(map(len, recent)) // count))
+        rows = [
+            self.survival(request, known[(i + j * count) % len(known)])
+            for i, (request, known) in enumerate(zip(requests, recent, strict=True))
+            for j in each
+        ]
+        return np.array(rows).reshape(count, len(each), -1)
 
     def forget(self, requests: Iterable[str]) -> None:
         """These requests have ended."""
@@ -141,10 +121,8 @@ class Acceptance:
             self._requests.pop(request, None)
 
     def _of(self, request: str) -> tuple[_Group, _Factor]:
-        known = self._requests.get(request)
-        if known is None:
-            key, tuning = self._group(request), self._tuning
-            if key not in self._groups:
-                self._groups[key] = _Group(self._limit(request), tuning)
-            known = self._requests[request] = self._groups[key], _Factor(tuning.memory)
-        return known
+        if request not in self._requests:
+            new = _Group(self._limit(request), self._tuning)
+            group = self._groups.setdefault(self._group(request), new)
+            self._requests[request] = group, _Factor(self._tuning.memory)
+        return self._requests[request]

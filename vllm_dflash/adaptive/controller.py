@@ -14,12 +14,12 @@ next comes: so late that it was ``Tuning.exploration`` of the time, and never la
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vllm_dflash.adaptive.acceptance import Acceptance, Confidences, Outcomes
+from vllm_dflash.adaptive.acceptance import Acceptance, Confidences, GroupOf, LimitOf, Outcomes
 from vllm_dflash.adaptive.cost import StepCost, power
 from vllm_dflash.adaptive.tuning import TUNING, Tuning
 from vllm_dflash.cost_profile import GUESS, Profile, Work
@@ -63,49 +63,51 @@ class Status:
 
 @dataclass
 class _Size:
-    """What is kept for about as many requests: steps, trials, the step of the last one, and how
-    many steps it has lost."""
+    """What is kept for about as many requests."""
 
     steps: int = 0
-    trials: int = 0
+    choice: int = 0
+    """The step of the next one."""
+    trial: int = 0
+    """Of the next one; the first is due at once, and free."""
     tried: int = 0
+    """Of the last one."""
     lost: float = 0.0
+    """Steps that this has lost."""
 
 
+@dataclass
 class Controller:
-    """Learns from steps and plans the next. A draft has ``max_draft`` tokens, the drafter's block
-    ``block_size`` rows."""
+    """Learns from steps and plans the next."""
 
-    def __init__(
-        self,
-        max_draft: int,
-        block_size: int,
-        group: Callable[[str], Hashable] = lambda _: None,
-        limit: Callable[[str], int] | None = None,
-        context: Callable[[str], int] = lambda _: 0,
-        profile: Profile = GUESS,
-        tuning: Tuning = TUNING,
-        skips: bool = True,
-    ) -> None:
-        """``group``, ``limit``: see ``Acceptance``; ``context``: positions of a request's;
-        ``profile``: of steps as they were measured at warm-up; ``skips``: whether requests that
-        have nothing to gain cost no rows of the drafter's."""
-        self.max_draft, self.block_size, self._tuning = max_draft, block_size, tuning
-        self._context, self._profile, self._skips = context, profile, skips
-        self.cost = StepCost(profile, tuning)
-        self.acceptance = Acceptance(max_draft, tuning, group, limit)
-        self._steps = self._due = self._num_reqs = 0
-        """Steps planned, when the next choice is, and the requests of the last one."""
+    max_draft: int
+    """Tokens of a draft."""
+    block_size: int
+    """The drafter's rows for it."""
+    group: GroupOf = lambda _: None
+    limit: LimitOf = None
+    context: Callable[[str], int] = lambda _: 0
+    """Positions of a request's."""
+    profile: Profile = GUESS
+    """Of steps as they were measured at warm-up."""
+    tuning: Tuning = TUNING
+    skips: bool = True
+    """Whether requests that have nothing to gain cost no rows of the drafter's."""
+
+    def __post_init__(self) -> None:
+        self.cost = StepCost(self.profile, self.tuning)
+        self.acceptance = Acceptance(self.max_draft, self.tuning, self.group, self.limit)
         self._best: Plan | None = None
+        self._num_reqs, self._now = 0, _Size()
+        """Of the last choice."""
         self._sizes: dict[int, _Size] = {}
-        self._now = _Size()
         self._rest: list[Plan] = []
         """What is left of a trial."""
 
     @property
     def is_pending(self) -> bool:
         """Whether the next choice comes so soon that steps before it set its pace."""
-        return self._steps + self._tuning.window >= self._due
+        return self._now.steps + self.tuning.window >= self._now.choice
 
     def observe(
         self,
@@ -130,48 +132,47 @@ class Controller:
         said, best, now = confidences or {}, self._best, self._now
         for request, (verified, accepted) in outcomes.items():
             self.acceptance.learn(request, verified, accepted, said.get(request))
-        if plan is not None and plan.why == "trial" and best is not None and now.trials > 1:
+        if plan and plan.why == "trial" and best and now.tried:
             lost = plan.seconds * (1 - plan.rate / best.rate)
-            if work is not None:
+            if work:
                 tokens = work.num_reqs + sum(accepted for _, accepted in outcomes.values())
                 lost = seconds - tokens / best.rate
             # Never more than its rows would take as plain steps of their own.
             now.lost += min(lost / best.seconds, self.block_size)
+            later = math.ceil(now.lost / self.tuning.exploration)
+            now.trial = now.tried + max(self.tuning.every, later)
         # One that verifies and does not draft is between two plans.
         if work and not writes_backlog and (work.draft_rows or work.num_tokens == work.num_reqs):
             self.cost.observe(work, seconds)
 
     def plan(self, requests: Sequence[str]) -> Plan:
         """What to draft for these requests, which all decode."""
-        num_reqs, tuning, before = len(requests), self._tuning, self._best
+        num_reqs, every, before = len(requests), self.tuning.every, self._best
         if (kept := self.kept_plan(num_reqs)) is not None:
             return kept
-        self._steps += 1
         self._now.steps += 1
         if self._rest:
             return self._rest.pop()
         self._now = now = self._sizes.setdefault(power(num_reqs), _Size())
         none, draft = self._weigh(requests)
-        margin = tuning.margin if before and not before.num_draft_tokens else 1.0
+        margin = self.tuning.margin if before and not before.num_draft_tokens else 1.0
         best, other = (draft, none) if draft.rate > margin * none.rate else (none, draft)
         self._best, self._num_reqs = best, num_reqs
-        self._due = self._steps + min(tuning.every, self._steps)
-        if now.steps < self._next_trial():
+        now.choice = now.steps + min(every, now.steps)
+        if now.steps < now.trial:
             return best
-        now.trials, now.tried, now.lost = now.trials + 1, now.steps, 0.0
+        now.tried, now.trial, now.lost = now.steps, now.steps + every, 0.0
         # The first that drafts brings contexts up to date, only the second is like those that would
         # follow; the last verifies what the second drafted.
-        tried = replace(other, why="trial")
-        self._rest = [replace(best, why="trial"), tried]
-        return tried
+        self._rest = [replace(best, why="trial"), replace(other, why="trial")]
+        return self._rest[1]
 
     def kept_plan(self, num_reqs: int) -> Plan | None:
         """In place of ``plan``: the plan for so many requests, if there is nothing to be chosen
         yet; else None, and ``plan`` is to be asked."""
-        is_due = self._rest or self._steps >= self._due
+        is_due = self._rest or self._now.steps >= self._now.choice
         if is_due or power(num_reqs) != power(self._num_reqs):
             return None
-        self._steps += 1
         self._now.steps += 1
         return self._best
 
@@ -182,41 +183,30 @@ class Controller:
         drafted."""
         if not plan.num_draft_tokens or not requests:
             return dict.fromkeys(requests, 0)
-        prices = [plan.threshold] * len(requests)
-        if plan.price or plan.skipped:
-            for i, request in enumerate(requests):
-                is_out = request in plan.skipped
-                prices[i] += math.inf if is_out else plan.price * self._context(request)
+        prices = [
+            math.inf if name in plan.skipped else plan.threshold + plan.price * self.context(name)
+            for name in requests
+        ]
         found = self.acceptance.lengths(requests, prices, confidences or {})
         return dict(zip(requests, found, strict=True))
 
-    def forget(self, requests: Iterable[str]) -> None:
-        """These requests have ended."""
-        self.acceptance.forget(requests)
-
     def status(self) -> Status:
         """What was chosen last, and why."""
-        best, num_reqs = self._best, self._num_reqs
+        best, num_reqs, now = self._best, self._num_reqs, self._now
         if best is None:
             return Status(drafting=True, why="first")
         measured = self.cost.measured.get((power(num_reqs), True))
         if best.num_draft_tokens:
             return Status(drafting=True, why="pays", measured=measured)
-        steps = max(self._next_trial() - self._now.steps, self._due - self._steps, 0)
+        steps = max(max(now.trial, now.choice) - now.steps, 0)
         whole = Work(num_reqs, num_reqs * (self.max_draft + 1), num_reqs * self.block_size)
         is_slow = whole.num_tokens < best.rate * self.cost.seconds(whole)
         return Status(False, "slow" if is_slow else "rejected", measured, steps * best.seconds)
 
-    def _next_trial(self) -> int:
-        """Its step, of those with about as many requests; the first is due at once, and free."""
-        now, tuning = self._now, self._tuning
-        later = max(tuning.every, math.ceil(now.lost / tuning.exploration))
-        return now.tried + later if now.trials else 0
-
     def _weigh(self, requests: Sequence[str]) -> tuple[Plan, Plan]:
         """What is expected of no draft, and of the best of those for all requests or some."""
-        num_reqs, profile, block = len(requests), self._profile, self.block_size
-        context = np.array([*map(self._context, requests)], dtype=float)
+        num_reqs, profile, block = len(requests), self.profile, self.block_size
+        context = np.array([*map(self.context, requests)], dtype=float)
         total = float(context.sum())
         plain = self.cost.seconds(Work(num_reqs, num_reqs, 0, int(total), int(total)))
         none = Plan(0, seconds=plain, rate=num_reqs / plain)
@@ -242,17 +232,12 @@ class Controller:
             rates[:-1][values[:-1] <= values[1:]] = 0.0
             best = int(rates.argmax())
             rest = values[best + 1] if best + 1 < len(values) else min(values[best], 0.0) - 1
-            return Plan(
-                self.max_draft,
-                float(values[best] + rest) / 2,
-                attend,
-                frozenset(requests).difference(requests[i] for i in drafted),
-                seconds=float(seconds[best]),
-                rate=float(rates[best]),
-            )
+            skipped = frozenset(requests).difference(requests[i] for i in drafted)
+            found = float(values[best] + rest) / 2, attend, skipped, "best", float(seconds[best])
+            return Plan(self.max_draft, *found, float(rates[best]))
 
         draft = weigh(np.arange(num_reqs))
-        if self._skips and num_reqs > 1:
+        if self.skips and num_reqs > 1:
             # Those whose drafts bring more than their blocks cost the drafter.
             gains = np.maximum(worth - max(draft.threshold, 0.0), 0.0).sum(2).mean(1)
             more = profile.draft_seconds(block * num_reqs, block * context)

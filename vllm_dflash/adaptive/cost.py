@@ -10,20 +10,10 @@ beside some that do not, and the other way about, so that a step that was held u
 
 import time
 from collections import deque
-from collections.abc import Iterable
-from typing import NamedTuple
+from statistics import median_low
 
 from vllm_dflash.adaptive.tuning import Tuning
 from vllm_dflash.cost_profile import GUESS, Profile, Work
-
-
-class _Seen(NamedTuple):
-    """A step, and what the profile says of its parts."""
-
-    size: int
-    seconds: float
-    target: float
-    draft: float
 
 
 def power(num_reqs: int) -> int:
@@ -35,8 +25,9 @@ class StepCost:
     """Seconds of steps, by a profile and by what was measured since."""
 
     def __init__(self, profile: Profile, tuning: Tuning) -> None:
-        self._profile, self._samples = profile, tuning.samples
-        self._window: deque[_Seen] = deque(maxlen=tuning.window)
+        self._profile, self._tuning = profile, tuning
+        self._window: deque[tuple[int, float, float, float]] = deque(maxlen=tuning.window)
+        """Of the last steps: size, seconds, and what the profile says of target and drafter."""
         self._factors: dict[int, deque[float]] = {}
         """By size: what the drafter took over the profile."""
         self.measured: dict[tuple[int, bool], float] = {}
@@ -45,29 +36,26 @@ class StepCost:
 
     def observe(self, work: Work, seconds: float) -> None:
         """Takes in a measured step."""
-        step = _Seen(power(work.num_reqs), max(seconds, 1e-9), *self._profile.parts(work))
-        window, drafts = self._window, step.draft > 0
-        is_change = bool(window) and (window[-1].draft > 0) != drafts
-        window.append(step)
-        self.measured[step.size, drafts] = time.monotonic()
-        if is_change:
-            pace = _middle(each.seconds / each.target for each in window if not each.draft)
-            size = next(each.size for each in reversed(window) if each.draft)
+        (target, draft), size, window = (
+            self._profile.parts(work),
+            power(work.num_reqs),
+            self._window,
+        )
+        window.append((size, max(seconds, 1e-9), target, draft))
+        self.measured[size, draft > 0] = time.monotonic()
+        if len(window) > 1 and (window[-2][3] > 0) != (draft > 0):
+            pace = median_low(s / t for _, s, t, d in window if not d)
+            size = next(n for n, _, _, d in reversed(window) if d)
+            over = median_low(max(s / pace - t, 0) / d for n, s, t, d in window if d and n == size)
+            # One measurement does not stand against a profile, against a guess it does.
             believed = [] if self._profile is GUESS else [self._factor(size)] * 2
-            known = deque(believed, maxlen=self._samples)
-            self._factors.setdefault(size, known).append(
-                _middle(
-                    max(each.seconds / pace - each.target, 0.0) / each.draft
-                    for each in window
-                    if each.draft and each.size == size
-                )
-            )
+            known = deque(believed, self._tuning.samples)
+            self._factors.setdefault(size, known).append(over)
 
     def scales(self, num_reqs: int) -> tuple[float, float]:
         """What the target and the drafter take now over the profile, in steps of so many
         requests."""
-        paces = [s.seconds / (s.target + self._factor(s.size) * s.draft) for s in self._window]
-        pace = _middle(paces or [1.0])
+        pace = median_low([s / (t + self._factor(n) * d) for n, s, t, d in self._window] or [1.0])
         return pace, pace * self._factor(power(num_reqs))
 
     def seconds(self, work: Work) -> float:
@@ -85,11 +73,4 @@ class StepCost:
         """Of this size, or of the next that was measured."""
         if size not in self._factors:
             size = min(self._factors, key=lambda other: abs(other - size), default=size)
-        return _middle(self._factors.get(size, [1.0]))
-
-
-def _middle(values: Iterable[float]) -> float:
-    """The median; of two in the middle the lower one, so that of two measurements the one that was
-    held up does not count."""
-    found = sorted(values)
-    return found[(len(found) - 1) // 2]
+        return median_low(self._factors.get(size, [1.0]))

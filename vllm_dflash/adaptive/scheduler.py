@@ -96,13 +96,10 @@ class _Adaptive(Scheduler):
         self._learner.schedule(scheduler_output, plan)
         k = plan.num_draft_tokens
         if plan.skipped and self._skips:
-            kind = self.controller.kind
-            k = Planned(
-                k, [r for r in scheduler_output.num_scheduled_tokens if kind(r) in plan.skipped]
-            )
+            k = Planned(k, plan.skipped & scheduler_output.num_scheduled_tokens.keys())
         plan_drafts(scheduler_output, k)
         if scheduler_output.finished_req_ids:
-            self.controller.forget(scheduler_output.finished_req_ids)
+            self.controller.acceptance.forget(scheduler_output.finished_req_ids)
             for request_id in scheduler_output.finished_req_ids:
                 self._confidences.pop(request_id, None)
 
