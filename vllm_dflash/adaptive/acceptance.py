@@ -14,7 +14,6 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 import numpy as np
 
 from vllm_dflash.adaptive.tuning import Tuning
-from vllm_dflash.cost_profile import fill_rows
 
 Said = Sequence[float] | None
 """The probability that the drafter gives each token of a draft, where known."""
@@ -32,8 +31,6 @@ _BINS = 16
 
 class _Factor:
     """Accepted tokens over expected ones, older ones fading; and the expected ones."""
-
-    __slots__ = ("value", "weight")
 
     def __init__(self, weight: float) -> None:
         self.value, self.weight = 1.0, weight
@@ -78,18 +75,11 @@ class Acceptance:
             total += expected * position.value
         own.add(min(accepted, verified), total, memory)
 
-    def lengths(
-        self, requests: Sequence[str], prices: Sequence[float], confidences: Confidences
-    ) -> list[int]:
-        """Of each request's draft tokens, how many are accepted with a probability above its price;
-        a few more or fewer where that makes rows come in round numbers. Remembers the drafts for
-        ``expected``."""
-        survivals = []
-        for request in requests:
-            if said := confidences.get(request):
-                self._of(request)[0].recent.append(said)
-            survivals.append(self.survival(request, said))
-        return fill_rows(survivals, prices)
+    def drafted(self, request: str, said: Said) -> list[float]:
+        """``survival`` of a draft that was made; ``expected`` goes by the last ones."""
+        if said:
+            self._of(request)[0].recent.append(said)
+        return self.survival(request, said)
 
     def survival(self, request: str, said: Said = None) -> list[float]:
         """[K]: probability that a draft with these confidences is accepted up to and with each

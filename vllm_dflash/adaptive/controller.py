@@ -22,7 +22,7 @@ import numpy as np
 from vllm_dflash.adaptive.acceptance import Acceptance, Confidences, GroupOf, LimitOf, Outcomes
 from vllm_dflash.adaptive.cost import StepCost, power
 from vllm_dflash.adaptive.tuning import TUNING, Tuning
-from vllm_dflash.cost_profile import GUESS, Profile, Work
+from vllm_dflash.cost_profile import GUESS, Profile, Work, fill_rows
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class _Size:
     steps: int = 0
     choice: int = 0
     """The step of the next one."""
-    trial: int = 0
+    trial: float = 0.0
     """Of the next one; the first is due at once, and free."""
     tried: int = 0
     """Of the last one."""
@@ -129,7 +129,7 @@ class Controller:
             writes_backlog: whether it is the first that drafts after some that did not, and writes
                 the context of them all.
         """
-        said, best, now = confidences or {}, self._best, self._now
+        said, best, now, tuning = confidences or {}, self._best, self._now, self.tuning
         for request, (verified, accepted) in outcomes.items():
             self.acceptance.learn(request, verified, accepted, said.get(request))
         if plan and plan.why == "trial" and best and now.tried:
@@ -139,15 +139,14 @@ class Controller:
                 lost = seconds - tokens / best.rate
             # Never more than its rows would take as plain steps of their own.
             now.lost += min(lost / best.seconds, self.block_size)
-            later = math.ceil(now.lost / self.tuning.exploration)
-            now.trial = now.tried + max(self.tuning.every, later)
+            now.trial = now.tried + max(tuning.every, now.lost / tuning.exploration)
         # One that verifies and does not draft is between two plans.
         if work and not writes_backlog and (work.draft_rows or work.num_tokens == work.num_reqs):
             self.cost.observe(work, seconds)
 
     def plan(self, requests: Sequence[str]) -> Plan:
         """What to draft for these requests, which all decode."""
-        num_reqs, every, before = len(requests), self.tuning.every, self._best
+        num_reqs, every = len(requests), self.tuning.every
         if (kept := self.kept_plan(num_reqs)) is not None:
             return kept
         self._now.steps += 1
@@ -155,8 +154,7 @@ class Controller:
             return self._rest.pop()
         self._now = now = self._sizes.setdefault(power(num_reqs), _Size())
         none, draft = self._weigh(requests)
-        margin = self.tuning.margin if before and not before.num_draft_tokens else 1.0
-        best, other = (draft, none) if draft.rate > margin * none.rate else (none, draft)
+        best, other = (draft, none) if draft.rate > none.rate else (none, draft)
         self._best, self._num_reqs = best, num_reqs
         now.choice = now.steps + min(every, now.steps)
         if now.steps < now.trial:
@@ -183,12 +181,13 @@ class Controller:
         drafted."""
         if not plan.num_draft_tokens or not requests:
             return dict.fromkeys(requests, 0)
+        said, learned = confidences or {}, self.acceptance
+        survivals = [learned.drafted(request, said.get(request)) for request in requests]
         prices = [
             math.inf if name in plan.skipped else plan.threshold + plan.price * self.context(name)
             for name in requests
         ]
-        found = self.acceptance.lengths(requests, prices, confidences or {})
-        return dict(zip(requests, found, strict=True))
+        return dict(zip(requests, fill_rows(survivals, prices), strict=True))
 
     def status(self) -> Status:
         """What was chosen last, and why."""

@@ -25,7 +25,7 @@ class StepCost:
     """Seconds of steps, by a profile and by what was measured since."""
 
     def __init__(self, profile: Profile, tuning: Tuning) -> None:
-        self._profile, self._tuning = profile, tuning
+        self._profile = profile
         self._window: deque[tuple[int, float, float, float]] = deque(maxlen=tuning.window)
         """Of the last steps: size, seconds, and what the profile says of target and drafter."""
         self._factors: dict[int, deque[float]] = {}
@@ -49,7 +49,7 @@ class StepCost:
             over = median_low(max(s / pace - t, 0) / d for n, s, t, d in window if d and n == size)
             # One measurement does not stand against a profile, against a guess it does.
             believed = [] if self._profile is GUESS else [self._factor(size)] * 2
-            known = deque(believed, self._tuning.samples)
+            known = deque(believed, window.maxlen)
             self._factors.setdefault(size, known).append(over)
 
     def scales(self, num_reqs: int) -> tuple[float, float]:

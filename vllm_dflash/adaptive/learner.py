@@ -30,7 +30,6 @@ class Learner:
     def close(self) -> None:
         """See ``Observer``."""
         self.is_closed = True
-        self._plans.clear()
 
     def schedule(self, scheduled: Any, plan: Plan) -> None:
         """A step was planned."""
