@@ -159,8 +159,8 @@ def fit(cells: Iterable[Cell]) -> Profile:
         lowest: dict[int, float] = {}
         for cell in cells_of_one:
             if not cell.work.num_context:
-                rows = cell.work.draft_rows or cell.work.num_tokens
-                lowest[rows] = min(cell.seconds, lowest.get(rows, cell.seconds))
+                count = cell.work.draft_rows or cell.work.num_tokens
+                lowest[count] = min(cell.seconds, lowest.get(count, cell.seconds))
         if not lowest:
             raise ValueError("the cells have no target steps, or no drafts, without context")
         at = sorted(lowest)

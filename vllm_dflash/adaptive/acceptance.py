@@ -17,8 +17,8 @@ from vllm_dflash.adaptive.tuning import Tuning
 
 Said = Sequence[float] | None
 """The probability that the drafter gives each token of a draft, where known."""
-Confidences = Mapping[str, Sequence[float]]
-"""By request, of its draft."""
+Confidences = Mapping[str, Sequence[float]] | None
+"""By request, of its draft; None where none are known."""
 GroupOf = Callable[[str], Hashable]
 """Which of a request's kind are accepted alike, and have the same limit."""
 LimitOf = Callable[[str], int] | None

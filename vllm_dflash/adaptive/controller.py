@@ -13,7 +13,6 @@ next comes: so late that it was ``Tuning.exploration`` of the time, and never la
     pytest tests/unit/test_adaptive.py
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -104,7 +103,6 @@ class Controller:
         self._rest: list[Plan] = []
         """What is left of a trial."""
 
-    @property
     def is_pending(self) -> bool:
         """Whether the next choice comes so soon that steps before it set its pace."""
         return self._now.steps + self.tuning.window >= self._now.choice
@@ -114,7 +112,7 @@ class Controller:
         work: Work | None,
         seconds: float,
         outcomes: Outcomes,
-        confidences: Confidences | None = None,
+        confidences: Confidences = None,
         plan: Plan | None = None,
         writes_backlog: bool = False,
     ) -> None:
@@ -175,19 +173,16 @@ class Controller:
         return self._best
 
     def lengths(
-        self, requests: Sequence[str], plan: Plan, confidences: Confidences | None = None
+        self, requests: Sequence[str], plan: Plan, confidences: Confidences = None
     ) -> dict[str, int]:
         """By request, how many of its draft tokens to verify; with their confidences once they are
         drafted."""
-        if not plan.num_draft_tokens or not requests:
+        if not plan.num_draft_tokens:
             return dict.fromkeys(requests, 0)
-        said, learned = confidences or {}, self.acceptance
-        survivals = [learned.drafted(request, said.get(request)) for request in requests]
-        prices = [
-            math.inf if name in plan.skipped else plan.threshold + plan.price * self.context(name)
-            for name in requests
-        ]
-        return dict(zip(requests, fill_rows(survivals, prices), strict=True))
+        said, survival, out = confidences or {}, self.acceptance.drafted, plan.skipped
+        found = [[] if name in out else survival(name, said.get(name)) for name in requests]
+        prices = [plan.threshold + plan.price * self.context(name) for name in requests]
+        return dict(zip(requests, fill_rows(found, prices), strict=True))
 
     def status(self) -> Status:
         """What was chosen last, and why."""

@@ -48,9 +48,8 @@ class StepCost:
             size = next(n for n, _, _, d in reversed(window) if d)
             over = median_low(max(s / pace - t, 0) / d for n, s, t, d in window if d and n == size)
             # One measurement does not stand against a profile, against a guess it does.
-            believed = [] if self._profile is GUESS else [self._factor(size)] * 2
-            known = deque(believed, window.maxlen)
-            self._factors.setdefault(size, known).append(over)
+            believed = [self._factor(size)] * 2 * (self._profile is not GUESS)
+            self._factors.setdefault(size, deque(believed, window.maxlen)).append(over)
 
     def scales(self, num_reqs: int) -> tuple[float, float]:
         """What the target and the drafter take now over the profile, in steps of so many
@@ -71,6 +70,5 @@ class StepCost:
 
     def _factor(self, size: int) -> float:
         """Of this size, or of the next that was measured."""
-        if size not in self._factors:
-            size = min(self._factors, key=lambda other: abs(other - size), default=size)
-        return median_low(self._factors.get(size, [1.0]))
+        nearest = min(self._factors, key=lambda other: abs(other - size), default=size)
+        return median_low(self._factors.get(nearest, [1.0]))

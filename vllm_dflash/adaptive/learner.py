@@ -45,7 +45,7 @@ class Learner:
         self._drafted = step.num_drafted > 0
         drafts = self._drafted if self._is_synchronous else before
         is_busy = drafts or step.scheduled.scheduled_spec_decode_tokens or plan.why != "best"
-        if not (is_busy or self.controller.is_pending):
+        if not (is_busy or self.controller.is_pending()):
             return
         began = self._began(step)
         # Its time tells how long decoding takes only where it was all decoding.

@@ -201,7 +201,7 @@ def _draft(proposer: "DFlashProposer", work: Work) -> Callable[[], None]:
             anchors,
             None,
             cad,
-            SimpleNamespace(all_greedy=True),  # type: ignore[arg-type]
+            SimpleNamespace(all_greedy=True),
         )
 
     return run
