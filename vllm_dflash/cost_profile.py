@@ -38,19 +38,19 @@ def fill_rows(survivals: Sequence[Sequence[float]], prices: Sequence[float]) -> 
     probabilities. The likeliest that were left out are let in, or the least likely out, until the
     target's rows, a row a request besides, are a round number: a CPU's kernels are made anew for
     each number of rows."""
-    found: list[int] = []
-    inside: list[tuple[float, int]] = []
-    outside: list[tuple[float, int]] = []
-    for i, (survival, price) in enumerate(zip(survivals, prices, strict=True)):
-        count = bisect_left(survival, -price, key=neg)
-        if count:
-            inside.append((price - survival[count - 1], i))
-        if count < len(survival) and survival[count]:
-            outside.append((survival[count] - price, i))
-        found.append(count)
-    missing = round_rows(len(found) + sum(found)) - len(found) - sum(found)
-    for _, i in nlargest(abs(missing), outside if missing > 0 else inside) if missing else ():
-        found[i] += 1 if missing > 0 else -1
+    each = list(zip(survivals, prices, strict=True))
+    found = [bisect_left(survival, -price, key=neg) for survival, price in each]
+    rows = len(found) + sum(found)
+    missing = round_rows(rows) - rows
+    if missing:
+        sign = 1 if missing > 0 else -1
+        can: list[tuple[float, int]] = []
+        for i, (survival, price) in enumerate(each):
+            at = found[i] if missing > 0 else found[i] - 1
+            if 0 <= at < len(survival) and survival[at]:
+                can.append((sign * (survival[at] - price), i))
+        for _, i in nlargest(abs(missing), can):
+            found[i] += sign
     return found
 
 

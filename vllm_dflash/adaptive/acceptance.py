@@ -29,27 +29,25 @@ _BINS = 16
 """Of a confidence; one of 1 has a bin of its own."""
 
 
-class _Factor:
-    """Accepted tokens over expected ones, older ones fading; and the expected ones."""
-
-    def __init__(self, weight: float) -> None:
-        self.value, self.weight = 1.0, weight
-
-    def add(self, accepted: float, expected: float, memory: float) -> None:
-        """So many more."""
-        self.weight = weight = min(self.weight + expected, memory)
-        self.value += (accepted - expected * self.value) / weight
-
-
 class _Group:
-    """What was learned of one group of requests. What is a position's or a request's own is learned
-    slower than what a confidence is worth to all."""
+    """What was learned of one group of requests: accepted tokens over expected ones, older ones
+    fading."""
 
     def __init__(self, limit: int, tuning: Tuning) -> None:
-        self.bins = [_Factor(tuning.prior) for _ in range(_BINS + 1)]
-        self.positions = [_Factor(tuning.memory) for _ in range(limit)]
+        self.bins = [1.0] * (_BINS + 1)
+        """What confidences are worth."""
+        self.weights = [tuning.prior] * (_BINS + 1)
+        """Expected tokens that this is based on."""
+        self.positions = [1.0] * limit
         self.recent: deque[Said] = deque([None], tuning.recent)
         """Confidences of the last drafts, [K] each."""
+
+
+class _Request:
+    """One request's group, and what is its own."""
+
+    def __init__(self, group: _Group) -> None:
+        self.group, self.factor = group, 1.0
 
 
 class Acceptance:
@@ -58,49 +56,58 @@ class Acceptance:
     def __init__(self, max_draft: int, tuning: Tuning, group: GroupOf, limit: LimitOf) -> None:
         self._tuning, self._group, self._limit = tuning, group, limit or (lambda _: max_draft)
         self._groups: dict[Hashable, _Group] = {}
-        self._requests: dict[str, tuple[_Group, _Factor]] = {}
+        self._requests: dict[str, _Request] = {}
         self._usual = [tuning.usual] * max_draft
 
-    def learn(self, request: str, verified: int, accepted: int, said: Said = None) -> None:
+    def learn(self, name: str, verified: int, accepted: int, said: Said = None) -> None:
         """Takes in that of ``verified`` draft tokens, drafted with these confidences, the first
         ``accepted`` were accepted."""
-        (group, own), memory, total = self._of(request), self._tuning.memory, 0.0
+        request, memory, total = self._of(name), self._tuning.memory, 0.0
+        bins, weights, positions = (group := request.group).bins, group.weights, group.positions
         # What is expected is told after the group has learned of it: what a request alone tells
-        # would count twice.
+        # would count twice. What is a position's or a request's own is learned slowly at any time.
         for i, confidence in enumerate((said or self._usual)[: min(accepted + 1, verified)]):
-            worth, position = group.bins[int(confidence * _BINS)], group.positions[i]
-            worth.add(i < accepted, confidence, memory)
-            expected = confidence * worth.value
-            position.add(i < accepted, expected, memory)
-            total += expected * position.value
-        own.add(min(accepted, verified), total, memory)
+            at, hit = int(confidence * _BINS), i < accepted
+            weights[at] = weight = min(weights[at] + confidence, memory)
+            bins[at] = worth = bins[at] + (hit - confidence * bins[at]) / weight
+            positions[i] += (hit - confidence * worth * positions[i]) / memory
+            total += confidence * worth * positions[i]
+        request.factor += (min(accepted, verified) - total * request.factor) / memory
 
-    def drafted(self, request: str, said: Said) -> list[float]:
-        """``survival`` of a draft that was made; ``expected`` goes by the last ones."""
+    def drafted(self, name: str, price: float, said: Said) -> list[float]:
+        """``survival`` of a draft that was made, up to the first token that has no more than a
+        price; ``expected`` goes by the last ones."""
         if said:
-            self._of(request)[0].recent.append(said)
-        return self.survival(request, said)
+            self._of(name).group.recent.append(said)
+        return self._survival(name, said, price)
 
-    def survival(self, request: str, said: Said = None) -> list[float]:
+    def survival(self, name: str, said: Said = None) -> list[float]:
         """[K]: probability that a draft with these confidences is accepted up to and with each
         position; past the request's limit 0."""
-        (group, own), probability, found = self._of(request), 1.0, []
-        factor, bins = own.value, group.bins
-        for position, confidence in zip(group.positions, said or self._usual, strict=False):
-            once = confidence * bins[int(confidence * _BINS)].value * position.value * factor
-            probability *= min(once, 1.0)
-            found.append(probability)
+        found = self._survival(name, said, -1.0)
         return found + [0.0] * (len(self._usual) - len(found))
+
+    def _survival(self, name: str, said: Said, price: float) -> list[float]:
+        request, probability, found = self._of(name), 1.0, []
+        factor, bins = request.factor, request.group.bins
+        for position, confidence in zip(request.group.positions, said or self._usual, strict=False):
+            once = confidence * bins[int(confidence * _BINS)] * position * factor
+            if once < 1.0:
+                probability *= once
+            found.append(probability)
+            if probability <= price:
+                break
+        return found
 
     def expected(self, requests: Sequence[str]) -> np.ndarray:
         """float64 [n, m, K]: survival of whole drafts as they are to be expected of each request:
         of its group's last ones, where confidences are known. How far drafts differ decides what it
         brings to verify only part of some."""
-        recent, count = [self._of(request)[0].recent for request in requests], len(requests)
+        recent, count = [self._of(name).group.recent for name in requests], len(requests)
         each = range(-(-max(map(len, recent)) // count))
         rows = [
-            self.survival(request, known[(i + j * count) % len(known)])
-            for i, (request, known) in enumerate(zip(requests, recent, strict=True))
+            self.survival(name, known[(i + j * count) % len(known)])
+            for i, (name, known) in enumerate(zip(requests, recent, strict=True))
             for j in each
         ]
         return np.array(rows).reshape(count, len(each), -1)
@@ -110,9 +117,8 @@ class Acceptance:
         for request in requests:
             self._requests.pop(request, None)
 
-    def _of(self, request: str) -> tuple[_Group, _Factor]:
-        if request not in self._requests:
-            new = _Group(self._limit(request), self._tuning)
-            group = self._groups.setdefault(self._group(request), new)
-            self._requests[request] = group, _Factor(self._tuning.memory)
-        return self._requests[request]
+    def _of(self, name: str) -> _Request:
+        if name not in self._requests:
+            new = _Group(self._limit(name), self._tuning)
+            self._requests[name] = _Request(self._groups.setdefault(self._group(name), new))
+        return self._requests[name]

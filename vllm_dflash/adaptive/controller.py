@@ -100,12 +100,15 @@ class Controller:
         self._num_reqs, self._now = 0, _Size()
         """Of the last choice."""
         self._sizes: dict[int, _Size] = {}
+        self._weighed: Sequence[str] | None = None
+        """The requests that were, as long as nothing was learned since."""
         self._rest: list[Plan] = []
         """What is left of a trial."""
 
-    def is_pending(self) -> bool:
-        """Whether the next choice comes so soon that steps before it set its pace."""
-        return self._now.steps + self.tuning.window >= self._now.choice
+    def measures(self, plan: Plan) -> bool:
+        """Whether what a step of this plan takes is of use: in trials, and in the last steps before
+        a choice."""
+        return plan.why == "trial" or self._now.steps + self.tuning.window >= self._now.choice
 
     def observe(
         self,
@@ -130,6 +133,7 @@ class Controller:
         said, best, now, tuning = confidences or {}, self._best, self._now, self.tuning
         for request, (verified, accepted) in outcomes.items():
             self.acceptance.learn(request, verified, accepted, said.get(request))
+            self._weighed = None
         if plan and plan.why == "trial" and best and now.tried:
             lost = plan.seconds * (1 - plan.rate / best.rate)
             if work:
@@ -151,7 +155,9 @@ class Controller:
         if self._rest:
             return self._rest.pop()
         self._now = now = self._sizes.setdefault(power(num_reqs), _Size())
-        none, draft = self._weigh(requests)
+        if requests != self._weighed:
+            self._plans, self._weighed = self._weigh(requests), requests
+        none, draft = self._plans
         best, other = (draft, none) if draft.rate > none.rate else (none, draft)
         self._best, self._num_reqs = best, num_reqs
         now.choice = now.steps + min(every, now.steps)
@@ -179,9 +185,12 @@ class Controller:
         drafted."""
         if not plan.num_draft_tokens:
             return dict.fromkeys(requests, 0)
-        said, survival, out = confidences or {}, self.acceptance.drafted, plan.skipped
-        found = [[] if name in out else survival(name, said.get(name)) for name in requests]
         prices = [plan.threshold + plan.price * self.context(name) for name in requests]
+        said, drafted = confidences or {}, self.acceptance.drafted
+        found = [
+            [] if name in plan.skipped else drafted(name, price, said.get(name))
+            for name, price in zip(requests, prices, strict=True)
+        ]
         return dict(zip(requests, fill_rows(found, prices), strict=True))
 
     def status(self) -> Status:

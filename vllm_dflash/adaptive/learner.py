@@ -37,19 +37,18 @@ class Learner:
         self._plans[id(scheduled)] = plan
 
     def observe(self, step: Step) -> None:
-        """Takes in a step; of those that neither draft nor verify, as is best, the last ones before
-        a choice: that tells enough."""
+        """Takes in what became of drafts, and how long the step took where that is of use."""
         # Under asynchronous scheduling later steps are planned by the time that one has run. Its
         # output is handed on before its draft runs: the time up to it holds the draft before.
         plan, before = self._plans.pop(id(step.scheduled), self.plan), self._drafted
         self._drafted = step.num_drafted > 0
         drafts = self._drafted if self._is_synchronous else before
-        is_busy = drafts or step.scheduled.scheduled_spec_decode_tokens or plan.why != "best"
-        if not (is_busy or self.controller.is_pending()):
+        is_measured = self.controller.measures(plan)
+        if not (is_measured or step.verified):
             return
         began = self._began(step)
         # Its time tells how long decoding takes only where it was all decoding.
-        is_exact = began is not None and step.all_decode and not step.num_ended
+        is_exact = is_measured and began is not None and step.all_decode and not step.num_ended
         work = step.work(drafts * self.controller.block_size) if is_exact else None
         seconds, is_first = step.ended - (began or step.ended), drafts and not before
         backlog = is_first and self._is_synchronous
