@@ -74,20 +74,19 @@ class Acceptance:
             total += confidence * worth * positions[i]
         request.factor += (min(accepted, verified) - total * request.factor) / memory
 
-    def drafted(self, name: str, price: float, said: Said) -> list[float]:
-        """``survival`` of a draft that was made, up to the first token that has no more than a
-        price; ``expected`` goes by the last ones."""
-        if said:
-            self._of(name).group.recent.append(said)
-        return self._survival(name, said, price)
+    def drafted(
+        self, requests: Sequence[str], prices: Sequence[float], said: Mapping[str, Sequence[float]]
+    ) -> list[list[float]]:
+        """``survival`` of drafts that were made, each up to the first token that has no more than
+        its price; ``expected`` goes by the last ones."""
+        for name in said:
+            self._of(name).group.recent.append(said[name])
+        each = zip(requests, prices, strict=True)
+        return [self.survival(name, said.get(name), price) for name, price in each]
 
-    def survival(self, name: str, said: Said = None) -> list[float]:
-        """[K]: probability that a draft with these confidences is accepted up to and with each
-        position; past the request's limit 0."""
-        found = self._survival(name, said, -1.0)
-        return found + [0.0] * (len(self._usual) - len(found))
-
-    def _survival(self, name: str, said: Said, price: float) -> list[float]:
+    def survival(self, name: str, said: Said = None, price: float = -1.0) -> list[float]:
+        """Probability that a draft with these confidences is accepted up to and with each position
+        that its request may have."""
         request, probability, found = self._of(name), 1.0, []
         factor, bins = request.factor, request.group.bins
         for position, confidence in zip(request.group.positions, said or self._usual, strict=False):
@@ -104,13 +103,13 @@ class Acceptance:
         of its group's last ones, where confidences are known. How far drafts differ decides what it
         brings to verify only part of some."""
         recent, count = [self._of(name).group.recent for name in requests], len(requests)
-        each = range(-(-max(map(len, recent)) // count))
-        rows = [
-            self.survival(name, known[(i + j * count) % len(known)])
-            for i, (name, known) in enumerate(zip(requests, recent, strict=True))
-            for j in each
-        ]
-        return np.array(rows).reshape(count, len(each), -1)
+        each = -(-max(map(len, recent)) // count)
+        found = np.zeros((count, each, len(self._usual)))
+        for i, (name, known) in enumerate(zip(requests, recent, strict=True)):
+            for j in range(each):
+                row = self.survival(name, known[(i + j * count) % len(known)])
+                found[i, j, : len(row)] = row
+        return found
 
     def forget(self, requests: Iterable[str]) -> None:
         """These requests have ended."""

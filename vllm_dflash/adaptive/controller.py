@@ -100,8 +100,8 @@ class Controller:
         self._num_reqs, self._now = 0, _Size()
         """Of the last choice."""
         self._sizes: dict[int, _Size] = {}
-        self._weighed: Sequence[str] | None = None
-        """The requests that were, as long as nothing was learned since."""
+        self._weighed: tuple[Sequence[str], tuple[Plan, Plan]] | None = None
+        """Requests and their plans, as long as nothing was learned since."""
         self._rest: list[Plan] = []
         """What is left of a trial."""
 
@@ -143,7 +143,8 @@ class Controller:
             now.lost += min(lost / best.seconds, self.block_size)
             now.trial = now.tried + max(tuning.every, now.lost / tuning.exploration)
         # One that verifies and does not draft is between two plans.
-        if work and not writes_backlog and (work.draft_rows or work.num_tokens == work.num_reqs):
+        is_pure = work and (work.draft_rows or work.num_tokens == work.num_reqs)
+        if work and is_pure and not writes_backlog and (plan is None or self.measures(plan)):
             self.cost.observe(work, seconds)
 
     def plan(self, requests: Sequence[str]) -> Plan:
@@ -155,9 +156,9 @@ class Controller:
         if self._rest:
             return self._rest.pop()
         self._now = now = self._sizes.setdefault(power(num_reqs), _Size())
-        if requests != self._weighed:
-            self._plans, self._weighed = self._weigh(requests), requests
-        none, draft = self._plans
+        if self._weighed is None or self._weighed[0] != requests:
+            self._weighed = requests, self._weigh(requests)
+        none, draft = self._weighed[1]
         best, other = (draft, none) if draft.rate > none.rate else (none, draft)
         self._best, self._num_reqs = best, num_reqs
         now.choice = now.steps + min(every, now.steps)
@@ -185,12 +186,11 @@ class Controller:
         drafted."""
         if not plan.num_draft_tokens:
             return dict.fromkeys(requests, 0)
-        prices = [plan.threshold + plan.price * self.context(name) for name in requests]
-        said, drafted = confidences or {}, self.acceptance.drafted
-        found = [
-            [] if name in plan.skipped else drafted(name, price, said.get(name))
-            for name, price in zip(requests, prices, strict=True)
+        prices = [
+            float("inf") if name in plan.skipped else plan.threshold + plan.price * context
+            for name, context in zip(requests, map(self.context, requests), strict=True)
         ]
+        found = self.acceptance.drafted(requests, prices, confidences or {})
         return dict(zip(requests, fill_rows(found, prices), strict=True))
 
     def status(self) -> Status:

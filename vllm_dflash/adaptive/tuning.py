@@ -22,7 +22,7 @@ class Tuning:
     memory: float = 500.0
     """Expected accepted tokens that count; older ones fade. So many stand for a position, and for a
     request, that are like the others."""
-    recent: int = 32
+    recent: int = 64
     """Drafts that stand for those to come."""
 
 
