@@ -140,7 +140,7 @@ def line(target: tuple[float, float], draft: tuple[float, float], **attention: f
     )
 
 
-GUESS = line((1e-2, 5e-5), (4e-3, 5e-5))
+GUESS = line((1e-2, 1e-4), (4e-3, 1e-4))
 """Where nothing was measured: what counts is that a step with a block takes some 1.5 plain ones."""
 
 

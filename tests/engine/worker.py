@@ -71,14 +71,13 @@ def skip_requests(scheduler: Any, skipped: set[int]) -> None:
     controller, step = scheduler.controller, iter(range(1 << 30))
     size = 1 + max(skipped)
 
-    def kind(request: str) -> bool:
-        return int(request.split("-")[0]) % size in skipped
-
     def plan(requests: Any) -> Any:
-        off = next(step) % 3 == 2
-        return Plan(0) if off else Plan(controller.max_draft, -1.0, skipped=frozenset([True]))
+        if next(step) % 3 == 2:
+            return Plan(0)
+        out = frozenset(name for name in requests if int(name.split("-")[0]) % size in skipped)
+        return Plan(controller.max_draft, -1.0, skipped=out)
 
-    controller.kind, controller.plan, controller.kept_plan = kind, plan, lambda num_reqs: None
+    controller.plan, controller.kept_plan = plan, lambda num_reqs: None
 
 
 def coverage(llm: Any) -> dict[str, int]:

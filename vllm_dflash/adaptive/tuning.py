@@ -12,7 +12,7 @@ class Tuning:
     """Steps between two choices, and between two trials at the least."""
     exploration: float = 0.0075
     """Share of the time that trials of what does not look best may lose."""
-    window: int = 7
+    window: int = 9
     """Measurements whose median counts."""
     usual: float = 0.7
     """Confidence in a token of which the drafter says nothing."""
