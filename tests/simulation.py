@@ -156,9 +156,7 @@ class Server:
             waiting += sum(accepted + 1 for _, accepted in outcomes.values())
             requests, now = list(batch), plan(list(batch))
             k, num_verified = now.num_draft_tokens, sum(count for count, _ in outcomes.values())
-            drafting = [
-                r for r in batch if k and not (self.skips and r in now.skipped)
-            ]
+            drafting = [r for r in batch if k and not (self.skips and r in now.skipped)]
             context, block = self.contexts.get, self.max_draft + 1
             work = Work(
                 len(batch),

@@ -21,6 +21,10 @@ class Controller:
     max_draft: int = 7
     block_size: int = 8
     seen: list[Any] = field(default_factory=list)
+    pending: bool = True
+
+    def measures(self, plan: Plan) -> bool:
+        return self.pending or plan.why == "trial"
 
     def observe(
         self,
@@ -41,11 +45,15 @@ def learn(*steps: tuple[Any, Any], **how: Any) -> list[Any]:
 
 
 def controller_of(
-    *steps: tuple[Any, Any], synchronous: bool = True, why: str = "best", **attributes: Any
+    *steps: tuple[Any, Any],
+    synchronous: bool = True,
+    why: str = "best",
+    pending: bool = True,
+    **attributes: Any,
 ) -> Any:
     """The controller that got it."""
     scheduler = scheduler_of({"a": 3, "b": 4}, **attributes)
-    controller: Any = Controller()
+    controller: Any = Controller(pending=pending)
     record, learner = Steps(scheduler), Learner(controller, synchronous)
     record.add(learner)
     learner.plan = Plan(0, why=why)
@@ -161,19 +169,25 @@ def test_a_step_of_nothing_is_none() -> None:
 def test_a_step_is_taken_with_the_plan_that_it_was_scheduled_with() -> None:
     """Under asynchronous scheduling the next one is planned before it has run; one that never ran
     is passed over."""
-    learner: Any = Learner(Controller(), is_synchronous=False)  # type: ignore[arg-type]
-    first, lost, second = object(), object(), object()
+    controller = Controller()
+    learner: Any = Learner(controller, is_synchronous=False)  # type: ignore[arg-type]
+    first, lost, second, unknown = (scheduled_of({}, k=7) for _ in range(4))
     for scheduled, why in ((first, "trial"), (lost, "best"), (second, "trial")):
         learner.schedule(scheduled, Plan(7, why=why))
-    learner.plan = Plan(0)
-    assert [learner._plan_of(scheduled).why for scheduled in (first, second)] == ["trial", "trial"]
-    assert learner._plan_of(object()) is learner.plan
+    learner.plan = Plan(0, why="other")
+    for step in (first, second, unknown):
+        learner.observe(Step(step, 7, 0.0, None, False))
+    assert [seen[4] for seen in controller.seen] == ["trial", "trial", "other"]
 
 
-def test_of_steps_that_neither_draft_nor_verify_one_in_four_is_looked_at() -> None:
-    seen = learn(*[plain()] * 9)
-    assert [work for work, *_ in seen] == [Work(2, 2, 0, 9, 9, 0)] * 2
-    assert len(learn(*[plain()] * 9, why="trial")) == 9
+def test_steps_that_tell_nothing_are_passed_over() -> None:
+    """Those whose times are of no use, and that verified nothing; what became of drafts is always
+    learned."""
+    assert [work for work, *_ in learn(*[plain()] * 9)] == [Work(2, 2, 0, 9, 9, 0)] * 9
+    assert learn(*[plain()] * 9, pending=False) == []
+    assert len(learn(*[plain()] * 9, pending=False, why="trial")) == 9
+    [(work, _, outcomes, *_)] = learn(plain(), SPECULATIVE, pending=False)
+    assert (work, outcomes) == (None, {"a": (3, 2), "b": (1, 0)})
 
 
 def test_the_first_step_that_drafts_again_catches_up() -> None:

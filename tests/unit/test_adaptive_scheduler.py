@@ -77,10 +77,8 @@ def test_what_is_skipped_goes_to_the_worker_with_k(skips: bool) -> None:
     """Only where the drafts come back as lists: elsewhere a block is computed for all."""
     scheduler = AdaptiveScheduler.__new__(AdaptiveScheduler)
     planned: list[Plan] = []
-    plan = Plan(7, skipped=frozenset(["long"]))
-    scheduler.controller = SimpleNamespace(
-        kept_plan=lambda num_reqs: plan, kind=lambda request: "long" if request == "b" else "short"
-    )
+    plan = Plan(7, skipped=frozenset(["b", "gone"]))
+    scheduler.controller = SimpleNamespace(kept_plan=lambda num_reqs: plan)
     scheduler._learner = SimpleNamespace(schedule=lambda output, plan: planned.append(plan))
     scheduler._skips = skips
     output = SimpleNamespace(
@@ -111,4 +109,4 @@ def test_drafts_of_some_requests_are_taken_in(monkeypatch: pytest.MonkeyPatch) -
     assert taken == [[[], [1, 2, 3]]]
     scheduler.update_draft_token_ids(DraftTokenIds(["a", "b"], Drafts([[], []])))
     assert len(taken) == 1
-    assert list(scheduler.controller.acceptance._of("b").group.recent) == [[0.9, 0.8, 0.7]]
+    assert list(scheduler.controller.acceptance._of("b").group.recent)[1:] == [[0.9, 0.8, 0.7]]

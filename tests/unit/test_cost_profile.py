@@ -51,9 +51,9 @@ def test_contexts_on_a_gpu(num_reqs: int, context: int, verified: int) -> None:
 def test_rows_may_be_an_array() -> None:
     profile = line((1.0, 0.5), (0.25, 0.125), attend=2.0)
     rows = np.array([1.0, 3.0])
-    assert profile.seconds(rows, 8, 0, rows).tolist() == pytest.approx(
-        [1 + 0.5 + 2 + 1.25, 1 + 1.5 + 6 + 1.25]
-    )
+    found = profile.target_seconds(rows, 0.0, rows).tolist()
+    assert found == pytest.approx([1 + 0.5 + 2, 1 + 1.5 + 6])
+    assert profile.draft_seconds(8, 0.0) == pytest.approx(1.25)
 
 
 def test_noise_takes_no_row_away() -> None:

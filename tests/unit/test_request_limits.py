@@ -165,9 +165,7 @@ def test_the_controller_verifies_no_more_and_expects_no_more() -> None:
 
     controller = Controller(K, K + 1, limit, limit)
     said = {name: [0.9] * K for name in "abc"}
-    first, second = (
-        controller.acceptance.survival([name], [said[name]])[0].tolist() for name in "ab"
-    )
+    first, second = (controller.acceptance.expected([name])[0, 0].tolist() for name in "ab")
     assert first == [0.0] * K
     assert second[2:] == [0.0] * (K - 2)
     assert min(second[:2]) > 0
@@ -175,7 +173,7 @@ def test_the_controller_verifies_no_more_and_expects_no_more() -> None:
     assert lengths["a"] == 0
     assert lengths["b"] <= 2
     assert lengths["c"] >= 6
-    assert [bool((controller.acceptance.expected([name])[:, 2] > 0).all()) for name in "abc"] == [
+    assert [bool((controller.acceptance.expected([name])[..., 2] > 0).all()) for name in "abc"] == [
         False,
         False,
         True,

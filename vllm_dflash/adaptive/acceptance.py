@@ -34,11 +34,10 @@ class _Group:
     fading."""
 
     def __init__(self, limit: int, tuning: Tuning) -> None:
-        self.bins = [1.0] * (_BINS + 1)
-        """What confidences are worth."""
-        self.weights = [tuning.prior] * (_BINS + 1)
-        """Expected tokens that this is based on."""
-        self.positions = [1.0] * limit
+        self.bins, self.positions = [1.0] * (_BINS + 1), [1.0] * limit
+        """What confidences are worth, and where."""
+        self.weights = [tuning.prior] * (_BINS + 1), [tuning.prior] * limit
+        """Expected tokens that these are based on."""
         self.recent: deque[Said] = deque([None], tuning.recent)
         """Confidences of the last drafts, [K] each."""
 
@@ -63,15 +62,18 @@ class Acceptance:
         """Takes in that of ``verified`` draft tokens, drafted with these confidences, the first
         ``accepted`` were accepted."""
         request, memory, total = self._of(name), self._tuning.memory, 0.0
-        bins, weights, positions = (group := request.group).bins, group.weights, group.positions
+        bins, positions = request.group.bins, request.group.positions
+        each, every = request.group.weights
         # What is expected is told after the group has learned of it: what a request alone tells
-        # would count twice. What is a position's or a request's own is learned slowly at any time.
+        # would count twice. What is a request's own is learned slowly at any time.
         for i, confidence in enumerate((said or self._usual)[: min(accepted + 1, verified)]):
             at, hit = int(confidence * _BINS), i < accepted
-            weights[at] = weight = min(weights[at] + confidence, memory)
+            each[at] = weight = min(each[at] + confidence, memory)
             bins[at] = worth = bins[at] + (hit - confidence * bins[at]) / weight
-            positions[i] += (hit - confidence * worth * positions[i]) / memory
-            total += confidence * worth * positions[i]
+            worth *= confidence
+            every[i] = weight = min(every[i] + worth, memory)
+            positions[i] += (hit - worth * positions[i]) / weight
+            total += worth * positions[i]
         request.factor += (min(accepted, verified) - total * request.factor) / memory
 
     def drafted(
@@ -79,7 +81,7 @@ class Acceptance:
     ) -> list[list[float]]:
         """``survival`` of drafts that were made, each up to the first token that has no more than
         its price; ``expected`` goes by the last ones."""
-        for name in said:
+        for name in filter(said.get, said):
             self._of(name).group.recent.append(said[name])
         each = zip(requests, prices, strict=True)
         return [self.survival(name, said.get(name), price) for name, price in each]
