@@ -14,6 +14,7 @@ from simulation import BAD, GOOD, Run, drafting, large_gpu, slow, two_cores
 from vllm_dflash.adaptive.cost import power
 from vllm_dflash.adaptive.tuning import TUNING
 from vllm_dflash.cost_profile import Work
+from vllm_dflash.metrics.drafting import status_of
 
 
 def longest(block: int = 8) -> int:
@@ -129,7 +130,7 @@ def test_a_prompt_or_an_end_in_every_step(rates: list[float], num_reqs: int) -> 
     rows = np.random.default_rng(0).integers(0, 60, 4000)
     told = {"prompts": True, "prompt_rows": lambda step: int(rows[step])}
     run.run(4 * STALE, rates, **told)
-    assert run.controller.status().why == ("pays" if rates is GOOD else "rejected")
+    assert status_of(run.controller).why == ("pays" if rates is GOOD else "rejected")
     share = drafting(run.run(400, rates, **told))
     assert share > 0.9 if rates is GOOD else share < 0.1
     run.run(2 * STALE, rates)

@@ -9,6 +9,7 @@ import pytest
 from simulation import BAD, GOOD, Run, drafting, profile_of, slow, two_cores
 from vllm_dflash.adaptive.tuning import TUNING
 from vllm_dflash.cost_profile import Work
+from vllm_dflash.metrics.drafting import status_of
 
 PLAIN = two_cores(Work(1, 1, 0))
 STALE = 128
@@ -127,11 +128,11 @@ def test_a_trial_that_was_held_up_too() -> None:
 def test_the_controller_says_why_it_is_off_and_when_it_tries_again() -> None:
     """What it says of the next trial is when that comes, to a choice or two."""
     run = Run(slow(10**6, 3, drafts=True))
-    assert run.controller.status().why == "first"
+    assert status_of(run.controller).why == "first"
     for told in (0.05, 0.2, 0.5):
         while True:
             run.run(1, BAD)
-            status = run.controller.status()
+            status = status_of(run.controller)
             if (
                 status.next_trial is not None
                 and status.next_trial > told * 2
@@ -146,16 +147,16 @@ def test_the_controller_says_why_it_is_off_and_when_it_tries_again() -> None:
         assert (run.step - began) * PLAIN <= 1.5 * said + 2 * 32 * PLAIN
     known = Run(lambda step, work, seconds: seconds)
     known.run(300)
-    assert (known.controller.status().drafting, known.controller.status().why) == (True, "pays")
+    assert (status_of(known.controller).drafting, status_of(known.controller).why) == (True, "pays")
     slow_run = Run(slow(10**6, 16, drafts=True))
     slow_run.run(100)
-    assert (slow_run.controller.status().drafting, slow_run.controller.status().why) == (
+    assert (status_of(slow_run.controller).drafting, status_of(slow_run.controller).why) == (
         False,
         "slow",
     )
     unknown = Run(lambda step, work, seconds: seconds)
     unknown.run(600, BAD)
-    assert (unknown.controller.status().drafting, unknown.controller.status().why) == (
+    assert (status_of(unknown.controller).drafting, status_of(unknown.controller).why) == (
         False,
         "rejected",
     )

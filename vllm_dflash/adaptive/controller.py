@@ -44,24 +44,8 @@ class Plan:
     """Expected committed tokens a second."""
 
 
-@dataclass(frozen=True)
-class Status:
-    """What the controller makes of drafting, for people."""
-
-    drafting: bool
-    why: str
-    """``first``: nothing was chosen yet; ``pays``; ``slow``: would not pay if every draft token was
-    accepted; ``rejected``: too few are."""
-    measured: float | None = None
-    """When a step that drafts was last measured at this batch size, on ``time.monotonic``'s
-    clock."""
-    next_trial: float | None = None
-    """Where nothing is drafted: seconds of decoding until drafting is tried again, if all goes on
-    as now."""
-
-
 @dataclass
-class _Size:
+class Size:
     """What is kept for about as many requests."""
 
     steps: int = 0
@@ -96,10 +80,10 @@ class Controller:
     def __post_init__(self) -> None:
         self.cost = StepCost(self.profile, self.tuning)
         self.acceptance = Acceptance(self.max_draft, self.tuning, self.group, self.limit)
-        self._best: Plan | None = None
-        self._num_reqs, self._now = 0, _Size()
+        self.best: Plan | None = None
+        self.num_reqs, self.now = 0, Size()
         """Of the last choice."""
-        self._sizes: dict[int, _Size] = {}
+        self._sizes: dict[int, Size] = {}
         self._weighed: tuple[Sequence[str], tuple[Plan, Plan]] | None = None
         """Requests and their plans, as long as nothing was learned since."""
         self._rest: list[Plan] = []
@@ -108,7 +92,7 @@ class Controller:
     def measures(self, plan: Plan) -> bool:
         """Whether what a step of this plan takes is of use: in trials, and in the last steps before
         a choice."""
-        return plan.why == "trial" or self._now.steps + self.tuning.window >= self._now.choice
+        return plan.why == "trial" or self.now.steps + self.tuning.window >= self.now.choice
 
     def observe(
         self,
@@ -130,7 +114,7 @@ class Controller:
             writes_backlog: whether it is the first that drafts after some that did not, and writes
                 the context of them all.
         """
-        said, best, now, tuning = confidences or {}, self._best, self._now, self.tuning
+        said, best, now, tuning = confidences or {}, self.best, self.now, self.tuning
         for request, (verified, accepted) in outcomes.items():
             self.acceptance.learn(request, verified, accepted, said.get(request))
             self._weighed = None
@@ -152,15 +136,15 @@ class Controller:
         num_reqs, every = len(requests), self.tuning.every
         if (kept := self.kept_plan(num_reqs)) is not None:
             return kept
-        self._now.steps += 1
+        self.now.steps += 1
         if self._rest:
             return self._rest.pop()
-        self._now = now = self._sizes.setdefault(power(num_reqs), _Size())
+        self.now = now = self._sizes.setdefault(power(num_reqs), Size())
         if self._weighed is None or self._weighed[0] != requests:
             self._weighed = requests, self._weigh(requests)
         none, draft = self._weighed[1]
         best, other = (draft, none) if draft.rate > none.rate else (none, draft)
-        self._best, self._num_reqs = best, num_reqs
+        self.best, self.num_reqs = best, num_reqs
         now.choice = now.steps + min(every, now.steps)
         if now.steps < now.trial:
             return best
@@ -173,11 +157,11 @@ class Controller:
     def kept_plan(self, num_reqs: int) -> Plan | None:
         """In place of ``plan``: the plan for so many requests, if there is nothing to be chosen
         yet; else None, and ``plan`` is to be asked."""
-        is_due = self._rest or self._now.steps >= self._now.choice
-        if is_due or power(num_reqs) != power(self._num_reqs):
+        is_due = self._rest or self.now.steps >= self.now.choice
+        if is_due or power(num_reqs) != power(self.num_reqs):
             return None
-        self._now.steps += 1
-        return self._best
+        self.now.steps += 1
+        return self.best
 
     def lengths(
         self, requests: Sequence[str], plan: Plan, confidences: Confidences = None
@@ -193,19 +177,6 @@ class Controller:
         found = self.acceptance.drafted(requests, prices, confidences or {})
         return dict(zip(requests, fill_rows(found, prices), strict=True))
 
-    def status(self) -> Status:
-        """What was chosen last, and why."""
-        best, num_reqs, now = self._best, self._num_reqs, self._now
-        if best is None:
-            return Status(drafting=True, why="first")
-        measured = self.cost.measured.get((power(num_reqs), True))
-        if best.num_draft_tokens:
-            return Status(drafting=True, why="pays", measured=measured)
-        steps = max(max(now.trial, now.choice) - now.steps, 0)
-        whole = Work(num_reqs, num_reqs * (self.max_draft + 1), num_reqs * self.block_size)
-        is_slow = whole.num_tokens < best.rate * self.cost.seconds(whole)
-        return Status(False, "slow" if is_slow else "rejected", measured, steps * best.seconds)
-
     def _weigh(self, requests: Sequence[str]) -> tuple[Plan, Plan]:
         """What is expected of no draft, and of the best of those for all requests or some."""
         num_reqs, profile, block = len(requests), self.profile, self.block_size
@@ -214,7 +185,7 @@ class Controller:
         plain = self.cost.seconds(Work(num_reqs, num_reqs, 0, int(total), int(total)))
         none = Plan(0, seconds=plain, rate=num_reqs / plain)
         pace, slower = self.cost.scales(num_reqs)
-        rate = max(none.rate, self._best.rate if self._best and self._num_reqs == num_reqs else 0.0)
+        rate = max(none.rate, self.best.rate if self.best and self.num_reqs == num_reqs else 0.0)
         # A token's worth is less what its row's attention takes.
         attend = rate * pace * profile.attend
         expected = self.acceptance.expected(requests)
