@@ -28,6 +28,7 @@ NEEDS_VLLM = {
     "drafting.backend",
     "drafting.context_store",
     "drafting.measure",
+    "engine_profiles",
     "drafting.metadata",
     "drafting.v1",
     "drafting.v2",

@@ -23,8 +23,8 @@ from vllm.v1.outputs import DraftTokenIds
 from vllm_dflash.adaptive.controller import Controller, Plan
 from vllm_dflash.adaptive.learner import Learner
 from vllm_dflash.compat import num_drafted
-from vllm_dflash.drafting.measure import profile_for
 from vllm_dflash.drafts import Planned, confidences_of
+from vllm_dflash.engine_profiles import profile_for
 from vllm_dflash.log import logger
 from vllm_dflash.patches.adaptive_scheduler import cut_drafts, cut_placeholders, plan_drafts
 from vllm_dflash.patches.request_drafts import limits_of

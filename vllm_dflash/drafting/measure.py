@@ -11,21 +11,18 @@ Limits: under vLLM's V1 runner; elsewhere the controller begins with a guess.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import vllm
-from vllm import envs
-from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_dflash.adaptive.settings import is_adaptive
 from vllm_dflash.checks import drafter_config
-from vllm_dflash.cost_profile import GUESS, Cell, Profile, Work, fit, round_rows
+from vllm_dflash.cost_profile import Cell, Work, fit, round_rows
+from vllm_dflash.engine_profiles import profile_key
 from vllm_dflash.log import logger
-from vllm_dflash.profiles import find, keep, key_of, this_cpu
+from vllm_dflash.profiles import find, keep
 from vllm_dflash.progress import Progress
 
 if TYPE_CHECKING:
@@ -39,15 +36,6 @@ _TIMES = 2
 """Measurements of a cell, after one that is not counted."""
 
 
-def profile_for(vllm_config: Any) -> Profile:
-    """What was measured of an engine's steps, here or at another start; else a guess."""
-    try:
-        return find(*_key(vllm_config)) or GUESS
-    except Exception:  # what chooses must not end what serves
-        logger.exception("what steps cost is not known: drafting begins with a guess")
-        return GUESS
-
-
 def measure(proposer: "DFlashProposer") -> None:
     """Measures the steps of an engine that drafts adaptively, unless that was done before. Where it
     fails, the log says so, and the engine serves."""
@@ -55,20 +43,13 @@ def measure(proposer: "DFlashProposer") -> None:
     if not is_adaptive(config):
         return
     try:
-        folder, name = _key(config)
+        folder, name = profile_key(config)
         if find(folder, name) is None:
             with torch.inference_mode(), _alone(proposer):
                 cells = list(_cells(proposer))
             keep(folder, name, fit(cells))
     except Exception:  # as above
         logger.exception("the cost of steps could not be measured: drafting begins with a guess")
-
-
-def _key(vllm_config: Any) -> tuple[Path, str]:
-    """vLLM's cache folder, and the name of an engine's profile in it."""
-    device = vllm_config.device_config.device_type
-    name = this_cpu() if device == "cpu" else str(current_platform.get_device_name())
-    return Path(envs.VLLM_CACHE_ROOT), key_of(vllm_config, vllm.__version__, name)
 
 
 @contextmanager
