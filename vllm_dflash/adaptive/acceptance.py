@@ -25,8 +25,6 @@ LimitOf = Callable[[str], int] | None
 """The draft tokens that a request may have; None for no limit."""
 Outcomes = Mapping[str, tuple[int, int]]
 """By request, draft tokens that were verified and how many of them were accepted."""
-_BINS = 16
-"""Of a confidence; one of 1 has a bin of its own."""
 
 
 class _Group:
@@ -34,9 +32,9 @@ class _Group:
     fading."""
 
     def __init__(self, limit: int, tuning: Tuning) -> None:
-        self.bins, self.positions = [1.0] * (_BINS + 1), [1.0] * limit
+        self.bins, self.positions = [1.0] * (tuning.bins + 1), [1.0] * limit
         """What confidences are worth, and where."""
-        self.weights = [tuning.prior] * (_BINS + 1), [tuning.prior] * limit
+        self.weights = [tuning.prior] * (tuning.bins + 1), [tuning.prior] * limit
         """Expected tokens that these are based on."""
         self.recent: deque[Said] = deque([None], tuning.recent)
         """Confidences of the last drafts, [K] each."""
@@ -62,12 +60,12 @@ class Acceptance:
         """Takes in that of ``verified`` draft tokens, drafted with these confidences, the first
         ``accepted`` were accepted."""
         request, memory, total = self._of(name), self._tuning.memory, 0.0
-        bins, positions = request.group.bins, request.group.positions
+        bins, positions, count = request.group.bins, request.group.positions, self._tuning.bins
         each, every = request.group.weights
         # What is expected is told after the group has learned of it: what a request alone tells
         # would count twice. What is a request's own is learned slowly at any time.
         for i, confidence in enumerate((said or self._usual)[: min(accepted + 1, verified)]):
-            at, hit = int(confidence * _BINS), i < accepted
+            at, hit = int(confidence * count), i < accepted
             each[at] = weight = min(each[at] + confidence, memory)
             bins[at] = worth = bins[at] + (hit - confidence * bins[at]) / weight
             worth *= confidence
@@ -90,9 +88,9 @@ class Acceptance:
         """Probability that a draft with these confidences is accepted up to and with each position
         that its request may have."""
         request, probability, found = self._of(name), 1.0, []
-        factor, bins = request.factor, request.group.bins
+        factor, bins, count = request.factor, request.group.bins, self._tuning.bins
         for position, confidence in zip(request.group.positions, said or self._usual, strict=False):
-            once = confidence * bins[int(confidence * _BINS)] * position * factor
+            once = confidence * bins[int(confidence * count)] * position * factor
             if once < 1.0:
                 probability *= once
             found.append(probability)

@@ -26,6 +26,7 @@ class StepCost:
 
     def __init__(self, profile: Profile, tuning: Tuning) -> None:
         self._profile = profile
+        self._trust = 0 if profile is GUESS else tuning.trust
         self._window: deque[tuple[int, float, float, float]] = deque(maxlen=tuning.window)
         """Of the last steps: size, seconds, and what the profile says of target and drafter."""
         self._factors: dict[int, deque[float]] = {}
@@ -48,7 +49,7 @@ class StepCost:
             size = next(n for n, _, _, d in reversed(window) if d)
             over = median_low(max(s / pace - t, 0) / d for n, s, t, d in window if d and n == size)
             # One measurement does not stand against a profile, against a guess it does.
-            believed = [self._factor(size)] * 2 * (self._profile is not GUESS)
+            believed = [self._factor(size)] * self._trust
             self._factors.setdefault(size, deque(believed, window.maxlen)).append(over)
 
     def scales(self, num_reqs: int) -> tuple[float, float]:
