@@ -1,9 +1,9 @@
 """How likely a draft token is accepted, given that all before it were. Pure.
 
-The drafter's confidence in it, times what such confidences were worth at its position, times what
-its request accepts beside others. Both factors are accepted tokens over expected ones, older ones
-fading, and known apart for groups of requests: of a sampled one drafts are accepted less than of a
-greedy one. Where no confidences are known, the usual one stands for each.
+The drafter's confidence in it, times three factors: what confidences are worth, what its position
+is, and what its request is. Each is accepted tokens over expected ones, older ones fading, and the
+first two are known apart for groups of requests: of a sampled one drafts are accepted less than of
+a greedy one. Where no confidences are known, the usual one stands for each.
 
     pytest tests/unit/test_adaptive.py
 """
@@ -32,10 +32,10 @@ class _Group:
     fading."""
 
     def __init__(self, limit: int, tuning: Tuning) -> None:
-        self.bins, self.positions = [1.0] * (tuning.bins + 1), [1.0] * limit
-        """What confidences are worth, and where."""
-        self.weights = [tuning.prior] * (tuning.bins + 1), [tuning.prior] * limit
-        """Expected tokens that these are based on."""
+        self.worth, self.weight = 1.0, tuning.prior
+        """Of a confidence, and the expected tokens that this is based on."""
+        self.positions, self.weights = [1.0] * limit, [tuning.prior] * limit
+        """The same of each position."""
         self.recent: deque[Said] = deque([None], tuning.recent)
         """Confidences of the last drafts, [K] each."""
 
@@ -60,18 +60,16 @@ class Acceptance:
         """Takes in that of ``verified`` draft tokens, drafted with these confidences, the first
         ``accepted`` were accepted."""
         request, memory, total = self._of(name), self._tuning.memory, 0.0
-        bins, positions, count = request.group.bins, request.group.positions, self._tuning.bins
-        each, every = request.group.weights
+        positions, weights = (group := request.group).positions, group.weights
         # What is expected is told after the group has learned of it: what a request alone tells
         # would count twice. What is a request's own is learned slowly at any time.
         for i, confidence in enumerate((said or self._usual)[: min(accepted + 1, verified)]):
-            at, hit = int(confidence * count), i < accepted
-            each[at] = weight = min(each[at] + confidence, memory)
-            bins[at] = worth = bins[at] + (hit - confidence * bins[at]) / weight
-            worth *= confidence
-            every[i] = weight = min(every[i] + worth, memory)
-            positions[i] += (hit - worth * positions[i]) / weight
-            total += worth * positions[i]
+            hit, group.weight = i < accepted, min(group.weight + confidence, memory)
+            group.worth += (hit - confidence * group.worth) / group.weight
+            expected = confidence * group.worth
+            weights[i] = weight = min(weights[i] + expected, memory)
+            positions[i] += (hit - expected * positions[i]) / weight
+            total += expected * positions[i]
         request.factor += (min(accepted, verified) - total * request.factor) / memory
 
     def drafted(
@@ -88,9 +86,9 @@ class Acceptance:
         """Probability that a draft with these confidences is accepted up to and with each position
         that its request may have."""
         request, probability, found = self._of(name), 1.0, []
-        factor, bins, count = request.factor, request.group.bins, self._tuning.bins
+        factor = request.factor * request.group.worth
         for position, confidence in zip(request.group.positions, said or self._usual, strict=False):
-            once = confidence * bins[int(confidence * count)] * position * factor
+            once = confidence * position * factor
             if once < 1.0:
                 probability *= once
             found.append(probability)

@@ -18,8 +18,6 @@ class Tuning:
     """Measurements of a drafter's time that the profile's stands for."""
     usual: float = 0.7
     """Confidence in a token of which the drafter says nothing."""
-    bins: int = 16
-    """Confidences that are told apart; one of 1 is apart from them."""
     prior: float = 4.0
     """Expected accepted tokens that stand for what is believed beforehand: that a drafter's
     confidence is right."""
