@@ -7,7 +7,7 @@ before it are accepted (``Acceptance``); what a step takes, ``StepCost`` knows. 
 if it brings more than its row at its request's context takes, at the rate of the whole.
 
 What does not look best is tried now and then, for two steps. What a trial has lost decides when the
-next comes: so late that it was ``Tuning.exploration`` of the time, and never later than after 4
+next comes: so late that it was ``Tuning.exploration`` of the time, and never later than after 3
 ``block_size`` / ``exploration`` steps with about as many requests, whatever was measured.
 
     pytest tests/unit/test_adaptive.py
@@ -117,14 +117,17 @@ class Controller:
         said, best, now, tuning = confidences or {}, self.best, self.now, self.tuning
         for request, (verified, accepted) in outcomes.items():
             self.acceptance.learn(request, verified, accepted, said.get(request))
+        is_trial = plan is not None and plan.why == "trial"
+        if outcomes or is_trial:
             self._weighed = None
-        if plan and plan.why == "trial" and best and now.tried:
+        if plan and is_trial and best and now.tried:
             lost = plan.seconds * (1 - plan.rate / best.rate)
             if work:
                 tokens = work.num_reqs + sum(accepted for _, accepted in outcomes.values())
                 lost = seconds - tokens / best.rate
             # Never more than its rows would take as plain steps of their own.
-            now.lost += min(lost / best.seconds, self.block_size)
+            now.lost += min(lost / best.seconds, 2 * self.block_size)
+            now.lost = min(now.lost, 3 * self.block_size)
             now.trial = now.tried + max(tuning.every, now.lost / tuning.exploration)
         # One that verifies and does not draft is between two plans.
         is_pure = work and (work.draft_rows or work.num_tokens == work.num_reqs)
