@@ -24,6 +24,10 @@ _READ = (
     f"{_OUTPUT}.scheduled_new_reqs",
     f"{_OUTPUT}.scheduled_spec_decode_tokens",
     f"{_OUTPUT}.total_num_scheduled_tokens",
+    "vllm.v1.core.sched.output:CachedRequestData.num_computed_tokens",
+    "vllm.v1.core.sched.output:CachedRequestData.req_ids",
+    "vllm.v1.core.sched.output:NewRequestData.num_computed_tokens",
+    "vllm.v1.core.sched.output:NewRequestData.req_id",
     "vllm.v1.outputs:ModelRunnerOutput.req_id_to_index",
     "vllm.v1.outputs:ModelRunnerOutput.sampled_token_ids",
 )

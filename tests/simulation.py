@@ -2,14 +2,14 @@
 against what is best in hindsight."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from vllm_dflash.adaptive.controller import Controller
-from vllm_dflash.adaptive.cost import Work
-from vllm_dflash.adaptive.plans import Plan
+from vllm_dflash.adaptive.controller import Controller, Plan
+from vllm_dflash.adaptive.tuning import TUNING, Tuning
+from vllm_dflash.cost_profile import Cell, Profile, Work, fit
 
 Batch = dict[str, Sequence[float]]
 """Request to the probability with which its draft token at each position is accepted, once all
@@ -26,13 +26,44 @@ class _Unasked:
         seconds: float,
         outcomes: Any,
         confidences: Any = None,
+        plan: Plan | None = None,
         writes_backlog: bool = False,
     ) -> None: ...
 
     def lengths(
         self, requests: Sequence[str], plan: Plan, confidences: Any = None
     ) -> dict[str, int]:
-        return dict.fromkeys(requests, plan.num_draft_tokens)
+        return {r: 0 if r in plan.skipped else plan.num_draft_tokens for r in requests}
+
+
+def profile_of(
+    cost: Callable[[Work], float],
+    max_draft: int,
+    most_reqs: int = 64,
+    contexts: Sequence[int] = (),
+    noise: float = 0.0,
+    wrong: Callable[[Work, float], float] = lambda work, seconds: seconds,
+) -> Profile:
+    """As the warm-up would measure it on such a server; ``wrong``: what it measured in place of the
+    true seconds."""
+    random, block = np.random.default_rng(7), max_draft + 1
+    targets = [Work(1, rows, 0) for rows in _rows(most_reqs * block)]
+    drafts = [Work(n, 0, n * block) for n in _rows(most_reqs)]
+    for context in contexts:
+        targets += [Work(1, rows, 0, context, rows * context) for rows in (1, block)]
+        drafts.append(Work(1, 0, block, context, 0, block * context))
+
+    def measured(work: Work) -> float:
+        plain = replace(work, draft_rows=0, draft_attended=0)
+        seconds = cost(work) - (cost(plain) if work.draft_rows else 0.0)
+        return wrong(work, seconds) * float(np.exp(noise * random.standard_normal()))
+
+    return fit(Cell(work, measured(work)) for work in [*targets, *drafts] for _ in range(3))
+
+
+def _rows(most: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8 ... ``most``."""
+    return sorted({n for i in range(11) for n in (1 << i, 3 << i) if n < most} | {most})
 
 
 @dataclass
@@ -60,20 +91,44 @@ class Server:
     confident: bool = False
     """Whether the drafter says how sure it is of a token; it thinks too well of itself."""
     seed: int = 0
+    contexts: dict[str, int] = field(default_factory=dict)
+    """Of requests whose contexts cost something."""
+    skips: bool = False
+    """Whether requests that have nothing to gain cost no rows of the drafter's."""
     random: np.random.Generator = field(init=False)
     met: set[int] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
         self.random = np.random.default_rng(self.seed)
 
-    def fixed(self, k: int, batches: Sequence[Batch]) -> float:
-        """Tokens a second of a fixed K."""
-        return self._run(_Unasked(), batches, lambda requests: Plan(k))
+    def fixed(
+        self, k: int, batches: Sequence[Batch], skipped: frozenset[str] = frozenset()
+    ) -> float:
+        """Tokens a second of a fixed K; of requests that are skipped nothing is drafted."""
+        return self._run(_Unasked(), batches, lambda requests: Plan(k, skipped=skipped))
 
     def adaptive(self, batches: Sequence[Batch], controller: Controller | None = None) -> float:
         """Tokens a second under a controller."""
-        controller = controller or Controller(self.max_draft, self.max_draft + 1)
+        controller = controller or self.controller()
         return self._run(controller, batches, controller.plan)
+
+    def controller(self, tuning: Tuning = TUNING, profile: Profile | None = None) -> Controller:
+        """One that was started on this server."""
+        longest = max(self.contexts.values(), default=0)
+        return Controller(
+            self.max_draft,
+            self.max_draft + 1,
+            context=lambda request: self.contexts.get(request, 0),
+            profile=profile
+            or profile_of(
+                self.cost,
+                self.max_draft,
+                contexts=[longest // 8, longest] if longest else [],
+                noise=self.noise,
+            ),
+            tuning=tuning,
+            skips=self.skips,
+        )
 
     def _run(
         self,
@@ -101,8 +156,15 @@ class Server:
             waiting += sum(accepted + 1 for _, accepted in outcomes.values())
             requests, now = list(batch), plan(list(batch))
             k, num_verified = now.num_draft_tokens, sum(count for count, _ in outcomes.values())
+            drafting = [r for r in batch if k and not (self.skips and r in now.skipped)]
+            context, block = self.contexts.get, self.max_draft + 1
             work = Work(
-                len(batch), len(batch) + num_verified, len(batch) * (self.max_draft + 1) if k else 0
+                len(batch),
+                len(batch) + num_verified,
+                block * len(drafting),
+                sum(context(r, 0) for r in batch),
+                sum((1 + count) * context(r, 0) for r, (count, _) in outcomes.items()),
+                block * sum(context(r, 0) for r in drafting),
             )
             true = (
                 self.cost(work)
@@ -118,11 +180,7 @@ class Server:
                 * (4 if self.random.random() < self.held_up else 1)
             )
             controller.observe(
-                work,
-                measured,
-                outcomes,
-                said if self.confident else None,
-                writes_backlog=bool(k and before),
+                work, measured, outcomes, said if self.confident else None, now, bool(k and before)
             )
             waiting = 0 if k else waiting
             drafted = (
@@ -163,6 +221,16 @@ def two_cores(work: Work) -> float:
     )
 
 
+def long_contexts(work: Work) -> float:
+    """Seconds on two cores, where contexts cost too: a position of 32k takes as long to read as a
+    plain step without, and each row meets it for a quarter of that."""
+    return two_cores(work) + 1e-3 * (
+        5e-3 / 32 * work.num_context
+        + 1.2e-3 / 32 * work.attended
+        + 0.3e-3 / 32 * work.draft_attended
+    )
+
+
 def large_gpu(work: Work) -> float:
     """Seconds of an 8B target on a large GPU: flat up to 180 rows, then as many as there are."""
     return 1e-3 * (
@@ -186,10 +254,14 @@ class Run:
         cost: Callable[[Work], float] = two_cores,
         block: int = 8,
         catches_up: float | None = None,
+        profile: Profile | None = None,
     ) -> None:
         """``catches_up``: seconds more for each step without a draft, where the next one drafts;
-        None: no step is said to write a backlog."""
-        self.controller, self.wrong, self.cost = Controller(block - 1, block), wrong, cost
+        None: no step is said to write a backlog. ``profile``: what was measured at warm-up, in
+        place of what is true."""
+        self.profile = profile or profile_of(cost, block - 1)
+        self.controller = Controller(block - 1, block, profile=self.profile)
+        self.wrong, self.cost = wrong, cost
         self.block, self.catches_up, self.waiting = block, catches_up, 0
         self.requests, self.random = [f"r{i}" for i in range(num_reqs)], np.random.default_rng(0)
         self.lengths: dict[str, int] = {}
@@ -202,11 +274,10 @@ class Run:
         steps: int,
         rates: list[float] = GOOD,
         prompts: bool = False,
-        rough: bool = False,
         prompt_rows: Callable[[int], int] = lambda step: 0,
     ) -> list[Plan]:
         """So many more steps; returns their plans. ``prompts``: each has one in it, of
-        ``prompt_rows`` by step; ``rough``: what such steps took is told as that."""
+        ``prompt_rows`` by step."""
         for _ in range(steps):
             plan = self.controller.plan(self.requests)
             outcomes = {}
@@ -227,8 +298,9 @@ class Run:
                 None if prompts else work,
                 self.wrong(self.step, work, seconds),
                 outcomes,
-                writes_backlog=self.catches_up is not None and drafts and self.waiting > 0,
-                **({"rough": work} if rough else {}),
+                None,
+                plan,
+                self.catches_up is not None and drafts and self.waiting > 0,
             )
             self.waiting = 0 if drafts else self.waiting + 1
             self.lengths = self.controller.lengths(self.requests, plan)

@@ -74,7 +74,9 @@ def scheduled_of(
         "scheduled_spec_decode_tokens": dict(drafts or {}),
         "scheduled_new_reqs": [SimpleNamespace(req_id=name, num_computed_tokens=0) for name in new],
         "scheduled_cached_reqs": SimpleNamespace(
-            num_output_tokens=list(num_output_tokens), num_computed_tokens=list(num_output_tokens)
+            req_ids=list(counts)[: len(num_output_tokens)],
+            num_output_tokens=list(num_output_tokens),
+            num_computed_tokens=list(num_output_tokens),
         ),
         "num_spec_tokens_to_schedule": k,
         "num_invalid_spec_tokens": None,

@@ -17,6 +17,8 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from vllm_dflash.compat import num_drafted
+from vllm_dflash.cost_profile import Work
+from vllm_dflash.drafts import skipped_of
 from vllm_dflash.log import logger
 
 
@@ -97,6 +99,41 @@ class Step:
             n.num_computed_tokens for n in scheduled.scheduled_new_reqs
         )
         return before + scheduled.total_num_scheduled_tokens
+
+    @property
+    def num_attended(self) -> int:
+        """Of each row the positions of its request's context, in all; of steps that only decode."""
+        counts = self.scheduled.num_scheduled_tokens
+        if self.scheduled.total_num_scheduled_tokens == len(counts):
+            return self.num_context  # a row for each
+        contexts = self.contexts
+        return sum(count * contexts[name] for name, count in counts.items())
+
+    @property
+    def contexts(self) -> dict[str, int]:
+        """By request, the positions of its context, as it was scheduled."""
+        scheduled, cached = self.scheduled, self.scheduled.scheduled_cached_reqs
+        before = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        before |= {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
+        return {name: before[name] + n for name, n in scheduled.num_scheduled_tokens.items()}
+
+    def work(self, block: int) -> Work:
+        """What was computed, with ``block`` rows of the drafter's for each request that it drafted
+        for; of steps that only decode."""
+        drafting = seen = 0
+        if block:
+            drafting, seen = len(self.scheduled.num_scheduled_tokens), self.num_context
+            if skipped := skipped_of(self.num_planned):
+                contexts = [n for name, n in self.contexts.items() if name not in skipped]
+                drafting, seen = len(contexts), sum(contexts)
+        return Work(
+            len(self.scheduled.num_scheduled_tokens),
+            self.scheduled.total_num_scheduled_tokens,
+            drafting * block,
+            self.num_context,
+            self.num_attended,
+            seen * block,
+        )
 
     @property
     def committed(self) -> Mapping[str, int]:

@@ -290,8 +290,8 @@ DRAFT_LENGTHS = (
     Panel(
         "series",
         "Controller",
-        "Decoding steps a second by what the controller chose and why: best by what it knows, the"
-        " first steps of a batch size, or a trial. Only with adaptive drafting.",
+        "Decoding steps a second by what the controller chose and why: best by what it knows, or"
+        " a trial. Only with adaptive drafting.",
         ((rate("vllm_dflash_controller_steps_total", "choice, why"), "{{choice}}: {{why}}"),),
         per_second("steps"),
         "draft-length",

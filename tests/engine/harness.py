@@ -87,6 +87,9 @@ class Job:
     slow_drafts: float | None = None
     """By what factor steps that draft seem longer to the controller; then the report's
     ``verified`` is filled."""
+    skip_requests: Sequence[int] = ()
+    """Prompts, by their place in a batch, for which the controller drafts nothing and whole drafts
+    for the others; then ``verified`` is filled too."""
     skip_steps: tuple[int, int] | None = None
     """Steps, from the first to before the second, that run without the drafter."""
     sampling: dict[str, Any] | Sequence[dict[str, Any]] = field(default_factory=dict)
@@ -115,6 +118,7 @@ class Job:
             ),
             "kv_cache_memory_bytes": self.kv_cache_memory_bytes,
             "slow_drafts": self.slow_drafts,
+            "skip_requests": list(self.skip_requests),
             "skip_steps": self.skip_steps,
             "sampling": self.sampling,
             "as_embeddings": list(self.as_embeddings),

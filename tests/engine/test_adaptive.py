@@ -4,6 +4,9 @@ the context is fresh after a time off.
 pytest -s tests/engine/test_adaptive.py
 """
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -83,6 +86,52 @@ def test_trials_on_a_busy_machine_verify_what_was_drafted_there() -> None:
         right = [a == b for a, b in zip(draft, sequence[anchor + 1 :], strict=False)]
         assert accepted == [*right[:verified], False].index(False), (request, anchor)
     assert len(batch.report["verified"]) > 20
+
+
+def test_steps_that_draft_for_some_requests_only() -> None:
+    """The others verify nothing, and keep their context: once the batch is another one, their
+    drafts are the reference's too. Output is plain decoding's."""
+    prompts = held_out_prompts(8)
+    common = {"max_tokens": 48, "batch_sizes": (4,)}
+    [plain], [some] = run_engines(
+        [
+            EngineJob(TARGET, None, prompts, **common),
+            EngineJob(
+                TARGET, DRAFTER, prompts, adaptive=True, record=True, skip_requests=(1, 3), **common
+            ),
+        ]
+    )
+    assert some.tokens == plain.tokens
+    drafted: dict[int, int] = {}
+    for _, draft in some.drafts:
+        drafted[draft["request"] % 4] = drafted.get(draft["request"] % 4, 0) + bool(draft["draft"])
+    assert min(drafted[0], drafted[2]) > 20
+    assert drafted[1] == drafted[3] == 0
+    agreement = compare_drafts(some, TARGET, DRAFTER, torch.float32, 7)
+    assert agreement.drafts > 40
+    assert agreement.differences == []
+    assert some.coverage["missing"] == 0
+    assert {request % 4 for request, *_ in some.report["verified"]} == {0, 2}
+
+
+def test_steps_are_measured_at_the_first_start_and_read_at_the_second(tmp_path: Path) -> None:
+    """More rows take longer, and the drafts that follow are the reference's: nothing of what was
+    measured is left behind."""
+    settings = {
+        "adaptive": True,
+        "record": True,
+        "max_tokens": 32,
+        "env": {"VLLM_CACHE_ROOT": str(tmp_path)},
+    }
+    batch = run_engine(TARGET, DRAFTER, held_out_prompts(4), **settings)[0]
+    assert compare_drafts(batch, TARGET, DRAFTER, torch.float32, 7).differences == []
+    (file,) = (tmp_path / "dflash_profiles").iterdir()
+    found, written = json.loads(file.read_text())["profile"], file.stat().st_mtime_ns
+    at = dict(zip(found["rows"], found["target"], strict=True))
+    assert 0 < at[1] < at[64] < at[128]
+    print({name: found[name] for name in found})
+    run_engine(TARGET, DRAFTER, held_out_prompts(1), **settings)
+    assert file.stat().st_mtime_ns == written
 
 
 def test_fewer_drafts_than_the_block_holds() -> None:

@@ -57,10 +57,27 @@ def slow_drafts(scheduler: Any, factor: float) -> None:
     observe = scheduler.controller.observe
 
     def observing(work: Any, seconds: float, *args: Any) -> None:
-        known = work or args[-1]
-        observe(work, seconds * (factor if known and known.draft_rows else 1.0), *args)
+        drafts = work is not None and work.draft_rows
+        observe(work, seconds * (factor if drafts else 1.0), *args)
 
     scheduler.controller.observe = observing
+
+
+def skip_requests(scheduler: Any, skipped: set[int]) -> None:
+    """The controller drafts nothing for these requests of a batch, in every third step nothing for
+    any, and else whole drafts for the others."""
+    from vllm_dflash.adaptive.controller import Plan
+
+    controller, step = scheduler.controller, iter(range(1 << 30))
+    size = 1 + max(skipped)
+
+    def plan(requests: Any) -> Any:
+        if next(step) % 3 == 2:
+            return Plan(0)
+        out = frozenset(name for name in requests if int(name.split("-")[0]) % size in skipped)
+        return Plan(controller.max_draft, -1.0, skipped=out)
+
+    controller.plan, controller.kept_plan = plan, lambda num_reqs: None
 
 
 def coverage(llm: Any) -> dict[str, int]:
@@ -104,11 +121,14 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if job.get("record"):
         record_drafts(model_runner(llm), drafts)
     verified = Verifications()
-    if job.get("slow_drafts"):
+    if job.get("slow_drafts") or job.get("skip_requests"):
         from vllm_dflash.patches.scheduler_steps import watch
 
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-        slow_drafts(scheduler, job["slow_drafts"])
+        if job.get("slow_drafts"):
+            slow_drafts(scheduler, job["slow_drafts"])
+        else:
+            skip_requests(scheduler, set(job["skip_requests"]))
         watch(scheduler, verified)
     asked = dict(
         temperature=0,

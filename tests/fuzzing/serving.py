@@ -248,8 +248,7 @@ async def run_round_async(
 def draft_at_random(seed: int) -> None:
     """The controller's choices by dice: whether a step drafts, and how much of each draft is
     verified."""
-    from vllm_dflash.adaptive.controller import Controller
-    from vllm_dflash.adaptive.plans import Plan
+    from vllm_dflash.adaptive.controller import Controller, Plan
 
     rng = random.Random(seed)
 
@@ -261,9 +260,7 @@ def draft_at_random(seed: int) -> None:
         }
 
     Controller.kept_plan = lambda self, num_reqs: None  # type: ignore[method-assign]
-    Controller.plan = lambda self, requests, num_context=0: Plan(
-        self.max_draft if rng.random() < 0.75 else 0
-    )  # type: ignore[method-assign]
+    Controller.plan = lambda self, requests: Plan(self.max_draft if rng.random() < 0.75 else 0)  # type: ignore[method-assign]
     Controller.lengths = lengths  # type: ignore[method-assign]
 
 

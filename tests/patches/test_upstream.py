@@ -150,7 +150,7 @@ def test_every_record_is_applied_and_taken_back():
 import functools, importlib
 from types import SimpleNamespace
 import numpy, torch
-from vllm_dflash.patches import ALL, cpu_target, request_drafts, scheduler_steps, v1_draft_metadata, v1_steps_without_drafts, v1_verifier
+from vllm_dflash.patches import ALL, cpu_target, request_drafts, scheduler_steps, v1_cost_profile, v1_draft_metadata, v1_steps_without_drafts, v1_verifier
 from vllm_dflash.supported import installed_vllm
 
 def in_place(record):
@@ -189,6 +189,7 @@ steps = SimpleNamespace(around_schedule=around, around_update=around, around_shu
 jobs = [
     (runner, [v1_verifier.PATCH], (runner,)), (runner, [v1_draft_metadata.PATCH], (runner, 4)),
     (runner, [v1_steps_without_drafts.PATCH], (SimpleNamespace(unless_off=around),)),
+    (runner, [v1_cost_profile.PATCH], (lambda: None,)),
     *((model, [record], (model,)) for model, record in zip(models, cpu_target.PATCHES, strict=True)),
     (scheduler, scheduler_steps.PATCHES, (steps,)),
     (scheduler, request_drafts.PATCHES, (SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1)), None)),

@@ -1,14 +1,16 @@
 """What the controller gets of each step, apart from an engine."""
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from step_records import ran_of, scheduled_of, scheduler_of
-from vllm_dflash.adaptive.cost import Work
+from vllm_dflash.adaptive.controller import Plan
 from vllm_dflash.adaptive.learner import Learner
-from vllm_dflash.adaptive.plans import Plan
+from vllm_dflash.cost_profile import Work
+from vllm_dflash.drafts import Planned
 from vllm_dflash.steps import Step, Steps
 
 
@@ -19,7 +21,10 @@ class Controller:
     max_draft: int = 7
     block_size: int = 8
     seen: list[Any] = field(default_factory=list)
-    rough: list[Work | None] = field(default_factory=list)
+    pending: bool = True
+
+    def measures(self, plan: Plan) -> bool:
+        return self.pending or plan.why == "trial"
 
     def observe(
         self,
@@ -27,12 +32,10 @@ class Controller:
         seconds: float,
         outcomes: Any,
         confidences: Any,
-        stands_for: int,
+        plan: Plan,
         writes_backlog: bool,
-        rough: Work | None,
     ) -> None:
-        self.rough.append(rough)
-        self.seen.append((work, seconds, outcomes, confidences, stands_for, writes_backlog))
+        self.seen.append((work, seconds, outcomes, confidences, plan.why, writes_backlog))
 
 
 def learn(*steps: tuple[Any, Any], **how: Any) -> list[Any]:
@@ -42,11 +45,15 @@ def learn(*steps: tuple[Any, Any], **how: Any) -> list[Any]:
 
 
 def controller_of(
-    *steps: tuple[Any, Any], synchronous: bool = True, why: str = "best", **attributes: Any
+    *steps: tuple[Any, Any],
+    synchronous: bool = True,
+    why: str = "best",
+    pending: bool = True,
+    **attributes: Any,
 ) -> Any:
     """The controller that got it."""
     scheduler = scheduler_of({"a": 3, "b": 4}, **attributes)
-    controller: Any = Controller()
+    controller: Any = Controller(pending=pending)
     record, learner = Steps(scheduler), Learner(controller, synchronous)
     record.add(learner)
     learner.plan = Plan(0, why=why)
@@ -100,16 +107,40 @@ def test_an_asynchronous_step_began_when_the_one_before_ended_and_tells_nothing_
     assert seen[1][1] > 0
 
 
+def test_an_asynchronous_steps_time_holds_the_draft_of_the_step_before() -> None:
+    """Its output is handed on before its own draft runs."""
+    seen = learn(plain(), plain(k=7), SPECULATIVE, plain(), synchronous=False, why="trial")
+    assert [work and work.draft_rows for work, *_ in seen] == [None, 0, 16, 16]
+    assert not any(writes_backlog for *_, writes_backlog in seen)
+
+
+def test_a_step_that_drafts_for_some_requests() -> None:
+    """Of the others neither rows nor contexts count for the drafter."""
+    step, ran = SPECULATIVE
+    scheduled = SimpleNamespace(
+        **vars(step) | {"num_spec_tokens_to_schedule": Planned(7, ["a", "gone"])}
+    )
+    [(work, *_)] = learn((scheduled, ran))
+    assert work == Work(2, 7, 8, 14, 49, 8 * (4 + 3))
+
+
 def test_a_speculative_step() -> None:
     known = {"a": [0.9, 0.8, 0.7]}
-    [(work, seconds, outcomes, confidences, stands_for, writes_backlog)] = learn(
+    [(work, seconds, outcomes, confidences, why, writes_backlog)] = learn(
         SPECULATIVE, confidences=known
     )
-    assert work == Work(num_reqs=2, num_tokens=7, draft_rows=16, num_context=3 + 4 + 7)
+    assert work == Work(
+        num_reqs=2,
+        num_tokens=7,
+        draft_rows=16,
+        num_context=3 + 4 + 7,
+        attended=4 * (3 + 4) + 3 * (4 + 3),
+        draft_attended=8 * (3 + 4 + 7),
+    )
     assert seconds > 0
     assert outcomes == {"a": (3, 2), "b": (1, 0)}
     assert confidences is known
-    assert (stands_for, writes_backlog) == (1, True)
+    assert (why, writes_backlog) == ("best", True)
 
 
 @pytest.mark.parametrize(
@@ -127,29 +158,36 @@ def test_a_step_with_a_prompt_or_an_ended_request_tells_no_cost() -> None:
     assert (work, outcomes) == (None, {"a": (3, 2)})
 
 
-def test_what_a_step_with_a_prompt_or_an_ended_request_computed_is_told_apart() -> None:
-    """Of a server whose every step has one nothing else is known; no request need be left."""
-    [rough] = controller_of(PROMPT).rough
-    assert rough == Work(2, 10, 16, rough.num_context)
-    for ended in ({"b"}, {"a", "b"}):
-        assert controller_of(SPECULATIVE, ended=ended).rough == [Work(2, 7, 16, 14)]
-    assert controller_of(SPECULATIVE).rough == [None]
-
-
 def test_a_step_of_nothing_is_none() -> None:
     """vLLM runs one to hand on that the last request has ended: the controller failed there once,
     by the logarithm of no request."""
     nothing = scheduled_of({}, k=7), ran_of({})
-    assert controller_of(nothing).rough == [None]
-    assert controller_of(SPECULATIVE, nothing).rough == [None, None]
+    assert [work for work, *_ in learn(nothing)] == [None]
+    assert [work is None for work, *_ in learn(SPECULATIVE, nothing)] == [False, True]
 
 
-def test_of_steps_that_neither_draft_nor_verify_one_in_four_is_looked_at() -> None:
-    seen = learn(*[plain()] * 9)
-    assert [(work, stands_for) for work, _, _, _, stands_for, _ in seen] == [
-        (Work(2, 2, 0, 9), 4)
-    ] * 2
-    assert len(learn(*[plain()] * 9, why="trial")) == 9
+def test_a_step_is_taken_with_the_plan_that_it_was_scheduled_with() -> None:
+    """Under asynchronous scheduling the next one is planned before it has run; one that never ran
+    is passed over."""
+    controller = Controller()
+    learner: Any = Learner(controller, is_synchronous=False)  # type: ignore[arg-type]
+    first, lost, second, unknown = (scheduled_of({}, k=7) for _ in range(4))
+    for scheduled, why in ((first, "trial"), (lost, "best"), (second, "trial")):
+        learner.schedule(scheduled, Plan(7, why=why))
+    learner.plan = Plan(0, why="other")
+    for step in (first, second, unknown):
+        learner.observe(Step(step, 7, 0.0, None, False))
+    assert [seen[4] for seen in controller.seen] == ["trial", "trial", "other"]
+
+
+def test_steps_that_tell_nothing_are_passed_over() -> None:
+    """Those whose times are of no use, and that verified nothing; what became of drafts is always
+    learned."""
+    assert [work for work, *_ in learn(*[plain()] * 9)] == [Work(2, 2, 0, 9, 9, 0)] * 9
+    assert learn(*[plain()] * 9, pending=False) == []
+    assert len(learn(*[plain()] * 9, pending=False, why="trial")) == 9
+    [(work, _, outcomes, *_)] = learn(plain(), SPECULATIVE, pending=False)
+    assert (work, outcomes) == (None, {"a": (3, 2), "b": (1, 0)})
 
 
 def test_the_first_step_that_drafts_again_catches_up() -> None:
@@ -160,4 +198,4 @@ def test_the_first_step_that_drafts_again_catches_up() -> None:
 
 def test_033_drafts_nothing_where_it_says_so() -> None:
     [(work, *_, writes_backlog)] = learn(plain(k=7, skip_drafts=True), why="trial")
-    assert (work, writes_backlog) == (Work(2, 2, 0, 9), False)
+    assert (work, writes_backlog) == (Work(2, 2, 0, 9, 9, 0), False)

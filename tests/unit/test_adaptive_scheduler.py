@@ -11,9 +11,10 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds
 
-from vllm_dflash.adaptive.controller import Controller
+from vllm_dflash.adaptive.controller import Controller, Plan
 from vllm_dflash.adaptive.learner import Learner
 from vllm_dflash.adaptive.scheduler import AdaptiveAsyncScheduler, AdaptiveScheduler
+from vllm_dflash.drafts import Drafts, skipped_of
 
 pytestmark = pytest.mark.vllm
 
@@ -69,3 +70,43 @@ def test_a_controller_that_fails_while_it_plans_ends_alone(
         scheduler._update_after_schedule(output)
     assert scheduler._learner.is_closed
     assert (scheduler.plan.num_draft_tokens, taken) == (7, [7, 7])
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_what_is_skipped_goes_to_the_worker_with_k(skips: bool) -> None:
+    """Only where the drafts come back as lists: elsewhere a block is computed for all."""
+    scheduler = AdaptiveScheduler.__new__(AdaptiveScheduler)
+    planned: list[Plan] = []
+    plan = Plan(7, skipped=frozenset(["b", "gone"]))
+    scheduler.controller = SimpleNamespace(kept_plan=lambda num_reqs: plan)
+    scheduler._learner = SimpleNamespace(schedule=lambda output, plan: planned.append(plan))
+    scheduler._skips = skips
+    output = SimpleNamespace(
+        num_scheduled_tokens={"a": 1, "b": 1, "c": 1},
+        total_num_scheduled_tokens=3,
+        scheduled_new_reqs=[],
+        num_spec_tokens_to_schedule=7,
+        finished_req_ids=set(),
+    )
+    scheduler._choose(output)
+    assert output.num_spec_tokens_to_schedule == 7
+    assert skipped_of(output.num_spec_tokens_to_schedule) == (frozenset("b") if skips else set())
+    assert planned == [plan]
+
+
+def test_drafts_of_some_requests_are_taken_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the first one has none."""
+    taken: list[Any] = []
+    monkeypatch.setattr(
+        Scheduler, "update_draft_token_ids", lambda self, ids: taken.append(ids.draft_token_ids)
+    )
+    scheduler = AdaptiveScheduler.__new__(AdaptiveScheduler)
+    scheduler.controller, scheduler._confidences = Controller(3, 4), {}
+    scheduler._learner = Learner(scheduler.controller, True)
+    scheduler._learner.plan = Plan(3, -1.0)
+    drafts = Drafts([[], [1, 2, 3]], [[], [0.9, 0.8, 0.7]])
+    scheduler.update_draft_token_ids(DraftTokenIds(["a", "b"], drafts))
+    assert taken == [[[], [1, 2, 3]]]
+    scheduler.update_draft_token_ids(DraftTokenIds(["a", "b"], Drafts([[], []])))
+    assert len(taken) == 1
+    assert list(scheduler.controller.acceptance._of("b").group.recent)[1:] == [[0.9, 0.8, 0.7]]

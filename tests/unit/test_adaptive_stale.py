@@ -6,12 +6,14 @@ pytest tests/unit/test_adaptive_stale.py
 
 import pytest
 
-from simulation import BAD, GOOD, Run, drafting, slow, two_cores
-from vllm_dflash.adaptive.cost import STALE, Work
-from vllm_dflash.adaptive.trials import _SAVED, EXPLORATION
+from simulation import BAD, GOOD, Run, drafting, profile_of, slow, two_cores
+from vllm_dflash.adaptive.tuning import TUNING
+from vllm_dflash.cost_profile import Work
+from vllm_dflash.metrics.drafting import status_of
 
 PLAIN = two_cores(Work(1, 1, 0))
-RETURN = round(_SAVED / EXPLORATION) + 3 * STALE
+STALE = 128
+RETURN = round(10 / TUNING.exploration) + 3 * STALE
 """Steps within which a wrong figure has to be seen through: the longest patience, and what the
 trials after it take."""
 
@@ -24,6 +26,26 @@ def test_first_drafts_that_were_slow(factor: float, num_reqs: int) -> None:
     run = Run(slow(8, factor, drafts=True), num_reqs)
     run.run(RETURN)
     assert drafting(run.run(200)) > 0.9
+
+
+@pytest.mark.parametrize("drafts", [True, False], ids=["drafts", "plain steps"])
+@pytest.mark.parametrize("factor", [1 / 6000, 1 / 16, 16, 6000])
+@pytest.mark.parametrize("num_reqs", [1, 4])
+@pytest.mark.parametrize("rates", [GOOD, BAD], ids=["good", "bad"])
+def test_a_profile_that_was_measured_wrong(
+    drafts: bool, factor: float, num_reqs: int, rates: list[float]
+) -> None:
+    """The warm-up was held up in all that it measured of the one kind, or was there only once and
+    by another machine."""
+    profile = profile_of(
+        two_cores,
+        7,
+        wrong=lambda work, seconds: seconds * (factor if drafts == bool(work.draft_rows) else 1.0),
+    )
+    run = Run(lambda step, work, seconds: seconds, num_reqs, profile=profile)
+    run.run(RETURN, rates)
+    share = drafting(run.run(400, rates))
+    assert share > 0.9 if rates is GOOD else share < 0.1
 
 
 @pytest.mark.parametrize("factor", [16, 6000])
@@ -97,7 +119,7 @@ def test_a_trial_that_was_held_up_too() -> None:
     """The first steps and the first trial were slow: the next trial comes within the bound, with
     each owed at most its rows' price."""
     run = Run(slow(STALE + 80, 6000, drafts=True))
-    bound = round(4 * 8 / EXPLORATION) + 2 * STALE
+    bound = round(4 * 8 / TUNING.exploration) + 2 * STALE
     run.run(STALE + 80)
     run.run(bound)
     assert drafting(run.run(200)) > 0.9
@@ -106,11 +128,11 @@ def test_a_trial_that_was_held_up_too() -> None:
 def test_the_controller_says_why_it_is_off_and_when_it_tries_again() -> None:
     """What it says of the next trial is when that comes, to a choice or two."""
     run = Run(slow(10**6, 3, drafts=True))
-    assert run.controller.status().why == "first"
+    assert status_of(run.controller).why == "first"
     for told in (0.05, 0.2, 0.5):
         while True:
             run.run(1, BAD)
-            status = run.controller.status()
+            status = status_of(run.controller)
             if (
                 status.next_trial is not None
                 and status.next_trial > told * 2
@@ -125,16 +147,16 @@ def test_the_controller_says_why_it_is_off_and_when_it_tries_again() -> None:
         assert (run.step - began) * PLAIN <= 1.5 * said + 2 * 32 * PLAIN
     known = Run(lambda step, work, seconds: seconds)
     known.run(300)
-    assert (known.controller.status().drafting, known.controller.status().why) == (True, "pays")
+    assert (status_of(known.controller).drafting, status_of(known.controller).why) == (True, "pays")
     slow_run = Run(slow(10**6, 16, drafts=True))
     slow_run.run(100)
-    assert (slow_run.controller.status().drafting, slow_run.controller.status().why) == (
+    assert (status_of(slow_run.controller).drafting, status_of(slow_run.controller).why) == (
         False,
         "slow",
     )
     unknown = Run(lambda step, work, seconds: seconds)
     unknown.run(600, BAD)
-    assert (unknown.controller.status().drafting, unknown.controller.status().why) == (
+    assert (status_of(unknown.controller).drafting, status_of(unknown.controller).why) == (
         False,
         "rejected",
     )

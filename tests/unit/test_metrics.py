@@ -21,11 +21,10 @@ from rich.console import Console
 from damage import DAMAGES, DENIALS, as_a_user
 from vllm_dflash import files
 from vllm_dflash.acceptance import Positions
-from vllm_dflash.adaptive.controller import Status
 from vllm_dflash.cli import main
 from vllm_dflash.metrics import catalog, recorder, snapshots
 from vllm_dflash.metrics.counts import Histogram, Speedup, by_position
-from vllm_dflash.metrics.engine import drafting_samples
+from vllm_dflash.metrics.drafting import Status, drafting_samples
 from vllm_dflash.metrics.figures import Scrape, drafting_line, figures, verdict
 from vllm_dflash.metrics.read import read
 from vllm_dflash.metrics.recorder import Recorder
@@ -489,7 +488,7 @@ def test_what_top_says_of_drafting(folder: Path):
             " decoding"
         ),
         "on: measured to pay, 2 seconds ago",
-        "on: first steps of a batch size",
+        "on: nothing was chosen yet",
     ]
 
 

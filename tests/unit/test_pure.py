@@ -27,6 +27,8 @@ NEEDS_VLLM = {
     "cpu.verification",
     "drafting.backend",
     "drafting.context_store",
+    "drafting.measure",
+    "engine_profiles",
     "drafting.metadata",
     "drafting.v1",
     "drafting.v2",

@@ -1,258 +1,225 @@
-"""Whether to draft in a step, and how many of each request's draft tokens to verify: as many as
-commit the most tokens a second. Pure.
+"""Whether to draft in a step, for which requests, and how many of each one's draft tokens to
+verify: as many as commit the most tokens a second. Pure.
 
 A block is drafted whole or not at all, for a shorter one costs little less and drafts worse.
-Verifying some of its tokens commits one token a request, and each draft token with the probability
-that it and all before it are accepted; ``StepCost`` knows the seconds, ``Acceptance`` the
-probabilities. What does not look best is tried now and then: ``Trials``.
+Verifying commits one token a request, and each draft token with the probability that it and all
+before it are accepted (``Acceptance``); what a step takes, ``StepCost`` knows. A token is verified
+if it brings more than its row at its request's context takes, at the rate of the whole.
+
+What does not look best is tried now and then, for two steps. What a trial has lost decides when the
+next comes: so late that it was ``Tuning.exploration`` of the time, and never later than after 3
+``block_size`` / ``exploration`` steps with about as many requests, whatever was measured.
 
     pytest tests/unit/test_adaptive.py
 """
 
-import time
-from collections.abc import Callable, Container, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-from vllm_dflash.adaptive.acceptance import Acceptance, Confidences
-from vllm_dflash.adaptive.cost import STALE, StepCost, Work, power
-from vllm_dflash.adaptive.plans import Choice, Outlook, Plan
-from vllm_dflash.adaptive.trials import Trials
+import numpy as np
 
-_FIRST_TRIES = 4
-"""Steps that each of a whole block and no draft gets at once, for a batch size that was not
-seen; again and again for ``STALE`` steps, if they cannot be measured."""
-_EVERY = 16
-"""Steps between two choices, unless the number of requests changes by more than an eighth, or
-drafts tell much that is new."""
-_LONGEST_EVERY = 32
-"""The same where it was chosen again and again to draft nothing: the interval doubles up to
-here."""
-_LEARN_EVERY = 8
-"""Steps that are learned from together: Python is several times as slow where between two of its
-turns a model ran, which took its caches."""
-_YOUNG = 64
-"""Steps after which two are learned from together, and so on."""
-_SWITCH = 1.01
-"""The other choice has to be better by this factor, so that noise does not make it jump."""
-_SAFE = 1.02
-"""Drafting has to promise so much more than no drafting, which is sure of what it brings: never
-slower than no speculation."""
+from vllm_dflash.adaptive.acceptance import Acceptance, Confidences, GroupOf, LimitOf, Outcomes
+from vllm_dflash.adaptive.cost import StepCost, power
+from vllm_dflash.adaptive.tuning import TUNING, Tuning
+from vllm_dflash.cost_profile import GUESS, Profile, Work, fill_rows
 
 
 @dataclass(frozen=True)
-class Status:
-    """What the controller makes of drafting, for people."""
+class Plan:
+    """What to draft in a step, and which of it to verify in the next."""
 
-    drafting: bool
-    why: str
-    """``first`` steps of a batch size; ``pays``; ``slow``: would not pay if every draft token was
-    accepted; ``rejected``: too few are."""
-    measured: float | None = None
-    """When a step that drafts was last measured at this batch size, on ``time.monotonic``'s
-    clock."""
-    next_trial: float | None = None
-    """Where nothing is drafted: seconds of decoding until drafting is tried again, if all goes on
-    as now."""
+    num_draft_tokens: int
+    """K of the step: all, or 0 for no drafter forward."""
+    threshold: float = 0.0
+    """A draft token is worth verifying if it is accepted with a probability above ..."""
+    price: float = 0.0
+    """... and this much more for each position of its request's context."""
+    skipped: frozenset[str] = frozenset()
+    """The requests that have nothing to gain."""
+    why: str = "best"
+    """``best`` by what is known, or ``trial`` of what does not look best."""
+    seconds: float = 1.0
+    """Expected of a step."""
+    rate: float = 0.0
+    """Expected committed tokens a second."""
 
 
+@dataclass
+class Size:
+    """What is kept for about as many requests."""
+
+    steps: int = 0
+    choice: int = 0
+    """The step of the next one."""
+    trial: float = 0.0
+    """Of the next one; the first is due at once, and free."""
+    tried: int = 0
+    """Of the last one."""
+    lost: float = 0.0
+    """Steps that this has lost."""
+
+
+@dataclass
 class Controller:
-    """Learns from steps and plans the next. A draft has ``max_draft`` tokens, the drafter's block
-    ``block_size`` rows."""
+    """Learns from steps and plans the next."""
 
-    def __init__(
-        self,
-        max_draft: int,
-        block_size: int,
-        group: Callable[[str], Hashable] = lambda _: None,
-        limit: Callable[[str], int] | None = None,
-    ) -> None:
-        """``group``, ``limit``: see ``Acceptance``."""
-        self.max_draft, self.block_size = max_draft, block_size
-        self.cost, self.acceptance = StepCost(), Acceptance(max_draft, group, limit)
-        self._trials = Trials(2 * _EVERY, block_size)
-        self._rough = StepCost()
-        """Learned from steps with prompts or ended requests, for where there are no others."""
-        self._steps, self._chosen_at, self._every = 0, 0, _EVERY
-        self._tries: dict[int, list[int]] = {}
-        """What is left of the first steps, by power of two of the requests: a number of requests
-        may pass before all are done."""
-        self._num_first: dict[int, int] = {}
-        """How many first steps there were, by power of two."""
+    max_draft: int
+    """Tokens of a draft."""
+    block_size: int
+    """The drafter's rows for it."""
+    group: GroupOf = lambda _: None
+    limit: LimitOf = None
+    context: Callable[[str], int] = lambda _: 0
+    """Positions of a request's."""
+    profile: Profile = GUESS
+    """Of steps as they were measured at warm-up."""
+    tuning: Tuning = TUNING
+    skips: bool = True
+    """Whether requests that have nothing to gain cost no rows of the drafter's."""
+
+    def __post_init__(self) -> None:
+        self.cost = StepCost(self.profile, self.tuning)
+        self.acceptance = Acceptance(self.max_draft, self.tuning, self.group, self.limit)
+        self.best: Plan | None = None
+        self.num_reqs, self.now = 0, Size()
+        """Of the last choice."""
+        self._sizes: dict[int, Size] = {}
+        self._weighed: tuple[Sequence[str], tuple[Plan, Plan]] | None = None
+        """Requests and their plans, as long as nothing was learned since."""
         self._rest: list[Plan] = []
         """What is left of a trial."""
-        self._drafted_at: dict[int, float] = {}
-        """When a draft was last measured, by power of two."""
-        self._choice: Choice | None = None
-        self._outlook: Outlook | None = None
-        """By which the last choice was made."""
-        self._seen: list[
-            tuple[
-                Work | None,
-                float,
-                Mapping[str, tuple[int, int]],
-                Confidences | None,
-                int,
-                bool,
-                Work | None,
-            ]
-        ] = []
-        """Steps that are to be learned from."""
+
+    def measures(self, plan: Plan) -> bool:
+        """Whether what a step of this plan takes is of use: in trials, and in the last steps before
+        a choice."""
+        return plan.why == "trial" or self.now.steps + self.tuning.window >= self.now.choice
 
     def observe(
         self,
         work: Work | None,
         seconds: float,
-        outcomes: Mapping[str, tuple[int, int]],
-        confidences: Confidences | None = None,
-        stands_for: int = 1,
+        outcomes: Outcomes,
+        confidences: Confidences = None,
+        plan: Plan | None = None,
         writes_backlog: bool = False,
-        rough: Work | None = None,
     ) -> None:
-        """Takes in a step, and learns from it by the next choice, or a few steps later. Nobody may
-        change what is handed in until then.
+        """Learns from a step.
 
         Args:
             work: what the step computed; None where its time tells nothing, as with a prompt in it.
             seconds: how long it took.
             outcomes: by request, draft tokens verified in it and how many of them were accepted.
             confidences: of those draft tokens, where known.
-            stands_for: how many such steps there were for each that is taken in.
+            plan: that the step was scheduled with.
             writes_backlog: whether it is the first that drafts after some that did not, and writes
                 the context of them all.
-            rough: where ``work`` is None, what the step computed with the prompts in it, as if
-                their rows were verified tokens; looked at only where all steps are such steps.
         """
-        self._seen.append((work, seconds, outcomes, confidences, stands_for, writes_backlog, rough))
-        # The first ones say the most.
-        if len(self._seen) >= min(1 + self._steps // _YOUNG, _LEARN_EVERY) or any(
-            map(self.acceptance.is_new, outcomes)
-        ):
-            self._learn()
+        said, best, now, tuning = confidences or {}, self.best, self.now, self.tuning
+        for request, (verified, accepted) in outcomes.items():
+            self.acceptance.learn(request, verified, accepted, said.get(request))
+        is_trial = plan is not None and plan.why == "trial"
+        if outcomes or is_trial:
+            self._weighed = None
+        if plan and is_trial and best and now.tried:
+            lost = plan.seconds * (1 - plan.rate / best.rate)
+            if work:
+                tokens = work.num_reqs + sum(accepted for _, accepted in outcomes.values())
+                lost = seconds - tokens / best.rate
+            # Never more than its rows would take as plain steps of their own.
+            now.lost += min(lost / best.seconds, 2 * self.block_size)
+            now.lost = min(now.lost, 3 * self.block_size)
+            now.trial = now.tried + max(tuning.every, now.lost / tuning.exploration)
+        # One that verifies and does not draft is between two plans.
+        is_pure = work and (work.draft_rows or work.num_tokens == work.num_reqs)
+        if work and is_pure and not writes_backlog and (plan is None or self.measures(plan)):
+            self.cost.observe(work, seconds)
 
-    def plan(self, requests: Sequence[str], num_context: int = 0) -> Plan:
-        """What to draft for these requests, which all decode; ``num_context``: positions of their
-        contexts, in all."""
-        kept_plan = self.kept_plan(len(requests))
-        if kept_plan is not None:
-            return kept_plan
-        self._steps += 1
-        return self._plan(requests, num_context)
+    def plan(self, requests: Sequence[str]) -> Plan:
+        """What to draft for these requests, which all decode."""
+        num_reqs, every = len(requests), self.tuning.every
+        if (kept := self.kept_plan(num_reqs)) is not None:
+            return kept
+        self.now.steps += 1
+        if self._rest:
+            return self._rest.pop()
+        self.now = now = self._sizes.setdefault(power(num_reqs), Size())
+        if self._weighed is None or self._weighed[0] != requests:
+            self._weighed = requests, self._weigh(requests)
+        none, draft = self._weighed[1]
+        best, other = (draft, none) if draft.rate > none.rate else (none, draft)
+        self.best, self.num_reqs = best, num_reqs
+        now.choice = now.steps + min(every, now.steps)
+        if now.steps < now.trial:
+            return best
+        now.tried, now.trial, now.lost = now.steps, now.steps + every, 0.0
+        # The first that drafts brings contexts up to date, only the second is like those that would
+        # follow; the last verifies what the second drafted.
+        self._rest = [replace(best, why="trial"), replace(other, why="trial")]
+        return self._rest[1]
 
     def kept_plan(self, num_reqs: int) -> Plan | None:
         """In place of ``plan``: the plan for so many requests, if there is nothing to be chosen
         yet; else None, and ``plan`` is to be asked."""
-        last = self._choice
-        is_due = self._steps + 1 - self._chosen_at >= self._every or self.acceptance.has_news
-        if (
-            last is None
-            or is_due
-            or self._rest
-            or abs(num_reqs - last.num_reqs) * 8 > last.num_reqs
-        ):
+        is_due = self._rest or self.now.steps >= self.now.choice
+        if is_due or power(num_reqs) != power(self.num_reqs):
             return None
-        self._steps += 1
-        return last.plan
+        self.now.steps += 1
+        return self.best
 
     def lengths(
-        self, requests: Sequence[str], plan: Plan, confidences: Confidences | None = None
+        self, requests: Sequence[str], plan: Plan, confidences: Confidences = None
     ) -> dict[str, int]:
         """By request, how many of its draft tokens to verify; with their confidences once they are
         drafted."""
-        return self.acceptance.lengths(requests, plan.num_draft_tokens, plan.threshold, confidences)
+        if not plan.num_draft_tokens:
+            return dict.fromkeys(requests, 0)
+        prices = [
+            float("inf") if name in plan.skipped else plan.threshold + plan.price * context
+            for name, context in zip(requests, map(self.context, requests), strict=True)
+        ]
+        found = self.acceptance.drafted(requests, prices, confidences or {})
+        return dict(zip(requests, fill_rows(found, prices), strict=True))
 
-    def forget(self, requests: Container[str]) -> None:
-        """These requests have ended."""
-        self._learn()
-        self.acceptance.forget(requests)
+    def _weigh(self, requests: Sequence[str]) -> tuple[Plan, Plan]:
+        """What is expected of no draft, and of the best of those for all requests or some."""
+        num_reqs, profile, block = len(requests), self.profile, self.block_size
+        context = np.array([*map(self.context, requests)], dtype=float)
+        total = float(context.sum())
+        plain = self.cost.seconds(Work(num_reqs, num_reqs, 0, int(total), int(total)))
+        none = Plan(0, seconds=plain, rate=num_reqs / plain)
+        pace, slower = self.cost.scales(num_reqs)
+        rate = max(none.rate, self.best.rate if self.best and self.num_reqs == num_reqs else 0.0)
+        # A token's worth is less what its row's attention takes.
+        attend = rate * pace * profile.attend
+        expected = self.acceptance.expected(requests)
+        worth = expected - attend * context[:, None, None]
 
-    def _learn(self) -> None:
-        for work, seconds, outcomes, confidences, stands_for, writes_backlog, rough in self._seen:
-            # The first steps of a batch size were nobody's choice: they earn and owe nothing.
-            is_chosen = self._choice is not None
-            if is_chosen:
-                self._trials.earn(stands_for)
-            if work is not None and writes_backlog:
-                # It tells nothing of steps that draft after others that did, and was not in what
-                # its trial was expected to lose.
-                if is_chosen and self._outlook is not None:
-                    self._trials.charge(seconds, self._outlook.credible(work))
-            elif work is not None:
-                self.cost.observe(work, seconds)
-                if work.draft_rows:
-                    self._drafted_at[power(work.num_reqs)] = time.monotonic()
-            elif rough is not None and not writes_backlog:
-                self._rough.observe(rough, seconds)
-            for request, (verified, accepted) in outcomes.items():
-                if verified:
-                    self.acceptance.observe(
-                        request,
-                        verified,
-                        accepted,
-                        None if confidences is None else confidences.get(request),
-                    )
-        self._seen.clear()
+        def weigh(drafted: np.ndarray) -> Plan:
+            """The likeliest tokens of these requests' drafts, as many as raise the rate."""
+            each, values = 1 / expected.shape[1], worth[drafted].ravel()
+            order = np.argsort(-values, kind="stable")
+            values = values[order]
+            seen = np.repeat(context[drafted], expected[0].size)[order]
+            counts = num_reqs + each * np.arange(1, len(values) + 1)
+            target = profile.target_seconds(counts, total, total + each * seen.cumsum())
+            draft = profile.draft_seconds(block * len(drafted), block * context[drafted].sum())
+            seconds = pace * target + slower * draft
+            rates = (num_reqs + each * (values + attend * seen).cumsum()) / seconds
+            # Of equal ones all are in or out.
+            rates[:-1][values[:-1] <= values[1:]] = 0.0
+            best = int(rates.argmax())
+            rest = values[best + 1] if best + 1 < len(values) else min(values[best], 0.0) - 1
+            skipped = frozenset(requests).difference(requests[i] for i in drafted)
+            found = float(values[best] + rest) / 2, attend, skipped, "best", float(seconds[best])
+            return Plan(self.max_draft, *found, float(rates[best]))
 
-    def _plan(self, requests: Sequence[str], num_context: int) -> Plan:
-        if self._rest:
-            return self._rest.pop()
-        self._learn()
-        last = self._choice
-        first = self._first(len(requests))
-        if first is not None:
-            self._choice = None
-            return first
-        cost = self.cost if self.cost.has_seen(len(requests)) else self._rough
-        self._chosen_at, self.acceptance.has_news = self._steps, False
-        outlook = Outlook(
-            cost.near(len(requests)),
-            self.acceptance.expected(requests),
-            len(requests),
-            num_context,
-            self.block_size,
-        )
-        self._outlook = outlook
-        none, draft = outlook.weigh(0), outlook.weigh(self.max_draft)
-        factor = _SAFE * (
-            1.0 if last is None else _SWITCH if last.plan.num_draft_tokens == 0 else 1 / _SWITCH
-        )
-        best = draft if draft.rate > factor * none.rate else none
-        is_off_again = (
-            last is not None and last.plan.num_draft_tokens == best.plan.num_draft_tokens == 0
-        )
-        self._choice, self._every = (
-            best,
-            (min(2 * self._every, _LONGEST_EVERY) if is_off_again else _EVERY),
-        )
-        self._rest = self._trials.choose(self._steps, outlook, best, draft.plan)
-        return self._rest.pop() if self._rest else best.plan
-
-    def _first(self, num_reqs: int) -> Plan | None:
-        """The plan of a first step of a batch size; None where both kinds of steps are known.
-
-        Where prompts come and requests end in all of ``STALE`` first steps, what those took has to
-        do. Where not even that is known, drafts are whole, as without a controller, and the first
-        steps are made anew every ``STALE`` steps.
-        """
-        size = power(num_reqs)
-        tries, count = self._tries.setdefault(size, []), self._num_first.get(size, 0)
-        if not tries:
-            if self.cost.has_seen(num_reqs) or (count >= STALE and self._rough.has_both(num_reqs)):
-                return None
-            if count < STALE or count % STALE < 2 * _FIRST_TRIES:
-                tries += [self.max_draft] * _FIRST_TRIES + [0] * _FIRST_TRIES
-        self._num_first[size] = count + 1
-        return Plan(tries.pop(0) if tries else self.max_draft, why="first")
-
-    def status(self) -> Status:
-        """What was chosen last, and why."""
-        last, outlook = self._choice, self._outlook
-        if last is None or outlook is None:
-            return Status(drafting=True, why="first")
-        measured = self._drafted_at.get(power(last.num_reqs))
-        if last.plan.num_draft_tokens:
-            return Status(drafting=True, why="pays", measured=measured)
-        is_slow = outlook.most_rate(self.max_draft) < last.rate
-        next_trial = self._trials.until_next(
-            self._steps, last.num_reqs / last.rate, self._chosen_at + self._every
-        )
-        return Status(False, "slow" if is_slow else "rejected", measured, next_trial)
+        draft = weigh(np.arange(num_reqs))
+        if self.skips and num_reqs > 1:
+            # Those whose drafts bring more than their blocks cost the drafter.
+            gains = np.maximum(worth - max(draft.threshold, 0.0), 0.0).sum(2).mean(1)
+            more = profile.draft_seconds(block * num_reqs, block * context)
+            more = more - profile.draft_seconds(block * (num_reqs - 1), 0.0)
+            (gaining,) = (gains > max(rate, draft.rate) * slower * more).nonzero()
+            if 0 < len(gaining) < num_reqs:
+                draft = max(draft, weigh(gaining), key=lambda plan: plan.rate)
+        return none, draft

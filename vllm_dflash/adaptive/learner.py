@@ -4,15 +4,10 @@ enough to be looked at. Pure.
 pytest tests/unit/test_adaptive_learner.py
 """
 
-from vllm_dflash.adaptive.controller import Controller
-from vllm_dflash.adaptive.cost import Work
-from vllm_dflash.adaptive.plans import Plan
-from vllm_dflash.steps import Step
+from typing import Any
 
-_MEASURED_EVERY = 4
-"""Steps without drafts of which one is measured."""
-_LONGEST_GAP = 0.25
-"""Of a step's time, what may lie between the last step's end and its beginning."""
+from vllm_dflash.adaptive.controller import Controller, Plan
+from vllm_dflash.steps import Step
 
 
 class Learner:
@@ -24,10 +19,11 @@ class Learner:
         self.controller, self._is_synchronous = controller, is_synchronous
         self.plan = Plan(controller.max_draft)
         """Of the step that was scheduled last."""
+        self._plans: dict[int, Plan] = {}
+        """Of the steps that run, by the identity of vLLM's ``SchedulerOutput``."""
         self.is_closed = False
         """Nothing more is learned; where that is a failure, what was is not to be trusted
         either."""
-        self._steps = 0
         self._drafted = False
         """Whether the last step did."""
 
@@ -35,51 +31,34 @@ class Learner:
         """See ``Observer``."""
         self.is_closed = True
 
+    def schedule(self, scheduled: Any, plan: Plan) -> None:
+        """A step was planned."""
+        self.plan = plan
+        self._plans[id(scheduled)] = plan
+
     def observe(self, step: Step) -> None:
-        """Takes in a step, and of those that neither draft nor verify, as is best, one in a few:
-        that tells enough."""
-        self._steps += 1
-        drafts = step.num_drafted > 0
-        writes_backlog, self._drafted = drafts and not self._drafted, drafts
-        is_dull = (
-            not drafts
-            and not step.scheduled.scheduled_spec_decode_tokens
-            and self.plan.why == "best"
-        )
-        if is_dull and self._steps % _MEASURED_EVERY:
+        """Takes in what became of drafts, and how long the step took where that is of use."""
+        # Under asynchronous scheduling later steps are planned by the time that one has run. Its
+        # output is handed on before its draft runs: the time up to it holds the draft before.
+        plan, before = self._plans.pop(id(step.scheduled), self.plan), self._drafted
+        self._drafted = step.num_drafted > 0
+        drafts = self._drafted if self._is_synchronous else before
+        is_measured = self.controller.measures(plan)
+        if not (is_measured or step.verified):
             return
         began = self._began(step)
-        # A step in which nothing is scheduled computes nothing.
-        is_empty = began is None or not step.scheduled.num_scheduled_tokens
-        work = None if is_empty else self._work(step)
         # Its time tells how long decoding takes only where it was all decoding.
-        is_exact = step.all_decode and not step.num_ended
-        self.controller.observe(
-            work if is_exact else None,
-            step.ended - (began or step.ended),
-            step.verified,
-            step.confidences,
-            _MEASURED_EVERY if is_dull else 1,
-            writes_backlog,
-            None if is_exact else work,
-        )
+        is_exact = is_measured and began is not None and step.all_decode and not step.num_ended
+        work = step.work(drafts * self.controller.block_size) if is_exact else None
+        seconds, is_first = step.ended - (began or step.ended), drafts and not before
+        backlog = is_first and self._is_synchronous
+        self.controller.observe(work, seconds, step.verified, step.confidences, plan, backlog)
 
     def _began(self, step: Step) -> float | None:
-        """When it began; None where that is not known."""
+        """When it began; None where that is not known. What comes between two steps, such as the
+        handling of outputs, is part of a step's cost; a wait longer than it was somebody else's."""
         if not self._is_synchronous:
             return None if step.after_pause else step.began
-        # What comes between two steps, such as the handling of outputs, is part of a step's cost; a
-        # longer wait was somebody else's.
-        if (
-            step.after_pause
-            or step.began is None
-            or step.scheduled_at - step.began > _LONGEST_GAP * (step.ended - step.scheduled_at)
-        ):
-            return step.scheduled_at
-        return step.began
-
-    def _work(self, step: Step) -> Work:
-        """What the step computed, the rows of prompts in it as if they were verified tokens."""
-        count = len(step.scheduled.num_scheduled_tokens)
-        draft_rows = count * self.controller.block_size if step.num_drafted else 0
-        return Work(count, step.scheduled.total_num_scheduled_tokens, draft_rows, step.num_context)
+        began, scheduled = step.began, step.scheduled_at
+        is_wait = step.after_pause or began is None or scheduled - began > step.ended - scheduled
+        return scheduled if is_wait else began

@@ -20,11 +20,11 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds
 
-from vllm_dflash.adaptive.controller import Controller
+from vllm_dflash.adaptive.controller import Controller, Plan
 from vllm_dflash.adaptive.learner import Learner
-from vllm_dflash.adaptive.plans import Plan
 from vllm_dflash.compat import num_drafted
-from vllm_dflash.drafts import confidences_of
+from vllm_dflash.drafts import Planned, confidences_of
+from vllm_dflash.engine_profiles import profile_for
 from vllm_dflash.log import logger
 from vllm_dflash.patches.adaptive_scheduler import cut_drafts, cut_placeholders, plan_drafts
 from vllm_dflash.patches.request_drafts import limits_of
@@ -38,10 +38,19 @@ class _Adaptive(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        device = self.vllm_config.device_config.device_type
+        self._skips = self._is_synchronous and device == "cpu"
+        """Whether a step can draft for some of its requests only."""
         draft_config = self.vllm_config.speculative_config.draft_model_config.hf_config
         self._limits = limits_of(self)
         self.controller = Controller(
-            self.num_spec_tokens, draft_config.block_size, self._group, self._limits.most
+            self.num_spec_tokens,
+            draft_config.block_size,
+            self._group,
+            self._limits.most,
+            self._context,
+            profile_for(self.vllm_config),
+            skips=self._skips,
         )
         self._learner = Learner(self.controller, self._is_synchronous)
         self._confidences: dict[str, list[float]] = {}
@@ -82,12 +91,15 @@ class _Adaptive(Scheduler):
         if num_drafted(scheduler_output) == 0:
             plan = Plan(0)  # no request of the step can use drafts
         elif plan is None:
-            drafting, num_context = self._drafting(scheduler_output)
-            plan = self.controller.plan(drafting, num_context) if drafting else Plan(0)
-        self._learner.plan = plan
-        plan_drafts(scheduler_output, plan.num_draft_tokens)
+            drafting = self._drafting(scheduler_output)
+            plan = self.controller.plan(drafting) if drafting else Plan(0)
+        self._learner.schedule(scheduler_output, plan)
+        k = plan.num_draft_tokens
+        if plan.skipped and self._skips:
+            k = Planned(k, plan.skipped & scheduler_output.num_scheduled_tokens.keys())
+        plan_drafts(scheduler_output, k)
         if scheduler_output.finished_req_ids:
-            self.controller.forget(scheduler_output.finished_req_ids)
+            self.controller.acceptance.forget(scheduler_output.finished_req_ids)
             for request_id in scheduler_output.finished_req_ids:
                 self._confidences.pop(request_id, None)
 
@@ -103,17 +115,19 @@ class _Adaptive(Scheduler):
         )
         return warmth, self._limits.most(request_id)
 
-    def _drafting(self, scheduler_output: SchedulerOutput) -> tuple[list[str], int]:
-        """The requests of a step that sample a token, and so can draft, and the positions of their
-        contexts in all."""
-        drafting, num_context = [], 0
-        for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
-            request = self.requests[request_id]
-            end = request.num_computed_tokens + num_tokens
-            if end >= request.num_tokens:
-                drafting.append(request_id)
-                num_context += end
-        return drafting, num_context
+    def _context(self, request_id: str) -> int:
+        """Positions of a request's context."""
+        request = self.requests.get(request_id)
+        return 0 if request is None else request.num_tokens
+
+    def _drafting(self, scheduler_output: SchedulerOutput) -> list[str]:
+        """The requests of a step that sample a token, and so can draft."""
+        return [
+            request_id
+            for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items()
+            if (request := self.requests[request_id]).num_computed_tokens + num_tokens
+            >= request.num_tokens
+        ]
 
 
 class AdaptiveScheduler(_Adaptive):
@@ -124,7 +138,7 @@ class AdaptiveScheduler(_Adaptive):
             draft_token_ids.draft_token_ids,
             confidences_of(draft_token_ids.draft_token_ids),
         )
-        if not drafts or not drafts[0]:
+        if not any(drafts):
             return  # a request that was scheduled has no draft from before
         if self._learner.is_closed:
             super().update_draft_token_ids(draft_token_ids)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_dflash.adaptive.acceptance import row_step
 from vllm_dflash.adaptive.settings import is_adaptive
+from vllm_dflash.cost_profile import row_step
 from vllm_dflash.cpu.huge_pages import use_huge_pages
 from vllm_dflash.cpu.sampling import int32
 from vllm_dflash.drafting.backend import Backend, Rows
 from vllm_dflash.drafting.context_store import WriteRows
 from vllm_dflash.drafting.layout import block_bounds, committed_rows, paged_slots, sampled_anchors
+from vllm_dflash.drafting.measure import measure
 from vllm_dflash.drafts import Drafts
 from vllm_dflash.heads import Ranking
 from vllm_dflash.log import logger
@@ -27,6 +28,7 @@ from vllm_dflash.patches import (
     cpu_layers,
     cpu_target,
     v1_confidences,
+    v1_cost_profile,
     v1_draft_metadata,
     v1_steps_without_drafts,
     v1_verifier,
@@ -55,6 +57,7 @@ def _slots(block_table: Tensor, positions: Tensor, page_size: int) -> Tensor:
 class CPUBackend(Backend):
     """Drafts are verified by our own class; layers run kernel by kernel where they can."""
 
+    skips = True
     slots = staticmethod(_slots if _slot_mapping else paged_slots)
 
     def __init__(self, proposer: "DFlashProposer") -> None:
@@ -90,6 +93,7 @@ class CPUBackend(Backend):
         self._verifier = runner.rejection_sampler
         attach(runner, [v1_draft_metadata.PATCH], runner, proposer.max_batch_size)
         attach(runner, [v1_steps_without_drafts.PATCH], proposer)
+        attach(runner, [v1_cost_profile.PATCH], partial(measure, proposer))
         logger.info("moved %d MiB of this process's memory into huge pages", use_huge_pages() >> 20)
 
     def next_token_ids(

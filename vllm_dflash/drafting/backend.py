@@ -32,6 +32,8 @@ class Backend:
     run_layers: Callable[[Tensor, Tensor, Tensor, Any], Tensor] | None = None
     """Token ids [N], positions [N], slots [N] and attention metadata by layer -> hidden states [N,
     H]; None: vLLM's modules run."""
+    skips = False
+    """Whether drafts may be handed out for some requests only."""
     slots = staticmethod(paged_slots)
     """Cache slots of a block's positions, see ``layout.SlotMapping``."""
 

@@ -27,7 +27,7 @@ from vllm_dflash.drafting.coverage import ContextCoverage, without_first_pages
 from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_layout
 from vllm_dflash.drafting.metadata import layer_metadata
 from vllm_dflash.drafting.watch import ContextWatch
-from vllm_dflash.drafts import Drafts
+from vllm_dflash.drafts import Drafts, skipped_of, spread
 from vllm_dflash.heads import Draft
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.metrics.drafter import attach as record_drafter
@@ -63,6 +63,8 @@ class DFlashProposer(NativeDFlashProposer):
         self.positions, self._slot_mapping_buffer = (
             torch.zeros(size, dtype=torch.int64, device=device) for _ in range(2)
         )
+        self.is_measured = False
+        """Whether dummy runs of the target leave the drafter out."""
         self._causal: dict[str, bool] = {}
         """By draft layer, whether a query sees no later ones of its block."""
         self.context = ContextStore(vllm_config, device, self._live_pages)
@@ -83,6 +85,11 @@ class DFlashProposer(NativeDFlashProposer):
         self.backend.load(target_model)
         self.context.write_rows = self.backend.write_context
         self._draft = self.model.drafting()
+
+    def dummy_run(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM's."""
+        if not self.is_measured:
+            super().dummy_run(*args, **kwargs)
 
     def prepare_next_token_ids_padded(
         self,
@@ -185,13 +192,51 @@ class DFlashProposer(NativeDFlashProposer):
             return self.backend.hand_out(
                 torch.empty(cad.num_reqs, 0, dtype=torch.int64, device=self.device), None
             )
+        before = None
+        if self._whole_rows is not None:
+            ends = cad.query_start_loc[1 : cad.num_reqs + 1].long() - 1
+            if num_rejected_tokens_gpu is not None:
+                ends -= num_rejected_tokens_gpu
+            before = self.model.combine_hidden_states(target_hidden_states[ends])
+        anchors = (
+            cad.seq_lens
+            if num_rejected_tokens_gpu is None
+            else cad.seq_lens - num_rejected_tokens_gpu
+        )
+        rows, count = self._drafting(k, cad.num_reqs), cad.num_reqs
+        if rows is None:
+            return self.backend.hand_out(
+                *self._drafts(
+                    k, next_token_ids, anchors, cad, first_pages, before, sampling_metadata
+                )
+            )
+        if not rows:
+            return Drafts([[]] * count)
+        kept = torch.tensor(rows, device=self.device)
+        next_token_ids, anchors, first_pages, before = (
+            None if each is None else each[kept]
+            for each in (next_token_ids, anchors, first_pages, before)
+        )
+        drafts = self._drafts(
+            k, next_token_ids, anchors, _part(cad, kept), first_pages, before, sampling_metadata
+        )
+        return spread(self.backend.hand_out(*drafts), rows, count)
+
+    def _drafts(
+        self,
+        k: int,
+        next_token_ids: Any,
+        anchors: Any,
+        cad: CommonAttentionMetadata,
+        first_pages: torch.Tensor | None,
+        before: torch.Tensor | None,
+        sampling_metadata: SamplingMetadata,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Token ids [B, k] int64, and their confidences [B, k] where the scheduler asks for
+        them."""
         layout = block_layout(
             next_token_ids=next_token_ids,
-            anchors=(
-                cad.seq_lens
-                if num_rejected_tokens_gpu is None
-                else cad.seq_lens - num_rejected_tokens_gpu
-            ),
+            anchors=anchors,
             block_table=cad.block_table_tensor,
             page_size=self.page_size,
             mask_token_id=self.parallel_drafting_token_id,
@@ -206,20 +251,22 @@ class DFlashProposer(NativeDFlashProposer):
         if self._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy:
             tokens, probs = self._sample_draft_tokens(hidden_states, sampling_metadata)
             self._last_draft_probs = probs.view(-1, k, probs.shape[-1]).contiguous()
-            return self.backend.hand_out(tokens.view(-1, k), None)
+            return tokens.view(-1, k), None
         ranking = self.backend.ranking
         if self._whole_rows is None:
-            return self.backend.hand_out(*self._draft(hidden_states, next_token_ids, k, ranking))
-        ends = cad.query_start_loc[1 : cad.num_reqs + 1].long() - 1
-        if num_rejected_tokens_gpu is not None:
-            ends -= num_rejected_tokens_gpu
-        before = self.model.combine_hidden_states(target_hidden_states[ends])
+            return self._draft(hidden_states, next_token_ids, k, ranking)
         tokens, confidences = self._draft(
             hidden_states, next_token_ids, self._whole_rows, ranking._replace(before=before)
         )
-        return self.backend.hand_out(
-            tokens[:, :k], None if confidences is None else confidences[:, :k]
-        )
+        return tokens[:, :k], None if confidences is None else confidences[:, :k]
+
+    def _drafting(self, k: int, num_reqs: int) -> list[int] | None:
+        """The rows of the batch that a step with this K drafts for; None for all."""
+        skipped = skipped_of(k)
+        if not skipped or not self.backend.skips or self._enable_probabilistic_draft_probs:
+            return None
+        request_ids = self.runner.input_batch.req_ids[:num_reqs]
+        return [row for row, request in enumerate(request_ids) if request not in skipped]
 
     def unless_off(self, propose: Callable[..., Any]) -> Callable[..., Any]:
         """Around the runner's ``propose_draft_token_ids``: a step that neither drafts nor verified
@@ -328,6 +375,17 @@ class DFlashProposer(NativeDFlashProposer):
                 input_ids=self._query_ids[:num_input_tokens],
                 positions=self.positions[:num_input_tokens],
             )
+
+
+def _part(cad: CommonAttentionMetadata, rows: torch.Tensor) -> CommonAttentionMetadata:
+    """As much of these requests' metadata as a block is laid out from."""
+    most = cad.seq_lens_cpu_upper_bound
+    return cad.replace(
+        num_reqs=len(rows),
+        seq_lens=cad.seq_lens[rows],
+        seq_lens_cpu_upper_bound=None if most is None else most[rows.to(most.device)],
+        block_table_tensor=cad.block_table_tensor[rows],
+    )
 
 
 def context_counts(worker: Any) -> dict[str, int]:

@@ -256,13 +256,7 @@ ALL = (
         "What does adaptive drafting choose, and why?",
         (
             ("choice", "draft or plain"),
-            (
-                "why",
-                (
-                    "best by what is known; first steps of a batch size; trial of what does not"
-                    " look best"
-                ),
-            ),
+            ("why", "best by what is known; trial of what does not look best"),
         ),
         only=_ADAPTIVE,
     ),
@@ -276,9 +270,8 @@ ALL = (
             (
                 "why",
                 (
-                    "pays; first: steps of a batch size that is new; slow: it would not pay if"
-                    " every draft token was accepted; rejected: too few are accepted for what it"
-                    " costs"
+                    "pays; first: nothing was chosen yet; slow: it would not pay if every draft"
+                    " token was accepted; rejected: too few are accepted for what it costs"
                 ),
             ),
         ),

@@ -94,6 +94,8 @@ class DrafterRecord:
     def _drafted(self, drafts: Any, kwargs: Any) -> None:
         """``drafts``: [B, K], a tensor or the V1 proposer's lists; what ``propose`` was called
         with."""
+        # On a CPU a step may draft for some of its requests only.
+        drafts = [row for row in drafts if row] if isinstance(drafts, list) else drafts
         num_reqs = len(drafts)
         # What the V2 speculator returns is as wide as ever where it has drafted nothing.
         skipped = kwargs.get("num_speculative_tokens") == 0

@@ -12,10 +12,9 @@ import time
 from typing import Any
 
 from vllm_dflash import __version__
-from vllm_dflash.adaptive.controller import Status
-from vllm_dflash.adaptive.cost import Work
 from vllm_dflash.adaptive.settings import is_adaptive
 from vllm_dflash.checks import drafter_config
+from vllm_dflash.metrics.drafting import drafting_samples, status_of
 from vllm_dflash.metrics.outcomes import Outcomes
 from vllm_dflash.metrics.recorder import Recorder
 from vllm_dflash.metrics.times import StepTimes
@@ -70,11 +69,9 @@ class EngineRecord:
     def _plain_seconds(self, num_reqs: int) -> float | None:
         """Seconds of a plain step by what the controller has measured; None before it has seen such
         a batch."""
-        cost = self.scheduler.controller.cost
-        if not cost.has_seen(num_reqs):
-            return None
         num_context = sum(request.num_computed_tokens for request in self.scheduler.running)
-        seconds: float = cost.near(num_reqs).seconds(Work(num_reqs, num_reqs, 0, num_context))
+        cost = self.scheduler.controller.cost
+        seconds: float | None = cost.plain_seconds(num_reqs, num_context)
         return seconds
 
     def samples(self) -> dict[str, list[Any]]:
@@ -85,18 +82,8 @@ class EngineRecord:
         ]
         found["drafter_info"] = [(self._info, 1)]
         if self.adaptive:
-            found |= drafting_samples(self.scheduler.controller.status(), time.monotonic())
+            found |= drafting_samples(status_of(self.scheduler.controller), time.monotonic())
         return found
-
-
-def drafting_samples(status: Status, now: float) -> dict[str, list[Any]]:
-    """What the controller makes of drafting, ``now`` on ``time.monotonic``'s clock."""
-    found: dict[str, list[Any]] = {"drafting": [([status.why], int(status.drafting))]}
-    if status.measured is not None:
-        found["draft_measured_age_seconds"] = [([], now - status.measured)]
-    if status.next_trial is not None:
-        found["next_trial_seconds"] = [([], status.next_trial)]
-    return found
 
 
 def _info(vllm_config: Any, block_size: int, adaptive: bool) -> list[str]:

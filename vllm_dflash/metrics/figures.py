@@ -179,7 +179,7 @@ def _drafting(see: _Engine) -> dict[str, Any] | None:
 
 
 _WHY = {
-    "first": "first steps of a batch size",
+    "first": "nothing was chosen yet",
     "pays": "measured to pay",
     "slow": "measured slow",
     "rejected": "too few draft tokens are accepted",

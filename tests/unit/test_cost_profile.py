@@ -1,0 +1,168 @@
+"""The profile of steps: what is fitted to measurements, and what is kept on the disk."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from simulation import large_gpu, profile_of, two_cores
+from simulation_async import h200
+from vllm_dflash import profiles
+from vllm_dflash.cost_profile import Cell, Profile, Work, fit, line
+from vllm_dflash.profiles import find, keep, key_of, this_cpu
+
+
+@pytest.fixture(autouse=True)
+def another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiles, "_kept", {})
+
+
+@pytest.mark.parametrize("cost", [two_cores, large_gpu])
+@pytest.mark.parametrize("rows", [1, 5, 7, 30, 100, 200, 400])
+def test_steps_between_the_measured_ones(cost: Any, rows: int) -> None:
+    profile = profile_of(cost, 7)
+    for work in (Work(1, rows, 0), Work(1, rows, 8 * rows)):
+        assert profile.of(work) == pytest.approx(cost(work), rel=0.04)
+
+
+def test_more_rows_than_were_measured() -> None:
+    """The last octave's line goes on."""
+    profile = profile_of(large_gpu, 7, most_reqs=32)
+    for rows in (512, 2048):
+        assert profile.of(Work(1, rows, 0)) == pytest.approx(large_gpu(Work(1, rows, 0)), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("num_reqs", "context"), [(1, 1 << 10), (1, 1 << 17), (32, 1 << 12), (8, 1 << 15)]
+)
+@pytest.mark.parametrize("verified", [0, 7, 15])
+def test_contexts_on_a_gpu(num_reqs: int, context: int, verified: int) -> None:
+    """Also of many requests, of which one alone was measured at a long context."""
+    profile = profile_of(h200, 15, contexts=[1 << 14, 1 << 17])
+    rows, positions = num_reqs * (1 + verified), num_reqs * context
+    plain = Work(num_reqs, rows, 0, positions, rows * context)
+    draft = Work(num_reqs, rows, 16 * num_reqs, positions, rows * context, 16 * positions)
+    for work in (plain, draft):
+        assert profile.of(work) == pytest.approx(h200(work), rel=0.07)
+
+
+def test_rows_may_be_an_array() -> None:
+    profile = line((1.0, 0.5), (0.25, 0.125), attend=2.0)
+    rows = np.array([1.0, 3.0])
+    found = profile.target_seconds(rows, 0.0, rows).tolist()
+    assert found == pytest.approx([1 + 0.5 + 2, 1 + 1.5 + 6])
+    assert profile.draft_seconds(8, 0.0) == pytest.approx(1.25)
+
+
+def test_noise_takes_no_row_away() -> None:
+    """A step with more rows that was measured shorter is taken for as long, and of three
+    measurements of one the lowest counts."""
+    seconds = {1: (2.0, 1.0, 9.0), 2: (0.8, 5.0, 5.0), 4: (3.0, 2.0, 4.0)}
+    cells = [Cell(Work(1, rows, 0), each) for rows, times in seconds.items() for each in times]
+    profile = fit([*cells, Cell(Work(1, 0, 8), 1.0)])
+    assert [profile.of(Work(1, rows, 0)) for rows in (1, 2, 4)] == pytest.approx([1.0, 1.0, 2.0])
+
+
+def test_nothing_takes_less_than_no_time() -> None:
+    """Contexts that were measured faster than none cost nothing, and give nothing back."""
+    cells = [
+        Cell(Work(1, 1, 0), 1.0),
+        Cell(Work(1, 8, 0), 1.0),
+        Cell(Work(1, 1, 0, 100, 100), 0.5),
+        Cell(Work(1, 0, 8), 1.0),
+        Cell(Work(1, 0, 8, 100, 0, 800), 0.9),
+    ]
+    profile = fit(cells)
+    assert (profile.read, profile.attend, profile.draft_attend) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("cells", [[Cell(Work(1, 1, 0), 1.0)], [Cell(Work(1, 0, 8), 1.0)], []])
+def test_half_a_profile_is_none(cells: list[Cell]) -> None:
+    with pytest.raises(ValueError, match="no target steps, or no drafts"):
+        fit(cells)
+
+
+KEY = '{"device": "a"}'
+PROFILE = line((1.0, 0.5), (0.25, 0.125), read=1e-6, attend=1e-7, draft_attend=1e-8)
+
+
+def test_a_second_start_reads_what_the_first_has_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert find(tmp_path, KEY) is None
+    keep(tmp_path, KEY, PROFILE)
+    monkeypatch.setattr(profiles, "_kept", {})
+    assert find(tmp_path, KEY) == PROFILE
+    assert find(tmp_path, '{"device": "b"}') is None
+
+
+def test_where_nothing_can_be_written_it_holds_for_the_process(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    keep(tmp_path / "file", KEY, PROFILE)
+    assert find(tmp_path / "file", KEY) == PROFILE
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:-20],
+        lambda text: text.replace('"target"', '"targets"'),
+        lambda text: text.replace("0.25", '"a"'),
+        lambda text: text.replace('"a"', '"another"').replace(r"\"a\"", r"\"b\""),
+        lambda text: text.replace("1048576.0", "0.0"),
+        lambda text: text.replace("1.0,", "0.0,").replace("0.25", "0.0"),
+        lambda text: "[" * 100000,
+    ],
+    ids=["cut", "a field gone", "no number", "another's", "rows", "no time", "deep"],
+)
+def test_a_damaged_file_is_measured_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Any
+) -> None:
+    keep(tmp_path, KEY, PROFILE)
+    (file,) = tmp_path.rglob("*.json")
+    changed = damage(file.read_text())
+    assert changed != file.read_text()
+    file.write_text(changed)
+    monkeypatch.setattr(profiles, "_kept", {})
+    assert find(tmp_path, KEY) is None
+    keep(tmp_path, KEY, PROFILE)
+    assert find(tmp_path, KEY) == PROFILE
+
+
+def config(**changed: Any) -> Any:
+    def model(name: str) -> Any:
+        return SimpleNamespace(
+            model=name,
+            revision=None,
+            dtype="float32",
+            quantization=None,
+            max_model_len=2048,
+            enforce_eager=True,
+        )
+
+    given = {
+        "model_config": model("target"),
+        "speculative_config": SimpleNamespace(
+            draft_model_config=model("drafter"), num_speculative_tokens=7
+        ),
+        "cache_config": SimpleNamespace(cache_dtype="auto", block_size=16),
+        "parallel_config": SimpleNamespace(tensor_parallel_size=1),
+        "scheduler_config": SimpleNamespace(max_num_seqs=32, max_num_batched_tokens=2048),
+    }
+    return SimpleNamespace(**given | changed)
+
+
+def test_a_profile_holds_for_its_models_device_and_version() -> None:
+    keys = {
+        key_of(config(), "0.32", "a"),
+        key_of(config(), "0.33", "a"),
+        key_of(config(), "0.32", "b"),
+        key_of(config(model_config=config().speculative_config.draft_model_config), "0.32", "a"),
+        key_of(config(parallel_config=SimpleNamespace(tensor_parallel_size=2)), "0.32", "a"),
+    }
+    assert len(keys) == 5
+    assert key_of(config(), "0.32", "a") in keys
+    assert this_cpu({}) != this_cpu({"OMP_NUM_THREADS": "1"})
+    assert isinstance(PROFILE, Profile)
