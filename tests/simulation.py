@@ -9,7 +9,8 @@ import numpy as np
 
 from vllm_dflash.adaptive.controller import Controller, Plan
 from vllm_dflash.adaptive.tuning import TUNING, Tuning
-from vllm_dflash.cost_profile import Cell, Profile, Work, fit
+from vllm_dflash.cost_profile import Cell, Profile, fit
+from vllm_dflash.steps import Work
 
 Batch = dict[str, Sequence[float]]
 """Request to the probability with which its draft token at each position is accepted, once all

@@ -13,7 +13,8 @@ import numpy as np
 from simulation import profile_of
 from vllm_dflash.adaptive.controller import Controller, Plan
 from vllm_dflash.adaptive.tuning import TUNING, Tuning
-from vllm_dflash.cost_profile import Profile, Work
+from vllm_dflash.cost_profile import Profile
+from vllm_dflash.steps import Work
 
 
 def h200(work: Work) -> float:

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from vllm_dflash.steps import Work
+
 _BEYOND = 1 << 20
 """Rows at the end of the line that goes on from the last measured ones."""
 
@@ -52,23 +54,6 @@ def fill_rows(survivals: Sequence[Sequence[float]], prices: Sequence[float]) -> 
         for _, i in nlargest(abs(missing), can):
             found[i] += sign
     return found
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one step computes."""
-
-    num_reqs: int
-    num_tokens: int
-    """The target's rows: one a request and one for each draft token that is verified."""
-    draft_rows: int
-    """The drafter's rows, a block for each request that drafts; 0 where nothing is drafted."""
-    num_context: int = 0
-    """Positions of all requests' contexts."""
-    attended: int = 0
-    """Of each of the target's rows the positions of its request's context, in all."""
-    draft_attended: int = 0
-    """The same of the drafter's rows."""
 
 
 @dataclass(frozen=True)

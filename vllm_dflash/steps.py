@@ -13,13 +13,30 @@ objects are only read.
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
 
 from vllm_dflash.compat import num_drafted
-from vllm_dflash.cost_profile import Work
 from vllm_dflash.drafts import skipped_of
 from vllm_dflash.log import logger
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step computes."""
+
+    num_reqs: int
+    num_tokens: int
+    """The target's rows: one a request and one for each draft token that is verified."""
+    draft_rows: int
+    """The drafter's rows, a block for each request that drafts; 0 where nothing is drafted."""
+    num_context: int = 0
+    """Positions of all requests' contexts."""
+    attended: int = 0
+    """Of each of the target's rows the positions of its request's context, in all."""
+    draft_attended: int = 0
+    """The same of the drafter's rows."""
 
 
 class Step:

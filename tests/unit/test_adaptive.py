@@ -11,7 +11,8 @@ from vllm_dflash.adaptive.acceptance import Acceptance, GroupOf
 from vllm_dflash.adaptive.controller import Controller, Plan
 from vllm_dflash.adaptive.cost import StepCost
 from vllm_dflash.adaptive.tuning import TUNING
-from vllm_dflash.cost_profile import GUESS, Work, round_rows
+from vllm_dflash.cost_profile import GUESS, round_rows
+from vllm_dflash.steps import Work
 
 RATES = {
     "good": [0.8, 0.78, 0.76, 0.74, 0.72, 0.7, 0.68],

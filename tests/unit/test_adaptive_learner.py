@@ -9,9 +9,8 @@ import pytest
 from step_records import ran_of, scheduled_of, scheduler_of
 from vllm_dflash.adaptive.controller import Plan
 from vllm_dflash.adaptive.learner import Learner
-from vllm_dflash.cost_profile import Work
 from vllm_dflash.drafts import Planned
-from vllm_dflash.steps import Step, Steps
+from vllm_dflash.steps import Step, Steps, Work
 
 
 @dataclass

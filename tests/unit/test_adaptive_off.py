@@ -13,8 +13,8 @@ import pytest
 from simulation import BAD, GOOD, Run, drafting, large_gpu, slow, two_cores
 from vllm_dflash.adaptive.cost import power
 from vllm_dflash.adaptive.tuning import TUNING
-from vllm_dflash.cost_profile import Work
 from vllm_dflash.metrics.drafting import status_of
+from vllm_dflash.steps import Work
 
 
 def longest(block: int = 8) -> int:

@@ -8,8 +8,8 @@ import pytest
 
 from simulation import BAD, GOOD, Run, drafting, profile_of, slow, two_cores
 from vllm_dflash.adaptive.tuning import TUNING
-from vllm_dflash.cost_profile import Work
 from vllm_dflash.metrics.drafting import status_of
+from vllm_dflash.steps import Work
 
 PLAIN = two_cores(Work(1, 1, 0))
 STALE = 128

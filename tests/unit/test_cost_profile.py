@@ -10,8 +10,9 @@ import pytest
 from simulation import large_gpu, profile_of, two_cores
 from simulation_async import h200
 from vllm_dflash import profiles
-from vllm_dflash.cost_profile import Cell, Profile, Work, fit, line
+from vllm_dflash.cost_profile import Cell, Profile, fit, line
 from vllm_dflash.profiles import find, keep, key_of, this_cpu
+from vllm_dflash.steps import Work
 
 
 @pytest.fixture(autouse=True)

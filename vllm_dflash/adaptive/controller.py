@@ -21,7 +21,8 @@ import numpy as np
 from vllm_dflash.adaptive.acceptance import Acceptance, Confidences, GroupOf, LimitOf, Outcomes
 from vllm_dflash.adaptive.cost import StepCost, power
 from vllm_dflash.adaptive.tuning import TUNING, Tuning
-from vllm_dflash.cost_profile import GUESS, Profile, Work, fill_rows
+from vllm_dflash.cost_profile import GUESS, Profile, fill_rows
+from vllm_dflash.steps import Work
 
 
 @dataclass(frozen=True)

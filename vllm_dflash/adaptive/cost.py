@@ -13,7 +13,8 @@ from collections import deque
 from statistics import median_low
 
 from vllm_dflash.adaptive.tuning import Tuning
-from vllm_dflash.cost_profile import GUESS, Profile, Work
+from vllm_dflash.cost_profile import GUESS, Profile
+from vllm_dflash.steps import Work
 
 
 def power(num_reqs: int) -> int:

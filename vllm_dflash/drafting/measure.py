@@ -19,11 +19,12 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_dflash.adaptive.settings import is_adaptive
 from vllm_dflash.checks import drafter_config
-from vllm_dflash.cost_profile import Cell, Work, fit, round_rows
+from vllm_dflash.cost_profile import Cell, fit, round_rows
 from vllm_dflash.engine_profiles import profile_key
 from vllm_dflash.log import logger
 from vllm_dflash.profiles import find, keep
 from vllm_dflash.progress import Progress
+from vllm_dflash.steps import Work
 
 if TYPE_CHECKING:
     from vllm_dflash.drafting.v1 import DFlashProposer

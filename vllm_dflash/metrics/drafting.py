@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_dflash.adaptive.controller import Controller
 from vllm_dflash.adaptive.cost import power
-from vllm_dflash.cost_profile import Work
+from vllm_dflash.steps import Work
 
 
 @dataclass(frozen=True)
