@@ -36,6 +36,7 @@ DASHBOARD = json.loads(queries.DASHBOARD.read_text())
 LOOSENED = {
     "SpeculationDoesNotPay": {"< 1": "< 1000"},
     "AcceptedLengthLow": {"< 1.3": "< 1000"},
+    "AcceptanceBelowProved": {"< 0.8\n": "< 1000\n"},
     "AcceptanceFell": {"offset 1d": "offset 2s", "< 0.7": "< 1000"},
     "DrafterTooSlow": {"> 0.4": "> 0"},
     "EngineBelowPeers": {"0.75 *": "100 *"},
