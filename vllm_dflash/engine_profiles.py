@@ -6,13 +6,13 @@ pytest tests/engine/test_adaptive.py
 from pathlib import Path
 from typing import Any
 
-import vllm
 from vllm import envs
 from vllm.platforms import current_platform
 
 from vllm_dflash.cost_profile import GUESS, Profile
 from vllm_dflash.log import logger
 from vllm_dflash.profiles import find, key_of, this_cpu
+from vllm_dflash.supported import installed_vllm
 
 
 def profile_for(vllm_config: Any) -> Profile:
@@ -28,4 +28,4 @@ def profile_key(vllm_config: Any) -> tuple[Path, str]:
     """vLLM's cache folder, and the name of an engine's profile in it."""
     device = vllm_config.device_config.device_type
     name = this_cpu() if device == "cpu" else str(current_platform.get_device_name())
-    return Path(envs.VLLM_CACHE_ROOT), key_of(vllm_config, vllm.__version__, name)
+    return Path(envs.VLLM_CACHE_ROOT), key_of(vllm_config, installed_vllm() or "", name)
