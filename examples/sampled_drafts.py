@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -81,7 +82,7 @@ class Sequence:
             raise SystemExit("a draft vocabulary of its own is not read here")
         if temperature is None:
             tokens, _ = drafter.head.draft(block, ids[0, 0])
-            return [(one, torch.eye(config.vocab_size)[one]) for one in tokens.tolist()]
+            return list(zip(tokens.tolist(), F.one_hot(tokens, config.vocab_size), strict=True))
         drawn, before = [], ids[0, 0]
         for row in range(block.hidden.shape[0]):
             q = (drafter.head.scores(block.row(row), before) / temperature).softmax(-1)
