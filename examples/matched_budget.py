@@ -1,18 +1,17 @@
-"""A study at one budget: DFlash and DFlare, depths, target layers, DFlare's own projections, the
-rise of gamma; several seeds, with intervals.
+"""A study at one budget, in two parts: contexts (DFlash and DFlare, depths, target layers, DFlare's
+own projections, the rise of gamma) and heads (three contexts x five heads over the block); several
+seeds, with intervals.
 
 Every variant is trained by `vllm-dflash train` on the same answers, for the same number of steps,
 on the embedded target; tau is the trainer's on held-out prompts, which is the served one
 (docs/train.md). Stopped, it goes on where it was. Drafters to compare in speed are then served
 beside each other by `vllm-dflash bench`.
 
-    .venv/bin/python examples/matched_budget.py --prompts prompts.jsonl --out /tmp/study --list
-    .venv/bin/python examples/matched_budget.py --prompts prompts.jsonl --out /tmp/study --steps 400
-    --seeds 0 1 2 .venv/bin/python examples/matched_budget.py --prompts prompts.jsonl --out
-    /tmp/study --steps 400 --match parameters .venv/bin/python examples/matched_budget.py --prompts
-    prompts.jsonl --out /tmp/study --batch-size 8 --anchors 16 --precision float32 .venv/bin/python
-    examples/matched_budget.py --prompts prompts.jsonl --out /tmp/study --bench dflash-3x3
-    dflare-3x5
+    study=".venv/bin/python examples/matched_budget.py --prompts prompts.jsonl --out /tmp/study"
+    $study --list
+    $study --part heads --match parameters --seeds 0 1 2
+    $study --part heads --match parameters --report
+    $study --bench dflash-3x3 dflare-3x5
 """
 
 import argparse
@@ -23,64 +22,18 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from matched_report import differences, report
+from matched_variants import PARTS, Variant
 from tqdm import tqdm
 
 from vllm_dflash.training.settings import Settings, load
 
 PAIR = Path(__file__).resolve().parent / "embedded_pair"
-TARGET_LAYERS = {3: "1,3,5", 5: "1,2,3,5,6", 8: "0,1,2,3,4,5,6,7"}
-"""How many of the target's eight layers a drafter sees, and which."""
-_STUDENT = {
-    1: 12.706,
-    2: 4.303,
-    3: 3.182,
-    4: 2.776,
-    5: 2.571,
-    6: 2.447,
-    7: 2.365,
-    8: 2.306,
-    9: 2.262,
-}
-"""97.5 % quantiles of Student's distribution by degrees of freedom."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One drafter of the study, by its settings."""
-
-    name: str
-    flags: dict[str, Any] = field(default_factory=dict)
-
-
-def variants() -> list[Variant]:
-    """Kind x depth x target layers, gamma constant in all; then, around three layers and five
-    target layers, one change at a time."""
-    grid = [
-        Variant(
-            f"{kind}-{layers}x{seen}",
-            {"kind": kind, "layers": layers, "target_layer_ids": ids, "gamma_start": 4.0},
-        )
-        for kind in ("dflash", "dflare")
-        for layers in (2, 3, 5)
-        for seen, ids in TARGET_LAYERS.items()
-    ]
-    base = {"layers": 3, "target_layer_ids": TARGET_LAYERS[5]}
-    return [
-        *grid,
-        Variant(
-            "dflare-3x5-tied", base | {"kind": "dflare", "tie_context": True, "gamma_start": 4.0}
-        ),
-        Variant("dflare-3x5-rise", base | {"kind": "dflare", "gamma_start": 1.0}),
-        Variant("dflash-3x5-rise", base | {"kind": "dflash", "gamma_start": 1.0}),
-        Variant("dflash-3x5-dpace", base | {"kind": "dflash", "weighting": "dpace"}),
-        Variant("dflare-3x5-dpace", base | {"kind": "dflare", "weighting": "dpace"}),
-    ]
 
 
 def settings_of(args: argparse.Namespace, variant: Variant, seed: int) -> Settings:
@@ -137,6 +90,9 @@ def matched_width(chosen: Settings) -> int:
     base = replace(
         chosen.drafter,
         kind="dflash",
+        head="argmax",
+        head_settings="{}",
+        conv_kernel_size=0,
         layers=3,
         target_layer_ids=(1, 3, 5),
         tie_context=False,
@@ -144,6 +100,30 @@ def matched_width(chosen: Settings) -> int:
     )
     wanted, each = parameters_of(replace(chosen, drafter=base)), (at(32) - at(16)) // 16
     return max(16, 16 + (wanted - at(16)) // each // 16 * 16)
+
+
+def flops_of(chosen: Settings) -> int:
+    """Floating-point operations of a draft, as torch counts them: a block, and one token more of
+    context."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
+
+    from vllm_dflash.reference.checkpoint import new_drafter
+    from vllm_dflash.reference.decoding import draft_block
+    from vllm_dflash.training.drafter import plan
+    from vllm_dflash.training.target import find_target
+
+    config = plan(chosen, find_target(chosen))[0].with_(dtype="float32")
+    target = AutoModelForCausalLM.from_pretrained(chosen.run.target, dtype=torch.float32)
+    drafter, counter = new_drafter(config), FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        context = drafter.context(torch.randn(1, 1, config.num_features * config.hidden_size))
+        kept = drafter.context_kv(context, torch.zeros(1, 1, dtype=torch.long))
+        before = drafter.before_anchors(context, torch.ones(1, 1, dtype=torch.long))
+        before = None if before is None else before[0, 0]
+        draft_block(target, drafter, 1, 1, kept, config.block_size, before=before)
+    return counter.get_total_flops()
 
 
 def _product(shape: Sequence[int]) -> int:
@@ -201,16 +181,6 @@ def _linked(source: Path, out: Path) -> None:
     part.rename(out)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % confidence interval (Student); infinite for one value."""
-    if len(values) < 2:
-        return values[0], float("inf")
-    return (
-        statistics.mean(values),
-        _STUDENT[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5,
-    )
-
-
 def note(args: argparse.Namespace, variant: Variant, seed: int, run: Settings) -> None:
     """Adds a finished run to the file of results, a line."""
     found = _read(Path(run.run.out) / "train" / "result.json")
@@ -232,91 +202,17 @@ def finished(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [line for line in map(json.loads, lines) if budget.items() <= line.items()]
 
 
-def report(args: argparse.Namespace, chosen: Sequence[Variant]) -> str:
-    """A table of what is trained so far, best first."""
-    rows = []
-    for variant in chosen:
-        runs = [one for one in finished(args) if one["variant"] == variant.name]
-        if runs:
-            mean, half = interval([one["tau"] for one in runs])
-            seconds = statistics.median(one["seconds_a_step"] for one in runs)
-            rows.append((mean, half, len(runs), variant.name, runs[0]["parameters"], seconds))
-    blocks = f"{args.batch_size} sequences x {args.anchors} blocks"
-    lines = [
-        (
-            f"{args.steps} steps of {blocks}, matched by {args.match}; tau on 128 held-out prompts"
-            f" x 192 tokens, greedy, {args.dtype}"
-        ),
-        "",
-        "| drafter | tau | 95 % interval | seeds | parameters | seconds a step |",
-        "|---|---|---|---|---|---|",
-    ]
-    for mean, half, count, name, size, seconds in sorted(rows, reverse=True):
-        lines.append(
-            f"| {name} | {mean:.3f} | ± {half:.3f} | {count} | {size / 1e6:.2f} M | {seconds:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def contrasts(names: Collection[str]) -> list[tuple[str, str, str]]:
-    """Question, variant, and what it is held against, of these variants: what differs by one
-    change."""
-    found = []
-    for layers in (2, 3, 5):
-        for seen in TARGET_LAYERS:
-            found.append(
-                ("DFlare over DFlash", f"dflare-{layers}x{seen}", f"dflash-{layers}x{seen}")
-            )
-    for kind in ("dflash", "dflare"):
-        for layers in (2, 3, 5):
-            found += [
-                ("more target layers", f"{kind}-{layers}x{b}", f"{kind}-{layers}x{a}")
-                for a, b in pairwise(TARGET_LAYERS)
-            ]
-        for seen in TARGET_LAYERS:
-            found += [
-                ("more draft layers", f"{kind}-{b}x{seen}", f"{kind}-{a}x{seen}")
-                for a, b in pairwise((2, 3, 5))
-            ]
-    found.append(("own projections of the context", "dflare-3x5", "dflare-3x5-tied"))
-    for name, question in (("rise", "a rising gamma"), ("dpace", "D-PACE")):
-        found += [(question, f"{kind}-3x5-{name}", f"{kind}-3x5") for kind in ("dflash", "dflare")]
-    return [one for one in found if one[1] in names and one[2] in names]
-
-
-def differences(args: argparse.Namespace) -> str:
-    """A table of the contrasts: tau of one variant less the other's, seed by seed, as both saw the
-    same batches; and each question's mean."""
-    tau = {(one["variant"], one["seed"]): one["tau"] for one in finished(args)}
-    lines = ["| question | | tau | 95 % interval | seeds | |", "|---|---|---|---|---|---|"]
-
-    def row(question: str, what: str, values: Sequence[float]) -> str:
-        mean, half = interval(values)
-        verdict = "not told apart" if abs(mean) <= half else "higher" if mean > 0 else "lower"
-        return f"| {question} | {what} | {mean:+.3f} | ± {half:.3f} | {len(values)} | {verdict} |"
-
-    asked = contrasts({name for name, _ in tau})
-    for question in dict.fromkeys(question for question, _, _ in asked):
-        found: dict[str, dict[int, float]] = {}
-        for _, this, other in (one for one in asked if one[0] == question):
-            seeds = sorted(seed for name, seed in tau if name == this and (other, seed) in tau)
-            if seeds:
-                found[f"{this} less {other}"] = {
-                    seed: tau[this, seed] - tau[other, seed] for seed in seeds
-                }
-        lines += [row(question, what, list(values.values())) for what, values in found.items()]
-        most = max((len(values) for values in found.values()), default=0)
-        # Those with all seeds, so that a seed is a mean of the same contrasts as another.
-        whole = [values for values in found.values() if len(values) == most]
-        if len(whole) > 1:
-            lines.append(
-                row(
-                    question,
-                    "**mean**",
-                    [statistics.mean(values[seed] for values in whole) for seed in whole[0]],
-                )
-            )
-    return "\n".join(lines) + "\n"
+def tables(args: argparse.Namespace, chosen: Sequence[Variant]) -> str:
+    """What is trained so far of these variants: the table of means, and that of differences."""
+    names = {v.name for v in chosen}
+    runs = [run for run in finished(args) if run["variant"] in names]
+    found = {run["variant"] for run in runs}
+    flops = {v.name: flops_of(settings_of(args, v, 0)) for v in chosen if v.name in found}
+    what = (
+        f"{args.steps} steps of {args.batch_size} sequences x {args.anchors} blocks, matched by"
+        f" {args.match}; tau on 128 held-out prompts x 192 tokens, greedy, {args.dtype}"
+    )
+    return f"{what}\n\n{report(runs, flops)}\n{differences(runs)}"
 
 
 def _budget(args: argparse.Namespace) -> dict[str, Any]:
@@ -350,7 +246,7 @@ def _step_seconds(run: Settings) -> float:
 
 def bench(args: argparse.Namespace, names: Sequence[str]) -> int:
     """Serves the first seed's drafters of these names beside plain decoding, in turns."""
-    by_name = {v.name: v for v in variants()}
+    by_name = {v.name: v for v in PARTS[args.part]()}
     folders = {
         n: Path(settings_of(args, by_name[n], args.seeds[0]).run.out) / "train" / "drafter"
         for n in names
@@ -392,6 +288,9 @@ def main() -> int:
             "a line for each finished run, none of which is done again (default: OUT/results.jsonl)"
         ),
     )
+    parser.add_argument(
+        "--part", choices=PARTS, default="contexts", help="of the study (default: contexts)"
+    )
     parser.add_argument("--steps", type=int, default=400, help="of every run (default: 400)")
     parser.add_argument("--batch-size", type=int, default=16, help="sequences a step (default: 16)")
     parser.add_argument("--anchors", type=int, default=32, help="blocks a sequence (default: 32)")
@@ -430,7 +329,7 @@ def main() -> int:
     )
     parser.add_argument("--bench", nargs="+", metavar="NAME", help="serve these, and stop")
     args = parser.parse_args()
-    chosen = [v for v in variants() if not args.only or v.name in args.only]
+    chosen = [v for v in PARTS[args.part]() if not args.only or v.name in args.only]
     if args.list:
         for variant in chosen:
             print(
@@ -440,7 +339,7 @@ def main() -> int:
     if args.bench:
         return bench(args, args.bench)
     if args.report:
-        print(report(args, chosen) + "\n" + differences(args))
+        print(tables(args, chosen))
         return 0
     began = time.monotonic()
     done = {(one["variant"], one["seed"]) for one in finished(args)}
@@ -451,8 +350,7 @@ def main() -> int:
         run = settings_of(args, variant, seed)
         train(args, run)
         note(args, variant, seed, run)
-        (args.out / "report.md").write_text(report(args, chosen) + "\n" + differences(args))
-    print(report(args, chosen) + "\n" + differences(args))
+    print(tables(args, chosen))
     return 0
 
 

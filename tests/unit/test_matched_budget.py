@@ -2,28 +2,27 @@
 Student's."""
 
 import argparse
-import importlib.util
-import json
-import sys
+import importlib
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 pytestmark = pytest.mark.slow
 
-PATH = Path(__file__).parents[2] / "examples" / "matched_budget.py"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
-def study():
-    spec = importlib.util.spec_from_file_location("matched_budget", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def study() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(str(EXAMPLES))
+        yield importlib.import_module("matched_budget")
 
 
-def test_one_size(study, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("part", "count"), [("contexts", 23), ("heads", 15)])
+def test_one_size(study: ModuleType, tmp_path: Path, part: str, count: int) -> None:
     args = argparse.Namespace(
         prompts=tmp_path / "p",
         out=tmp_path,
@@ -35,24 +34,27 @@ def test_one_size(study, tmp_path: Path) -> None:
         precision="float32",
         compile=False,
     )
-    sizes = {v.name: study.parameters_of(study.settings_of(args, v, 0)) for v in study.variants()}
-    assert len(sizes) == 23
-    assert max(sizes.values()) < 1.03 * min(sizes.values())
+    runs = {v.name: study.settings_of(args, v, 0) for v in study.PARTS[part]()}
+    sizes = [study.parameters_of(run) for run in runs.values()]
+    assert len(sizes) == count
+    assert max(sizes) < 1.03 * min(sizes)
+    if part == "heads":
+        # What a draft computes differs by less than half.
+        flops = [study.flops_of(run) for run in runs.values()]
+        assert max(flops) < 1.5 * min(flops)
 
 
-def test_intervals(study) -> None:
-    mean, half = study.interval([3.0, 3.2, 3.4])
+def test_intervals(study: ModuleType) -> None:
+    from matched_report import interval
+
+    mean, half = interval([3.0, 3.2, 3.4])
     assert (mean, half) == (pytest.approx(3.2), pytest.approx(4.303 * 0.2 / 3**0.5))
-    assert study.interval([3.0])[1] == float("inf")
+    assert interval([3.0])[1] == float("inf")
 
 
-def test_differences_are_paired_by_seed(study, tmp_path: Path) -> None:
+def test_differences_are_paired_by_seed(study: ModuleType) -> None:
     """What all variants of a seed have in common cancels out; a question's mean weighs seeds
     alike."""
-    budget = dict(
-        match="steps", steps=10, batch_size=16, anchors=32, dtype="float32", precision="float32"
-    )
-    args = argparse.Namespace(**budget, out=tmp_path, results=None)
     taus = {("dflash-3x3", s): s for s in (0, 1, 2)} | {
         ("dflare-3x3", s): s + 0.5 + s / 100 for s in (0, 1, 2)
     }
@@ -62,12 +64,8 @@ def test_differences_are_paired_by_seed(study, tmp_path: Path) -> None:
         | {("dflare-3x5-tied", 0): 0.1}
     )
     taus |= {("dflare-2x5", s): s for s in (0, 1, 2)} | {("dflash-2x5", s): s - 0.1 for s in (0, 1)}
-    lines = [
-        json.dumps(budget | {"variant": name, "seed": seed, "tau": tau})
-        for (name, seed), tau in taus.items()
-    ]
-    (tmp_path / "results.jsonl").write_text("\n".join(lines))
-    table = study.differences(args).splitlines()
+    runs = [{"variant": name, "seed": seed, "tau": tau} for (name, seed), tau in taus.items()]
+    table = study.differences(runs).splitlines()
     assert (
         "| DFlare over DFlash | dflare-3x3 less dflash-3x3 | +0.510 | ± 0.025 | 3 | higher |"
         in table
