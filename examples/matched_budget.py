@@ -115,7 +115,9 @@ def flops_of(chosen: Settings) -> int:
     from vllm_dflash.training.target import find_target
 
     config = plan(chosen, find_target(chosen))[0].with_(dtype="float32")
-    target = AutoModelForCausalLM.from_pretrained(chosen.run.target, dtype=torch.float32)
+    target = AutoModelForCausalLM.from_pretrained(
+        chosen.run.target, dtype=torch.float32, trust_remote_code=False
+    )
     drafter, counter = new_drafter(config), FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         context = drafter.context(torch.randn(1, 1, config.num_features * config.hidden_size))

@@ -145,8 +145,10 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
     args = parser.parse_args()
-    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    target = AutoModelForCausalLM.from_pretrained(
+        args.target, dtype=torch.float32, trust_remote_code=False
+    )
+    tokenizer = AutoTokenizer.from_pretrained(args.target, trust_remote_code=False)
     lines = args.prompts.read_text().splitlines()[: args.count]
     prompts = [tokenizer.encode(json.loads(line)["prompt"]) for line in lines]
     print("| drafter | likeliest | " + " | ".join(f"drawn at {t}" for t in args.draft_temperature))
