@@ -107,17 +107,15 @@ def flops_of(chosen: Settings) -> int:
     context."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
-    from transformers import AutoModelForCausalLM
 
+    from vllm_dflash.hub import load_model
     from vllm_dflash.reference.checkpoint import new_drafter
     from vllm_dflash.reference.decoding import draft_block
     from vllm_dflash.training.drafter import plan
     from vllm_dflash.training.target import find_target
 
     config = plan(chosen, find_target(chosen))[0].with_(dtype="float32")
-    target = AutoModelForCausalLM.from_pretrained(
-        chosen.run.target, dtype=torch.float32, trust_remote_code=False
-    )
+    target = load_model(chosen.run.target, "float32", "cpu")
     drafter, counter = new_drafter(config), FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         context = drafter.context(torch.randn(1, 1, config.num_features * config.hidden_size))

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
+from vllm_dflash.hub import load_model, load_tokenizer
 from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.reference.decoding import target_features
 from vllm_dflash.reference.drafter import ContextKV, Drafter
@@ -145,10 +146,9 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
     args = parser.parse_args()
-    target = AutoModelForCausalLM.from_pretrained(
-        args.target, dtype=torch.float32, trust_remote_code=False
-    )
-    tokenizer = AutoTokenizer.from_pretrained(args.target, trust_remote_code=False)
+    target, tokenizer = load_model(args.target, "float32", "cpu"), load_tokenizer(args.target)
+    if tokenizer is None:
+        raise SystemExit(f"{args.target} has no tokenizer that can be read: give a target's folder")
     lines = args.prompts.read_text().splitlines()[: args.count]
     prompts = [tokenizer.encode(json.loads(line)["prompt"]) for line in lines]
     print("| drafter | likeliest | " + " | ".join(f"drawn at {t}" for t in args.draft_temperature))
