@@ -78,6 +78,7 @@ docs: $(INSTALLED) ## the documents as a site, in site/
 	$(BIN)/mkdocs build --quiet
 
 wheel: $(INSTALLED) ## the wheel, in dist/
+	@rm -rf build  # setuptools would pack what an earlier one left there
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 sdist: $(INSTALLED) ## the source distribution, in dist/
@@ -85,4 +86,4 @@ sdist: $(INSTALLED) ## the source distribution, in dist/
 	    print('dist/' + build_meta.build_sdist('dist'))" | tail -1
 
 clean: ## removes the virtual environment and everything built
-	rm -rf $(VENV) .compat build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .compat build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache

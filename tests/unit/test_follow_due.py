@@ -132,7 +132,7 @@ def flags(**changes: Any) -> Namespace:
         "held_out": 4,
         "settings": None,
         "out": Path("o"),
-        "minutes": None,
+        "minutes": 15.0,
         "tokens": None,
         "dtype": None,
         "when_below": None,

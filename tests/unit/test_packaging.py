@@ -229,3 +229,24 @@ def test_project_urls_are_addresses_that_the_documents_name() -> None:
     kinds = (ROOT / "docs" / "kinds.md").read_text()
     for address in PROJECT["project"]["urls"].values():
         assert address.removeprefix("https://arxiv.org/abs/") in kinds
+
+
+def recipe(target: str) -> list[str]:
+    """The lines of a target of the Makefile."""
+    _, _, rest = (ROOT / "Makefile").read_text().partition(f"\n{target}:")
+    return [line for line in rest.partition("\n\n")[0].splitlines() if line.startswith("\t")]
+
+
+def test_a_wheel_is_not_packed_from_what_was_built_before() -> None:
+    """A module that had been deleted since the last `make wheel` was in the next one: setuptools
+    packs all of build/lib."""
+    assert recipe("wheel")[0].startswith("\t@rm -rf build ")
+
+
+def test_clean_removes_all_that_is_built() -> None:
+    """It left the site. gpu-results/ holds measurements, which nothing makes again."""
+    [line] = recipe("clean")
+    kept = {"__pycache__", "node_modules", "examples/embedded_pair/run", "gpu-results"}
+    ignored = {each.rstrip("/") for each in (ROOT / ".gitignore").read_text().split()}
+    removed = line.replace("$(VENV)", ".venv").split()
+    assert sorted(ignored - kept - set(removed)) == []

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from vllm_dflash import humaneval
-from vllm_dflash.cli.flags import add_command, run_of
+from vllm_dflash.cli.flags import DRAFTER, add_command, run_of
 from vllm_dflash.evaluation.methods import DEFAULT_METHODS, KINDS
 from vllm_dflash.evaluation.workload import DATASETS, RANDOM, Lengths
 from vllm_dflash.flag_types import (
@@ -89,7 +89,7 @@ def _add_methods(bench: argparse.ArgumentParser) -> None:
         metavar="[NAME=]D",
         type=given,
         action="append",
-        help="a drafter's folder or downloaded hub id; more than once for more",
+        help=f"{DRAFTER}; more than once for more",
     )
     what.add_argument("--eagle3", metavar="HEAD", type=given, help="the head of the method eagle3")
     what.add_argument(
@@ -123,8 +123,8 @@ def _add_load(bench: argparse.ArgumentParser) -> None:
         "--concurrency",
         metavar="LIST",
         type=list_of(whole(1, MOST_AT_ONCE)),
-        default=[1, 8],
-        help="requests in flight (default: 1,8)",
+        default="1,8",
+        help="requests in flight (default: %(default)s)",
     )
     load.add_argument(
         "--swing",
@@ -151,7 +151,11 @@ def _add_load(bench: argparse.ArgumentParser) -> None:
         ),
     )
     load.add_argument(
-        "--temperature", metavar="LIST", type=list_of(temperature), default=[0.0], help="default: 0"
+        "--temperature",
+        metavar="LIST",
+        type=list_of(temperature),
+        default="0",
+        help="default: %(default)s",
     )
     load.add_argument(
         "--max-tokens",
@@ -160,7 +164,7 @@ def _add_load(bench: argparse.ArgumentParser) -> None:
         default="64-192",
         help=(
             "generated tokens a request; of a range each its own number, so that requests that"
-            " begin together do not end together (default: 64-192)"
+            " begin together do not end together (default: %(default)s)"
         ),
     )
     _add_repeats(load)
@@ -176,7 +180,9 @@ def _add_repeats(load: Any) -> None:
             " at least 32)"
         ),
     )
-    load.add_argument("--repeats", metavar="N", type=whole(1, 10_000), default=3, help="default: 3")
+    load.add_argument(
+        "--repeats", metavar="N", type=whole(1, 10_000), default=3, help="default: %(default)s"
+    )
     load.add_argument(
         "--slice",
         metavar="S",
@@ -185,7 +191,7 @@ def _add_repeats(load: Any) -> None:
         help=(
             "seconds after which an engine waits for the others' turns, so that a machine that"
             " slows down meanwhile slows down all; 0: each method runs a point in one go (default:"
-            " 0.1)"
+            " %(default)s)"
         ),
     )
     load.add_argument(

@@ -2,9 +2,18 @@
 
 from typing import Any
 
-from vllm_dflash.cli.flags import PAIR, add_command, run_of
+from vllm_dflash import kinds
+from vllm_dflash.cli.flags import DRAFTER, PAIR, add_command, run_of
 from vllm_dflash.flag_types import given
 from vllm_dflash.formats import format_names
+
+
+def _published() -> str:
+    """Each format with its kinds, as the records have them."""
+    held: dict[str, list[str]] = {}
+    for kind in kinds.every().values():
+        held.setdefault(kind.format, []).append(kind.name)
+    return ", ".join(f"{name} ({', '.join(names)})" for name, names in held.items())
 
 
 def add(commands: Any) -> None:
@@ -14,19 +23,15 @@ def add(commands: Any) -> None:
         "convert",
         "writes a checkpoint in another format, without loss",
         "Writes the drafter SRC to the new folder DST in another format; every tensor is bit-equal,"
-        " which is checked by reading it back. z-lab's format holds DFlash, AngelSlim's DFlare,"
-        " speculators' both. A mask embedding, a tokenizer and a licence travel along.",
+        " which is checked by reading it back. speculators holds every kind of drafter, each other"
+        f" format the kinds that were published in it: {_published()}. A mask embedding, a"
+        " tokenizer and a licence travel along.",
         [
             f"vllm-dflash convert {PAIR}/dflash /tmp/dflash-speculators --to speculators"
             f" --verifier {PAIR}/target"
         ],
     )
-    convert.add_argument(
-        "source",
-        metavar="SRC",
-        type=given,
-        help="the drafter's folder, or a hub id that is downloaded",
-    )
+    convert.add_argument("source", metavar="SRC", type=given, help=DRAFTER)
     convert.add_argument(
         "destination", metavar="DST", type=given, help="a folder that is not there yet, or empty"
     )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vllm_dflash.cli.flags import PAIR, add_command, run_of
+from vllm_dflash.cli.flags import DRAFTER, PAIR, add_command, run_of
 from vllm_dflash.flag_types import DTYPES, MOST_TOKENS, count, given, whole
 
 
@@ -27,13 +27,7 @@ def add(commands: Any) -> None:
     doctor.add_argument(
         "--target", metavar="T", type=given, required=True, help="the target's folder or hub id"
     )
-    doctor.add_argument(
-        "--draft",
-        metavar="D",
-        type=given,
-        required=True,
-        help="the drafter's folder, or a hub id that is downloaded",
-    )
+    doctor.add_argument("--draft", metavar="D", type=given, required=True, help=DRAFTER)
     doctor.add_argument(
         "--num-speculative-tokens",
         metavar="K",
@@ -50,14 +44,18 @@ def add(commands: Any) -> None:
         ),
     )
     doctor.add_argument(
-        "--num-prompts", metavar="N", type=count, default=8, help="how many of them (default: 8)"
+        "--num-prompts",
+        metavar="N",
+        type=count,
+        default=8,
+        help="how many of them (default: %(default)s)",
     )
     doctor.add_argument(
         "--max-tokens",
         metavar="N",
         type=whole(1, MOST_TOKENS),
         default=64,
-        help="generated tokens a prompt (default: 64)",
+        help="generated tokens a prompt (default: %(default)s)",
     )
     doctor.add_argument(
         "--dtype",

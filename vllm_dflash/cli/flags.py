@@ -9,6 +9,9 @@ from typing import Any
 PAIR = "examples/embedded_pair"
 """The pair of a checkout, for examples."""
 
+DRAFTER = "the drafter's folder, or the hub id of one that is already downloaded"
+"""The help of a flag that takes a drafter."""
+
 
 def add_command(
     commands: Any, name: str, help: str, description: str, examples: list[str]
@@ -20,7 +23,7 @@ def add_command(
     command: argparse.ArgumentParser = commands.add_parser(
         name,
         help=help,
-        description=textwrap.fill(description, 100),
+        description=textwrap.fill(description, 100, break_on_hyphens=False),
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

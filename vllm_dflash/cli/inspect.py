@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vllm_dflash.cli.flags import PAIR, add_command, run_of
+from vllm_dflash.cli.flags import DRAFTER, PAIR, add_command, run_of
 from vllm_dflash.flag_types import given
 
 
@@ -20,11 +20,6 @@ def add(commands: Any) -> None:
             "vllm-dflash inspect z-lab/Qwen3-8B-DFlash-b16 --json    # after hf download",
         ],
     )
-    inspect.add_argument(
-        "path",
-        metavar="PATH",
-        type=given,
-        help="the drafter's folder, or a hub id that is downloaded",
-    )
+    inspect.add_argument("path", metavar="PATH", type=given, help=DRAFTER)
     inspect.add_argument("--json", action="store_true", help="one JSON object, for scripts")
     inspect.set_defaults(run=run_of("tools.inspect"))

@@ -70,14 +70,17 @@ def add(commands: Any) -> None:
         metavar="N",
         type=count,
         default=20000,
-        help="the newest so many (default: 20000)",
+        help="the newest so many (default: %(default)s)",
     )
     learned.add_argument(
         "--held-out",
         metavar="N",
         type=count,
         default=64,
-        help="of them, which no training sees: both drafters are measured on them (default: 64)",
+        help=(
+            "of them, which no training sees: both drafters are measured on them (default:"
+            " %(default)s)"
+        ),
     )
     _add_budget(refresh)
 
@@ -96,7 +99,8 @@ def _add_budget(refresh: Any) -> None:
         "--minutes",
         metavar="M",
         type=real(0, MOST_SECONDS / 60, above=True),
-        help="of training, beside answering and measuring (default: 15)",
+        default="15",
+        help="of training, beside answering and measuring (default: %(default)s)",
     )
     budget.add_argument(
         "--tokens", metavar="N", type=count, help="drafted tokens that are learned from, instead"

@@ -28,8 +28,8 @@ def add(commands: Any) -> None:
         "--interval",
         metavar="S",
         type=seconds,
-        default=2.0,
-        help="seconds between two looks (default: 2)",
+        default="2",
+        help="seconds between two looks (default: %(default)s)",
     )
     top.add_argument(
         "--once", action="store_true", help="one look, of the time since the server began"

@@ -76,7 +76,7 @@ def add_batch_flags(command: argparse.ArgumentParser) -> None:
         metavar="N",
         type=whole(1, MOST_AT_ONCE),
         default=1,
-        help="engines (default: 1)",
+        help="engines (default: %(default)s)",
     )
     rows = command.add_argument_group("rows")
     rows.add_argument(
@@ -84,10 +84,10 @@ def add_batch_flags(command: argparse.ArgumentParser) -> None:
         metavar="N",
         type=whole(1, MOST_TOKENS),
         default=128,
-        help="generated tokens a row (default: 128)",
+        help="generated tokens a row (default: %(default)s)",
     )
     rows.add_argument(
-        "--temperature", metavar="X", type=temperature, default=0.0, help="default: 0"
+        "--temperature", metavar="X", type=temperature, default="0", help="default: %(default)s"
     )
     rows.add_argument(
         "--sampling",
@@ -100,7 +100,7 @@ def add_batch_flags(command: argparse.ArgumentParser) -> None:
         metavar="N",
         type=count,
         default=64,
-        help="rows that are written, and on a kill done again, together (default: 64)",
+        help="rows that are written, and on a kill done again, together (default: %(default)s)",
     )
     rows.add_argument(
         "--max-errors",
@@ -127,17 +127,17 @@ def add_up_flags(command: argparse.ArgumentParser) -> None:
         "--replicas",
         metavar="N or MIN,MAX",
         default="1",
-        help="engines; with two numbers as many as the load needs (default: 1)",
+        help="engines; with two numbers as many as the load needs (default: %(default)s)",
     )
     serve.add_argument(
         "--requests-per-replica",
         metavar="N",
         type=whole(1, MOST_AT_ONCE),
         default=32,
-        help="in flight on each, before one is added (default: 32)",
+        help="in flight on each, before one is added (default: %(default)s)",
     )
-    serve.add_argument("--host", type=given, default="127.0.0.1", help="default: 127.0.0.1")
-    serve.add_argument("--port", metavar="N", type=port, default=8000, help="default: 8000")
+    serve.add_argument("--host", type=given, default="127.0.0.1", help="default: %(default)s")
+    serve.add_argument("--port", metavar="N", type=port, default=8000, help="default: %(default)s")
     serve.add_argument(
         "--api-key",
         metavar="KEY",
@@ -184,7 +184,7 @@ def _add_engine_flags(command: argparse.ArgumentParser) -> None:
     engine.add_argument(
         "--draft", metavar="D", type=given, help="the drafter's; without it, plain decoding"
     )
-    engine.add_argument("--device", choices=DEVICES, default="cuda", help="default: cuda")
+    engine.add_argument("--device", choices=DEVICES, default="cuda", help="default: %(default)s")
     engine.add_argument(
         "-k",
         "--num-speculative-tokens",
@@ -197,7 +197,7 @@ def _add_engine_flags(command: argparse.ArgumentParser) -> None:
         metavar="N",
         type=whole(1, MOST_DEVICES),
         default=1,
-        help="devices an engine (default: 1)",
+        help="devices an engine (default: %(default)s)",
     )
     engine.add_argument("--dtype", choices=DTYPES, default="auto", help="default: the target's own")
     engine.add_argument(

@@ -96,7 +96,7 @@ def _options(args: argparse.Namespace, serving: Sequence[str], rounds: Rounds) -
         draft,
         sources,
         args.settings,
-        (args.minutes or 15.0) if args.tokens is None else None,
+        args.minutes if args.tokens is None else None,
         args.tokens,
         args.held_out,
         args.most_prompts,

@@ -175,14 +175,15 @@ class Drafter:
 
     kind: str = _set(
         kinds.FOR_TRAINING,
-        "how target features become context (docs/study.md)",
+        "how target features become context, and with which head (docs/kinds.md)",
         choices=kinds.names,
     )
     head: str | None = _set(
         None,
         "how hidden states become tokens (default: the kind's): argmax takes each row's best;"
         " candidates walks through the best of each row by what goes with what, lattice by what a"
-        " small network makes of a whole block's; markov adds what the token before says",
+        " small network makes of a whole block's; markov adds what the token before says;"
+        " correction changes each hidden state by the token before",
         choices=kinds.head_names,
     )
     head_settings: str = _set(
@@ -238,7 +239,7 @@ class Drafter:
     init_from_target: bool = _set(False, "draft layers begin as copies of target layers")
     init_layers: str | None = _set(
         None,
-        "a drafter's folder, of either kind, whose draft layers it begins with; how it sees the"
+        "a drafter's folder, of any kind, whose draft layers it begins with; how it sees the"
         " target is learned anew",
     )
 
