@@ -115,9 +115,8 @@ class Controller:
             writes_backlog: whether it is the first that drafts after some that did not, and writes
                 the context of them all.
         """
-        said, best, now, tuning = confidences or {}, self.best, self.now, self.tuning
-        for request, (verified, accepted) in outcomes.items():
-            self.acceptance.learn(request, verified, accepted, said.get(request))
+        best, now, tuning = self.best, self.now, self.tuning
+        self.acceptance.learn(outcomes, confidences)
         is_trial = plan is not None and plan.why == "trial"
         if outcomes or is_trial:
             self._weighed = None
@@ -174,11 +173,12 @@ class Controller:
         drafted."""
         if not plan.num_draft_tokens:
             return dict.fromkeys(requests, 0)
-        prices = [
-            float("inf") if name in plan.skipped else plan.threshold + plan.price * context
-            for name, context in zip(requests, map(self.context, requests), strict=True)
-        ]
-        found = self.acceptance.drafted(requests, prices, confidences or {})
+        prices = np.full(len(requests), plan.threshold)
+        if plan.price:
+            prices += plan.price * np.array([*map(self.context, requests)], dtype=float)
+        if plan.skipped:
+            prices[[name in plan.skipped for name in requests]] = np.inf
+        found = self.acceptance.drafted(requests, confidences)
         return dict(zip(requests, fill_rows(found, prices), strict=True))
 
     def _weigh(self, requests: Sequence[str]) -> tuple[Plan, Plan]:
