@@ -8,9 +8,11 @@ meets each of them.
     pytest tests/unit/test_cost_profile.py
 """
 
-from bisect import bisect
+from bisect import bisect, bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from heapq import nlargest
+from operator import neg
 from typing import Any
 
 import numpy as np
@@ -33,24 +35,25 @@ def round_rows(count: int) -> int:
     return (count + step // 2) // step * step
 
 
-def fill_rows(survival: np.ndarray, prices: np.ndarray) -> list[int]:
-    """Of each request's draft tokens, how many have a probability above its price: float64 [n, K],
-    falling, NaN or 0 where there is none, and [n]. The likeliest that were left out are let in, or
-    the least likely out, until the target's rows, a row a request besides, are a round number: a
-    CPU's kernels are made anew for each number of rows."""
-    found = (survival > prices[:, None]).sum(1)
-    rows = len(found) + int(found.sum())
+def fill_rows(survivals: Sequence[Sequence[float]], prices: Sequence[float]) -> list[int]:
+    """Of each request's draft tokens, how many have a probability above its price: [n], of falling
+    probabilities. The likeliest that were left out are let in, or the least likely out, until the
+    target's rows, a row a request besides, are a round number: a CPU's kernels are made anew for
+    each number of rows."""
+    each = list(zip(survivals, prices, strict=True))
+    found = [bisect_left(survival, -price, key=neg) for survival, price in each]
+    rows = len(found) + sum(found)
     missing = round_rows(rows) - rows
     if missing:
         sign = 1 if missing > 0 else -1
-        at = found if missing > 0 else found - 1
-        inside = (at >= 0) & (at < survival.shape[1])
-        values = survival[np.arange(len(at)), np.where(inside, at, 0)]
-        gains = np.where(inside & (values > 0.0), sign * (values - prices), -np.inf)
-        chosen = np.argsort(-gains, kind="stable")[: abs(missing)]
-        found[chosen[gains[chosen] > -np.inf]] += sign
-    counts: list[int] = found.tolist()
-    return counts
+        can: list[tuple[float, int]] = []
+        for i, (survival, price) in enumerate(each):
+            at = found[i] if missing > 0 else found[i] - 1
+            if 0 <= at < len(survival) and survival[at]:
+                can.append((sign * (survival[at] - price), i))
+        for _, i in nlargest(abs(missing), can):
+            found[i] += sign
+    return found
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def _observe(
 ) -> None:
     """And as at a choice, what was taken in is looked at."""
     said = {request: confidences} if confidences else None
-    acceptance.drafted([request], said)
+    acceptance.drafted([request], [0.0], said)
     acceptance.learn({request: (verified, accepted)}, said)
     acceptance.expected([request])
 
@@ -145,9 +145,7 @@ def _observe(
 def _survival(
     acceptance: Acceptance, request: str, confidences: Sequence[float] | None = None
 ) -> list[float]:
-    said = {request: confidences} if confidences else None
-    found: list[float] = acceptance.survival([request], said)[0].tolist()
-    return found
+    return acceptance.survival(request, {request: confidences} if confidences else None)
 
 
 def _acceptance(max_draft: int, group: GroupOf = lambda _: None) -> Acceptance:

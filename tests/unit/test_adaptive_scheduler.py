@@ -109,6 +109,4 @@ def test_drafts_of_some_requests_are_taken_in(monkeypatch: pytest.MonkeyPatch) -
     assert taken == [[[], [1, 2, 3]]]
     scheduler.update_draft_token_ids(DraftTokenIds(["a", "b"], Drafts([[], []])))
     assert len(taken) == 1
-    acceptance = scheduler.controller.acceptance
-    acceptance.expected(["a", "b"])
-    assert [list(known)[1:] for known in acceptance.recent] == [[[0.9, 0.8, 0.7]]]
+    assert list(scheduler.controller.acceptance._of("b").group.recent)[1:] == [[0.9, 0.8, 0.7]]

@@ -173,12 +173,11 @@ class Controller:
         drafted."""
         if not plan.num_draft_tokens:
             return dict.fromkeys(requests, 0)
-        prices = np.full(len(requests), plan.threshold)
-        if plan.price:
-            prices += plan.price * np.array([*map(self.context, requests)], dtype=float)
-        if plan.skipped:
-            prices[[name in plan.skipped for name in requests]] = np.inf
-        found = self.acceptance.drafted(requests, confidences)
+        prices = [
+            float("inf") if name in plan.skipped else plan.threshold + plan.price * context
+            for name, context in zip(requests, map(self.context, requests), strict=True)
+        ]
+        found = self.acceptance.drafted(requests, prices, confidences)
         return dict(zip(requests, fill_rows(found, prices), strict=True))
 
     def _weigh(self, requests: Sequence[str]) -> tuple[Plan, Plan]:

@@ -38,11 +38,8 @@ class StepCost:
 
     def observe(self, work: Work, seconds: float) -> None:
         """Takes in a measured step."""
-        (target, draft), size, window = (
-            self._profile.parts(work),
-            power(work.num_reqs),
-            self._window,
-        )
+        (target, draft), window = self._profile.parts(work), self._window
+        size = power(work.num_reqs)
         window.append((size, max(seconds, 1e-9), target, draft))
         self.measured[size, draft > 0] = time.monotonic()
         if len(window) > 1 and (window[-2][3] > 0) != (draft > 0):
@@ -56,7 +53,8 @@ class StepCost:
     def scales(self, num_reqs: int) -> tuple[float, float]:
         """What the target and the drafter take now over the profile, in steps of so many
         requests."""
-        pace = median_low([s / (t + self._factor(n) * d) for n, s, t, d in self._window] or [1.0])
+        factors = {size: self._factor(size) for size, *_ in self._window}
+        pace = median_low([s / (t + factors[n] * d) for n, s, t, d in self._window] or [1.0])
         return pace, pace * self._factor(power(num_reqs))
 
     def seconds(self, work: Work) -> float:
