@@ -16,7 +16,9 @@ from itertools import chain
 import numpy as np
 
 from vllm_dflash.adaptive.tuning import Tuning
+from vllm_dflash.steps import Names
 
+Array = np.ndarray
 Row = Sequence[float]
 """The probability that the drafter gives each token of a draft."""
 Confidences = Mapping[str, Row] | None
@@ -35,11 +37,11 @@ class _Group:
 
     def __init__(self, limit: int, usual: Row, tuning: Tuning) -> None:
         self._memory = tuning.memory
-        self._worth, self._weight = np.ones(1), np.full(1, tuning.prior)
+        self._worth = np.ones(1), np.full(1, tuning.prior)
         """Of a confidence, and the expected tokens that this is based on."""
-        self._positions, self._weights = (np.arange(len(usual)) < limit) * 1.0, self._weight
+        self._positions = (np.arange(len(usual)) < limit) * 1.0, np.full(1, tuning.prior)
         """The same of each position, 0 where there is none."""
-        self.rates: Row = self._positions.tolist()
+        self.rates: Row = self._positions[0].tolist()
         """Both, [K]."""
         self.recent: deque[Row] = deque([usual], tuning.recent)
         """Confidences of the last drafts, [K] each."""
@@ -57,20 +59,20 @@ class _Group:
         expected = seen * np.fromiter(chain(*said), float).reshape(seen.shape)
         # What is expected is told after the group has learned of it: what a request alone tells
         # would count twice. What is a request's own is learned slowly at any time.
-        self._worth, self._weight = self._mix(self._worth, self._weight, hits.sum(), expected.sum())
-        expected *= self._worth
-        both = hits.sum(0), expected.sum(0)
-        self._positions, self._weights = self._mix(self._positions, self._weights, *both)
-        self.rates = (self._worth * self._positions).tolist()
-        totals = (expected @ self._positions).tolist()
+        self._worth = self._mix(*self._worth, hits.sum(), expected.sum())
+        expected *= self._worth[0]
+        self._positions = self._mix(*self._positions, hits.sum(0), expected.sum(0))
+        self.rates = (self._worth[0] * self._positions[0]).tolist()
+        totals = (expected @ self._positions[0]).tolist()
         for request, hit, total in zip(of, hits.sum(1).tolist(), totals, strict=True):
             request.factor += (hit - total * request.factor) / self._memory
 
-    def _mix(self, *known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _mix(
+        self, known: Array, weight: Array, hits: Array, expected: Array
+    ) -> tuple[Array, Array]:
         """Accepted tokens over expected ones with these of both more, and the expected ones."""
-        value, weight, hits, expected = known
         kept = np.minimum(weight, np.maximum(self._memory - expected, 0.0))
-        return (value * kept + hits) / (kept + expected), kept + expected
+        return (known * kept + hits) / (kept + expected), kept + expected
 
 
 class _Request:
@@ -91,11 +93,10 @@ class Acceptance:
 
     def learn(self, outcomes: Outcomes, said: Confidences = None) -> None:
         """Takes in what became of drafts with these confidences."""
-        for name, ends in outcomes.items():
-            request = self._of(name)
+        for request, (name, ends) in zip(map(self._of, outcomes), outcomes.items(), strict=True):
             request.group.outcomes.append((request, self._row(name, said), *ends))
 
-    def drafted(self, names: Sequence[str], prices: Row, said: Confidences) -> list[list[float]]:
+    def drafted(self, names: Names, prices: Row, said: Confidences) -> list[list[float]]:
         """``survival`` of drafts that were made, each up to the first token that has no more than
         its price; ``expected`` goes by the last ones."""
         for name in filter((said or {}).get, said or {}):
@@ -105,10 +106,9 @@ class Acceptance:
     def survival(self, name: str, said: Confidences = None, price: float = 0.0) -> list[float]:
         """Probability that a draft with these confidences is accepted up to and with each position
         that its request may have; by what was learned when ``expected`` was last asked."""
-        request, probability, found = self._of(name), 1.0, []
-        factor, row = request.factor, self._row(name, said)
+        request, row, probability, found = self._of(name), self._row(name, said), 1.0, []
         for rate, confidence in zip(request.group.rates, row, strict=True):
-            probability *= min(confidence * rate * factor, 1.0)
+            probability *= min(confidence * rate * request.factor, 1.0)
             if not probability:
                 break
             found.append(probability)
@@ -116,7 +116,7 @@ class Acceptance:
                 break
         return found
 
-    def expected(self, requests: Sequence[str]) -> np.ndarray:
+    def expected(self, requests: Names) -> np.ndarray:
         """float64 [n, m, K]: survival of whole drafts as they are to be expected of each request:
         of its group's last ones, where confidences are known. How far drafts differ decides what it
         brings to verify only part of some."""
