@@ -35,6 +35,11 @@ def round_rows(count: int) -> int:
     return (count + step // 2) // step * step
 
 
+def power(num_reqs: int) -> int:
+    """The nearest power of two, by its logarithm: so many requests are about as many."""
+    return (num_reqs * num_reqs).bit_length() // 2
+
+
 def fill_rows(survivals: Sequence[Sequence[float]], prices: Sequence[float]) -> list[int]:
     """Of each request's draft tokens, how many have a probability above its price: [n], of falling
     probabilities. The likeliest that were left out are let in, or the least likely out, until the

@@ -21,6 +21,9 @@ from vllm_dflash.compat import num_drafted
 from vllm_dflash.drafts import skipped_of
 from vllm_dflash.log import logger
 
+Names = Sequence[str]
+"""Requests, by vLLM's identifiers."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -94,6 +97,16 @@ class Step:
         """K of the step: the tokens that each request drafts in it, for the next; 0 for no drafter
         forward."""
         self.scheduled_at, self.began, self.after_pause = scheduled_at, began, after_pause
+
+    def decoding_began(self, is_synchronous: bool) -> float | None:
+        """When what it takes began; None where that is not known. What comes between two steps,
+        such as the handling of outputs, is part of a step's cost; a wait longer than it was
+        somebody else's."""
+        if not is_synchronous:
+            return None if self.after_pause else self.began
+        began, scheduled = self.began, self.scheduled_at
+        is_wait = self.after_pause or began is None or scheduled - began > self.ended - scheduled
+        return scheduled if is_wait else began
 
     @property
     def num_planned(self) -> int:

@@ -135,8 +135,17 @@ def _observe(
     accepted: int,
     confidences: Sequence[float] | None = None,
 ) -> None:
-    acceptance.drafted([request], [0.0], {request: confidences} if confidences else {})
-    acceptance.learn(request, verified, accepted, confidences)
+    """And as at a choice, what was taken in is looked at."""
+    said = {request: confidences} if confidences else None
+    acceptance.drafted([request], [0.0], said)
+    acceptance.learn({request: (verified, accepted)}, said)
+    acceptance.expected([request])
+
+
+def _survival(
+    acceptance: Acceptance, request: str, confidences: Sequence[float] | None = None
+) -> list[float]:
+    return acceptance.survival(request, {request: confidences} if confidences else None)
 
 
 def _acceptance(max_draft: int, group: GroupOf = lambda _: None) -> Acceptance:
@@ -149,8 +158,8 @@ def test_confidence_is_calibrated() -> None:
     acceptance = _acceptance(2)
     for i in range(400):
         _observe(acceptance, "a", verified=1, accepted=i % 2, confidences=[0.95])
-    assert acceptance.survival("b", [0.95, 0.95]) == pytest.approx([0.5, 0.25], rel=0.1)
-    assert acceptance.survival("b", [0.3])[0] < 0.5
+    assert _survival(acceptance, "b", [0.95, 0.95]) == pytest.approx([0.5, 0.25], rel=0.1)
+    assert _survival(acceptance, "b", [0.3])[0] < 0.5
 
 
 def test_off_under_load_and_back() -> None:
@@ -255,7 +264,7 @@ def test_acceptance_is_conditional() -> None:
     acceptance = _acceptance(4)
     for _ in range(400):
         _observe(acceptance, "a", verified=3, accepted=2)
-    survival = np.array(acceptance.survival("b"))
+    survival = np.array(_survival(acceptance, "b"))
     first, second, third, fourth = survival / np.array([1.0, *survival[:-1]])
     assert min(first, second) > 0.98
     assert third < 0.02
@@ -273,8 +282,8 @@ def test_groups_are_learned_apart() -> None:
         for name, accepted in (("s1", 0), ("g1", 2)):
             _observe(acceptance, name, 2, accepted, [0.7, 0.7])
         acceptance.forget({"s1", "g1"})
-    assert acceptance.survival("s2", [0.7, 0.7])[0] < 0.1
-    assert acceptance.survival("g2", [0.7, 0.7])[0] > 0.9
+    assert _survival(acceptance, "s2", [0.7, 0.7])[0] < 0.1
+    assert _survival(acceptance, "g2", [0.7, 0.7])[0] > 0.9
     both = acceptance.expected(["s2", "g2", "s3"])
     assert both[[0, 2], 1:, 0].max() < 0.1
     assert both[1, 1:, 0].min() > 0.9
@@ -312,7 +321,7 @@ def test_rows_come_in_round_numbers() -> None:
     confidences = {
         name: [0.99 - 0.05 * i - 0.001 * n for i in range(7)] for n, name in enumerate(requests)
     }
-    survival = {n: controller.acceptance.survival(n, said) for n, said in confidences.items()}
+    survival = {n: _survival(controller.acceptance, n, said) for n, said in confidences.items()}
     for threshold in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7):
         lengths = controller.lengths(requests, Plan(7, threshold), confidences)
         rows = len(requests) + sum(lengths.values())

@@ -94,8 +94,7 @@ def test_where_a_step_began(last_end: float | None, scheduled_at: float, began: 
     # After idling there was work when it was first scheduled, or before.
     step = Step(plain()[0], 0, scheduled_at, last_end or 3.9, last_end is None)
     step.ended = scheduled_at + 0.1
-    controller: Any = Controller()
-    assert Learner(controller, is_synchronous=True)._began(step) == began
+    assert step.decoding_began(is_synchronous=True) == began
 
 
 def test_an_asynchronous_step_began_when_the_one_before_ended_and_tells_nothing_after_idling() -> (

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from simulation import BAD, GOOD, Run, drafting, large_gpu, slow, two_cores
-from vllm_dflash.adaptive.cost import power
 from vllm_dflash.adaptive.tuning import TUNING
+from vllm_dflash.cost_profile import power
 from vllm_dflash.metrics.drafting import status_of
 from vllm_dflash.steps import Work
 

@@ -85,6 +85,7 @@ def test_what_is_skipped_goes_to_the_worker_with_k(skips: bool) -> None:
         num_scheduled_tokens={"a": 1, "b": 1, "c": 1},
         total_num_scheduled_tokens=3,
         scheduled_new_reqs=[],
+        scheduled_spec_decode_tokens={},
         num_spec_tokens_to_schedule=7,
         finished_req_ids=set(),
     )

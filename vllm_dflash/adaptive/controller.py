@@ -13,16 +13,16 @@ next comes: so late that it was ``Tuning.exploration`` of the time, and never la
     pytest tests/unit/test_adaptive.py
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from vllm_dflash.adaptive.acceptance import Acceptance, Confidences, GroupOf, LimitOf, Outcomes
-from vllm_dflash.adaptive.cost import StepCost, power
+from vllm_dflash.adaptive.cost import StepCost
 from vllm_dflash.adaptive.tuning import TUNING, Tuning
-from vllm_dflash.cost_profile import GUESS, Profile, fill_rows
-from vllm_dflash.steps import Work
+from vllm_dflash.cost_profile import GUESS, Profile, fill_rows, power
+from vllm_dflash.steps import Names, Work
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Plan:
     """Expected of a step."""
     rate: float = 0.0
     """Expected committed tokens a second."""
+
+    def price_of(self, request: str, num_context: int) -> float:
+        """Of this request's draft tokens: see ``threshold``."""
+        skips = request in self.skipped
+        return float("inf") if skips else self.threshold + self.price * num_context
 
 
 @dataclass
@@ -85,7 +90,7 @@ class Controller:
         self.num_reqs, self.now = 0, Size()
         """Of the last choice."""
         self._sizes: dict[int, Size] = {}
-        self._weighed: tuple[Sequence[str], tuple[Plan, Plan]] | None = None
+        self._weighed: tuple[Names, tuple[Plan, Plan]] | None = None
         """Requests and their plans, as long as nothing was learned since."""
         self._rest: list[Plan] = []
         """What is left of a trial."""
@@ -115,27 +120,24 @@ class Controller:
             writes_backlog: whether it is the first that drafts after some that did not, and writes
                 the context of them all.
         """
-        said, best, now, tuning = confidences or {}, self.best, self.now, self.tuning
-        for request, (verified, accepted) in outcomes.items():
-            self.acceptance.learn(request, verified, accepted, said.get(request))
+        best, now, tuning, block = self.best, self.now, self.tuning, self.block_size
+        self.acceptance.learn(outcomes, confidences)
         is_trial = plan is not None and plan.why == "trial"
-        if outcomes or is_trial:
-            self._weighed = None
+        self._weighed = None if outcomes or is_trial else self._weighed
         if plan and is_trial and best and now.tried:
             lost = plan.seconds * (1 - plan.rate / best.rate)
             if work:
                 tokens = work.num_reqs + sum(accepted for _, accepted in outcomes.values())
                 lost = seconds - tokens / best.rate
             # Never more than its rows would take as plain steps of their own.
-            now.lost += min(lost / best.seconds, 2 * self.block_size)
-            now.lost = min(now.lost, 3 * self.block_size)
+            now.lost = min(now.lost + min(lost / best.seconds, 2 * block), 3 * block)
             now.trial = now.tried + max(tuning.every, now.lost / tuning.exploration)
         # One that verifies and does not draft is between two plans.
         is_pure = work and (work.draft_rows or work.num_tokens == work.num_reqs)
         if work and is_pure and not writes_backlog and (plan is None or self.measures(plan)):
             self.cost.observe(work, seconds)
 
-    def plan(self, requests: Sequence[str]) -> Plan:
+    def plan(self, requests: Names) -> Plan:
         """What to draft for these requests, which all decode."""
         num_reqs, every = len(requests), self.tuning.every
         if (kept := self.kept_plan(num_reqs)) is not None:
@@ -167,25 +169,20 @@ class Controller:
         self.now.steps += 1
         return self.best
 
-    def lengths(
-        self, requests: Sequence[str], plan: Plan, confidences: Confidences = None
-    ) -> dict[str, int]:
+    def lengths(self, requests: Names, plan: Plan, said: Confidences = None) -> dict[str, int]:
         """By request, how many of its draft tokens to verify; with their confidences once they are
         drafted."""
         if not plan.num_draft_tokens:
             return dict.fromkeys(requests, 0)
-        prices = [
-            float("inf") if name in plan.skipped else plan.threshold + plan.price * context
-            for name, context in zip(requests, map(self.context, requests), strict=True)
-        ]
-        found = self.acceptance.drafted(requests, prices, confidences or {})
+        prices = [plan.price_of(name, self.context(name)) for name in requests]
+        found = self.acceptance.drafted(requests, prices, said)
         return dict(zip(requests, fill_rows(found, prices), strict=True))
 
-    def _weigh(self, requests: Sequence[str]) -> tuple[Plan, Plan]:
+    def _weigh(self, requests: Names) -> tuple[Plan, Plan]:
         """What is expected of no draft, and of the best of those for all requests or some."""
         num_reqs, profile, block = len(requests), self.profile, self.block_size
         context = np.array([*map(self.context, requests)], dtype=float)
-        total = float(context.sum())
+        total, drafter = float(context.sum()), profile.draft_seconds
         plain = self.cost.seconds(Work(num_reqs, num_reqs, 0, int(total), int(total)))
         none = Plan(0, seconds=plain, rate=num_reqs / plain)
         pace, slower = self.cost.scales(num_reqs)
@@ -203,7 +200,7 @@ class Controller:
             seen = np.repeat(context[drafted], expected[0].size)[order]
             counts = num_reqs + each * np.arange(1, len(values) + 1)
             target = profile.target_seconds(counts, total, total + each * seen.cumsum())
-            draft = profile.draft_seconds(block * len(drafted), block * context[drafted].sum())
+            draft = drafter(block * len(drafted), block * context[drafted].sum())
             seconds = pace * target + slower * draft
             rates = (num_reqs + each * (values + attend * seen).cumsum()) / seconds
             # Of equal ones all are in or out.
@@ -218,8 +215,7 @@ class Controller:
         if self.skips and num_reqs > 1:
             # Those whose drafts bring more than their blocks cost the drafter.
             gains = np.maximum(worth - max(draft.threshold, 0.0), 0.0).sum(2).mean(1)
-            more = profile.draft_seconds(block * num_reqs, block * context)
-            more = more - profile.draft_seconds(block * (num_reqs - 1), 0.0)
+            more = drafter(block * num_reqs, block * context) - drafter(block * (num_reqs - 1), 0.0)
             (gaining,) = (gains > max(rate, draft.rate) * slower * more).nonzero()
             if 0 < len(gaining) < num_reqs:
                 draft = max(draft, weigh(gaining), key=lambda plan: plan.rate)

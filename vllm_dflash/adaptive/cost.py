@@ -13,13 +13,8 @@ from collections import deque
 from statistics import median_low
 
 from vllm_dflash.adaptive.tuning import Tuning
-from vllm_dflash.cost_profile import GUESS, Profile
+from vllm_dflash.cost_profile import GUESS, Profile, power
 from vllm_dflash.steps import Work
-
-
-def power(num_reqs: int) -> int:
-    """The nearest power of two, by its logarithm: so many requests are about as many."""
-    return (num_reqs * num_reqs).bit_length() // 2
 
 
 class StepCost:
@@ -38,25 +33,22 @@ class StepCost:
 
     def observe(self, work: Work, seconds: float) -> None:
         """Takes in a measured step."""
-        (target, draft), size, window = (
-            self._profile.parts(work),
-            power(work.num_reqs),
-            self._window,
-        )
-        window.append((size, max(seconds, 1e-9), target, draft))
+        (target, draft), last, size = self._profile.parts(work), self._window, power(work.num_reqs)
+        last.append((size, max(seconds, 1e-9), target, draft))
         self.measured[size, draft > 0] = time.monotonic()
-        if len(window) > 1 and (window[-2][3] > 0) != (draft > 0):
-            pace = median_low(s / t for _, s, t, d in window if not d)
-            size = next(n for n, _, _, d in reversed(window) if d)
-            over = median_low(max(s / pace - t, 0) / d for n, s, t, d in window if d and n == size)
+        if len(last) > 1 and (last[-2][3] > 0) != (draft > 0):
+            pace = median_low(s / t for _, s, t, d in last if not d)
+            size = next(n for n, _, _, d in reversed(last) if d)
+            over = median_low(max(s / pace - t, 0) / d for n, s, t, d in last if d and n == size)
             # One measurement does not stand against a profile, against a guess it does.
             believed = [self._factor(size)] * self._trust
-            self._factors.setdefault(size, deque(believed, window.maxlen)).append(over)
+            self._factors.setdefault(size, deque(believed, last.maxlen)).append(over)
 
     def scales(self, num_reqs: int) -> tuple[float, float]:
         """What the target and the drafter take now over the profile, in steps of so many
         requests."""
-        pace = median_low([s / (t + self._factor(n) * d) for n, s, t, d in self._window] or [1.0])
+        factors = {size: self._factor(size) for size, *_ in self._window}
+        pace = median_low([s / (t + factors[n] * d) for n, s, t, d in self._window] or [1.0])
         return pace, pace * self._factor(power(num_reqs))
 
     def seconds(self, work: Work) -> float:

@@ -33,8 +33,7 @@ class Learner:
 
     def schedule(self, scheduled: Any, plan: Plan) -> None:
         """A step was planned."""
-        self.plan = plan
-        self._plans[id(scheduled)] = plan
+        self.plan = self._plans[id(scheduled)] = plan
 
     def observe(self, step: Step) -> None:
         """Takes in what became of drafts, and how long the step took where that is of use."""
@@ -46,19 +45,10 @@ class Learner:
         is_measured = self.controller.measures(plan)
         if not (is_measured or step.verified):
             return
-        began = self._began(step)
+        began = step.decoding_began(self._is_synchronous)
         # Its time tells how long decoding takes only where it was all decoding.
         is_exact = is_measured and began is not None and step.all_decode and not step.num_ended
         work = step.work(drafts * self.controller.block_size) if is_exact else None
         seconds, is_first = step.ended - (began or step.ended), drafts and not before
         backlog = is_first and self._is_synchronous
         self.controller.observe(work, seconds, step.verified, step.confidences, plan, backlog)
-
-    def _began(self, step: Step) -> float | None:
-        """When it began; None where that is not known. What comes between two steps, such as the
-        handling of outputs, is part of a step's cost; a wait longer than it was somebody else's."""
-        if not self._is_synchronous:
-            return None if step.after_pause else step.began
-        began, scheduled = step.began, step.scheduled_at
-        is_wait = step.after_pause or began is None or scheduled - began > step.ended - scheduled
-        return scheduled if is_wait else began

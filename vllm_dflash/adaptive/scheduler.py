@@ -83,8 +83,10 @@ class _Adaptive(Scheduler):
     def _choose(self, scheduler_output: SchedulerOutput) -> None:
         """Plans the step."""
         num_reqs = len(scheduler_output.num_scheduled_tokens)
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        num_rows = num_reqs + (sum(map(len, drafts.values())) if drafts else 0)
         all_decode = (
-            scheduler_output.total_num_scheduled_tokens == num_reqs
+            scheduler_output.total_num_scheduled_tokens == num_rows
             and not scheduler_output.scheduled_new_reqs
         )
         plan = self.controller.kept_plan(num_reqs) if all_decode and num_reqs else None

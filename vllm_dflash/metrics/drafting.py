@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_dflash.adaptive.controller import Controller
-from vllm_dflash.adaptive.cost import power
+from vllm_dflash.cost_profile import power
 from vllm_dflash.steps import Work
 
 
