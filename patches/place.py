@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_dflash.patch import Patch, PatchError
-from vllm_dflash.replaced import name_of
+from vllm_dflash.replaced import described, name_of
 
 _OWN = "vllm_dflash"
 _KEPT = "_vllm_dflash_replaced"
@@ -87,11 +87,8 @@ class Replaced:
 
     def describe(self) -> str:
         """What has replaced our replacement."""
-        ours, current = name_of(self.replacement), name_of(vars(self.owner).get(self.name))
-        return (
-            f"our {':'.join(ours)} was replaced by {':'.join(current)}: load one of the two"
-            " plug-ins"
-        )
+        ours, current = name_of(self.replacement), described(vars(self.owner).get(self.name))
+        return f"our {':'.join(ours)} was replaced by {current}: load one of the two plug-ins"
 
     def put(self) -> None:
         setattr(self.owner, self.name, self.replacement)

@@ -61,6 +61,7 @@ PATCH = Patch(
     signatures={f"{_CONFIG}.__post_init__": "self", f"{_CONFIG}.update_arch_": "self"},
     names=(
         # By these vLLM learns to read the speculators format of our kinds (``plugin.py``).
+        "vllm.transformers_utils.configs.speculators.algos:SUPPORTED_SPECULATORS_TYPES",
         "vllm.transformers_utils.configs.speculators.algos:register_speculator",
         "vllm.transformers_utils.configs.speculators.algos:update_dflash",
         *(

@@ -35,6 +35,8 @@ PATCH = Patch(
         f"{_SAMPLER}.greedy_sample": "logits",
         "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p": "logits, k, p, ...",
     },
+    # Below which a temperature is greedy.
+    names=("vllm.v1.sample.sampler:_SAMPLING_EPS",),
     why=(
         "the target's own token is sampled at every row, and the drafts that are equal to it are"
         " kept: one pass over the logits, and a seed gives what it gives without a drafter. The"

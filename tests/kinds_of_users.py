@@ -33,6 +33,7 @@ def write_package(folder: Path, name: str, code: str) -> None:
 
 
 def forget_kinds() -> None:
+    kinds.own.cache_clear()
     kinds.every.cache_clear()
     kinds.architectures.cache_clear()
 

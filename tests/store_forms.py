@@ -8,6 +8,10 @@ from collections.abc import Iterator
 
 _SETTERS = {"setattr": 3, "delattr": 2, "__setattr__": 3, "__delattr__": 2}
 """With how many arguments each has, its object the first; a bound method has one less."""
+_TABLES = {"__dict__", "__globals__", "f_globals", "__kwdefaults__", "__annotations__"}
+"""Attributes that hold what an object, a module or a function has by name."""
+_HIDING = {"setattr", "delattr", "vars", "exec", "eval", "builtins", "mock", "patch", "sys"}
+"""What must have its own name wherever it is used, for these forms go by names."""
 _READING = {"get", "items", "keys", "values", "copy"}
 _COPYING = {"dict", "frozenset", "iter", "len", "list", "set", "sorted", "tuple"}
 
@@ -22,7 +26,23 @@ def stores(node: ast.AST, parent: ast.AST) -> Iterator[ast.expr | None]:
         case ast.Name(id=name) | ast.Attribute(attr=name) if name in _SETTERS:
             if not (isinstance(parent, ast.Call) and parent.func is node):
                 yield None
+        case ast.Call(func=ast.Attribute(attr="__set__" | "__delete__" | "fset"), args=[owner, *_]):
+            yield owner
         case ast.Call(func=ast.Name(id="exec" | "eval")):
+            yield None
+        case ast.Name(id="__builtins__"):
+            yield None
+        case ast.Call(func=ast.Name(id="getattr"), args=[ast.Name(id="builtins"), *_]):
+            yield None
+        case ast.Name(id="exec" | "eval" | "vars", ctx=ast.Load()) if not (
+            isinstance(parent, ast.Call) and parent.func is node
+        ):
+            yield None
+        case ast.Import(names=names) | ast.ImportFrom(names=names) if any(
+            n.asname and n.name.rpartition(".")[2] in _HIDING for n in names
+        ):
+            yield None
+        case ast.Attribute(attr="sys"):  # importlib.sys.modules
             yield None
         case ast.Call(
             func=ast.Attribute(value=ast.Name(id="builtins"), attr="exec" | "eval")
@@ -35,7 +55,9 @@ def stores(node: ast.AST, parent: ast.AST) -> Iterator[ast.expr | None]:
             yield None
         case ast.ImportFrom(module="unittest.mock" | "mock"):
             yield None
-        case ast.ImportFrom(module="sys", names=names) if any(n.name == "modules" for n in names):
+        case ast.ImportFrom(module="sys", names=names) if any(
+            n.name in ("modules", "*") for n in names
+        ):
             yield None
         case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str(name)), *_]) if (
             name in _SETTERS
@@ -60,13 +82,14 @@ def _dict_of(table: ast.expr) -> Iterator[ast.expr]:
     match table:
         case (
             ast.Call(func=ast.Name(id="vars"), args=[owner])
-            | ast.Attribute(value=owner, attr="__dict__" | "__globals__", ctx=ast.Load())
             | ast.Attribute(value=ast.Name(id="sys") as owner, attr="modules", ctx=ast.Load())
             | ast.Call(
                 func=ast.Name(id="getattr"),
                 args=[owner, ast.Constant(value="__dict__" | "__globals__"), *_],
             )
         ):
+            yield owner
+        case ast.Attribute(value=owner, attr=name, ctx=ast.Load()) if name in _TABLES:
             yield owner
 
 

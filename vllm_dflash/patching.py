@@ -105,7 +105,9 @@ class PatchSet:
             if self._on:
                 return
             new = [
-                patch for patch in self.patches if patch.scope == "class" and patch not in self._out
+                patch
+                for patch in self.patches
+                if patch.scope == "class" and patch not in self._out and patch not in self._applied
             ]
             self._apply_loaded([patch for patch in new if patch.module in sys.modules])
             self._pending = [patch for patch in new if patch.module not in sys.modules]
@@ -197,15 +199,16 @@ class PatchSet:
             for owner in self._owners:
                 todo += kept_with(owner)
                 kept_with(owner).clear()
-            left = []
+            left = {}
             for patch, applied in reversed(todo):
                 if applied.is_in_place:
                     applied.take_back()
                 else:
-                    left.append(patch.target)
-            self._applied.clear()
+                    left[patch] = applied
+            # Ours is still beneath the other's: put around that, it would run twice.
+            self._applied = {p: applied for p, applied in left.items() if p.scope == "class"}
             self._owners.clear()
-            return left[::-1]
+            return [patch.target for patch in left][::-1]
 
     def report(self) -> list[Row]:
         """Every patch with its state, in the order of the list."""

@@ -65,14 +65,22 @@ def _refuse(problem: str) -> None:
     if PROBLEM not in os.environ:
         os.environ[PROBLEM] = problem
         logger.warning("%s. Serving without a DFlash drafter is not affected", problem)
-    for name in kinds.registered_architectures():
+    try:
+        names = kinds.registered_architectures()
+    except Exception:  # that is then the problem
+        names = ()
+    for name in names:
         ModelRegistry.register_model(name, "vllm_dflash.models.unsupported:UnsupportedVLLM")
 
 
 def _register_speculators() -> None:
     """Teaches vLLM to read the speculators format of kinds that it does not know, through its own
     registry of such types."""
-    from vllm.transformers_utils.configs.speculators.algos import register_speculator, update_dflash
+    from vllm.transformers_utils.configs.speculators.algos import (
+        SUPPORTED_SPECULATORS_TYPES,
+        register_speculator,
+        update_dflash,
+    )
 
     def register(kind: kinds.Kind) -> None:
         @register_speculator(kind.name)
@@ -81,7 +89,7 @@ def _register_speculators() -> None:
             pre_trained_config["architectures"] = [kind.served_architecture]
 
     for kind in kinds.every().values():
-        if not kind.is_known_to_vllm:
+        if kind.name not in SUPPORTED_SPECULATORS_TYPES:
             register(kind)
 
 

@@ -39,7 +39,7 @@ def replaced_by(dotted: str) -> str | None:
         own = {package, _OWN} if value is found else {package, _OWN, *sys.stdlib_module_names}
         for layer, trusted in zip(reversed(layers), (own, *[_TRUSTED | own] * len(layers))):
             if _root(layer) not in trusted - _UNTRUSTED:
-                return _described(layer)
+                return described(layer)
     return None
 
 
@@ -78,7 +78,8 @@ def _root(value: Any) -> str:
     return _home(value).partition(".")[0]
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
+    """Where a definition's code is from, and its name, which a wrapper has of what it wraps."""
     return f"{_home(value)}:{getattr(value, '__qualname__', type(value).__qualname__)}"
 
 

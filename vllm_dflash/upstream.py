@@ -11,6 +11,7 @@ class's.
 import ast
 import hashlib
 import importlib.util
+import tokenize
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec, PathFinder
@@ -201,10 +202,11 @@ class Sources:
             spec = self._spec(module)
             if spec is None or not spec.origin or not spec.origin.endswith(".py"):
                 raise SourceNotFoundError(f"module {module} is not installed as Python source")
-            text = Path(spec.origin).read_text(encoding="utf-8")
             try:
+                with tokenize.open(spec.origin) as file:
+                    text = file.read()
                 tree = ast.parse(text)
-            except SyntaxError as error:  # of a newer Python
+            except (SyntaxError, ValueError) as error:  # of a newer Python, or no text
                 raise SourceNotFoundError(
                     f"{module} cannot be read by this Python: {error}"
                 ) from None

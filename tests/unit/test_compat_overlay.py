@@ -3,6 +3,7 @@ Python, and laying it over the kernels."""
 
 import subprocess
 import zipfile
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,6 +64,36 @@ def test_a_wheel_is_unpacked_once_and_without_its_kernels(asked: list[str], tmp_
     assert list((tmp_path / "wheels").iterdir()) == []
 
 
+def test_a_damaged_wheel_is_fetched_anew(
+    asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stayed, pip took it for downloaded, and every run ended in a traceback."""
+    whole = wheel._pip
+
+    def half(arguments: list[str], **options: object) -> SimpleNamespace:
+        done = whole(arguments, **options)
+        for path in (tmp_path / "wheels").iterdir():
+            path.write_bytes(path.read_bytes()[:200])
+        return done
+
+    with monkeypatch.context() as patched:
+        patched.setattr(wheel, "_pip", half)
+        with pytest.raises(SystemExit, match=r"vLLM 9.1.0 is damaged .* run this again"):
+            wheel.fetch(Version("9.1.0"))
+    assert wheel.fetch(Version("9.1.0")).is_dir()
+
+
+def test_without_a_cpu_build_the_overlay_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(overlay, "version", version)
+    with pytest.raises(SystemExit, match="run `make install`"):
+        overlay.make(tmp_path / "vllm-9.1.0")
+
+
 @pytest.mark.slow
 def test_the_overlay_has_one_release_over_the_kernels_of_another(tmp_path: Path) -> None:
     """Child processes see it too, and all other packages, ours included."""
@@ -85,3 +116,8 @@ def test_the_overlay_has_one_release_over_the_kernels_of_another(tmp_path: Path)
     made = python.parents[1].stat().st_mtime_ns
     assert overlay.make(source) == python
     assert python.parents[1].stat().st_mtime_ns == made
+    # Half there, Python found the installed vLLM instead, and its tests passed in this one's name.
+    (found,) = python.parents[1].glob("lib/python*/site-packages/vllm/__init__.py")
+    found.unlink()
+    assert overlay.make(source) == python
+    assert found.read_text() == "HERE = 9\n"

@@ -248,6 +248,52 @@ def test_a_foreign_replacement_of_ours_is_named_and_survives_revert(upstream: Pa
     assert not module.Runner().fits(99)
 
 
+def test_what_another_plug_in_wraps_is_not_put_there_twice(upstream: Path) -> None:
+    """After a revert that had to leave ours beneath the other's, ours went around that once more;
+    and a wrapper was named by what it wraps, as ours."""
+    module: Any = importlib.import_module("upstream")
+    patches = PatchSet([patch("upstream:use", around)])
+    patches.apply(VERSION)
+    ours = module.use
+    theirs = eval("lambda: 'theirs ' + ours()", {"ours": ours, "__name__": "other_plugin"})
+    module.use = functools.wraps(ours)(theirs)
+    assert patches.revert() == ["upstream:use"]
+    with pytest.raises(PatchError, match=r"ours? .*was replaced by other_plugin:use"):
+        patches.apply(VERSION)
+    assert module.use() == "theirs ours around helper"
+    module.use = ours
+    patches.apply(VERSION)
+    assert module.use() == "ours around helper"
+    assert patches.revert() == []
+    assert module.use() == "helper"
+
+
+def test_a_revert_goes_on_where_the_import_hook_is_gone(upstream: Path) -> None:
+    patches = PatchSet([patch("upstream:Part", other_part)])
+    hooks = list(sys.meta_path)
+    patches.apply(VERSION)
+    sys.meta_path[:] = hooks
+    assert patches.revert() == []
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        (b"# -*- coding: latin-1 -*-\n# \xe9\n", None),
+        (b"# \xe9\n", "cannot be read by this Python"),
+        (b"def (:\n", "cannot be read by this Python"),
+    ],
+)
+def test_a_source_that_is_not_utf_8_is_read_or_named(
+    upstream: Path, head: bytes, said: str | None
+) -> None:
+    """It ended `vllm-dflash status` and `compat` in a UnicodeDecodeError."""
+    file = upstream / "upstream.py"
+    file.write_bytes(head + file.read_bytes())
+    problems = PatchSet([patch("upstream:Runner.fits", fits_any)]).check(VERSION)
+    assert [said in problem for problem in problems] == ([True] if said else []), problems
+
+
 def test_revert_restores_the_originals_and_drops_what_is_pending(upstream: Path) -> None:
     parts: Any = importlib.import_module("upstream_parts")
     hooks = list(sys.meta_path)

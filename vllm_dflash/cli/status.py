@@ -6,6 +6,7 @@ import textwrap
 from typing import Any
 
 import vllm_dflash
+from vllm_dflash import kinds
 from vllm_dflash.cli.flags import add_command
 from vllm_dflash.patch import SCOPES
 from vllm_dflash.plugin import patch_set, why_off
@@ -35,7 +36,7 @@ def _status() -> int:
         for line in INSTALL_VLLM:
             print(f"             {line}")
     print(f"torch        {_version('torch')}")
-    problems = [] if version is None else patch_set().check(version)
+    problems = [] if version is None else [*patch_set().check(version), *_kinds()]
     state = why_off() or (
         "off: vLLM is not installed"
         if version is None
@@ -64,6 +65,16 @@ def _status() -> int:
         print(_paragraph("why", row.why))
         print(_paragraph("until", row.until))
     return 0 if state == "on" else 1
+
+
+def _kinds() -> list[str]:
+    """Why this package's kinds of drafters cannot be had, if so. Other packages' may import torch,
+    and are left out singly in vLLM's processes."""
+    try:
+        kinds.own()
+    except Exception as error:
+        return [f"kinds of drafters: {error!r}"]
+    return []
 
 
 def _gone() -> list[tuple[str, tuple[str, ...]]]:

@@ -24,15 +24,13 @@ from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.rejection_sampler import PLACEHOLDER_TOKEN_ID, RejectionSampler
+from vllm.v1.sample.sampler import _SAMPLING_EPS as GREEDY_BELOW
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_dflash.cpu.rows import Rows, ThinkingBudgets, each_row_alone, without_processors
 from vllm_dflash.cpu.sampler_choice import check_sampler, draws_by_kernel, is_as_checked, named
 from vllm_dflash.cpu.sampling import DrawsInTurn, SeedDraws, Seeded, draw_tokens, int32
 from vllm_dflash.log import logger
-
-_GREEDY_BELOW = 1e-5
-"""Temperatures below are greedy, as vLLM's sampler has it."""
 
 
 class Verifier(RejectionSampler):
@@ -223,7 +221,7 @@ class Verifier(RejectionSampler):
         """``logits`` [R, V] by each row's temperature, which rows are greedy [R], and each row's
         top-k and top-p."""
         temperature, top_k, top_p = self._by_row(metadata, sampling)
-        is_greedy = temperature < _GREEDY_BELOW
+        is_greedy = temperature < GREEDY_BELOW
         if not sampling.all_random:
             temperature = temperature.masked_fill(is_greedy, 1.0)
         # In place where nobody is shown them: they are as large as the batch's vocabularies.
@@ -271,7 +269,7 @@ class Verifier(RejectionSampler):
             num_computed_tokens: of the session so far: all but its last output token.
         """
         generator, params = session.generator, session.sampling_params
-        if generator is not None and params.temperature >= _GREEDY_BELOW:
+        if generator is not None and params.temperature >= GREEDY_BELOW:
             drawn = num_computed_tokens + 1 - session.num_prompt_tokens
             self._earlier[generator] = self._earlier.get(generator, 0) + drawn
 

@@ -14,14 +14,14 @@ Records need no torch: what does is imported when a drafter is made.
 import functools
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Literal
 
+from vllm_dflash.kind_checks import missing_parts, namesake, namesake_in_vllm
 from vllm_dflash.log import logger
-from vllm_dflash.upstream import SourceNotFoundError, Sources
+from vllm_dflash.typed import check_fields
 
 if TYPE_CHECKING:
     from vllm_dflash.config import DrafterConfig
@@ -35,11 +35,8 @@ FOR_TRAINING = "dflare"
 OURS = "vllm-dflash"
 """The format of kinds that nobody else has published."""
 
-AFTER_ANCHOR = 1
+AFTER_ANCHOR: Final = 1
 """``Kind.first_row`` where the anchor's row predicts nothing."""
-
-PARTS = ("Reference", "Served")
-"""The classes of a context's and of a head's modules."""
 
 Tensors = dict[str, tuple[int, ...]]
 """Names of a checkpoint's tensors, without a prefix, to their shapes."""
@@ -65,6 +62,9 @@ class Context:
     shares: str | None = None
     """The tensor [D, T] whose softmax is each target layer's share in a draft layer's context."""
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 def _no_tensors(config: "DrafterConfig") -> Tensors:
     return {}
@@ -88,6 +88,9 @@ class Setting:
     most: float = 1 << 16
     counts_tokens: bool = False
     """It is at most the vocabulary."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def fits(self, value: object, vocab_size: int) -> bool:
         """Whether it may be ``value``."""
@@ -142,6 +145,9 @@ class Head:
     target's embeddings and the context of the token before the anchor; no others go from row to
     row alone, so that the first K rows are enough."""
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 ARGMAX = Head("vllm_dflash.heads.argmax", is_argmax=True, name="argmax")
 
@@ -167,7 +173,7 @@ class Kind:
     features: Callable[[int, int], int]
     """Target layers captured by default, from the draft's and the target's numbers of layers."""
     head: Head = ARGMAX
-    first_row: int = AFTER_ANCHOR
+    first_row: Literal[0, 1] = AFTER_ANCHOR
     """The row of a block that predicts the token after the anchor; 0: the anchor's own, as
     ``sample_from_anchor`` has it in speculators' format."""
     is_flat: bool = False
@@ -188,6 +194,12 @@ class Kind:
     served_as: str | None = None
     """What our model is registered as, where vLLM treats the published architecture in a way of its
     own."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        names = "name", "label", "architecture", "format", "speculators_architecture"
+        if empty := [name for name in names if not getattr(self, name)]:
+            raise TypeError(f"Kind: {', '.join(empty)} must not be empty")
 
     @property
     def served_architecture(self) -> str:
@@ -214,28 +226,40 @@ def every() -> Mapping[str, Kind]:
     """All kinds by name: the package's, of these first what vLLM knows, then other packages'.
 
     One of another package that cannot be imported, that names parts which do not exist, or that
-    takes a name of another, is left out with a warning: plain serving goes on.
+    takes a name of another or of a model of vLLM's, is left out with a warning: plain serving goes
+    on.
+
+    Raises:
+        ValueError: two of this package have a name in common.
+    """
+    found = dict(own())
+    for where, kind in _others():
+        if taken := namesake(kind, found.values()) or namesake_in_vllm(kind):
+            logger.warning("%s: it has the name %s. Rename it", _LEFT_OUT % where, taken)
+        elif missing := missing_parts(kind):
+            logger.warning("%s: %s. Mend its record", _LEFT_OUT % where, "; ".join(missing))
+        else:
+            found[kind.name] = kind
+    return found
+
+
+@functools.cache
+def own() -> Mapping[str, Kind]:
+    """This package's.
+
+    Raises:
+        ValueError: two have a name in common.
     """
     ours = [
         kind
         for item in pkgutil.iter_modules(__path__)
         for kind in _kinds_in(import_module(f"{__name__}.{item.name}"))
     ]
-    found = {
-        kind.name: kind for kind in sorted(ours, key=lambda k: (not k.is_known_to_vllm, k.name))
-    }
-    for where, kind in _others():
-        taken = [
-            k.name
-            for k in found.values()
-            if kind.name == k.name or kind.architecture == k.architecture
-        ]
-        if taken:
-            logger.warning("%s: it has a name of %s. Rename it", _LEFT_OUT % where, taken[0])
-        elif missing := missing_parts(kind):
-            logger.warning("%s: %s. Mend its record", _LEFT_OUT % where, "; ".join(missing))
-        else:
-            found[kind.name] = kind
+    found: dict[str, Kind] = {}
+    for kind in sorted(ours, key=lambda k: (not k.is_known_to_vllm, k.name)):
+        if taken := namesake(kind, found.values()):
+            raise ValueError(f"{__name__}: {kind.name} has the name {taken}: rename one of the two")
+        found[kind.name] = kind
     return found
 
 
@@ -248,44 +272,13 @@ def _others() -> Iterator[tuple[str, Kind]]:
     for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
         try:
             kind = point.load()
-        except Exception as error:  # whatever another package's import ends in
+        except (Exception, SystemExit) as error:  # whatever another package's import ends in
             logger.warning("%s: %r. Mend or uninstall its package", _LEFT_OUT % point.value, error)
             continue
         if isinstance(kind, Kind):
             yield point.value, kind
         else:
             logger.warning("%s: it is no vllm_dflash.kinds.Kind", _LEFT_OUT % point.value)
-
-
-def missing_parts(kind: Kind) -> list[str]:
-    """The parts that a record names and that do not exist, a sentence each.
-
-    The modules are read as text, for they take torch and vLLM. One is imported only where its text
-    does not bind a part.
-    """
-    sources = Sources()
-    if kind.context.modules == kind.head.modules:
-        return [
-            f"its context and its head are both in {kind.context.modules}, where a part such as"
-            f" {PARTS[0]} can be of one of them: each needs a module of its own"
-        ]
-    return [
-        problem
-        for record in (kind.context, kind.head)
-        for part in PARTS
-        if (problem := _missing_part(sources, type(record).__name__.lower(), record.modules, part))
-    ]
-
-
-def _missing_part(sources: Sources, axis: str, module: str, part: str) -> str | None:
-    with suppress(SourceNotFoundError):
-        sources.find(f"{module}:{part}")
-        return None
-    try:
-        is_there = hasattr(import_module(module), part)
-    except Exception as error:  # whatever another package's import ends in
-        return f"its {axis}'s {part} cannot be imported from {module} ({error!r})"
-    return None if is_there else f"its {axis} has no {part} in {module}"
 
 
 def names() -> tuple[str, ...]:
