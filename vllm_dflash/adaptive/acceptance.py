@@ -54,8 +54,7 @@ class _Group:
         self.outcomes.clear()
         verified, accepted = np.array(ends)[..., None]
         at = np.arange(len(self.rates))
-        seen = at < np.minimum(accepted + 1, verified)
-        hits = seen & (at < accepted)
+        seen, hits = (at < np.minimum(accepted + more, verified) for more in (1, 0))
         expected = seen * np.fromiter(chain(*said), float).reshape(seen.shape)
         # What is expected is told after the group has learned of it: what a request alone tells
         # would count twice. What is a request's own is learned slowly at any time.
@@ -65,7 +64,7 @@ class _Group:
         self.rates = (self._worth[0] * self._positions[0]).tolist()
         totals = (expected @ self._positions[0]).tolist()
         for request, hit, total in zip(of, hits.sum(1).tolist(), totals, strict=True):
-            request.factor += (hit - total * request.factor) / self._memory
+            request.learn(hit, total, self._memory)
 
     def _mix(
         self, known: Array, weight: Array, hits: Array, expected: Array
@@ -80,6 +79,9 @@ class _Request:
 
     def __init__(self, group: _Group) -> None:
         self.group, self.factor = group, 1.0
+
+    def learn(self, hits: float, expected: float, memory: float) -> None:
+        self.factor += (hits - expected * self.factor) / memory
 
 
 class Acceptance:
@@ -137,8 +139,7 @@ class Acceptance:
     def _row(self, name: str, said: Confidences) -> Row:
         """The usual confidences where none are known."""
         row = (said and said.get(name)) or self._usual
-        more = self._usual[len(row) :]
-        return [*row, *more] if more else row
+        return row if len(row) == len(self._usual) else [*row, *self._usual[len(row) :]]
 
     def _of(self, name: str) -> _Request:
         if name not in self._requests:
