@@ -240,7 +240,9 @@ def _extended_or_repeated(tree: ast.Module) -> Iterator[str]:
             node.ops[0], ast.Is | ast.IsNot | ast.In | ast.NotIn
         ):
             for side in node.comparators:
-                yield from names(side)
+                # By itself what something is in is a table, not a class.
+                if isinstance(node.ops[0], ast.Is | ast.IsNot) or not isinstance(side, ast.Name):
+                    yield from names(side)
         if isinstance(node, ast.Dict):
             for key, value in zip(node.keys, node.values, strict=True):
                 rows = value.args if isinstance(value, ast.Call) else [value]
