@@ -28,6 +28,9 @@ _PR_SET_CHILD_SUBREAPER = 36
 _TESTS = Path(__file__).resolve().parents[1]
 _READ_AT_IMPORT = "VLLM_ENABLE_V1_MULTIPROCESSING"
 """A process in which it is to be another one has to import vLLM itself."""
+_NOTHING_SPECIAL = -1, None, None, None, -1, None
+"""What ``subprocess`` is not asked for: a process group, a group, groups, a user, a umask, and a
+function to call first."""
 
 
 def install(own: Sequence[int] = ()) -> None:
@@ -65,7 +68,8 @@ def install(own: Sequence[int] = ()) -> None:
         command = [os.fsdecode(each) for each in args]
         given = dict(os.fsdecode(each).split("=", 1) for each in env or ()) or dict(os.environ)
         is_ours = os.fsdecode(executables[0]) == sys.executable and command_of(command)
-        if not is_ours or given.get(_READ_AT_IMPORT) != imported or any(more[12:-1]):
+        is_plain = more[12:18] == _NOTHING_SPECIAL and given.get(_READ_AT_IMPORT) == imported
+        if not (is_ours and is_plain):
             return start(args, executables, close, kept, *more)
         streams = {i: i if each == -1 else each for i, each in enumerate((stdin, stdout, stderr))}
         return ask(
