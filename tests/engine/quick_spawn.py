@@ -93,14 +93,17 @@ def _twin(requests: socket.socket) -> tuple[dict[str, Any], list[int]]:
         between = os.fork()
         if between == 0:
             between = os.getpid()
-            if child := os.fork():
-                os.write(writing, str(child).encode())
+            if os.fork():
                 os._exit(0)
             while os.getppid() == between:
                 time.sleep(0.001)
+            asked = json.loads(text)
+            if asked.get("apart"):
+                os.setsid()
+            os.write(writing, str(os.getpid()).encode())
             for descriptor in (reading, writing, requests.detach()):
                 os.close(descriptor)
-            return json.loads(text), descriptors
+            return asked, descriptors
         for descriptor in (writing, *descriptors):
             os.close(descriptor)
         child_id = os.read(reading, 32)
@@ -122,8 +125,6 @@ def _become(asked: dict[str, Any], descriptors: Sequence[int]) -> None:
         sys.argv = ["-c", "--multiprocessing-fork"]
         exec(asked["code"], {"__name__": "__main__"})
     else:
-        if asked["apart"]:
-            os.setsid()
         sys.stdin = os.fdopen(0, closefd=False)
         run(asked["argv"], own)
     sys.exit()
