@@ -150,7 +150,8 @@ def test_a_command_that_is_started_is_a_clean_child(tmp_path: Path) -> None:
         assert child["folder"] == str(folder)
         assert child["said"] == "to the child"
         assert child["input"] == "the input"
-        assert child["errors"] == "an error\n"
+        # Triton adds a word at the end of a process that has it imported.
+        assert child["errors"].startswith("an error\n")
         assert child["status"] == 7
         assert child["vllm"] == is_fork
         assert not child["plug-in"]
