@@ -17,7 +17,7 @@ import pytest
 
 from engine import forks
 from engine.harness import DRAFTER, TARGET, engine_env, held_out_prompts
-from engine.test_serve import request, server
+from engine.test_serve import Command, request, server
 from vllm_dflash.cli import main
 from vllm_dflash.metrics.figures import Scrape, figures
 from vllm_dflash.metrics.snapshots import USERS
@@ -221,6 +221,7 @@ def test_two_api_servers_two_engines_and_a_multiprocess_directory_of_the_users(
         json.dumps(SPECULATIVE),
         *flags,
         env={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
+        start=Command,
     ) as port:
         answers = send(port)
         first = text_after_writing(port)
