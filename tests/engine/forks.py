@@ -9,7 +9,6 @@ and a process group of its own. What it spawns are forks too (``quick_spawn.py``
 
 import json
 import os
-import runpy
 import select
 import signal
 import subprocess
@@ -156,26 +155,8 @@ def _fork(request: dict[str, Any]) -> int:
     sys.stdin = os.fdopen(0, closefd=False)
     os.environ.clear()
     os.environ.update(request["env"])
-    sys.argv = request["argv"]
-    added = [
-        path
-        for path in os.environ.get("PYTHONPATH", "").split(os.pathsep)
-        if path and path not in sys.path
-    ]
-    sys.path[:1] = [str(Path(sys.argv[0]).parent), *added]
     quick_spawn.heed_environment()
-    quick_spawn.install([number for number in opened if number > 2])
-    quick_spawn.call_itself(sys.argv)
     return 0
-
-
-def _run() -> None:
-    """What ``sys.argv`` names."""
-    if sys.argv[0] == "-m":
-        del sys.argv[0]
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def main() -> None:
@@ -209,7 +190,7 @@ def main() -> None:
         elif pid := _fork(request):
             print(pid, file=answers, flush=True)
         else:
-            _run()
+            quick_spawn.run(request["argv"], [n for n in map(int, request["files"]) if n > 2])
             return
     os._exit(0)
 

@@ -1,5 +1,6 @@
-"""Processes that Python's multiprocessing spawns, as forks of a clean twin: each would import vLLM
-anew, which takes longer than most of what it does.
+"""Processes that Python's multiprocessing spawns, and commands of this package and of vLLM that are
+started by ``subprocess``, as forks of a clean twin: each would import vLLM anew, which takes longer
+than most of what it does.
 
 ``install`` makes the twin, a fork of this process as it is then, which does nothing but fork. What
 is spawned later finds what it would find in a process of its own: the arguments, environment,
@@ -9,7 +10,9 @@ folder and descriptors of its parent, whose child it is, and nothing of what tha
 import ctypes
 import json
 import os
+import runpy
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -22,6 +25,12 @@ _MOST_BYTES, _MOST_DESCRIPTORS = 1 << 17, 64
 _ABOVE = 300
 """Descriptors from here on are free in a twin."""
 _PR_SET_CHILD_SUBREAPER = 36
+_TESTS = Path(__file__).resolve().parents[1]
+_READ_AT_IMPORT = "VLLM_ENABLE_V1_MULTIPROCESSING"
+"""A process in which it is to be another one has to import vLLM itself."""
+_NOTHING_SPECIAL = -1, None, None, None, -1, None
+"""What ``subprocess`` is not asked for: a process group, a group, groups, a user, a umask, and a
+function to call first."""
 
 
 def install(own: Sequence[int] = ()) -> None:
@@ -38,23 +47,40 @@ def install(own: Sequence[int] = ()) -> None:
             os.close(descriptor)
         _become(*_twin(theirs))
     theirs.close()
-    spawn, lock = util.spawnv_passfds, threading.Lock()
+    spawn, start, lock = util.spawnv_passfds, subprocess._fork_exec, threading.Lock()
+    imported = os.environ.get(_READ_AT_IMPORT)
+
+    def ask(descriptors: Mapping[int, int], **asked: Any) -> int:
+        asked = {"env": dict(os.environ), "folder": os.getcwd()} | asked
+        text = json.dumps(asked | {"descriptors": list(descriptors)})
+        with lock:
+            socket.send_fds(ours, [text.encode()], list(descriptors.values()))
+            return int(ours.recv(32))
 
     def fork(path: Any, args: Sequence[Any], passed: Sequence[Any]) -> int:
         if "--multiprocessing-fork" not in args:
             return spawn(path, args, passed)
-        descriptors = sorted({int(descriptor) for descriptor in passed})
-        asked = {
-            "code": args[list(args).index("-c") + 1],
-            "env": dict(os.environ),
-            "folder": os.getcwd(),
-            "descriptors": descriptors,
-        }
-        with lock:
-            socket.send_fds(ours, [json.dumps(asked).encode()], descriptors)
-            return int(ours.recv(32))
+        code = args[list(args).index("-c") + 1]
+        return ask({number: number for number in sorted({int(each) for each in passed})}, code=code)
 
-    util.spawnv_passfds = fork
+    def fork_command(args: Any, executables: Any, close: Any, kept: Any, *more: Any) -> int:
+        folder, env, stdin, _, _, stdout, _, stderr, _, told, _, apart = more[:12]
+        command = [os.fsdecode(each) for each in args]
+        given = dict(os.fsdecode(each).split("=", 1) for each in env or ()) or dict(os.environ)
+        is_ours = os.fsdecode(executables[0]) == sys.executable and command_of(command)
+        is_plain = more[12:18] == _NOTHING_SPECIAL and given.get(_READ_AT_IMPORT) == imported
+        if not (is_ours and is_plain):
+            return start(args, executables, close, kept, *more)
+        streams = {i: i if each == -1 else each for i, each in enumerate((stdin, stdout, stderr))}
+        return ask(
+            streams | {int(each): int(each) for each in kept if each != told},
+            argv=command_of(command),
+            apart=bool(apart),
+            env=given,
+            **({"folder": os.fsdecode(folder)} if folder else {}),
+        )
+
+    util.spawnv_passfds, subprocess._fork_exec = fork, fork_command
 
 
 def _twin(requests: socket.socket) -> tuple[dict[str, Any], list[int]]:
@@ -67,14 +93,17 @@ def _twin(requests: socket.socket) -> tuple[dict[str, Any], list[int]]:
         between = os.fork()
         if between == 0:
             between = os.getpid()
-            if child := os.fork():
-                os.write(writing, str(child).encode())
+            if os.fork():
                 os._exit(0)
             while os.getppid() == between:
                 time.sleep(0.001)
+            asked = json.loads(text)
+            if asked.get("apart"):
+                os.setsid()
+            os.write(writing, str(os.getpid()).encode())
             for descriptor in (reading, writing, requests.detach()):
                 os.close(descriptor)
-            return json.loads(text), descriptors
+            return asked, descriptors
         for descriptor in (writing, *descriptors):
             os.close(descriptor)
         child_id = os.read(reading, 32)
@@ -90,10 +119,48 @@ def _become(asked: dict[str, Any], descriptors: Sequence[int]) -> None:
     os.environ.update(asked["env"])
     os.chdir(asked["folder"])
     heed_environment()
-    install(asked["descriptors"])
-    sys.argv = ["-c", "--multiprocessing-fork"]
-    exec(asked["code"], {"__name__": "__main__"})
+    own = [number for number in asked["descriptors"] if number > 2]
+    if "code" in asked:
+        install(own)
+        sys.argv = ["-c", "--multiprocessing-fork"]
+        exec(asked["code"], {"__name__": "__main__"})
+    else:
+        sys.stdin = os.fdopen(0, closefd=False)
+        run(asked["argv"], own)
     sys.exit()
+
+
+def command_of(command: Sequence[str]) -> list[str] | None:
+    """Of a command line of Python's: a script's path, or "-m" and a module, and the arguments, if
+    that is a module of this package's or vLLM's, or a script of the tests'."""
+    rest = list(command[1:])
+    while rest[:1] == ["-W"]:
+        del rest[:2]
+    if rest[:1] == ["-m"] and rest[1].partition(".")[0] in ("vllm", "vllm_dflash"):
+        return rest
+    is_script = bool(rest) and rest[0].endswith(".py") and _TESTS in Path(rest[0]).parents
+    return rest if is_script else None
+
+
+def run(arguments: Sequence[str], own: Sequence[int]) -> None:
+    """Becomes a Python command, in a process that was forked for it and has its descriptors and
+    environment.
+
+    Args:
+        arguments: a script's path, or "-m" and a module, and the arguments.
+        own: as of ``install``.
+    """
+    sys.argv = list(arguments)
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    added = [path for path in paths if path and path not in sys.path]
+    sys.path[:1] = [str(Path(sys.argv[0]).parent), *added]
+    install(own)
+    call_itself(sys.argv)
+    if sys.argv[0] == "-m":
+        del sys.argv[0]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def place(descriptors: Mapping[int, int]) -> None:

@@ -106,3 +106,52 @@ def test_a_popen_is_driven_by_its_pipes(tmp_path: Path) -> None:
         process.stdin.close()
         assert process.wait(60) == process.returncode == 3
         assert answers.read() == ""
+
+
+STARTER = """
+import json, os, subprocess, sys
+import vllm_dflash.plugin
+
+def look(env, *options):
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", *options, sys.argv[1], "an argument"],
+        cwd=sys.argv[2], env=os.environ | {"SAID": "to the child"} | env, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )
+    said, errors = process.communicate("the input")
+    return json.loads(said) | {
+        "errors": errors, "status": process.returncode, "its pid": process.pid
+    }
+
+others = look({"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}), look({}, "-I")
+print("FOUND" + json.dumps([os.getpid(), look({}), *others]), flush=True)
+"""
+
+
+def test_a_command_that_is_started_is_a_clean_child(tmp_path: Path) -> None:
+    """A process that is to be another than this one, or that Python is given further options for,
+    imports vLLM itself."""
+    script, folder, log = (tmp_path / name for name in ("script.py", "folder", "log"))
+    script.write_text(STARTER)
+    folder.mkdir()
+    looking = Path(__file__).with_name("looking_script.py")
+    fork = forks.start(
+        [str(script), str(looking), str(folder)], engine_env(), {0: Path(os.devnull), 1: log}
+    )
+    assert fork.wait(120) == 0, log.read_text()
+    wait_until_gone(fork.pid)
+    starter, *children = json.loads(log.read_text().partition("FOUND")[2].splitlines()[0])
+    assert starter == fork.pid
+    for child, is_fork in zip(children, (True, False, False), strict=True):
+        assert child["arguments"] == ["an argument"]
+        assert child["name"] == "__main__"
+        assert child["pid"] == child["group"] == child["its pid"]
+        assert child["parent"] == starter
+        assert child["folder"] == str(folder)
+        assert child["said"] == "to the child"
+        assert child["input"] == "the input"
+        # Triton adds a word at the end of a process that has it imported.
+        assert child["errors"].startswith("an error\n")
+        assert child["status"] == 7
+        assert child["vllm"] == is_fork
+        assert not child["plug-in"]

@@ -8,6 +8,7 @@ token. Speeds say nothing here.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,25 +16,36 @@ from typing import Any
 
 import pytest
 
+from engine import forks
 from engine.harness import ROOT, engine_env
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 
-def run(name: str, folder: Path, *more: str) -> dict[str, Any]:
-    """The record of a program's run, which has to end well."""
+def run(name: str, folder: Path, *more: str, fork: bool = True) -> dict[str, Any]:
+    """The record of a program's run, which has to end well.
+
+    ``fork``: the program and its engines are forks of a process that has vLLM imported; else each
+    is started as a user's is.
+    """
     script = ROOT / "tests" / "gpu" / f"{name}.py"
     flags = ["--tiny", "--out", str(folder / "out"), "--work", str(folder / "work"), *more]
-    done = subprocess.run(
-        [sys.executable, str(script), *flags],
-        cwd=folder,
-        env=engine_env(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    logs = [log.read_text()[-3000:] for log in folder.glob("work/*/logs/*.log")]
-    assert done.returncode == 0, "\n".join([done.stdout, done.stderr, *logs])
+    log = folder / "log"
+    if fork:
+        files = {0: Path(os.devnull), 1: log}
+        status = forks.start([str(script), *flags], engine_env(), files, forks.INTERPRETER).wait()
+    else:
+        with log.open("w") as output:
+            status = subprocess.run(
+                [sys.executable, str(script), *flags],
+                cwd=folder,
+                env=engine_env(),
+                stdout=output,
+                stderr=output,
+                check=False,
+            ).returncode
+    logs = [path.read_text()[-3000:] for path in (log, *folder.glob("work/*/logs/*.log"))]
+    assert status == 0, "\n".join(logs)
     (path,) = (folder / "out").glob(f"{name}-*-tiny.json")
     return json.loads(path.read_text())
 
@@ -63,7 +75,7 @@ def test_right_drafts(tmp_path: Path) -> None:
 
 def test_second_start(tmp_path: Path) -> None:
     """A drafter with an lm_head over half of the vocabulary and a mask embedding."""
-    found = ran(run("second_start", tmp_path, "--only", "own tables"))
+    found = ran(run("second_start", tmp_path, "--only", "own tables", fork=False))
     assert found["own tables under graphs"]["same"] == 1.0
     assert found["own tables under graphs"]["tokens"] >= 100
 

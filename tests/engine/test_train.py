@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from engine import forks
 from engine.harness import ROOT, TARGET, engine_env, wait_until_gone
 from training_runs import answer_held_out, answered_prompts, held_out_file, make_target, settings
 from vllm_dflash.config import DrafterConfig
@@ -168,28 +169,22 @@ def test_without_prompts_killed_while_the_target_writes_them(tmp_path: Path) -> 
         "--skip-vllm",
     ]
 
-    def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            command,
-            env=engine_env({}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+    log = tmp_path.with_name("log")
+
+    def start() -> forks.Fork:
+        return forks.start(command, engine_env(), {0: Path(os.devnull), 1: log})
 
     first, part = start(), tmp_path / "prompts" / "shard-00000"
     while not part.with_suffix(".json").exists():
-        assert first.poll() is None, first.stdout.read()
+        assert first.runs(), log.read_text()
         time.sleep(0.01)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.communicate()
+    first.kill()
     wait_until_gone(first.pid)
     assert not (tmp_path / "prompts" / "prompts.jsonl").exists(), "too late: all was written"
     kept = part.with_suffix(".safetensors").stat().st_mtime_ns
     second = start()
-    said, _ = second.communicate(timeout=300)
-    assert second.returncode == 0, said
+    status, said = second.wait(300), log.read_text()
+    assert status == 0, said
     assert part.with_suffix(".safetensors").stat().st_mtime_ns == kept
     assert "24 prompts of" in said
     rows = [

@@ -15,10 +15,10 @@ import os
 import random
 import sys
 import tempfile
-import types
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -226,61 +226,8 @@ def use_interpreter() -> None:
             return None
 
     backends["cpu"] = Backend(BaseBackend, InterpretedDriver)
-    _let_masks_be_integers()
-    _interpret_faster()
-
-
-def _let_masks_be_integers() -> None:
-    """The masks that vLLM's grammar kernel stores under, and its walk through candidates loads
-    under, are integers to the interpreter, whose own load and store take bools only."""
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-
-    def as_bools(mask: Any) -> Any:
-        return TensorHandle(mask.data.astype(bool), mask.dtype)
-
-    def create_masked_load(self: Any, ptrs: Any, mask: Any, *others: Any, **named: Any) -> Any:
-        return load(self, ptrs, as_bools(mask), *others, **named)
-
-    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *others: Any) -> Any:
-        return store(self, ptrs, value, as_bools(mask), *others)
-
-    InterpreterBuilder.create_masked_load = create_masked_load
-    InterpreterBuilder.create_masked_store = create_masked_store
-
-
-def _interpret_faster() -> None:
-    """Two thirds of the interpreter's time is none of the kernels' work: it patches Triton's
-    language anew for each call of a device function, checks every integer sum for overflow in 64
-    bits, and builds a table of dtypes for each lookup.
-    """
-    from triton import language
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang
-    scopes: list[Any] = []
-
-    def patch_once(fn: Any) -> Any:
-        if not scopes:
-            both = types.FunctionType(fn.__code__, {"tl": language, "core": language.core})
-            scopes.append(patch(both))
-        return interpreter._LangPatchScope()
-
-    interpreter._patch_lang = patch_once
-    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
-        sanitize_overflow=False
-    )
-    look_up = interpreter._get_np_dtype
-    dtypes: dict[str, Any] = {}
-
-    def np_dtype(tt_dtype: Any) -> Any:
-        name = tt_dtype.scalar.name
-        if name not in dtypes:
-            dtypes[name] = look_up(tt_dtype.scalar)
-        return dtypes[name]
-
-    interpreter._get_np_dtype = np_dtype
+    here = f"{__package__}." if __package__ else ""  # this file may be run as a script
+    import_module(f"{here}quick_interpreter").install()
 
 
 def _serve(job: Job, script: list[list[int]] | None) -> Result:
