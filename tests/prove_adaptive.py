@@ -25,6 +25,7 @@ decide it.
 import argparse
 import json
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -44,6 +45,7 @@ from vllm_dflash.evaluation.job import Engine, Job  # noqa: E402
 from vllm_dflash.evaluation.methods import FIXED, Method  # noqa: E402
 from vllm_dflash.evaluation.plan import EMBEDDED, Plan, make_plan  # noqa: E402
 from vllm_dflash.evaluation.starting import engine_settings, start_engines  # noqa: E402
+from vllm_dflash.evaluation.statistics import EARLY_STEPS  # noqa: E402
 from vllm_dflash.evaluation.summary import BEST_FIXED, BEST_SCHEDULE, rows  # noqa: E402
 from vllm_dflash.evaluation.sweep import BASELINE, Record, Sweep  # noqa: E402
 from vllm_dflash.evaluation.workload import Lengths, Point, PromptSet  # noqa: E402
@@ -272,10 +274,20 @@ def verdicts(part: Part, record: Record, index: int) -> list[str]:
         what = label if label == against["method"] else f"{label} ({against['method']})"
         asked = "" if bound is None else f", asked {bound:.2f}"
         values = f"  each {' '.join(each)}" if each else ""
+        if early := against.get("early_tokens_per_second"):
+            values += f", first {EARLY_STEPS} steps {early['median']:.3f}"
         lines.append(f"  {state} {spread['median']:.3f} x {what}{asked}{values}")
     plain = next(row["tokens_per_second"]["median"] for row in found if row["method"] == BASELINE)
     curve = [f"{row['method']} {row['tokens_per_second']['median'] / plain:.2f}" for row in found]
     lines.append(f"  {plain:.0f} tokens/s; over plain's median: {', '.join(curve)}")
+    worked = {
+        method.name: statistics.median(run["tokens_per_cpu_second"] for run in runs.values())
+        for method in methods
+        if part.is_steady and (runs := record.at(index, method.name))
+    }
+    if worked:
+        curve = [f"{name} {value / worked[BASELINE]:.2f}" for name, value in worked.items()]
+        lines.append(f"  the same by a processor's seconds: {', '.join(curve)}")
     return lines
 
 

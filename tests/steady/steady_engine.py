@@ -7,6 +7,7 @@ A prompt that came before is in the prefix cache. Put this folder on PYTHONPATH.
 
 import copy
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,7 @@ class SteadyEngine(engine_child.Engine):
 
         for lane in range(count):
             add(lane)
-        began, tokens = None, 0
+        began, tokens, used = None, 0, 0.0
         while began is None or clock.now() - began < job["seconds"]:
             clock.pause_after(job["slice_seconds"], pause)
             start = clock.now()
@@ -54,7 +55,8 @@ class SteadyEngine(engine_child.Engine):
                 step_ms.append(1000 * (clock.now() - start))
             if began is None and len(started) == count:
                 self.watch.reset()
-                began, tokens = clock.now(), 0
+                began, tokens, used = clock.now(), 0, time.process_time()
+        used = time.process_time() - used
         seconds, counts = clock.now() - began, copy.deepcopy(self.watch.counts)
         engine.abort_request(list(lanes))
         while engine.has_unfinished_requests():
@@ -63,6 +65,7 @@ class SteadyEngine(engine_child.Engine):
             done()
         return counts.as_dict() | {
             "seconds": seconds,
+            "tokens_per_cpu_second": tokens / used,
             "requests": count,
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,

@@ -40,6 +40,7 @@ class Engine:
         yield
         return {
             "tokens_per_second": self.rates[len(self.jobs) % len(self.rates)],
+            "tokens_per_cpu_second": 1.0,
             "requests": 2,
         } | dict.fromkeys(("drafts", "accepted"), 0)
 
