@@ -3,14 +3,15 @@ measured by hand on one machine, with nothing beside it.
 
     python tests/prove_adaptive.py --part lengths --target random --out /tmp/proof
 
-Parts, and their minutes on two cores with AMX:
+Parts, and about how many minutes three repeats take on two cores with AMX:
   lengths  adaptive >= 0.97 x plain at 1, 4 and 16 requests, contexts of 128 to 32,768, greedy and
-           at temperature 1                                   (embedded MINUTES, random MINUTES)
+           at temperature 1                                    (--target embedded 25, random 18)
   mixed    one request of 32,768 among seven of 128: >= 0.97 x the best of plain, all drafting, and
-           only the short ones drafting                       (embedded MINUTES, random MINUTES)
-  short    1 to 32 requests: >= 0.97 x plain and >= native; K = 1, 3, 5, 7 beside it     (MINUTES)
-  swing    a load of 1, 32, 1, 32, 1: the same                                           (MINUTES)
-  random   prompts of tokens by chance, 1, 8 and 32 requests, also at temperature 2      (MINUTES)
+           only the short ones drafting                        (--target embedded 6, random 4)
+  short    1 to 32 requests: >= 0.97 x plain and >= native; K = 1, 3, 5, 7 beside it       (30)
+  swing    a load of 1, 32, 1, 32, 1: the same                                             (20)
+  random   prompts of tokens by chance, 1, 8 and 32 requests, also at temperature 2        (20)
+The embedded pair is given as many positions, `random` is a pair of random weights.
 
 Engines take turns of 0.1 s; a ratio is taken within a repeat. Of lengths and mixed an engine stays
 for all cells and has each prompt in its prefix cache; a figure is of decoding alone. The others are
