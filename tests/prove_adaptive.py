@@ -199,9 +199,10 @@ def steady_part(args: argparse.Namespace) -> Part:
 def bench_part(args: argparse.Namespace) -> Part:
     """Short contexts, by the benchmark itself."""
     loads = {"short": "1,2,4,8,16,32", "swing": "32", "random": "1,8,32"}[args.part]
+    fixed = "" if args.quick else "dflash:1,dflash:3,dflash:5,"
     warm = "0,2" if args.part == "random" else "0,1"
     plan = bench_plan(
-        *("--methods", "plain,dflash:1,dflash:3,dflash:5,dflash:7,adaptive,native:7"),
+        *("--methods", f"plain,{fixed}dflash:7,adaptive,native:7"),
         *("--concurrency", "1,32" if args.quick else loads),
         *("--temperature", "0" if args.quick else warm),
         *("--engine-args", json.dumps({"kv_cache_memory_bytes": 1 << 28})),
@@ -301,7 +302,7 @@ def main() -> None:
     parser.add_argument("--part", choices=kinds, required=True)
     parser.add_argument("--target", choices=TOKEN_BYTES, default="embedded", help="of the models")
     parser.add_argument("--repeats", type=int, default=3, help="default: 3")
-    parser.add_argument("--quick", action="store_true", help="a few greedy cells only")
+    parser.add_argument("--quick", action="store_true", help="a few greedy cells and methods only")
     parser.add_argument(
         "--only", default="", help="cells with this in their name, as it is printed"
     )
