@@ -1,5 +1,5 @@
 """Two tensor-parallel ranks on a CPU draft what one rank drafts and what plain PyTorch drafts; the
-output is plain decoding's.
+output is plain decoding's, with either model runner.
 
 Drafters with two KV heads (one a rank) and with one (a copy on each rank), DFlash and DFlare, the
 last with tables of its own.
@@ -7,13 +7,16 @@ last with tables of its own.
     pytest -s tests/engine/test_tensor_parallel.py
 """
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from engine.harness import DRAFTER, TARGET, Batch, Job, held_out_prompts, run_worker
+from engine.harness import DRAFTER, TARGET, Batch, Job, engine_env, held_out_prompts, run_worker
 from engine.oracle import compare_drafts
 from pairs import random_prompts
 from targets import FAMILIES
@@ -120,6 +123,33 @@ def test_the_best_token_without_gathering_logits(
         # The random target's own lm_head has six tokens that win, all on the first rank.
         assert len(set(gathered)) > (5 if name == "dflare" else 10)
         assert local == gathered
+
+
+def test_two_ranks_of_the_v2_runner(
+    pairs: Pairs, reports: dict[tuple[str, int], dict], tmp_path: Path
+) -> None:
+    """Through Triton's interpreter, which a process of its own chooses."""
+    target, drafter, prompts = pairs[TRAINED]
+    ranks = {"tensor_parallel_size": 2, "max_num_batched_tokens": 512}
+    job = Job(target, drafter, prompts, max_tokens=24, engine_args=ranks)
+    script, out = Path(__file__).with_name("tensor_parallel_worker.py"), tmp_path / "reports.json"
+    ended = subprocess.run(
+        [sys.executable, str(script), str(out)],
+        input=json.dumps([job.to_json()]),
+        env=engine_env({"VLLM_USE_V2_MODEL_RUNNER": "1"}),
+        capture_output=True,
+        text=True,
+    )
+    assert out.is_file(), ended.stderr[-6000:]
+    (report,) = json.loads(out.read_text())
+    assert report["proposers"] == ["vllm_dflash.drafting.v2"] * 2
+    assert report["tokens"] == reports[TRAINED, 0]["tokens"]
+    first, second = report["ranks"]
+    assert first == second
+    agreement = compare_drafts(batch(report, prompts), target, drafter, torch.float32, 7)
+    assert agreement.drafts >= 40
+    assert agreement.differences == []
+    assert all(local == gathered for local, gathered in report["top"])
 
 
 def test_pipeline_parallelism_is_refused(random_target: Path, random_drafter: Path) -> None:
