@@ -81,7 +81,8 @@ class AsyncServer:
     def adaptive(
         self, steps: int, profile: Profile | None = None, tuning: Tuning = TUNING
     ) -> float:
-        """Tokens a second of the controller, from the first step on."""
+        """Tokens a second of the controller, from the first step on. Counted are those to be
+        expected of what it verifies: the luck of its requests is not its doing."""
         requests = [f"r{i}" for i in range(self.num_reqs)]
         controller = Controller(
             self.block - 1,
@@ -91,6 +92,7 @@ class AsyncServer:
             tuning=tuning,
             skips=False,
         )
+        expected = (self.rate ** np.arange(self.block)).cumsum()  # of a request, by K
         tokens = seconds = 0.0
         before = Plan(0)
         verified = dict.fromkeys(requests, 0)
@@ -109,7 +111,7 @@ class AsyncServer:
             took = true * float(np.exp(self.noise * self.random.standard_normal()))
             outcomes = dict(zip(requests, zip(counts, accepted.tolist(), strict=True), strict=True))
             waiting, before = (work, took, outcomes, plan), plan
-            tokens += len(counts) + int(accepted.sum())
+            tokens += float(expected[counts].sum())
             seconds += true
         return tokens / seconds
 

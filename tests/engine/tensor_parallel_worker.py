@@ -17,6 +17,11 @@ if IS_V2:  # before vLLM is imported, in each rank too: it starts with this file
     from v2_interpreter import use_interpreter
 
     use_interpreter()
+    import torch
+
+    # What vLLM compiles for more than one rank alone (the embedding's share of the vocabulary) would
+    # ask the interpreter for a compiler.
+    torch.compiler.set_stance("force_eager")
 
 
 def start_recording(worker: Any) -> str:
@@ -29,6 +34,8 @@ def start_recording(worker: Any) -> str:
         proposer = type(runner.speculator).__module__
         runner.recorder = Recorder(runner.speculator)
         runner.recorder.begin()
+        # The way of ``use_local_argmax_reduction``, which these engines have, asks for none.
+        runner.speculator.model.compute_logits = None
         return proposer
     worker.model_runner.recorded = []
     record_drafts(worker.model_runner, worker.model_runner.recorded)
@@ -50,6 +57,7 @@ def top_tokens(worker: Any) -> tuple[list[int], list[int]]:
 
     runner = worker.model_runner
     model = (runner.speculator if IS_V2 else runner.drafter).model
+    vars(model).pop("compute_logits", None)
     shape, made = (64, model.drafter_config.hidden_size), torch.Generator().manual_seed(1)
     with torch.inference_mode():
         hidden = torch.randn(shape, generator=made).to(model.dtype)

@@ -7,16 +7,14 @@ last with tables of its own.
     pytest -s tests/engine/test_tensor_parallel.py
 """
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from engine.harness import DRAFTER, TARGET, Batch, Job, engine_env, held_out_prompts, run_worker
+from engine import forks
+from engine.harness import DRAFTER, TARGET, Batch, Job, held_out_prompts, run_worker
 from engine.oracle import compare_drafts
 from pairs import random_prompts
 from targets import FAMILIES
@@ -126,29 +124,37 @@ def test_the_best_token_without_gathering_logits(
 
 
 def test_two_ranks_of_the_v2_runner(
-    pairs: Pairs, reports: dict[tuple[str, int], dict], tmp_path: Path
+    pairs: Pairs, reports: dict[tuple[str, int], dict[str, Any]]
 ) -> None:
-    """Through Triton's interpreter, which a process of its own chooses; what vLLM compiles for more
-    than one rank would ask it for a compiler."""
+    """Through Triton's interpreter. With ``use_local_argmax_reduction`` no rank asks for logits of
+    all tokens to draft."""
     target, drafter, prompts = pairs[TRAINED]
-    ranks = {"tensor_parallel_size": 2, "max_num_batched_tokens": 512}
-    job = Job(target, drafter, prompts, max_tokens=24, engine_args=ranks)
-    script, out = Path(__file__).with_name("tensor_parallel_worker.py"), tmp_path / "reports.json"
-    ended = subprocess.run(
-        [sys.executable, str(script), str(out)],
-        input=json.dumps([job.to_json()]),
-        env=engine_env({"VLLM_USE_V2_MODEL_RUNNER": "1", "TORCHDYNAMO_DISABLE": "1"}),
-        capture_output=True,
-        text=True,
+    prompts, max_tokens = prompts[:3], 8
+    job = Job(
+        target,
+        drafter,
+        prompts,
+        max_tokens=max_tokens,
+        max_model_len=128,
+        engine_args={"tensor_parallel_size": 2, "max_num_batched_tokens": 128, "max_num_seqs": 4},
+        speculative_config={"use_local_argmax_reduction": True},
     )
-    assert out.is_file(), ended.stderr[-6000:]
-    (report,) = json.loads(out.read_text())
+    (report,) = run_worker(
+        "tensor_parallel_worker.py",
+        [job.to_json()],
+        {"VLLM_USE_V2_MODEL_RUNNER": "1"},
+        kind=forks.INTERPRETER,
+    )
     assert report["proposers"] == ["vllm_dflash.drafting.v2"] * 2
-    assert report["tokens"] == reports[TRAINED, 0]["tokens"]
+    for ranks in (0, 1):
+        expected = [tokens[:max_tokens] for tokens in reports[TRAINED, ranks]["tokens"][:3]]
+        assert report["tokens"] == expected
     first, second = report["ranks"]
     assert first == second
-    agreement = compare_drafts(batch(report, prompts), target, drafter, torch.float32, 7)
-    assert agreement.drafts >= 40
+    found = batch(report, prompts)
+    assert found.tau > 2
+    agreement = compare_drafts(found, target, drafter, torch.float32, 7)
+    assert agreement.drafts >= 10
     assert agreement.differences == []
     assert all(local == gathered for local, gathered in report["top"])
 
