@@ -19,8 +19,8 @@ if IS_V2:  # before vLLM is imported, in each rank too: it starts with this file
     use_interpreter()
     import torch
 
-    # What vLLM compiles for more than one rank alone (the embedding's share of the vocabulary) would
-    # ask the interpreter for a compiler.
+    # What vLLM compiles for more than one rank, the embedding's share of the vocabulary, would ask
+    # the interpreter for a compiler.
     torch.compiler.set_stance("force_eager")
 
 
