@@ -111,10 +111,7 @@ MUTANTS = (
         "blocks near an end that vLLM fitted to the KV cache are not moved",
         SPECULATOR,
         (
-            (
-                "return int(self.vllm_config.model_config.max_model_len)",
-                "return self._early",
-            ),
+            ("return int(self.vllm_config.model_config.max_model_len)", "return self._early"),
             ('        """vLLM 0.32 keeps what', '        self._early = value\n        """'),
         ),
         (f"{GRAPHS}::test_a_length_that_was_fitted_to_the_cache",),

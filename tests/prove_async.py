@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from simulation_async import AsyncServer  # noqa: E402
+from vllm_dflash.cost_profile import GUESS, Profile  # noqa: E402
 
 REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 RATES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9)
@@ -51,9 +52,11 @@ class Cell:
         )
 
 
-def run(num_reqs: int, rate: float, context: int, seed: int, steps: int) -> Cell:
+def run(
+    num_reqs: int, rate: float, context: int, seed: int, steps: int, profile: Profile | None
+) -> Cell:
     server = AsyncServer(num_reqs, rate, context, seed=seed)
-    reached = server.adaptive(steps)
+    reached = server.adaptive(steps, profile)
     ratios = tuple(reached / other(server) for _, other in RATIOS.values())
     return Cell(num_reqs, rate, context, seed, ratios)
 
@@ -101,12 +104,16 @@ def main() -> None:
     parser.add_argument("--contexts", type=numbers(int), default=CONTEXTS)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=500, help="of each cell (500)")
+    parser.add_argument(
+        "--guess", action="store_true", help="in the place of a profile, as where none is measured"
+    )
     asked = parser.parse_args()
     places = list(product(range(asked.seeds), asked.contexts, asked.rates, asked.requests))
+    profile = GUESS if asked.guess else None
     cells: list[Cell] = []
     began = said = time.monotonic()
     for seed, context, rate, num_reqs in places:
-        cells.append(run(num_reqs, rate, context, seed, asked.steps))
+        cells.append(run(num_reqs, rate, context, seed, asked.steps, profile))
         if time.monotonic() - said >= EVERY_S:
             said = time.monotonic()
             worst = ", ".join(f"{lowest(cells, i).ratios[i]:.3f}" for i in range(len(RATIOS)))
