@@ -1,8 +1,9 @@
 """The V2 speculator as a GPU runs it, without one: no wait of the host, nothing read of the step
 before, and CUDA graphs as tapes (``fake_device.py``, ``tapes.py``).
 
-One process, which schedules asynchronously; its drafter's block is 8 and K is 3, and more than
-``DRAFT_AT_MOST`` requests draft nothing, so that graphs, padding and steps with K = 0 alternate.
+One process, which schedules asynchronously; its drafter's block is 8 and K is 3. Seven requests,
+for which there is a graph, draft nothing, nor do more than ``DRAFT_AT_MOST``, so that graphs,
+padding and steps with K = 0 alternate.
 Some prompts are longer than a graph's context rows, some requests end at ``max_model_len``: with a
 causal mask and windows, which the drafter has beside full attention, a block that is not moved
 there drafts otherwise.
@@ -25,7 +26,7 @@ from variants import VARIANTS
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1000)]
 
 K, BLOCK = 3, 8
-DRAFT_AT_MOST = 6
+DRAFT_AT_MOST = 8
 MAX_MODEL_LEN, PAGE = 128, 32
 PLAIN, WATCHED, GRAPHS, FITTED = range(4)
 """The jobs; the last one's ``max_model_len`` is what its KV cache has room for, its drafter has a
@@ -58,7 +59,9 @@ def runs(random_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         script_from=PLAIN,
         speculative_config={
             "num_speculative_tokens_per_batch_size": [
-                [1, DRAFT_AT_MOST, K],
+                [1, 6, K],
+                [7, 7, 0],
+                [DRAFT_AT_MOST, DRAFT_AT_MOST, K],
                 [DRAFT_AT_MOST + 1, len(prompts), 0],
             ]
         },
@@ -178,8 +181,8 @@ def test_the_target_keeps_its_graphs(runs: Runs, run: int) -> None:
     """
     result = runs.results[run]
     assert result.is_asynchronous
-    assert len(result.decodes) >= 20
-    assert [decode for decode in result.decodes[:15] if not decode[2]] == []
+    assert len(result.decodes) >= 15
+    assert [decode for decode in result.decodes[:12] if not decode[2]] == [], result.decodes
 
 
 def test_a_length_that_was_fitted_to_the_cache(runs: Runs) -> None:
