@@ -10,6 +10,7 @@ Limits: one process, greedy drafts.
     pytest tests/engine/test_v2_graphs.py
 """
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -123,6 +124,51 @@ def poison(speculator: Any) -> None:
             buffer.fill_(float("nan"))
 
 
+def schedule_asynchronously() -> None:
+    """As on a GPU: vLLM has a CPU's engines schedule a step when the one before has ended."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    check = platform.check_and_update_config
+
+    def checking(vllm_config: Any) -> None:
+        check(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    platform.check_and_update_config = staticmethod(checking)
+
+
+def watch_target(speculator: Any, decodes: list[tuple[int, int, int]]) -> None:
+    """Notes of each step in which all requests decode their number, their tokens and for how many
+    tokens the target's CUDA graph would be; 0: it has none that is whole."""
+    from vllm.config import CUDAGraphMode
+    from vllm.v1.worker.gpu import cudagraph_utils, model_runner
+
+    cudagraph_utils.current_platform.get_global_graph_pool = lambda: None
+    config = copy.copy(speculator.vllm_config)
+    config.speculative_config = speculator.speculative_config
+    config.compilation_config = copy.copy(config.compilation_config)
+    config.compilation_config.cudagraph_capture_sizes = SIZES
+    config.compilation_config.max_cudagraph_capture_size = max(SIZES)
+    manager = cudagraph_utils.CudaGraphManager(
+        config, speculator.device, CUDAGraphMode.FULL_DECODE_ONLY, speculator.num_draft_tokens + 1
+    )
+    manager._graphs_captured = True
+    dispatch = model_runner.dispatch_cg_and_sync_dp
+
+    def noting(
+        _: Any, num_reqs: int, num_tokens: int, uniform: int | None, *args: Any, **named: Any
+    ) -> Any:
+        longest = named["max_query_len"]
+        if longest is not None and not named["need_eager"]:
+            found = manager.dispatch(num_reqs, num_tokens, uniform, 0, longest)
+            is_whole = found.cg_mode == CUDAGraphMode.FULL
+            decodes.append((num_reqs, num_tokens, found.num_tokens if is_whole else 0))
+        return dispatch(_, num_reqs, num_tokens, uniform, *args, **named)
+
+    model_runner.dispatch_cg_and_sync_dp = noting
+
+
 def install(speculator: Any, counts: "Counter[str]", *, graphs: bool) -> None:
     """Puts a loaded engine's speculator on the stand-in; ``counts`` is what its passes count up."""
     from triton.runtime.interpreter import InterpretedFunction
@@ -181,7 +227,6 @@ def _capture(speculator: Any, attention: DeviceAttention, counts: "Counter[str]"
     cudagraph_utils.graph_capture = lambda **_: nullcontext()
     cudagraph_utils.capture_pool = lambda *_: nullcontext()
     cudagraph_utils.current_stream = lambda: None
-    cudagraph_utils.current_platform.get_global_graph_pool = lambda: None
     compilation = speculator.vllm_config.compilation_config
     compilation.cudagraph_capture_sizes = SIZES
     compilation.max_cudagraph_capture_size = max(SIZES)

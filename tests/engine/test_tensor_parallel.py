@@ -1,5 +1,5 @@
 """Two tensor-parallel ranks on a CPU draft what one rank drafts and what plain PyTorch drafts; the
-output is plain decoding's.
+output is plain decoding's, with either model runner.
 
 Drafters with two KV heads (one a rank) and with one (a copy on each rank), DFlash and DFlare, the
 last with tables of its own.
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine import forks
 from engine.harness import DRAFTER, TARGET, Batch, Job, held_out_prompts, run_worker
 from engine.oracle import compare_drafts
 from pairs import random_prompts
@@ -120,6 +121,42 @@ def test_the_best_token_without_gathering_logits(
         # The random target's own lm_head has six tokens that win, all on the first rank.
         assert len(set(gathered)) > (5 if name == "dflare" else 10)
         assert local == gathered
+
+
+def test_two_ranks_of_the_v2_runner(
+    pairs: Pairs, reports: dict[tuple[str, int], dict[str, Any]]
+) -> None:
+    """Through Triton's interpreter. With ``use_local_argmax_reduction`` no rank asks for logits of
+    all tokens to draft."""
+    target, drafter, prompts = pairs[TRAINED]
+    prompts, max_tokens = prompts[:3], 8
+    job = Job(
+        target,
+        drafter,
+        prompts,
+        max_tokens=max_tokens,
+        max_model_len=128,
+        engine_args={"tensor_parallel_size": 2, "max_num_batched_tokens": 128, "max_num_seqs": 4},
+        speculative_config={"use_local_argmax_reduction": True},
+    )
+    (report,) = run_worker(
+        "tensor_parallel_worker.py",
+        [job.to_json()],
+        {"VLLM_USE_V2_MODEL_RUNNER": "1"},
+        kind=forks.INTERPRETER,
+    )
+    assert report["proposers"] == ["vllm_dflash.drafting.v2"] * 2
+    for ranks in (0, 1):
+        expected = [tokens[:max_tokens] for tokens in reports[TRAINED, ranks]["tokens"][:3]]
+        assert report["tokens"] == expected
+    first, second = report["ranks"]
+    assert first == second
+    found = batch(report, prompts)
+    assert found.tau > 2
+    agreement = compare_drafts(found, target, drafter, torch.float32, 7)
+    assert agreement.drafts >= 10
+    assert agreement.differences == []
+    assert all(local == gathered for local, gathered in report["top"])
 
 
 def test_pipeline_parallelism_is_refused(random_target: Path, random_drafter: Path) -> None:

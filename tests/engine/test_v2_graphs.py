@@ -1,10 +1,12 @@
 """The V2 speculator as a GPU runs it, without one: no wait of the host, nothing read of the step
 before, and CUDA graphs as tapes (``fake_device.py``, ``tapes.py``).
 
-One process; its drafter's block is 8 and K is 3, and more than ``DRAFT_AT_MOST`` requests draft
-nothing, so that graphs, padding and steps with K = 0 alternate. Some prompts are longer than a
-graph's context rows, some requests end at ``max_model_len``: with a causal mask and windows, which
-the drafter has beside full attention, a block that is not moved there drafts otherwise.
+One process, which schedules asynchronously; its drafter's block is 8 and K is 3. Seven requests,
+for which there is a graph, draft nothing, nor do more than ``DRAFT_AT_MOST``, so that graphs,
+padding and steps with K = 0 alternate.
+Some prompts are longer than a graph's context rows, some requests end at ``max_model_len``: with a
+causal mask and windows, which the drafter has beside full attention, a block that is not moved
+there drafts otherwise.
 
     pytest tests/engine/test_v2_graphs.py
 """
@@ -24,11 +26,12 @@ from variants import VARIANTS
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1000)]
 
 K, BLOCK = 3, 8
-DRAFT_AT_MOST = 6
+DRAFT_AT_MOST = 8
 MAX_MODEL_LEN, PAGE = 128, 32
 PLAIN, WATCHED, GRAPHS, FITTED = range(4)
 """The jobs; the last one's ``max_model_len`` is what its KV cache has room for, its drafter has a
-head over the whole block, and vLLM decides what is accepted, by a rate for each of K tokens."""
+head over the whole block, vLLM decides what is accepted, by a rate for each of K tokens, and
+nothing says whether drafting is adaptive."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,9 @@ def runs(random_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         script_from=PLAIN,
         speculative_config={
             "num_speculative_tokens_per_batch_size": [
-                [1, DRAFT_AT_MOST, K],
+                [1, 6, K],
+                [7, 7, 0],
+                [DRAFT_AT_MOST, DRAFT_AT_MOST, K],
                 [DRAFT_AT_MOST + 1, len(prompts), 0],
             ]
         },
@@ -71,6 +76,7 @@ def runs(random_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         Job(
             **speculative
             | dict(
+                adaptive=None,
                 drafter=str(VARIANTS["dflare lattice"].make(folder / "lattice")),
                 prompts=[prompts[1], prompts[4]],
                 max_tokens=70,
@@ -165,6 +171,18 @@ def test_attention_plans_for_the_largest_graph(runs: Runs) -> None:
     told of a larger one."""
     largest = BLOCK * max(work.replayed for work in drafting(runs, GRAPHS))
     assert max(SIZES) < largest <= runs.results[GRAPHS].attention_rows
+
+
+@pytest.mark.parametrize("run", [WATCHED, GRAPHS, FITTED])
+def test_the_target_keeps_its_graphs(runs: Runs, run: int) -> None:
+    """vLLM has them for K + 1 tokens a request, and for what a schedule by batch size says. Drafts
+    that were cut by request, or steps that draft nothing without a schedule, had none. The engine
+    left to itself cuts none under asynchronous scheduling; later on requests end, and verify less.
+    """
+    result = runs.results[run]
+    assert result.is_asynchronous
+    assert len(result.decodes) >= 15
+    assert [decode for decode in result.decodes[:12] if not decode[2]] == [], result.decodes
 
 
 def test_a_length_that_was_fitted_to_the_cache(runs: Runs) -> None:

@@ -60,9 +60,9 @@ class Job:
     recording, so that an untrained drafter's steps accept and reject in all lengths."""
     speculative_config: dict[str, Any] = field(default_factory=dict)
     """Further keys of vLLM's speculative config."""
-    adaptive: bool = False
+    adaptive: bool | None = False
     """Whether our controller chooses how much to draft and verify; else every draft is whole and
-    verified whole."""
+    verified whole. None: left out of the settings."""
     engine_args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of LLM, or others than here."""
     requests: dict[int, Request] = field(default_factory=dict)
@@ -135,6 +135,11 @@ class Result:
     resumed later."""
     kv_cache_groups: int = 1
     work: list[Work] = field(default_factory=list)
+    decodes: list[tuple[int, int, int]] = field(default_factory=list)
+    """On ``fake_device``, of each step in which all requests decode: their number, their tokens,
+    and the tokens of the target's CUDA graph; 0: there is none."""
+    is_asynchronous: bool = False
+    """Whether a step is scheduled before the one before has ended."""
     max_model_len: int = 0
     confidences: list[int] = field(default_factory=list)
     """The shape of what the speculator hands to vLLM's adaptive verification."""
@@ -176,6 +181,7 @@ def run_engines(
             | {
                 "drafts": [[Draft(**d) for d in drafts] for drafts in raw["drafts"]],
                 "work": [Work(**work) for work in raw["work"]],
+                "decodes": [tuple(decode) for decode in raw["decodes"]],
             }
         )
         for raw in results
@@ -250,8 +256,13 @@ def _serve(job: Job, script: list[list[int]] | None) -> Result:
         enable_prefix_caching=False,
         kv_cache_memory_bytes=64 << 20,
         seed=0,
-        additional_config={"dflash": {"adaptive": job.adaptive}},
     )
+    if job.adaptive is not None:
+        arguments["additional_config"] = {"dflash": {"adaptive": job.adaptive}}
+    if job.device:
+        from fake_device import schedule_asynchronously
+
+        schedule_asynchronously()
     llm = LLM(job.target, speculative_config=settings, **arguments | job.engine_args)
     core = llm.llm_engine.engine_core.engine_core
     runner = core.model_executor.driver_worker.worker.model_runner
@@ -290,6 +301,8 @@ def _serve(job: Job, script: list[list[int]] | None) -> Result:
         preempted=preempted,
         kv_cache_groups=len(runner.kv_cache_config.kv_cache_groups),
         work=recorder.work if recorder else [],
+        decodes=recorder.decodes if recorder else [],
+        is_asynchronous=core.async_scheduling and core.batch_queue is not None,
         max_model_len=runner.max_model_len,
         confidences=list(runner.speculator.draft_token_confidence_probs.shape) if recorder else [],
         attention_rows=(planned and planned.max_cudagraph_capture_size) or 0,
@@ -372,6 +385,7 @@ class _Recorder:
         self.drafts: list[list[Draft]] = [[] for _ in job.prompts]
         self.random = random.Random(0)
         self.work: list[Work] = []
+        self.decodes: list[tuple[int, int, int]] = []
         self._counts: Counter[str] = Counter()
         run_model, logits = speculator._run_model, speculator.model.compute_logits
 
@@ -385,8 +399,9 @@ class _Recorder:
 
         speculator._run_model, speculator.model.compute_logits = running, ranking
         if job.device:
-            from fake_device import install
+            from fake_device import install, watch_target
 
+            watch_target(speculator, self.decodes)
             install(speculator, self._counts, graphs=job.device == "graphs")
         self.propose = speculator.propose
         speculator.propose = self
