@@ -55,6 +55,7 @@ class Size:
     """What is kept for about as many requests."""
 
     steps: int = 0
+    """Without those of trials."""
     choice: int = 0
     """The step of the next one."""
     trial: float = 0.0
@@ -142,9 +143,9 @@ class Controller:
         num_reqs, every = len(requests), self.tuning.every
         if (kept := self.kept_plan(num_reqs)) is not None:
             return kept
-        self.now.steps += 1
         if self._rest:
             return self._rest.pop()
+        self.now.steps += 1
         self.now = now = self._sizes.setdefault(power(num_reqs), Size())
         if self._weighed is None or self._weighed[0] != requests:
             self._weighed = requests, self._weigh(requests)
