@@ -44,11 +44,6 @@ class Plan:
     rate: float = 0.0
     """Expected committed tokens a second."""
 
-    def price_of(self, request: str, num_context: int) -> float:
-        """Of this request's draft tokens: see ``threshold``."""
-        skips = request in self.skipped
-        return float("inf") if skips else self.threshold + self.price * num_context
-
 
 @dataclass
 class Size:
@@ -97,9 +92,11 @@ class Controller:
         """What is left of a trial."""
 
     def measures(self, plan: Plan) -> bool:
-        """Whether what a step of this plan takes is of use: in trials, and in the last steps before
-        a choice."""
-        return plan.why == "trial" or self.now.steps + self.tuning.window >= self.now.choice
+        """Whether what a step of this plan takes is of use: in trials, in the last steps before
+        one, and in the last one before a choice."""
+        now, window = self.now, self.tuning.window
+        first = min(now.choice, max(now.choice, now.trial) - window)
+        return plan.why == "trial" or now.steps >= first
 
     def observe(
         self,
@@ -175,7 +172,8 @@ class Controller:
         drafted."""
         if not plan.num_draft_tokens:
             return dict.fromkeys(requests, 0)
-        prices = [plan.price_of(name, self.context(name)) for name in requests]
+        skipped, threshold, price, context = plan.skipped, plan.threshold, plan.price, self.context
+        prices = [np.inf if n in skipped else threshold + price * context(n) for n in requests]
         found = self.acceptance.drafted(requests, prices, said)
         return dict(zip(requests, fill_rows(found, prices), strict=True))
 
@@ -184,9 +182,9 @@ class Controller:
         num_reqs, profile, block = len(requests), self.profile, self.block_size
         context = np.array([*map(self.context, requests)], dtype=float)
         total, drafter = float(context.sum()), profile.draft_seconds
-        plain = self.cost.seconds(Work(num_reqs, num_reqs, 0, int(total), int(total)))
-        none = Plan(0, seconds=plain, rate=num_reqs / plain)
         pace, slower = self.cost.scales(num_reqs)
+        plain = pace * profile.parts(Work(num_reqs, num_reqs, 0, int(total), int(total)))[0]
+        none = Plan(0, seconds=plain, rate=num_reqs / plain)
         rate = max(none.rate, self.best.rate if self.best and self.num_reqs == num_reqs else 0.0)
         # A token's worth is less what its row's attention takes.
         attend = rate * pace * profile.attend
@@ -196,14 +194,13 @@ class Controller:
         def weigh(drafted: np.ndarray) -> Plan:
             """The likeliest tokens of these requests' drafts, as many as raise the rate."""
             each, values = 1 / expected.shape[1], worth[drafted].ravel()
-            order = np.argsort(-values, kind="stable")
+            order = np.argsort(-values)
             values = values[order]
-            seen = np.repeat(context[drafted], expected[0].size)[order]
+            seen = np.repeat(context[drafted], expected[0].size)[order].cumsum()
             counts = num_reqs + each * np.arange(1, len(values) + 1)
-            target = profile.target_seconds(counts, total, total + each * seen.cumsum())
-            draft = drafter(block * len(drafted), block * context[drafted].sum())
-            seconds = pace * target + slower * draft
-            rates = (num_reqs + each * (values + attend * seen).cumsum()) / seconds
+            seconds = pace * profile.target_seconds(counts, total, total + each * seen)
+            seconds += slower * drafter(block * len(drafted), block * context[drafted].sum())
+            rates = (num_reqs + each * (values.cumsum() + attend * seen)) / seconds
             # Of equal ones all are in or out.
             rates[:-1][values[:-1] <= values[1:]] = 0.0
             best = int(rates.argmax())

@@ -150,13 +150,8 @@ class AdaptiveScheduler(_Adaptive):
             {} if confidences is None else dict(zip(request_ids, confidences, strict=False))
         )
         lengths = self.controller.lengths(request_ids, self.plan, self._confidences or None)
-        cut_drafts(
-            draft_token_ids,
-            [
-                draft[: lengths[request_id]]
-                for request_id, draft in zip(request_ids, drafts, strict=False)
-            ],
-        )
+        each = zip(drafts, lengths.values(), strict=False)
+        cut_drafts(draft_token_ids, [draft[:length] for draft, length in each])
         super().update_draft_token_ids(draft_token_ids)
 
 
