@@ -11,7 +11,6 @@ meets each of them.
 from bisect import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from heapq import nlargest
 from typing import Any
 
 import numpy as np
@@ -52,11 +51,11 @@ def fill_rows(survivals: Sequence[Sequence[float]], prices: Sequence[float]) -> 
     if missing := round_rows(rows) - rows:
         sign, at = (1, 0) if missing > 0 else (-1, -1)
         can = [
-            (sign * (survival[found[i] + at] - prices[i]), i)
-            for i, survival in enumerate(survivals)
-            if 0 <= found[i] + at < len(survival)
+            (sign * (survival[count + at] - price), i)
+            for i, (survival, price, count) in enumerate(zip(survivals, prices, found, strict=True))
+            if 0 <= count + at < len(survival)
         ]
-        for _, i in nlargest(abs(missing), can):
+        for _, i in sorted(can, reverse=True)[: abs(missing)]:
             found[i] += sign
     return found
 

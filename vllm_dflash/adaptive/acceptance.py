@@ -104,11 +104,11 @@ class Acceptance:
         up to and with each position that its request may have, up to the first token that has no
         more than its price. By what was learned when ``expected`` was last asked, which goes by the
         last drafts."""
-        confidences, survivals = (said or {}).get, list[list[float]]()
-        for name, price in zip(names, prices, strict=True):
+        confidences = (said or {}).get
+        survivals: list[list[float]] = [[] for _ in names]
+        for name, price, found in zip(names, prices, survivals, strict=True):
             request, row = self._of(name), confidences(name)
             group, factor, probability = request.group, request.factor, 1.0
-            survivals.append(found := [])
             if row:
                 group.recent.append(self._whole(row))
             for rate, confidence in zip(group.rates, row or self._usual, strict=False):

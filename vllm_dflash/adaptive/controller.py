@@ -161,8 +161,8 @@ class Controller:
     def kept_plan(self, num_reqs: int) -> Plan | None:
         """In place of ``plan``: the plan for so many requests, if there is nothing to be chosen
         yet; else None, and ``plan`` is to be asked."""
-        is_due = self._rest or self.now.steps >= self.now.choice
-        if is_due or power(num_reqs) != power(self.num_reqs):
+        is_other = num_reqs != self.num_reqs and power(num_reqs) != power(self.num_reqs)
+        if is_other or self._rest or self.now.steps >= self.now.choice:
             return None
         self.now.steps += 1
         return self.best
