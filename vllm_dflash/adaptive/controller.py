@@ -194,7 +194,7 @@ class Controller:
         def weigh(drafted: np.ndarray) -> Plan:
             """The likeliest tokens of these requests' drafts, as many as raise the rate."""
             each, values = 1 / expected.shape[1], worth[drafted].ravel()
-            order = np.argsort(-values)
+            order = (-values).argsort()
             values = values[order]
             seen = np.repeat(context[drafted], expected[0].size)[order].cumsum()
             counts = num_reqs + each * np.arange(1, len(values) + 1)
