@@ -68,7 +68,7 @@ class _Group:
         self.rates = [worth * known for known, _ in self._positions]
         totals = (expected @ self.rates).tolist()
         for request, hit, total in zip(of, hits.sum(1).tolist(), totals, strict=True):
-            request.factor += (hit - total * request.factor) / self._memory
+            request.learn(hit, total, self._memory)
 
     def _mix(self, known: _Known, hits: float, expected: float) -> _Known:
         """With these of both more."""
@@ -82,6 +82,9 @@ class _Request:
     def __init__(self, group: _Group) -> None:
         self.group, self.factor = group, 1.0
 
+    def learn(self, hits: float, expected: float, memory: float) -> None:
+        self.factor += (hits - expected * self.factor) / memory
+
 
 class Acceptance:
     """Conditional acceptance of draft tokens at up to ``max_draft`` positions, K."""
@@ -94,9 +97,8 @@ class Acceptance:
 
     def learn(self, outcomes: Outcomes, said: Confidences = None) -> None:
         """Takes in what became of drafts with these confidences."""
-        confidences = (said or {}).get
         for name, (verified, accepted) in outcomes.items():
-            request, row = self._of(name), self._whole(confidences(name, ()))
+            request, row = self._of(name), self._whole((said or {}).get(name, ()))
             request.group.outcomes.append((request, row, verified, accepted))
 
     def drafted(self, names: Names, prices: Row, said: Confidences = None) -> list[list[float]]:

@@ -146,8 +146,7 @@ class Controller:
         self.now = now = self._sizes.setdefault(power(num_reqs), Size())
         if self._weighed is None or self._weighed[0] != requests:
             self._weighed = requests, self._weigh(requests)
-        none, draft = self._weighed[1]
-        best, other = (draft, none) if draft.rate > none.rate else (none, draft)
+        best, other = sorted(self._weighed[1], key=lambda plan: -plan.rate)
         self.best, self.num_reqs = best, num_reqs
         now.choice = now.steps + min(every, now.steps)
         if now.steps < now.trial:
