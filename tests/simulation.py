@@ -2,7 +2,7 @@
 against what is best in hindsight."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,7 @@ def profile_of(
         drafts.append(Work(1, 0, block, context, 0, block * context))
 
     def measured(work: Work) -> float:
-        plain = replace(work, draft_rows=0, draft_attended=0)
+        plain = work._replace(draft_rows=0, draft_attended=0)
         seconds = cost(work) - (cost(plain) if work.draft_rows else 0.0)
         return wrong(work, seconds) * float(np.exp(noise * random.standard_normal()))
 

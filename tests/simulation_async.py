@@ -6,7 +6,7 @@ its draft runs, so the time between two outputs holds the draft of the step befo
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -63,7 +63,7 @@ class AsyncServer:
 
         count, rows = self.num_reqs, self.num_reqs * self.block
         target = Work(count, count, 0, count * profiled, count * profiled)
-        whole = replace(target, draft_rows=rows, draft_attended=rows * profiled)
+        whole = target._replace(draft_rows=rows, draft_attended=rows * profiled)
         draft = self.cost(whole) - self.cost(target)
         survival = np.repeat(self.rate ** np.arange(1, self.block), count)
         tokens = count + np.concatenate([[0.0], survival.cumsum()])

@@ -8,11 +8,9 @@ meets each of them.
     pytest tests/unit/test_cost_profile.py
 """
 
-from bisect import bisect, bisect_left
+from bisect import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from heapq import nlargest
-from operator import neg
 from typing import Any
 
 import numpy as np
@@ -42,21 +40,22 @@ def power(num_reqs: int) -> int:
 
 def fill_rows(survivals: Sequence[Sequence[float]], prices: Sequence[float]) -> list[int]:
     """Of each request's draft tokens, how many have a probability above its price: [n], of falling
-    probabilities. The likeliest that were left out are let in, or the least likely out, until the
-    target's rows, a row a request besides, are a round number: a CPU's kernels are made anew for
-    each number of rows."""
-    each = list(zip(survivals, prices, strict=True))
-    found = [bisect_left(survival, -price, key=neg) for survival, price in each]
+    probabilities up to the first that has not. The likeliest that were left out are let in, or the
+    least likely out, until the target's rows, a row a request besides, are a round number: a CPU's
+    kernels are made anew for each number of rows."""
+    found = [
+        len(survival) - bool(survival and survival[-1] <= price)
+        for survival, price in zip(survivals, prices, strict=True)
+    ]
     rows = len(found) + sum(found)
-    missing = round_rows(rows) - rows
-    if missing:
-        sign = 1 if missing > 0 else -1
-        can: list[tuple[float, int]] = []
-        for i, (survival, price) in enumerate(each):
-            at = found[i] if missing > 0 else found[i] - 1
-            if 0 <= at < len(survival) and survival[at]:
-                can.append((sign * (survival[at] - price), i))
-        for _, i in nlargest(abs(missing), can):
+    if missing := round_rows(rows) - rows:
+        sign, at = (1, 0) if missing > 0 else (-1, -1)
+        can = [
+            (sign * (survival[count + at] - price), i)
+            for i, (survival, price, count) in enumerate(zip(survivals, prices, found, strict=True))
+            if 0 <= count + at < len(survival)
+        ]
+        for _, i in sorted(can, reverse=True)[: abs(missing)]:
             found[i] += sign
     return found
 

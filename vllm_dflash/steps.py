@@ -13,9 +13,9 @@ objects are only read.
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from operator import mul
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from vllm_dflash.compat import num_drafted
 from vllm_dflash.drafts import skipped_of
@@ -25,8 +25,7 @@ Names = Sequence[str]
 """Requests, by vLLM's identifiers."""
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """What one step computes."""
 
     num_reqs: int
@@ -131,15 +130,6 @@ class Step:
         return before + scheduled.total_num_scheduled_tokens
 
     @property
-    def num_attended(self) -> int:
-        """Of each row the positions of its request's context, in all; of steps that only decode."""
-        counts = self.scheduled.num_scheduled_tokens
-        if self.scheduled.total_num_scheduled_tokens == len(counts):
-            return self.num_context  # a row for each
-        contexts = self.contexts
-        return sum(count * contexts[name] for name, count in counts.items())
-
-    @property
     def contexts(self) -> dict[str, int]:
         """By request, the positions of its context, as it was scheduled."""
         scheduled, cached = self.scheduled, self.scheduled.scheduled_cached_reqs
@@ -150,20 +140,20 @@ class Step:
     def work(self, block: int) -> Work:
         """What was computed, with ``block`` rows of the drafter's for each request that it drafted
         for; of steps that only decode."""
-        drafting = seen = 0
-        if block:
-            drafting, seen = len(self.scheduled.num_scheduled_tokens), self.num_context
-            if skipped := skipped_of(self.num_planned):
-                contexts = [n for name, n in self.contexts.items() if name not in skipped]
-                drafting, seen = len(contexts), sum(contexts)
-        return Work(
-            len(self.scheduled.num_scheduled_tokens),
+        counts, num_tokens = (
+            self.scheduled.num_scheduled_tokens,
             self.scheduled.total_num_scheduled_tokens,
-            drafting * block,
-            self.num_context,
-            self.num_attended,
-            seen * block,
         )
+        num_reqs, attended = len(counts), self.num_context  # a row for each
+        drafting, read = num_reqs if block else 0, attended
+        seen, skipped = read if block else 0, skipped_of(self.num_planned) if block else ()
+        if skipped or num_tokens > num_reqs:
+            contexts = self.contexts
+            attended = sum(map(mul, counts.values(), contexts.values()))
+            if skipped:
+                drafted = [n for name, n in contexts.items() if name not in skipped]
+                drafting, seen = len(drafted), sum(drafted)
+        return Work(num_reqs, num_tokens, drafting * block, read, attended, seen * block)
 
     @property
     def committed(self) -> Mapping[str, int]:

@@ -145,7 +145,7 @@ def _observe(
 def _survival(
     acceptance: Acceptance, request: str, confidences: Sequence[float] | None = None
 ) -> list[float]:
-    return acceptance.survival(request, {request: confidences} if confidences else None)
+    return acceptance.drafted([request], [0.0], {request: confidences} if confidences else None)[0]
 
 
 def _acceptance(max_draft: int, group: GroupOf = lambda _: None) -> Acceptance:

@@ -22,3 +22,13 @@ def test_never_slower_than_plain_and_close_to_the_best_fixed_k(
     assert reached >= 0.98 * server.fixed(0)
     assert reached >= 0.95 * max(map(server.fixed, LENGTHS))
     assert reached >= 0.95 * server.adaptive_verification()
+
+
+@pytest.mark.parametrize(("num_reqs", "rate"), [(128, 0.05), (128, 0.1), (256, 0.3)])
+def test_first_drafts_end_as_soon_as_it_is_known_that_they_do_not_pay(
+    num_reqs: int, rate: float
+) -> None:
+    """Each of them takes as long as two and a half plain steps. Steps of the trial before them
+    counted to the first choice, and five were made in place of three: 0.975."""
+    server = AsyncServer(num_reqs, rate, 1 << 11)
+    assert server.adaptive(500) >= 0.98 * server.fixed(0)

@@ -6,6 +6,7 @@ what that may cost.
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -145,3 +146,21 @@ def test_steps_of_which_nothing_is_known() -> None:
     assert drafting(run.run(4 * STALE, prompts=True)) > 0.9
     run.run(2 * STALE, BAD)
     assert drafting(run.run(200, BAD)) < 0.1
+
+
+def test_few_steps_are_measured() -> None:
+    """Trials and the last steps before one, by which it is judged; of the others about one between
+    two choices."""
+    run, found = Run(lambda step, work, seconds: seconds), list[tuple[bool, str]]()
+    for _ in range(1200):
+        [plan] = run.run(1, BAD)
+        found.append((run.controller.measures(plan), plan.why))
+    begins = [
+        i for i in range(20, len(found)) if (found[i - 1][1], found[i][1]) == ("best", "trial")
+    ]
+    assert len(begins) > 2
+    between = list[bool]()
+    for first, last in pairwise(begins):
+        assert all(measured for measured, _ in found[last - TUNING.window : last + 3])
+        between += [measured for measured, _ in found[first + 3 : last - TUNING.window]]
+    assert sum(between) < 2 * len(between) / TUNING.every

@@ -18,7 +18,6 @@ import numpy as np
 from vllm_dflash.adaptive.tuning import Tuning
 from vllm_dflash.steps import Names
 
-Array = np.ndarray
 Row = Sequence[float]
 """The probability that the drafter gives each token of a draft."""
 Confidences = Mapping[str, Row] | None
@@ -31,18 +30,22 @@ Outcomes = Mapping[str, tuple[int, int]]
 """By request, draft tokens that were verified and how many of them were accepted."""
 
 
+_Known = tuple[float, float]
+"""Accepted tokens over expected ones, and the expected ones that this is based on."""
+
+
 class _Group:
     """What was learned of one group of requests: accepted tokens over expected ones, older ones
     fading."""
 
     def __init__(self, limit: int, usual: Row, tuning: Tuning) -> None:
         self._memory = tuning.memory
-        self._worth = np.ones(1), np.full(1, tuning.prior)
-        """Of a confidence, and the expected tokens that this is based on."""
-        self._positions = (np.arange(len(usual)) < limit) * 1.0, np.full(1, tuning.prior)
-        """The same of each position, 0 where there is none."""
-        self.rates: Row = self._positions[0].tolist()
-        """Both, [K]."""
+        self._worth: _Known = 1.0, tuning.prior
+        """Of a confidence."""
+        self._positions = [(float(i < limit), tuning.prior) for i in range(len(usual))]
+        """Of each position, 0 where there is none."""
+        self.rates = [known for known, _ in self._positions]
+        """Both's product, [K]."""
         self.recent: deque[Row] = deque([usual], tuning.recent)
         """Confidences of the last drafts, [K] each."""
         self.outcomes: list[tuple[_Request, Row, int, int]] = []
@@ -54,24 +57,23 @@ class _Group:
         self.outcomes.clear()
         verified, accepted = np.array(ends)[..., None]
         at = np.arange(len(self.rates))
-        seen, hits = (at < np.minimum(accepted + more, verified) for more in (1, 0))
+        hits, seen = (at < np.minimum(accepted + more, verified) for more in (0, 1))
         expected = seen * np.fromiter(chain(*said), float).reshape(seen.shape)
         # What is expected is told after the group has learned of it: what a request alone tells
         # would count twice. What is a request's own is learned slowly at any time.
-        self._worth = self._mix(*self._worth, hits.sum(), expected.sum())
-        expected *= self._worth[0]
-        self._positions = self._mix(*self._positions, hits.sum(0), expected.sum(0))
-        self.rates = (self._worth[0] * self._positions[0]).tolist()
-        totals = (expected @ self._positions[0]).tolist()
+        right, sums = hits.sum(0).tolist(), expected.sum(0).tolist()
+        worth, _ = self._worth = self._mix(self._worth, sum(right), sum(sums))
+        each = zip(self._positions, right, sums, strict=True)
+        self._positions = [self._mix(known, hit, worth * total) for known, hit, total in each]
+        self.rates = [worth * known for known, _ in self._positions]
+        totals = (expected @ self.rates).tolist()
         for request, hit, total in zip(of, hits.sum(1).tolist(), totals, strict=True):
             request.learn(hit, total, self._memory)
 
-    def _mix(
-        self, known: Array, weight: Array, hits: Array, expected: Array
-    ) -> tuple[Array, Array]:
-        """Accepted tokens over expected ones with these of both more, and the expected ones."""
-        kept = np.minimum(weight, np.maximum(self._memory - expected, 0.0))
-        return (known * kept + hits) / (kept + expected), kept + expected
+    def _mix(self, known: _Known, hits: float, expected: float) -> _Known:
+        """With these of both more."""
+        kept = min(known[1], max(self._memory - expected, 0.0))
+        return (known[0] * kept + hits) / (kept + expected), kept + expected
 
 
 class _Request:
@@ -95,28 +97,31 @@ class Acceptance:
 
     def learn(self, outcomes: Outcomes, said: Confidences = None) -> None:
         """Takes in what became of drafts with these confidences."""
-        for request, (name, ends) in zip(map(self._of, outcomes), outcomes.items(), strict=True):
-            request.group.outcomes.append((request, self._row(name, said), *ends))
+        for name, (verified, accepted) in outcomes.items():
+            request, row = self._of(name), self._whole((said or {}).get(name, ()))
+            request.group.outcomes.append((request, row, verified, accepted))
 
-    def drafted(self, names: Names, prices: Row, said: Confidences) -> list[list[float]]:
-        """``survival`` of drafts that were made, each up to the first token that has no more than
-        its price; ``expected`` goes by the last ones."""
-        for name in filter((said or {}).get, said or {}):
-            self._of(name).group.recent.append(self._row(name, said))
-        return [self.survival(name, said, price) for name, price in zip(names, prices, strict=True)]
-
-    def survival(self, name: str, said: Confidences = None, price: float = 0.0) -> list[float]:
-        """Probability that a draft with these confidences is accepted up to and with each position
-        that its request may have; by what was learned when ``expected`` was last asked."""
-        request, row, probability, found = self._of(name), self._row(name, said), 1.0, []
-        for rate, confidence in zip(request.group.rates, row, strict=True):
-            probability *= min(confidence * rate * request.factor, 1.0)
-            if not probability:
-                break
-            found.append(probability)
-            if probability <= price:
-                break
-        return found
+    def drafted(self, names: Names, prices: Row, said: Confidences = None) -> list[list[float]]:
+        """Of drafts that were made, with these confidences: the probability that each is accepted
+        up to and with each position that its request may have, up to the first token that has no
+        more than its price. By what was learned when ``expected`` was last asked, which goes by the
+        last drafts."""
+        confidences = (said or {}).get
+        survivals: list[list[float]] = [[] for _ in names]
+        for name, price, found in zip(names, prices, survivals, strict=True):
+            request, row = self._of(name), confidences(name)
+            group, factor, probability = request.group, request.factor, 1.0
+            if row:
+                group.recent.append(self._whole(row))
+            for rate, confidence in zip(group.rates, row or self._usual, strict=False):
+                once = confidence * rate * factor
+                if once < 1.0:
+                    probability *= once
+                if probability:
+                    found.append(probability)
+                if probability <= price:
+                    break
+        return survivals
 
     def expected(self, requests: Names) -> np.ndarray:
         """float64 [n, m, K]: survival of whole drafts as they are to be expected of each request:
@@ -125,20 +130,20 @@ class Acceptance:
         of, count = [*map(self._of, requests)], len(requests)
         for group in {request.group for request in of if request.group.outcomes}:
             group.look()
-        recent = [[*request.group.recent] for request in of]
-        each = range(-(-max(map(len, recent)) // count))
-        rows = [[r[(i + j * count) % len(r)] for j in each] for i, r in enumerate(recent)]
-        rates = [[[rate * r.factor for rate in r.group.rates]] for r in of]
-        return np.minimum(np.array(rows) * rates, 1.0).cumprod(2)
+        each = range(-(-max(len(r.group.recent) for r in of) // count))
+        lasts = ((i, r.group.recent) for i, r in enumerate(of))
+        rows = [last[(i + j * count) % len(last)] for i, last in lasts for j in each]
+        rates = np.array([r.group.rates for r in of]) * np.array([[r.factor] for r in of])
+        said = np.fromiter(chain(*rows), float).reshape(count, len(each), -1)
+        return np.minimum(said * rates[:, None], 1.0).cumprod(2)
 
     def forget(self, requests: Iterable[str]) -> None:
         """These requests have ended."""
         for request in requests:
             self._requests.pop(request, None)
 
-    def _row(self, name: str, said: Confidences) -> Row:
+    def _whole(self, row: Row) -> Row:
         """The usual confidences where none are known."""
-        row = (said and said.get(name)) or self._usual
         return row if len(row) == len(self._usual) else [*row, *self._usual[len(row) :]]
 
     def _of(self, name: str) -> _Request:

@@ -44,17 +44,13 @@ class Plan:
     rate: float = 0.0
     """Expected committed tokens a second."""
 
-    def price_of(self, request: str, num_context: int) -> float:
-        """Of this request's draft tokens: see ``threshold``."""
-        skips = request in self.skipped
-        return float("inf") if skips else self.threshold + self.price * num_context
-
 
 @dataclass
 class Size:
     """What is kept for about as many requests."""
 
     steps: int = 0
+    """Without those of trials."""
     choice: int = 0
     """The step of the next one."""
     trial: float = 0.0
@@ -96,9 +92,11 @@ class Controller:
         """What is left of a trial."""
 
     def measures(self, plan: Plan) -> bool:
-        """Whether what a step of this plan takes is of use: in trials, and in the last steps before
-        a choice."""
-        return plan.why == "trial" or self.now.steps + self.tuning.window >= self.now.choice
+        """Whether what a step of this plan takes is of use: in trials, in the last steps before
+        one, and in the last one before a choice."""
+        now, window = self.now, self.tuning.window
+        first = min(now.choice, max(now.choice, now.trial) - window)
+        return plan.why == "trial" or now.steps >= first
 
     def observe(
         self,
@@ -142,14 +140,13 @@ class Controller:
         num_reqs, every = len(requests), self.tuning.every
         if (kept := self.kept_plan(num_reqs)) is not None:
             return kept
-        self.now.steps += 1
         if self._rest:
             return self._rest.pop()
+        self.now.steps += 1
         self.now = now = self._sizes.setdefault(power(num_reqs), Size())
         if self._weighed is None or self._weighed[0] != requests:
             self._weighed = requests, self._weigh(requests)
-        none, draft = self._weighed[1]
-        best, other = (draft, none) if draft.rate > none.rate else (none, draft)
+        best, other = sorted(self._weighed[1], key=lambda plan: -plan.rate)
         self.best, self.num_reqs = best, num_reqs
         now.choice = now.steps + min(every, now.steps)
         if now.steps < now.trial:
@@ -163,8 +160,8 @@ class Controller:
     def kept_plan(self, num_reqs: int) -> Plan | None:
         """In place of ``plan``: the plan for so many requests, if there is nothing to be chosen
         yet; else None, and ``plan`` is to be asked."""
-        is_due = self._rest or self.now.steps >= self.now.choice
-        if is_due or power(num_reqs) != power(self.num_reqs):
+        is_other = num_reqs != self.num_reqs and power(num_reqs) != power(self.num_reqs)
+        if is_other or self._rest or self.now.steps >= self.now.choice:
             return None
         self.now.steps += 1
         return self.best
@@ -174,7 +171,8 @@ class Controller:
         drafted."""
         if not plan.num_draft_tokens:
             return dict.fromkeys(requests, 0)
-        prices = [plan.price_of(name, self.context(name)) for name in requests]
+        skipped, threshold, price, context = plan.skipped, plan.threshold, plan.price, self.context
+        prices = [np.inf if n in skipped else threshold + price * context(n) for n in requests]
         found = self.acceptance.drafted(requests, prices, said)
         return dict(zip(requests, fill_rows(found, prices), strict=True))
 
@@ -183,9 +181,9 @@ class Controller:
         num_reqs, profile, block = len(requests), self.profile, self.block_size
         context = np.array([*map(self.context, requests)], dtype=float)
         total, drafter = float(context.sum()), profile.draft_seconds
-        plain = self.cost.seconds(Work(num_reqs, num_reqs, 0, int(total), int(total)))
-        none = Plan(0, seconds=plain, rate=num_reqs / plain)
         pace, slower = self.cost.scales(num_reqs)
+        plain = pace * profile.parts(Work(num_reqs, num_reqs, 0, int(total), int(total)))[0]
+        none = Plan(0, seconds=plain, rate=num_reqs / plain)
         rate = max(none.rate, self.best.rate if self.best and self.num_reqs == num_reqs else 0.0)
         # A token's worth is less what its row's attention takes.
         attend = rate * pace * profile.attend
@@ -195,14 +193,13 @@ class Controller:
         def weigh(drafted: np.ndarray) -> Plan:
             """The likeliest tokens of these requests' drafts, as many as raise the rate."""
             each, values = 1 / expected.shape[1], worth[drafted].ravel()
-            order = np.argsort(-values, kind="stable")
+            order = (-values).argsort()
             values = values[order]
-            seen = np.repeat(context[drafted], expected[0].size)[order]
+            seen = np.repeat(context[drafted], expected[0].size)[order].cumsum()
             counts = num_reqs + each * np.arange(1, len(values) + 1)
-            target = profile.target_seconds(counts, total, total + each * seen.cumsum())
-            draft = drafter(block * len(drafted), block * context[drafted].sum())
-            seconds = pace * target + slower * draft
-            rates = (num_reqs + each * (values + attend * seen).cumsum()) / seconds
+            seconds = pace * profile.target_seconds(counts, total, total + each * seen)
+            seconds += slower * drafter(block * len(drafted), block * context[drafted].sum())
+            rates = (num_reqs + each * (values.cumsum() + attend * seen)) / seconds
             # Of equal ones all are in or out.
             rates[:-1][values[:-1] <= values[1:]] = 0.0
             best = int(rates.argmax())

@@ -47,7 +47,7 @@ class StepCost:
     def scales(self, num_reqs: int) -> tuple[float, float]:
         """What the target and the drafter take now over the profile, in steps of so many
         requests."""
-        factors = {size: self._factor(size) for size, *_ in self._window}
+        factors = {n: self._factor(n) for n in {size for size, *_ in self._window}}
         pace = median_low([s / (t + factors[n] * d) for n, s, t, d in self._window] or [1.0])
         return pace, pace * self._factor(power(num_reqs))
 

@@ -49,6 +49,6 @@ class Learner:
         # Its time tells how long decoding takes only where it was all decoding.
         is_exact = is_measured and began is not None and step.all_decode and not step.num_ended
         work = step.work(drafts * self.controller.block_size) if is_exact else None
-        seconds, is_first = step.ended - (began or step.ended), drafts and not before
-        backlog = is_first and self._is_synchronous
+        # No backlog under asynchronous scheduling, where the draft in question ran before.
+        seconds, backlog = step.ended - (began or step.ended), drafts and not before
         self.controller.observe(work, seconds, step.verified, step.confidences, plan, backlog)

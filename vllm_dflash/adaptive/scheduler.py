@@ -136,27 +136,17 @@ class AdaptiveScheduler(_Adaptive):
     """For synchronous scheduling."""
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
-        drafts, confidences = (
-            draft_token_ids.draft_token_ids,
-            confidences_of(draft_token_ids.draft_token_ids),
-        )
+        drafts, request_ids = draft_token_ids.draft_token_ids, draft_token_ids.req_ids
         if not any(drafts):
             return  # a request that was scheduled has no draft from before
         if self._learner.is_closed:
             super().update_draft_token_ids(draft_token_ids)
             return
-        request_ids = draft_token_ids.req_ids
-        self._confidences = (
-            {} if confidences is None else dict(zip(request_ids, confidences, strict=False))
-        )
-        lengths = self.controller.lengths(request_ids, self.plan, self._confidences or None)
-        cut_drafts(
-            draft_token_ids,
-            [
-                draft[: lengths[request_id]]
-                for request_id, draft in zip(request_ids, drafts, strict=False)
-            ],
-        )
+        said = confidences_of(drafts)
+        self._confidences = dict(zip(request_ids, said, strict=False)) if said else {}
+        lengths = self.controller.lengths(request_ids, self._learner.plan, self._confidences)
+        each = zip(drafts, lengths.values(), strict=False)
+        cut_drafts(draft_token_ids, [draft[:length] for draft, length in each])
         super().update_draft_token_ids(draft_token_ids)
 
 
