@@ -28,6 +28,7 @@ NEEDS_VLLM = {
     "drafting.backend",
     "drafting.context_store",
     "drafting.measure",
+    "drafting.measure_v2",
     "engine_profiles",
     "drafting.metadata",
     "drafting.v1",

@@ -45,7 +45,8 @@ class DFlashSpeculator(NativeDFlashSpeculator):
     """What drafts, where it is not the best token of each row."""
     coverage = None
     """Known with the V1 runner only: here no step is without ``propose``."""
-
+    is_measured = False
+    """Whether the steps that run are a warm-up's, and none of a request's."""
     _drafts = True
     """Whether the step that runs asks for drafts."""
 
