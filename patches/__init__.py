@@ -36,6 +36,7 @@ from vllm_dflash.patches import (
     v1_verifier,
     v2_cost_profile,
     v2_speculator,
+    v2_target_graphs,
     vllm_config,
     worker_calls,
 )
@@ -64,6 +65,7 @@ ALL = (
     worker_calls.PATCH,
     v2_speculator.PATCH,
     *v2_cost_profile.PATCHES,
+    v2_target_graphs.PATCH,
     request_params.PATCH,
     *request_drafts.PATCHES,
     streaming_sessions.PATCH,

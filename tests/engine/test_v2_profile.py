@@ -1,5 +1,6 @@
 """The profile of an engine's steps under the V2 runner: measured at its first start, read at the
 second, and a guess where it cannot be measured. Nothing of it is in what is drafted and put out.
+The engine that is measured schedules asynchronously, on the fake device with its graphs.
 
     pytest tests/engine/test_v2_profile.py
 """
@@ -16,8 +17,7 @@ from variants import VARIANTS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-SEEDLESS = {"temperature": 1.0}
-FIXED, MEASURED, SHORT = range(3)
+FIXED, SHORT, MEASURED = range(3)
 
 
 def start(jobs: list[Job], cache: Path) -> list[Result]:
@@ -28,8 +28,8 @@ def start(jobs: list[Job], cache: Path) -> list[Result]:
 def starts(
     random_target: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Runs, list[Result], list[tuple[str, int]]]:
-    """Engines with a fixed K, measured, and too short to be; the second again; and, before and
-    after that, the profiles with the times when they were written."""
+    """Engines with a fixed K, too short to be measured, and measured; the last again; and, before
+    and after that, the profiles with the times when they were written."""
     cache, folder = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("pair")
     random = Random(5)
     fixed = Job(
@@ -41,11 +41,9 @@ def starts(
         max_model_len=128,
         max_num_seqs=4,
     )
-    adaptive = replace(fixed, adaptive=True)
-    short = replace(
-        adaptive, prompts=[[2, 3, 4], [5]], max_tokens=8, max_model_len=16, requests={}
-    )
-    jobs = [fixed, adaptive, short]
+    adaptive = replace(fixed, adaptive=True, device="graphs")
+    short = replace(fixed, adaptive=True, prompts=[[2, 3, 4], [5]], max_tokens=8, max_model_len=16)
+    jobs = [fixed, short, adaptive]  # what is scheduled asynchronously comes last
     runs = Runs(jobs, start(jobs, cache))
     written = [_written(cache)]
     again = start([adaptive], cache)
@@ -80,9 +78,17 @@ def test_where_nothing_can_be_measured_a_guess_stands(
     assert [len(output) for output in short.outputs] == [8, 8]
 
 
-def test_text_and_drafts_are_what_they_are_without(
+def test_each_decoding_step_has_a_graph_of_the_target(
     starts: tuple[Runs, list[Result], list],
 ) -> None:
+    """Steps of the controller's whose drafts are cut, and those without any, had none."""
+    for result in (starts[0].results[MEASURED], *starts[1]):
+        assert result.is_asynchronous
+        assert {tokens == num_reqs for num_reqs, tokens, _ in result.decodes} == {True, False}
+        assert [decode for decode in result.decodes if not decode[2]] == []
+
+
+def test_text_and_drafts_are_what_they_are_without(starts: tuple[Runs, list[Result], list]) -> None:
     """Drafts are the reference's, in pages in which what was measured wrote."""
     runs, (again,), _ = starts
     assert runs.results[MEASURED].outputs == runs.results[FIXED].outputs == again.outputs

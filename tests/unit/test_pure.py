@@ -33,6 +33,7 @@ NEEDS_VLLM = {
     "drafting.metadata",
     "drafting.v1",
     "drafting.v2",
+    "drafting.varlen",
     "drafting.watch",
     "models.context",
     "models.convolution",
