@@ -49,6 +49,7 @@ _SIGNATURES = {
     f"{_WORKER}.execute_model": "self, scheduler_output",
     f"{_WORKER}.sample_tokens": "self, grammar_output",
     f"{_WARM_UP}:_warmup_block_counter": "model_runner",
+    "vllm.v1.outputs:AsyncModelRunnerOutput.get_output": "self",
     f"{_OUTPUT}:CachedRequestData.make_empty": "cls",
     f"{_OUTPUT}:SchedulerOutput.make_empty": "cls",
 }

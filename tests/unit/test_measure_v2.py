@@ -41,6 +41,8 @@ class FakeWorker:
         """Of the requests that are there: pages, positions, and drafts to be verified."""
         self.steps: list[tuple[int, int, int, int]] = []
         """Of each step: requests, rows a request, drafts and contexts."""
+        self.running = 0
+        """Steps whose output nobody has waited for."""
         model = SimpleNamespace(
             model="m",
             revision=None,
@@ -130,8 +132,19 @@ class FakeWorker:
             Work(n, n * rows, block, seen, seen * rows, seen * BLOCK * bool(drafts))
         )
 
-    def sample_tokens(self, grammar: None) -> None:
+    def sample_tokens(self, grammar: None) -> Any:
+        from vllm.v1.outputs import AsyncModelRunnerOutput
+
+        worker = self
+
+        class Output(AsyncModelRunnerOutput):
+            def get_output(self) -> Any:
+                worker.running -= 1
+
         assert self.ids
+        self.running += 1
+        assert self.running <= 2, "the runner's buffers are for two steps"
+        return Output()
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +166,7 @@ def measured(worker: FakeWorker, monkeypatch: pytest.MonkeyPatch) -> Profile:
     state = np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
     measure_v2.measure(worker)
     assert worker.ids == {}, "a request was left"
+    assert not worker.running or worker.fails_at >= 0
     assert not worker.disabled
     assert not worker.model_runner.speculator.is_measured
     assert np.random.get_state()[1].tolist() == state, "seeds would be others"

@@ -5,8 +5,8 @@ have what a request's steps have: sampling, CUDA graphs, attention over pages of
 A load is so many requests at a context, which nobody computes: its pages hold what they held. Of
 each load three kinds of step are timed. One verifies whole drafts and drafts, one drafts, and one
 does neither. The second less the third is the drafter's part, the first less that is the target's
-with as many rows. Steps run on without a wait between them, as under asynchronous scheduling, and a
-GPU is asked by events how long they took.
+with as many rows. A step is begun while the one before it runs, as under asynchronous scheduling,
+and a GPU is asked by events how long they took.
 
 No request of a user's is there yet, and those that are measured leave nothing behind.
 Limits: greedy requests alike in length; no step has a prompt.
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.gpu.warmup import _warmup_block_counter
 
 from vllm_dflash.cost_profile import Cell
@@ -82,6 +83,8 @@ def _alone(runner: Any, speculator: "DFlashSpeculator", config: Any) -> Iterator
         runner.kv_connector.set_disabled(False)
         speculator.is_measured = False
         np.random.set_state(seeds)
+        if runner.device.type != "cpu":
+            torch.accelerator.synchronize()
         if config.kv_transfer_config is None:  # as vLLM made it; a connector may have filled it
             with torch.inference_mode():
                 for cache in runner.kv_caches:
@@ -198,6 +201,7 @@ def _requests(worker: Any, load: Load) -> Iterator[Callable[[int, int], None]]:
     pages = cycle(range(1, runner.kv_cache_config.num_blocks))
     specs = [group.kv_cache_spec for group in runner.kv_cache_config.kv_cache_groups]
     computed = context
+    outputs: list[Any] = []
 
     def new(i: int) -> NewRequestData:
         # Unlike tokens, for which a mixture of experts asks unlike experts.
@@ -224,9 +228,17 @@ def _requests(worker: Any, load: Load) -> Iterator[Callable[[int, int], None]]:
             **others,
         )
         worker.execute_model(scheduled)
-        worker.sample_tokens(None)
+        outputs.append(worker.sample_tokens(None))
         # At most: the device alone knows how many were accepted.
         computed += rows
+        wait(1)
+
+    def wait(running: int) -> None:
+        """Until no more steps run: the buffers by which a runner hands on its inputs are two."""
+        while len(outputs) > running:
+            output = outputs.pop(0)
+            if isinstance(output, AsyncModelRunnerOutput):
+                output.get_output()
 
     def step(verified: int, drafts: int) -> None:
         cached = replace(
@@ -248,5 +260,6 @@ def _requests(worker: Any, load: Load) -> Iterator[Callable[[int, int], None]]:
         first = [new(i) for i in range(num_reqs)]
         run(1, runner.speculator.num_draft_tokens, scheduled_new_reqs=first)
         yield step
+        wait(0)
     finally:
         worker.execute_model(replace(SchedulerOutput.make_empty(), finished_req_ids=set(names)))
