@@ -5,12 +5,13 @@ from typing import Any
 
 from vllm_dflash.patches.guard import afterwards, instead, part_of_ours
 
-from vllm_dflash.adaptive.settings import is_adaptive
 from vllm_dflash.log import logger
 from vllm_dflash.patch import Patch
 
 
 def _measure(worker: Any) -> None:
+    from vllm_dflash.adaptive.settings import is_adaptive
+
     if not (worker.use_v2_model_runner and is_adaptive(worker.vllm_config)):
         return
     try:

@@ -5,14 +5,13 @@ from typing import Any
 
 from vllm_dflash.patches.guard import drafts_ours, part_of_ours
 
-from vllm_dflash.adaptive.settings import is_adaptive
 from vllm_dflash.log import logger
 from vllm_dflash.patch import Patch
 
 
 def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
     def manager(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-        if drafts_ours(vllm_config, "speculative_config") and is_adaptive(vllm_config):
+        if drafts_ours(vllm_config, "speculative_config"):
             kwargs["varlen_decode"] = kwargs.get("varlen_decode") or _can(vllm_config, **kwargs)
         return original(vllm_config, *args, **kwargs)
 
@@ -20,6 +19,10 @@ def _replace(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _can(vllm_config: Any, decode_query_len: int, **_: Any) -> bool:
+    from vllm_dflash.adaptive.settings import is_adaptive
+
+    if not is_adaptive(vllm_config):
+        return False
     try:
         return bool(
             part_of_ours("vllm_dflash.drafting.varlen", "replays_all_lengths")(
