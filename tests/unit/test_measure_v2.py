@@ -141,6 +141,9 @@ class FakeWorker:
             def get_output(self) -> Any:
                 worker.running -= 1
 
+            def get_kv_connector_output(self) -> None:
+                """Of vLLM 0.33."""
+
         assert self.ids
         self.running += 1
         assert self.running <= 2, "the runner's buffers are for two steps"
