@@ -34,7 +34,9 @@ from vllm_dflash.patches import (
     v1_session_seeds,
     v1_steps_without_drafts,
     v1_verifier,
+    v2_cost_profile,
     v2_speculator,
+    v2_target_graphs,
     vllm_config,
     worker_calls,
 )
@@ -62,6 +64,8 @@ ALL = (
     *cpu_target.PATCHES,
     worker_calls.PATCH,
     v2_speculator.PATCH,
+    *v2_cost_profile.PATCHES,
+    v2_target_graphs.PATCH,
     request_params.PATCH,
     *request_drafts.PATCHES,
     streaming_sessions.PATCH,

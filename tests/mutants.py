@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-GRAPHS = "tests/engine/test_v2_graphs.py"
+GRAPHS, PROFILE = "tests/engine/test_v2_graphs.py", "tests/engine/test_v2_profile.py"
 COPIED = ("vllm_dflash", "patches", "tests")
 """Of the checkout; the rest is linked to."""
 
@@ -68,11 +68,21 @@ MUTANTS = (
     ),
     Mutant(
         "cut-by-request",
-        "under asynchronous scheduling steps are off or cut by request, without a CUDA graph of"
-        " the target",
-        "vllm_dflash/adaptive/settings.py",
-        (("(obstacle or scheduler.async_scheduling)", "obstacle"),),
-        (f"{GRAPHS}::test_the_target_keeps_its_graphs",),
+        "under asynchronous scheduling steps of the controller's are off or cut by request, without"
+        " a CUDA graph of the target",
+        "patches/v2_target_graphs.py",
+        (("    if not is_adaptive(vllm_config):", "    if True:"),),
+        (f"{PROFILE}::test_each_decoding_step_has_a_graph_of_the_target",),
+    ),
+    Mutant(
+        "guessed-profile",
+        "under the V2 runner the controller begins with a guess of what steps take",
+        "patches/v2_cost_profile.py",
+        (("    if not (worker.use_v2_model_runner and", "    if True or not (worker.rank and"),),
+        (
+            f"{PROFILE}::test_a_profile_is_measured_at_the_first_start",
+            f"{PROFILE}::test_a_second_start_reads_it",
+        ),
     ),
     Mutant(
         "lm-head-rows",

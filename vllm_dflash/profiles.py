@@ -55,6 +55,7 @@ def key_of(vllm_config: Any, vllm_version: str, device: str) -> str:
             ],
             "tensor_parallel": parallel.tensor_parallel_size,
             "eager": bool(model.enforce_eager),
+            "runner": "v2" if vllm_config.use_v2_model_runner else "v1",
             "device": device,
             "versions": [vllm_version, __version__],
         },

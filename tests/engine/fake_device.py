@@ -142,16 +142,23 @@ def watch_target(speculator: Any, decodes: list[tuple[int, int, int]]) -> None:
     """Notes of each step in which all requests decode their number, their tokens and for how many
     tokens the target's CUDA graph would be; 0: it has none that is whole."""
     from vllm.config import CUDAGraphMode
+    from vllm.v1.attention.backend import AttentionCGSupport
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
     from vllm.v1.worker.gpu import cudagraph_utils, model_runner
 
+    # As FlashAttention 3's.
+    CPUAttentionMetadataBuilder._cudagraph_support = AttentionCGSupport.ALWAYS
     cudagraph_utils.current_platform.get_global_graph_pool = lambda: None
     config = copy.copy(speculator.vllm_config)
     config.speculative_config = speculator.speculative_config
     config.compilation_config = copy.copy(config.compilation_config)
     config.compilation_config.cudagraph_capture_sizes = SIZES
     config.compilation_config.max_cudagraph_capture_size = max(SIZES)
-    manager = cudagraph_utils.CudaGraphManager(
-        config, speculator.device, CUDAGraphMode.FULL_DECODE_ONLY, speculator.num_draft_tokens + 1
+    manager = model_runner.ModelCudaGraphManager(
+        config,
+        speculator.device,
+        CUDAGraphMode.FULL_DECODE_ONLY,
+        decode_query_len=speculator.num_draft_tokens + 1,
     )
     manager._graphs_captured = True
     dispatch = model_runner.dispatch_cg_and_sync_dp

@@ -118,4 +118,9 @@ def test_load(tmp_path: Path) -> None:
     assert often > 1.4 > seldom
     assert found["3 requests, context 16, acceptance 0.6, adaptive"]["steps"] >= 3
     assert record["engines"]["adaptive"]["scheduler"].startswith("vllm_dflash.")
+    profile = record["engines"]["adaptive"]["profile"]
+    assert min(profile["target"]) > 0
+    assert record["engines"]["fixed"]["profile"] is None
+    said = (tmp_path / "log").read_text()
+    assert "adaptive has measured its steps: ms by rows, target 1:" in said
     assert record["engines"]["fixed"]["scheduler"].startswith("vllm.")

@@ -69,6 +69,8 @@ class Job:
     """By prompt, where a request is special."""
     device: str = ""
     """"watched" or "graphs": the drafter on ``fake_device``, eagerly or by CUDA graphs."""
+    measured: bool = False
+    """Whether steps are measured on that device before the first request."""
 
     @classmethod
     def read(cls, raw: dict[str, Any]) -> "Job":
@@ -145,6 +147,10 @@ class Result:
     """The shape of what the speculator hands to vLLM's adaptive verification."""
     attention_rows: int = 0
     """The largest graph that the draft layers' attention plans for."""
+    profile: dict[str, Any] | None = None
+    """What the controller begins with; None: there is none, or a guess."""
+    cells: int = 0
+    """Of ``Job.measured``."""
 
 
 def run_engines(
@@ -265,8 +271,9 @@ def _serve(job: Job, script: list[list[int]] | None) -> Result:
         schedule_asynchronously()
     llm = LLM(job.target, speculative_config=settings, **arguments | job.engine_args)
     core = llm.llm_engine.engine_core.engine_core
-    runner = core.model_executor.driver_worker.worker.model_runner
-    recorder = _Recorder(runner.speculator, job, script) if job.drafter else None
+    worker = core.model_executor.driver_worker.worker
+    runner = worker.model_runner
+    recorder = _Recorder(worker, job, script) if job.drafter else None
     preempted = _record_preemptions(core.scheduler)
     requests = [job.requests.get(i, Request()) for i in range(len(job.prompts))]
     finished: dict[int, Any] = {}
@@ -306,7 +313,16 @@ def _serve(job: Job, script: list[list[int]] | None) -> Result:
         max_model_len=runner.max_model_len,
         confidences=list(runner.speculator.draft_token_confidence_probs.shape) if recorder else [],
         attention_rows=(planned and planned.max_cudagraph_capture_size) or 0,
+        profile=_profile(core.scheduler),
+        cells=recorder.cells if recorder else 0,
     )
+
+
+def _profile(scheduler: Any) -> dict[str, Any] | None:
+    from vllm_dflash.cost_profile import GUESS
+
+    found = getattr(getattr(scheduler, "controller", None), "profile", GUESS)
+    return None if found is GUESS else asdict(found)
 
 
 def _run_wave(
@@ -380,7 +396,8 @@ class _Recorder:
     """Stands before the speculator's ``propose``: notes each draft, and scripts it where there is a
     script."""
 
-    def __init__(self, speculator: Any, job: Job, script: list[list[int]] | None) -> None:
+    def __init__(self, worker: Any, job: Job, script: list[list[int]] | None) -> None:
+        speculator = worker.model_runner.speculator
         self.speculator, self.job, self.script, self.steps = speculator, job, script, 0
         self.drafts: list[list[Draft]] = [[] for _ in job.prompts]
         self.random = random.Random(0)
@@ -403,6 +420,12 @@ class _Recorder:
 
             watch_target(speculator, self.decodes)
             install(speculator, self._counts, graphs=job.device == "graphs")
+        self.cells = 0
+        if job.measured:
+            from vllm_dflash.drafting.measure_v2 import _cells
+
+            self.cells = len(list(_cells(worker)))
+            self.decodes.clear()
         self.propose = speculator.propose
         speculator.propose = self
 

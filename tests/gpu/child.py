@@ -65,6 +65,7 @@ class Worker:
             "max_model_len": config.model_config.max_model_len,
             "compile_seconds": config.compilation_config.compilation_time,
             "wait_check": wait_check(),
+            "profile": profile_of(self.scheduler),
         }
 
     def do(self, job: dict[str, Any], parent: Parent) -> Any:
@@ -246,6 +247,17 @@ class Worker:
 def _accepted(delta: dict[str, Any]) -> dict[str, Any]:
     drafts = delta.get("drafts", 0)
     return {"tau": 1 + delta["accepted"] / drafts if drafts else None}
+
+
+def profile_of(scheduler: Any) -> dict[str, Any] | None:
+    """What the warm-up has measured of the engine's steps, seconds by rows; None where drafting is
+    not adaptive, or the controller begins with a guess."""
+    from dataclasses import asdict
+
+    from vllm_dflash.cost_profile import GUESS
+
+    found = getattr(getattr(scheduler, "controller", None), "profile", GUESS)
+    return None if found is GUESS else asdict(found)
 
 
 def _name(thing: Any) -> str | None:

@@ -221,6 +221,8 @@ class Run:
         self.data["engines"][name] = ready
         self._write()
         self.say(f"{name} is ready after {ready['seconds']:.0f} s")
+        if ready.get("profile"):
+            self.say(f"{name} has measured its steps: {shown(ready['profile'])}")
 
     def keep(self, name: str, made: Any) -> None:
         """Keeps beside the figures what other figures are made of, in this run or a later one."""
@@ -301,6 +303,16 @@ class Run:
 
         path.parent.mkdir(parents=True, exist_ok=True)
         put(path, text + "\n")
+
+
+def shown(profile: dict[str, Any]) -> str:
+    """What an engine's steps were measured to take: milliseconds by rows, and what contexts add."""
+    parts = []
+    for whose in ("target", "draft"):
+        rows = zip(profile["rows"][1:-1], profile[whose][1:-1], strict=True)
+        parts.append(f"{whose} " + " ".join(f"{n:g}:{1000 * s:.3g}" for n, s in rows))
+    more = (f"{name} {1e9 * profile[name]:.3g}" for name in ("read", "attend", "draft_attend"))
+    return f"ms by rows, {', '.join(parts)}; ns a position, {', '.join(more)}"
 
 
 def refuse(error: RefusedError) -> NoReturn:

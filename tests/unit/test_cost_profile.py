@@ -151,19 +151,21 @@ def config(**changed: Any) -> Any:
         "cache_config": SimpleNamespace(cache_dtype="auto", block_size=16),
         "parallel_config": SimpleNamespace(tensor_parallel_size=1),
         "scheduler_config": SimpleNamespace(max_num_seqs=32, max_num_batched_tokens=2048),
+        "use_v2_model_runner": False,
     }
     return SimpleNamespace(**given | changed)
 
 
-def test_a_profile_holds_for_its_models_device_and_version() -> None:
+def test_a_profile_holds_for_its_models_runner_device_and_version() -> None:
     keys = {
         key_of(config(), "0.32", "a"),
         key_of(config(), "0.33", "a"),
         key_of(config(), "0.32", "b"),
         key_of(config(model_config=config().speculative_config.draft_model_config), "0.32", "a"),
         key_of(config(parallel_config=SimpleNamespace(tensor_parallel_size=2)), "0.32", "a"),
+        key_of(config(use_v2_model_runner=True), "0.32", "a"),
     }
-    assert len(keys) == 5
+    assert len(keys) == 6
     assert key_of(config(), "0.32", "a") in keys
     assert this_cpu({}) != this_cpu({"OMP_NUM_THREADS": "1"})
     assert isinstance(PROFILE, Profile)

@@ -71,3 +71,8 @@ def test_the_shortest_verification_and_the_largest_batch_that_drafts(
     given: Any, expected: tuple[int, int]
 ) -> None:
     assert verification(given, 100) == expected
+
+
+def test_a_controller_that_cuts_drafts() -> None:
+    """More requests fit into a graph of the target's than with whole ones."""
+    assert verification(settings(7), 100, cuts=True) == (1, 100)

@@ -32,10 +32,11 @@ def graph_tokens(
     return sorted({rows * min(n, most) for n in counts if n * verified <= max(sizes)} - {0})
 
 
-def verification(speculative: Any, max_num_reqs: int) -> tuple[int, int]:
+def verification(speculative: Any, max_num_reqs: int, cuts: bool = False) -> tuple[int, int]:
     """By vLLM's ``SpeculativeConfig``, the tokens a request of the shortest step that verifies
-    drafts, 1 where it cuts drafts on the device; and the most requests of a step that drafts."""
-    if speculative.enable_adaptive_verification:
+    drafts, 1 where drafts are cut, by vLLM on the device or (``cuts``) by our controller; and the
+    most requests of a step that drafts."""
+    if cuts or speculative.enable_adaptive_verification:
         return 1, max_num_reqs
     most = speculative.num_speculative_tokens
     schedule = speculative.num_speculative_tokens_per_batch_size or [(1, max_num_reqs, most)]

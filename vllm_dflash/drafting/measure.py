@@ -1,20 +1,21 @@
 """Measures an engine's steps at its warm-up, on its own kernels: the target by rows and contexts,
 and the drafter by requests and contexts. What comes out is kept for the controller
-(``vllm_dflash/profiles.py``), and read at the next start.
+(``vllm_dflash/profiles.py``), and read at the next start. Here is what both runners share, and the
+steps of V1; those of V2 are in ``measure_v2.py``.
 
 Nothing is written into the cache of keys and values that anybody reads: no request is there yet.
-Limits: under vLLM's V1 runner; elsewhere the controller begins with a guess.
 
     pytest tests/engine/test_adaptive.py
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_dflash.adaptive.settings import is_adaptive
@@ -29,7 +30,7 @@ from vllm_dflash.steps import Work
 if TYPE_CHECKING:
     from vllm_dflash.drafting.v1 import DFlashProposer
 
-_SECONDS = 10.0
+SECONDS = 10.0
 """In which all has to be measured; what is not by then is left out."""
 _MOST_ROWS = 512
 """From which on the line goes on."""
@@ -38,19 +39,38 @@ _TIMES = 2
 
 
 def measure(proposer: "DFlashProposer") -> None:
-    """Measures the steps of an engine that drafts adaptively, unless that was done before. Where it
-    fails, the log says so, and the engine serves."""
-    config = proposer.vllm_config
-    if not is_adaptive(config):
+    """Measures the steps of V1: see ``measure_once``."""
+
+    def cells() -> Iterator[Cell]:
+        with torch.inference_mode(), _alone(proposer):
+            yield from _cells(proposer)
+
+    measure_once(proposer.vllm_config, cells)
+
+
+def measure_once(vllm_config: Any, cells: Callable[[], Iterable[Cell]]) -> None:
+    """Keeps the profile of an engine that drafts adaptively, by the ``cells`` that are measured
+    now, unless that was done before. Where it fails, the log says so, and the engine serves."""
+    if not is_adaptive(vllm_config):
         return
     try:
-        folder, name = profile_key(config)
-        if find(folder, name) is None:
-            with torch.inference_mode(), _alone(proposer):
-                cells = list(_cells(proposer))
-            keep(folder, name, fit(cells))
-    except Exception:  # as above
-        logger.exception("the cost of steps could not be measured: drafting begins with a guess")
+        folder, name = profile_key(vllm_config)
+        if agreed(vllm_config, find(folder, name) is None):
+            keep(folder, name, fit(cells()))
+    except Exception as error:  # as above
+        logger.warning(
+            "the cost of steps could not be measured, and drafting begins with a guess: %s: %s",
+            type(error).__name__,
+            error,
+        )
+
+
+def agreed(vllm_config: Any, decision: bool) -> bool:
+    """What the first of the tensor-parallel ranks has decided: all of them run the same steps, or
+    they would wait for each other for ever."""
+    if vllm_config.parallel_config.tensor_parallel_size == 1:
+        return decision
+    return bool(get_tp_group().broadcast_object(decision, src=0))
 
 
 @contextmanager
@@ -77,22 +97,21 @@ def _cells(proposer: "DFlashProposer") -> Iterator[Cell]:
     longest = min(proposer.max_model_len, pages * proposer.page_size) - 2 * block
     contexts = [context for context in (longest // 8, longest) if context >= 512]
     plan: list[Work] = []
-    for rows in _round_numbers(
-        min(most_reqs * (k + 1), proposer.runner.max_num_tokens, _MOST_ROWS)
-    ):
+    for rows in round_numbers(min(most_reqs * (k + 1), proposer.runner.max_num_tokens, _MOST_ROWS)):
         plan.append(Work(1, rows, 0))
-    for num_reqs in _round_numbers(max(min(most_reqs, _MOST_ROWS // block), 1)):
+    for num_reqs in round_numbers(max(min(most_reqs, _MOST_ROWS // block), 1)):
         plan.append(Work(num_reqs, 0, num_reqs * block))
     for context in contexts:
         plan += [Work(1, rows, 0, context, rows * context) for rows in (1, k + 1)]
         plan.append(Work(1, 0, block, context, 0, block * context))
     # Small ones first: those are sure to be there when time is up, and all others go on from them.
     plan.sort(key=lambda work: work.num_tokens + work.draft_rows + 1e-3 * work.num_context)
-    until = time.monotonic() + _SECONDS
+    until = time.monotonic() + SECONDS
     for work in Progress(plan, desc="measuring steps", unit="step"):
         run = _draft(proposer, work) if work.draft_rows else _target(proposer, work)
         for i in range(1 + _TIMES):
-            if time.monotonic() > until and max(work.num_tokens, work.draft_rows) > 2 * block:
+            is_large = max(work.num_tokens, work.draft_rows) > 2 * block
+            if is_large and agreed(config, time.monotonic() > until):
                 break
             _wait(proposer)
             began = time.perf_counter()
@@ -102,7 +121,7 @@ def _cells(proposer: "DFlashProposer") -> Iterator[Cell]:
                 yield Cell(work, time.perf_counter() - began)
 
 
-def _round_numbers(most: int) -> list[int]:
+def round_numbers(most: int) -> list[int]:
     """Two in each octave up to ``most``."""
     return sorted(
         {round_rows(n) for i in range(most.bit_length()) for n in (1 << i, 3 << i) if n < most}

@@ -22,6 +22,7 @@ from vllm.v1.worker.gpu.spec_decode.dflash.speculator import (
     DFlashSpeculator as NativeDFlashSpeculator,
 )
 
+from vllm_dflash.adaptive.settings import is_adaptive
 from vllm_dflash.checks import drafter_config
 from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.drafting.graphs import graph_tokens, verification
@@ -45,7 +46,8 @@ class DFlashSpeculator(NativeDFlashSpeculator):
     """What drafts, where it is not the best token of each row."""
     coverage = None
     """Known with the V1 runner only: here no step is without ``propose``."""
-
+    is_measured = False
+    """Whether the steps that run are a warm-up's, and none of a request's."""
     _drafts = True
     """Whether the step that runs asks for drafts."""
 
@@ -114,7 +116,8 @@ class DFlashSpeculator(NativeDFlashSpeculator):
         sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes
         if not sizes:
             return []
-        verified, most = verification(self.speculative_config, self.max_num_reqs)
+        cuts = is_adaptive(self.vllm_config)
+        verified, most = verification(self.speculative_config, self.max_num_reqs, cuts)
         return graph_tokens(
             sizes,
             verified=verified,

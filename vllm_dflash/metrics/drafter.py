@@ -57,11 +57,8 @@ class DrafterRecord:
 
         @functools.wraps(propose)
         def watching(*args: Any, **kwargs: Any) -> Any:
-            return (
-                propose(*args, **kwargs)
-                if kwargs.get("dummy_run")
-                else timed(propose, args, kwargs)
-            )
+            no_step = kwargs.get("dummy_run") or getattr(self._drafter(), "is_measured", False)
+            return propose(*args, **kwargs) if no_step else timed(propose, args, kwargs)
 
         return watching
 
