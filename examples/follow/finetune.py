@@ -2,8 +2,8 @@
 merged into the weights. The text is the Python documentation that Python itself brings
 (pydoc_data.topics): English with markup, where the target knows source code.
 
-    python tests/follow/finetune.py --out /tmp/finetuned
-    python tests/follow/finetune.py --out /tmp/finetuned --steps 20     # to see it run
+    python examples/follow/finetune.py --out /tmp/finetuned
+    python examples/follow/finetune.py --out /tmp/finetuned --steps 20     # to see it run
 
 Writes OUT/target, and OUT/prompts.jsonl: beginnings of paragraphs that no step has seen.
 """
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-PAIR = Path(__file__).resolve().parents[2] / "examples" / "embedded_pair"
+PAIR = Path(__file__).resolve().parents[1] / "embedded_pair"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK, ROWS, LENGTH, PROMPT_TOKENS = 16, 8, 192, 24
 

@@ -1,0 +1,332 @@
+"""Mixed traffic on a real server, and a swap every minute between two drafters.
+
+The same requests go round and round: chat and completions, greedy and sampled, whole and as
+streams, streams whose client hangs up, structured output, scrapes of /metrics. What a server
+without a drafter answers to each greedy one is asked once, before. What tau each drafter has on
+this traffic is measured on servers that are started with it and never swapped. Prompts are computed
+in pieces, so that a step has few sizes: each new one costs memory once (tests/soak_server.py).
+"""
+
+import itertools
+import json
+import math
+import random
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from engine.harness import PROMPTS
+from engine.test_serve import request, server
+from engine.test_swap import swappable, which
+from following.made import two_drafters
+from following.record import FAILS, HOLDS, OPEN, Lines, none_of, told
+from soak_server import ask, draw_round, processes, resident_mb
+from vllm_dflash.cli import main as command
+from vllm_dflash.follow.interval import students_t
+from vllm_dflash.metrics.figures import Scrape
+from vllm_dflash.swap.turns import CONTEXTS
+from vllm_dflash.weights.identity import id_of_folder
+
+NAMES = ("good", "noisy")
+CLIENTS, POOL = 8, 144
+WITHIN = 0.03
+"""Of the drafter's own tau, after a swap."""
+MOST_MB = 1.0
+"""A minute, of resident memory."""
+SAMPLE_S, SETTLE_S, REFERENCES, Z = 5.0, 1.0, 2, 1.96
+FEW_SIZES = ("--max-num-batched-tokens", "128", "--max-num-seqs", str(CLIENTS))
+NOT_COMPARED = ("seed", "hang up", "scrape")
+"""Kinds of ``soak_server``; those with a seed go without it here."""
+
+
+def draw(seed: int) -> list[dict[str, Any]]:
+    """The requests."""
+    rng, found = random.Random(seed), []
+    texts = [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()]
+    while len(found) < POOL:
+        found += draw_round(rng, texts)
+    for one in found:
+        one["body"].pop("seed", None)
+    return found
+
+
+def answers_of_twin(pool: Sequence[Mapping[str, Any]], path: Path) -> list[Any]:
+    """What a server without a drafter answers, None where it is not compared."""
+    if not path.exists():
+        print("a server without a drafter answers each greedy request", flush=True)
+        with server(*FEW_SIZES) as port, ThreadPoolExecutor(CLIENTS) as workers:
+            greedy = [one for one in pool if one["kind"] not in NOT_COMPARED]
+            answers = workers.map(lambda one: ask(port, dict(one)), greedy)
+            found = [None if one["kind"] in NOT_COMPARED else next(answers) for one in pool]
+        path.write_text(json.dumps(found))
+    return json.loads(path.read_text())  # as JSON has it: no tuples
+
+
+class Traffic:
+    """Clients without a pause, each with the next request of the round."""
+
+    def __init__(self, port: int, pool: Sequence[Any], expected: Sequence[Any]) -> None:
+        self.counts: Counter[str] = Counter()
+        self.failed: list[Any] = []
+        self.differing: list[Any] = []
+        self._port, self._pool, self._expected = port, pool, expected
+        self._next, self._lock = itertools.cycle(range(len(pool))), threading.Lock()
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._client) for _ in range(CLIENTS)]
+
+    def _client(self) -> None:
+        while not self._stop.is_set():
+            with self._lock:
+                at = next(self._next)
+            one, answer, error = self._pool[at], None, None
+            try:
+                answer = json.loads(json.dumps(ask(self._port, one)))
+            except Exception as problem:
+                error = {"request": at, "kind": one["kind"], "error": repr(problem)}
+            with self._lock:
+                self.counts[one["kind"]] += 1
+                if error is not None:
+                    self.failed.append(error)
+                elif self._expected[at] is not None:
+                    self.counts["compared"] += 1
+                    if answer != self._expected[at]:
+                        self.differing.append({"request": at, "body": one["body"], "got": answer})
+
+    def take(self) -> dict[str, Any]:
+        """What came since it was asked last."""
+        with self._lock:
+            found = {
+                "counts": dict(self.counts),
+                "failed": self.failed,
+                "differing": self.differing,
+            }
+            self.counts, self.failed, self.differing = Counter(), [], []
+        return found
+
+    def __enter__(self) -> "Traffic":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def lengths(port: int) -> dict[float, float]:
+    """Verifications by how many tokens each committed at most: the histogram's, exact here."""
+    scrape, name = (
+        Scrape.parse(request(port, "/metrics"), 0.0),
+        "vllm_dflash_accepted_length_bucket",
+    )
+    found: dict[float, float] = {}
+    for (sample, labels), value in scrape.samples.items():
+        if sample == name:
+            at = float(dict(labels)["le"])
+            found[at] = found.get(at, 0.0) + value
+    return found
+
+
+def tau_of(before: Mapping[float, float], now: Mapping[float, float]) -> dict[str, Any]:
+    """tau between two of ``lengths``, with half its interval, verifications taken for independent;
+    None where nothing was drafted."""
+    grown = [(at, now[at] - before.get(at, 0.0)) for at in sorted(now) if math.isfinite(at)]
+    each = [(at, n - below) for (at, n), (_, below) in zip(grown, [(0.0, 0.0), *grown])]
+    count = sum(n for _, n in each)
+    if count < 2:
+        return {"tau": None, "half": None, "verifications": count}
+    mean = sum(at * n for at, n in each) / count
+    variance = sum(n * (at - mean) ** 2 for at, n in each) / (count - 1)
+    return {"tau": mean, "half": Z * math.sqrt(variance / count), "verifications": count}
+
+
+def window(port: int, traffic: Traffic, pids: dict[str, int], until: float) -> dict[str, Any]:
+    """What is seen up to a time: tau, memory, and the answers of the traffic."""
+    time.sleep(SETTLE_S)
+    before, memory = lengths(port), [resident_mb(pids)]
+    while (left := until - time.monotonic()) > 0:
+        time.sleep(min(SAMPLE_S, left))
+        memory.append(resident_mb(pids))
+    found = tau_of(before, lengths(port)) | traffic.take()
+    return found | {"memory_mb": {n: statistics.median(m[n] for m in memory) for n in pids}}
+
+
+@contextmanager
+def serving(drafters: Path, name: str, adaptive: bool) -> Iterator[int]:
+    speculative = json.dumps({"method": "dflash", "model": str(drafters / name)})
+    more = ("--additional-config", json.dumps({"dflash": {"adaptive": adaptive}}))
+    with swappable(drafters, *FEW_SIZES, "--speculative-config", speculative, *more) as port:
+        yield port
+
+
+def run(out: Path, lines: Lines, minutes: float, every: float, settings: Sequence[bool]) -> None:
+    """Measures what is not in ``lines`` yet."""
+    folder, pool = two_drafters(out), draw(0)
+    expected = answers_of_twin(pool, out / "soak-twin.json")
+    for adaptive in settings:
+        for name in NAMES:
+            _reference(lines, folder, name, adaptive, every, pool, expected)
+        _swaps(lines, folder, adaptive, round(60 * minutes / every), every, pool, expected)
+
+
+def _reference(
+    lines: Lines,
+    folder: Path,
+    name: str,
+    adaptive: bool,
+    every: float,
+    pool: Sequence[Any],
+    expected: Sequence[Any],
+) -> None:
+    """tau of a drafter that a server was started with: the mean over windows."""
+    seen = {"adaptive": adaptive, "reference": name}
+    if len(lines.of(**seen)) >= REFERENCES:
+        return
+    print(f"{_setting(adaptive)}: a server that is started with {name}", flush=True)
+    with serving(folder, name, adaptive) as port, Traffic(port, pool, expected) as traffic:
+        pids = processes(port)
+        time.sleep(min(10.0, every))  # the profile, the controller, the first prompts
+        for _ in range(REFERENCES - len(lines.of(**seen))):
+            found = window(port, traffic, pids, time.monotonic() + every)
+            lines.add(**seen, **found)
+            print(f"  {_said(found)}", flush=True)
+
+
+def _swaps(
+    lines: Lines,
+    folder: Path,
+    adaptive: bool,
+    turns: int,
+    every: float,
+    pool: Sequence[Any],
+    expected: Sequence[Any],
+) -> None:
+    done = [row for row in lines.of(adaptive=adaptive) if "turn" in row]
+    if len(done) >= turns:
+        return
+    print(f"{_setting(adaptive)}: {turns - len(done)} swaps", flush=True)
+    ids = {name: id_of_folder(folder / name) for name in NAMES}
+    session = 1 + max((row["session"] for row in done), default=0)
+    with serving(folder, NAMES[0], adaptive) as port, Traffic(port, pool, expected) as traffic:
+        pids, began = processes(port), time.monotonic()
+        time.sleep(min(10.0, every))
+        for turn in range(len(done), turns):
+            name, context = NAMES[(turn + 1) % 2], CONTEXTS[turn // 2 % 2]
+            asked = time.monotonic()
+            flags = ["--server", f"http://127.0.0.1:{port}", "--context", context]
+            status = command(["swap", name, *flags])
+            took = time.monotonic() - asked
+            with told(f"swap {turn + 1} of {turns}"):
+                found = window(port, traffic, pids, asked + every)
+            row = {"adaptive": adaptive, "turn": turn, "session": session, "drafter": name}
+            row |= {"context": context, "seconds": round(took, 3), "status": status}
+            row |= {"in_force": which(port)["id"] == ids[name]}
+            row |= {"minutes": round((time.monotonic() - began) / 60, 3)}
+            lines.add(**row, **found)
+            print(f"  {turn + 1} of {turns}, {name} in {took:.2f} s: {_said(found)}", flush=True)
+
+
+def _setting(adaptive: Any) -> str:
+    return f"controller {'on' if adaptive else 'off'}"
+
+
+def _said(found: Mapping[str, Any]) -> str:
+    tau = "nothing drafted"
+    if found["tau"] is not None:
+        tau = f"tau {found['tau']:.3f} +- {found['half']:.3f} ({found['verifications']:,.0f})"
+    memory = sum(found["memory_mb"].values())
+    return (
+        f"{tau}, {memory:.0f} MB, {sum(found['counts'].values())} requests,"
+        f" {len(found['failed'])} failed, {len(found['differing'])} differ"
+    )
+
+
+def verdicts(rows: Sequence[Mapping[str, Any]], settings: Sequence[bool]) -> list[str]:
+    """What holds."""
+    found: list[str] = []
+    for adaptive in settings:
+        own = [row for row in rows if row["adaptive"] == adaptive]
+        swaps = [row for row in own if "turn" in row]
+        if not swaps:
+            continue
+        found.append(f"{_setting(adaptive)}, {len(swaps)} swaps")
+        counts: Counter[str] = sum((Counter(row["counts"]) for row in own), Counter())
+        compared = counts.pop("compared", 0)
+        failed = [each for row in own for each in row["failed"]]
+        differing = [each for row in own for each in row["differing"]]
+        found.append(none_of("requests failed", len(failed), counts.total(), failed[:3]))
+        found.append(
+            none_of(
+                "greedy answers differ from the twin's", len(differing), compared, differing[:1]
+            )
+        )
+        lost = [row["turn"] for row in swaps if row["status"] or not row["in_force"]]
+        found.append(none_of("swaps without the new drafter's id", len(lost), len(swaps), lost))
+        seconds = [row["seconds"] for row in swaps]
+        found.append(
+            f"      a swap takes {statistics.median(seconds):.2f} s, at most {max(seconds)}"
+        )
+        for name in NAMES:
+            found += _taus(own, name)
+        found += _memory(swaps)
+    return found
+
+
+def _taus(rows: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+    """Whether tau after each swap is the drafter's."""
+    known = [r for r in rows if r.get("reference") == name and r["tau"] is not None]
+    swaps = [r for r in rows if r.get("drafter") == name and "turn" in r]
+    drafted = [r for r in swaps if r["tau"] is not None]
+    if not known or not drafted:
+        return [f"{OPEN} {name}: the controller drafts nothing with it"]
+    count = sum(r["verifications"] for r in known)
+    own = sum(r["tau"] * r["verifications"] for r in known) / count
+    half = math.sqrt(sum((r["half"] * r["verifications"]) ** 2 for r in known)) / count
+    state, furthest = HOLDS, 0.0
+    for row in drafted:
+        apart, doubt = abs(row["tau"] - own), math.hypot(row["half"], half)
+        furthest = max(furthest, apart / own)
+        if apart > WITHIN * own:
+            worse = FAILS if apart - doubt > WITHIN * own else OPEN
+            state = FAILS if FAILS in (state, worse) else worse
+    widest = max(row["half"] for row in drafted)
+    return [
+        f"{state} {name}: tau {own:.3f} +- {half:.3f} where the server began with it; after"
+        f" {len(drafted)} swaps at most {furthest:.1%} from it, asked {WITHIN:.0%}; each +-"
+        f" {widest:.3f} at most"
+    ]
+
+
+def _memory(swaps: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The slope of resident memory over the last two thirds, all sessions about their own means."""
+    pairs: list[tuple[float, float]] = []
+    sessions = 0
+    for session in sorted({row["session"] for row in swaps}):
+        own = [row for row in swaps if row["session"] == session]
+        own = own[len(own) // 3 :]
+        if len(own) < 2:
+            continue
+        held = [sum(row["memory_mb"].values()) for row in own]
+        at, level = statistics.mean(r["minutes"] for r in own), statistics.mean(held)
+        pairs += [(r["minutes"] - at, mb - level) for r, mb in zip(own, held, strict=True)]
+        sessions += 1
+    freedom = len(pairs) - sessions - 1
+    if freedom < 1:
+        return [f"{OPEN} memory: too few swaps to say"]
+    spread = sum(t * t for t, _ in pairs)
+    slope = sum(t * mb for t, mb in pairs) / spread
+    left = sum((mb - slope * t) ** 2 for t, mb in pairs) / freedom
+    half = students_t(freedom) * math.sqrt(left / spread)
+    state = HOLDS if slope + half <= MOST_MB else FAILS if slope - half > MOST_MB else OPEN
+    first, last = (sum(swaps[i]["memory_mb"].values()) for i in (0, -1))
+    return [
+        f"{state} memory: {slope:+.2f} +- {half:.2f} MB a minute over the last two thirds, asked"
+        f" {MOST_MB:g}; {first:.0f} MB after the first swap, {last:.0f} after the last"
+    ]
