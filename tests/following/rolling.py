@@ -123,11 +123,13 @@ def run(out: Path, lines: Lines, swaps: int) -> None:
                     said = client.swap(url, None, name, RECOMPUTE)
                 except client.RefusedError as error:
                     refused = str(error)
+                except client.ServerError as error:
+                    said = {"error": str(error)}
                 took = time.monotonic() - began
                 time.sleep(SETTLE_S)
-            state = client.which(url, None) if refused is None else said
             row = {"turn": turn, "drafter": name, "seconds": round(took, 2), "refused": refused}
-            row |= {"in_force": state.get("id") == ids.get(name), "replicas": said.get("replicas")}
+            row |= {"in_force": said.get("id") == ids.get(name), "replicas": said.get("replicas")}
+            row |= {"error": said.get("error")}
             found = load.take()
             lines.add(**row, **found)
             print(f"  {turn + 1} of {swaps}, {name} in {took:.1f} s: {_said(found)}", flush=True)

@@ -89,6 +89,7 @@ class Traffic:
                 answer = json.loads(json.dumps(ask(self._port, one)))
             except Exception as problem:
                 error = {"request": at, "kind": one["kind"], "error": repr(problem)}
+                time.sleep(0.5)  # of a server that has ended there would be thousands
             with self._lock:
                 self.counts[one["kind"]] += 1
                 if error is not None:
@@ -120,22 +121,22 @@ class Traffic:
             thread.join()
 
 
-def lengths(port: int) -> dict[float, float]:
-    """Verifications by how many tokens each committed at most: the histogram's, exact here."""
-    scrape, name = (
-        Scrape.parse(request(port, "/metrics"), 0.0),
-        "vllm_dflash_accepted_length_bucket",
-    )
-    found: dict[float, float] = {}
-    for (sample, labels), value in scrape.samples.items():
-        if sample == name:
-            at = float(dict(labels)["le"])
-            found[at] = found.get(at, 0.0) + value
+def counted(port: int) -> dict[str, dict[float, float]]:
+    """Verifications by how many tokens each committed at most, the histogram's, exact here; and
+    draft tokens verified and accepted by their position."""
+    wanted = {"accepted_length_bucket": "le"}
+    wanted |= {f"{what}_tokens_total": "position" for what in ("verified", "accepted")}
+    found: dict[str, dict[float, float]] = {name: {} for name in wanted}
+    for (sample, labels), value in Scrape.parse(request(port, "/metrics"), 0.0).samples.items():
+        name = sample.removeprefix("vllm_dflash_")
+        if name in wanted:
+            at = float(dict(labels)[wanted[name]])
+            found[name][at] = found[name].get(at, 0.0) + value
     return found
 
 
 def tau_of(before: Mapping[float, float], now: Mapping[float, float]) -> dict[str, Any]:
-    """tau between two of ``lengths``, with half its interval, verifications taken for independent;
+    """tau between two such histograms, with half its interval, verifications taken for independent;
     None where nothing was drafted."""
     grown = [(at, now[at] - before.get(at, 0.0)) for at in sorted(now) if math.isfinite(at)]
     each = [(at, n - below) for (at, n), (_, below) in zip(grown, [(0.0, 0.0), *grown])]
@@ -150,12 +151,30 @@ def tau_of(before: Mapping[float, float], now: Mapping[float, float]) -> dict[st
 def window(port: int, traffic: Traffic, pids: dict[str, int], until: float) -> dict[str, Any]:
     """What is seen up to a time: tau, memory, and the answers of the traffic."""
     time.sleep(SETTLE_S)
-    before, memory = lengths(port), [resident_mb(pids)]
+    before, memory = counted(port), [resident_mb(pids)]
     while (left := until - time.monotonic()) > 0:
         time.sleep(min(SAMPLE_S, left))
         memory.append(resident_mb(pids))
-    found = tau_of(before, lengths(port)) | traffic.take()
-    return found | {"memory_mb": {n: statistics.median(m[n] for m in memory) for n in pids}}
+    now = counted(port)
+    found = tau_of(*(each["accepted_length_bucket"] for each in (before, now))) | traffic.take()
+    first = [
+        now[f"{what}_tokens_total"].get(1.0, 0.0) - before[f"{what}_tokens_total"].get(1.0, 0.0)
+        for what in ("verified", "accepted")
+    ]
+    held = {name: statistics.median(each[name] for each in memory) for name in pids}
+    return found | {"first_position": first, "memory_mb": held}
+
+
+@contextmanager
+def noted(lines: Lines, traffic: Traffic, adaptive: bool) -> Iterator[None]:
+    """Has what ends the part within in ``lines``, as a failure; the same command goes on."""
+    try:
+        yield
+    except Exception as error:
+        found = traffic.take()
+        found["failed"] += [{"error": f"the part ended: {error!r}"}]
+        lines.add(adaptive=adaptive, **found)
+        raise
 
 
 @contextmanager
@@ -190,7 +209,11 @@ def _reference(
     if len(lines.of(**seen)) >= REFERENCES:
         return
     print(f"{_setting(adaptive)}: a server that is started with {name}", flush=True)
-    with serving(folder, name, adaptive) as port, Traffic(port, pool, expected) as traffic:
+    with (
+        serving(folder, name, adaptive) as port,
+        Traffic(port, pool, expected) as traffic,
+        noted(lines, traffic, adaptive),
+    ):
         pids = processes(port)
         time.sleep(min(10.0, every))  # the profile, the controller, the first prompts
         for _ in range(REFERENCES - len(lines.of(**seen))):
@@ -214,7 +237,11 @@ def _swaps(
     print(f"{_setting(adaptive)}: {turns - len(done)} swaps", flush=True)
     ids = {name: id_of_folder(folder / name) for name in NAMES}
     session = 1 + max((row["session"] for row in done), default=0)
-    with serving(folder, NAMES[0], adaptive) as port, Traffic(port, pool, expected) as traffic:
+    with (
+        serving(folder, NAMES[0], adaptive) as port,
+        Traffic(port, pool, expected) as traffic,
+        noted(lines, traffic, adaptive),
+    ):
         pids, began = processes(port), time.monotonic()
         time.sleep(min(10.0, every))
         for turn in range(len(done), turns):

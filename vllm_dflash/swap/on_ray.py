@@ -63,7 +63,8 @@ class Turns:
 def turns_of(deployment: str, first: str) -> Any:
     """The deployment's actor, made where there is none; it outlives each of its users, and is ended
     by ``end_turns``."""
-    return Turns.options(
+    actor: Any = Turns
+    return actor.options(
         name=deployment, namespace=NAMESPACE, lifetime="detached", get_if_exists=True
     ).remote(first)
 
