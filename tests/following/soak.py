@@ -30,7 +30,6 @@ from soak_server import ask, draw_round, processes, resident_mb
 from vllm_dflash.cli import main as command
 from vllm_dflash.follow.interval import students_t
 from vllm_dflash.metrics.figures import Scrape
-from vllm_dflash.swap.turns import CONTEXTS
 from vllm_dflash.weights.identity import id_of_folder
 
 NAMES = ("good", "noisy")
@@ -245,15 +244,13 @@ def _swaps(
         pids, began = processes(port), time.monotonic()
         time.sleep(min(10.0, every))
         for turn in range(len(done), turns):
-            name, context = NAMES[(turn + 1) % 2], CONTEXTS[turn // 2 % 2]
-            asked = time.monotonic()
-            flags = ["--server", f"http://127.0.0.1:{port}", "--context", context]
-            status = command(["swap", name, *flags])
+            name, asked = NAMES[(turn + 1) % 2], time.monotonic()
+            status = command(["swap", name, "--server", f"http://127.0.0.1:{port}"])
             took = time.monotonic() - asked
             with told(f"swap {turn + 1} of {turns}"):
                 found = window(port, traffic, pids, asked + every)
             row = {"adaptive": adaptive, "turn": turn, "session": session, "drafter": name}
-            row |= {"context": context, "seconds": round(took, 3), "status": status}
+            row |= {"seconds": round(took, 3), "status": status}
             row |= {"in_force": which(port)["id"] == ids[name]}
             row |= {"minutes": round((time.monotonic() - began) / 60, 3)}
             lines.add(**row, **found)
