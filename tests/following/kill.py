@@ -61,7 +61,7 @@ os.environ.setdefault("REFRESH_PID", str(os.getpid()))
 out, killed_at, full = (os.environ[f"REFRESH_{name}"] for name in ("OUT", "KILLED_AT", "FULL"))
 def watch(event, args):
     if event == "os.rename" and killed_at:
-        name = os.path.relpath(os.fspath(args[1]), out)
+        name = os.path.relpath(os.fsdecode(args[1]), out)
         if fnmatch.fnmatchcase(name, killed_at):
             os.kill(int(os.environ["REFRESH_PID"]), signal.SIGKILL)
     if event == "open" and full and isinstance(args[0], str) and args[0].startswith(out):
@@ -73,9 +73,11 @@ sys.addaudithook(watch)
 and whether its disk is full."""
 
 
-def refresh(made: Path, out: Path, log: Path, killed_at: str = "", full: bool = False) -> int:
-    """Runs it with prompts of the fine-tuned target; what it ended with. Nothing of it is left
-    running."""
+def refresh(
+    made: Path, out: Path, log: Path, killed_at: str = "", full: bool = False
+) -> dict[str, Any]:
+    """Runs it with prompts of the fine-tuned target: the ``status`` that it ended with, and what of
+    it was ``left`` running a minute later, which is ended then."""
     out.mkdir(parents=True, exist_ok=True)
     flags = ["--target", made / "target", "--draft", DRAFTER, "--prompts", made / "few.jsonl"]
     flags += ["--tokens", TOKENS, "--held-out", HELD_OUT, "--dtype", "float32", "--out", out]
@@ -93,13 +95,16 @@ def refresh(made: Path, out: Path, log: Path, killed_at: str = "", full: bool = 
             env=engine_env({name: str(value) for name, value in env.items()}),
             start_new_session=True,
         )
+        found: dict[str, Any] = {"status": None, "left": None}
         try:
-            status = process.wait(SECONDS)
+            found["status"] = process.wait(SECONDS)
             wait_until_gone(process.pid, 60)  # its engines end with it
+        except AssertionError as error:
+            found["left"] = str(error)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-    return status
+    return found
 
 
 def serves(target: Path, drafter: Path) -> str:
@@ -129,13 +134,13 @@ def _stages(out: Path, made: Path, lines: Lines, kills: int) -> None:
         if lines.of(case="stage", stage=stage):
             continue
         with told(f"a refresh that is killed at: {stage}"):
-            status = refresh(made, folder, log, place)
-            _note(lines, made, folder, case="stage", stage=stage, status=status)
+            found = refresh(made, folder, log, place)
+            _note(lines, made, folder, case="stage", stage=stage, **found)
     if not lines.of(case="stage", stage="the next command"):
         with told("the next command"):
             # It ends what is left of the round, and is killed as it begins another.
-            status = refresh(made, folder, log, STAGES["traffic"])
-            _note(lines, made, folder, case="stage", stage="the next command", status=status)
+            found = refresh(made, folder, log, STAGES["traffic"])
+            _note(lines, made, folder, case="stage", stage="the next command", **found)
 
 
 def _note(lines: Lines, made: Path, folder: Path, **row: Any) -> None:
@@ -210,12 +215,12 @@ def _full_disk(out: Path, made: Path, lines: Lines, kills: int) -> None:
                 _fill(ballast, free)
             before = log.stat().st_size if log.exists() else 0
             with told(f"a refresh with {free} MB of room"):
-                status = refresh(made, folder, log, full=not mounted and free is not None)
+                found = refresh(made, folder, log, full=not mounted and free is not None)
                 text = log.read_bytes()[before:].decode(errors="replace")
                 remedy, broke = "free some space" in text, "Traceback (most recent" in text
-                row = {"free_mb": free, "status": status, "remedy": remedy, "traceback": broke}
+                row = {"free_mb": free, "remedy": remedy, "traceback": broke} | found
                 _note(lines, made, folder, case="disk", mounted=mounted, **row)
-            if status in (0, 3) and free is not None:  # so much is room enough
+            if found["status"] in (0, 3) and free is not None:  # so much is room enough
                 lines.add(case="disk", free_mb=None, skipped=True)
                 return
 
@@ -257,6 +262,8 @@ def verdicts(rows: Sequence[Mapping[str, Any]], kills: int) -> list[str]:
         )
         alive = [row["stage"] for row in stages if row["status"] != -signal.SIGKILL]
         found.append(none_of("stages were not reached", len(alive), len(stages), alive))
+        left = [row["stage"] for row in stages if row["left"]]
+        found.append(none_of("kills leave a process running", len(left), len(stages), left))
         last = [row["serves"] for row in stages if row["stage"] == "the next command"]
         state = OPEN if not last else HOLDS if last == ["new"] else FAILS
         found.append(f"{state} the round that was killed {len(STAGES)} times ends with the new one")

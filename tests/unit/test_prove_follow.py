@@ -142,12 +142,10 @@ def test_a_curve_as_files(tmp_path: Path) -> None:
 
 
 def killed(**changes: Any) -> list[str]:
-    rows: list[dict[str, Any]] = [
-        {"case": "stage", "stage": stage, "serves": "old", "status": -signal.SIGKILL}
-        for stage in kill.STAGES
-    ]
-    last = {"case": "stage", "stage": "the next command", "status": -signal.SIGKILL}
-    rows += [last | {"serves": "new"}, {"case": "swap", "turn": 0, "serves": "good"}]
+    one = {"case": "stage", "serves": "old", "status": -signal.SIGKILL, "left": None}
+    rows: list[dict[str, Any]] = [one | {"stage": stage} for stage in kill.STAGES]
+    last = one | {"stage": "the next command", "serves": "new"}
+    rows += [last, {"case": "swap", "turn": 0, "serves": "good"}]
     full = {"case": "disk", "free_mb": 1.0, "status": 1, "remedy": True, "traceback": False}
     rows += [full | {"serves": "old"}, full | {"free_mb": None, "status": 0, "serves": "new"}]
     rows += [{"case": "mixture", "serves": "neither", "id": "0" * 12}]
@@ -158,6 +156,7 @@ def killed(**changes: Any) -> list[str]:
 def test_kills() -> None:
     assert not [line for line in killed() if line.startswith(("FAILS", "open"))]
     assert [line for line in killed(serves="neither") if line.startswith("FAILS 1 of 15 kills")]
+    assert [line for line in killed(left="VLLM") if line.startswith("FAILS 1 of 15 kills leave")]
     assert [line for line in killed(status=0) if line.startswith("FAILS 1 of 15 stages were not")]
 
 
