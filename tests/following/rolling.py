@@ -4,12 +4,10 @@ answer differs from plain decoding's, and that a drafter that is refused leaves 
 Needs ``pip install 'vllm-dflash[ray]'``.
 """
 
-import itertools
 import os
 import shutil
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from engine.cluster_harness import ray_cluster
 from engine.harness import TARGET, held_out_prompts, run_engine
 from following.made import two_drafters
 from following.record import Lines, none_of, told
+from following.traffic import Clients
 from prove_serve import BODY, ask, deployment
 from vllm_dflash.swap import client
 from vllm_dflash.swap.turns import RECOMPUTE
@@ -30,58 +29,6 @@ SETTLE_S = 10.0
 """Of load between two swaps."""
 SWAPS = ("noisy", "good", "nan")
 """In turn; the last is refused."""
-
-
-class Load:
-    """Clients without a pause, each answer against plain decoding's."""
-
-    def __init__(self, url: str, prompts: list[list[int]], expected: list[list[int]]) -> None:
-        self.seconds: list[float] = []
-        self.failed: list[str] = []
-        self.differing: list[int] = []
-        self._url, self._prompts, self._expected = url, prompts, expected
-        self._next, self._lock = itertools.cycle(range(len(prompts))), threading.Lock()
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._client) for _ in range(CLIENTS)]
-
-    def _client(self) -> None:
-        while not self._stop.is_set():
-            with self._lock:
-                at = next(self._next)
-            body = BODY | {"prompt": self._prompts[at], "return_token_ids": True}
-            began, error, tokens = time.monotonic(), None, []
-            try:
-                tokens = ask(self._url, body)["choices"][0]["token_ids"]
-            except Exception as problem:
-                error = repr(problem)
-            with self._lock:
-                self.seconds.append(time.monotonic() - began)
-                if error is not None:
-                    self.failed.append(error)
-                elif tokens != self._expected[at]:
-                    self.differing.append(at)
-
-    def take(self) -> dict[str, Any]:
-        """What came since it was asked last."""
-        with self._lock:
-            found = {
-                "requests": len(self.seconds),
-                "longest_s": round(max(self.seconds, default=0.0), 2),
-                "failed": self.failed,
-                "differing": self.differing,
-            }
-            self.seconds, self.failed, self.differing = [], [], []
-        return found
-
-    def __enter__(self) -> "Load":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
 
 
 @contextmanager
@@ -110,11 +57,15 @@ def run(out: Path, lines: Lines, swaps: int) -> None:
     drafters, prompts = two_drafters(out), held_out_prompts(PROMPTS)
     ids = {name: id_of_folder(drafters / name) for name in ("good", "noisy")}
     expected = run_engine(TARGET, None, prompts, max_tokens=BODY["max_tokens"])[0].tokens
-    with three_replicas(drafters) as url, Load(url, prompts, expected) as load:
+
+    def one(at: int) -> Any:
+        body = BODY | {"prompt": prompts[at], "return_token_ids": True}
+        return ask(url, body)["choices"][0]["token_ids"]
+
+    kinds = ["completion"] * PROMPTS
+    with three_replicas(drafters) as url, Clients(CLIENTS, one, expected, kinds) as load:
         _until_known(url)
         time.sleep(SETTLE_S)
-        lines_before = load.take()
-        print(f"  before any swap: {_said(lines_before)}", flush=True)
         for turn in range(len(lines.rows), swaps):
             name, began = SWAPS[turn % len(SWAPS)], time.monotonic()
             said, refused = {}, None
@@ -128,11 +79,16 @@ def run(out: Path, lines: Lines, swaps: int) -> None:
                 took = time.monotonic() - began
                 time.sleep(SETTLE_S)
             row = {"turn": turn, "drafter": name, "seconds": round(took, 2), "refused": refused}
+            if refused is not None:  # the one before is to be in force on all of them
+                name, said = SWAPS[(turn - 1) % len(SWAPS)], client.which(url, None)
             row |= {"in_force": said.get("id") == ids.get(name), "replicas": said.get("replicas")}
-            row |= {"error": said.get("error")}
+            row |= {"left": said.get("left"), "error": said.get("error")}
             found = load.take()
             lines.add(**row, **found)
-            print(f"  {turn + 1} of {swaps}, {name} in {took:.1f} s: {_said(found)}", flush=True)
+            print(
+                f"  {turn + 1} of {swaps}, {row['drafter']} in {took:.1f} s: {_said(found)}",
+                flush=True,
+            )
 
 
 def _until_known(url: str) -> None:
@@ -145,7 +101,7 @@ def _until_known(url: str) -> None:
 
 def _said(found: Mapping[str, Any]) -> str:
     return (
-        f"{found['requests']} requests, {len(found['failed'])} failed,"
+        f"{found['counts'].get('completion', 0)} requests, {len(found['failed'])} failed,"
         f" {len(found['differing'])} differ, the longest {found['longest_s']} s"
     )
 
@@ -157,13 +113,16 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     good = [row for row in rows if row["drafter"] in ("good", "noisy")]
     bad = [row for row in rows if row["drafter"] not in ("good", "noisy")]
     failed = [each for row in rows for each in row["failed"]]
-    count = sum(row["requests"] for row in rows)
+    count = sum(row["counts"].get("completion", 0) for row in rows)
     found = [none_of("requests failed", len(failed), count, failed[:3])]
     differing = [each for row in rows for each in row["differing"]]
     what = "greedy answers differ from plain decoding's"
     found.append(none_of(what, len(differing), count - len(failed), differing[:3]))
-    lost = [row["turn"] for row in good if not row["in_force"] or row["replicas"] != REPLICAS]
-    found.append(none_of("swaps are not in force on three replicas", len(lost), len(good), lost))
+    lost = [
+        r["turn"] for r in rows if not r["in_force"] or (r["replicas"], r["left"]) != (REPLICAS, 0)
+    ]
+    what = "swaps do not end with the right drafter on three replicas"
+    found.append(none_of(what, len(lost), len(rows), lost))
     taken = [row["turn"] for row in bad if row["refused"] is None]
     found.append(none_of("bad drafters are not refused", len(taken), len(bad), taken))
     if good:

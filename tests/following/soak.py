@@ -7,117 +7,34 @@ this traffic is measured on servers that are started with it and never swapped. 
 in pieces, so that a step has few sizes: each new one costs memory once (tests/soak_server.py).
 """
 
-import itertools
 import json
 import math
-import random
 import statistics
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from engine.harness import PROMPTS
-from engine.test_serve import request, server
+from engine.test_serve import request
 from engine.test_swap import swappable, which
 from following.made import two_drafters
 from following.record import FAILS, HOLDS, OPEN, Lines, none_of, told
-from soak_server import ask, draw_round, processes, resident_mb
+from following.traffic import AT_ONCE, Clients, Mixed
+from soak_server import processes, resident_mb
 from vllm_dflash.cli import main as command
 from vllm_dflash.follow.interval import students_t
 from vllm_dflash.metrics.figures import Scrape
 from vllm_dflash.weights.identity import id_of_folder
 
 NAMES = ("good", "noisy")
-CLIENTS, POOL = 8, 144
 WITHIN = 0.03
 """Of the drafter's own tau, after a swap."""
 MOST_MB = 1.0
 """A minute, of resident memory."""
 SAMPLE_S, SETTLE_S, REFERENCES, Z = 5.0, 1.0, 2, 1.96
-FEW_SIZES = ("--max-num-batched-tokens", "128", "--max-num-seqs", str(CLIENTS))
-NOT_COMPARED = ("seed", "hang up", "scrape")
-"""Kinds of ``soak_server``; those with a seed go without it here."""
-
-
-def draw(seed: int) -> list[dict[str, Any]]:
-    """The requests."""
-    rng, found = random.Random(seed), []
-    texts = [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()]
-    while len(found) < POOL:
-        found += draw_round(rng, texts)
-    for one in found:
-        one["body"].pop("seed", None)
-    return found
-
-
-def answers_of_twin(pool: Sequence[Mapping[str, Any]], path: Path) -> list[Any]:
-    """What a server without a drafter answers, None where it is not compared."""
-    if not path.exists():
-        print("a server without a drafter answers each greedy request", flush=True)
-        with server(*FEW_SIZES) as port, ThreadPoolExecutor(CLIENTS) as workers:
-            greedy = [one for one in pool if one["kind"] not in NOT_COMPARED]
-            answers = workers.map(lambda one: ask(port, dict(one)), greedy)
-            found = [None if one["kind"] in NOT_COMPARED else next(answers) for one in pool]
-        path.write_text(json.dumps(found))
-    return json.loads(path.read_text())  # as JSON has it: no tuples
-
-
-class Traffic:
-    """Clients without a pause, each with the next request of the round."""
-
-    def __init__(self, port: int, pool: Sequence[Any], expected: Sequence[Any]) -> None:
-        self.counts: Counter[str] = Counter()
-        self.failed: list[Any] = []
-        self.differing: list[Any] = []
-        self._port, self._pool, self._expected = port, pool, expected
-        self._next, self._lock = itertools.cycle(range(len(pool))), threading.Lock()
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._client) for _ in range(CLIENTS)]
-
-    def _client(self) -> None:
-        while not self._stop.is_set():
-            with self._lock:
-                at = next(self._next)
-            one, answer, error = self._pool[at], None, None
-            try:
-                answer = json.loads(json.dumps(ask(self._port, one)))
-            except Exception as problem:
-                error = {"request": at, "kind": one["kind"], "error": repr(problem)}
-                time.sleep(0.5)  # of a server that has ended there would be thousands
-            with self._lock:
-                self.counts[one["kind"]] += 1
-                if error is not None:
-                    self.failed.append(error)
-                elif self._expected[at] is not None:
-                    self.counts["compared"] += 1
-                    if answer != self._expected[at]:
-                        self.differing.append({"request": at, "body": one["body"], "got": answer})
-
-    def take(self) -> dict[str, Any]:
-        """What came since it was asked last."""
-        with self._lock:
-            found = {
-                "counts": dict(self.counts),
-                "failed": self.failed,
-                "differing": self.differing,
-            }
-            self.counts, self.failed, self.differing = Counter(), [], []
-        return found
-
-    def __enter__(self) -> "Traffic":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
+FEW_SIZES = ("--max-num-batched-tokens", "128", "--max-num-seqs", str(AT_ONCE))
 
 
 def counted(port: int) -> dict[str, dict[float, float]]:
@@ -147,7 +64,7 @@ def tau_of(before: Mapping[float, float], now: Mapping[float, float]) -> dict[st
     return {"tau": mean, "half": Z * math.sqrt(variance / count), "verifications": count}
 
 
-def window(port: int, traffic: Traffic, pids: dict[str, int], until: float) -> dict[str, Any]:
+def window(port: int, traffic: Clients, pids: dict[str, int], until: float) -> dict[str, Any]:
     """What is seen up to a time: tau, memory, and the answers of the traffic."""
     time.sleep(SETTLE_S)
     before, memory = counted(port), [resident_mb(pids)]
@@ -165,7 +82,7 @@ def window(port: int, traffic: Traffic, pids: dict[str, int], until: float) -> d
 
 
 @contextmanager
-def noted(lines: Lines, traffic: Traffic, adaptive: bool) -> Iterator[None]:
+def noted(lines: Lines, traffic: Clients, adaptive: bool) -> Iterator[None]:
     """Has what ends the part within in ``lines``, as a failure; the same command goes on."""
     try:
         yield
@@ -186,22 +103,15 @@ def serving(drafters: Path, name: str, adaptive: bool) -> Iterator[int]:
 
 def run(out: Path, lines: Lines, minutes: float, every: float, settings: Sequence[bool]) -> None:
     """Measures what is not in ``lines`` yet."""
-    folder, pool = two_drafters(out), draw(0)
-    expected = answers_of_twin(pool, out / "soak-twin.json")
+    folder, mixed = two_drafters(out), Mixed.made(out / "soak-twin.json", *FEW_SIZES)
     for adaptive in settings:
         for name in NAMES:
-            _reference(lines, folder, name, adaptive, every, pool, expected)
-        _swaps(lines, folder, adaptive, round(60 * minutes / every), every, pool, expected)
+            _reference(lines, folder, name, adaptive, every, mixed)
+        _swaps(lines, folder, adaptive, round(60 * minutes / every), every, mixed)
 
 
 def _reference(
-    lines: Lines,
-    folder: Path,
-    name: str,
-    adaptive: bool,
-    every: float,
-    pool: Sequence[Any],
-    expected: Sequence[Any],
+    lines: Lines, folder: Path, name: str, adaptive: bool, every: float, mixed: Mixed
 ) -> None:
     """tau of a drafter that a server was started with: the mean over windows."""
     seen = {"adaptive": adaptive, "reference": name}
@@ -210,7 +120,7 @@ def _reference(
     print(f"{_setting(adaptive)}: a server that is started with {name}", flush=True)
     with (
         serving(folder, name, adaptive) as port,
-        Traffic(port, pool, expected) as traffic,
+        mixed.to(port) as traffic,
         noted(lines, traffic, adaptive),
     ):
         pids = processes(port)
@@ -222,13 +132,7 @@ def _reference(
 
 
 def _swaps(
-    lines: Lines,
-    folder: Path,
-    adaptive: bool,
-    turns: int,
-    every: float,
-    pool: Sequence[Any],
-    expected: Sequence[Any],
+    lines: Lines, folder: Path, adaptive: bool, turns: int, every: float, mixed: Mixed
 ) -> None:
     done = [row for row in lines.of(adaptive=adaptive) if "turn" in row]
     if len(done) >= turns:
@@ -238,7 +142,7 @@ def _swaps(
     session = 1 + max((row["session"] for row in done), default=0)
     with (
         serving(folder, NAMES[0], adaptive) as port,
-        Traffic(port, pool, expected) as traffic,
+        mixed.to(port) as traffic,
         noted(lines, traffic, adaptive),
     ):
         pids, began = processes(port), time.monotonic()

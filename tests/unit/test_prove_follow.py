@@ -162,10 +162,20 @@ def test_kills() -> None:
 
 def test_a_rolling_swap() -> None:
     row = {"drafter": "good", "in_force": True, "replicas": 3, "refused": None, "seconds": 9.0}
-    row |= {"turn": 0, "requests": 40, "longest_s": 2.0, "failed": [], "differing": []}
+    row |= {
+        "turn": 0,
+        "counts": {"completion": 40},
+        "longest_s": 2.0,
+        "failed": [],
+        "differing": [],
+    }
     bad = row | {"drafter": "nan", "refused": "NaN", "turn": 1}
     assert not [v for v in rolling.verdicts([row, bad]) if v.startswith(("FAILS", "open"))]
     found = rolling.verdicts(
         [row | {"failed": ["HTTP 500"], "replicas": 2}, bad | {"refused": None}]
     )
-    assert [v.partition(" of ")[0] for v in found if v.startswith("FAILS")] == ["FAILS 1"] * 3
+    assert [v.partition(" of ")[0] for v in found if v.startswith("FAILS")] == [
+        "FAILS 1",
+        "FAILS 1",
+        "FAILS 1",
+    ]
