@@ -33,6 +33,8 @@ WITHIN = 0.03
 """Of the drafter's own tau, after a swap."""
 MOST_MB = 1.0
 """A minute, of resident memory."""
+WARM_MINUTES = 10.0
+"""Of swaps, before which memory grows with the sizes of steps that are met for the first time."""
 SAMPLE_S, SETTLE_S, REFERENCES, Z = 5.0, 1.0, 2, 1.96
 FEW_SIZES = ("--max-num-batched-tokens", "128", "--max-num-seqs", str(AT_ONCE))
 
@@ -253,6 +255,8 @@ def _memory(swaps: Sequence[Mapping[str, Any]]) -> list[str]:
     left = sum((mb - slope * t) ** 2 for t, mb in pairs) / freedom
     half = students_t(freedom) * math.sqrt(left / spread)
     state = HOLDS if slope + half <= MOST_MB else FAILS if slope - half > MOST_MB else OPEN
+    if max(row["minutes"] for row in swaps) < WARM_MINUTES:
+        state = OPEN
     first, last = (sum(swaps[i]["memory_mb"].values()) for i in (0, -1))
     return [
         f"{state} memory: {slope:+.2f} +- {half:.2f} MB a minute over the last two thirds, asked"
