@@ -166,6 +166,7 @@ def test_a_rolling_swap() -> None:
         "turn": 0,
         "counts": {"completion": 40},
         "longest_s": 2.0,
+        "left": 0,
         "failed": [],
         "differing": [],
     }
