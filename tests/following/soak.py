@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ MOST_MB = 1.0
 WARM_MINUTES = 10.0
 """Of swaps, before which memory grows with the sizes of steps that are met for the first time."""
 SAMPLE_S, SETTLE_S, REFERENCES, Z = 5.0, 1.0, 2, 1.96
+Figure = Callable[[Mapping[str, Any]], tuple[float, float, float]]
 FEW_SIZES = ("--max-num-batched-tokens", "128", "--max-num-seqs", str(AT_ONCE))
 
 
@@ -204,33 +205,55 @@ def verdicts(rows: Sequence[Mapping[str, Any]], settings: Sequence[bool]) -> lis
             f"      a swap takes {statistics.median(seconds):.2f} s, at most {max(seconds)}"
         )
         for name in NAMES:
-            found += _taus(own, name)
+            found += _taus(own, name, adaptive)
         found += _memory(swaps)
     return found
 
 
-def _taus(rows: Sequence[Mapping[str, Any]], name: str) -> list[str]:
-    """Whether tau after each swap is the drafter's."""
+def _tau(row: Mapping[str, Any]) -> tuple[float, float, float]:
+    """A window's figure, half its interval, and of how many verifications."""
+    return row["tau"], row["half"], row["verifications"]
+
+
+def _first(row: Mapping[str, Any]) -> tuple[float, float, float]:
+    """The same of the share that is accepted at a draft's first position, which does not depend on
+    how much the controller has verified."""
+    verified, accepted = row["first_position"]
+    rate = accepted / verified
+    return rate, Z * math.sqrt(rate * (1 - rate) / verified), verified
+
+
+def _pooled(rows: Sequence[Mapping[str, Any]], figure: Figure) -> tuple[float, float]:
+    """Over all windows, with half its interval."""
+    each = [figure(row) for row in rows]
+    count = sum(n for *_, n in each)
+    half = math.sqrt(sum((half * n) ** 2 for _, half, n in each)) / count
+    return sum(value * n for value, _, n in each) / count, half
+
+
+def _taus(rows: Sequence[Mapping[str, Any]], name: str, adaptive: bool) -> list[str]:
+    """Whether acceptance after each swap is the drafter's: tau, where each draft is verified whole,
+    else the share that is accepted at the first position."""
     known = [r for r in rows if r.get("reference") == name and r["tau"] is not None]
     swaps = [r for r in rows if r.get("drafter") == name and "turn" in r]
     drafted = [r for r in swaps if r["tau"] is not None]
     if not known or not drafted:
         return [f"{OPEN} {name}: the controller drafts nothing with it"]
-    count = sum(r["verifications"] for r in known)
-    own = sum(r["tau"] * r["verifications"] for r in known) / count
-    half = math.sqrt(sum((r["half"] * r["verifications"]) ** 2 for r in known)) / count
-    state, furthest = HOLDS, 0.0
-    for row in drafted:
-        apart, doubt = abs(row["tau"] - own), math.hypot(row["half"], half)
-        furthest = max(furthest, apart / own)
+    figure, what = (_first, "accepted first") if adaptive else (_tau, "tau")
+    own, half = _pooled(known, figure)
+    state, furthest, widest = HOLDS, 0.0, 0.0
+    for value, its_half, _ in map(figure, drafted):
+        apart, doubt = abs(value - own), math.hypot(its_half, half)
+        furthest, widest = max(furthest, apart / own), max(widest, its_half)
         if apart > WITHIN * own:
             worse = FAILS if apart - doubt > WITHIN * own else OPEN
             state = FAILS if FAILS in (state, worse) else worse
-    widest = max(row["half"] for row in drafted)
+    together, its_half = _pooled(drafted, figure)
+    more = f"; tau {_pooled(known, _tau)[0]:.3f} and {_pooled(drafted, _tau)[0]:.3f}"
     return [
-        f"{state} {name}: tau {own:.3f} +- {half:.3f} where the server began with it; after"
-        f" {len(drafted)} swaps at most {furthest:.1%} from it, asked {WITHIN:.0%}; each +-"
-        f" {widest:.3f} at most"
+        f"{state} {name}: {what} {own:.3f} +- {half:.3f} where the server began with it,"
+        f" {together:.3f} +- {its_half:.3f} after {len(drafted)} swaps, at most {furthest:.1%} from"
+        f" it, asked {WITHIN:.0%} (each +- {widest:.3f} at most)" + (more if adaptive else "")
     ]
 
 

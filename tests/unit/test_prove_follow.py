@@ -93,6 +93,18 @@ def test_what_is_wrong_in_a_soak(changes: dict[str, Any], said: str) -> None:
     assert [line for line in soaked(**changes) if line.startswith(said)], soaked(**changes)
 
 
+def test_with_the_controller_the_first_position_counts() -> None:
+    """It verifies as much as pays, so tau is not the drafter's alone."""
+    rows: list[dict[str, Any]] = [reference("good", 4.0) | {"first_position": [5000, 3000]}]
+    rows += [swap(1, 2.0) | {"first_position": [5000, 3010]}]
+    rows = [row | {"adaptive": True} for row in rows]
+    (said,) = soak._taus(rows, "good", True)
+    assert said.startswith("holds good: accepted first 0.600")
+    assert said.endswith("; tau 4.000 and 2.000")
+    rows[1]["first_position"] = [5000, 2500]
+    assert soak._taus(rows, "good", True)[0].startswith("FAILS")
+
+
 def test_memory_is_judged_within_a_session() -> None:
     """A server that was started anew has another amount; that is no growth."""
     dice = random.Random(0)
