@@ -60,9 +60,11 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=512)
     args = parser.parse_args()
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    tokenizer = AutoTokenizer.from_pretrained(args.target, trust_remote_code=False)
     seen, unseen = split(tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        args.target, dtype=torch.float32, trust_remote_code=False
+    )
     fine_tune(model, seen, args.steps, args.lr)
     target = args.out / "target"
     target.mkdir(parents=True, exist_ok=True)
