@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vllm_dflash import hub
 
 PAIR = Path(__file__).resolve().parents[1] / "embedded_pair"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -60,11 +61,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=512)
     args = parser.parse_args()
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(args.target, trust_remote_code=False)
+    tokenizer = hub.load_tokenizer(str(args.target))
     seen, unseen = split(tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(
-        args.target, dtype=torch.float32, trust_remote_code=False
-    )
+    model = hub.load_model(str(args.target), "float32", "cpu")
     fine_tune(model, seen, args.steps, args.lr)
     target = args.out / "target"
     target.mkdir(parents=True, exist_ok=True)
