@@ -56,8 +56,8 @@ def soak(args: argparse.Namespace) -> Said:
 def curve(args: argparse.Namespace) -> Said:
     from following import curve
 
-    lines = lines_of(args, f"{args.minutes:g}")
-    curve.run(args.out, lines, args.minutes, args.steps, args.part == "quantized")
+    lines, quantized = lines_of(args, f"{args.minutes:g}"), args.part == "quantized"
+    curve.run(args.out, lines, args.minutes, args.steps, args.held_out, quantized)
     curve.write(lines.rows, lines.path)
     return lambda: curve.verdicts(lines.rows)
 
@@ -105,6 +105,9 @@ def main() -> int:
     )
     parser.add_argument(
         "--steps", type=int, default=240, help="curve, quantized: of the fine-tuning (240)"
+    )
+    parser.add_argument(
+        "--held-out", type=int, default=48, metavar="N", help="curve, quantized: prompts (48)"
     )
     parser.add_argument("--kills", type=int, default=9, help="kill: of servers in a swap (9)")
     parser.add_argument("--only", default="", help="kill: cases with this in their name")

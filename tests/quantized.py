@@ -75,7 +75,7 @@ INT8 = {
             "input_activations": {
                 "num_bits": 8,
                 "type": "int",
-                "symmetric": True,
+                "symmetric": False,
                 "strategy": "token",
                 "dynamic": True,
             },
@@ -87,7 +87,8 @@ INT8 = {
 
 def quantize_target(target: Path, folder: Path) -> None:
     """Writes ``target`` with its layers' projections in 8 bits, a scale for each row, to
-    ``folder``; activations are rounded to 8 bits as they come, a scale for each token."""
+    ``folder``; activations are rounded to 8 bits as they come, a scale and a zero for each token
+    (without a zero, vLLM's kernel for CPUs with AMX takes no float32)."""
     small = {}
     for name, tensor in load_file(target / "model.safetensors").items():
         if not name.endswith("_proj.weight"):

@@ -29,9 +29,8 @@ from vllm_dflash.training.generate import held_out
 from vllm_dflash.training.walk import accepted_everywhere, walk
 
 MARKS = (1.0, 2.0, 5.0, 10.0, 15.0)
-PROMPTS, TOKENS, BACK = 48, 96, 0.5
-"""Held-out prompts, tokens that each is answered with, and the share of what was lost that has to
-come back."""
+TOKENS, BACK = 96, 0.5
+"""Tokens that a prompt is answered with, and the share of what was lost that has to come back."""
 Counts = list[list[int]]
 
 
@@ -93,17 +92,21 @@ class Watched(loop.Trainer):
         print(f"  {mark:g} minutes, {done} steps: tau {_tau(found):.3f}", flush=True)
 
 
-def run(out: Path, lines: Lines, minutes: float, steps: int, quantized: bool) -> None:
-    """Measures what is not in ``lines`` yet."""
+def run(
+    out: Path, lines: Lines, minutes: float, steps: int, held_out: int, quantized: bool
+) -> None:
+    """Measures what is not in ``lines`` yet, on so many held-out prompts."""
     made = finetuned(out, steps)
     target = int8(made / "target", out / f"int8-{steps}") if quantized else made / "target"
     name = f"{'quantized' if quantized else 'curve'}-{minutes:g}"
     Watched.lines, Watched.minutes = lines, minutes
     Watched.prompts = out / f"{name}-prompts.json"
     if not lines.of(state="refresh", minutes=minutes) or not lines.of(state="decision"):
-        _refresh(out / f"{name}-refreshed", target, made / "prompts.jsonl", lines, minutes)
+        flags = ["--target", str(target), "--prompts", str(made / "prompts.jsonl")]
+        flags += ["--held-out", str(held_out), "--minutes", str(minutes)]
+        _refresh(out / f"{name}-refreshed", flags, lines)
     prompts = json.loads(Watched.prompts.read_text())
-    todo = {"before": (TARGET, prompts), "own text": (TARGET, held_out_prompts(PROMPTS))}
+    todo = {"before": (TARGET, prompts), "own text": (TARGET, held_out_prompts(held_out))}
     if quantized:
         todo["int8 alone"] = (int8(TARGET, out / "int8-first"), prompts)
     for state, (its_target, its_prompts) in todo.items():
@@ -111,9 +114,8 @@ def run(out: Path, lines: Lines, minutes: float, steps: int, quantized: bool) ->
             lines.add(state=state, counts=counts_of(its_target, its_prompts))
 
 
-def _refresh(out: Path, target: Path, prompts: Path, lines: Lines, minutes: float) -> None:
-    flags = ["--target", str(target), "--draft", str(DRAFTER), "--prompts", str(prompts)]
-    flags += ["--dtype", "float32", "--held-out", str(PROMPTS), "--minutes", str(minutes)]
+def _refresh(out: Path, flags: list[str], lines: Lines) -> None:
+    flags = [*flags, "--draft", str(DRAFTER), "--dtype", "float32"]
     from vllm_dflash.follow import measure  # noqa: F401 - whose trainer is not to be the watched one
 
     trainer, loop.Trainer = loop.Trainer, Watched
