@@ -1,5 +1,5 @@
 """A drafter with 4-bit weights in compressed-tensors' packed format, and the same drafter with
-those weights written out."""
+those weights written out; and a target with 8-bit weights and activations."""
 
 import json
 import shutil
@@ -56,3 +56,48 @@ def quantize(drafter: Path, packed: Path, written_out: Path) -> None:
         save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((packed / "config.json").read_text())
     (packed / "config.json").write_text(json.dumps(config | {"quantization_config": QUANTIZATION}))
+
+
+INT8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "channel",
+                "dynamic": False,
+            },
+            "input_activations": {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": False,
+                "strategy": "token",
+                "dynamic": True,
+            },
+        }
+    },
+    "ignore": ["lm_head"],
+}
+
+
+def quantize_target(target: Path, folder: Path) -> None:
+    """Writes ``target`` with its layers' projections in 8 bits, a scale for each row, to
+    ``folder``; activations are rounded to 8 bits as they come, a scale and a zero for each token
+    (without a zero, vLLM's kernel for CPUs with AMX takes no float32)."""
+    small = {}
+    for name, tensor in load_file(target / "model.safetensors").items():
+        if not name.endswith("_proj.weight"):
+            small[name] = tensor
+            continue
+        scale = tensor.float().abs().amax(-1, keepdim=True) / 127
+        small[name] = (tensor.float() / scale).round().clamp(-127, 127).to(torch.int8)
+        small[f"{name}_scale"] = scale
+    shutil.copytree(target, folder)
+    save_file(small, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": INT8}))

@@ -31,7 +31,7 @@ test_follow_refresh.py.)"""
 def finetuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the embedded target after a LoRA on another kind of text, and prompts of it."""
     folder = tmp_path_factory.mktemp("finetuned")
-    script = ROOT / "tests" / "follow" / "finetune.py"
+    script = ROOT / "examples" / "follow" / "finetune.py"
     subprocess.run(
         [sys.executable, str(script), "--out", str(folder), "--steps", "40"],
         check=True,
@@ -76,7 +76,7 @@ def test_the_circle(finetuned: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         old = tau_since(port, before)
         asked(port, rows[24:120])
         url, out = f"http://127.0.0.1:{port}", drafters / "refreshed"
-        toml = str(ROOT / "tests" / "follow" / "refresh.toml")
+        toml = str(ROOT / "examples" / "follow" / "refresh.toml")
         command = ["refresh", toml, "--server", url, "--traffic", str(traffic), "--swap"]
         command += [
             "--out",

@@ -79,6 +79,17 @@ def test_swap(endpoint: Endpoint, capsys: pytest.CaptureFixture[str], monkeypatc
     assert "ba9876543210 -> 0123456789ab (/d/new), context: leave" in capsys.readouterr().out
 
 
+def test_replicas(endpoint: Endpoint, capsys: pytest.CaptureFixture[str]) -> None:
+    """A deployment's answer: they took turns."""
+    endpoint.say(200, **FOUND, replicas=3, left=1)
+    assert main(["swap", "--server", endpoint.url]) == 0
+    assert "; 3 replicas, of which 1 are to take it yet" in capsys.readouterr().out
+    endpoint.say(200, **FOUND, replicas=3, left=0, before="ba9876543210", context="recompute")
+    assert main(["swap", "--server", endpoint.url, "new"]) == 0
+    said = "ba9876543210 -> 0123456789ab on 3 replicas, one after another"
+    assert said in capsys.readouterr().out
+
+
 def test_refused(endpoint: Endpoint, capsys: pytest.CaptureFixture[str]) -> None:
     """Servers after the one that refuses are not asked."""
     endpoint.say(409, refused="the weights hold NaN")

@@ -128,7 +128,7 @@ NEEDS_TORCH = {
     "weights.values",
 }
 """Cannot be imported without torch."""
-NEEDS_RAY = {"metrics.on_ray"}
+NEEDS_RAY = {"metrics.on_ray", "swap.on_ray"}
 WITHOUT = """
 import importlib, sys
 absent, modules = (text.split(",") for text in sys.argv[1:])

@@ -15,12 +15,12 @@ def add(commands: Any) -> None:
         "swap",
         "puts another drafter into a running server, without a restart",
         "Has servers put a drafter with the same config.json in the place of the one that serves,"
-        " one server after another; no request is dropped, and what is generated stays the"
-        " target's. A drafter that does not fit is refused, and the old one serves on. Without a"
-        " drafter it says which one serves. The server has to have the endpoint, which its"
-        " administrator turns on (docs/follow.md). After a restart the server has the drafter of"
-        " its own command line again. Ends with 0 where all is done, 1 where a server refused, 2"
-        " where one cannot be asked.",
+        " one server after another, and so the replicas of a deployment of vllm-dflash up; no"
+        " request is dropped, and what is generated stays the target's. A drafter that does not fit"
+        " is refused, and the old one serves on. Without a drafter it says which one serves. The"
+        " server has to have the endpoint, which its administrator turns on (docs/follow.md). After"
+        " a restart the server has the drafter of its own command line again. Ends with 0 where all"
+        " is done, 1 where a server refused, 2 where one cannot be asked.",
         [
             "vllm-dflash swap --server http://127.0.0.1:8000 refreshed/drafter",
             "vllm-dflash swap --server http://127.0.0.1:8000    # which one serves?",

@@ -147,6 +147,15 @@ def add_up_flags(command: argparse.ArgumentParser) -> None:
         ),
     )
     serve.add_argument(
+        "--swap-from",
+        metavar="DIR",
+        type=given,
+        help=(
+            "clients with the key may have all replicas take another drafter from below this"
+            " folder, which every node has (vllm-dflash swap; default: nobody may)"
+        ),
+    )
+    serve.add_argument(
         "--detach", action="store_true", help="leave it on the cluster of RAY_ADDRESS, and end"
     )
     serve.add_argument(

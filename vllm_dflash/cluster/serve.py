@@ -14,7 +14,9 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vllm_dflash.api_keys import VARIABLE, is_local
@@ -23,6 +25,7 @@ from vllm_dflash.cluster.command import settings_of
 from vllm_dflash.cluster.connection import check_engine, connect
 from vllm_dflash.cluster.settings import ClusterError, EngineSettings, engine_args, environment
 from vllm_dflash.flag_types import MOST_AT_ONCE
+from vllm_dflash.swap.endpoint import WORKER
 
 APPLICATION = "vllm-dflash"
 _HEALTH = {"health_check_period_s": 5, "health_check_timeout_s": 30}
@@ -51,6 +54,8 @@ class Serving:
     port: int = 8000
     api_key_digest: str | None = None
     """Of the key that requests must bring; None asks for none."""
+    swap_from: str | None = None
+    """The folder, on every node, that drafters may be swapped in from; None: none are."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -91,7 +96,15 @@ def serving_of(args: argparse.Namespace) -> Serving:
             f" such as 1,8, up to {MOST_AT_ONCE}"
         ) from None
     name = args.name or args.target
-    digest = digest_of(args.api_key, os.environ)
+    digest, swap_from = digest_of(args.api_key, os.environ), args.swap_from
+    if swap_from is not None and args.draft is None:
+        raise ClusterError("--swap-from is set, but no drafter is served: give one with --draft")
+    if swap_from is not None and digest is None and not is_local(args.host):
+        raise ClusterError(
+            f"--swap-from lets clients change what serves, --host {args.host} is an address that"
+            " other machines reach, and the endpoint asks nobody for a key: give one by"
+            f" {VARIABLE} or --api-key, or leave --host at 127.0.0.1"
+        )
     return Serving(
         settings_of(args),
         name,
@@ -100,6 +113,7 @@ def serving_of(args: argparse.Namespace) -> Serving:
         args.host,
         args.port,
         digest,
+        None if swap_from is None else str(Path(swap_from).resolve()),
     )
 
 
@@ -118,6 +132,8 @@ def exposure(serving: Serving) -> str | None:
 def app_args(serving: Serving, env_vars: dict[str, str]) -> dict[str, Any]:
     """The arguments of ``ray.serve.llm:build_openai_app``; plain data, for a config file too."""
     args = engine_args(serving.engine)
+    if serving.swap_from is not None:
+        args = {"worker_extension_cls": WORKER} | args
     least, most = serving.replicas
     count: dict[str, Any] = {"num_replicas": least}
     if least < most:
@@ -147,8 +163,14 @@ def app_args(serving: Serving, env_vars: dict[str, str]) -> dict[str, Any]:
     if serving.engine.device == "cpu":
         model["accelerator_config"] = {"kind": "cpu"}
     ingress: dict[str, Any] = {"ingress_cls": "vllm_dflash.cluster.replica:Ingress"}
+    extra: dict[str, Any] = {}
     if serving.api_key_digest is not None:
-        ingress["ingress_extra_kwargs"] = {"api_key_digest": serving.api_key_digest}
+        extra["api_key_digest"] = serving.api_key_digest
+    if serving.swap_from is not None:
+        extra |= {"swap_from": serving.swap_from, "drafter": first_drafter(args)}
+        extra["deployment"] = serving.name
+    if extra:
+        ingress["ingress_extra_kwargs"] = extra
     return {
         "llm_configs": [model],
         "ingress_cls_config": ingress,
@@ -162,6 +184,11 @@ def app_args(serving: Serving, env_vars: dict[str, str]) -> dict[str, Any]:
             },
         },
     }
+
+
+def first_drafter(args: Mapping[str, Any]) -> str:
+    """The drafter of an engine's arguments; empty where it has none."""
+    return str((args.get("speculative_config") or {}).get("model", ""))
 
 
 def _ingress_cpus(serving: Serving) -> int:
@@ -202,6 +229,7 @@ def up(serving: Serving, detach: bool = False, stop: threading.Event | None = No
         load_general_plugins()
         check_engine(serving.engine, runtime_env)
         serve.start(http_options={"host": serving.host, "port": serving.port})
+        _end_swaps(serving)  # of a deployment before
         try:
             print(f"starting {serving.replicas[0]} replicas of {serving.name}", flush=True)
             serve.run(
@@ -220,6 +248,14 @@ def up(serving: Serving, detach: bool = False, stop: threading.Event | None = No
         _wait(stop or threading.Event())
         print("stopping: requests in flight are finished first", flush=True)
         serve.shutdown()
+        _end_swaps(serving)
+
+
+def _end_swaps(serving: Serving) -> None:
+    if serving.swap_from is not None:
+        from vllm_dflash.swap.on_ray import end_turns
+
+        end_turns(serving.name)
 
 
 def _wait(stop: threading.Event) -> None:

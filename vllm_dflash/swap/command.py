@@ -39,17 +39,22 @@ def described(found: dict[str, Any]) -> str:
     tau = found.get("proved_tau")
     proved = "no proved tau" if tau is None else f"proved tau {tau:.2f}"
     age = _age(time.time() - found.get("since", time.time()))
-    return (
+    said = (
         f"drafter {found['id']} ({found.get('drafter')}, {proved}), in force for {age};"
         f" {found['swaps']} swaps, {found['refusals']} refused"
     )
+    if "replicas" in found:
+        said += f"; {found['replicas']} replicas, of which {found['left']} are to take it yet"
+    return said
 
 
 def swapped(found: dict[str, Any]) -> str:
     """What a swap did, in a line."""
     note = f" ({found['context_note']})" if "context_note" in found else ""
-    said = f"{found['before']} -> {found['id']} ({found.get('drafter')})"
-    return f"{said}, context: {found['context']}{note}"
+    said = f"{found['before']} -> {found['id']}"
+    if "replicas" in found:
+        return f"{said} on {found['replicas']} replicas, one after another"
+    return f"{said} ({found.get('drafter')}), context: {found['context']}{note}"
 
 
 def _age(seconds: float) -> str:

@@ -2,8 +2,8 @@
 merged into the weights. The text is the Python documentation that Python itself brings
 (pydoc_data.topics): English with markup, where the target knows source code.
 
-    python tests/follow/finetune.py --out /tmp/finetuned
-    python tests/follow/finetune.py --out /tmp/finetuned --steps 20     # to see it run
+    python examples/follow/finetune.py --out /tmp/finetuned
+    python examples/follow/finetune.py --out /tmp/finetuned --steps 20     # to see it run
 
 Writes OUT/target, and OUT/prompts.jsonl: beginnings of paragraphs that no step has seen.
 """
@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-PAIR = Path(__file__).resolve().parents[2] / "examples" / "embedded_pair"
+from vllm_dflash import hub
+
+PAIR = Path(__file__).resolve().parents[1] / "embedded_pair"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK, ROWS, LENGTH, PROMPT_TOKENS = 16, 8, 192, 24
 
@@ -60,9 +61,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=512)
     args = parser.parse_args()
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    tokenizer = hub.load_tokenizer(str(args.target))
     seen, unseen = split(tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.float32)
+    model = hub.load_model(str(args.target), "float32", "cpu")
     fine_tune(model, seen, args.steps, args.lr)
     target = args.out / "target"
     target.mkdir(parents=True, exist_ok=True)

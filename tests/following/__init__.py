@@ -1,0 +1,1 @@
+"""The parts of ``prove_follow.py``."""
