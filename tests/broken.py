@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.tools.inspect import inspect_checkpoint
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash import kinds
-from vllm_dflash.config import DrafterConfig, DrafterConfigError, TargetShape, check_pair, printable
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError, printable
 from vllm_dflash.fields import shown
 from vllm_dflash.formats import (
     CONFIG_FILE,
@@ -27,6 +28,7 @@ from vllm_dflash.formats.angelspec import MODEL_TYPE
 from vllm_dflash.hub import count_tokens, drafter_folder, load_tokenizer
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.log import logger
+from vllm_dflash.pairing import TargetShape, check_pair
 
 _ADVISED = "VLLM_DFLASH_EAGER_ADVISED"
 """Inherited by the processes that vLLM starts, each of which makes the configuration again."""

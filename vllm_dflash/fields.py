@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.errors import DrafterConfigError
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 CAME_WITH = "Use the config.json that the checkpoint came with"

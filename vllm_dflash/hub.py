@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash import fields
-from vllm_dflash.config import DrafterConfigError, TargetShape, target_size
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.json_text import loads
+from vllm_dflash.pairing import TargetShape, target_size
 from vllm_dflash.regular import expanded, is_folder, read_regular
 
 _LARGEST_CONFIG = 1 << 24

@@ -11,7 +11,7 @@ import os
 import stat
 from pathlib import Path
 
-from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.errors import DrafterConfigError
 
 _FETCH = "fetch the checkpoint again"
 _NOT_THIS_USERS = (errno.EACCES, errno.EPERM)

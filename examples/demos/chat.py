@@ -14,7 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.progress import Progress
 from vllm_dflash.prompts import read_lines, token_ids

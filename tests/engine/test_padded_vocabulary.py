@@ -19,7 +19,7 @@ from engine.harness import DRAFTER, TARGET, Batch, Job, held_out_prompts, run_en
 from pairs import make_random_drafter, random_drafter_config
 from unit.test_checks import configure
 from vllm_dflash.checks import check_padding
-from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.errors import DrafterConfigError
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from pairs import make_random_drafter, random_drafter_config
 from vllm_dflash.checks import read_early
 from vllm_dflash.cli import main
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.formats import SPECULATORS, parse, write
 from vllm_dflash.formats.angelspec import ANGELSPEC
 from vllm_dflash.reference.checkpoint import load_drafter

@@ -19,7 +19,8 @@ import pytest
 
 from broken import REMEDY, refused
 from pairs import random_drafter_config
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.formats import write
 
 MISSING = "(missing)"

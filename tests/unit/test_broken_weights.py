@@ -23,7 +23,7 @@ from engine import forks
 from engine.harness import engine_env, wait_until_gone
 from pairs import make_random_drafter, random_drafter_config
 from unit.test_checks import configure
-from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.tools.inspect import inspect_checkpoint
 from vllm_dflash.tools.pair_checks import checkpoint_checks

@@ -11,7 +11,7 @@ import pytest
 from pairs import make_random_drafter, make_random_target, random_drafter_config
 from vllm_dflash import checks
 from vllm_dflash.checks import _ADVISED, check_logits_processors, method_of, read_early
-from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.formats import is_ours, published_format
 from vllm_dflash.patching import PatchSet
 

@@ -11,14 +11,10 @@ from typing import Any
 import pytest
 
 from published import QWEN3_8B
-from vllm_dflash.config import (
-    DrafterConfig,
-    DrafterConfigError,
-    TargetShape,
-    check_pair,
-    default_target_layer_ids,
-)
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.formats import write
+from vllm_dflash.pairing import TargetShape, check_pair, default_target_layer_ids
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from broken import REMEDY
 from pairs import make_random_drafter, random_drafter_config
 from published import QWEN3_8B
 from unit.test_checks import configure
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.fields import QUANTIZATION_METHODS
 from vllm_dflash.formats import write
 from vllm_dflash.formats.keys import (

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pairs import random_drafter_config
-from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.reference.checkpoint import new_drafter
 from vllm_dflash.reference.convolution import BlockConvolution
 

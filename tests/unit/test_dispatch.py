@@ -22,7 +22,6 @@ from vllm.platforms import CpuArchEnum, current_platform
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 from vllm.v1.sample.sampler import Sampler
 
-from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.cpu.dispatch import (
     Untouched,
     foreign_classes,
@@ -32,6 +31,7 @@ from vllm_dflash.cpu.dispatch import (
     other_norms,
 )
 from vllm_dflash.cpu.sampler_choice import check_sampler, draws_by_kernel, is_as_checked
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.models.norm import ServedRMSNorm
 
 pytestmark = pytest.mark.vllm

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pairs import make_random_drafter, random_drafter_config
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.models.swapping import Swapping
 from vllm_dflash.serving_drafter import Proof, ServingDrafter, id_of
 from vllm_dflash.weights.identity import digest_of, id_of_folder

@@ -14,7 +14,8 @@ import pytest
 from pairs import random_drafter_config
 from published import QWEN3_8B
 from variants import VARIANTS
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.formats import format_names, is_ours, parse, published_format, tensor_name, write
 from vllm_dflash.weights import expected_tensors
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.formats import SPECULATORS, parse, published_format, write
 from vllm_dflash.weights import expected_tensors
 

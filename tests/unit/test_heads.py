@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from pairs import random_drafter_config
 from vllm_dflash import kinds
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.heads import Ranking
 from vllm_dflash.heads.reference import Block, ReferenceHead
 from vllm_dflash.kinds import kind_of

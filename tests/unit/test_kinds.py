@@ -25,8 +25,9 @@ from training_runs import answer_held_out, answered_prompts, held_out_file, make
 from vllm_dflash import kinds
 from vllm_dflash.checks import check_sampling
 from vllm_dflash.cli import main
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.config import DrafterConfig
 from vllm_dflash.drafting.layout import block_layout
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.formats import format_names, parse, write
 from vllm_dflash.formats.speculators import SPECULATORS
 from vllm_dflash.heads import Ranking

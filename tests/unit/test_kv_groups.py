@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.errors import DrafterConfigError
 
 pytestmark = pytest.mark.vllm
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from pairs import make_random_drafter, random_drafter_config
 from unit.test_head_formats import LAYERS
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.formats import SPECULATORS, parse, published_format, write
 from vllm_dflash.heads.reference import Block, ReferenceHead
 from vllm_dflash.kinds import kind_of

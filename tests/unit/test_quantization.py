@@ -17,7 +17,8 @@ from broken import edit, edit_config
 from pairs import make_random_drafter, random_drafter_config
 from quantized import QUANTIZATION, quantize
 from unit.test_checks import configure
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.tools.inspect import inspect_checkpoint
 from vllm_dflash.tools.pair_checks import checkpoint_checks
 from vllm_dflash.weights import check_dtypes, check_tables, expected_tensors

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from vllm_dflash.config import DrafterConfigError, TargetShape, embedding_scale
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.hub import TargetError, eos_token_id, load_config
+from vllm_dflash.pairing import TargetShape, embedding_scale
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIR = ROOT / "examples" / "embedded_pair"

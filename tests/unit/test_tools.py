@@ -21,7 +21,8 @@ from pairs import make_random_drafter, make_random_target, random_drafter_config
 from variants import VARIANTS
 from vllm_dflash.acceptance import Acceptance
 from vllm_dflash.cli import main
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.formats import published_format
 from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.tools import doctor

@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pairs import random_drafter_config
 from training_runs import settings
-from vllm_dflash.config import DrafterConfig, default_target_layer_ids
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.pairing import default_target_layer_ids
 from vllm_dflash.reference.checkpoint import new_drafter
 from vllm_dflash.training.budget import as_text, budget
 from vllm_dflash.training.optimizer import Optimizer

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.kinds.dflash.context import Reference as DFlashDrafter
 from vllm_dflash.reference.checkpoint import load_drafter, save_drafter
 from vllm_dflash.weights import check_tensors, expected_tensors

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.files import RunError
 from vllm_dflash.formats import METHOD
 from vllm_dflash.records import object_of

@@ -10,7 +10,7 @@ import torch
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 from vllm.v1.sample.sampler import Sampler
 
-from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.replaced import shadowed
 
 _METHODS = frozenset(name for name, value in vars(Sampler).items() if callable(value)) | {

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
-from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.drafting.layout import BlockLayout, block_bounds
+from vllm_dflash.errors import DrafterConfigError
 
 if TYPE_CHECKING:
     from vllm_dflash.drafting.v1 import DFlashProposer

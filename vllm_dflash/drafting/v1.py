@@ -20,7 +20,6 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer as NativeDFlashProposer
 
 from vllm_dflash.checks import check_logits_processors, drafter_config
-from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.drafting.backend import Backend
 from vllm_dflash.drafting.context_store import ContextStore
 from vllm_dflash.drafting.coverage import ContextCoverage, without_first_pages
@@ -28,6 +27,7 @@ from vllm_dflash.drafting.layout import PAD_SLOT_ID, BlockLayout, block_layout
 from vllm_dflash.drafting.metadata import layer_metadata
 from vllm_dflash.drafting.watch import ContextWatch
 from vllm_dflash.drafts import Drafts, skipped_of, spread
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.heads import Draft
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.metrics.drafter import attach as record_drafter

@@ -24,9 +24,9 @@ from vllm.v1.worker.gpu.spec_decode.dflash.speculator import (
 
 from vllm_dflash.adaptive.settings import is_adaptive
 from vllm_dflash.checks import drafter_config
-from vllm_dflash.config import DrafterConfigError
 from vllm_dflash.drafting.graphs import graph_tokens, verification
 from vllm_dflash.drafting.layout import end_blocks_at
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.heads import Draft, Ranking
 from vllm_dflash.kinds import AFTER_ANCHOR, kind_of
 from vllm_dflash.metrics.drafter import attach as record_drafter

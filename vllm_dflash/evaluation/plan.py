@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash import humaneval, smollm2
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.evaluation.lengths import positions_of
 from vllm_dflash.evaluation.methods import (
     DEFAULT_METHODS,

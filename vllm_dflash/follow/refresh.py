@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.files import RunError, read_record, write_record
 from vllm_dflash.follow.rounds import Rounds
 from vllm_dflash.follow.take import Options, refresh

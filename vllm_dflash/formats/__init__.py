@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash import fields, kinds
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.formats.published import parse_published, write_published
 from vllm_dflash.formats.speculators import SPECULATORS, parse_speculators, write_speculators
 from vllm_dflash.json_text import RepeatedKeyError, loads

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_dflash import fields, kinds
-from vllm_dflash.config import DrafterConfig, DrafterConfigError, default_target_layer_ids
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.formats.angelspec import (
     ANGELSPEC,
     OWN_KEYS,
@@ -33,6 +34,7 @@ from vllm_dflash.formats.layers import (
 )
 from vllm_dflash.formats.speculators import SPECULATORS
 from vllm_dflash.formats.unread import check_dflash_config, check_head, check_keys
+from vllm_dflash.pairing import default_target_layer_ids
 
 
 def parse_published(raw: Mapping[str, Any]) -> DrafterConfig:

@@ -20,7 +20,8 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefix
 
 from vllm_dflash.checks import drafter_config
-from vllm_dflash.config import DrafterConfig, DrafterConfigError, embedding_scale
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.kinds import kind_of, row_scale
 from vllm_dflash.models.context import ContextKV
 from vllm_dflash.models.convolution import rows_in_reach
@@ -30,6 +31,7 @@ from vllm_dflash.models.loading import Loading
 from vllm_dflash.models.norm import ServedRMSNorm
 from vllm_dflash.models.parameters import ServedHead, within_vocabulary
 from vllm_dflash.models.swapping import Swapping
+from vllm_dflash.pairing import embedding_scale
 from vllm_dflash.plugin import patch_set
 from vllm_dflash.serving_drafter import ServingDrafter
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from vllm.platforms import current_platform
 
-from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.errors import DrafterConfigError
 
 
 def check_kernels(model: nn.Module) -> None:

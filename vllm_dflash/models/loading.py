@@ -21,7 +21,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.formats import IGNORED_TENSORS, tensor_name
 from vllm_dflash.hub import drafter_folder
 from vllm_dflash.kinds import own_tensors

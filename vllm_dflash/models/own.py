@@ -16,7 +16,7 @@ from vllm.model_executor.model_loader.reload import record_metadata_for_reloadin
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.transformers_utils.repo_utils import get_hf_file_bytes
 
-from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.models.parameters import load_into
 from vllm_dflash.weights.mask_embedding import (
     MASK_EMBEDDING,

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.log import logger
 from vllm_dflash.metrics.recorder import touch_here
 from vllm_dflash.serving_drafter import Proof, proof_of

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.formats import CONFIG_FILE, published_format, write
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.reference.drafter import Drafter, OwnTables

@@ -24,7 +24,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.formats import CONFIG_FILE, IGNORED_TENSORS, parse, read_raw, tensor_name, write
 from vllm_dflash.formats.speculators import SPECULATORS
 from vllm_dflash.hub import drafter_folder, no_drafter_at

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from vllm_dflash.config import DrafterConfig, printable
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import printable
 from vllm_dflash.kinds import kind_of
 
 if TYPE_CHECKING:

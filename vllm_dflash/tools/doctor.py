@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.formats import read_raw
 from vllm_dflash.hub import (
     TargetError,

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from vllm_dflash.checks import said_of_unknown_keys
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.formats import CONFIG_FILE, IGNORED_TENSORS, read_raw, tensor_name
 from vllm_dflash.hub import drafter_folder, no_drafter_at
 from vllm_dflash.kinds import kind_of

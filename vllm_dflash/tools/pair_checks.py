@@ -11,16 +11,12 @@ from typing import Any
 
 from vllm_dflash import smollm2
 from vllm_dflash.checks import check_model_type
-from vllm_dflash.config import (
-    DrafterConfig,
-    DrafterConfigError,
-    TargetShape,
-    check_pair,
-    embedding_scale,
-)
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.formats import CONFIG_FILE, read_raw
 from vllm_dflash.hub import are_equal, load_tokenizer, resolved_dtype
 from vllm_dflash.kinds import row_scale
+from vllm_dflash.pairing import TargetShape, check_pair, embedding_scale
 from vllm_dflash.plugin import why_off
 from vllm_dflash.records import RecordError, read
 from vllm_dflash.tools.inspect import Inspection

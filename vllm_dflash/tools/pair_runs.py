@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from vllm_dflash.acceptance import Acceptance
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.config import DrafterConfig
 from vllm_dflash.engines.process import QUIET, EngineFailedError, EngineProcess
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.hub import load_model
 from vllm_dflash.progress import Progress
 from vllm_dflash.reference.checkpoint import load_drafter

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.fields import is_number
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.progress import Progress

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from vllm_dflash import kinds
-from vllm_dflash.config import DrafterConfig, DrafterConfigError, default_target_layer_ids
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
+from vllm_dflash.pairing import default_target_layer_ids
 from vllm_dflash.records import object_of
 from vllm_dflash.reference.checkpoint import load_drafter, new_drafter
 from vllm_dflash.reference.drafter import Drafter
@@ -348,7 +350,7 @@ def _head_settings(given: str) -> dict[str, Any]:
 
 def _continued(settings: Settings, target: Target) -> tuple[DrafterConfig, str]:
     """``init``'s configuration; only its reach may change."""
-    from vllm_dflash.config import check_pair
+    from vllm_dflash.pairing import check_pair
 
     table = settings.drafter
     config = DrafterConfig.from_pretrained(Path(table.init or ""))

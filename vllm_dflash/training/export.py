@@ -13,7 +13,8 @@ from typing import Any
 
 import vllm_dflash
 from vllm_dflash import smollm2
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.files import whole_folder
 from vllm_dflash.formats import METHOD, published_format
 from vllm_dflash.kinds import kind_of

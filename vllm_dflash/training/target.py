@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vllm_dflash import hub, smollm2
-from vllm_dflash.config import TargetShape
+from vllm_dflash.pairing import TargetShape
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.settings import Settings
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.formats import IGNORED_TENSORS, tensor_name
 from vllm_dflash.kinds import kind_of, own_tensors
 from vllm_dflash.weights.headers import read_headers, weight_files

@@ -5,7 +5,7 @@ pytest tests/unit/test_weights.py tests/unit/test_broken_weights.py
 
 from pathlib import Path
 
-from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.json_text import loads
 from vllm_dflash.regular import names_in, read_regular, size_of_regular
 from vllm_dflash.weights.messages import FETCH_AGAIN, some

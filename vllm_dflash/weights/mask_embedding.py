@@ -9,7 +9,8 @@ from typing import TypeGuard
 
 import torch
 
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.regular import read_regular
 from vllm_dflash.weights.messages import FETCH_AGAIN
 from vllm_dflash.weights.values import is_finite, overflow

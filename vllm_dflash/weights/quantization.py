@@ -13,7 +13,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from vllm_dflash import fields
-from vllm_dflash.config import DrafterConfig, DrafterConfigError
+from vllm_dflash.config import DrafterConfig
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.weights.messages import CAME_WITH, some
 
 _FIELD = "quantization_config"

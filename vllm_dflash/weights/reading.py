@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.regular import check_readable
 from vllm_dflash.weights.messages import FETCH_AGAIN
 

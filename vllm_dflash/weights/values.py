@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from vllm_dflash.config import DrafterConfigError
+from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.weights.messages import CAME_WITH, FETCH_AGAIN, some
 
 _LARGEST_PACKED_LEVEL = 128
