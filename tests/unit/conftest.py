@@ -7,12 +7,15 @@ are left out, and an import of vLLM by any other test fails it.
 """
 
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from throwaway import PARTS, UPSTREAM
 
 _WHOLE_FILE = "\npytestmark = pytest.mark.vllm\n"
 _REMEDY = (
@@ -92,3 +95,16 @@ def _without_vllm() -> Iterator[None]:
     _guard.asked = False
     yield
     assert not _guard.asked, f"this test imports vLLM: {_REMEDY}"
+
+
+@pytest.fixture
+def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Two modules on the path, not imported yet; forgotten afterwards."""
+    for name, text in (("upstream", UPSTREAM), ("upstream_parts", PARTS)):
+        (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
+    monkeypatch.syspath_prepend(tmp_path)
+    hooks = list(sys.meta_path)
+    yield tmp_path
+    sys.meta_path[:] = hooks
+    for name in ("upstream", "upstream_parts"):
+        sys.modules.pop(name, None)
