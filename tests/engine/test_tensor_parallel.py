@@ -124,10 +124,11 @@ def test_the_best_token_without_gathering_logits(
 
 
 def test_two_ranks_of_the_v2_runner(
-    pairs: Pairs, reports: dict[tuple[str, int], dict[str, Any]]
+    pairs: Pairs, reports: dict[tuple[str, int], dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Through Triton's interpreter. With ``use_local_argmax_reduction`` no rank asks for logits of
-    all tokens to draft."""
+    """Through Triton's interpreter, adaptively: both ranks measure the same steps at their warm-up,
+    and one keeps the profile. With ``use_local_argmax_reduction`` no rank asks for logits of all
+    tokens to draft."""
     target, drafter, prompts = pairs[TRAINED]
     prompts, max_tokens = prompts[:3], 8
     job = Job(
@@ -136,25 +137,26 @@ def test_two_ranks_of_the_v2_runner(
         prompts,
         max_tokens=max_tokens,
         max_model_len=128,
+        adaptive=True,
         engine_args={"tensor_parallel_size": 2, "max_num_batched_tokens": 128, "max_num_seqs": 4},
         speculative_config={"use_local_argmax_reduction": True},
     )
     (report,) = run_worker(
         "tensor_parallel_worker.py",
         [job.to_json()],
-        {"VLLM_USE_V2_MODEL_RUNNER": "1"},
+        {"VLLM_USE_V2_MODEL_RUNNER": "1", "VLLM_CACHE_ROOT": str(tmp_path)},
         kind=forks.INTERPRETER,
     )
+    assert len(list(tmp_path.glob("dflash_profiles/*.json"))) == 1
     assert report["proposers"] == ["vllm_dflash.drafting.v2"] * 2
     for ranks in (0, 1):
         expected = [tokens[:max_tokens] for tokens in reports[TRAINED, ranks]["tokens"][:3]]
         assert report["tokens"] == expected
     first, second = report["ranks"]
     assert first == second
-    found = batch(report, prompts)
-    assert found.tau > 2
-    agreement = compare_drafts(found, target, drafter, torch.float32, 7)
-    assert agreement.drafts >= 10
+    agreement = compare_drafts(batch(report, prompts), target, drafter, torch.float32, 7)
+    # The first steps draft whatever was measured; how many more do is the controller's.
+    assert agreement.drafts >= 3
     assert agreement.differences == []
     assert all(local == gathered for local, gathered in report["top"])
 
