@@ -17,8 +17,10 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
+from vllm_dflash.examined import Finding, examine, findings
 from vllm_dflash.log import logger
 from vllm_dflash.patch import Patch, PatchError, is_switched_off
 from vllm_dflash.patches.on_import import AfterImport
@@ -58,6 +60,8 @@ class PatchSet:
     """Called where a module's late import showed that the set does not fit; by then all is as it
     was."""
     versions: str = SUPPORTED_VLLM
+    cache: Path | None = None
+    """A folder in which ``apply`` keeps what the source says, and finds it (``examined.py``)."""
     _checked: dict[Patch, list[str]] = field(default_factory=dict)
     """Problems of each that was looked at."""
     _out: dict[Patch, tuple[str, str]] = field(default_factory=dict)
@@ -70,9 +74,9 @@ class PatchSet:
     _hook: AfterImport | None = None
     _on: bool = False
 
-    def check(self, version: str | None) -> list[str]:
+    def check(self, version: str | None, cache: Path | None = None) -> list[str]:
         """Phase one: what keeps the patches from being applied to this version, a line each;
-        imports nothing."""
+        imports nothing. By the source, or by what is kept of it in ``cache``."""
         with self._lock:
             if not is_supported(version, self.versions):
                 return [f"the patches are for vLLM {self.versions}, found {version}"]
@@ -82,9 +86,8 @@ class PatchSet:
                 for target in sorted(set(targets))
                 if targets.count(target) > 1
             ]
-            sources = Sources()
-            for patch in self.patches:
-                problems += self._examine(sources, patch)
+            for patch, finding in zip(self.patches, findings(self.patches, cache), strict=True):
+                problems += self._judge(patch, finding)
             return problems
 
     def apply(self, version: str | None) -> None:
@@ -100,7 +103,7 @@ class PatchSet:
             ]
             problems = [f"{patch.target}: {self._applied[patch].describe()}" for patch in replaced]
             if not self._on:
-                problems += self.check(version)
+                problems += self.check(version, self.cache)
             self._raise(problems)
             if self._on:
                 return
@@ -165,7 +168,7 @@ class PatchSet:
         is needed raises ``PatchError`` where it does not fit."""
         with self._lock:
             if patch not in self._checked:
-                self._examine(Sources(), patch)
+                self._judge(patch, examine(Sources(), patch))
             self._raise(self._checked[patch])
             problem = None if patch in self._out else patch.replaced()
             if problem and not self._leave_out(patch, problem + patch.remedy):
@@ -228,13 +231,12 @@ class PatchSet:
         attached = any(known is patch for owner in self._owners for known, _ in kept_with(owner))
         return ("applied" if patch.scope == "ours" or attached else "pending"), ""
 
-    def _examine(self, sources: Sources, patch: Patch) -> list[str]:
+    def _judge(self, patch: Patch, finding: Finding) -> list[str]:
         """A record's problems by the source; none where it may be left out, which is noted."""
         self._out.pop(patch, None)
-        reason, problems = patch.examine(sources)
-        if patch.scope != "instance" and not problems:
-            definition = sources.locate(patch.target)
-            self._defined_as[patch.target] = definition.module, definition.qualname
+        reason, problems, defined_as = finding
+        if defined_as is not None:
+            self._defined_as[patch.target] = defined_as
         if patch.switch is not None and is_switched_off(patch.switch):
             self._out[patch] = "switched off", f"{patch.switch}={os.environ[patch.switch]}"
         elif reason is not None:

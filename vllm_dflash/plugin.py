@@ -15,6 +15,7 @@ import os
 from typing import Any
 
 from vllm_dflash import kinds
+from vllm_dflash.examined import cache_folder
 from vllm_dflash.log import logger
 from vllm_dflash.metrics.snapshots import choose_folder
 from vllm_dflash.patch import PatchError, is_switched_off
@@ -118,4 +119,4 @@ def patch_set() -> PatchSet:
     """This process's one set of patches."""
     from vllm_dflash.patches import ALL
 
-    return PatchSet(ALL, _refuse)
+    return PatchSet(ALL, _refuse, cache=cache_folder())

@@ -85,7 +85,14 @@ class Sources:
     root: Path | None = None
     """A folder that packages are searched in before Python's own search path, such as an unpacked
     wheel."""
+    asked: set[str] = field(default_factory=set)
+    """Modules that were looked for, found or not."""
     _read: dict[str, _Source] = field(default_factory=dict)
+
+    def origin(self, module: str) -> str | None:
+        """The file of a module; None where it has none, or is not installed."""
+        spec = self._spec(module)
+        return None if spec is None else spec.origin
 
     def locate(self, dotted: str) -> Definition:
         """Finds the definition of ``module:Qual.name``, a class or a function.
@@ -214,6 +221,7 @@ class Sources:
         return self._read[module]
 
     def _spec(self, module: str) -> ModuleSpec | None:
+        self.asked.add(module)
         return _find_spec(module, self.root)
 
 
