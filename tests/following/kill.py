@@ -246,7 +246,7 @@ def _mixture(out: Path, made: Path, lines: Lines, kills: int) -> None:
     print(f"  a mixture is served: its id {found} is that of {known.get(found, 'neither')}")
 
 
-def verdicts(rows: Sequence[Mapping[str, Any]], kills: int) -> list[str]:
+def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What holds."""
     stages, swaps, disk, mixed = (
         [row for row in rows if row["case"] == case]
