@@ -176,6 +176,8 @@ def _swaps(out: Path, made: Path, lines: Lines, kills: int) -> None:
                 asked.start()
                 time.sleep(at * took)
                 os.kill(pids[victim], signal.SIGKILL)
+                if victim == "server":  # vLLM's engine outlives it: a service manager ends that
+                    os.kill(pids["engine"], signal.SIGKILL)
             with swappable(drafters) as port:
                 found = which(port)["id"]
         said = known.get(found, "neither")
