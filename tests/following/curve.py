@@ -211,7 +211,8 @@ def _verdict(
     """Of one measure of what was lost; a drafter that was refused brings nothing back."""
     lost = f"{reference['lost']:.3f} +- {reference['lost_half']:.3f}"
     if f"{prefix}back" not in last:
-        return f"{OPEN} nothing that is told from 0 was {LOST[prefix]}: {lost} of tau"
+        said = f"{OPEN} nothing that is told from 0 was {LOST[prefix]}: {lost} of tau"
+        return f"{said} (more --held-out narrows it)"
     low, high = last[f"{prefix}back_low"], last[f"{prefix}back_high"]
     state = HOLDS if low >= BACK else FAILS if high < BACK else OPEN
     state = FAILS if refused and state == HOLDS else state
