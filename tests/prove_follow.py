@@ -13,8 +13,9 @@ Parts, and about how many minutes they take on two cores:
              the drafter (with the controller on, acceptance at the first position: how much is
              verified is the controller's)                   (2 x --minutes + 14, so 74 with 30)
   curve      the target learns another kind of text (LoRA, merged): tau of its drafter before,
-             after, and as a refresh of --minutes goes on; half of what was lost has to be back.
-             Writes curve-15.csv, .json and .png                                (--minutes + 10)
+             after, and as a refresh of --minutes goes on; half of what was lost has to be back, by
+             the whole of its interval. Writes curve-15.csv, .json and .png; follow_plot.py takes
+             the .json into docs/follow.md                                      (--minutes + 10)
   quantized  the same with the fine-tuned target's layers in 8 bits             (--minutes + 12)
   kill       kill -9 of a refresh in each of its stages, of a server in its swaps, and a full disk:
              the old or the new drafter serves afterwards, never a mixture. --only takes a part of

@@ -146,7 +146,13 @@ def load_model(target: str, dtype: str, device: str, trust_remote_code: bool = F
     model = AutoModelForCausalLM.from_pretrained(
         target, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
     )
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    if getattr(model.config, "quantization_config", None) is not None:
+        # compressed-tensors writes its weights out in the first pass through the model itself, not
+        # in one through its layers alone.
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
+    return model
 
 
 def count_parameters(config: Any, trust_remote_code: bool = False) -> int:

@@ -173,8 +173,8 @@ def make_drafters(folder: Path) -> Path:
 
 
 @contextmanager
-def swappable(drafters: Path, *more: str) -> Iterator[int]:
-    """A server with the endpoint, on the loopback."""
+def swappable(drafters: Path, *more: str, ends_itself: bool = False) -> Iterator[int]:
+    """A server with the endpoint, on the loopback; ``ends_itself`` as ``server``'s."""
     speculative = json.dumps({"method": "dflash", "model": str(drafters / "good")})
     flags = (
         "--speculative-config",
@@ -187,7 +187,7 @@ def swappable(drafters: Path, *more: str) -> Iterator[int]:
         *more,
     )
     env = {"VLLM_DFLASH_SWAP_FROM": str(drafters)}
-    with server(*flags, env=env) as port:
+    with server(*flags, env=env, ends_itself=ends_itself) as port:
         yield port
 
 

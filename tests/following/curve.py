@@ -17,7 +17,9 @@ import torch
 
 from engine.harness import DRAFTER, TARGET, held_out_prompts, run_engine
 from following.made import SETTINGS, finetuned, int8
+from following.plot import plot
 from following.record import FAILS, HOLDS, OPEN, Lines, told
+from following.share import share
 from vllm_dflash import hub
 from vllm_dflash.acceptance import tau
 from vllm_dflash.cli import main as command
@@ -31,6 +33,13 @@ from vllm_dflash.training.walk import accepted_everywhere, walk
 MARKS = (1.0, 2.0, 5.0, 10.0, 15.0)
 TOKENS, BACK = 96, 0.5
 """Tokens that a prompt is answered with, and the share of what was lost that has to come back."""
+STATES = ("own text", "before", "int8 alone", "after")
+REFERENCES = (("before", "", True), ("own text", "own_", False))
+"""From where it was lost: the state, its columns' prefix, and whether its prompts are those of
+``after``."""
+LOST = {"": "lost on the same prompts", "own_": "lost against its own text"}
+NAMES = ["state", "minutes", "steps", "tau", "lost", "lost_half", "gain", "half"]
+NAMES += [f"{prefix}back{end}" for _, prefix, _ in REFERENCES for end in ("", "_low", "_high")]
 Counts = list[list[int]]
 
 
@@ -138,75 +147,85 @@ def _tau(found: Counts) -> float:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What was measured: tau of each state; of the refresh's, what it gained over ``after``, half
-    of that's interval, and the share of what was lost that came back."""
+    """What was measured: tau of each state, and how far ``after`` is below it, as ``lost``; of the
+    refresh's, what it gained over ``after``, and the share of what was lost that came back
+    (``own_``: against the drafter's own text), each with its interval."""
     by = {row["state"]: row["counts"] for row in rows if "counts" in row}
-    found = [
-        {"state": state, "minutes": None, "tau": _tau(by[state])}
-        for state in ("own text", "before", "int8 alone", "after")
-        if state in by
+    found: list[dict[str, Any]] = [
+        {"state": state, "minutes": None, "tau": _tau(by[state])} for state in STATES if state in by
     ]
-    lost = _tau(by["before"]) - _tau(by["after"]) if {"before", "after"} <= by.keys() else 0.0
-    marks = [row for row in rows if row["state"] == "refresh"] if "after" in by else []
+    if "after" not in by:
+        return found
+    after, levels = by["after"], {row["state"]: row for row in found}
+    references = [each for each in REFERENCES if each[0] in by]
+    marks = [row for row in rows if row["state"] == "refresh"]
+    for state, _, paired in references:
+        lost = share(by[state], after, after, paired=paired)
+        levels[state] |= {"lost": lost.lost, "lost_half": lost.lost_half}
     for row in sorted(marks, key=lambda r: r["minutes"]):
-        compared = compare(by["after"], row["counts"])
+        compared = compare(after, row["counts"])
         each = {"state": "refresh", "minutes": row["minutes"], "tau": compared.new}
         each |= {"steps": row["steps"], "gain": compared.gain, "half": compared.half}
-        if lost > 0:
-            each |= {"back": compared.gain / lost, "back_half": compared.half / lost}
+        for state, prefix, paired in references:
+            back = share(by[state], after, row["counts"], paired=paired)
+            if back.back is not None:
+                names = (f"{prefix}back", f"{prefix}back_low", f"{prefix}back_high")
+                each |= dict(zip(names, (back.back, back.low, back.high), strict=True))
         found.append(each)
     return found
 
 
 def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What was measured, and whether half of what was lost came back."""
+    """What was measured, and whether half of what was lost came back: open where what was lost, or
+    the share of it, is not told apart by its interval."""
     found, lines = table(rows), []
     for row in found:
         at = "" if row["minutes"] is None else f" of {row['minutes']:g} minutes"
         more = ""
+        if "lost" in row:
+            more = f", the fine-tuned target's is {row['lost']:.3f} +- {row['lost_half']:.3f} below"
         if "gain" in row:
             more = f", {row['gain']:+.3f} +- {row['half']:.3f}"
-        if "back" in row:
-            more += f", {row['back']:.0%} +- {row['back_half']:.0%} of what was lost came back"
+        for _, prefix, _ in REFERENCES:
+            if f"{prefix}back" in row:
+                more += f", {_share(row, prefix)} of what was {LOST[prefix]} is back"
         lines.append(f"      {row['state']}{at}: tau {row['tau']:.3f}{more}")
     lines += [f"      {row['decision']}: {row['line']}" for row in rows if "decision" in row]
-    if found and "back" in (last := found[-1]):
-        state = HOLDS if last["back"] >= BACK else FAILS
-        if state == FAILS and last["back"] + last["back_half"] >= BACK:
-            state = OPEN
-        lines.append(f"{state} {last['back']:.0%} of what was lost is back, asked {BACK:.0%}")
+    levels = {row["state"]: row for row in found}
+    if "refresh" in levels:
+        wanted = [(state, prefix) for state, prefix, _ in REFERENCES if "lost" in levels[state]]
+        refused = any(row.get("decision", "kept") != "kept" for row in rows)
+        for state, prefix in wanted:
+            lines.append(_verdict(levels[state], prefix, found[-1], refused))
     return lines
+
+
+def _share(row: Mapping[str, Any], prefix: str) -> str:
+    back, low, high = (row[f"{prefix}back{end}"] for end in ("", "_low", "_high"))
+    return f"{back:.0%} ({low:.0%} to {high:.0%})"
+
+
+def _verdict(
+    reference: Mapping[str, Any], prefix: str, last: Mapping[str, Any], refused: bool
+) -> str:
+    """Of one measure of what was lost; a drafter that was refused brings nothing back."""
+    lost = f"{reference['lost']:.3f} +- {reference['lost_half']:.3f}"
+    if f"{prefix}back" not in last:
+        said = f"{OPEN} nothing that is told from 0 was {LOST[prefix]}: {lost} of tau"
+        return f"{said} (more --held-out narrows it)"
+    low, high = last[f"{prefix}back_low"], last[f"{prefix}back_high"]
+    state = HOLDS if low >= BACK else FAILS if high < BACK else OPEN
+    state = FAILS if refused and state == HOLDS else state
+    said = f"{state} {_share(last, prefix)} of what was {LOST[prefix]} ({lost}) is back"
+    return f"{said}, asked {BACK:.0%}" + (", and it was refused" if refused else "")
 
 
 def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """The table as ``path``.csv and .json, and as a plot, .png."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     found = table(rows)
-    names = ["state", "minutes", "steps", "tau", "gain", "half", "back", "back_half"]
     with path.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
+        writer = csv.DictWriter(file, NAMES)
         writer.writeheader()
         writer.writerows(found)
     path.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    levels = {row["state"]: row["tau"] for row in found if row["minutes"] is None}
-    marks = [row for row in found if row["minutes"] is not None]
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    after = [levels["after"]] if "after" in levels else []
-    at = [0.0] * len(after) + [row["minutes"] for row in marks]
-    half = [0.0] * len(after) + [row["half"] for row in marks]
-    taus = after + [row["tau"] for row in marks]
-    axes.errorbar(at, taus, yerr=half, marker="o", markersize=5, capsize=2, color="C0")
-    for i, (state, value) in enumerate(levels.items(), 1):
-        axes.axhline(value, color=f"C{i}", linestyle=":", linewidth=1.2, label=state)
-    axes.set_title("tau of the old drafter, and as a refresh goes on", fontsize=10)
-    axes.set_xlabel("minutes of training")
-    axes.set_ylim(bottom=1)
-    axes.grid(alpha=0.3)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path.with_suffix(".png"), dpi=120)
+    plot({"": found}, path.with_suffix(".png"))

@@ -52,7 +52,11 @@ STAGES = {
 """What gets its name when the refresh is killed, one stage after the other of one round."""
 FREE_MB = (0.0, 0.5, 2.0, 8.0, 24.0)
 """Left on the disk, in turn, before it has room."""
-STEPS, TOKENS, HELD_OUT = 40, 24 * 16 * 32 * 7, 24
+STEPS, HELD_OUT, A_STEP = 40, 24, 16 * 32 * 7
+"""Steps of the fine-tuning, held-out prompts, and drafted tokens that a step of the refresh learns
+from."""
+BETTER, SHORT = 24, 4
+"""Steps of a refresh whose drafter is kept, and of one that only has to end."""
 SECONDS = 1500
 
 HOOK = """
@@ -74,13 +78,14 @@ and whether its disk is full."""
 
 
 def refresh(
-    made: Path, out: Path, log: Path, killed_at: str = "", full: bool = False
+    made: Path, out: Path, log: Path, steps: int, killed_at: str = "", full: bool = False
 ) -> dict[str, Any]:
     """Runs it with prompts of the fine-tuned target: the ``status`` that it ended with, and what of
     it was ``left`` running a minute later, which is ended then."""
     out.mkdir(parents=True, exist_ok=True)
     flags = ["--target", made / "target", "--draft", DRAFTER, "--prompts", made / "few.jsonl"]
-    flags += ["--tokens", TOKENS, "--held-out", HELD_OUT, "--dtype", "float32", "--out", out]
+    flags += ["--tokens", steps * A_STEP, "--held-out", HELD_OUT]
+    flags += ["--dtype", "float32", "--out", out]
     words = [Path(sys.executable).with_name("vllm-dflash"), "refresh", SETTINGS, *flags]
     hook = log.with_suffix(".hook")
     hook.mkdir(exist_ok=True)
@@ -134,12 +139,12 @@ def _stages(out: Path, made: Path, lines: Lines, kills: int) -> None:
         if lines.of(case="stage", stage=stage):
             continue
         with told(f"a refresh that is killed at: {stage}"):
-            found = refresh(made, folder, log, place)
+            found = refresh(made, folder, log, BETTER, place)
             _note(lines, made, folder, case="stage", stage=stage, **found)
     if not lines.of(case="stage", stage="the next command"):
         with told("the next command"):
             # It ends what is left of the round, and is killed as it begins another.
-            found = refresh(made, folder, log, STAGES["traffic"])
+            found = refresh(made, folder, log, BETTER, STAGES["traffic"])
             _note(lines, made, folder, case="stage", stage="the next command", **found)
 
 
@@ -171,6 +176,8 @@ def _swaps(out: Path, made: Path, lines: Lines, kills: int) -> None:
                 asked.start()
                 time.sleep(at * took)
                 os.kill(pids[victim], signal.SIGKILL)
+                if victim == "server":  # vLLM's engine outlives it: a service manager ends that
+                    os.kill(pids["engine"], signal.SIGKILL)
             with swappable(drafters) as port:
                 found = which(port)["id"]
         said = known.get(found, "neither")
@@ -191,6 +198,8 @@ def _swap(port: int, name: str) -> float:
 def small_disk(folder: Path, size_mb: int) -> Iterator[bool]:
     """A tmpfs at ``folder``; False where this user may not mount one."""
     folder.mkdir(parents=True, exist_ok=True)
+    if folder.is_mount():  # what was killed here has left it
+        subprocess.run(["umount", "-l", str(folder)], check=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size_mb}m", "tmpfs", str(folder)]
     mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
     try:
@@ -215,7 +224,7 @@ def _full_disk(out: Path, made: Path, lines: Lines, kills: int) -> None:
                 _fill(ballast, free)
             before = log.stat().st_size if log.exists() else 0
             with told(f"a refresh with {free} MB of room"):
-                found = refresh(made, folder, log, full=not mounted and free is not None)
+                found = refresh(made, folder, log, SHORT, full=not mounted and free is not None)
                 text = log.read_bytes()[before:].decode(errors="replace")
                 remedy, broke = "free some space" in text, "Traceback (most recent" in text
                 row = {"free_mb": free, "remedy": remedy, "traceback": broke} | found
@@ -246,7 +255,7 @@ def _mixture(out: Path, made: Path, lines: Lines, kills: int) -> None:
     print(f"  a mixture is served: its id {found} is that of {known.get(found, 'neither')}")
 
 
-def verdicts(rows: Sequence[Mapping[str, Any]], kills: int) -> list[str]:
+def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What holds."""
     stages, swaps, disk, mixed = (
         [row for row in rows if row["case"] == case]

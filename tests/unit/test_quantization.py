@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from broken import edit, edit_config
 from pairs import make_random_drafter, random_drafter_config
-from quantized import QUANTIZATION, quantize
+from quantized import QUANTIZATION, quantize, quantize_target
 from unit.test_checks import configure
+from vllm_dflash import hub
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.tools.inspect import inspect_checkpoint
@@ -211,3 +213,20 @@ def test_names_beside_plain_weights_are_no_quantization(tmp_path: Path) -> None:
     config = random_drafter_config(kind="dfly")
     check_tables(config, expected_tensors(config))
     check_tables(config, ["fc.bias", "fc.weight_v", "extra.weight_scale"])
+
+
+def test_a_quantized_target_in_plain_pytorch(random_target: Path, tmp_path: Path) -> None:
+    """Its layers alone are passed through, as for a drafter's features; only a pass through the
+    whole model wrote compressed-tensors' weights out."""
+    quantize_target(random_target, tmp_path / "int8")
+    stored = load_file(tmp_path / "int8" / "model.safetensors")
+    ids = torch.arange(12)[None]
+    model = hub.load_model(str(tmp_path / "int8"), "float32", "cpu")
+    with torch.inference_mode():
+        hidden = model.model(input_ids=ids).last_hidden_state
+        assert torch.equal(model.lm_head(hidden), model(input_ids=ids).logits)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    written_out = stored[name].float() * stored[f"{name}_scale"]
+    found = model.model.layers[0].self_attn.q_proj.weight
+    torch.testing.assert_close(found.detach(), written_out)
+    assert not found.is_inference()
