@@ -1,5 +1,5 @@
 """The whole circle on a server: a target with a merged LoRA, its old drafter, recorded traffic, a
-refresh of 24 steps, and the new drafter in the running server.
+refresh of 16 steps, and the new drafter in the running server.
 
     pytest -s tests/engine/test_refresh.py
 """
@@ -22,8 +22,8 @@ from vllm_dflash.weights.identity import id_of_folder
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).parents[2]
-LEARNED = str(24 * 16 * 32 * 7)
-"""Drafted tokens: 24 steps with the settings of refresh.toml. (A budget in minutes is tried by
+LEARNED = str(16 * 16 * 32 * 7)
+"""Drafted tokens: 16 steps with the settings of refresh.toml. (A budget in minutes is tried by
 test_follow_refresh.py.)"""
 
 
@@ -33,7 +33,7 @@ def finetuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finetuned")
     script = ROOT / "examples" / "follow" / "finetune.py"
     subprocess.run(
-        [sys.executable, str(script), "--out", str(folder), "--steps", "40"],
+        [sys.executable, str(script), "--out", str(folder), "--steps", "24"],
         check=True,
         timeout=900,
     )
@@ -74,7 +74,7 @@ def test_the_circle(finetuned: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         before = counts(port)
         asked(port, rows[:24], ignore_eos=True)  # which is not recorded
         old = tau_since(port, before)
-        asked(port, rows[24:120])
+        asked(port, rows[24:88])
         url, out = f"http://127.0.0.1:{port}", drafters / "refreshed"
         toml = str(ROOT / "examples" / "follow" / "refresh.toml")
         command = ["refresh", toml, "--server", url, "--traffic", str(traffic), "--swap"]

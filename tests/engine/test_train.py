@@ -33,7 +33,7 @@ SMALL = [
     "--response-tokens",
     "48",
     "--shard-size",
-    "24",
+    "16",
     "--held-out",
     "8",
     "--prove-prompts",
@@ -49,7 +49,7 @@ SMALL = [
     "--eval-prompts",
     "2",
     "--num-seqs",
-    "24",
+    "16",
 ]
 
 
@@ -57,8 +57,8 @@ def example(out: Path) -> subprocess.Popen[str]:
     env = engine_env(
         {
             "OUT": str(out),
-            "STEPS": "50",
-            "PROMPTS": "72",
+            "STEPS": "30",
+            "PROMPTS": "48",
             "SERVE": "no",
             "BIN": str(Path(sys.executable).parent),
         }
@@ -118,8 +118,8 @@ def test_the_example_killed_while_the_target_answers(tmp_path: Path) -> None:
     card = (run / "drafter" / "README.md").read_text()
     for words in (
         "| vLLM |",
-        "72 prompts (prompts.jsonl)",
-        "50 steps of 8 sequences x 16 blocks",
+        "48 prompts (prompts.jsonl)",
+        "30 steps of 8 sequences x 16 blocks",
         "the tokenizer's mask token",
     ):
         assert words in card
