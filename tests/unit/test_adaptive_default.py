@@ -96,7 +96,7 @@ def test_the_default(
         [said_once] = caplog.messages
         assert "was not measured" in said_once
         assert '{"dflash": {"adaptive": true}}' in said_once
-        assert "false has it stay off" in said_once
+        assert "false has it stay off without" in said_once
 
 
 def test_drafts_are_whole_where_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,19 +2,16 @@
 it. The worker is a stand-in (``tests/fake_worker.py``)."""
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from fake_worker import BLOCK, K, FakeWorker, clock_of
+from fake_worker import BLOCK, FakeWorker, K, clock_of
 from simulation_async import AsyncServer, h200
 from vllm_dflash import profiles
-from vllm_dflash.adaptive import settings
 from vllm_dflash.cost_profile import GUESS, Profile
 from vllm_dflash.steps import Work
 

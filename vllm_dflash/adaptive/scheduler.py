@@ -33,8 +33,8 @@ from vllm_dflash.patches.scheduler_steps import watch
 
 _UNKNOWN = (
     "what steps cost was not measured, so drafting is not adaptive and drafts are whole:"
-    ' --additional-config \'{"dflash": {"adaptive": true}}\' has it begin with a guess, and false has'
-    " it stay off without this line"
+    ' --additional-config \'{"dflash": {"adaptive": true}}\' begins with a guess, false has it'
+    " stay off without this line"
 )
 
 
