@@ -26,6 +26,7 @@ _READ = (
     f"{_OUTPUT}.total_num_scheduled_tokens",
     "vllm.v1.core.sched.output:CachedRequestData.num_computed_tokens",
     "vllm.v1.core.sched.output:CachedRequestData.req_ids",
+    "vllm.v1.core.sched.output:CachedRequestData.resumed_req_ids",
     "vllm.v1.core.sched.output:NewRequestData.num_computed_tokens",
     "vllm.v1.core.sched.output:NewRequestData.req_id",
     "vllm.v1.outputs:ModelRunnerOutput.req_id_to_index",

@@ -17,7 +17,7 @@ def _measure(worker: Any) -> None:
     try:
         part_of_ours("vllm_dflash.drafting.measure_v2", "measure")(worker)
     except Exception as error:  # what chooses must not end what serves
-        logger.warning("steps are not measured, and drafting begins with a guess: %s", error)
+        logger.warning("the cost of steps is not measured, and a guess stands for it: %s", error)
 
 
 def _before_it_is_watched(original: Callable[[Any], None], worker: Any) -> None:

@@ -2,7 +2,10 @@
 ``simulation_async.py``), against plain decoding, every fixed K and vLLM's adaptive verification, in
 a grid of requests, acceptance and contexts. From the first step on, so a cold start counts.
 
-Pure Python on one core, some six minutes a seed. A line every half minute, then the lowest cell of
+What the controller begins with: the profile that V2's warm-up measures of that server
+(``fake_worker.py``; it imports vLLM), one of the cell's own contexts, or the guess.
+
+Python on one core, some six minutes a seed. A line every half minute, then the lowest cell of
 each ratio and a table by requests; fails where a cell is below its bound.
 
     python tests/prove_async.py
@@ -19,7 +22,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from simulation_async import AsyncServer  # noqa: E402
+from simulation_async import AsyncServer, h200  # noqa: E402
 from vllm_dflash.cost_profile import GUESS, Profile  # noqa: E402
 
 REQUESTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -59,6 +62,15 @@ def run(
     reached = server.adaptive(steps, profile)
     ratios = tuple(reached / other(server) for _, other in RATIOS.values())
     return Cell(num_reqs, rate, context, seed, ratios)
+
+
+def _profile(kind: str, seed: int) -> Profile | None:
+    """None: each cell's own."""
+    if kind != "measured":
+        return GUESS if kind == "guess" else None
+    from fake_worker import profile_of_gpu
+
+    return profile_of_gpu(h200, AsyncServer.noise, seed)
 
 
 def lowest(cells: Sequence[Cell], ratio: int) -> Cell:
@@ -104,16 +116,14 @@ def main() -> None:
     parser.add_argument("--contexts", type=numbers(int), default=CONTEXTS)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=500, help="of each cell (500)")
-    parser.add_argument(
-        "--guess", action="store_true", help="in the place of a profile, as where none is measured"
-    )
+    parser.add_argument("--profile", choices=["measured", "own", "guess"], default="measured")
     asked = parser.parse_args()
     places = list(product(range(asked.seeds), asked.contexts, asked.rates, asked.requests))
-    profile = GUESS if asked.guess else None
+    profiles = [_profile(asked.profile, seed) for seed in range(asked.seeds)]
     cells: list[Cell] = []
     began = said = time.monotonic()
     for seed, context, rate, num_reqs in places:
-        cells.append(run(num_reqs, rate, context, seed, asked.steps, profile))
+        cells.append(run(num_reqs, rate, context, seed, asked.steps, profiles[seed]))
         if time.monotonic() - said >= EVERY_S:
             said = time.monotonic()
             worst = ", ".join(f"{lowest(cells, i).ratios[i]:.3f}" for i in range(len(RATIOS)))

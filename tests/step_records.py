@@ -64,6 +64,7 @@ def scheduled_of(
     drafts: Mapping[str, Sequence[int]] | None = None,
     num_output_tokens: Sequence[int] = (),
     new: Iterable[str] = (),
+    resumed: Iterable[str] = (),
     **attributes: Any,
 ) -> Any:
     """A ``SchedulerOutput`` with so many tokens a request; ``num_output_tokens`` and as many
@@ -77,6 +78,7 @@ def scheduled_of(
             req_ids=list(counts)[: len(num_output_tokens)],
             num_output_tokens=list(num_output_tokens),
             num_computed_tokens=list(num_output_tokens),
+            resumed_req_ids=set(resumed),
         ),
         "num_spec_tokens_to_schedule": k,
         "num_invalid_spec_tokens": None,

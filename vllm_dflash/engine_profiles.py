@@ -9,6 +9,7 @@ from typing import Any
 from vllm import envs
 from vllm.platforms import current_platform
 
+from vllm_dflash.adaptive.settings import is_adaptive, wants_adaptive
 from vllm_dflash.cost_profile import GUESS, Profile
 from vllm_dflash.log import logger
 from vllm_dflash.profiles import find, key_of, this_cpu
@@ -20,8 +21,21 @@ def profile_for(vllm_config: Any) -> Profile:
     try:
         return find(*profile_key(vllm_config)) or GUESS
     except Exception:  # what chooses must not end what serves
-        logger.exception("what steps cost is not known: drafting begins with a guess")
+        logger.exception("what steps cost is not known: a guess stands for it")
         return GUESS
+
+
+def adapts(vllm_config: Any) -> bool:
+    """Whether the controller of an engine with our scheduler plans its steps. By a guess, under
+    asynchronous scheduling, only where the user asks for it: it may be slower than plain decoding,
+    and than whole drafts (docs/performance.md)."""
+    if not is_adaptive(vllm_config):
+        return False
+    return (
+        not vllm_config.scheduler_config.async_scheduling
+        or bool(wants_adaptive(vllm_config.additional_config))
+        or profile_for(vllm_config) is not GUESS
+    )
 
 
 def profile_key(vllm_config: Any) -> tuple[Path, str]:

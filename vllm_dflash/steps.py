@@ -60,8 +60,8 @@ class Step:
     """vLLM's ``Request``s, which for observers have taken in the step's tokens."""
     verified: Mapping[str, tuple[int, int]] = MappingProxyType({})
     """Of each request with a draft that was verified, its draft tokens and how many of the first
-    were accepted. Without those that a grammar forbids: they were not the drafter's to get
-    right."""
+    were accepted. Without those that a grammar forbids, and without what vLLM pads a request with
+    whose context is there when it begins: they were not the drafter's to get right."""
     undrafted: Sequence[str] = ()
     """The requests that decode and had no draft."""
     confidences: Mapping[str, Sequence[float]] | None = None
@@ -282,6 +282,8 @@ class Steps:
         requests: dict[str, Any] = {}
         verified: dict[str, tuple[int, int]] = {}
         undrafted, all_decode = [], True
+        beginning = {new.req_id for new in scheduled.scheduled_new_reqs}
+        beginning |= scheduled.scheduled_cached_reqs.resumed_req_ids
         for request_id, num_tokens in scheduled.num_scheduled_tokens.items():
             request = known.get(request_id)
             # Under asynchronous scheduling a step may hold requests that ended while it ran.
@@ -293,7 +295,7 @@ class Steps:
             all_decode &= decodes
             accepted = (
                 len(sampled[index[request_id]]) - 1
-                if length and sampled and request_id in index
+                if length and sampled and request_id in index and request_id not in beginning
                 else -1
             )
             if accepted >= 0:

@@ -41,7 +41,7 @@ def starts(
         max_model_len=128,
         max_num_seqs=4,
     )
-    adaptive = replace(fixed, adaptive=True, device="graphs")
+    adaptive = replace(fixed, adaptive=None, device="graphs")  # by default
     short = replace(fixed, adaptive=True, prompts=[[2, 3, 4], [5]], max_tokens=8, max_model_len=16)
     jobs = [fixed, short, adaptive]  # what is scheduled asynchronously comes last
     runs = Runs(jobs, start(jobs, cache))
@@ -57,6 +57,7 @@ def _written(cache: Path) -> list[tuple[str, int]]:
 def test_a_profile_is_measured_at_the_first_start(starts: tuple[Runs, list[Result], list]) -> None:
     profile = starts[0].results[MEASURED].profile
     assert profile is not None
+    assert starts[0].results[MEASURED].adapts, "by default"
     at = dict(zip(profile["rows"], profile["target"], strict=True))
     assert {1, 4} <= at.keys()
     assert 0 < at[1] <= at[4]
@@ -75,6 +76,7 @@ def test_where_nothing_can_be_measured_a_guess_stands(
 ) -> None:
     short = starts[0].results[SHORT]
     assert short.profile is None
+    assert short.adapts, "it was asked to"
     assert [len(output) for output in short.outputs] == [8, 8]
 
 

@@ -151,6 +151,8 @@ class Result:
     """What the controller begins with; None: there is none, or a guess."""
     cells: int = 0
     """Of ``Job.measured``."""
+    adapts: bool = False
+    """Whether the controller plans steps."""
 
 
 def run_engines(
@@ -314,6 +316,7 @@ def _serve(job: Job, script: list[list[int]] | None) -> Result:
         confidences=list(runner.speculator.draft_token_confidence_probs.shape) if recorder else [],
         attention_rows=(planned and planned.max_cudagraph_capture_size) or 0,
         profile=_profile(core.scheduler),
+        adapts=getattr(core.scheduler, "adapts", False),
         cells=recorder.cells if recorder else 0,
     )
 

@@ -233,6 +233,7 @@ def observer(name): return SimpleNamespace(what=name, observe=lambda step: seen.
 def update(scheduler):
     scheduler.update_from_output(SimpleNamespace(
         num_scheduled_tokens={}, scheduled_spec_decode_tokens={}, num_invalid_spec_tokens=None, num_spec_tokens_to_schedule=7,
+        scheduled_new_reqs=[], scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set()),
     ), SimpleNamespace(sampled_token_ids=[], req_id_to_index={}))
 scheduler, other = Scheduler.__new__(Scheduler), Scheduler.__new__(Scheduler)
 scheduler.requests, scheduler.running, scheduler.waiting = {}, [], []

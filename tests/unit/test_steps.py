@@ -82,6 +82,24 @@ def test_a_step_with_all_kinds_of_requests() -> None:
     assert step.num_committed == 1 + 2 + 1 + 1 + 1
 
 
+def test_what_vllm_pads_a_request_with_is_no_draft() -> None:
+    """One whose context came from a cache or a connector, and that was resumed: they counted as
+    drafts of which the first token was wrong."""
+    scheduler = watched(scheduler_of({"new": 0, "resumed": 5, "old": 5}), seen := Seen())
+    names = ["new", "resumed", "old"]
+    scheduled = scheduled_of(
+        dict.fromkeys(names, 4),
+        drafts={name: [-1, -1, -1] for name in names},
+        k=3,
+        new=["new"],
+        resumed=["resumed"],
+    )
+    scheduler.update(scheduled, ran_of({"new": [1], "resumed": [1], "old": [1]}))
+    [step] = seen.steps
+    assert step.verified == {"old": (3, 0)}
+    assert (step.undrafted, step.all_decode) == (["resumed"], False)
+
+
 def test_a_step_of_nothing_decodes_nothing() -> None:
     watched(scheduler_of({}), seen := Seen()).update(scheduled_of({}, k=0), ran_of({}))
     assert (seen.steps[0].num_requests, seen.steps[0].all_decode, seen.steps[0].is_plain) == (

@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingType
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -24,11 +25,17 @@ from vllm_dflash.adaptive.controller import Controller, Plan
 from vllm_dflash.adaptive.learner import Learner
 from vllm_dflash.compat import num_drafted
 from vllm_dflash.drafts import Planned, confidences_of
-from vllm_dflash.engine_profiles import profile_for
+from vllm_dflash.engine_profiles import adapts, profile_for
 from vllm_dflash.log import logger
 from vllm_dflash.patches.adaptive_scheduler import cut_drafts, cut_placeholders, plan_drafts
 from vllm_dflash.patches.request_drafts import limits_of
 from vllm_dflash.patches.scheduler_steps import watch
+
+_UNKNOWN = (
+    "what steps cost was not measured, so drafting is not adaptive and drafts are whole:"
+    ' --additional-config \'{"dflash": {"adaptive": true}}\' begins with a guess, false has it'
+    " stay off without this line"
+)
 
 
 class _Adaptive(Scheduler):
@@ -36,8 +43,10 @@ class _Adaptive(Scheduler):
 
     _is_synchronous = True
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        self.adapts = adapts(vllm_config)
+        """Whether the controller plans steps; metrics ask when vLLM's own part begins."""
+        super().__init__(vllm_config, *args, **kwargs)
         device = self.vllm_config.device_config.device_type
         self._skips = self._is_synchronous and device == "cpu"
         """Whether a step can draft for some of its requests only."""
@@ -54,7 +63,9 @@ class _Adaptive(Scheduler):
         )
         self._learner = Learner(self.controller, self._is_synchronous)
         self._confidences: dict[str, list[float]] = {}
-        if not watch(self, self._learner):
+        if not self.adapts:
+            logger.warning(_UNKNOWN)
+        if not (self.adapts and watch(self, self._learner)):
             self._learner.close()
 
     @property

@@ -1,12 +1,14 @@
 """Whether an engine drafts adaptively: as ``additional_config={"dflash": {"adaptive": true}}``
-says; else where it was measured to pay.
+says; else where nothing stands in the way.
 
 pytest tests/unit/test_settings.py
 """
 
+from functools import cache
 from typing import Any
 
 from vllm_dflash.formats import is_ours
+from vllm_dflash.log import logger
 
 SECTION = "dflash"
 _ADAPTIVE = "adaptive"
@@ -48,7 +50,7 @@ def wants_adaptive(additional_config: Any) -> bool | None:
 
 def scheduler_for(vllm_config: Any) -> str | None:
     """Our scheduler's name for a vLLM ``VllmConfig`` where drafting is to be adaptive and it is not
-    there yet; else None.
+    there yet; else None. What stands in the way of one that nobody asks for, the log says.
 
     Raises:
         SettingsError: the user asks for it where it cannot be, or for a setting that does not
@@ -61,12 +63,18 @@ def scheduler_for(vllm_config: Any) -> str | None:
     if wanted is False or is_adaptive(vllm_config):
         return None
     scheduler, obstacle = vllm_config.scheduler_config, _obstacle(vllm_config)
-    if wanted is None and (obstacle or scheduler.async_scheduling):
-        # under asynchronous scheduling, a GPU's, it is not measured yet (docs/adaptive.md)
+    if obstacle and wanted is None:
+        _say(f"drafting is not adaptive: {obstacle}")
         return None
     if obstacle:
         raise SettingsError(f"additional_config: {SECTION}.{_ADAPTIVE} is true, but {obstacle}")
     return _ASYNC_SCHEDULER if scheduler.async_scheduling else _SCHEDULER
+
+
+@cache
+def _say(line: str) -> None:
+    """Once in a process: vLLM makes its configuration more than once."""
+    logger.info("%s", line)
 
 
 def is_adaptive(vllm_config: Any) -> bool:
@@ -86,6 +94,11 @@ def _obstacle(vllm_config: Any) -> str | None:
     if vllm_config.speculative_config.num_speculative_tokens_per_batch_size:
         return (
             "num_speculative_tokens_per_batch_size says how much to draft: leave one of the two out"
+        )
+    if vllm_config.speculative_config.enable_adaptive_verification:
+        return (
+            "enable_adaptive_verification has vLLM say how much is verified: leave one of the two"
+            " out"
         )
     if vllm_config.parallel_config.data_parallel_size > 1:
         return (

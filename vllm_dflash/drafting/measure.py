@@ -59,7 +59,7 @@ def measure_once(vllm_config: Any, cells: Callable[[], Iterable[Cell]]) -> None:
             keep(folder, name, fit(cells()))
     except Exception as error:  # as above
         logger.warning(
-            "the cost of steps could not be measured, and drafting begins with a guess: %s: %s",
+            "the cost of steps could not be measured, and a guess stands for it: %s: %s",
             type(error).__name__,
             error,
         )

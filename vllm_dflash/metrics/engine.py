@@ -12,7 +12,6 @@ import time
 from typing import Any
 
 from vllm_dflash import __version__
-from vllm_dflash.adaptive.settings import is_adaptive
 from vllm_dflash.checks import drafter_config
 from vllm_dflash.metrics.drafting import drafting_samples, status_of
 from vllm_dflash.metrics.outcomes import Outcomes
@@ -36,7 +35,8 @@ class EngineRecord:
     what = "metrics of this engine's speculation"
 
     def __init__(self, vllm_config: Any, scheduler: Any) -> None:
-        self.scheduler, self.adaptive = scheduler, is_adaptive(vllm_config)
+        self.scheduler = scheduler
+        self.adaptive: bool = getattr(scheduler, "adapts", False)  # ours says so
         speculative = vllm_config.speculative_config
         block_size = drafter_config(speculative.draft_model_config.hf_config).block_size
         self.outcomes = Outcomes(
