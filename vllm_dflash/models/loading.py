@@ -234,7 +234,8 @@ class Loading:
             folder = drafter_folder(drafter.model_path, drafter.revision)
         except DrafterConfigError:  # what is not to be looked at says nothing of itself
             folder = None
-        drafter.serving.put(drafter.model_path, id_of(self._digests), proof_of(folder))
+        weights = id_of(self._digests)
+        drafter.serving.put(drafter.model_path, weights, proof_of(folder, weights))
         touch_here()
         logger.info("%s serves", drafter.serving)
 
