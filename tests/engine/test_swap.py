@@ -240,6 +240,12 @@ def test_swaps_under_load(drafters: Path, capsys: pytest.CaptureFixture[str]) ->
             for line in page.splitlines()
             if line.startswith("vllm_dflash_drafter_swaps_total") and swapped in line
         ] == ["6.0"]
+        refused = [
+            float(line.rpartition(" ")[2])
+            for line in page.splitlines()
+            if line.startswith("vllm_dflash_drafter_swaps_total") and 'result="refused"' in line
+        ]
+        assert refused == [18.0], "absent folders too, which no rank was asked for"
     print(f"{clients.greedy} greedy, {clients.sampled} sampled, {clients.broken} broken; {taus}")
     assert clients.greedy > 40
     assert clients.wrong == []

@@ -110,7 +110,7 @@ def _rows(path: Path, most: int) -> Iterator[tuple[int, dict[str, Any]]]:
             if is_recorded and number == len(lines):
                 continue
             raise RunError(
-                f"{path}, line {number} is not JSON ({error}): mend or remove the line"
+                f"{path}, line {number} is no JSON ({error}): mend or remove the line"
             ) from None
         if not isinstance(row, dict):
             raise RunError(

@@ -61,8 +61,8 @@ def address(url: str) -> str:
 
 
 def fetch(url: str, key: str | None = None) -> Scrape:
-    """What the server says to who brings its API key, if it has one. Raises OSError where nothing answers, ValueError where what answers is not Prometheus's
-    text."""
+    """What the server says; ``key``: its API key, if it asks for one. Raises OSError where nothing
+    answers, ValueError where what answers is not Prometheus's text."""
     try:
         request = urllib.request.Request(url, headers=headers_of(key))
         with urllib.request.urlopen(request, timeout=10) as response:
