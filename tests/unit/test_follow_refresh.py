@@ -13,7 +13,6 @@ import stat
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -199,8 +198,7 @@ def test_a_drafter_that_came_meanwhile(
         patch.setattr(take, "_about", lambda options: notes)
         line = "tau 2 -> 3"
         patch.setattr(take, "_take", lambda *_: (KEPT, line))
-        options: Any = SimpleNamespace(target="t", minutes=None, tokens=1, days=None)
-        patch.setattr(take.dataclasses, "replace", lambda options, **_: options)
+        options = take.Options(str(pair[0]), str(pair[1]), (), None, None, 1, 4, 10, None)
         assert take.refresh(options, Rounds(out), round_, lambda: "b" * 12)
     assert round_.notes()["meanwhile"] == "b" * 12
     assert f"drafter {'b' * 12} put in meanwhile" in (out / "journal.txt").read_text()

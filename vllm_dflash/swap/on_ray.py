@@ -119,16 +119,18 @@ class RolloutEndpoint:
     """ASGI middleware of the ingress: ``POST`` has all replicas take a drafter, one after another,
     and answers once all have, or all have gone back."""
 
-    def __init__(self, app: Any, deployment: str, first: str, folder: str) -> None:
+    def __init__(
+        self, app: Any, deployment: str, first: str, folder: str, *, has_key: bool
+    ) -> None:
         self.app, self.folder = app, Path(folder)
-        self._deployment, self._first = deployment, first
+        self._deployment, self._first, self._has_key = deployment, first, has_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] != PATH or scope["method"] not in _METHODS:
             await self.app(scope, receive, send)
             return
         # One whose user gave a key has been asked for it before this.
-        problem = foreign(scope, has_key=True)
+        problem = foreign(scope, has_key=self._has_key)
         if problem is not None:
             await say(send, HTTPStatus.FORBIDDEN, refused=problem)
             return
