@@ -109,8 +109,7 @@ class DrafterEndpoint:
             await refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, NO_JSON)
             return
         try:
-            body = await body_of(receive)
-            swap = await asyncio.to_thread(swap_of, body, Path(self.folder))
+            swap = swap_of(await body_of(receive), Path(self.folder))
         except ValueError as error:
             await refuse(HTTPStatus.BAD_REQUEST, str(error))
             return
