@@ -74,20 +74,22 @@ def unusable(error: OSError) -> RunError:
     )
 
 
-def create(path: Path) -> IO[bytes]:
-    """A new file at ``path``, open for bytes, in the place of the file or the link that is there.
+def create(path: Path, mode: int = 0o666) -> IO[bytes]:
+    """A new file at ``path``, open for bytes, in the place of the file or the link that is there;
+    ``mode``: who may read and write it, less what the process's mask takes away.
 
     Raises:
         OSError: a folder is there, or the folder cannot be written.
     """
     path.unlink(missing_ok=True)
-    return path.open("xb")  # O_EXCL: a link that has come meanwhile is not followed
+    # O_EXCL: a link that has come meanwhile is not followed.
+    return open(path, "xb", opener=lambda name, flags: os.open(name, flags, mode))
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
+def whole_file(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
     """A new file that gets its name only once all of it is on the disk; what a killed process
-    leaves is overwritten by the next.
+    leaves is overwritten by the next. ``mode``: as of ``create``.
 
     Raises:
         RunError: as ``disk_refusals``, or something at that place is in the way; whatever was at
@@ -96,7 +98,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     part = path.with_name(path.name + _PART)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = create(part)
+        file = create(part, mode)
     except OSError as error:
         raise refusal(path, error) from None
     try:

@@ -24,9 +24,12 @@ CARD = "training.json"
 """In the folder of a drafter that ``vllm-dflash train`` exported."""
 PUSHED = "weights that were pushed"
 """The name of a drafter that came by vLLM's own update, which says none."""
+WEIGHTS = "weights"
+"""In both notes: the id of the weights that they speak of."""
 _TAU = AtLeast(float, 1)
-_NOTE = {"tau": _TAU, "target_files": Optional((str, None))}
-_CARD = {"proof": {"rows": [{"tau": _TAU}]}}
+_OF = Optional((str, None))
+_NOTE = {"tau": _TAU, "target_files": Optional((str, None)), WEIGHTS: _OF}
+_CARD = {"proof": {"rows": [{"tau": _TAU}]}, WEIGHTS: _OF}
 _DIGITS = 12
 
 
@@ -39,6 +42,8 @@ class Proof:
     target_files: str | None = None
     """Stands for the target's folder that it was proved with (``contents.of_folder``); None where
     that is not known."""
+    untied: str | None = None
+    """Why the folder's tau is not shown, where it says one."""
 
 
 @dataclass
@@ -83,7 +88,9 @@ class ServingDrafter:
         }
 
     def __str__(self) -> str:
-        tau = "no proved tau" if self.proof.tau is None else f"proved tau {self.proof.tau:.2f}"
+        proof = self.proof
+        tau = "no proved tau" if proof.tau is None else f"proved tau {proof.tau:.2f}"
+        tau += f": {proof.untied}" if proof.untied else ""
         return f"drafter {self.id} ({self.name}, {tau})"
 
 
@@ -95,17 +102,25 @@ def id_of(digests: Mapping[str, bytes]) -> str:
     return whole.hexdigest()[:_DIGITS]
 
 
-def proof_of(folder: Path | None) -> Proof:
-    """What the folder's notes say; nothing where there is none, or one that cannot be read: a
-    drafter serves without."""
+def proof_of(folder: Path | None, weights: str) -> Proof:
+    """What the folder's notes say of the weights with this id; nothing where there is none, or one
+    that cannot be read: a drafter serves without. A tau of other weights, as in a copy of a folder
+    that was trained on, is none of these."""
     if folder is None:
         return Proof()
     try:
-        note = records.read(folder / NOTE, _NOTE)
-        if note is not None:
-            return Proof(note["tau"], note.get("target_files"))
-        card = records.read(folder / CARD, _CARD)
+        name, note = NOTE, records.read(folder / NOTE, _NOTE)
+        if note is None:
+            name, note = CARD, records.read(folder / CARD, _CARD)
     except records.RecordError:
         return Proof()
-    rows = card["proof"]["rows"] if card else []
-    return Proof(rows[-1]["tau"]) if rows else Proof()
+    if note is None:
+        return Proof()
+    rows = note["proof"]["rows"] if name == CARD else [note]
+    target = note.get("target_files") if name == NOTE else None
+    if not rows:
+        return Proof()
+    if (of := note.get(WEIGHTS)) != weights:
+        said = "does not say of which weights it is" if of is None else f"is of the weights {of}"
+        return Proof(None, target, f"{name} {said}")
+    return Proof(rows[-1]["tau"], target)

@@ -22,9 +22,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine import forks
 from engine.harness import DRAFTER, TARGET, held_out_prompts, run_engine
 from engine.reloads import MAX_TOKENS, job, redraw, run, wrong_drafts
-from engine.test_serve import metric, request, server
+from engine.test_serve import fork, metric, request, server
 from vllm_dflash.cli import main
 from vllm_dflash.swap.turns import PATH
 from vllm_dflash.weights.identity import id_of_folder
@@ -173,8 +174,11 @@ def make_drafters(folder: Path) -> Path:
 
 
 @contextmanager
-def swappable(drafters: Path, *more: str, ends_itself: bool = False) -> Iterator[int]:
-    """A server with the endpoint, on the loopback; ``ends_itself`` as ``server``'s."""
+def swappable(
+    drafters: Path, *more: str, ends_itself: bool = False, logs: list[Path] | None = None
+) -> Iterator[int]:
+    """A server with the endpoint, on the loopback; ``ends_itself`` as ``server``'s. Its log's place
+    is added to ``logs``."""
     speculative = json.dumps({"method": "dflash", "model": str(drafters / "good")})
     flags = (
         "--speculative-config",
@@ -187,7 +191,12 @@ def swappable(drafters: Path, *more: str, ends_itself: bool = False) -> Iterator
         *more,
     )
     env = {"VLLM_DFLASH_SWAP_FROM": str(drafters)}
-    with server(*flags, env=env, ends_itself=ends_itself) as port:
+
+    def start(command: list[str], env: dict[str, str], log: Path) -> forks.Fork:
+        (logs if logs is not None else []).append(log)
+        return fork(command, env, log)
+
+    with server(*flags, env=env, start=start, ends_itself=ends_itself) as port:
         yield port
 
 
@@ -240,6 +249,12 @@ def test_swaps_under_load(drafters: Path, capsys: pytest.CaptureFixture[str]) ->
             for line in page.splitlines()
             if line.startswith("vllm_dflash_drafter_swaps_total") and swapped in line
         ] == ["6.0"]
+        refused = [
+            float(line.rpartition(" ")[2])
+            for line in page.splitlines()
+            if line.startswith("vllm_dflash_drafter_swaps_total") and 'result="refused"' in line
+        ]
+        assert refused == [18.0], "absent folders too, which no rank was asked for"
     print(f"{clients.greedy} greedy, {clients.sampled} sampled, {clients.broken} broken; {taus}")
     assert clients.greedy > 40
     assert clients.wrong == []
@@ -248,12 +263,19 @@ def test_swaps_under_load(drafters: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_the_key_and_the_log(drafters: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With a key nobody swaps without it; and after a restart the command line's drafter serves."""
-    with swappable(drafters, "--api-key", "secret") as port:
+    logs: list[Path] = []
+    with swappable(drafters, "--api-key", "secret", logs=logs) as port:
         url = f"http://127.0.0.1:{port}"
         assert main(["swap", "--server", url, "noisy"]) == 2
         assert "asks for its API key" in capsys.readouterr().err
+        assert main(["swap", "--server", url, "noisy", "--api-key", "wrong"]) == 2
+        assert "refuses the API key that was given" in capsys.readouterr().err
+        assert main(["swap", "--server", url, "absent", "--api-key", "secret"]) == 1
+        assert "no drafter is swapped in: " in logs[0].read_text()
         assert main(["swap", "--server", url, "noisy", "--api-key", "secret"]) == 0
         assert main(["swap", "--server", url, "--api-key", "secret"]) == 0
+        log = logs[0].read_text()
+        assert "Failed to load weights" not in log, "all that came has found its place"
         assert id_of_folder(drafters / "noisy") in capsys.readouterr().out
     with swappable(drafters) as port:
         assert which(port)["id"] == id_of_folder(drafters / "good")

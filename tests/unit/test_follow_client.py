@@ -118,6 +118,37 @@ def test_what_is_no_endpoint(
     assert said in capsys.readouterr().err
 
 
+def test_a_key_that_is_refused(endpoint: Endpoint, capsys: pytest.CaptureFixture[str]) -> None:
+    endpoint.say(401, refused="this server asks for its API key")
+    assert main(["swap", "--server", endpoint.url, "new", "--api-key", "wrong"]) == 2
+    assert "refuses the API key that was given" in capsys.readouterr().err
+
+
+def test_which_drafter_each_server_has(
+    endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where one cannot be asked: those before it have the new one, those after it the old."""
+    endpoint.say(200, **FOUND, before="ba9876543210", context="leave")
+    servers = [endpoint.url, "127.0.0.1:9", "127.0.0.1:10"]
+    flags = [word for each in servers for word in ("--server", each)]
+    assert main(["swap", *flags, "new"]) == 2
+    assert capsys.readouterr().err.split("\n")[-5:] == [
+        "the drafter of each server now:",
+        f"  {endpoint.url}: 0123456789ab, the new one",
+        "  127.0.0.1:9: not known, it could not be asked",
+        "  127.0.0.1:10: the one from before, it was not asked",
+        "",
+    ]
+
+
+@pytest.mark.parametrize("server", ["http://user:pass@127.0.0.1:9", "user:pass@127.0.0.1:9"])
+def test_a_password_in_an_address(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["swap", "--server", server, "new"]) == 2
+    said = capsys.readouterr().err
+    assert "pass@" not in said
+    assert "give the key by --api-key" in said
+
+
 def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["swap", "--server", "127.0.0.1:9", "new"]) == 2
     assert "does not answer" in capsys.readouterr().err

@@ -60,6 +60,19 @@ def test_a_new_drafter_is_judged_by_the_next_look(
     assert refresh._has_fallen(rounds, later, 0.8)
 
 
+def test_the_first_look_after_a_swap(rounds: Rounds, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not refresh._has_fallen(rounds, scraped(page({1: 500}, swaps=1)), 0.8)
+    said = capsys.readouterr().out
+    assert "has come into the server since it began, and this is the first look" in said
+
+
+def test_a_small_limit_is_not_shown_as_none(
+    rounds: Rounds, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refresh._has_fallen(rounds, scraped(page({4: 500})), 0.0001)
+    assert "not below 0.0004: nothing" in capsys.readouterr().out
+
+
 def test_a_share_needs_a_proof(rounds: Rounds) -> None:
     with pytest.raises(refresh._UsageError, match="give a tau above 1"):
         refresh._has_fallen(rounds, scraped(page({2: 500}, proved=None)), 0.8)
@@ -114,6 +127,35 @@ def test_catching_up(
     assert refresh._catches_up(rounds, "url", None) == gives
     assert server.given == ([str(drafter.resolve())] if gives else [])
     assert ("swapped_into" in rounds.kept()[-1].notes()) == (swapped_in or gives)
+
+
+def test_what_came_meanwhile_is_not_swapped_over(
+    rounds: Rounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor by the next refresh: only once the server has another one again."""
+    kept(rounds, swapped_in=False)
+    rounds.kept()[-1].note(meanwhile="other")
+    server = Server("other", 1)
+    monkeypatch.setattr(client, "which", server.which)
+    monkeypatch.setattr(client, "swap", server.swap)
+    assert not refresh._catches_up(rounds, "url", None)
+    server.found["id"] = "third"
+    assert refresh._catches_up(rounds, "url", None)
+
+
+def test_the_look_before_the_decision(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, other = (scraped(page({4: 9}, drafter_id=name)) for name in ("aaaa", "bbbb"))
+    answers = {"scrape": before}
+    monkeypatch.setattr(refresh, "_scrape", lambda server, key: answers["scrape"])
+    assert refresh._meanwhile("url", None, before) is None
+    answers["scrape"] = other
+    assert refresh._meanwhile("url", None, before) == "bbbb"
+
+    def gone(server: str, key: str | None) -> Any:
+        raise client.ServerError("gone")
+
+    monkeypatch.setattr(refresh, "_scrape", gone)
+    assert refresh._meanwhile("url", None, before) is None
 
 
 def test_nothing_was_kept(rounds: Rounds) -> None:

@@ -24,6 +24,7 @@ class Engine:
         self.asked: list[str] = []
         self.cannot_reset = False
         self.ticket = ""
+        self.refusals = 0
         model = SimpleNamespace(model="/no/folder")
         self.vllm_config = SimpleNamespace(model_config=model)
 
@@ -49,6 +50,7 @@ class Engine:
             self.serving[rank], self.staged[rank] = weights, None
         if method == "drop":
             self.staged[rank] = None
+        self.refusals += method == "count_refusal" and rank == 0
         return ServingDrafter("/d", self.serving[rank], 1.0).as_dict()
 
     async def reset_prefix_cache(self, reset_running_requests: bool) -> bool:
@@ -77,13 +79,19 @@ class Server:
         self.passed.append(scope.get("path", scope["type"]))
 
     def ask(
-        self, method: str = "GET", body: Any = None, path: str = PATH, key: str | None = None
+        self,
+        method: str = "GET",
+        body: Any = None,
+        path: str = PATH,
+        key: str | None = None,
+        **headers: str,
     ) -> tuple[int, Any]:
-        return asyncio.run(self.asked(method, body, path, key))
+        return asyncio.run(self.asked(method, body, path, key, **headers))
 
     async def asked(
-        self, method: str, body: Any, path: str = PATH, key: str | None = None
+        self, method: str, body: Any, path: str = PATH, key: str | None = None, **headers: str
     ) -> tuple[int, Any]:
+        """``headers``: by their names with an underscore for a hyphen."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         said: list[dict[str, Any]] = []
 
@@ -93,9 +101,11 @@ class Server:
         async def send(message: dict[str, Any]) -> None:
             said.append(message)
 
-        headers = [] if key is None else [(b"authorization", f"Bearer {key}".encode())]
+        given = {"content_type": "application/json"} | headers
+        given |= {} if key is None else {"authorization": f"Bearer {key}"}
+        sent = [(n.replace("_", "-").encode(), value.encode()) for n, value in given.items()]
         scope = {"type": "http", "method": method, "path": path, "app": self.app}
-        await self.endpoint(scope | {"headers": headers}, receive, send)
+        await self.endpoint(scope | {"headers": sent}, receive, send)
         return (said[0]["status"], json.loads(said[1]["body"])) if said else (0, None)
 
     def start(self) -> list[dict[str, Any]]:
@@ -202,18 +212,75 @@ def test_context_that_cannot_be_computed_anew(root: Path, monkeypatch: pytest.Mo
         ({"drafter": "."}, "is not below"),
         ({"drafter": "absent"}, "is no folder"),
         ({"drafter": "link"}, "is not below"),
+        ({"drafter": "linked"}, "leads out of"),
+        ({"drafter": "n" * 5000}, "name too long"),
+        ({"drafter": "a\0b"}, "null"),
         (b"x" * (1 << 17), "more than"),
     ],
 )
-def test_what_is_no_swap(root: Path, monkeypatch: pytest.MonkeyPatch, body: Any, said: str) -> None:
-    """No path leads out of the administrator's folder, by a link neither."""
+def test_what_is_no_swap(
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    body: Any,
+    said: str,
+) -> None:
+    """No path leads out of the administrator's folder, by a link neither, nor by one of a file; and
+    the reason is in the answer, the log and the count."""
+    (root / "linked").mkdir()
+    (root / "linked" / "model.safetensors").symlink_to("/etc/hostname")
     (root.parent / "outside").mkdir()
     (root / "link").symlink_to(root.parent / "outside")
     server = Server(root, monkeypatch)
     status, found = server.ask("POST", body)
     assert status == 400
-    assert said in found["refused"]
-    assert server.engine.asked == []
+    assert said.lower() in found["refused"].lower()
+    assert found["refused"] in caplog.text
+    assert len(found["refused"]) < 500
+    assert server.engine.asked == ["count_refusal"]
+    assert server.engine.refusals == 1
+
+
+def test_a_link_within_the_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the hub's cache, whose files are links to others of it."""
+    (root / "blobs").mkdir()
+    (root / "blobs" / "a").write_text("x")
+    (root / "new" / "model.safetensors").symlink_to("../blobs/a")
+    assert Server(root, monkeypatch).ask("POST", {"drafter": "new"})[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"content_type": "text/plain"}, 415),
+        ({"content_type": ""}, 415),
+        ({"content_type": "Application/JSON; charset=utf-8"}, 200),
+        ({"origin": "https://evil.example", "host": "127.0.0.1:8000"}, 403),
+        ({"origin": "null", "host": "127.0.0.1:8000"}, 403),
+        ({"origin": "http://127.0.0.1:8000", "host": "127.0.0.1:8000"}, 200),
+        ({"origin": "http://evil.example:8000", "host": "evil.example:8000"}, 403),
+        ({"host": "evil.example"}, 403),
+        ({"host": "localhost:8000"}, 200),
+        ({"host": "[::1]:8000"}, 200),
+        ({"host": "[::1"}, 403),
+        ({"host": "10.0.0.5:8000"}, 200),
+    ],
+)
+def test_a_web_page_cannot_swap(
+    root: Path, monkeypatch: pytest.MonkeyPatch, headers: dict[str, str], status: int
+) -> None:
+    """Without a key: neither by what a browser sends unasked, nor under a name of its own."""
+    server = Server(root, monkeypatch)
+    found, answer = server.ask("POST", {"drafter": "new"}, **headers)
+    assert found == status, answer
+    assert server.engine.serving == (["new", "new"] if status == 200 else ["old", "old"])
+
+
+def test_with_a_key_any_name_will_do(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(root, monkeypatch, api_key=["k"])
+    assert server.ask("POST", {"drafter": "new"}, key="k", host="vllm.example.org")[0] == 200
+    page = {"host": "vllm.example.org", "origin": "https://evil.example"}
+    assert server.ask("POST", {"drafter": "new"}, key="k", **page)[0] == 403
 
 
 def test_the_key(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,6 +354,7 @@ def test_two_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (first, _), (second, answer) = asyncio.run(both())
     assert (first, second) == (200, 409)
     assert "another swap is under way" in answer["refused"]
+    assert server.engine.refusals == 1
 
 
 def test_data_parallel_engines_are_all_asked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ from vllm_dflash.serving_drafter import Proof, ServingDrafter, id_of, proof_of
 from vllm_dflash.tools.convert import convert
 from vllm_dflash.weights.identity import digest_of, id_of_folder
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 @pytest.fixture
 def drafter(tmp_path: Path) -> Path:
@@ -81,15 +83,36 @@ def test_tensors_of_every_shape(tensor: torch.Tensor) -> None:
 
 
 def test_what_a_folder_says_of_itself(tmp_path: Path) -> None:
-    assert proof_of(None) == proof_of(tmp_path) == Proof()
+    ours, others = "a" * 12, "b" * 12
+
+    def found() -> Proof:
+        return proof_of(tmp_path, ours)
+
+    assert proof_of(None, ours) == found() == Proof()
     rows = [{"by": "reference loop", "tau": 3.1}, {"by": "vLLM", "tau": 3.2}]
+    (tmp_path / "training.json").write_text(json.dumps({"proof": {"rows": rows}, "weights": ours}))
+    assert found() == Proof(3.2)
+    of_others = {"proof": {"rows": rows}, "weights": others}
+    (tmp_path / "training.json").write_text(json.dumps(of_others))
+    assert found() == Proof(None, None, f"training.json is of the weights {others}")
     (tmp_path / "training.json").write_text(json.dumps({"proof": {"rows": rows}}))
-    assert proof_of(tmp_path) == Proof(3.2)
-    (tmp_path / "refresh.json").write_text(json.dumps({"tau": 4.0, "target_files": "f" * 16}))
-    assert proof_of(tmp_path) == Proof(4.0, "f" * 16)
+    said = "training.json does not say of which weights it is"
+    assert found() == Proof(None, None, said)
+    assert f"(d, no proved tau: {said})" in str(ServingDrafter("d", ours, proof=found()))
+    note = {"tau": 4.0, "target_files": "f" * 16, "weights": ours}
+    (tmp_path / "refresh.json").write_text(json.dumps(note))
+    assert found() == Proof(4.0, "f" * 16)
+    (tmp_path / "refresh.json").write_text(json.dumps(note | {"weights": others}))
+    assert (found().tau, found().target_files) == (None, "f" * 16)
     for damaged in ("{", '{"tau": 0.5}', '{"tau": "high"}'):
         (tmp_path / "refresh.json").write_text(damaged)
-        assert proof_of(tmp_path) == Proof(), "a drafter serves without"
+        assert found() == Proof(), "a drafter serves without"
+
+
+@pytest.mark.parametrize("name", ["dflash", "dflare"])
+def test_what_is_shipped_is_tied_to_its_weights(name: str) -> None:
+    folder = ROOT / "examples" / "embedded_pair" / name
+    assert proof_of(folder, id_of_folder(folder)).tau is not None
 
 
 def test_swaps_are_counted() -> None:

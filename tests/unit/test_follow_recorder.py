@@ -127,13 +127,27 @@ def test_a_redaction_that_fails_leaves_the_line_out(
 
     def broken(found: dict[str, Any]) -> Any:
         if found["prompt"] == "raise":
-            raise ValueError("no")
+            raise ValueError(f"text of a user: {found}")
         return answer if found["prompt"] == "wrong" else found
 
     writer = LineWriter(tmp_path, 1 << 20, redact=broken)
     write(writer, line("raise"), line("wrong"), line("a"))
     assert prompts(tmp_path) == ["a"]
-    assert caplog.text.count("lines are left out, as VLLM_DFLASH_RECORD_REDACT fails") == 1
+    assert (
+        caplog.text.count("lines are left out, as VLLM_DFLASH_RECORD_REDACT fails: ValueError") == 1
+    )
+    assert "text of a user" not in caplog.text
+    assert caplog.text.count(f"it returned a {type(answer).__name__}, not a dict or None") == 1
+
+
+def test_a_redaction_with_values_that_are_no_jsons(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = LineWriter(tmp_path, 1 << 20, redact=lambda found: found | {"x": {"a user's text"}})
+    write(writer, line("a"), line("b"))
+    assert prompts(tmp_path) == []
+    assert caplog.text.count("values that are none of JSON's") == 1
+    assert "a user's text" not in caplog.text
 
 
 def test_the_functions_name() -> None:

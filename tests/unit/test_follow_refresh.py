@@ -6,9 +6,12 @@ pytest tests/unit/test_follow_refresh.py
 
 import json
 import os
+import re
 import shutil
 import signal
+import stat
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +32,16 @@ from training_runs import (
 )
 from vllm_dflash import contents
 from vllm_dflash.cli import main
-from vllm_dflash.files import RunError
+from vllm_dflash.files import RunError, write_record
 from vllm_dflash.follow import take
 from vllm_dflash.follow.interval import Comparison
 from vllm_dflash.follow.measure import Measure
-from vllm_dflash.follow.rounds import Rounds
+from vllm_dflash.follow.rounds import KEPT, Rounds
 from vllm_dflash.reference.decoding import generate
 from vllm_dflash.serving_drafter import proof_of
 from vllm_dflash.training import learned
 from vllm_dflash.training import settings as training_settings
+from vllm_dflash.training.loop import Trainer
 from vllm_dflash.training.pipeline import run_stages
 from vllm_dflash.training.sequences import write_sequences
 from vllm_dflash.weights.identity import id_of_folder
@@ -119,7 +123,9 @@ def undisturbed(pair: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPath
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     with pytest.MonkeyPatch.context() as patch:
         without_engine(patch)
-        assert main(command(pair, out)) == 0
+        patch.setattr(sys, "argv", ["vllm-dflash", "refresh", "--api-key", "sekret"])
+        engine_args = json.dumps({"hf_token": "sekret"})
+        assert main(command(pair, out, engine_args=engine_args)) == 0
     return out
 
 
@@ -139,7 +145,9 @@ def test_a_better_one_is_kept(pair: tuple[Path, Path, Path], undisturbed: Path) 
     note = json.loads((kept / "refresh.json").read_text())
     assert note["tau"] > note["tau_before"] >= 1
     assert note["target_files"] == contents.of_folder(str(target))
-    assert proof_of(kept).tau == note["tau"]
+    assert note["weights"] == id_of_folder(kept)
+    assert proof_of(kept, id_of_folder(kept)).tau == note["tau"]
+    assert json.loads((kept / "training.json").read_text())["weights"] == id_of_folder(kept)
     assert id_of_folder(kept) != id_of_folder(drafter)
     journal = (undisturbed / "journal.txt").read_text()
     for said in (
@@ -154,6 +162,128 @@ def test_a_better_one_is_kept(pair: tuple[Path, Path, Path], undisturbed: Path) 
     assert not any(
         "traffic" in name or "generate" in name or "checkpoints" in name for name in left
     )
+
+
+def test_no_secret_is_kept(undisturbed: Path) -> None:
+    """Neither of the command nor of the settings, in the card or elsewhere."""
+    files = [path for path in undisturbed.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"sekret" in path.read_bytes()]
+    assert "refresh --api-key '***'" in (undisturbed / "drafter" / "README.md").read_text()
+
+
+def test_what_it_says_how_to_serve(
+    pair: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The link, which leads to the one that is kept later, too; and fewer are held out than were
+    asked for."""
+    out = tmp_path / "out"
+    assert main(command(pair, out, "--held-out", "5000")) in (0, 3)
+    said = capsys.readouterr().out
+    assert "14 prompts are held out, not 5000: at most half" in said
+    assert str(Path("run") / "drafter") not in said.partition("serve it")[2]
+    if "round 1, kept" in said:
+        assert f'"model": "{out / "drafter"}"' in said
+
+
+def test_a_drafter_that_came_meanwhile(
+    pair: tuple[Path, Path, Path], undisturbed: Path, tmp_path: Path
+) -> None:
+    """What was begun is kept and said; nothing is swapped over the other."""
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out, symlinks=True)
+    (round_,) = Rounds(out).all()
+    notes = {k: v for k, v in round_.notes().items() if k not in ("decision", "line")}
+    write_record(round_.folder / "round.json", notes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(take, "_about", lambda options: notes)
+        line = "tau 2 -> 3"
+        patch.setattr(take, "_take", lambda *_: (KEPT, line))
+        options = take.Options(str(pair[0]), str(pair[1]), (), None, None, 1, 4, 10, None)
+        assert take.refresh(options, Rounds(out), round_, lambda: "b" * 12)
+    assert round_.notes()["meanwhile"] == "b" * 12
+    assert f"drafter {'b' * 12} put in meanwhile" in (out / "journal.txt").read_text()
+
+
+def test_texts_that_are_too_old(
+    pair: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round that was stopped, and left for longer than texts are kept, is not gone on with."""
+    out = tmp_path / "out"
+    kill_at(out / ROUND, command(pair, out), times=2)
+    traffic = out / "rounds" / "0001" / "traffic.jsonl"
+    assert stat.S_IMODE(traffic.stat().st_mode) == 0o600
+    os.utime(traffic, (time.time() - 2 * 86400,) * 2)
+    monkeypatch.setenv("VLLM_DFLASH_RECORD_MAX_DAYS", "1")
+    assert main(command(pair, out, lr=0.0)) == 3
+    assert "round 1, left: its texts are older than 1 days" in (out / "journal.txt").read_text()
+    assert not traffic.exists()
+
+
+def test_a_line_that_cannot_be_learned_from(
+    pair: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Is named in the user's file; mended, the same command begins anew."""
+    target, drafter, traffic = pair
+    mine, out = tmp_path / "mine.jsonl", tmp_path / "out"
+    mine.write_text('{"prompt_token_ids": [3, 4, 5]}\n\n{"prompt_token_ids": []}\n')
+    asked = command((target, drafter, traffic), out, "--prompts", str(mine))
+    assert main(asked) == 1
+    said = capsys.readouterr().err
+    assert f"{mine}, line 3: prompt_token_ids is no list of ids" in said
+    assert "traffic.jsonl" not in said
+    assert Rounds(out).all() == []
+
+
+def test_a_target_that_is_none(
+    pair: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Is looked at before a round is begun."""
+    _, drafter, traffic = pair
+    out = tmp_path / "out"
+    assert main(command((tmp_path / "nope", drafter, traffic), out)) == 2
+    assert "nope" in capsys.readouterr().err
+    assert Rounds(out).all() == []
+
+
+def test_the_minutes_hold(
+    pair: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the estimate was wrong, training ends with what was learned, and is judged."""
+    monkeypatch.setattr(Measure, "steps_in", lambda measure, minutes: 1_000_000)
+    out = tmp_path / "out"
+    began = time.monotonic()
+    assert main(command(pair, out, "--minutes", "0.05")) in (0, 3)
+    assert time.monotonic() - began < 120
+    journal = (out / "journal.txt").read_text()
+    assert re.search(r"round 1: \d+ of 1000000 steps, then the 0.05 minutes were over", journal)
+    assert "on 8 held-out prompts" in journal
+
+
+def test_ctrl_c(
+    pair: tuple[Path, Path, Path],
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In training: one line, a checkpoint, and the same bits in the end."""
+    out, step = tmp_path / "out", Trainer.step
+
+    def stopped(self: Trainer, number: int) -> dict[str, float]:
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", stopped)
+        assert main(command(pair, out)) == 130
+    said = capsys.readouterr().err
+    assert "vllm-dflash refresh: stopped;" in said
+    assert "the same command goes on from there" in said
+    assert "Traceback" not in said
+    assert (out / "rounds/0001/run/train/checkpoints/step-00000003.json").is_file()
+    assert main(command(pair, out)) == 0
+    assert same(out / "drafter", undisturbed / "drafter")
 
 
 def test_the_budget_in_tokens(undisturbed: Path) -> None:

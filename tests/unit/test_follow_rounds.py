@@ -92,6 +92,26 @@ def test_a_round_that_was_not_begun_is_removed(tmp_path: Path) -> None:
     assert rounds.all() == []
 
 
+def test_who_may_read_what(tmp_path: Path) -> None:
+    """Traffic its owner alone; a drafter that is kept whoever may read one that ``train`` made."""
+    rounds = Rounds(tmp_path)
+    refused, kept = made(rounds, REFUSED), made(rounds, KEPT)
+    rounds.settle()
+    assert stat.S_IMODE(refused.folder.stat().st_mode) == 0o700
+    modes = {stat.S_IMODE(each.stat().st_mode) for each in (kept.folder, kept.run, kept.drafter)}
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert modes == {stat.S_IMODE(plain.stat().st_mode)}
+
+
+def test_texts_of_rounds_that_were_left(tmp_path: Path) -> None:
+    """Two that were not decided: the newer one is gone on with, the older one's texts go."""
+    rounds = Rounds(tmp_path)
+    first, second = made(rounds), made(rounds)
+    assert rounds.settle() == second
+    assert not first.folder.exists()
+
+
 def test_a_damaged_note_is_named(tmp_path: Path) -> None:
     rounds = Rounds(tmp_path)
     each = made(rounds)
@@ -137,6 +157,11 @@ def test_a_link_never_takes_a_folders_place(tmp_path: Path) -> None:
     (tmp_path / "drafter").mkdir()
     with pytest.raises(RunError, match="no link"):
         point(tmp_path / "drafter", tmp_path)
+
+
+def test_no_secret_in_the_journal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Rounds(tmp_path).say("http://user:pass@host:1: swapped")
+    assert "pass" not in (tmp_path / "journal.txt").read_text() + capsys.readouterr().out
 
 
 def test_the_journal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

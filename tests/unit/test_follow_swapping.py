@@ -73,7 +73,9 @@ def holds(model: Model, folder: Path) -> bool:
 
 def test_a_swap(model: Model, folders: tuple[Path, Path]) -> None:
     old, new = folders
-    (new / "refresh.json").write_text(json.dumps({"tau": 3.5, "target_files": None}))
+    (new / "refresh.json").write_text(
+        json.dumps({"tau": 3.5, "target_files": None, "weights": id_of_folder(new)})
+    )
     swapping, weights = Swapping(model, model), id_of_folder(new)
     assert stage(swapping, new) == {"id": weights}
     assert holds(model, old), "nothing is touched until all ranks have looked"
@@ -82,6 +84,7 @@ def test_a_swap(model: Model, folders: tuple[Path, Path]) -> None:
     assert (found["id"], found["drafter"], found["proved_tau"]) == (weights, str(new), 3.5)
     assert (found["swaps"], found["refusals"]) == (1, 0)
     assert swapping.which() == found
+    assert swapping.count_refusal()["refusals"] == 1, "one that the endpoint refused"
     again = swapping.commit("t", weights)
     assert "not staged any more" in again["refused"]
 

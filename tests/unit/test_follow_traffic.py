@@ -65,3 +65,15 @@ def test_files_of_the_users(tmp_path: Path) -> None:
         gather([tmp_path / "absent.jsonl"], OURS, 10)
     with pytest.raises(RunError, match="is the recorder on"):
         gather([tmp_path / "x" / ".."], OURS, 10)
+
+
+def test_a_line_of_the_users_is_named(tmp_path: Path) -> None:
+    """By its file and number, and a byte order mark is none of the first."""
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("\ufeff" + json.dumps(row("a")) + "\n\n" + json.dumps(row("b")))
+    found = gather([mine], OURS, 10)
+    assert found.origins == [f"{mine}, line 3", f"{mine}, line 1"]
+    for bad in ("{", "[1]", '"text"', "null"):
+        mine.write_text(json.dumps(row("a")) + "\n" + bad)
+        with pytest.raises(RunError, match=r"mine\.jsonl, line 2 is"):
+            gather([mine], OURS, 10)

@@ -16,7 +16,6 @@ import pytest
 
 from training_runs import in_child
 from vllm_dflash.training import recordable, recorder
-from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.recorder import FOLDER, MAX_MB, TrafficRecorder
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -445,12 +444,33 @@ def test_a_full_disk(served) -> None:
     assert all(line["response"] == "hello" for line in lines)
 
 
+def assert_no_start(why: str) -> None:
+    """The server does not start, and says so in one line, not by a traceback."""
+    said: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "lifespan.startup"}
+
+    async def send(message: dict[str, Any]) -> None:
+        said.append(message)
+
+    asyncio.run(TrafficRecorder(Server())({"type": "lifespan"}, receive, send))
+    (message,) = said
+    assert message["type"] == "lifespan.startup.failed"
+    assert why in message["message"]
+
+
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(FOLDER, raising=False)
-    with pytest.raises(TrainingError, match="VLLM_DFLASH_RECORD is not set"):
-        TrafficRecorder(Server())
+    assert_no_start("VLLM_DFLASH_RECORD is not set")
     monkeypatch.setenv(FOLDER, str(tmp_path))
     monkeypatch.setenv(MAX_MB, "lots")
-    with pytest.raises(TrainingError, match="give a whole number of megabytes"):
-        TrafficRecorder(Server())
-    assert not os.listdir(tmp_path)
+    assert_no_start("give a whole number of megabytes")
+    monkeypatch.setenv(MAX_MB, "1")
+    monkeypatch.setenv("VLLM_DFLASH_RECORD_REDACT", "no_such_module:hide")
+    assert_no_start("give MODULE:FUNCTION")
+    monkeypatch.delenv("VLLM_DFLASH_RECORD_REDACT")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(FOLDER, str(tmp_path / "file"))
+    assert_no_start("exists")
+    assert os.listdir(tmp_path) == ["file"]

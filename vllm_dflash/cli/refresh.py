@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
         " interval and vLLM serves it as training said; otherwise nothing changes. Stopped,"
         " however, it goes on with the same command. OUT/journal.txt has every decision. Ends with"
         " 0 where a drafter was kept or nothing was to do, 1 where a stage failed, 2 on wrong"
-        " usage, 3 where the new drafter is not better.",
+        " usage, 3 where the new drafter is not better, 130 where Ctrl-C stopped it.",
         [
             (
                 "vllm-dflash refresh --server http://127.0.0.1:8000 --traffic traffic --minutes 15"
@@ -100,7 +100,7 @@ def _add_budget(refresh: Any) -> None:
         metavar="M",
         type=real(0, MOST_SECONDS / 60, above=True),
         default="15",
-        help="of training, beside answering and measuring (default: %(default)s)",
+        help="of training, beside answering and proving (default: %(default)s)",
     )
     budget.add_argument(
         "--tokens", metavar="N", type=count, help="drafted tokens that are learned from, instead"

@@ -70,7 +70,8 @@ class Ingress(OpenAiIngress):
         """Ray Serve's own, next in line, takes the app that routes requests; it refuses classes
         with a ``__call__``."""
         if self._swaps is not None:
-            app.add_middleware(RolloutEndpoint, **self._swaps)
+            has_key = self._api_key_digest is not None
+            app.add_middleware(RolloutEndpoint, has_key=has_key, **self._swaps)
         if self._api_key_digest is not None:  # the last one stands before the others
             app.add_middleware(Guard, digest=self._api_key_digest)
             self._guarded = True

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.api_keys import masked, without_secrets
 from vllm_dflash.engines.process import EngineFailedError
 from vllm_dflash.evaluation.job import Engine
 from vllm_dflash.evaluation.machine import machine, versions
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     except (UsageError, PromptError) as error:
         print(f"vllm-dflash bench: {error}", file=sys.stderr)
         return 2
-    bench = Bench(plan, [Path(sys.argv[0]).name, *sys.argv[1:]], out)
+    bench = Bench(plan, [Path(sys.argv[0]).name, *masked(sys.argv[1:])], out)
     try:
         bench.run()
     except UnwritableError as error:
@@ -147,7 +148,7 @@ class Bench:
             "command": list(self._command),
             "versions": versions(),
             "machine": machine(),
-            "settings": plan.settings | ({"dtype": dtype} if dtype else {}),
+            "settings": without_secrets(plan.settings | ({"dtype": dtype} if dtype else {})),
             "methods": [self._method(method) for method in plan.methods],
             "points": [asdict(point) for point in plan.points],
             "rows": rows(self.record, len(plan.points), plan.methods),
@@ -165,7 +166,7 @@ class Bench:
             "state": state,
             "reason": None if failure is None else str(failure),
             "log_tail": None if failure is None else failure.tail,
-            "environment": method.environment,
-            "engine_args": method.engine_args,
+            "environment": without_secrets(method.environment),
+            "engine_args": without_secrets(method.engine_args),
             "engine": self._engines.get(method.name),
         }

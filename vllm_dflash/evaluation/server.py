@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash.acceptance import tau
+from vllm_dflash.api_keys import headers_of, refused_key, without_secrets
 from vllm_dflash.engines.process import EngineFailedError
 from vllm_dflash.evaluation.job import Job
 from vllm_dflash.evaluation.methods import UsageError
@@ -133,15 +134,22 @@ class Server:
         ]
 
 
-def connect(url: str) -> tuple[str, str]:
+class KeyRefusedError(UsageError):
+    """The server asks for an API key, and was given none, or another."""
+
+
+def connect(url: str, key: str | None = None) -> tuple[str, str]:
     """The served model's name, and where it was loaded from.
 
     Raises:
+        KeyRefusedError: it does not answer to this API key.
         UsageError: nobody answers there, or it is no vLLM server.
     """
     try:
-        model = json.loads(_get(url.rstrip("/"), "/v1/models"))["data"][0]
+        model = json.loads(_get(url.rstrip("/"), "/v1/models", key))["data"][0]
         return model["id"], model.get("root") or model["id"]
+    except KeyRefusedError:
+        raise
     except (OSError, ValueError, LookupError, TypeError, EngineFailedError) as error:
         raise UsageError(
             f"--server {url}: no vLLM server answers ({error}): give the address of one, such as"
@@ -202,9 +210,14 @@ def measured(
     }
 
 
-def _get(url: str, path: str) -> str:
+def _get(url: str, path: str, key: str | None = None) -> str:
     try:
-        with urllib.request.urlopen(url + path, timeout=60) as response:
+        request = urllib.request.Request(url + path, headers=headers_of(key))
+        with urllib.request.urlopen(request, timeout=60) as response:
             return response.read().decode()
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise KeyRefusedError(f"--server {without_secrets(url)} {refused_key(key)}") from None
+        raise EngineFailedError(f"{url}{path} does not answer: {error}") from None
     except (urllib.error.URLError, ValueError) as error:
         raise EngineFailedError(f"{url}{path} does not answer: {error}") from None

@@ -11,11 +11,14 @@ changes nothing.
 """
 
 import argparse
+import os
 import sys
 import time
+import urllib.error
 from collections.abc import Sequence
 from pathlib import Path
 
+from vllm_dflash.api_keys import refused_key, without_secrets
 from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.files import RunError, read_record, write_record
 from vllm_dflash.follow.rounds import Rounds
@@ -27,8 +30,12 @@ from vllm_dflash.metrics.top import address, fetch
 from vllm_dflash.swap import client
 from vllm_dflash.swap.turns import RECOMPUTE
 from vllm_dflash.training.errors import SettingsError
+from vllm_dflash.training.line_writer import MAX_DAYS, age_of
+from vllm_dflash.training.pipeline import INTERRUPTED, STOPPED
 
 KEPT_STATUS, FAILED, USAGE, NOT_BETTER = 0, 1, 2, 3
+_SHOWN_IN_HUNDREDTHS = 0.1
+"""From there on; tau is 1 at least, a limit is anything."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,6 +48,9 @@ def run(args: argparse.Namespace) -> int:
     except (RunError, DrafterConfigError) as error:
         print(f"vllm-dflash refresh: {error}", file=sys.stderr)
         return FAILED
+    except KeyboardInterrupt:
+        print(f"\nvllm-dflash refresh: {STOPPED}", file=sys.stderr)
+        return INTERRUPTED
 
 
 class _UsageError(RunError):
@@ -49,8 +59,12 @@ class _UsageError(RunError):
 
 def _run(args: argparse.Namespace) -> int:
     rounds, key = Rounds(args.out), client.key_of(args.api_key)
-    scrape = _scrape(args.server) if args.server else None
+    scrape = _scrape(args.server, key) if args.server else None
     options = _options(args, Serving.of(scrape).drafters if scrape else (), rounds)
+
+    def look_again() -> str | None:
+        return _meanwhile(args.server, key, scrape) if scrape else None
+
     with hold(args.out, "vllm-dflash refresh"):
         open_round = rounds.settle()
         if args.swap and _catches_up(rounds, args.server, key):
@@ -59,8 +73,8 @@ def _run(args: argparse.Namespace) -> int:
             assert scrape is not None, "the flags' check sees to it"
             if not _has_fallen(rounds, scrape, args.when_below):
                 return KEPT_STATUS
-        kept = refresh(options, rounds, open_round)
-        if kept and args.swap:
+        kept = refresh(options, rounds, open_round, look_again)
+        if kept and args.swap and "meanwhile" not in rounds.kept()[-1].notes():
             _swap(rounds, args.server, key)
     return KEPT_STATUS if kept else NOT_BETTER
 
@@ -80,7 +94,8 @@ def _options(args: argparse.Namespace, serving: Sequence[str], rounds: Rounds) -
             "nothing to learn from: give the recorder's folder with --traffic, or files with"
             " --prompts"
         )
-    target = args.target or (_target_of(args.server) if args.server else None)
+    key = client.key_of(args.api_key)
+    target = args.target or (_target_of(args.server, key) if args.server else None)
     if target is None:
         raise _UsageError("give the target with --target, or a server that has it with --server")
     if len(serving) > 1 and args.draft is None:
@@ -101,27 +116,44 @@ def _options(args: argparse.Namespace, serving: Sequence[str], rounds: Rounds) -
         args.held_out,
         args.most_prompts,
         args.dtype,
+        age_of(os.environ.get(MAX_DAYS)),
     )
 
 
-def _target_of(server: str) -> str:
+def _target_of(server: str, key: str | None) -> str:
     from vllm_dflash.evaluation.methods import UsageError
     from vllm_dflash.evaluation.server import connect
 
     try:
-        return connect(server if "://" in server else f"http://{server}")[1]
+        return connect(server if "://" in server else f"http://{server}", key)[1]
     except UsageError as error:
         raise _UsageError(str(error)) from None
 
 
-def _scrape(server: str) -> Scrape:
+def _scrape(server: str, key: str | None) -> Scrape:
+    shown = without_secrets(server)
     try:
-        scrape = fetch(address(server))
+        scrape = fetch(address(server), key)
+    except urllib.error.HTTPError as error:
+        why = f"does not answer with metrics ({error})"
+        said = refused_key(key) if error.code in (401, 403) else why
+        raise client.ServerError(f"{shown} {said}") from None
     except (OSError, ValueError) as error:
-        raise client.ServerError(f"{server} does not answer with metrics ({error})") from None
+        why = client.why_not(server, error)
+        raise client.ServerError(f"{shown} does not answer with metrics ({why})") from None
     if not scrape.engines():
-        raise client.ServerError(f"{server} has no metrics of a drafter of vllm-dflash")
+        raise client.ServerError(f"{shown} has no metrics of a drafter of vllm-dflash")
     return scrape
+
+
+def _meanwhile(server: str, key: str | None, before: Scrape) -> str | None:
+    """The id of a drafter that came into the server since ``before``; None where there is none, or
+    the server does not answer any more."""
+    try:
+        now = Serving.of(_scrape(server, key)).id
+    except client.ServerError:
+        return None
+    return now if now != Serving.of(before).id else None
 
 
 def _has_fallen(rounds: Rounds, now: Scrape, when_below: float) -> bool:
@@ -141,12 +173,18 @@ def _has_fallen(rounds: Rounds, now: Scrape, when_below: float) -> bool:
     record = record_of(now, time.time())
     write_record(rounds.watch, record | {"below_since": since})
     if found is None:
-        rounds.say(f"drafter {record['id']} is new since the last look: the next one judges it")
+        said = (
+            "has come into the server since it began, and this is the first look"
+            if before is None
+            else "is new since the last look"
+        )
+        rounds.say(f"drafter {record['id']} {said}: the next one judges it")
         return False
+    shown = f"{limit:.2f}" if limit >= _SHOWN_IN_HUNDREDTHS else f"{limit:.2g}"
     if since is None:
-        rounds.say(f"{found}; not below {limit:.2f}: nothing to do")
+        rounds.say(f"{found}; not below {shown}: nothing to do")
     else:
-        rounds.say(f"{found}; below {limit:.2f} since {utc(since)}: a refresh")
+        rounds.say(f"{found}; below {shown} since {utc(since)}: a refresh")
     return below
 
 
@@ -159,8 +197,10 @@ def _catches_up(rounds: Rounds, server: str, key: str | None) -> bool:
     if not (kept := rounds.kept()):
         return False
     found = client.which(server, key)
-    is_other = found["id"] != id_of_folder(kept[-1].drafter)
-    if not is_other or ("swapped_into" in kept[-1].notes() and found["swaps"]):
+    is_other, notes = found["id"] != id_of_folder(kept[-1].drafter), kept[-1].notes()
+    if not is_other or ("swapped_into" in notes and found["swaps"]):
+        return False
+    if notes.get("meanwhile") == found["id"]:
         return False
     rounds.say(f"{server} does not serve {rounds.link}, which was kept last")
     _swap(rounds, server, key)
@@ -172,5 +212,5 @@ def _swap(rounds: Rounds, server: str, key: str | None) -> None:
 
     newest = rounds.kept()[-1]
     found = client.swap(server, key, str(newest.drafter.resolve()), RECOMPUTE)
-    newest.note(swapped_into=server)
+    newest.note(swapped_into=without_secrets(server))
     rounds.say(f"{server}: {swapped(found)}")

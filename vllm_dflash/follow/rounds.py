@@ -6,18 +6,21 @@ refresh that is killed anywhere goes on with the same command. Pure.
     OUT/journal.txt         what was decided, in sentences
     OUT/rounds/0001/        round.json, traffic.jsonl, run/ (of training)
 
-A decided round holds no texts of users any more, and of a run that was kept the drafter alone.
+A decided round holds no texts of users any more, and of a run that was kept the drafter alone, for
+whoever may read what ``vllm-dflash train`` makes; until then its folder is its owner's.
 
     pytest tests/unit/test_follow_rounds.py
 """
 
 import os
 import re
+import stat
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.api_keys import without_secrets
 from vllm_dflash.files import point, read_record, remove, whole_file, write_record
 from vllm_dflash.records import AtLeast, Optional
 
@@ -38,8 +41,10 @@ _NOTES = {
     "decision": Optional(str),
     "line": Optional(str),
     "swapped_into": Optional(str),
+    "meanwhile": Optional(str),
 }
-"""``old`` and ``new``: of each held-out prompt the drafts and their accepted tokens."""
+"""``old`` and ``new``: of each held-out prompt the drafts and their accepted tokens.
+``meanwhile``: the id of a drafter that somebody has put into the server while the round ran."""
 _JOURNAL_LINES = 2000
 _KEPT = 2
 """Drafters that are kept: the one in force, and the one before it to go back to."""
@@ -60,6 +65,11 @@ class Round:
     def traffic(self) -> Path:
         """Lines to learn from."""
         return self.folder / "traffic.jsonl"
+
+    @property
+    def origins(self) -> Path:
+        """Of each of these lines the file and line that it was copied from."""
+        return self.folder / "origins.txt"
 
     @property
     def run(self) -> Path:
@@ -116,18 +126,21 @@ class Rounds:
         kept, open_round = self.kept(), None
         if kept and self.link.resolve() != kept[-1].drafter.resolve():
             point(self.link, kept[-1].drafter)
-        for each in self.all():
+        for each in reversed(self.all()):
             notes = each.notes()
             if "decision" in notes:
                 _clear(each, keep=each in kept[-_KEPT:])
             elif not notes:
                 remove(each.folder)  # killed while it took its traffic: nothing is lost
-            else:
+            elif open_round is None:
                 open_round = each
+            else:  # there is one that was begun after it
+                remove(each.folder)
         return open_round
 
     def say(self, line: str) -> None:
         """Prints a line, and adds it to the journal."""
+        line = without_secrets(line)
         print(line, flush=True)
         path = self.out / "journal.txt"
         before = path.read_text().splitlines() if path.is_file() else []
@@ -140,9 +153,14 @@ def _clear(done: Round, *, keep: bool) -> None:
     """Removes texts of users and what only the training needed; the drafter too, unless it is to
     be kept."""
     remove(done.traffic)
+    remove(done.origins)
     if not keep:
         remove(done.run)
         return
-    for path in done.run.iterdir() if done.run.is_dir() else ():
+    if not done.run.is_dir():
+        return
+    for path in done.run.iterdir():
         if path != done.drafter:
             remove(path)
+    # No texts are left, and a server that runs as another user is to read the drafter.
+    done.folder.chmod(stat.S_IMODE(done.run.stat().st_mode))

@@ -5,7 +5,9 @@ decision. Each stage is taken up where a killed one stopped.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import re
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,16 @@ from typing import Any
 from vllm_dflash import contents, hub, smollm2
 from vllm_dflash.acceptance import tau
 from vllm_dflash.config import DrafterConfig
-from vllm_dflash.files import RunError, whole_file, write_record
+from vllm_dflash.files import RunError, remove, whole_file, write_record
 from vllm_dflash.follow.interval import compare
 from vllm_dflash.follow.rounds import KEPT, LEFT, REFUSED, Round, Rounds
 from vllm_dflash.follow.traffic import gather
-from vllm_dflash.serving_drafter import NOTE
+from vllm_dflash.serving_drafter import NOTE, WEIGHTS
 from vllm_dflash.training import settings as training_settings
-from vllm_dflash.training.errors import SettingsError
+from vllm_dflash.training.errors import SettingsError, TrainingError
+from vllm_dflash.training.pipeline import how_to_serve
+
+_DAY_S = 86400.0
 
 
 @dataclass(frozen=True)
@@ -41,13 +46,20 @@ class Options:
     most_prompts: int
     dtype: str | None
     """Of the target, as it is served; None: the settings'."""
+    days: float | None = None
+    """How long users' texts are kept for; None: as long as the round runs."""
 
 
-def refresh(options: Options, rounds: Rounds, open_round: Round | None) -> bool:
+Look = Callable[[], str | None]
+"""At the server, before the decision: the id of a drafter that has come into it meanwhile."""
+
+
+def refresh(options: Options, rounds: Rounds, open_round: Round | None, look: Look) -> bool:
     """Takes a round to its decision, one that was begun before or a new one; whether the new
     drafter is kept.
 
     Raises:
+        SettingsError: the target cannot be used; no round is begun.
         RunError: a stage cannot go on; the same command does from there.
     """
     about = _about(options)
@@ -56,13 +68,48 @@ def refresh(options: Options, rounds: Rounds, open_round: Round | None) -> bool:
         if any(begun[name] != about[name] for name in ("target_files", "draft_id")):
             _decide(rounds, open_round, LEFT, "it was for another target or drafter")
             open_round = None
+        elif _is_old(open_round, options.days):
+            _decide(rounds, open_round, LEFT, f"its texts are older than {options.days:g} days")
+            open_round = None
         else:
             rounds.say(f"{open_round.name} goes on where it was stopped")
             options = dataclasses.replace(options, minutes=begun["minutes"], tokens=begun["tokens"])
     current = open_round or _begin(options, rounds, about)
-    decision, line = _take(options, rounds, current)
+    try:
+        decision, line = _take(options, rounds, current)
+    except RunError as error:
+        raise _of_the_users_file(current, error) from None
+    if decision == KEPT and (other := look()) is not None:
+        current.note(meanwhile=other)
+        line += (
+            f". The server has had drafter {other} put in meanwhile, from which this one was not"
+            " trained and against which it was not measured: it is not swapped in. Put it in"
+            f" by hand (vllm-dflash swap --server URL {rounds.link.absolute()}), or refresh again,"
+            " from what serves now"
+        )
     _decide(rounds, current, decision, line)
+    if decision == KEPT:
+        print(how_to_serve(smollm2.resolve(options.target), rounds.link))
     return decision == KEPT
+
+
+def _is_old(left: Round, days: float | None) -> bool:
+    """Whether a round that was stopped holds texts for too long by now."""
+    if days is None or not left.traffic.is_file():
+        return False
+    return time.time() - left.traffic.stat().st_mtime > days * _DAY_S
+
+
+def _of_the_users_file(current: Round, error: RunError) -> RunError:
+    """A refusal of a line of the copy, as one of the line that was copied. The round is removed, so
+    that the next takes the file as it was mended."""
+    found = re.search(rf"{re.escape(str(current.traffic))}, line (\d+)", str(error))
+    if found is None or not current.origins.is_file():
+        return error
+    origins = current.origins.read_text().split("\n")
+    said = str(error).replace(found[0], origins[int(found[1]) - 1])
+    remove(current.folder)
+    return type(error)(said)
 
 
 def _decide(rounds: Rounds, current: Round, decision: str, line: str) -> None:
@@ -72,10 +119,17 @@ def _decide(rounds: Rounds, current: Round, decision: str, line: str) -> None:
 
 
 def _begin(options: Options, rounds: Rounds, about: Mapping[str, Any]) -> Round:
+    from vllm_dflash.training.target import find_target
+
+    try:
+        find_target(_settings(options, Round(rounds.out / "rounds" / "0"), None))
+    except TrainingError as error:
+        raise SettingsError(str(error)) from None
     found = gather(options.sources, about["target_files"], options.most_prompts)
     new = rounds.new()
-    with whole_file(new.traffic) as file:
-        file.write("".join(f"{line}\n" for line in found.lines).encode())
+    for path, lines in ((new.origins, found.origins), (new.traffic, found.lines)):
+        with whole_file(path, 0o600) as file:
+            file.write("".join(f"{line}\n" for line in lines).encode())
     new.note(**about)
     rounds.say(f"{new.name}: {found}; begins from drafter {about['draft_id']} ({about['draft']})")
     return new
@@ -84,6 +138,7 @@ def _begin(options: Options, rounds: Rounds, about: Mapping[str, Any]) -> Round:
 def _take(options: Options, rounds: Rounds, current: Round) -> tuple[str, str]:
     """A round's stages: its decision, and a line about it."""
     from vllm_dflash.training import learned, pipeline
+    from vllm_dflash.weights.identity import id_of_folder
 
     notes = current.notes()
     # With the steps that are known: what is trained already is not for other ones.
@@ -92,8 +147,14 @@ def _take(options: Options, rounds: Rounds, current: Round) -> tuple[str, str]:
     if "steps" not in notes:
         notes = _before(options, rounds, current, settings)
     settings = _settings(options, current, notes["steps"])
-    pipeline.run_stages(settings, ("train",))
+    pipeline.run_stages(settings, ("train",), minutes=options.minutes)
     if "new" not in notes:
+        done = learned.result(settings)["steps"]
+        if done < notes["steps"]:
+            rounds.say(
+                f"{current.name}: {done} of {notes['steps']} steps, then the {options.minutes:g}"
+                " minutes were over: goes on with what was learned"
+            )
         from vllm_dflash.follow.measure import Measure
 
         measure = Measure(settings)
@@ -101,7 +162,7 @@ def _take(options: Options, rounds: Rounds, current: Round) -> tuple[str, str]:
     compared = compare(notes["old"], notes["new"])
     if not compared.is_better:
         return REFUSED, f"{compared}: not better by more than its interval"
-    if not pipeline.run_stages(settings, ("prove", "export")):
+    if not pipeline.run_stages(settings, ("prove", "export"), says_how_to_serve=False):
         return REFUSED, f"{compared}, but vLLM does not serve it as training said (prove.json)"
     note = {
         "tau": compared.new,
@@ -111,6 +172,7 @@ def _take(options: Options, rounds: Rounds, current: Round) -> tuple[str, str]:
         "target": options.target,
         "target_files": notes["target_files"],
         "from": options.draft,
+        WEIGHTS: id_of_folder(current.drafter),
     }
     write_record(current.drafter / NOTE, note)
     return KEPT, f"{compared}: {rounds.link} leads to it"
@@ -127,6 +189,11 @@ def _before(options: Options, rounds: Rounds, current: Round, settings: Any) -> 
         raise RunError(
             f"{current.name}: its held-out answers are too short to draft for; set prove_tokens in"
             " the table [prove] of the settings, and remove the round's folder"
+        )
+    if len(old) < options.held_out:
+        rounds.say(
+            f"{current.name}: {len(old)} prompts are held out, not {options.held_out}: at most half"
+            " of those that are left without repeats"
         )
     rounds.say(f"{current.name}: the old drafter has tau {found:.2f} on this traffic")
     if options.tokens is None:

@@ -11,9 +11,11 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.fields import json_type
 from vllm_dflash.files import RunError
 from vllm_dflash.json_text import loads
 
@@ -27,6 +29,8 @@ class Gathered:
     """Lines, the newest first, and where they are from."""
 
     lines: list[str] = field(default_factory=list)
+    origins: list[str] = field(default_factory=list)
+    """Of each line its file, and its number there."""
     files: int = 0
     answered: int = 0
     """Lines with an answer of the target."""
@@ -57,12 +61,13 @@ def gather(sources: Sequence[Path], target_files: str | None, most: int) -> Gath
         of = _TARGET.fullmatch(path.name)
         foreign = of is not None and target_files is not None and of[1] != target_files
         before = len(found.lines)
-        for row in _rows(path, most - len(found.lines)):
+        for number, row in _rows(path, most - len(found.lines)):
             if foreign and any(name in row for name in _ANSWER):
                 row = {name: value for name, value in row.items() if name not in _ANSWER}
                 found.others += 1
             found.answered += any(row.get(name) for name in _ANSWER[:2])
             found.lines.append(json.dumps(row, ensure_ascii=False))
+            found.origins.append(f"{path}, line {number}")
         found.files += len(found.lines) > before
     if not found.lines:
         raise RunError(
@@ -87,24 +92,32 @@ def _newest_first(sources: Sequence[Path]) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def _rows(path: Path, most: int) -> Iterator[dict[str, Any]]:
-    """A file's last lines, the newest first. The last one may be in the middle of being written."""
+def _rows(path: Path, most: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """A file's last lines with their numbers, the newest first. The last one of a recorder's may be
+    in the middle of being written."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
     except FileNotFoundError:  # the recorder has removed it meanwhile
         return
-    count = 0
-    for i, line in enumerate(reversed(lines)):
+    count, is_recorded = 0, fnmatch(path.name, _FILES)
+    for number in range(len(lines), 0, -1):
+        line = lines[number - 1]
         if not line.strip():
             continue
         try:
             row = loads(line)
-        except ValueError:
-            if i == 0:
+        except ValueError as error:
+            if is_recorded and number == len(lines):
                 continue
-            raise RunError(f"{path} has a line that is no JSON: mend or remove it") from None
-        if isinstance(row, dict):
-            yield row
-            count += 1
+            raise RunError(
+                f"{path}, line {number} is no JSON ({error}): mend or remove the line"
+            ) from None
+        if not isinstance(row, dict):
+            raise RunError(
+                f"{path}, line {number} is {json_type(row)}, not an object with prompt, messages or"
+                " prompt_token_ids: mend or remove the line"
+            )
+        yield number, row
+        count += 1
         if count == most:
             return

@@ -19,6 +19,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from vllm_dflash.api_keys import headers_of
 from vllm_dflash.metrics.figures import Scrape, drafting_line, figures, interval, verdict
 
 NO_ENGINE = (
@@ -59,11 +60,12 @@ def address(url: str) -> str:
     return url if url.rstrip("/").endswith("/metrics") else url.rstrip("/") + "/metrics"
 
 
-def fetch(url: str) -> Scrape:
-    """Raises OSError where nothing answers, ValueError where what answers is not Prometheus's
-    text."""
+def fetch(url: str, key: str | None = None) -> Scrape:
+    """What the server says; ``key``: its API key, if it asks for one. Raises OSError where nothing
+    answers, ValueError where what answers is not Prometheus's text."""
     try:
-        with urllib.request.urlopen(url, timeout=10) as response:
+        request = urllib.request.Request(url, headers=headers_of(key))
+        with urllib.request.urlopen(request, timeout=10) as response:
             return Scrape.parse(response.read().decode(), time.monotonic())
     except (
         http.client.HTTPException,

@@ -69,7 +69,9 @@ class Swapping:
     def _look(self, stage: _Stage, target_files: str | None) -> None:
         folder = Path(stage.folder)
         try:
-            stage.tensors, stage.proof = self._read(folder), proof_of(folder)
+            stage.tensors = self._read(folder)
+            weights = self._loading.judge(stage.tensors)
+            stage.proof = proof_of(folder, weights)
             if None not in (stage.proof.target_files, target_files) and (
                 stage.proof.target_files != target_files
             ):
@@ -77,7 +79,7 @@ class Swapping:
                     f"{folder} was refreshed for another target (its refresh.json says so)",
                     "refresh it against the target that is served",
                 )
-            stage.answer = {"id": self._loading.judge(stage.tensors)}
+            stage.answer = {"id": weights}
         except Exception as error:  # see above: whatever it is, it is an answer
             stage.tensors = {}
             stage.answer = self._refuse(stage.folder, error)
@@ -113,6 +115,12 @@ class Swapping:
         """Forgets what is staged for this swap."""
         if self._stage is not None and self._stage.ticket == ticket:
             self._stage = None
+        return self.which()
+
+    def count_refusal(self) -> dict[str, Any]:
+        """Counts a swap that was refused before it came here."""
+        self._drafter.serving.count_refusal()
+        touch_here()
         return self.which()
 
     def _note(self, folder: str, proof: Proof) -> None:
@@ -163,7 +171,7 @@ class Swapping:
             self._drafter.serving.put(folder, "mixed", Proof())
             touch_here()
         else:
-            self._note(folder, proof_of(Path(folder)))
+            self._note(folder, proof_of(Path(folder), weights))
 
     def _refuse(self, folder: str, error: Exception) -> dict[str, Any]:
         expected = isinstance(error, DrafterConfigError)

@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from vllm_dflash.api_keys import VARIABLE
+from vllm_dflash.api_keys import VARIABLE, headers_of, refused_key, without_secrets
 from vllm_dflash.files import RunError
 from vllm_dflash.json_text import loads
 from vllm_dflash.swap.turns import PATH
@@ -53,38 +53,44 @@ def swap(server: str, key: str | None, drafter: str, context: str) -> dict[str, 
 
 def _ask(server: str, key: str | None, body: dict[str, Any] | None) -> dict[str, Any]:
     url = (server if "://" in server else f"http://{server}").rstrip("/").removesuffix("/v1") + PATH
-    headers = {"Content-Type": "application/json"}
-    if key is not None:
-        headers["Authorization"] = f"Bearer {key}"
+    headers = {"Content-Type": "application/json", **headers_of(key)}
+    shown = without_secrets(server)
     try:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(url, data, headers)
         with urllib.request.urlopen(request, timeout=_SECONDS) as response:
             found = loads(response.read())
     except urllib.error.HTTPError as error:
-        raise _refusal(server, error) from None
+        raise _refusal(shown, key, error) from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise ServerError(
-            f"{server} does not answer ({error}): give the address of a running vLLM server, such"
-            " as http://127.0.0.1:8000"
+            f"{shown} does not answer ({why_not(server, error)}): give the address of a running"
+            " vLLM server, such as http://127.0.0.1:8000"
         ) from None
     if not isinstance(found, dict) or not isinstance(found.get("id"), str):
-        raise ServerError(f"{server} answers {url}, but not as vllm-dflash does: is it a proxy?")
+        raise ServerError(f"{shown} answers {PATH}, but not as vllm-dflash does: is it a proxy?")
     return found
 
 
-def _refusal(server: str, error: urllib.error.HTTPError) -> RunError:
+def why_not(server: str, error: Exception) -> str:
+    """What went wrong with a request, without a password that the server's address holds."""
+    if "@" in server:
+        return "an address with a user's name and password: give the key by --api-key"
+    return str(error)
+
+
+def _refusal(server: str, key: str | None, error: urllib.error.HTTPError) -> RunError:
     try:
         said = loads(error.read())["refused"]
     except (ValueError, LookupError, TypeError, OSError):
         said = None
-    if error.code == 404 or (said is None and error.code != 401):
+    if error.code == 404 or (said is None and error.code not in (401, 403)):
         return ServerError(
             f"{server} has no endpoint for drafters (status {error.code}): docs/follow.md says how"
             " an administrator turns it on"
         )
     if error.code == 401:
-        return ServerError(f"{server} asks for its API key: give it by --api-key or {VARIABLE}")
-    if error.code == 403:
-        return ServerError(f"{server}: {said}")
+        return ServerError(f"{server} {refused_key(key)}")
+    if error.code == 403:  # not for the key: that is 401, but for what stands before the server
+        return ServerError(f"{server}: {said or refused_key(key)}")
     return RefusedError(f"{server}: {said}")

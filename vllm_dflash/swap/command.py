@@ -10,28 +10,43 @@ import sys
 import time
 from typing import Any
 
+from vllm_dflash.api_keys import without_secrets
 from vllm_dflash.swap import client
 
 
 def run(args: argparse.Namespace) -> int:
     """The command; 0 where every server serves the drafter, 1 where one refused it (those after it
     were not asked), 2 where one cannot be asked."""
-    key = client.key_of(args.api_key)
-    for server in args.server:
+    key, done = client.key_of(args.api_key), list[str]()
+    for i, server in enumerate(args.server):
+        shown = without_secrets(server)
         try:
             if args.drafter is None:
-                print(f"{server}: {described(client.which(server, key))}")
+                print(f"{shown}: {described(client.which(server, key))}")
                 continue
             found = client.swap(server, key, args.drafter, args.context)
         except client.RefusedError as error:
             said = "" if args.drafter is None else "refused, the old drafter serves on: "
             print(f"vllm-dflash swap: {said}{error}", file=sys.stderr)
+            _say_each(args, done, "it refused, and has the one from before", i)
             return 1
         except client.ServerError as error:
             print(f"vllm-dflash swap: {error}", file=sys.stderr)
+            _say_each(args, done, "not known, it could not be asked", i)
             return 2
-        print(f"{server}: {swapped(found)}")
+        done.append(f"{shown}: {found['id']}, the new one")
+        print(f"{shown}: {swapped(found)}")
     return 0
+
+
+def _say_each(args: argparse.Namespace, done: list[str], failed: str, at: int) -> None:
+    """Which drafter each of several servers has, where the one ``at`` has not taken the new one."""
+    if args.drafter is None or len(args.server) == 1:
+        return
+    names = [without_secrets(each) for each in args.server[at:]]
+    lines = [*done, f"{names[0]}: {failed}"]
+    lines += [f"{name}: the one from before, it was not asked" for name in names[1:]]
+    print("\n  ".join(["the drafter of each server now:", *lines]), file=sys.stderr)
 
 
 def described(found: dict[str, Any]) -> str:

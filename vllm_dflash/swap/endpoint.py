@@ -13,23 +13,28 @@ key is checked here. Requests in flight go on: what they are given is the target
 """
 
 import asyncio
+import ipaddress
 import json
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from vllm_dflash import contents
 from vllm_dflash.api_keys import VARIABLE, admits, is_local, key_digest
 from vllm_dflash.json_text import loads
 from vllm_dflash.log import logger
-from vllm_dflash.swap.turns import CONTEXTS, PATH, RECOMPUTE, Swap, swap_in, which
+from vllm_dflash.swap.turns import CONTEXTS, PATH, RECOMPUTE, Swap, count_refusal, swap_in, which
 
 FROM = "VLLM_DFLASH_SWAP_FROM"
 WORKER = "vllm_dflash.swap.worker.DrafterSwap"
 _ASKED = "this server asks for its API key: send the header Authorization: Bearer KEY"
+NO_JSON = "the body is not said to be JSON: send the header Content-Type: application/json"
 _MOST_BYTES = 1 << 16
+_MOST_SHOWN = 200
+"""Characters of a name in an answer."""
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -52,7 +57,8 @@ class DrafterEndpoint:
             await self.app(scope, receive, send)
             return
         state = scope["app"].state
-        problem, digests = self.problem(state.args), keys_of(state.args)
+        digests = keys_of(state.args)
+        problem = self.problem(state.args) or foreign(scope, has_key=bool(digests))
         if problem is not None:
             await say(send, HTTPStatus.FORBIDDEN, refused=problem)
         elif digests and not any(admits(digest, scope) for digest in digests):
@@ -61,7 +67,7 @@ class DrafterEndpoint:
             found = await which(state.engine_client)
             await say(send, _status_of(found), **found)
         elif scope["method"] == "POST":
-            await self._swap(state, receive, send)
+            await self._swap(scope, state, receive, send)
         else:
             await say(send, HTTPStatus.METHOD_NOT_ALLOWED, refused="GET or POST")
 
@@ -93,14 +99,22 @@ class DrafterEndpoint:
         await receive()
         await send({"type": "lifespan.startup.failed", "message": problem})
 
-    async def _swap(self, state: Any, receive: Receive, send: Send) -> None:
+    async def _swap(self, scope: Scope, state: Any, receive: Receive, send: Send) -> None:
+        async def refuse(status: HTTPStatus, why: str) -> None:
+            logger.warning("no drafter is swapped in: %s", why)
+            await count_refusal(state.engine_client)
+            await say(send, status, refused=why)
+
+        if not is_json(scope):
+            await refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, NO_JSON)
+            return
         try:
             swap = swap_of(await body_of(receive), Path(self.folder))
         except ValueError as error:
-            await say(send, HTTPStatus.BAD_REQUEST, refused=str(error))
+            await refuse(HTTPStatus.BAD_REQUEST, str(error))
             return
         if self._busy.locked():
-            await say(send, HTTPStatus.CONFLICT, refused="another swap is under way: ask again")
+            await refuse(HTTPStatus.CONFLICT, "another swap is under way: ask again")
             return
         async with self._busy:
             model = str(state.engine_client.vllm_config.model_config.model)
@@ -131,12 +145,75 @@ def swap_of(body: bytes, root: Path) -> Swap:
     context = asked.get("context", RECOMPUTE)
     if context not in CONTEXTS:
         raise ValueError(f"context is {context!r}: one of {', '.join(CONTEXTS)}")
-    folder = Path(os.path.realpath(root / asked["drafter"]))
-    if Path(os.path.realpath(root)) not in folder.parents:
-        raise ValueError(f"{asked['drafter']} is not below {root}: put the drafter there")
+    try:
+        return Swap(str(_folder_below(root, asked["drafter"])), context)
+    except OSError as error:  # a name that is too long, a folder that is not this user's
+        said = f"{_short(asked['drafter'])} cannot be read ({error.strerror or error})"
+        raise ValueError(f"{said}: give a folder that the server may read") from None
+
+
+def _folder_below(root: Path, name: str) -> Path:
+    """A drafter's folder, all of whose files are below ``root`` too, wherever links lead.
+
+    Raises:
+        ValueError: it is not, or one is not.
+        OSError: it cannot be looked at.
+    """
+    top, folder = Path(os.path.realpath(root)), Path(os.path.realpath(root / name))
+    if top not in folder.parents:
+        raise ValueError(f"{_short(name)} is not below {root}: put the drafter there")
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder of the server's machine")
-    return Swap(str(folder), context)
+        raise ValueError(f"{_short(str(folder))} is no folder of the server's machine")
+    for file in folder.rglob("*"):
+        if top not in Path(os.path.realpath(file)).parents:
+            raise ValueError(
+                f"{_short(str(file))} leads out of {root}: put the file itself there, not a link"
+            )
+    return folder
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _MOST_SHOWN else f"{name[:_MOST_SHOWN]}..."
+
+
+def foreign(scope: Scope, *, has_key: bool) -> str | None:
+    """Why a request may be a web page's and not its user's: browsers send their page's address as
+    Origin, and a page whose name leads to this machine sends that as Host, which only a server
+    without a key takes for its own. None where it is not."""
+    headers = {bytes(name).lower(): bytes(value) for name, value in scope["headers"]}
+    host = headers.get(b"host", b"").decode("latin-1")
+    origin = headers.get(b"origin")
+    if origin is not None and origin.decode("latin-1").partition("://")[2] != host:
+        return "the request is another page's (its Origin is not this server): ask from a program"
+    name = urlsplit(f"//{host}").hostname if _is_host(host) else host
+    if has_key or not host or is_local(name or "") or _is_address(name or ""):
+        return None
+    return (
+        f"the request is for {_short(host)!r}, and a server without a key answers to localhost"
+        " and to addresses alone: ask it by one of them, or give it a key by --api-key or"
+        f" {VARIABLE}"
+    )
+
+
+def _is_host(host: str) -> bool:
+    try:
+        return bool(urlsplit(f"//{host}").hostname)
+    except ValueError:
+        return False
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def is_json(scope: Scope) -> bool:
+    """Whether a body says that it is JSON, which a page cannot have a browser send unasked."""
+    given = next((bytes(v) for n, v in scope["headers"] if n.lower() == b"content-type"), b"")
+    return given.partition(b";")[0].strip().lower() == b"application/json"
 
 
 async def body_of(receive: Receive) -> bytes:

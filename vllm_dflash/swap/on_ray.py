@@ -15,7 +15,17 @@ import ray
 
 from vllm_dflash import contents
 from vllm_dflash.log import logger
-from vllm_dflash.swap.endpoint import Receive, Scope, Send, body_of, say, swap_of
+from vllm_dflash.swap.endpoint import (
+    NO_JSON,
+    Receive,
+    Scope,
+    Send,
+    body_of,
+    foreign,
+    is_json,
+    say,
+    swap_of,
+)
 from vllm_dflash.swap.rollout import POLL_S, Rollout, UnderWayError, Want
 from vllm_dflash.swap.turns import PATH, Swap, swap_in, which
 
@@ -109,26 +119,38 @@ class RolloutEndpoint:
     """ASGI middleware of the ingress: ``POST`` has all replicas take a drafter, one after another,
     and answers once all have, or all have gone back."""
 
-    def __init__(self, app: Any, deployment: str, first: str, folder: str) -> None:
+    def __init__(
+        self, app: Any, deployment: str, first: str, folder: str, *, has_key: bool
+    ) -> None:
         self.app, self.folder = app, Path(folder)
-        self._deployment, self._first = deployment, first
+        self._deployment, self._first, self._has_key = deployment, first, has_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] != PATH or scope["method"] not in _METHODS:
             await self.app(scope, receive, send)
+            return
+        # One whose user gave a key has been asked for it before this.
+        problem = foreign(scope, has_key=self._has_key)
+        if problem is not None:
+            await say(send, HTTPStatus.FORBIDDEN, refused=problem)
             return
         if scope["method"] == "GET":
             found = await turns_of(self._deployment, self._first).state.remote()
             await say(send, HTTPStatus.OK, **found)
             return
         try:
-            swap = swap_of(await body_of(receive), self.folder)
+            if not is_json(scope):
+                raise ValueError(NO_JSON)
+            body = await body_of(receive)
+            swap = await asyncio.to_thread(swap_of, body, self.folder)
         except ValueError as error:
+            logger.warning("no drafter is swapped in: %s", error)
             await say(send, HTTPStatus.BAD_REQUEST, refused=str(error))
             return
         turns = turns_of(self._deployment, self._first)
         number = await turns.want.remote(swap.folder, swap.context)
         if isinstance(number, str):
+            logger.warning("no drafter is swapped in: %s", number)
             await say(send, HTTPStatus.CONFLICT, refused=number)
             return
         until = time.monotonic() + _WAIT_S

@@ -34,6 +34,11 @@ async def which(engine: Any) -> dict[str, Any]:
     return agreed(await _ask(engine, "which"))
 
 
+async def count_refusal(engine: Any) -> None:
+    """Counts a swap that was refused before any rank was asked for it, on every rank."""
+    await _ask(engine, "count_refusal")
+
+
 async def swap_in(engine: Any, swap: Swap, target_files: str | None) -> dict[str, Any]:
     """Puts a drafter in force on every rank, or on none.
 

@@ -10,7 +10,7 @@ loads the tensors is the same.
 
 from typing import Any
 
-_CALLS = ("which", "stage", "staged", "commit", "drop")
+_CALLS = ("which", "stage", "staged", "commit", "drop", "count_refusal")
 
 
 class DrafterSwap:

@@ -13,17 +13,20 @@ from typing import Any
 
 import vllm_dflash
 from vllm_dflash import smollm2
+from vllm_dflash.api_keys import masked, without_secrets
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.files import whole_folder
 from vllm_dflash.formats import METHOD, published_format
 from vllm_dflash.kinds import kind_of
+from vllm_dflash.serving_drafter import WEIGHTS
 from vllm_dflash.tools.convert import convert
 from vllm_dflash.training import learned, prove
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.generate import sequences
 from vllm_dflash.training.settings import Settings
 from vllm_dflash.training.target import Target
+from vllm_dflash.weights.identity import id_of_folder
 
 _PAYS = 1.1
 """tau below which drafting cannot pay: a step with a draft costs at least a tenth more than one
@@ -68,7 +71,13 @@ def export(settings: Settings, target: Target, mask_why: str) -> Path:
         (part / "README.md").write_text(card(settings, target, config, trained, proof, mask_why))
         (part / "training.json").write_text(
             json.dumps(
-                {"settings": settings.to_dict(), "result": trained, "proof": proof}, indent=1
+                {
+                    "settings": without_secrets(settings.to_dict()),
+                    "result": trained,
+                    "proof": proof,
+                    WEIGHTS: id_of_folder(part),
+                },
+                indent=1,
             )
             + "\n"
         )
@@ -154,7 +163,7 @@ Greedy, {proof["prompts"]} held-out prompts x {settings.prove.prove_tokens} toke
 | optimizer | {table.optimizer}, learning rate {table.lr:g}, {table.schedule}, weighting {weighting}, EMA {table.ema:g} |
 | begun from | {begun or ("target layers" if settings.drafter.init_from_target else "random weights")} |
 | versions | vllm-dflash {vllm_dflash.__version__}, {versions} |
-| command | `{shlex.join(["vllm-dflash", *sys.argv[1:]])}` |
+| command | `{shlex.join(["vllm-dflash", *masked(sys.argv[1:])])}` |
 
 All settings are in training.json.
 """

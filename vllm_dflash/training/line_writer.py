@@ -26,6 +26,7 @@ _LOOK_S = 60.0
 """Between two looks for lines that are too old, without traffic."""
 _DAY_S = 86400.0
 _MOST_DAYS = 36500
+_FAILS = "lines are left out, as %s fails: %s (its message is not shown: it may hold their text)"
 
 
 def age_of(text: str | None) -> float | None:
@@ -61,7 +62,7 @@ class LineWriter:
         self._seconds, self._redact = None if days is None else days * _DAY_S, redact
         self._target: str | None = None
         self._of = ""
-        self._redaction_failed = False
+        self._told: set[str] = set()
         self._handle = self._open()
         self._lines: queue.Queue[tuple[str, str | None]] = queue.Queue(_WAITING_LINES)
         threading.Thread(target=self._write, name="traffic recorder", daemon=True).start()
@@ -97,7 +98,7 @@ class LineWriter:
                 if not self.stopped:
                     self._take(line, target)
             except Exception as error:  # a thread that ends would leave a queue that nobody empties
-                self._stop(str(error) or type(error).__name__)
+                self._stop((isinstance(error, OSError) and error.strerror) or type(error).__name__)
             finally:
                 self._lines.task_done()
 
@@ -121,9 +122,13 @@ class LineWriter:
         try:
             return redaction.apply(self._redact, line)
         except Exception as error:
-            if not self._redaction_failed:
-                self._redaction_failed = True
-                logger.error("lines are left out, as %s fails: %r", REDACT, error)
+            # What the function raised may hold the line's text.
+            is_ours = isinstance(error, redaction.NoLineError)
+            why = str(error) if is_ours else type(error).__name__
+            if why not in self._told:
+                self._told.add(why)
+                said = "lines are left out, as of %s: %s" if is_ours else _FAILS
+                logger.error(said, REDACT, why)
             return None
 
     def _next_file(self, of: str) -> None:

@@ -7,6 +7,7 @@ vllm-dflash train ... --only train          pytest tests/unit/test_train_resume.
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from vllm_dflash.training.logs import Log, plot
 from vllm_dflash.training.objective import Objective, denominator, weights_at
 from vllm_dflash.training.optimizer import Optimizer, computes_bfloat16, learning_rate
 from vllm_dflash.training.settings import Settings
+from vllm_dflash.training.stopping import OverError, Stopping
 from vllm_dflash.training.target import Target
 from vllm_dflash.training.walk import Estimate, estimate
 from vllm_dflash.training.workers import Workers
@@ -211,30 +213,51 @@ class Trainer:
         drafter.own = draft_vocab.rounded(self.drafter.own, self.config, dtype)
         return drafter.to(getattr(torch, self.config.dtype)).to(dtype).eval()
 
-    def measure(self, drafter: Drafter, prompts: int) -> Estimate:
-        """tau on the first held-out prompts, by walking through the target's own answers."""
+    def limit(self, steps: int) -> None:
+        """There are to be so many steps in all, from here on."""
+        self.steps = self.optimizer.steps = steps
+
+    def measure(
+        self, drafter: Drafter, prompts: int, look: Callable[[], None] | None = None
+    ) -> Estimate:
+        """tau on the first held-out prompts, by walking through the target's own answers; ``look``
+        is called after each, and may raise."""
         answers = held_out(self.settings)
         chosen = [
             (answers[i].tokens.tolist(), answers[i].prompt_length)
             for i in range(min(prompts, len(answers)))
         ]
         with Progress(total=len(chosen), desc="held-out tau", unit=" prompts", leave=False) as bar:
+
+            def tick() -> None:
+                bar.update()
+                if look is not None:
+                    look()
+
             return estimate(
                 self.model,
                 drafter,
                 chosen,
                 self.settings.prove.prove_tokens,
                 self.target.eos_token_id,
-                bar.update,
+                tick,
             )
 
 
-def train(settings: Settings, config: DrafterConfig, target: Target, model: Any) -> None:
-    """Runs the stage, or the rest of it, on this worker.
+def train(
+    settings: Settings,
+    config: DrafterConfig,
+    target: Target,
+    model: Any,
+    minutes: float | None = None,
+) -> None:
+    """Runs the stage, or the rest of it, on this worker; of one worker for ``minutes`` at most, in
+    fewer steps where not all fit.
 
     Raises:
         RunError: as ``files`` and ``checkpoints``, or the loss was not finite for too many steps in
             a row.
+        KeyboardInterrupt: it was stopped by Ctrl-C, after a checkpoint.
     """
     trainer, folder = Trainer(settings, config, target, model), folder_of(settings)
     if trainer.workers.first:
@@ -244,16 +267,24 @@ def train(settings: Settings, config: DrafterConfig, target: Target, model: Any)
     log = Log(folder, start, trainer.steps) if trainer.workers.first else None
     table = settings.train
     every = table.eval_every or max(1, trainer.steps // 10)
-    with Progress(
-        total=trainer.steps,
-        initial=start,
-        desc="train",
-        unit=" steps",
-        disable=not trainer.workers.first,
-    ) as bar:
-        for step in range(start, trainer.steps):
-            found = trainer.step(step)
-            done = step + 1
+    stopping, most = Stopping(minutes, lambda: trainer.seconds), trainer.steps
+    is_alone = trainer.workers.count == 1  # several end together, or not at all
+    if start:
+        trainer.limit(stopping.steps(start, most, most))
+    with (
+        stopping.interruptible() if is_alone else nullcontext(),
+        Progress(
+            total=trainer.steps,
+            initial=start,
+            desc="train",
+            unit=" steps",
+            disable=not trainer.workers.first,
+        ) as bar,
+    ):
+        done = start
+        while done < trainer.steps:
+            found = trainer.step(done)
+            done += 1
             if trainer.bad_in_a_row >= table.max_bad_steps:
                 raise TrainingError(
                     f"the loss was not finite for {trainer.bad_in_a_row} steps in a row, up to step"
@@ -261,6 +292,7 @@ def train(settings: Settings, config: DrafterConfig, target: Target, model: Any)
                     f" {folder / 'checkpoints'} are from before"
                 )
             trainer.recent.append([found["loss"], found["train_tau"]])
+            trainer.limit(stopping.steps(done, trainer.steps, most))
             bar.update()
             bar.set_postfix_str(
                 f"loss {found['loss']:.3f} tau {found['train_tau']:.2f}"
@@ -269,17 +301,26 @@ def train(settings: Settings, config: DrafterConfig, target: Target, model: Any)
             if log is not None and (done % table.log_every == 0 or done == trainer.steps):
                 _log_step(log, trainer, done, found)
             if done % every == 0 and done < trainer.steps:
-                drafter = trainer.as_exported()
-                if log is not None:
-                    measured = trainer.measure(drafter, table.eval_prompts)
-                    log.write(
-                        done, held_out_tau=measured.tau, held_out_tau_everywhere=measured.everywhere
-                    )
-            if done % table.checkpoint_every == 0 or done == trainer.steps:
+                _measure(trainer, log, done, stopping)
+                trainer.limit(stopping.steps(done, trainer.steps, most))
+            if done % table.checkpoint_every == 0 or done == trainer.steps or stopping.interrupted:
                 trainer.save(done)
+            if stopping.interrupted:
+                raise KeyboardInterrupt
+    if trainer.steps < most:
+        print(f"{trainer.steps} of {most} steps: the {minutes:g} minutes are over")
     drafter = trainer.as_exported()
     if log is not None:
         _finish(trainer, drafter, log, folder)
+
+
+def _measure(trainer: Trainer, log: Log | None, done: int, stopping: Stopping) -> None:
+    """Logs tau on the way, where there is time for it."""
+    drafter = trainer.as_exported()
+    if log is not None:
+        with suppress(OverError):
+            found = trainer.measure(drafter, trainer.table.eval_prompts, stopping.look)
+            log.write(done, held_out_tau=found.tau, held_out_tau_everywhere=found.everywhere)
 
 
 def _log_step(log: Log, trainer: Trainer, done: int, found: dict[str, float]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vllm_dflash.api_keys import without_secrets
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.files import RunError, write_record
@@ -20,10 +21,19 @@ from vllm_dflash.training.errors import SettingsError, TrainingError
 from vllm_dflash.training.settings import STAGES, Settings, load
 from vllm_dflash.training.tables import Data, Generate
 
+INTERRUPTED = 130
+STOPPED = "stopped; what is finished is kept, and the same command goes on from there"
 
-def run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
+
+def run_stages(
+    settings: Settings,
+    stages: tuple[str, ...],
+    *,
+    minutes: float | None = None,
+    says_how_to_serve: bool = True,
+) -> bool:
     """Runs the stages, each from where it stopped; whether the drafter's tau is proven (true where
-    that is not asked).
+    that is not asked). Training takes ``minutes`` at most.
 
     Raises:
         RunError: a stage cannot go on, or another command is at work in the folder.
@@ -33,7 +43,10 @@ def run_stages(settings: Settings, stages: tuple[str, ...]) -> bool:
         planned = plan(settings)
         _check_inputs(settings, stages)
         with hold(Path(settings.run.out), "vllm-dflash train"):
-            return _run_stages(*planned, stages)
+            proven, folder = _run_stages(*planned, stages, minutes)
+        if folder is not None and says_how_to_serve:
+            print(f"\n{how_to_serve(planned[1].path, folder)}")
+        return proven
     except DrafterConfigError as error:
         raise TrainingError(str(error)) from None
 
@@ -68,8 +81,14 @@ def _check_inputs(settings: Settings, stages: tuple[str, ...]) -> None:
 
 
 def _run_stages(
-    settings: Settings, found: Any, config: DrafterConfig, why: str, stages: tuple[str, ...]
-) -> bool:
+    settings: Settings,
+    found: Any,
+    config: DrafterConfig,
+    why: str,
+    stages: tuple[str, ...],
+    minutes: float | None,
+) -> tuple[bool, Path | None]:
+    """Whether tau is proven, and the folder of an export."""
     from vllm_dflash.training import (
         export,
         features,
@@ -83,7 +102,7 @@ def _run_stages(
     print(_summary(settings, config, why))
     note = Path(settings.run.out) / "settings.json"
     if not note.exists():
-        write_record(note, settings.to_dict())
+        write_record(note, without_secrets(settings.to_dict()))
     if "prompts" in stages:
         self_prompts.write_prompts(settings, found, reach(found, config))
     if "generate" in stages:
@@ -104,22 +123,28 @@ def _run_stages(
     if learned.result(settings) is not None:
         learned.check(settings, config, found.dtype)
     elif "train" in stages:
-        _train(settings, config, found, model)
-    model = None
+        _train(settings, config, found, model, minutes)
+    model, folder = None, None
     if "prove" in stages and not prove.prove(settings, found, target.device()):
-        return False
+        return False, None
     if "export" in stages:
         folder = export.export(settings, found, why)
-        print(
-            f'\nserve it:\n  vllm serve {found.path} --speculative-config \'{{"method": "dflash",'
-            f' "model": "{folder}"}}\''
-        )
     # Only now: settings that a stage refuses are none of the run's.
-    write_record(note, settings.to_dict())
-    return True
+    write_record(note, without_secrets(settings.to_dict()))
+    return True, folder
 
 
-def _train(settings: Settings, config: DrafterConfig, found: Any, model: Any) -> None:
+def how_to_serve(target: str, drafter: Path) -> str:
+    """The command, in two lines."""
+    return (
+        f'serve it:\n  vllm serve {target} --speculative-config \'{{"method": "dflash",'
+        f' "model": "{drafter}"}}\''
+    )
+
+
+def _train(
+    settings: Settings, config: DrafterConfig, found: Any, model: Any, minutes: float | None
+) -> None:
     from vllm_dflash.training import loop, target
 
     if settings.train.workers > 1:
@@ -132,6 +157,7 @@ def _train(settings: Settings, config: DrafterConfig, found: Any, model: Any) ->
         config,
         found,
         model if model is not None else target.load_target(found, settings, target.device()),
+        minutes,
     )
 
 
@@ -185,7 +211,7 @@ def _summary(settings: Settings, config: DrafterConfig, why: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """``vllm-dflash train``: 0 where all is done, 1 where a stage failed or tau is not what
-    training said, 2 on wrong usage."""
+    training said, 2 on wrong usage, 130 where it was stopped by Ctrl-C."""
     flags = {
         name: value
         for name, value in vars(args).items()
@@ -197,6 +223,9 @@ def run(args: argparse.Namespace) -> int:
         if args.dry_run:
             return _dry_run(settings)
         return 0 if run_stages(settings, stages) else 1
+    except KeyboardInterrupt:
+        print(f"\nvllm-dflash train: {STOPPED}", file=sys.stderr)
+        return INTERRUPTED
     except SettingsError as error:
         print(f"vllm-dflash train: {error}", file=sys.stderr)
         return 2

@@ -43,27 +43,25 @@ class TrafficRecorder:
     """ASGI middleware for ``vllm serve --middleware``."""
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
-        folder, limit = os.environ.get(FOLDER), os.environ.get(MAX_MB, str(_DEFAULT_MAX_MB))
-        if not folder:
-            raise TrainingError(
-                f"{FOLDER} is not set: give the folder to record into, or leave --middleware out"
-            )
-        if not limit.isdecimal() or limit == "0":
-            raise TrainingError(f"{MAX_MB} is {limit!r}: give a whole number of megabytes")
-        days, redact = age_of(os.environ.get(MAX_DAYS)), redaction.load(os.environ.get(REDACT))
-        self.app, self.writer = app, LineWriter(Path(folder), int(limit) << 20, days, redact)
-        self._told: set[str] = set()
-        logger.warning(
-            "every prompt and answer is recorded in %s, up to %s MB%s%s",
-            folder,
-            limit,
-            "" if days is None else f", for {days:g} days",
-            "" if redact is None else f", as {os.environ[REDACT]} leaves it",
-        )
+        self.app, self._told, self.problem = app, set[str](), ""
+        try:
+            self.writer = _writer()
+        except (TrainingError, OSError) as error:  # the server's start says it in one line
+            self.problem = str(error)
+
+    async def _refuse(self, receive: Receive, send: Send) -> None:
+        """The server's start, which is refused."""
+        logger.error("the server does not start: %s", self.problem)
+        await receive()
+        await send({"type": "lifespan.startup.failed", "message": self.problem})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.problem and scope["type"] == "lifespan":
+            await self._refuse(receive, send)
+            return
         path = scope.get("path", "")
-        if scope["type"] != "http" or path not in (_CHAT, _COMPLETION) or self.writer.stopped:
+        is_recorded = scope["type"] == "http" and path in (_CHAT, _COMPLETION)
+        if self.problem or not is_recorded or self.writer.stopped:
             await self.app(scope, receive, send)
             return
         asked, answered = Body(), Body()
@@ -113,6 +111,31 @@ class TrafficRecorder:
         if why not in self._told:
             self._told.add(why)
             logger.warning("%s", why)
+
+
+def _writer() -> LineWriter:
+    """What the environment asks for.
+
+    Raises:
+        TrainingError, OSError: it is not there or cannot be; the message says what to give.
+    """
+    folder, limit = os.environ.get(FOLDER), os.environ.get(MAX_MB, str(_DEFAULT_MAX_MB))
+    if not folder:
+        raise TrainingError(
+            f"{FOLDER} is not set: give the folder to record into, or leave --middleware out"
+        )
+    if not limit.isdecimal() or limit == "0":
+        raise TrainingError(f"{MAX_MB} is {limit!r}: give a whole number of megabytes")
+    days, redact = age_of(os.environ.get(MAX_DAYS)), redaction.load(os.environ.get(REDACT))
+    writer = LineWriter(Path(folder), int(limit) << 20, days, redact)
+    logger.warning(
+        "every prompt and answer is recorded in %s, up to %s MB%s%s",
+        folder,
+        limit,
+        "" if days is None else f", for {days:g} days",
+        "" if redact is None else f", as {os.environ[REDACT]} leaves it",
+    )
+    return writer
 
 
 class Body:

@@ -2,9 +2,10 @@
 
     def hide(line: dict) -> dict | None: ...
 
-It is given a line as ``vllm-dflash train`` reads it (``prompt``, ``messages`` or
-``prompt_token_ids``, ``response``, ``finish_reason``), and returns one in its place, or None for
-none. Where it fails the line is not written. It runs in the recorder's thread, so a slow one delays
+It is given a line as ``vllm-dflash train`` reads it, a dict with ``prompt``, ``messages`` or
+``prompt_token_ids``, ``response`` and ``finish_reason``, and returns one in its place, or None for
+none. Where it fails the line is not written, and what it raised is named by its type alone: the
+message may hold the user's text. It runs in the recorder's thread, so a slow one delays
 no client, and drops lines.
 
     pytest tests/unit/test_follow_recorder.py
@@ -19,6 +20,10 @@ from vllm_dflash.json_text import loads
 from vllm_dflash.training.errors import TrainingError
 
 Redact = Callable[[dict[str, Any]], Any]
+
+
+class NoLineError(TypeError):
+    """The function returned neither a line nor None; the message has no text of the line."""
 
 
 def load(name: str | None) -> Redact | None:
@@ -47,11 +52,14 @@ def apply(redact: Redact, line: str) -> str | None:
     """A line as the function leaves it; None where it is to be left out.
 
     Raises:
-        TypeError: it returned neither an object nor None; or whatever it raises.
+        NoLineError: it returned neither a dict of plain values nor None; or whatever it raises.
     """
     found = redact(loads(line))
     if found is None:
         return None
     if not isinstance(found, dict):
-        raise TypeError(f"it returned {type(found).__name__}, not a line or None")
-    return json.dumps(found, ensure_ascii=False)
+        raise NoLineError(f"it returned a {type(found).__name__}, not a dict or None")
+    try:
+        return json.dumps(found, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        raise NoLineError("it returned a dict with values that are none of JSON's") from None
