@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: random pairs on disk, made once a session."""
 
 import os
+import signal
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -10,6 +11,9 @@ from xdist.scheduler import LoadScopeScheduling
 # Before torch is imported: the models are tiny, so a second thread gains nothing, and beside
 # another process it makes both wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell that runs this in the background has Ctrl-C ignored, and so would all that is started here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # For every process that a test starts: vLLM's plug-ins are loaded once its imports are done, and
 # this one freezes them.
 os.environ["PYTHONPATH"] = os.pathsep.join(
