@@ -11,7 +11,7 @@ from xdist.scheduler import LoadScopeScheduling
 # Before torch is imported: the models are tiny, so a second thread gains nothing, and beside
 # another process it makes both wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A shell that runs this in the background has Ctrl-C ignored, and so would all that is started here.
+# A shell has Ctrl-C ignored by what it runs in the background, and by all that this starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # For every process that a test starts: vLLM's plug-ins are loaded once its imports are done, and
