@@ -330,6 +330,7 @@ import os
 import vllm_dflash.plugin, vllm_dflash.upstream
 from vllm.engine.arg_utils import EngineArgs
 fingerprint = vllm_dflash.upstream.Definition.fingerprint
+vllm_dflash.plugin.patch_set().cache = None  # the source is another for this process alone
 for version, prints in ((too_new, fingerprint), (fits, property(lambda self: "f" * 16))):
     vllm_dflash.plugin.installed_vllm = lambda version=version: version
     vllm_dflash.upstream.Definition.fingerprint = prints
