@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -31,6 +30,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+from clients import Clients  # noqa: E402
 from engine.harness import DRAFTER, PROMPTS, TARGET  # noqa: E402
 from engine.test_serve import server  # noqa: E402
 from examples.demos.ports import free_port  # noqa: E402
@@ -158,40 +158,28 @@ def until(what: str, reached: Callable[[], bool], seconds: float = 240) -> float
     return time.monotonic() - began
 
 
-class Load:
+class Load(Clients):
     """Clients that each ask one request after the other until they are stopped."""
 
     def __init__(self, url: str, clients: int) -> None:
+        super().__init__(clients)
         self.outcomes: list[tuple[float, float, str]] = []
         """When it began and ended, and what came: ok, or the error."""
-        self._stop, self._url = threading.Event(), url
+        self._url = url
         self._prompts = [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()]
-        self._threads = [threading.Thread(target=self._client, args=(i,)) for i in range(clients)]
 
-    def __enter__(self) -> "Load":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _client(self, number: int) -> None:
-        while not self._stop.is_set():
-            began, said = time.monotonic(), "ok"
-            try:
-                ask(
-                    self._url,
-                    BODY
-                    | {"prompt": self._prompts[number % len(self._prompts)], "ignore_eos": True},
-                )
-            except urllib.error.HTTPError as error:
-                said = f"HTTP {error.code}: {error.read().decode()[:160]}"
-            except OSError as error:
-                said = f"{type(error).__name__}: {error}"
-            self.outcomes.append((began, time.monotonic(), said))
+    def ask_one(self, number: int) -> None:
+        began, said = time.monotonic(), "ok"
+        try:
+            ask(
+                self._url,
+                BODY | {"prompt": self._prompts[number % len(self._prompts)], "ignore_eos": True},
+            )
+        except urllib.error.HTTPError as error:
+            said = f"HTTP {error.code}: {error.read().decode()[:160]}"
+        except OSError as error:
+            said = f"{type(error).__name__}: {error}"
+        self.outcomes.append((began, time.monotonic(), said))
 
 
 def bench(url: str) -> None:

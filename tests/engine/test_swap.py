@@ -8,7 +8,6 @@ import http.client
 import json
 import random
 import shutil
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -22,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from clients import Clients
 from engine import forks
 from engine.harness import DRAFTER, TARGET, held_out_prompts, run_engine
 from engine.reloads import MAX_TOKENS, job, redraw, run, wrong_drafts
@@ -91,41 +91,40 @@ def test_an_engine(
     assert count > 20
 
 
-class Clients:
+class Mixture(Clients):
     """Requests without a pause: greedy ones, each against what plain decoding writes, sampled ones,
     and streams that are broken off."""
 
     def __init__(self, port: int, prompts: list[list[int]], expected: list[list[int]]) -> None:
+        super().__init__(4)
         self.port, self.prompts, self.expected = port, prompts, expected
         self.greedy = self.sampled = self.broken = 0
         self.wrong: list[Any] = []
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(i,)) for i in range(4)]
+        self._dice = [random.Random(seed) for seed in range(4)]
 
-    def _ask(self, seed: int) -> None:
-        dice = random.Random(seed)
-        while not self._stop.is_set():
-            at, kind = dice.randrange(len(self.prompts)), dice.random()
-            body = {
-                "model": "embedded",
-                "prompt": self.prompts[at],
-                "max_tokens": len(self.expected[at]),
-                "temperature": 0,
-                "return_token_ids": True,
-            }
-            try:
-                if kind < 0.1:
-                    self._break_off(body | {"stream": True})
-                elif kind < 0.25:
-                    request(self.port, "/v1/completions", body | {"temperature": 1.0})
-                    self.sampled += 1
-                else:
-                    answer = json.loads(request(self.port, "/v1/completions", body))
-                    self.greedy += 1
-                    if answer["choices"][0]["token_ids"] != self.expected[at]:
-                        self.wrong.append((at, answer["choices"][0]["token_ids"]))
-            except Exception as error:
-                self.wrong.append(repr(error))
+    def ask_one(self, number: int) -> None:
+        dice = self._dice[number]
+        at, kind = dice.randrange(len(self.prompts)), dice.random()
+        body = {
+            "model": "embedded",
+            "prompt": self.prompts[at],
+            "max_tokens": len(self.expected[at]),
+            "temperature": 0,
+            "return_token_ids": True,
+        }
+        try:
+            if kind < 0.1:
+                self._break_off(body | {"stream": True})
+            elif kind < 0.25:
+                request(self.port, "/v1/completions", body | {"temperature": 1.0})
+                self.sampled += 1
+            else:
+                answer = json.loads(request(self.port, "/v1/completions", body))
+                self.greedy += 1
+                if answer["choices"][0]["token_ids"] != self.expected[at]:
+                    self.wrong.append((at, answer["choices"][0]["token_ids"]))
+        except Exception as error:
+            self.wrong.append(repr(error))
 
     def _break_off(self, body: dict[str, Any]) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
@@ -134,16 +133,6 @@ class Clients:
         connection.getresponse().read(200)
         connection.close()
         self.broken += 1
-
-    def __enter__(self) -> "Clients":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +212,7 @@ def test_swaps_under_load(drafters: Path, capsys: pytest.CaptureFixture[str]) ->
     expected = run_engine(TARGET, None, prompts, max_tokens=64)[0].tokens
     ids = {name: id_of_folder(drafters / name) for name in ("good", "noisy")}
     taus: dict[str, list[float]] = {"good": [], "noisy": []}
-    with swappable(drafters) as port, Clients(port, prompts, expected) as clients:
+    with swappable(drafters) as port, Mixture(port, prompts, expected) as clients:
         url = f"http://127.0.0.1:{port}"
         assert which(port)["id"] == ids["good"]
         assert which(port)["proved_tau"] == pytest.approx(5.46, abs=0.01)

@@ -18,7 +18,7 @@ from engine.cluster_harness import ray_cluster
 from engine.harness import TARGET, held_out_prompts, run_engine
 from following.made import two_drafters
 from following.record import Lines, none_of, told
-from following.traffic import Clients
+from following.traffic import Traffic
 from prove_serve import BODY, ask, deployment
 from vllm_dflash.swap import client
 from vllm_dflash.swap.turns import RECOMPUTE
@@ -63,7 +63,7 @@ def run(out: Path, lines: Lines, swaps: int) -> None:
         return ask(url, body)["choices"][0]["token_ids"]
 
     kinds = ["completion"] * PROMPTS
-    with three_replicas(drafters) as url, Clients(CLIENTS, one, expected, kinds) as load:
+    with three_replicas(drafters) as url, Traffic(CLIENTS, one, expected, kinds) as load:
         _until_known(url)
         time.sleep(SETTLE_S)
         for turn in range(len(lines.rows), swaps):

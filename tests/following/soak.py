@@ -21,7 +21,7 @@ from engine.test_serve import request
 from engine.test_swap import swappable, which
 from following.made import two_drafters
 from following.record import FAILS, HOLDS, OPEN, Lines, none_of, told
-from following.traffic import AT_ONCE, Clients, Mixed
+from following.traffic import AT_ONCE, Mixed, Traffic
 from soak_server import processes, resident_mb
 from vllm_dflash.cli import main as command
 from vllm_dflash.follow.interval import students_t
@@ -67,7 +67,7 @@ def tau_of(before: Mapping[float, float], now: Mapping[float, float]) -> dict[st
     return {"tau": mean, "half": Z * math.sqrt(variance / count), "verifications": count}
 
 
-def window(port: int, traffic: Clients, pids: dict[str, int], until: float) -> dict[str, Any]:
+def window(port: int, traffic: Traffic, pids: dict[str, int], until: float) -> dict[str, Any]:
     """What is seen up to a time: tau, memory, and the answers of the traffic."""
     time.sleep(SETTLE_S)
     before, memory = counted(port), [resident_mb(pids)]
@@ -85,7 +85,7 @@ def window(port: int, traffic: Clients, pids: dict[str, int], until: float) -> d
 
 
 @contextmanager
-def noted(lines: Lines, traffic: Clients, adaptive: bool) -> Iterator[None]:
+def noted(lines: Lines, traffic: Traffic, adaptive: bool) -> Iterator[None]:
     """Has what ends the part within in ``lines``, as a failure; the same command goes on."""
     try:
         yield

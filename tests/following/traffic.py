@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clients import Clients
 from engine.harness import PROMPTS
 from engine.test_serve import server
 from soak_server import ask, draw_round
@@ -21,42 +22,40 @@ NOT_COMPARED = ("seed", "hang up", "scrape")
 """Kinds of ``soak_server``; those with a seed go without it here."""
 
 
-class Clients:
-    """Threads that each ask the next request of a round that never ends."""
+class Traffic(Clients):
+    """Clients that each ask the next request of a round that never ends."""
 
     def __init__(
         self, count: int, ask: Callable[[int], Any], expected: Sequence[Any], kinds: Sequence[str]
     ) -> None:
         """``ask`` sends the request at an index; an answer is compared where one is
         ``expected``."""
+        super().__init__(count)
         self.counts: Counter[str] = Counter()
         self.failed: list[Any] = []
         self.differing: list[Any] = []
         self.longest_s = 0.0
         self._ask, self._expected, self._kinds = ask, expected, kinds
         self._next, self._lock = itertools.cycle(range(len(kinds))), threading.Lock()
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._client) for _ in range(count)]
 
-    def _client(self) -> None:
-        while not self._stop.is_set():
-            with self._lock:
-                at = next(self._next)
-            began, answer, error = time.monotonic(), None, None
-            try:
-                answer = self._ask(at)
-            except Exception as problem:
-                error = {"request": at, "kind": self._kinds[at], "error": repr(problem)}
-                time.sleep(0.5)  # of a server that has ended there would be thousands
-            with self._lock:
-                self.longest_s = max(self.longest_s, time.monotonic() - began)
-                self.counts[self._kinds[at]] += 1
-                if error is not None:
-                    self.failed.append(error)
-                elif self._expected[at] is not None:
-                    self.counts["compared"] += 1
-                    if answer != self._expected[at]:
-                        self.differing.append({"request": at, "got": answer})
+    def ask_one(self, number: int) -> None:
+        with self._lock:
+            at = next(self._next)
+        began, answer, error = time.monotonic(), None, None
+        try:
+            answer = self._ask(at)
+        except Exception as problem:
+            error = {"request": at, "kind": self._kinds[at], "error": repr(problem)}
+            time.sleep(0.5)  # of a server that has ended there would be thousands
+        with self._lock:
+            self.longest_s = max(self.longest_s, time.monotonic() - began)
+            self.counts[self._kinds[at]] += 1
+            if error is not None:
+                self.failed.append(error)
+            elif self._expected[at] is not None:
+                self.counts["compared"] += 1
+                if answer != self._expected[at]:
+                    self.differing.append({"request": at, "got": answer})
 
     def take(self) -> dict[str, Any]:
         """What came since it was asked last."""
@@ -69,16 +68,6 @@ class Clients:
             }
             self.counts, self.longest_s, self.failed, self.differing = Counter(), 0.0, [], []
         return found
-
-    def __enter__(self) -> "Clients":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
 
 
 @dataclass(frozen=True)
@@ -107,10 +96,10 @@ class Mixed:
             path.write_text(json.dumps(found))
         return cls(pool, json.loads(path.read_text()))
 
-    def to(self, port: int) -> Clients:
+    def to(self, port: int) -> Traffic:
         """Clients of a server."""
 
         def one(at: int) -> Any:
             return json.loads(json.dumps(ask(port, self.pool[at])))  # JSON has no tuples
 
-        return Clients(AT_ONCE, one, self.expected, [each["kind"] for each in self.pool])
+        return Traffic(AT_ONCE, one, self.expected, [each["kind"] for each in self.pool])
