@@ -108,7 +108,7 @@ def main() -> int:
         "--steps", type=int, default=240, help="curve, quantized: of the fine-tuning (240)"
     )
     parser.add_argument(
-        "--held-out", type=int, default=48, metavar="N", help="curve, quantized: prompts (48)"
+        "--held-out", type=int, default=128, metavar="N", help="curve, quantized: prompts (128)"
     )
     parser.add_argument("--kills", type=int, default=9, help="kill: of servers in a swap (9)")
     parser.add_argument("--only", default="", help="kill: cases with this in their name")

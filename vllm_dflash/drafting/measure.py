@@ -34,8 +34,9 @@ SECONDS = 10.0
 """In which all has to be measured; what is not by then is left out."""
 _MOST_ROWS = 512
 """From which on the line goes on."""
-_TIMES = 2
-"""Measurements of a cell, after one that is not counted."""
+_ROUNDS = 5
+"""In each of which every cell is measured once. A machine that others share is slow for a second or
+two: so not all measurements of one cell are."""
 
 
 def measure(proposer: "DFlashProposer") -> None:
@@ -106,19 +107,29 @@ def _cells(proposer: "DFlashProposer") -> Iterator[Cell]:
         plan.append(Work(1, 0, block, context, 0, block * context))
     # Small ones first: those are sure to be there when time is up, and all others go on from them.
     plan.sort(key=lambda work: work.num_tokens + work.draft_rows + 1e-3 * work.num_context)
-    until = time.monotonic() + SECONDS
+    began, runs = time.monotonic(), []
     for work in Progress(plan, desc="measuring steps", unit="step"):
+        is_large = max(work.num_tokens, work.draft_rows) > 2 * block
+        if is_large and agreed(config, time.monotonic() > began + SECONDS):
+            break
         run = _draft(proposer, work) if work.draft_rows else _target(proposer, work)
-        for i in range(1 + _TIMES):
-            is_large = max(work.num_tokens, work.draft_rows) > 2 * block
-            if is_large and agreed(config, time.monotonic() > until):
-                break
-            _wait(proposer)
-            began = time.perf_counter()
-            run()
-            _wait(proposer)
-            if i:
-                yield Cell(work, time.perf_counter() - began)
+        run()  # not counted: kernels are made for a number of rows that is new
+        runs.append((work, run))
+        yield Cell(work, _seconds(proposer, run))
+    a_round = (time.monotonic() - began) / 2
+    for _ in range(_ROUNDS - 1):
+        if agreed(config, time.monotonic() + a_round > began + SECONDS):
+            break
+        for work, run in runs:
+            yield Cell(work, _seconds(proposer, run))
+
+
+def _seconds(proposer: "DFlashProposer", run: Callable[[], None]) -> float:
+    _wait(proposer)
+    began = time.perf_counter()
+    run()
+    _wait(proposer)
+    return time.perf_counter() - began
 
 
 def round_numbers(most: int) -> list[int]:
