@@ -133,6 +133,20 @@ GUESS = line((1e-2, 1e-4), (4e-3, 1e-4))
 """Where nothing was measured: what counts is that a step with a block takes some 1.5 plain ones."""
 
 
+def typical(rounds: Sequence[Sequence[float] | np.ndarray]) -> np.ndarray:
+    """Of ``rounds``, [R, n], in each of which the same n steps were timed, what each step takes,
+    [n]: the lower median, once each round is divided by its pace. That is the median of what its
+    steps take over what they usually do, so that a round in which the machine was slow counts as
+    the others, and a step that was held up does not."""
+    logs = np.log(np.maximum(np.asarray(rounds, dtype=float), 1e-9))
+    paces = np.median(logs - _low_median(logs), axis=1, keepdims=True)
+    return np.exp(_low_median(logs - paces))
+
+
+def _low_median(rows: np.ndarray) -> np.ndarray:
+    return np.sort(rows, axis=0)[(len(rows) - 1) // 2]
+
+
 def fit(cells: Iterable[Cell]) -> Profile:
     """The profile through measured cells: target steps (no rows of the drafter) and drafts alone
     (none of the target). More rows are taken to cost no less; for each number of rows the lowest of

@@ -10,7 +10,7 @@ import pytest
 from simulation import large_gpu, profile_of, two_cores
 from simulation_async import h200
 from vllm_dflash import profiles
-from vllm_dflash.cost_profile import Cell, Profile, fit, line
+from vllm_dflash.cost_profile import Cell, Profile, fit, line, typical
 from vllm_dflash.profiles import find, keep, key_of, this_cpu
 from vllm_dflash.steps import Work
 
@@ -169,3 +169,14 @@ def test_a_profile_holds_for_its_models_runner_device_and_version() -> None:
     assert key_of(config(), "0.32", "a") in keys
     assert this_cpu({}) != this_cpu({"OMP_NUM_THREADS": "1"})
     assert isinstance(PROFILE, Profile)
+
+
+def test_a_slow_round_counts_as_the_others_and_what_was_held_up_does_not() -> None:
+    true = np.array([3e-3, 5e-3, 8e-3, 21e-3])
+    rounds = [true, 1.6 * true, 0.9 * true, true * [1, 40, 1, 1], true * [1, 1, 1, 9]]
+    found = typical(rounds)
+    assert found / found[0] * true[0] == pytest.approx(true, rel=1e-9)
+    assert found == pytest.approx(true, rel=0.1)
+    assert typical(rounds[:1]) == pytest.approx(true)
+    held_up = [true * [1, 1, 1, 7], true]
+    assert typical(held_up) == pytest.approx(true), "of two the lower"

@@ -55,7 +55,7 @@ def measured(
             max_num_tokens=2048, kv_cache_config=SimpleNamespace(num_blocks=1025)
         ),
     )
-    profile = fit(list(measure._cells(proposer)))  # type: ignore[arg-type]
+    profile = fit(measure._cells(proposer))  # type: ignore[arg-type]
     return profile, ran, clock[0] - 100.0
 
 

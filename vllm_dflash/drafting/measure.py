@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_dflash.adaptive.settings import is_adaptive
 from vllm_dflash.checks import drafter_config
-from vllm_dflash.cost_profile import Cell, fit, round_rows
+from vllm_dflash.cost_profile import Cell, fit, round_rows, typical
 from vllm_dflash.engine_profiles import profile_key
 from vllm_dflash.log import logger
 from vllm_dflash.profiles import find, keep
@@ -34,7 +34,7 @@ SECONDS = 10.0
 """In which all has to be measured; what is not by then is left out."""
 _MOST_ROWS = 512
 """From which on the line goes on."""
-_ROUNDS = 5
+_ROUNDS = 8
 """In each of which every cell is measured once. A machine that others share is slow for a second or
 two: so not all measurements of one cell are."""
 
@@ -42,9 +42,9 @@ two: so not all measurements of one cell are."""
 def measure(proposer: "DFlashProposer") -> None:
     """Measures the steps of V1: see ``measure_once``."""
 
-    def cells() -> Iterator[Cell]:
+    def cells() -> list[Cell]:
         with torch.inference_mode(), _alone(proposer):
-            yield from _cells(proposer)
+            return _cells(proposer)
 
     measure_once(proposer.vllm_config, cells)
 
@@ -90,7 +90,7 @@ def _alone(proposer: "DFlashProposer") -> Iterator[None]:
         proposer.watch, proposer.is_measured = watch, False
 
 
-def _cells(proposer: "DFlashProposer") -> Iterator[Cell]:
+def _cells(proposer: "DFlashProposer") -> list[Cell]:
     config, block = proposer.vllm_config, proposer.draft_block_size
     most_reqs, k = config.scheduler_config.max_num_seqs, proposer.num_speculative_tokens
     pages = proposer.runner.kv_cache_config.num_blocks - 1
@@ -107,21 +107,21 @@ def _cells(proposer: "DFlashProposer") -> Iterator[Cell]:
         plan.append(Work(1, 0, block, context, 0, block * context))
     # Small ones first: those are sure to be there when time is up, and all others go on from them.
     plan.sort(key=lambda work: work.num_tokens + work.draft_rows + 1e-3 * work.num_context)
-    began, runs = time.monotonic(), []
+    began, runs, first = time.monotonic(), [], []
     for work in Progress(plan, desc="measuring steps", unit="step"):
         is_large = max(work.num_tokens, work.draft_rows) > 2 * block
         if is_large and agreed(config, time.monotonic() > began + SECONDS):
             break
         run = _draft(proposer, work) if work.draft_rows else _target(proposer, work)
         run()  # not counted: kernels are made for a number of rows that is new
-        runs.append((work, run))
-        yield Cell(work, _seconds(proposer, run))
-    a_round = (time.monotonic() - began) / 2
-    for _ in range(_ROUNDS - 1):
+        runs.append(run)
+        first.append(_seconds(proposer, run))
+    a_round, rounds = (time.monotonic() - began) / 2, [first]
+    while len(rounds) < _ROUNDS:
         if agreed(config, time.monotonic() + a_round > began + SECONDS):
             break
-        for work, run in runs:
-            yield Cell(work, _seconds(proposer, run))
+        rounds.append([_seconds(proposer, run) for run in runs])
+    return [Cell(*each) for each in zip(plan, typical(rounds).tolist())]
 
 
 def _seconds(proposer: "DFlashProposer", run: Callable[[], None]) -> float:
