@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from vllm_dflash.config import DrafterConfig
 from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.tools.inspect import inspect_checkpoint
@@ -64,3 +65,20 @@ def shard(folder: Path) -> Path:
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": places}))
     return index
+
+
+def refused_or_read(raw: Any) -> DrafterConfigError | None:
+    """Why a config is refused, if it is."""
+    try:
+        DrafterConfig.from_dict(raw)
+    except DrafterConfigError as error:
+        return error
+    return None
+
+
+def refusal(raw: Any) -> DrafterConfigError:
+    """Why a config is refused, with a remedy."""
+    with pytest.raises(DrafterConfigError) as error:
+        DrafterConfig.from_dict(raw)
+    assert REMEDY.search(str(error.value)), error.value
+    return error.value
