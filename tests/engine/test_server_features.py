@@ -190,7 +190,8 @@ def test_prefix_cache(served: Served) -> None:
     answers: list[list[int]] = []
 
     def ask() -> None:
-        answers.extend(complete(served.port, p, max_tokens=128) for p in prompts)
+        with ThreadPoolExecutor(6) as pool:
+            answers.extend(pool.map(lambda p: complete(served.port, p, max_tokens=128), prompts))
 
     hits = metric(served.port, "vllm:prefix_cache_hits_total")
     (cold_drafts, cold), (warm_drafts, warm) = counted(served.port, ask), counted(served.port, ask)
