@@ -21,6 +21,22 @@ from typing import IO, Any
 _READ, _WRITE = os.O_RDONLY, os.O_WRONLY | os.O_CREAT | os.O_APPEND
 INTERPRETER = "interpreter"
 """Of ``start``: the engines are of vLLM's V2 runner, by Triton's interpreter."""
+LIBRARIES = "libraries"
+"""Of ``start``: nothing of vLLM is imported, only what it imports itself: whichever vLLM the
+environment's path finds first is the process's."""
+_IMPORTED_BY_VLLM = (
+    "torch._inductor.compile_fx",
+    "torch.utils.cpp_extension",
+    "transformers.models.auto.modeling_auto",
+    "transformers.processing_utils",
+    "transformers.quantizers.auto",
+    "fastapi",
+    "openai",
+    "requests",
+    "opentelemetry.exporter.otlp.proto.grpc.trace_exporter",
+    "xgrammar",
+    "cv2",
+)
 
 
 class Fork:
@@ -71,15 +87,16 @@ def start(
 
     Args:
         files: what its descriptors open, its standard input and output at least; what it writes
-            as errors goes to the output.
-        kind: "" or ``INTERPRETER``.
+            as errors goes to the output unless they open it too.
+        kind: "", ``INTERPRETER`` or ``LIBRARIES``.
     """
     request = {
         "argv": list(command),
         "env": dict(env),
         "files": {number: str(path) for number, path in files.items()},
     }
-    return Fork(_parent(env["VLLM_ENABLE_V1_MULTIPROCESSING"], kind), request)
+    multiprocessing = "" if kind == LIBRARIES else env["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    return Fork(_parent(multiprocessing, kind), request)
 
 
 class Popen:
@@ -151,7 +168,8 @@ def _fork(request: dict[str, Any]) -> int:
         return pid
     os.setsid()
     quick_spawn.place(opened)
-    os.dup2(1, 2)
+    if 2 not in opened:
+        os.dup2(1, 2)
     sys.stdin = os.fdopen(0, closefd=False)
     os.environ.clear()
     os.environ.update(request["env"])
@@ -159,15 +177,7 @@ def _fork(request: dict[str, Any]) -> int:
     return 0
 
 
-def main() -> None:
-    import gc
-
-    import setproctitle
-
-    setproctitle.getproctitle()  # finds the place only while the environment is where it began
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # for what the imports say
-    gc.disable()
+def _import_vllm() -> None:
     if sys.argv[1] == INTERPRETER:
         from v2_interpreter import use_interpreter
 
@@ -179,6 +189,33 @@ def main() -> None:
         import vllm.entrypoints.cli.serve
         import vllm.entrypoints.openai.api_server  # noqa: F401
 
+
+def _import_libraries() -> None:
+    """One that is not installed would be imported by no child either."""
+    from importlib import import_module
+    from importlib.util import find_spec
+
+    for name in _IMPORTED_BY_VLLM:
+        if find_spec(name.partition(".")[0]):
+            import_module(name)
+    known = {"vllm", "vllm_dflash"} & {name.partition(".")[0] for name in sys.modules}
+    if known:
+        raise RuntimeError(f"{', '.join(known)} came with a library: leave that one out")
+
+
+def main() -> None:
+    import gc
+
+    import setproctitle
+
+    setproctitle.getproctitle()  # finds the place only while the environment is where it began
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # for what the imports say
+    gc.disable()
+    if sys.argv[1] == LIBRARIES:
+        _import_libraries()
+    else:
+        _import_vllm()
     gc.collect()
     gc.freeze()
     gc.enable()

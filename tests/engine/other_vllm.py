@@ -5,13 +5,14 @@ import json
 import os
 import shutil
 import subprocess
-import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import vllm_copies
-from engine.harness import TARGET, Job, engine_env, held_out_prompts
+from engine import forks
+from engine.harness import TARGET, Job, engine_env, held_out_prompts, wait_until_gone
 from pairs import random_prompts
 from targets import VOCAB
 
@@ -45,15 +46,29 @@ def before_the_installed(folder: Path) -> dict[str, str]:
     )
 
 
+def completed(
+    command: Sequence[str], env: dict[str, str], text: str = "", timeout_s: float = 400
+) -> subprocess.CompletedProcess[str]:
+    """A Python command that was run to its end, as ``forks.start`` takes it, with this as its
+    input; it has vLLM's libraries imported, and vLLM itself from where the environment says."""
+    with tempfile.TemporaryDirectory() as folder:
+        streams = asked, said, errors = [Path(folder, name) for name in ("in", "out", "err")]
+        asked.write_text(text)
+        process = forks.start(command, env, dict(enumerate(streams)), forks.LIBRARIES)
+        try:
+            process.wait(timeout_s)
+            wait_until_gone(process.pid)
+        except BaseException:
+            process.kill()
+            raise
+        return subprocess.CompletedProcess(
+            list(command), process.wait(), said.read_text(), errors.read_text()
+        )
+
+
 def status(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """``vllm-dflash status``."""
-    return subprocess.run(
-        [sys.executable, "-m", "vllm_dflash.cli", "status"],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return completed(["-m", "vllm_dflash.cli", "status"], env)
 
 
 def run(
@@ -82,14 +97,10 @@ class EndedError(RuntimeError):
 def run_jobs(env: dict[str, str], folder: Path, jobs: Sequence[Job]) -> list[dict[str, Any]]:
     """The jobs' reports, each with the process's ``log``. Raises EndedError."""
     out = folder / "reports.json"
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("worker.py")), str(out)],
-        input=json.dumps([job.to_json() for job in jobs]),
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
+    done = completed(
+        [str(Path(__file__).with_name("worker.py")), str(out)],
+        env,
+        json.dumps([job.to_json() for job in jobs]),
     )
     if done.returncode != 0:
         before = Path(f"{out}.before")

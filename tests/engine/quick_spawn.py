@@ -174,7 +174,8 @@ def place(descriptors: Mapping[int, int]) -> None:
 
 
 def heed_environment() -> None:
-    """What reads the environment at its import reads this process's."""
+    """What reads the environment at its import, or Python at its start, reads this process's."""
+    sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
     if values := sys.modules.get("prometheus_client.values"):
         values.ValueClass = values.get_value_class()
 

@@ -4,6 +4,7 @@ weight drawn anew, and what is compared."""
 import re
 import shutil
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.reference.decoding import replay_drafts
 
 PROMPTS = [prompt[:24] for prompt in random_prompts(3, 512)]
-MAX_TOKENS = {"v1": 12, "v2": 5}
+MAX_TOKENS = {"v1": 12, "v2": 3}
 WORKER = "reload_worker.py"
 
 
@@ -76,13 +77,20 @@ def run(jobs: Sequence[dict[str, Any]], runner: str = "v1") -> list[list[dict[st
     return run_worker(WORKER, jobs, {"RUNNER": "v2"}, timeout_s=900, kind=forks.INTERPRETER)
 
 
+@cache
+def _target(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@cache
+def _drafter(folder: Path) -> Any:
+    return load_drafter(folder, torch.float32)
+
+
 def wrong_drafts(report: dict[str, Any], target: Path, drafter: Path) -> tuple[int, int]:
     """Of one step's drafted tokens, how many are not the reference's for these weights, and how
     many there are."""
-    model, oracle = (
-        AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval(),
-        load_drafter(drafter, torch.float32),
-    )
+    model, oracle = _target(target), _drafter(drafter)
     first, wrong, count = min(draft["request"] for draft in report["drafts"]), 0, 0
     for i, prompt in enumerate(PROMPTS):
         sequence = prompt + report["tokens"][i]

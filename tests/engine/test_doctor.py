@@ -29,7 +29,7 @@ from vllm_dflash.weights import expected_tensors
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
-NUM_PROMPTS, MAX_TOKENS, K = 8, 64, 7
+NUM_PROMPTS, MAX_TOKENS, K = 8, 40, 7
 CONVERTED = {
     "z-lab": Variant({"draft_vocab_size": 200}, format="speculators", mask_embedding=True),
     "AngelSlim": VARIANTS["dflare speculators"],

@@ -15,6 +15,7 @@ import pytest
 
 from engine import forks
 from engine.harness import engine_env, wait_until_gone
+from engine.other_vllm import before_the_installed, completed
 
 pytestmark = pytest.mark.engine
 SCRIPT = """
@@ -155,3 +156,47 @@ def test_a_command_that_is_started_is_a_clean_child(tmp_path: Path) -> None:
         assert child["status"] == 7
         assert child["vllm"] == is_fork
         assert not child["plug-in"]
+
+
+OTHER = """
+import json, subprocess, sys
+
+def look():
+    known = {name.partition(".")[0] for name in sys.modules}
+    found = {
+        "torch": "torch" in known, "values": "prometheus_client" in known,
+        "ours": sorted(known & {"vllm", "vllm_dflash"}), "writes": not sys.dont_write_bytecode,
+    }
+    import vllm
+    return found | {"vllm": vllm.__file__}
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["child"]:
+        command = [sys.executable, "-m", "vllm.look", "child"]
+        print(subprocess.run(command, capture_output=True, text=True).stdout, end="")
+    print(json.dumps(look()))
+    print("an error", file=sys.stderr)
+    sys.exit(7)
+"""
+
+
+def test_with_the_libraries_alone_vllm_is_the_environments(tmp_path: Path) -> None:
+    """Also in what it starts: nothing of the installed vLLM or of this package is there before, and
+    nothing that reads the environment when it is imported."""
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").touch()
+    (tmp_path / "vllm" / "look.py").write_text(OTHER)
+    (tmp_path / "script.py").write_text(OTHER)
+    done = completed([str(tmp_path / "script.py")], before_the_installed(tmp_path))
+    assert done.returncode == 7, done.stderr
+    # Triton adds a word at the end of a process that has it imported.
+    assert done.stderr.startswith("an error\n")
+    child, found = map(json.loads, done.stdout.splitlines())
+    assert found == {
+        "torch": True,
+        "values": False,
+        "ours": [],
+        "writes": False,
+        "vllm": str(tmp_path / "vllm" / "__init__.py"),
+    }
+    assert child == found | {"ours": ["vllm"]}

@@ -10,6 +10,7 @@ import signal
 import time
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 
 from engine import forks
 from engine.harness import DRAFTER, TARGET, engine_env, held_out_prompts
-from engine.test_serve import Command, request, server
+from engine.test_serve import fork, request, server
 from vllm_dflash.cli import main
 from vllm_dflash.metrics.figures import Scrape, figures
 from vllm_dflash.metrics.snapshots import USERS
@@ -207,7 +208,8 @@ def test_two_api_servers_two_engines_and_a_multiprocess_directory_of_the_users(
     tmp_path: Path,
 ) -> None:
     """Every API server answers the same, scrape after scrape, and nothing is counted twice; each
-    data-parallel engine has series of its own."""
+    data-parallel engine has series of its own. Every process imports vLLM, and what reads the
+    folder's variable at its import, itself."""
     flags = (
         "--api-server-count",
         "2",
@@ -221,7 +223,7 @@ def test_two_api_servers_two_engines_and_a_multiprocess_directory_of_the_users(
         json.dumps(SPECULATIVE),
         *flags,
         env={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
-        start=Command,
+        start=partial(fork, kind=forks.LIBRARIES),
     ) as port:
         answers = send(port)
         first = text_after_writing(port)

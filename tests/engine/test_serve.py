@@ -47,9 +47,10 @@ class Command(subprocess.Popen[bytes]):
         self.wait()
 
 
-def fork(command: list[str], env: dict[str, str], log: Path) -> forks.Fork:
-    """The same as a fork of a process that has vLLM imported, as are those that it spawns."""
-    return forks.start(command, env, {0: Path(os.devnull), 1: log})
+def fork(command: list[str], env: dict[str, str], log: Path, kind: str = "") -> forks.Fork:
+    """The same as a fork of a process that has vLLM imported, as are those that it spawns; with
+    ``forks.LIBRARIES`` each imports vLLM itself, in the environment that it is given."""
+    return forks.start(command, env, {0: Path(os.devnull), 1: log}, kind)
 
 
 @contextmanager

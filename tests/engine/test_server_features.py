@@ -9,7 +9,6 @@ decoding's, offline.
 
 import json
 import re
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +36,7 @@ from engine.feature_server import (
     wait_until_idle,
 )
 from engine.harness import TARGET, engine_env, held_out_prompts
+from engine.other_vllm import completed
 from engine.test_serve import metric, request
 
 __all__ = ["adapter", "expected", "served"]
@@ -190,7 +190,8 @@ def test_prefix_cache(served: Served) -> None:
     answers: list[list[int]] = []
 
     def ask() -> None:
-        answers.extend(complete(served.port, p, max_tokens=128) for p in prompts)
+        with ThreadPoolExecutor(6) as pool:
+            answers.extend(pool.map(lambda p: complete(served.port, p, max_tokens=128), prompts))
 
     hits = metric(served.port, "vllm:prefix_cache_hits_total")
     (cold_drafts, cold), (warm_drafts, warm) = counted(served.port, ask), counted(served.port, ask)
@@ -253,16 +254,8 @@ def test_bench_serve(served: Served, tmp_path: Path) -> None:
         "--result-filename",
         "bench.json",
     ]
-    done = subprocess.run(
-        command,
-        env=engine_env(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
+    done = completed(command, engine_env(), timeout_s=180)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     result = json.loads((tmp_path / "bench.json").read_text())
     assert result["completed"] == 8
     assert result["spec_decode_acceptance_length"] >= 1

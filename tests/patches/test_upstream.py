@@ -7,13 +7,14 @@ import importlib
 import os
 import re
 import subprocess
-import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
 import pytest
 from vllm_dflash.patches import ALL
 
+from engine.other_vllm import completed
 from pairs import make_random_drafter, make_random_target
 from releases import OLDEST, TOO_NEW
 from vllm_dflash.patching import PatchSet
@@ -65,15 +66,10 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs Python code in a process whose environment has none of our or vLLM's plug-in variables
     but these."""
     inherited = {name: value for name, value in os.environ.items() if name not in OURS}
-    command = [sys.executable, "-c", STATES + code]
-    done = subprocess.run(
-        command,
-        env=inherited | environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "script.py")
+        script.write_text(STATES + code)
+        done = completed([str(script)], inherited | environment, timeout_s=180)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 

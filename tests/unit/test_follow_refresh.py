@@ -114,7 +114,7 @@ def command(pair: tuple[Path, Path, Path], out: Path, *more: str, **changes: Any
     out.parent.mkdir(exist_ok=True)
     toml = as_toml(out.with_suffix(".toml"), **changes)
     flags = ["--target", target, "--draft", drafter, "--traffic", traffic, "--out", out]
-    budget = [] if "--minutes" in more else ["--tokens", "2160"]
+    budget = [] if "--minutes" in more else ["--tokens", "1080"]
     return ["refresh", str(toml), *map(str, flags), "--held-out", "8", *budget, *more]
 
 
@@ -153,7 +153,7 @@ def test_a_better_one_is_kept(pair: tuple[Path, Path, Path], undisturbed: Path) 
     for said in (
         "round 1: 28 prompts from 1 files, 28 with an answer; begins from drafter",
         "round 1: the old drafter has tau",
-        "steps for the budget of 2160 tokens",
+        "steps for the budget of 1080 tokens",
         "round 1, kept: tau",
         "on 8 held-out prompts",
     ):
@@ -289,7 +289,7 @@ def test_ctrl_c(
 def test_the_budget_in_tokens(undisturbed: Path) -> None:
     """Blocks of 4 draft 3 tokens: 4 sequences x 6 anchors x 3 are 72 a step."""
     (only,) = Rounds(undisturbed).all()
-    assert only.notes()["steps"] == 2160 // 72
+    assert only.notes()["steps"] == 1080 // 72
 
 
 def test_one_that_is_not_better_changes_nothing(
