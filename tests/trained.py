@@ -3,15 +3,28 @@ accepted and tau says something."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.reference.checkpoint import new_drafter, save_drafter
-from vllm_dflash.reference.decoding import generate, target_features
+from vllm_dflash.reference.decoding import target_features
 from vllm_dflash.reference.loss import block_labels
 from vllm_dflash.reference.masks import block_positions, context_mask
+
+
+@torch.no_grad()
+def continued(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> Tensor:
+    """Prompts of one length and the model's greedy continuations, [prompts, length]: a step for all
+    at a time."""
+    tokens, cache = torch.tensor(prompts), DynamicCache(config=model.config)
+    for _ in range(new_tokens):
+        logits = model(tokens[:, cache.get_seq_length() :], past_key_values=cache).logits[:, -1]
+        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
+    return tokens
 
 
 def train_briefly(
@@ -33,7 +46,7 @@ def train_briefly(
     with torch.no_grad():
         for parameter in drafter.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    tokens = torch.tensor([[*p, *generate(model, None, p, new_tokens, 0).tokens] for p in prompts])
+    tokens = continued(model, prompts, new_tokens)
     features = target_features(model, config.target_layer_ids, tokens)[0]
     rows, length = tokens.shape
     positions = torch.arange(length).expand(rows, -1)
