@@ -34,11 +34,13 @@ def train_briefly(
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     steps: int,
+    blocks: int = 12,
 ) -> Path:
     """A drafter that knows the target's greedy continuations of ``prompts`` in part; float32;
     returns its folder.
 
-    The prompts have one length, so that all of them are one batch.
+    The prompts have one length, so that all of them are one batch. A step learns ``blocks`` of
+    each.
     """
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).requires_grad_(False)
@@ -52,7 +54,7 @@ def train_briefly(
     positions = torch.arange(length).expand(rows, -1)
     optimizer = torch.optim.Adam(drafter.parameters(), lr=4e-3)
     for _ in range(steps):
-        anchors = torch.randint(len(prompts[0]), length - size, (rows, 12))
+        anchors = torch.randint(len(prompts[0]), length - size, (rows, blocks))
         ids = torch.full((*anchors.shape, size), config.mask_token_id)
         ids[..., 0] = tokens.gather(1, anchors)
         c = drafter.context(features)

@@ -10,8 +10,6 @@ changes drafts.
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from engine import forks
 from engine.harness import (
     DRAFTER,
     TARGET,
@@ -220,29 +219,29 @@ def test_a_users_kind(
     print(f"\n{name}: {agreement.drafts} drafts, {repeats} tokens drafted twice in a row")
 
 
-def _has_kernel() -> bool:
-    return (
-        subprocess.run(
-            [sys.executable, "-c", _LOOK],
-            env=engine_env(),
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        == "True"
-    )
+@pytest.fixture(scope="module")
+def has_kernel(tmp_path_factory: pytest.TempPathFactory) -> bool:
+    """Whether vLLM has its kernel for 4-bit weights here."""
+    folder = tmp_path_factory.mktemp("kernel")
+    (folder / "look.py").write_text(_LOOK)
+    said = folder / "said"
+    looking = forks.start([str(folder / "look.py")], engine_env(), {0: Path(os.devnull), 1: said})
+    assert looking.wait(120) == 0, said.read_text()
+    return said.read_text().splitlines()[-1] == "True"
 
 
 _LOOK = """
 import torch
 from vllm.platforms import current_platform
 current_platform.import_kernels()
-print(hasattr(torch.ops._C, "cpu_gemm_wna16"), end="")
+print(hasattr(torch.ops._C, "cpu_gemm_wna16"))
 """
 
 
 @pytest.mark.parametrize("kind", ["dflash", "dflare"])
-def test_quantized_weights(random_target: Path, tmp_path: Path, kind: str) -> None:
+def test_quantized_weights(
+    random_target: Path, tmp_path: Path, has_kernel: bool, kind: str
+) -> None:
     """4-bit weights on vLLM's own kernels draft as the same weights written out do, as far as
     bfloat16 tells.
 
@@ -253,7 +252,7 @@ def test_quantized_weights(random_target: Path, tmp_path: Path, kind: str) -> No
     config = random_drafter_config(kind=kind, intermediate_size=128)
     drafter = make_random_drafter(tmp_path / "drafter", config=config)
     quantize(drafter, tmp_path / "packed", tmp_path / "written-out")
-    if not _has_kernel():
+    if not has_kernel:
         with pytest.raises(
             RuntimeError, match=r"4-bit weights.*AVX-512.*serve a drafter with 16-bit weights"
         ):
