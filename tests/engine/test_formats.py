@@ -223,18 +223,21 @@ def test_a_users_kind(
 def has_kernel(tmp_path_factory: pytest.TempPathFactory) -> bool:
     """Whether vLLM has its kernel for 4-bit weights here."""
     folder = tmp_path_factory.mktemp("kernel")
-    (folder / "look.py").write_text(_LOOK)
-    said = folder / "said"
-    looking = forks.start([str(folder / "look.py")], engine_env(), {0: Path(os.devnull), 1: said})
-    assert looking.wait(120) == 0, said.read_text()
-    return said.read_text().splitlines()[-1] == "True"
+    script, answer = folder / "look.py", folder / "answer"
+    script.write_text(_LOOK)
+    command = [str(script), str(answer)]
+    looking = forks.start(command, engine_env(), {0: Path(os.devnull), 1: folder / "log"})
+    assert looking.wait(120) == 0, (folder / "log").read_text()
+    return answer.read_text() == "True"
 
 
 _LOOK = """
+import sys
+from pathlib import Path
 import torch
 from vllm.platforms import current_platform
 current_platform.import_kernels()
-print(hasattr(torch.ops._C, "cpu_gemm_wna16"))
+Path(sys.argv[1]).write_text(str(hasattr(torch.ops._C, "cpu_gemm_wna16")))
 """
 
 
