@@ -37,6 +37,20 @@ _IMPORTED_BY_VLLM = (
     "xgrammar",
     "cv2",
 )
+_IMPORTED_BY_ENGINES = (
+    "vllm.compilation.backends",
+    "vllm.distributed.elastic_ep.elastic_execute",
+    "vllm.entrypoints.launchers.cli_args",
+    "vllm.model_executor.layers.quantization.compressed_tensors.utils",
+    "vllm.model_executor.layers.quantization.online.base",
+    "vllm.plugins.lora_resolvers.filesystem_resolver",
+    "vllm.plugins.lora_resolvers.hf_hub_resolver",
+    "vllm.transformers_utils.configs.speculators",
+    "vllm.utils.cpu_triton_utils",
+    "vllm.v1.attention.backends.cpu_attn",
+    "vllm.v1.core.sched.async_scheduler",
+)
+"""What vLLM imports when an engine starts: a second of each process's time."""
 
 
 class Fork:
@@ -178,16 +192,25 @@ def _fork(request: dict[str, Any]) -> int:
 
 
 def _import_vllm() -> None:
+    from contextlib import suppress
+    from importlib import import_module
+
     if sys.argv[1] == INTERPRETER:
         from v2_interpreter import use_interpreter
 
         use_interpreter()
     import vllm.v1.worker.cpu_worker
     from vllm import LLM, SamplingParams  # noqa: F401
+    from vllm.config.logging import LoggingConfig
+    from vllm.logger import configure_logging_if_needed
 
     if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1":
         import vllm.entrypoints.cli.serve
         import vllm.entrypoints.openai.api_server  # noqa: F401
+    for name in _IMPORTED_BY_ENGINES:
+        with suppress(ModuleNotFoundError):  # of another version of vLLM
+            import_module(name)
+    configure_logging_if_needed(LoggingConfig())
 
 
 def _import_libraries() -> None:

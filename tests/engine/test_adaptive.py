@@ -23,15 +23,23 @@ ADAPTIVE = {"additional_config": {"dflash": {"adaptive": True}}}
 def batches() -> dict[str, list[Batch]]:
     """Plain decoding, and the controller under loads that rise and fall: 1, 16, 1 and 4 requests at
     a time, on one engine."""
-    prompts = held_out_prompts(16)
-    common = {"max_tokens": 64, "batch_sizes": (1, 16, 1, 4)}
+    prompts, loads = held_out_prompts(16), (1, 16, 1, 4)
     plain, adaptive = run_engines(
         [
-            EngineJob(TARGET, None, prompts, **common),
-            EngineJob(TARGET, DRAFTER, prompts, adaptive=True, record=True, **common),
+            EngineJob(TARGET, None, prompts, max_tokens=64, batch_sizes=(1, 16, 4)),
+            EngineJob(
+                TARGET,
+                DRAFTER,
+                prompts,
+                adaptive=True,
+                record=True,
+                max_tokens=64,
+                batch_sizes=loads,
+            ),
         ]
     )
-    return {"plain": plain, "adaptive": adaptive}
+    of_size = {batch.report["size"]: batch for batch in plain}
+    return {"plain": [of_size[size] for size in loads], "adaptive": adaptive}
 
 
 def test_output_is_plain_decodings(batches: dict[str, list[Batch]]) -> None:

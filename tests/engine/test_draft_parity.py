@@ -1,16 +1,59 @@
 """What a real V1 engine drafts is what the plain PyTorch reference drafts, token for token."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine.harness import DFLARE, DRAFTER, TARGET, Batch, held_out_prompts, run_engine
+from engine.harness import (
+    DFLARE,
+    DRAFTER,
+    TARGET,
+    Batch,
+    Job,
+    held_out_prompts,
+    run_engine,
+    run_engines,
+)
 from engine.oracle import BFLOAT16_GAP, compare_bfloat16, compare_drafts, compare_rounded
 from engine.rounding import AT_LEAST
 from pairs import random_prompts
 
 pytestmark = pytest.mark.engine
+LIMIT = 64
+"""``max_model_len`` where blocks meet it."""
+
+
+@pytest.fixture(scope="module")
+def served(random_target: Path, random_drafter: Path) -> dict[str, list[Batch]]:
+    """Engines of the random pair, in one process."""
+    prompts = random_prompts(16, 512)
+    whole = Job(random_target, random_drafter, prompts, max_tokens=24, record=True)
+    near_the_end = Job(
+        random_target,
+        random_drafter,
+        [p[:20] for p in random_prompts(6, 512)] + [list(range(2, 52))],
+        max_tokens=40,
+        max_model_len=LIMIT,
+        record=True,
+    )
+    shared = prompts[0][:2] * 140
+    jobs = {
+        "7 tokens": whole,
+        "3 tokens": replace(whole, num_speculative_tokens=3),
+        "bfloat16": replace(whole, dtype="bfloat16"),
+        "near the end": near_the_end,
+        "near the end, plain": replace(near_the_end, drafter=None, record=False),
+        "in pieces": replace(
+            whole,
+            prompts=[shared + [i] * 5 for i in range(2, 8)],
+            max_tokens=16,
+            batch_sizes=(2, 6),
+            engine_args={"max_num_batched_tokens": 48, "enable_prefix_caching": True},
+        ),
+    }
+    return dict(zip(jobs, run_engines(list(jobs.values())), strict=True))
 
 
 @pytest.mark.parametrize("index", [0, 1, 2], ids=["batch 1", "batch 4", "batch 16"])
@@ -59,18 +102,14 @@ def test_trained_bfloat16(dflash_bfloat16: Batch) -> None:
 
 @pytest.mark.parametrize("num_speculative_tokens", [7, 3])
 def test_random_weights_float32(
-    random_target: Path, random_drafter: Path, num_speculative_tokens: int
+    served: dict[str, list[Batch]],
+    random_target: Path,
+    random_drafter: Path,
+    num_speculative_tokens: int,
 ) -> None:
     """Random norms in each layer, GQA, an untied lm_head: a wrong weight anywhere changes
     drafts."""
-    batch = run_engine(
-        random_target,
-        random_drafter,
-        random_prompts(16, 512),
-        num_speculative_tokens=num_speculative_tokens,
-        max_tokens=24,
-        record=True,
-    )[0]
+    (batch,) = served[f"{num_speculative_tokens} tokens"]
     agreement = compare_drafts(
         batch, random_target, random_drafter, torch.float32, num_speculative_tokens
     )
@@ -78,20 +117,16 @@ def test_random_weights_float32(
     assert agreement.differences == []
 
 
-def test_random_weights_bfloat16(random_target: Path, random_drafter: Path) -> None:
+def test_random_weights_bfloat16(
+    served: dict[str, list[Batch]], random_target: Path, random_drafter: Path
+) -> None:
     """With random weights the two best logits are often closer than bfloat16 can tell apart."""
-    batch = run_engine(
-        random_target,
-        random_drafter,
-        random_prompts(16, 512),
-        dtype="bfloat16",
-        max_tokens=24,
-        record=True,
-    )[0]
-    check_bfloat16(batch, random_target, random_drafter)
+    check_bfloat16(served["bfloat16"][0], random_target, random_drafter)
 
 
-def test_blocks_end_at_max_model_len(random_target: Path, random_drafter: Path) -> None:
+def test_blocks_end_at_max_model_len(
+    served: dict[str, list[Batch]], random_target: Path, random_drafter: Path
+) -> None:
     """Near the end a block has fewer positions, for that request alone: the others in the batch
     draft whole blocks.
 
@@ -99,36 +134,21 @@ def test_blocks_end_at_max_model_len(random_target: Path, random_drafter: Path) 
     not, no request gets its context written in that step, and all draft zeros from then on with
     holes in what they attend to.
     """
-    limit = 64
-    long, short = [list(range(2, 52))], random_prompts(6, 512)
-    prompts = [p[:20] for p in short] + long
-    batch = run_engine(
-        random_target, random_drafter, prompts, max_tokens=40, max_model_len=limit, record=True
-    )[0]
-    plain = run_engine(random_target, None, prompts, max_tokens=40, max_model_len=limit)[0]
+    (batch,), (plain,) = served["near the end"], served["near the end, plain"]
     assert batch.tokens == plain.tokens
-    assert len(batch.tokens[-1]) == limit - 50
+    assert len(batch.tokens[-1]) == LIMIT - 50
     agreement = compare_drafts(
-        batch, random_target, random_drafter, torch.float32, 7, max_model_len=limit
+        batch, random_target, random_drafter, torch.float32, 7, max_model_len=LIMIT
     )
     assert agreement.differences == []
 
 
-def test_chunked_prefill_and_prefix_cache(random_target: Path, random_drafter: Path) -> None:
+def test_chunked_prefill_and_prefix_cache(
+    served: dict[str, list[Batch]], random_target: Path, random_drafter: Path
+) -> None:
     """A prompt that is prefilled in pieces, and one whose pages come from the prefix cache, leave
     no hole in the context."""
-    shared = random_prompts(1, 512)[0][:2] * 140
-    prompts = [shared + [i] * 5 for i in range(2, 8)]
-    engine_args = {"max_num_batched_tokens": 48, "enable_prefix_caching": True}
-    batches = run_engine(
-        random_target,
-        random_drafter,
-        prompts,
-        max_tokens=16,
-        batch_sizes=(2, 6),
-        record=True,
-        engine_args=engine_args,
-    )
+    batches = served["in pieces"]
     assert batches[1].report["counters"]["prefix_cache_hits"] >= 6 * 128, (
         "pages of 128 tokens on a CPU: each prompt starts with one at least"
     )

@@ -40,10 +40,7 @@ def batches(
         ),
     }
     firsts = run_engines(
-        [
-            Job(target, None, prompts, max_tokens=TOKENS, batch_sizes=(1,))
-            for target, _, prompts in pairs.values()
-        ]
+        [Job(target, None, prompts, max_tokens=TOKENS) for target, _, prompts in pairs.values()]
     )
     jobs = {}
     for (name, (target, drafter, prompts)), first in zip(pairs.items(), firsts, strict=True):

@@ -50,6 +50,7 @@ def drafters(target: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
             PROMPTS,
             NEW_TOKENS,
             steps=60,
+            blocks=6,
         )
         for name in NAMES
     }

@@ -66,8 +66,7 @@ def _random_pair(family: str, kind: str, folder: Path) -> Pair:
 
     from pairs import random_drafter_config
     from targets import FAMILIES
-    from trained import train_briefly
-    from vllm_dflash.reference.decoding import generate
+    from trained import continued, train_briefly
 
     tokenizer = _tokenizer()
     vocab = len(tokenizer)
@@ -84,7 +83,7 @@ def _random_pair(family: str, kind: str, folder: Path) -> Pair:
     )
     drafter = train_briefly(target, folder / "drafter", config, prompts, 40, steps=60)
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
-    known = [[*p, *generate(model, None, p, 40, 0).tokens] for p in prompts]
+    known = continued(model, prompts, 40).tolist()
     # Most prompts are beginnings of what the drafter knows: there its drafts are accepted.
     beginnings = [text[: rng.randint(4, 12)] for text in known for _ in range(3)]
     corpus = Corpus(known + beginnings, [tokenizer.decode(p) for p in known], vocab)

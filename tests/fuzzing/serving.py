@@ -382,6 +382,10 @@ class Server:
 
 
 def main() -> None:
+    from engine.engines import keep_frozen, register_kernels_once
+
+    keep_frozen()
+    register_kernels_once()
     server = Server()
     with open(sys.argv[1], "w", buffering=1) as out:
         for line in sys.stdin:

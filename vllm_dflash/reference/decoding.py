@@ -10,6 +10,7 @@ Tests: ``pytest tests/unit/test_reference.py``.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vllm_dflash.reference.drafter import ContextKV, Drafter
+from vllm_dflash.reference.masks import context_mask
+
+_POSITIONS_AT_ONCE = 1 << 14
+"""Of contexts, in a batch of blocks: some hundred megabytes."""
 
 
 @dataclass(frozen=True)
@@ -107,24 +112,61 @@ def draft_block(
     blocks drafts badly in a shorter one. Only ``max_model_len`` cuts it, as there are no positions
     past it.
     """
-    device, num_queries = target.device, drafter.config.block_size
-    if max_model_len is not None:
-        num_queries = min(num_queries, max_model_len - anchor)
-    ids = torch.full((1, num_queries), drafter.config.mask_token_id, device=device)
-    ids[0, 0] = token
-    positions = torch.arange(anchor, anchor + num_queries, device=device)[None]
-    hidden = drafter(drafter.embed(target.get_input_embeddings(), ids), positions, context)
+    size = _block_size(drafter, anchor, max_model_len)
+    (draft,) = _draft_blocks(
+        target,
+        drafter,
+        torch.tensor([token], device=target.device),
+        torch.tensor([anchor], device=target.device),
+        size,
+        context,
+        None,
+        num_tokens,
+        None if before is None else before[None],
+    )
+    return draft
+
+
+def _block_size(drafter: Drafter, anchor: int, max_model_len: int | None) -> int:
+    """Positions of the block at ``anchor``."""
+    size = drafter.config.block_size
+    return size if max_model_len is None else min(size, max_model_len - anchor)
+
+
+def _draft_blocks(
+    target: Any,
+    drafter: Drafter,
+    tokens: Tensor,
+    anchors: Tensor,
+    num_queries: int,
+    context: ContextKV,
+    mask: Tensor | None,
+    num_tokens: int,
+    before: Tensor | None,
+) -> list[Draft]:
+    """The blocks after ``tokens`` [N] at ``anchors`` [N], of ``num_queries`` positions each;
+    ``context`` [N, S, ...], ``mask`` [N, 1, Q, S + Q] and ``before`` [N, C] are as the drafter
+    takes them."""
+    device = target.device
+    ids = torch.full((len(anchors), num_queries), drafter.config.mask_token_id, device=device)
+    ids[:, 0] = tokens
+    positions = anchors[:, None] + torch.arange(num_queries, device=device)
+    embeds = drafter.embed(target.get_input_embeddings(), ids)
+    hidden = drafter(embeds, positions, context, mask)
     # Mostly the query at position n + k predicts the token at n + k itself, and the anchor's own
     # output is unused.
     first, size = drafter.config.first_row, drafter.config.block_size
     # A head over the block ranks a whole one: rows past the end are as the last one that there is.
     rows = torch.arange(first, size, device=device).clamp(max=num_queries - 1)
-    block = drafter.block(target.lm_head, hidden[0, rows], target.get_input_embeddings(), before)
-    tokens, scores = drafter.head.draft(block, ids[0, 0])
+    block = drafter.block(target.lm_head, hidden[:, rows], target.get_input_embeddings(), before)
+    drafted, scores = drafter.head.draft(block, tokens)
     num_tokens = max(0, min(num_tokens, num_queries - first))
-    tokens, scores = tokens[:num_tokens], scores[:num_tokens]
+    drafted, scores = drafted[:, :num_tokens], scores[:, :num_tokens]
     best, second = scores.topk(2, dim=-1).values.unbind(-1)
-    return Draft(anchor, tokens.tolist(), (best - second).tolist(), best.tolist())
+    found = zip(
+        anchors.tolist(), drafted.tolist(), (best - second).tolist(), best.tolist(), strict=True
+    )
+    return [Draft(*each) for each in found]
 
 
 class _Loop:
@@ -260,20 +302,28 @@ def replay_drafts(
     positions = torch.arange(len(token_ids), device=target.device)[None]
     c = drafter.context(features)
     context = drafter.context_kv(c, positions)
-    ends = drafter.before_anchors(c, torch.tensor([list(anchors)], device=target.device))
-    drafts = []
-    for i, n in enumerate(anchors):
-        before = [(k[:, :n], v[:, :n]) for k, v in context]
-        drafts.append(
-            draft_block(
-                target,
-                drafter,
-                token_ids[n],
-                n,
-                before,
-                num_speculative_tokens,
-                max_model_len,
-                None if ends is None else ends[0, i],
-            )
-        )
-    return drafts
+    drafts, at_once = dict[int, Draft](), max(1, _POSITIONS_AT_ONCE // len(token_ids))
+    sizes = [_block_size(drafter, n, max_model_len) for n in anchors]
+    places = groupby(range(len(sizes)), lambda i: (i // at_once, sizes[i]))
+    for (_, size), group in places:
+        at = torch.tensor([anchors[i] for i in group], device=target.device)
+        before = drafter.before_anchors(c, at[None])
+        # Each block is a row of the batch: it sees the context before it, and all of itself.
+        seen = context_mask(at[:, None], size, len(token_ids))
+        own = torch.ones(len(at), 1, size, size, dtype=torch.bool, device=target.device)
+        rows = [
+            (k.expand(len(at), *k.shape[1:]), v.expand(len(at), *v.shape[1:])) for k, v in context
+        ]
+        for draft in _draft_blocks(
+            target,
+            drafter,
+            input_ids[0, at],
+            at,
+            size,
+            rows,
+            torch.cat([seen, own], dim=-1),
+            num_speculative_tokens,
+            None if before is None else before[0],
+        ):
+            drafts[draft.anchor] = draft
+    return [drafts[n] for n in anchors]
