@@ -37,7 +37,7 @@ _INHERITED = (
 """What our proposer reads or sets of what it inherits."""
 _READ_OF_METADATA = (
     "block_table_tensor max_seq_len num_actual_tokens num_reqs query_start_loc query_start_loc_cpu"
-    " seq_lens seq_lens_cpu_upper_bound slot_mapping"
+    " seq_lens seq_lens_cpu_upper_bound slot_mapping replace"
 )
 
 PATCH = Patch(
@@ -60,6 +60,7 @@ PATCH = Patch(
         *(f"{_BASE}.{name}" for name in _INHERITED.split()),
         *(f"{_RUNNER}.{name}" for name in ["input_batch", "requests", "discard_request_mask"]),
         *(f"{_METADATA}.{name}" for name in _READ_OF_METADATA.split()),
+        "vllm.config.cache:CacheConfig.prefix_match_unit",
         "vllm.v1.worker.gpu_input_batch:CachedRequestState.block_ids",
         "vllm.v1.worker.gpu_input_batch:InputBatch.req_ids",
         "vllm.v1.worker.gpu_input_batch:InputBatch.num_computed_tokens_cpu",

@@ -202,7 +202,9 @@ class DrafterConfig:
             if setting is None:
                 raise DrafterConfigError(
                     f"{name} is no setting of a {kind.label} drafter's head",
-                    f"known are {', '.join(kind.head.settings) or 'none'}",
+                    f"known are {', '.join(kind.head.settings)}"
+                    if kind.head.settings
+                    else "remove it: this head has none",
                     field=name,
                 )
             if not setting.fits(value, self.vocab_size):

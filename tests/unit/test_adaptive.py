@@ -36,6 +36,7 @@ def test_close_to_the_best_fixed_choice(cost, rates: str, num_reqs: int) -> None
     assert server.adaptive(batches) > 0.95 * best
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cost", [two_cores, large_gpu])
 @pytest.mark.parametrize("rates", RATES)
 @pytest.mark.parametrize("num_reqs", [1, 8, 32])
@@ -104,6 +105,7 @@ def test_each_request_has_its_own_length() -> None:
     assert server.adaptive(batches) > max(server.fixed(k, batches) for k in range(8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skips", [True, False], ids=["skips", "drafts for all"])
 @pytest.mark.parametrize("rates", RATES)
 @pytest.mark.parametrize("contexts", [[1 << 15, *[128] * 7], [1 << 13] * 4, [1 << 15]])

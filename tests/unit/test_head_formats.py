@@ -143,7 +143,7 @@ def test_an_object_beside_the_top_level_is_dsparks_too() -> None:
         (DFLASH2, {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         (DFLASH2, {"markov_rank": 256}, "dflash_config.markov_rank"),
         (DSPARK, {"markov_head_type": "gru"}, "markov_head_type = 'gru' is not supported"),
-        (DSPARK, {"sample_from_anchor": False}, "sample_from_anchor is False.*method dspark"),
+        (DSPARK, {"sample_from_anchor": False}, "sample_from_anchor is False.*own method for it"),
         (DSPARK, {"markov_rank": None}, "markov_rank is missing"),
         (DSPARK, {"enable_confidence_head": 1}, "enable_confidence_head"),
         (DSPARK, {"draft_vocab_size": 32000}, "ranks the target's whole vocabulary"),

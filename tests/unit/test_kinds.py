@@ -255,9 +255,12 @@ def test_each_of_a_kinds_own_tensors_is_missed(name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*OURS, *NAMES])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "float32") for name in [*OURS, *NAMES]), *((name, "bfloat16") for name in NAMES)],
+)
 def test_a_kind_is_trained_and_exported(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Budget, one training step that changes its own tensors, proof, export and card."""
     target = make_target(tmp_path / "target")
@@ -267,6 +270,7 @@ def test_a_kind_is_trained_and_exported(
         answered_prompts(target, tmp_path / "prompts.jsonl", 8),
         tmp_path / "run",
         kind=name,
+        dtype=dtype,
         layers=None,
         steps=1,
         warmup=0.0,

@@ -4,7 +4,8 @@ anchor is in an answer."""
 import numpy as np
 import pytest
 
-from vllm_dflash.training.batches import Plan
+from pairs import random_drafter_config
+from vllm_dflash.training.batches import Plan, forward_size
 
 LENGTHS, PROMPTS = np.array([30, 12, 25, 11, 40, 13, 28]), np.array([10, 10, 10, 10, 10, 10, 10])
 
@@ -51,3 +52,18 @@ def test_no_more_anchors_than_there_are_places() -> None:
 def test_answers_too_short() -> None:
     with pytest.raises(ValueError, match="two tokens"):
         Plan(np.array([11]), np.array([10]), 1, 4, 0)
+
+
+def test_a_forward_has_a_gigabyte_of_logits_at_most() -> None:
+    """The defaults, 64 sequences of 512 blocks, asked for some twenty."""
+    for vocabulary, block, share in [(4096, 8, 64), (151936, 16, 64), (49152, 8, 12), (64, 4, 7)]:
+        config = random_drafter_config(vocab_size=vocabulary, block_size=block)
+        for anchors in (1, 30, 512):
+            size = forward_size(share, anchors, config)
+            each = 4 * anchors * (block - 1) * vocabulary
+            assert share % size == 0
+            assert size == 1 or size * each <= 1 << 30
+            larger = [n for n in range(size + 1, share + 1) if share % n == 0]
+            assert not larger or larger[0] * each > 1 << 30
+    config = random_drafter_config(vocab_size=4096, block_size=8, draft_vocab_size=512)
+    assert forward_size(64, 512, config) == 64

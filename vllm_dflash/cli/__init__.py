@@ -46,7 +46,7 @@ _REMEDIES = {
     errno.EACCES: "give this user the right to it and to its folders, or name another",
 }
 _HELP = """\
-Block-diffusion speculative decoding (DFlash, DFlare) for stock vLLM.
+Block-diffusion speculative decoding (DFlash, DFlare, and their successors) for stock vLLM.
 
 A new drafter, in this order:
   vllm-dflash status                            is the plug-in on?

@@ -155,14 +155,14 @@ class Untouched:
         self._kinds = list({type(module) for module in modules})
         self._runs = [(kind.forward, _CALL) for kind in self._kinds]
         self._range = _range_of(model)
-        self._settled = False
+        self._held_once = False
         """Whether it was so once, while no other code could change it."""
 
     def __bool__(self) -> bool:
-        if CALLS.none_other and self._settled:
+        if CALLS.none_other and self._held_once:
             return True
         found = self._look()
-        self._settled = found and CALLS.none_other
+        self._held_once = found and CALLS.none_other
         return found
 
     def _look(self) -> bool:

@@ -145,13 +145,12 @@ def check_head(
             "sample_from_anchor",
             f"is {fields.shown(raw.get('sample_from_anchor'))}",
             f"a {kind.label} drafter is served here only where its anchor's row predicts too"
-            " (true): serve it with vLLM itself, by its method dspark",
+            " (true): use one that was trained so, or vLLM's own method for it, where it has one",
         )
-    for name, value in kind.head.says.items():
-        fields.refuse(settings, name, value)
-    markov = ("vanilla",) if "markov_rank" in kind.head.settings else ()
     for place in (raw, settings):
-        fields.refuse(place, "markov_head_type", *markov)
+        for name in kinds.said_names():
+            allowed = (kind.head.says[name],) if name in kind.head.says else ()
+            fields.refuse(place, name, *allowed)
         if not kind.head.is_argmax:
             for name in keys.SCALES:
                 fields.refuse(place, name, 1)

@@ -303,10 +303,17 @@ def head_names() -> tuple[str, ...]:
     return tuple(dict.fromkeys(kind.head.name for kind in every().values() if kind.head.name))
 
 
+def said_names() -> frozenset[str]:
+    """The keys that some head's file may give beside its settings."""
+    return frozenset(name for kind in every().values() for name in kind.head.says)
+
+
 def with_head(kind: str, head: str) -> Kind | None:
-    """The kind with the context of ``kind`` and this head; None where there is none."""
+    """The kind with the context of ``kind`` and this head, one with the first row of ``kind`` if
+    there is one; None where there is none."""
     own = every()[kind]
     found = [k for k in every().values() if k.context is own.context and k.head.name == head]
+    found.sort(key=lambda k: k.first_row != own.first_row)
     return own if own in found else next(iter(found), None)
 
 

@@ -43,7 +43,7 @@ class Rollout:
     _replicas: dict[str, _Replica] = field(default_factory=dict)
     _number: int = 0
     _want: Swap | None = None
-    _settled: tuple[int, Swap] | None = None
+    _in_force: tuple[int, Swap] | None = None
     """What all had before, and its number."""
     _turn: tuple[str, float] | None = None
     """Whose it is, and since when."""
@@ -61,7 +61,7 @@ class Rollout:
         self._forget(now)
         if self._want is not None and self._left():
             raise UnderWayError("another swap is under way: ask again")
-        self._settled = self._number, self._want or Swap(self.first, context)
+        self._in_force = self._number, self._want or Swap(self.first, context)
         self._number += 1
         self._want, self._refused = Swap(folder, context), None
         return self._number
@@ -97,15 +97,15 @@ class Rollout:
         known.seen = now
         if "refused" not in answer:
             known.number, self._answer = number, answer
-        elif self._refused is None and self._settled is not None:
+        elif self._refused is None and self._in_force is not None:
             self._refused = str(answer["refused"])
-            before, self._want = self._settled
+            before, self._want = self._in_force
             self._number += 1
             # Those that have taken it go back; who still has what was before need not.
             for each in self._replicas.values():
                 if each.number == before:
                     each.number = self._number
-            self._settled = self._number, self._want
+            self._in_force = self._number, self._want
         else:  # one that cannot even go back: it serves what it has
             known.number = number
 

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vllm_dflash.config import DrafterConfig
+
+_LOGITS = 1 << 28
+"""Of a forward by default: a gigabyte in float32, and another for their gradients."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -80,3 +85,12 @@ class Plan:
                 np.random.default_rng([self.seed, 0, epoch]).permutation(self.usable),
             )
         return int(self._order[1][index])
+
+
+def forward_size(share: int, anchors: int, config: DrafterConfig) -> int:
+    """Sequences of one forward where ``micro_batch`` says nothing: as many of a worker's ``share``
+    of a step, in equal parts, as have no more logits than a gigabyte holds; ``anchors`` blocks
+    each."""
+    logits = anchors * config.max_speculative_tokens * config.draft_tokens
+    most = max(_LOGITS // logits, 1)
+    return max(n for n in range(1, min(share, most) + 1) if share % n == 0)

@@ -21,7 +21,7 @@ from vllm_dflash.reference.checkpoint import save_drafter
 from vllm_dflash.reference.drafter import Drafter
 from vllm_dflash.reference.masks import context_mask
 from vllm_dflash.training import checkpoints, draft_vocab, flex, sharding
-from vllm_dflash.training.batches import Batch, Plan
+from vllm_dflash.training.batches import Batch, Plan, forward_size
 from vllm_dflash.training.drafter import first_weights, with_weights
 from vllm_dflash.training.errors import TrainingError
 from vllm_dflash.training.features import Features, padded
@@ -165,7 +165,8 @@ class Trainer:
             self.config.block_size,
             None if self.table.weighting == "dpace" else gamma_weights,
         )
-        size = self.table.micro_batch or self.table.batch_size // self.workers.count
+        share = self.table.batch_size // self.workers.count
+        size = self.table.micro_batch or forward_size(share, batch.anchors.shape[1], self.config)
         sums = torch.zeros(2, dtype=torch.float64, device=self.model.device)
         for start in range(
             self.workers.rank * size, self.table.batch_size, self.workers.count * size

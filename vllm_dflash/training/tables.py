@@ -268,7 +268,10 @@ class Train:
     epochs: float = _set(6.0, "passes over the answers", least=0.001)
     batch_size: int = _set(64, "sequences a step, over all workers", least=1)
     micro_batch: int | None = _set(
-        None, "sequences a forward (default: the batch's share of a worker)", least=1
+        None,
+        "sequences a forward (default: the batch's share of a worker, in parts of which the logits"
+        " take a gigabyte or two)",
+        least=1,
     )
     anchors: int = _set(512, "blocks a sequence and step", least=1)
     lr: float = _set(6e-4, "peak learning rate", least=0)

@@ -37,4 +37,5 @@ MARKOV = Head(
         "confidence_head_with_markov": Setting(True, absent=False),
     },
     parts=("markov_head", "confidence_head"),
+    says={"markov_head_type": "vanilla"},
 )
