@@ -13,7 +13,7 @@ def hook(model: Any) -> bool:
     part = model.model.layers[1].self_attn
     part.kept = part.register_forward_hook(_quieter)
     untouched = getattr(vars(model.model).get("forward"), "_untouched", None)
-    return untouched is not None and untouched._settled
+    return untouched is not None and untouched._held_once
 
 
 def unhook(model: Any) -> None:

@@ -7,6 +7,7 @@ vLLM's own counters for each batch and, if asked for, every draft made inside th
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import cycle
 from typing import Any
 
@@ -53,14 +54,21 @@ class Verifications:
 
 
 def slow_drafts(scheduler: Any, factor: float) -> None:
-    """Steps that draft seem to the controller ``factor`` times as long as they were."""
-    observe = scheduler.controller.observe
+    """Drafts seem to the controller to take ``factor`` times as long as they were measured at the
+    warm-up, and steps that draft ``factor`` times as long as they were."""
+    from vllm_dflash.adaptive.cost import StepCost
+
+    controller = scheduler.controller
+    slower = tuple(factor * seconds for seconds in controller.profile.draft)
+    controller.profile = replace(controller.profile, draft=slower)
+    controller.cost = StepCost(controller.profile, controller.tuning)
+    observe = controller.observe
 
     def observing(work: Any, seconds: float, *args: Any) -> None:
         drafts = work is not None and work.draft_rows
         observe(work, seconds * (factor if drafts else 1.0), *args)
 
-    scheduler.controller.observe = observing
+    controller.observe = observing
 
 
 def skip_requests(scheduler: Any, skipped: set[int]) -> None:
