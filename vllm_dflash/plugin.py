@@ -23,8 +23,6 @@ from vllm_dflash.patching import PatchSet
 from vllm_dflash.supported import PROBLEM, installed_vllm, is_supported, refusal
 
 SWITCH = "VLLM_DFLASH"
-GROUP = "vllm.general_plugins"
-"""Of vLLM's entry points."""
 _NAME = "dflash"
 
 
@@ -108,7 +106,10 @@ def why_off() -> str | None:
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and _NAME not in allowed.split(","):
         return f"off: VLLM_PLUGINS={allowed!r} does not name {_NAME}"
-    if not any(point.name == _NAME for point in importlib.metadata.entry_points(group=GROUP)):
+    if not any(
+        point.name == _NAME
+        for point in importlib.metadata.entry_points(group="vllm.general_plugins")
+    ):
         return "off: vLLM cannot see it; install this package with pip into vLLM's environment"
     return None
 

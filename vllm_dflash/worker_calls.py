@@ -85,7 +85,7 @@ def runs_vllms_own(process: Any) -> bool:
         and config.kv_transfer_config is None
         and config.ec_transfer_config is None
         and all(map(_is_vllms_own, classes))
-        and not any(_other_plug_ins())
+        and not any(other_plug_ins())
     )
 
 
@@ -97,7 +97,7 @@ def _is_vllms_own(owner: type) -> bool:
     )
 
 
-def _other_plug_ins() -> list[str]:
+def other_plug_ins() -> list[str]:
     """Of those that vLLM loads into each of its processes, neither its own nor this one; and kinds
     of drafter of other packages."""
     allowed = os.environ.get("VLLM_PLUGINS")

@@ -402,3 +402,18 @@ def test_status_stays_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_status_names_other_plug_ins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What they replace only a process of vLLM's sees."""
+    info = tmp_path / "other-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nanother = other:register\n")
+    main(["status"])
+    assert "other plug-ins" not in capsys.readouterr().out
+    monkeypatch.syspath_prepend(tmp_path)
+    main(["status"])
+    assert "other plug-ins, for vLLM or of kinds: another." in capsys.readouterr().out

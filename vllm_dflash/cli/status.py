@@ -9,10 +9,11 @@ import vllm_dflash
 from vllm_dflash import kinds
 from vllm_dflash.cli.flags import add_command
 from vllm_dflash.patch import SCOPES
-from vllm_dflash.plugin import GROUP, patch_set, why_off
+from vllm_dflash.plugin import patch_set, why_off
 from vllm_dflash.supported import INSTALL_VLLM, SUPPORTED_VLLM, installed_vllm
 from vllm_dflash.tools.compat import GONE, check_names, installed_release
 from vllm_dflash.tools.imported import imported_names
+from vllm_dflash.worker_calls import other_plug_ins
 
 
 def add(commands: Any) -> None:
@@ -45,12 +46,12 @@ def _status() -> int:
         else "on"
     )
     print(f"plug-in      {state}")
-    if others := _others():
+    if others := other_plug_ins():
         print(
             _paragraph(
                 "",
-                f"other plug-ins of vLLM: {', '.join(others)}. What they replace is not seen here:"
-                " where it is in the way, vLLM's log says so at its start",
+                f"other plug-ins, for vLLM or of kinds: {', '.join(others)}. What they replace is"
+                " not seen here: where it is in the way, vLLM's log says so at its start",
             )
         )
     for problem in problems:
@@ -93,13 +94,6 @@ def _gone() -> list[tuple[str, tuple[str, ...]]]:
     release = installed_release()
     found = [] if release is None else check_names(imported_names("vllm"), release, None)
     return [(each.name, each.users) for each in found if each.state == GONE]
-
-
-def _others() -> list[str]:
-    """The other plug-ins that vLLM would load, by their distributions."""
-    points = importlib.metadata.entry_points(group=GROUP)
-    theirs = [point for point in points if not point.value.startswith("vllm_dflash.")]
-    return sorted({f"{p.name} ({p.dist.name})" if p.dist else p.name for p in theirs})
 
 
 def _version(distribution: str) -> str:
