@@ -21,14 +21,18 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 
 
-_EMBEDDED = {"test_draft_parity", "test_lossless", "test_serve", "test_cluster_batch"}
-"""Files that share the session's engines on the embedded pair."""
+_SHARING = {
+    "embedded": {"test_draft_parity", "test_lossless", "test_serve", "test_cluster_batch"},
+    "refresh": {"test_follow_refresh", "test_follow_kills"},
+}
+"""Files that share what a session makes: engines on the embedded pair, a refresh's pair."""
 _ORDER = {"embedded": 0, "engine": 1}
 
 
 def _group(nodeid: str) -> str:
     file = PurePath(nodeid.partition("::")[0])
-    return "embedded" if file.stem in _EMBEDDED else f"{file.parent.name}/{file.stem}"
+    shared = (group for group, files in _SHARING.items() if file.stem in files)
+    return next(shared, f"{file.parent.name}/{file.stem}")
 
 
 class ByEngine(LoadScopeScheduling):

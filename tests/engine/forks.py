@@ -7,6 +7,7 @@ A fork finds what it would find when started by itself: its arguments, environme
 and a process group of its own. What it spawns are forks too (``quick_spawn.py``).
 """
 
+import ctypes
 import json
 import os
 import select
@@ -18,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
+_PR_SET_THP_DISABLE = 41
 _READ, _WRITE = os.O_RDONLY, os.O_WRONLY | os.O_CREAT | os.O_APPEND
 INTERPRETER = "interpreter"
 """Of ``start``: the engines are of vLLM's V2 runner, by Triton's interpreter."""
@@ -211,6 +213,22 @@ def _import_vllm() -> None:
         with suppress(ModuleNotFoundError):  # of another version of vLLM
             import_module(name)
     configure_logging_if_needed(LoggingConfig())
+    _replace_kernels()
+
+
+def _replace_kernels() -> None:
+    """What a CPU has in place of Triton's kernels, once for all engines: vLLM looks through every
+    module for them when an engine starts."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    CpuPlatform.register_triton_kernel_overrides()
+    CpuPlatform.register_triton_kernel_overrides = classmethod(lambda cls: None)
+
+
+def _without_huge_pages() -> None:
+    """In this process and its children. Moving memory there copies all that a fork shares with its
+    parent; what a page's size does to an engine is its speed alone (test_huge_pages.py)."""
+    ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
 
 def _import_libraries() -> None:
@@ -234,6 +252,7 @@ def main() -> None:
     setproctitle.getproctitle()  # finds the place only while the environment is where it began
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # for what the imports say
+    _without_huge_pages()
     gc.disable()
     if sys.argv[1] == LIBRARIES:
         _import_libraries()

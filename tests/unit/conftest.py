@@ -12,10 +12,14 @@ from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 
 from throwaway import PARTS, UPSTREAM
+
+if TYPE_CHECKING:
+    from refreshes import Pair
 
 _WHOLE_FILE = "\npytestmark = pytest.mark.vllm\n"
 _REMEDY = (
@@ -95,6 +99,30 @@ def _without_vllm() -> Iterator[None]:
     _guard.asked = False
     yield
     assert not _guard.asked, f"this test imports vLLM: {_REMEDY}"
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> "Pair":
+    """Of `refreshes.Pair`."""
+    from refreshes import make_pair
+
+    return make_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture
+def reference_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of an engine's, in a refresh."""
+    from refreshes import without_engine
+
+    without_engine(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(pair: "Pair", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a refresh that nobody disturbs."""
+    from refreshes import run_undisturbed
+
+    return run_undisturbed(pair, tmp_path_factory.mktemp("undisturbed") / "out")
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
-"""``vllm-dflash refresh`` on a tiny pair, with the reference loop in the engine's place: kept,
-refused, and killed in every stage.
+"""``vllm-dflash refresh`` on a tiny pair, with the reference loop in the engine's place: what is
+kept, what is refused, and what is said.
 
 pytest tests/unit/test_follow_refresh.py
 """
@@ -8,137 +8,27 @@ import json
 import os
 import re
 import shutil
-import signal
 import stat
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
-from training_runs import (
-    SMALL,
-    answer_held_out,
-    answered_prompts,
-    held_out_file,
-    lines_of,
-    make_target,
-    settings,
-    start_child,
-)
+from refreshes import ROUND, Pair, as_toml, command, kill_at
+from training_runs import lines_of
 from vllm_dflash import contents
 from vllm_dflash.cli import main
-from vllm_dflash.files import RunError, write_record
+from vllm_dflash.files import write_record
 from vllm_dflash.follow import take
-from vllm_dflash.follow.interval import Comparison
 from vllm_dflash.follow.measure import Measure
 from vllm_dflash.follow.rounds import KEPT, Rounds
-from vllm_dflash.reference.decoding import generate
 from vllm_dflash.serving_drafter import proof_of
-from vllm_dflash.training import learned
-from vllm_dflash.training import settings as training_settings
-from vllm_dflash.training.loop import Trainer
-from vllm_dflash.training.pipeline import run_stages
-from vllm_dflash.training.sequences import write_sequences
 from vllm_dflash.weights.identity import id_of_folder
 
-pytestmark = pytest.mark.slow
-
-NOT_OURS = ("steps", "held_out", "prove_prompts", "kind", "block_size")
-"""Settings that a refresh decides."""
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("reference_answers")]
 
 
-def as_toml(path: Path, **changes: Any) -> Path:
-    """``SMALL`` as a file of settings, without an engine in the proof."""
-    values = {**SMALL, "skip_vllm": True, **changes}
-    tables: dict[str, list[str]] = {}
-    for table, item in training_settings.every_field():
-        if item.name in values and item.name not in NOT_OURS:
-            text = f"{item.name} = {json.dumps(values[item.name])}"
-            tables.setdefault(table, []).append(text)
-    path.write_text("".join(f"[{name}]\n" + "\n".join(t) + "\n" for name, t in tables.items()))
-    return path
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """Target, a drafter that has learned for a moment, and a recorder's folder."""
-    folder = tmp_path_factory.mktemp("pair")
-    target = make_target(folder / "target")
-    prompts = answered_prompts(target, folder / "prompts.jsonl", 28)
-    held_out, ids = held_out_file(folder / "held-out.jsonl")
-    chosen = settings(
-        target, prompts, folder / "run", held_out_prompts=str(held_out), steps=2, lr=1e-3
-    )
-    answer_held_out(chosen, ids)
-    run_stages(chosen, ("generate", "features", "train"))
-    traffic = folder / "traffic"
-    traffic.mkdir()
-    (traffic / f"traffic-1-aaaaaa-{contents.of_folder(str(target))}.jsonl").write_text(
-        prompts.read_text()
-    )
-    return target, learned.final_folder(chosen), traffic
-
-
-def reference_answers(
-    chosen: Any, dtype: str, room: int, jobs: list[dict[str, Any]], shown: Any = None
-) -> None:
-    """In the place of ``training.generate.answer``: greedily, by the reference loop."""
-    model = AutoModelForCausalLM.from_pretrained(chosen.run.target, dtype=torch.float32)
-    for job in jobs:
-        asked = [
-            ([*p, *generate(model, None, p, job["sampling"]["max_tokens"], 0).tokens], len(p))
-            for p in job["prompts"]
-        ]
-        write_sequences(Path(job["path"]), [*job["answered"], *asked])
-
-
-def without_engine(patch: pytest.MonkeyPatch) -> None:
-    """And any gain is enough: of eight short answers the interval is wide
-    (test_follow_interval.py)."""
-    patch.setattr("vllm_dflash.training.generate.answer", reference_answers)
-    patch.setattr(Comparison, "is_better", property(lambda compared: compared.gain > 0))
-
-
-@pytest.fixture(autouse=True)
-def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_engine(monkeypatch)
-
-
-def command(pair: tuple[Path, Path, Path], out: Path, *more: str, **changes: Any) -> list[str]:
-    target, drafter, traffic = pair
-    out.parent.mkdir(exist_ok=True)
-    toml = as_toml(out.with_suffix(".toml"), **changes)
-    flags = ["--target", target, "--draft", drafter, "--traffic", traffic, "--out", out]
-    budget = [] if "--minutes" in more else ["--tokens", "1080"]
-    return ["refresh", str(toml), *map(str, flags), "--held-out", "8", *budget, *more]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(pair: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        without_engine(patch)
-        patch.setattr(sys, "argv", ["vllm-dflash", "refresh", "--api-key", "sekret"])
-        engine_args = json.dumps({"hf_token": "sekret"})
-        assert main(command(pair, out, engine_args=engine_args)) == 0
-    return out
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def same(one: Path, other: Path) -> bool:
-    ours, theirs = weights(one), weights(other)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
-
-
-def test_a_better_one_is_kept(pair: tuple[Path, Path, Path], undisturbed: Path) -> None:
+def test_a_better_one_is_kept(pair: Pair, undisturbed: Path) -> None:
     target, drafter, _ = pair
     kept = undisturbed / "drafter"
     assert kept.is_symlink()
@@ -172,7 +62,7 @@ def test_no_secret_is_kept(undisturbed: Path) -> None:
 
 
 def test_what_it_says_how_to_serve(
-    pair: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The link, which leads to the one that is kept later, too; and fewer are held out than were
     asked for."""
@@ -185,9 +75,7 @@ def test_what_it_says_how_to_serve(
         assert f'"model": "{out / "drafter"}"' in said
 
 
-def test_a_drafter_that_came_meanwhile(
-    pair: tuple[Path, Path, Path], undisturbed: Path, tmp_path: Path
-) -> None:
+def test_a_drafter_that_came_meanwhile(pair: Pair, undisturbed: Path, tmp_path: Path) -> None:
     """What was begun is kept and said; nothing is swapped over the other."""
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out, symlinks=True)
@@ -205,7 +93,7 @@ def test_a_drafter_that_came_meanwhile(
 
 
 def test_texts_that_are_too_old(
-    pair: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A round that was stopped, and left for longer than texts are kept, is not gone on with."""
     out = tmp_path / "out"
@@ -220,7 +108,7 @@ def test_texts_that_are_too_old(
 
 
 def test_a_line_that_cannot_be_learned_from(
-    pair: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Is named in the user's file; mended, the same command begins anew."""
     target, drafter, traffic = pair
@@ -235,7 +123,7 @@ def test_a_line_that_cannot_be_learned_from(
 
 
 def test_a_target_that_is_none(
-    pair: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Is looked at before a round is begun."""
     _, drafter, traffic = pair
@@ -245,11 +133,9 @@ def test_a_target_that_is_none(
     assert Rounds(out).all() == []
 
 
-def test_the_minutes_hold(
-    pair: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_minutes_hold(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the estimate was wrong, training ends with what was learned, and is judged."""
-    monkeypatch.setattr(Measure, "steps_in", lambda measure, minutes: 1_000_000)
+    monkeypatch.setattr(Measure, "steps_in", lambda measure, minutes: (1_000_000,) * 2)
     out = tmp_path / "out"
     began = time.monotonic()
     assert main(command(pair, out, "--minutes", "0.05")) in (0, 3)
@@ -259,33 +145,6 @@ def test_the_minutes_hold(
     assert "on 8 held-out prompts" in journal
 
 
-def test_ctrl_c(
-    pair: tuple[Path, Path, Path],
-    undisturbed: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """In training: one line, a checkpoint, and the same bits in the end."""
-    out, step = tmp_path / "out", Trainer.step
-
-    def stopped(self: Trainer, number: int) -> dict[str, float]:
-        if number == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", stopped)
-        assert main(command(pair, out)) == 130
-    said = capsys.readouterr().err
-    assert "vllm-dflash refresh: stopped;" in said
-    assert "the same command goes on from there" in said
-    assert "Traceback" not in said
-    assert (out / "rounds/0001/run/train/checkpoints/step-00000003.json").is_file()
-    assert main(command(pair, out)) == 0
-    assert same(out / "drafter", undisturbed / "drafter")
-
-
 def test_the_budget_in_tokens(undisturbed: Path) -> None:
     """Blocks of 4 draft 3 tokens: 4 sequences x 6 anchors x 3 are 72 a step."""
     (only,) = Rounds(undisturbed).all()
@@ -293,7 +152,7 @@ def test_the_budget_in_tokens(undisturbed: Path) -> None:
 
 
 def test_one_that_is_not_better_changes_nothing(
-    pair: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It learns nothing, so it is the old one: a gain of 0 is not better."""
     out = tmp_path / "out"
@@ -306,7 +165,7 @@ def test_one_that_is_not_better_changes_nothing(
 
 
 def test_the_next_one_begins_from_the_one_that_was_kept(
-    pair: tuple[Path, Path, Path], undisturbed: Path, tmp_path: Path
+    pair: Pair, undisturbed: Path, tmp_path: Path
 ) -> None:
     """Without --draft; and a refused round leaves the link where it is."""
     out = tmp_path / "out"
@@ -321,82 +180,39 @@ def test_the_next_one_begins_from_the_one_that_was_kept(
 
 
 def test_minutes_are_turned_into_steps(
-    pair: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the trainer's own steps, before any of them counts."""
     measured, steps_in = [], Measure.steps_in
 
-    def both(self: Measure, minutes: float) -> int:
+    def both(self: Measure, minutes: float) -> tuple[int, int]:
         measured.extend([steps_in(self, minutes), steps_in(self, 0.0)])
         return measured[0]
 
     monkeypatch.setattr(Measure, "steps_in", both)
     out = tmp_path / "out"
-    assert main(command(pair, out, "--minutes", "0.02")) in (0, 3)
-    assert 1 < measured[0] < 1000
-    assert measured[1] == 1, "at least one"
-    said = f"{measured[0]} steps for the budget of 0.02 minutes"
+    assert main(command(pair, out, "--minutes", "0.02", epochs=1000.0)) in (0, 3)
+    assert 1 < measured[0][0] < 1000
+    assert measured[1][0] == 1, "at least one"
+    said = f"{measured[0][0]} steps for the budget of 0.02 minutes\n"
     assert said in (out / "journal.txt").read_text()
 
 
-def kill_at(path: Path, asked: list[str], times: int = 1) -> int:
-    """The command in a child that is killed as the file, folder or link would get its name for the
-    so manieth time; what the child ended with."""
-    left = [times]
-
-    def at_rename(event: str, args: tuple[Any, ...]) -> None:
-        if event == "os.rename" and str(args[1]) == str(path):
-            left[0] -= 1
-            if not left[0]:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    def work() -> str:
-        sys.addaudithook(at_rename)
-        return str(main(asked))
-
-    process, _ = start_child(work)
-    process.join()
-    return int(process.exitcode)
-
-
-ROUND = "rounds/0001/round.json"
-KILLS = (
-    ("rounds/0001/traffic.jsonl", 1),
-    (ROUND, 1),  # begun
-    ("rounds/0001/run/generate/split.json", 1),
-    ("rounds/0001/run/generate/held-out/shard-00000.safetensors", 1),
-    (ROUND, 2),  # the old drafter is measured
-    ("rounds/0001/run/train/checkpoints/step-00000006.json", 1),
-    ("rounds/0001/run/train/drafter", 1),
-    ("rounds/0001/run/train/result.json", 1),
-    (ROUND, 3),  # the new one is measured
-    ("rounds/0001/run/prove.json", 1),
-    ("rounds/0001/run/drafter", 1),
-    ("rounds/0001/run/drafter/refresh.json", 1),
-    (ROUND, 4),  # decided
-    ("drafter", 1),
-    ("journal.txt", 1),
-)
-
-
-@pytest.mark.parametrize(("name", "times"), KILLS)
-def test_killed_in_every_stage(
-    pair: tuple[Path, Path, Path], undisturbed: Path, tmp_path: Path, name: str, times: int
+def test_few_answers_end_a_budget_in_minutes(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same command goes on and ends with the bits of one that was not killed."""
+    """After two passes over 20 answers, by 4 a step."""
     out = tmp_path / "out"
-    asked = command(pair, out)
-    assert kill_at(out / name, asked, times) == -signal.SIGKILL, f"it never came to write {name}"
-    link = out / "drafter"
-    assert not link.exists() or (link / "refresh.json").is_file(), "whole, or not there"
-    assert main(asked) == 0
-    assert same(out / "drafter", undisturbed / "drafter")
-    assert len(Rounds(out).all()) == 1 + (name == "drafter"), "that one was decided already"
+    assert main(command(pair, out, "--minutes", "5", epochs=2.0)) in (0, 3)
+    (only,) = Rounds(out).all()
+    assert only.notes()["steps"] == 10
+    said = (
+        r"round 1: 10 steps for the budget of 5 minutes, which has time for \d+: more than 2 pass"
+    )
+    assert re.search(said, (out / "journal.txt").read_text())
 
 
-def test_a_round_for_another_drafter_is_left(
-    pair: tuple[Path, Path, Path], undisturbed: Path, tmp_path: Path
-) -> None:
+def test_a_round_for_another_drafter_is_left(pair: Pair, undisturbed: Path, tmp_path: Path) -> None:
     """It was stopped, and another drafter serves meanwhile: what it measured is of the old one."""
     out = tmp_path / "out"
     kill_at(out / ROUND, command(pair, out), times=2)
@@ -410,9 +226,7 @@ def test_a_round_for_another_drafter_is_left(
     assert "round 2, refused" in journal
 
 
-def test_answers_of_the_old_target_are_asked_for_again(
-    pair: tuple[Path, Path, Path], tmp_path: Path
-) -> None:
+def test_answers_of_the_old_target_are_asked_for_again(pair: Pair, tmp_path: Path) -> None:
     target, drafter, traffic = pair
     (recorded,) = traffic.iterdir()
     folder = tmp_path / "traffic"
@@ -434,33 +248,7 @@ def test_answers_of_the_old_target_are_asked_for_again(
     ],
 )
 def test_wrong_usage(
-    pair: tuple[Path, Path, Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    flags: list[str],
-    said: str,
+    pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
 ) -> None:
     assert main(command(pair, tmp_path / "out", *flags)) == 2
     assert said in capsys.readouterr().err
-
-
-def test_a_full_disk(
-    pair: tuple[Path, Path, Path],
-    undisturbed: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Said with the remedy; what was kept before stays, and the same command goes on."""
-    out = tmp_path / "out"
-
-    def full(*_: object) -> None:
-        raise RunError("the disk is full: free some space")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(take, "write_record", full)
-        assert main(command(pair, out)) == 1
-    assert "free some space" in capsys.readouterr().err
-    assert not (out / "drafter").exists()
-    assert main(command(pair, out)) == 0
-    assert same(out / "drafter", undisturbed / "drafter")

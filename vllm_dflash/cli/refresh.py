@@ -100,7 +100,10 @@ def _add_budget(refresh: Any) -> None:
         metavar="M",
         type=real(0, MOST_SECONDS / 60, above=True),
         default="15",
-        help="of training, beside answering and proving (default: %(default)s)",
+        help=(
+            "of training, beside answering and proving; at most the settings' epochs (default:"
+            " %(default)s)"
+        ),
     )
     budget.add_argument(
         "--tokens", metavar="N", type=count, help="drafted tokens that are learned from, instead"

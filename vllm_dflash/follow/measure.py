@@ -55,8 +55,9 @@ class Measure:
             found.append([len(accepted), sum(accepted)])
         return found
 
-    def steps_in(self, minutes: float) -> int:
-        """Steps of training in so many minutes, one at least, by a few that are thrown away."""
+    def steps_in(self, minutes: float) -> tuple[int, int]:
+        """Steps of training in so many minutes, by a few that are thrown away, and in the settings'
+        ``epochs``; one at least of each."""
         table = dataclasses.replace(self.settings.train, steps=1000)
         chosen = dataclasses.replace(self.settings, train=table)
         trainer, times = Trainer(chosen, self._config, self._target, self._model), []
@@ -66,7 +67,8 @@ class Measure:
             if self._model.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
-        return max(1, int(60 * minutes / statistics.median(times[_UNTIMED:])))
+        in_time = max(1, int(60 * minutes / statistics.median(times[_UNTIMED:])))
+        return in_time, trainer.plan.steps(table.epochs)
 
     def steps_for(self, tokens: int) -> int:
         """Steps that learn from so many drafted tokens, one at least."""

@@ -1,7 +1,7 @@
 """One round of a refresh: traffic, answers, the old drafter's tau, training, the new one's, and the
 decision. Each stage is taken up where a killed one stopped.
 
-    pytest tests/unit/test_follow_refresh.py tests/engine/test_refresh.py
+    pytest tests/unit/test_follow_refresh.py tests/unit/test_follow_kills.py tests/engine/test_refresh.py
 """
 
 import dataclasses
@@ -198,7 +198,13 @@ def _before(options: Options, rounds: Rounds, current: Round, settings: Any) -> 
     rounds.say(f"{current.name}: the old drafter has tau {found:.2f} on this traffic")
     if options.tokens is None:
         assert options.minutes is not None
-        steps, budget = measure.steps_in(options.minutes), f"{options.minutes:g} minutes"
+        in_time, most = measure.steps_in(options.minutes)
+        steps, budget = min(in_time, most), f"{options.minutes:g} minutes"
+        if in_time > most:
+            budget += (
+                f", which has time for {in_time}: more than {settings.train.epochs:g} passes over"
+                " these answers teach little (epochs in the table [train])"
+            )
     else:
         steps, budget = measure.steps_for(options.tokens), f"{options.tokens} tokens"
     rounds.say(f"{current.name}: {steps} steps for the budget of {budget}")
