@@ -13,7 +13,7 @@ from engine.harness import DRAFTER, TARGET, held_out_prompts  # noqa: E402
 from vllm_dflash.cluster.settings import EngineSettings, engine_args  # noqa: E402
 
 MORE = {
-    "kv_cache_memory_bytes": 1 << 28,
+    "kv_cache_memory_bytes": 1 << 27,
     "enforce_eager": True,
     "data_parallel_size": 2,
     "data_parallel_backend": "ray",

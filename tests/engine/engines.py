@@ -5,7 +5,6 @@ import gc
 import json
 import sys
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 SETTINGS: dict[str, Any] = {
@@ -14,7 +13,7 @@ SETTINGS: dict[str, Any] = {
     "max_model_len": 512,
     "max_num_seqs": 16,
     "seed": 0,
-    "kv_cache_memory_bytes": 1 << 28,
+    "kv_cache_memory_bytes": 1 << 27,
     "disable_log_stats": False,
     "generation_config": "vllm",
 }
@@ -120,7 +119,6 @@ def answer_jobs(run: Callable[[dict[str, Any]], Any]) -> None:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     keep_frozen()
-    register_kernels_once()
     reports: list[Any] = []
     for job in json.load(sys.stdin):
         try:
@@ -133,16 +131,6 @@ def answer_jobs(run: Callable[[dict[str, Any]], Any]) -> None:
         cleanup_dist_env_and_memory()
     with open(sys.argv[1], "w") as file:
         json.dump(reports, file)
-
-
-def register_kernels_once() -> None:
-    """Leaves vLLM's search for its Triton kernels to the first engine: it looks through every
-    module for what it has replaced there, as long as a tiny model takes to load."""
-    from vllm.platforms import current_platform
-
-    platform = type(current_platform)
-    register = cache(platform.register_triton_kernel_overrides)
-    platform.register_triton_kernel_overrides = staticmethod(register)
 
 
 def keep_frozen() -> None:

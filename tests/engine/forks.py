@@ -51,8 +51,15 @@ _IMPORTED_BY_ENGINES = (
     "vllm.utils.cpu_triton_utils",
     "vllm.v1.attention.backends.cpu_attn",
     "vllm.v1.core.sched.async_scheduler",
+    "vllm_dflash.adaptive.scheduler",
+    "vllm_dflash.cpu.backend",
+    "vllm_dflash.drafting.v1",
+    "vllm_dflash.metrics.engine",
+    "vllm_dflash.models.drafter",
+    "vllm_dflash.plugin",
 )
-"""What vLLM imports when an engine starts: a second of each process's time."""
+"""What vLLM imports when an engine starts, and this package, which changes nothing by that: more
+than a second of each process's time."""
 
 
 class Fork:
@@ -226,8 +233,8 @@ def _replace_kernels() -> None:
 
 
 def _without_huge_pages() -> None:
-    """In this process and its children. Moving memory there copies all that a fork shares with its
-    parent; what a page's size does to an engine is its speed alone (test_huge_pages.py)."""
+    """For this process and its children. A drafter moves its process's memory into huge pages, and
+    in a fork that copies all of the parent's, for more than a second; what it gains is speed."""
     ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
 
 
@@ -260,6 +267,8 @@ def main() -> None:
         _import_vllm()
     gc.collect()
     gc.freeze()
+    # vLLM does it as an engine ends, and then collects what all of its imports made.
+    gc.unfreeze = lambda: None
     gc.enable()
     while line := sys.stdin.readline():
         request = json.loads(line)

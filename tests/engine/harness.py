@@ -78,7 +78,7 @@ class Job:
     record: bool = False
     logprobs: int | None = None
     engine_args: dict[str, Any] = field(default_factory=dict)
-    kv_cache_memory_bytes: int = 1 << 28
+    kv_cache_memory_bytes: int = 1 << 27
     speculative_config: dict[str, Any] = field(default_factory=dict)
     """Further keys of vLLM's speculative config."""
     adaptive: bool = False

@@ -23,7 +23,7 @@ SETTINGS: dict[str, Any] = {
     "enforce_eager": True,
     "dtype": "float32",
     "seed": 0,
-    "kv_cache_memory_bytes": 1 << 28,
+    "kv_cache_memory_bytes": 1 << 27,
     "disable_log_stats": False,
     "generation_config": "vllm",
     "max_logprobs": -1,
@@ -382,10 +382,9 @@ class Server:
 
 
 def main() -> None:
-    from engine.engines import keep_frozen, register_kernels_once
+    from engine.engines import keep_frozen
 
     keep_frozen()
-    register_kernels_once()
     server = Server()
     with open(sys.argv[1], "w", buffering=1) as out:
         for line in sys.stdin:
