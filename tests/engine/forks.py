@@ -56,7 +56,7 @@ _IMPORTED_BY_ENGINES = (
     "vllm_dflash.drafting.v1",
     "vllm_dflash.metrics.engine",
     "vllm_dflash.models.drafter",
-    "vllm_dflash.plugin",
+    "vllm_dflash.patching",
 )
 """What vLLM imports when an engine starts, and this package, which changes nothing by that: more
 than a second of each process's time."""
