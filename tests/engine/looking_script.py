@@ -16,7 +16,7 @@ print(
             "said": os.environ.get("SAID"),
             "input": sys.stdin.read(),
             "vllm": "vllm.v1.worker.cpu_worker" in sys.modules,
-            "plug-in": "vllm_dflash.plugin" in sys.modules,
+            "plug-ins": getattr(sys.modules.get("vllm.plugins"), "plugins_loaded", False),
         }
     )
 )

@@ -27,7 +27,7 @@ def look(deeper):
         "pid": os.getpid(), "parent": os.getppid(), "group": os.getpgid(0), "folder": os.getcwd(),
         "said": os.environ.get("SAID"), "kept": hasattr(warnings, "left_behind"),
         "vllm": "vllm.v1.worker.cpu_worker" in sys.modules,
-        "plug-in": "vllm_dflash.plugin" in sys.modules,
+        "plug-ins": getattr(sys.modules.get("vllm.plugins"), "plugins_loaded", False),
     }
     if deeper:
         context = multiprocessing.get_context("spawn")
@@ -46,7 +46,8 @@ def tell(answers, deeper):
     sys.exit(7)
 
 if __name__ == "__main__":
-    import vllm_dflash.plugin
+    from vllm.plugins import load_general_plugins
+    load_general_plugins()
     warnings.left_behind = True
     os.environ["SAID"] = "by the parent"
     os.chdir(sys.argv[1])
@@ -77,7 +78,7 @@ def test_what_is_spawned_is_a_clean_child(tmp_path: Path) -> None:
         assert child["said"] == "by the parent"
         assert child["vllm"]
         assert not child["kept"]
-        assert not child["plug-in"]
+        assert not child["plug-ins"]
         assert parent["its status"] == 7
 
 
@@ -111,7 +112,8 @@ def test_a_popen_is_driven_by_its_pipes(tmp_path: Path) -> None:
 
 STARTER = """
 import json, os, subprocess, sys
-import vllm_dflash.plugin
+from vllm.plugins import load_general_plugins
+load_general_plugins()
 
 def look(env, *options):
     process = subprocess.Popen(
@@ -155,7 +157,7 @@ def test_a_command_that_is_started_is_a_clean_child(tmp_path: Path) -> None:
         assert child["errors"].startswith("an error\n")
         assert child["status"] == 7
         assert child["vllm"] == is_fork
-        assert not child["plug-in"]
+        assert not child["plug-ins"]
 
 
 OTHER = """
