@@ -24,13 +24,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bindings import Function, is_none, nodes_of_inner, own_nodes, pairs
 from store_forms import stores
 
 _COPIES = {"copy.copy", "copy.deepcopy"}
 _MADE_HERE = "a copy"
 _TAKING = {"get", "setdefault", "pop", "popleft", "values", "items", "append"}
 _PASSING = {"list", "tuple", "sorted", "reversed", "iter", "next", "set", "deque", "ModuleList"}
-Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Package:
         return None
 
     def _all_of(self, parts: list[ast.expr], path: Path, inside: str | None) -> str | None:
-        found = [self.annotated(part, path, inside) for part in parts if not _is_none(part)]
+        found = [self.annotated(part, path, inside) for part in parts if not is_none(part)]
         return found[0] if found and all(found) else None
 
     def _is_protocol(self, name: str) -> bool:
@@ -149,8 +149,8 @@ class Package:
                 if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                     continue
                 scope = Scope(self, path, node, module, None)
-                for target, value in (pair for n in _own_nodes(node) for pair in _pairs(n)):
-                    if not isinstance(target, ast.Attribute) or _is_none(value):
+                for target, value in (pair for n in own_nodes(node) for pair in pairs(n)):
+                    if not isinstance(target, ast.Attribute) or is_none(value):
                         continue
                     known = self.classes.get(scope.infer(target.value) or "")
                     if known and target.attr in known.attributes and not scope.infer(value):
@@ -175,8 +175,8 @@ class Package:
             for inner in ast.walk(child):
                 if isinstance(inner, ast.AnnAssign) and _is_self(inner.target):
                     state(inner.target.attr, inner.annotation)
-                for target, value in _pairs(inner):
-                    if _is_self(target) and not _is_none(value):
+                for target, value in pairs(inner):
+                    if _is_self(target) and not is_none(value):
                         found.setdefault(target.attr, []).append(scope.infer(value))
         for name in found.keys() - stated:
             known.attributes[name] = found[name][0] if all(found[name]) else None
@@ -210,9 +210,9 @@ class Scope:
             case ast.IfExp(body=one, orelse=other):
                 return (
                     self.infer(other)
-                    if _is_none(one)
+                    if is_none(one)
                     else self.infer(one)
-                    if _is_none(other)
+                    if is_none(other)
                     else self._same([one, other])
                 )
             case ast.BoolOp(values=values):
@@ -291,15 +291,15 @@ class Scope:
                     yield self.owner
                 else:
                     yield self.package.annotated(a.annotation, self.path, self.owner)
-        for node in [*_own_nodes(self.node), *_nodes_of_inner(self.node, name)]:
+        for node in [*own_nodes(self.node), *nodes_of_inner(self.node, name)]:
             if (
                 isinstance(node, ast.AnnAssign)
                 and isinstance(node.target, ast.Name)
                 and node.target.id == name
             ):
                 yield self.package.annotated(node.annotation, self.path, self.owner)
-            for target, value in _pairs(node):
-                if isinstance(target, ast.Name) and target.id == name and not _is_none(value):
+            for target, value in pairs(node):
+                if isinstance(target, ast.Name) and target.id == name and not is_none(value):
                     yield self.infer(value)
 
     def _own_object(self) -> ast.arg | None:
@@ -340,77 +340,6 @@ def _visit(
         yield from _visit(package, path, child, inner, inside)
 
 
-def _own_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """Without those of functions and classes inside."""
-    for child in ast.iter_child_nodes(node):
-        if not isinstance(child, (*Function.__args__, ast.ClassDef)):
-            yield child
-            yield from _own_nodes(child)
-
-
-def _nodes_of_inner(node: ast.AST, name: str) -> Iterator[ast.AST]:
-    """Of functions inside that bind a name of this one."""
-    for child in ast.walk(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and child is not node:
-            own = list(_own_nodes(child))
-            if any(isinstance(n, ast.Nonlocal | ast.Global) and name in n.names for n in own):
-                yield from own
-
-
-def _pairs(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr | None]]:
-    """Targets of bindings with what is bound; None where that does not show."""
-    match node:
-        case ast.Assign(targets=targets, value=value):
-            for target in targets:
-                yield from _unpack(target, value)
-        case ast.AugAssign(target=target) | ast.NamedExpr(target=target, value=None):
-            yield target, None
-        case ast.NamedExpr(target=target, value=value):
-            yield target, value
-        case (
-            ast.For(target=target, iter=over)
-            | ast.AsyncFor(target=target, iter=over)
-            | ast.comprehension(target=target, iter=over)
-        ):
-            yield from _loop(target, over)
-        case ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
-            yield ast.Name(name), None
-        case ast.MatchMapping(rest=str(name)):
-            yield ast.Name(name), None
-        case ast.Import(names=names) | ast.ImportFrom(names=names):
-            for alias in names:
-                yield ast.Name(alias.asname or alias.name.partition(".")[0]), None
-        case ast.withitem(context_expr=value, optional_vars=target) if target is not None:
-            yield from _unpack(target, value)
-        case ast.ExceptHandler(name=str(name)):
-            yield ast.Name(name), None
-
-
-def _loop(target: ast.expr, over: ast.expr) -> Iterator[tuple[ast.expr, ast.expr | None]]:
-    if isinstance(target, ast.Tuple) and isinstance(over, ast.Call):
-        name = getattr(over.func, "id", getattr(over.func, "attr", ""))
-        sources: list[ast.expr | None] = [None] * len(target.elts)
-        if name == "zip" and len(over.args) == len(target.elts):
-            sources = list(over.args)
-        elif name == "enumerate":
-            sources = [None, over.args[0]]
-        elif name == "items" and isinstance(over.func, ast.Attribute):
-            sources = [None, over.func.value]
-        for element, source in zip(target.elts, sources, strict=True):
-            yield from _unpack(element, source)
-    else:
-        yield from _unpack(target, over)
-
-
-def _unpack(target: ast.expr, value: ast.expr | None) -> Iterator[tuple[ast.expr, ast.expr | None]]:
-    if not isinstance(target, ast.Tuple | ast.List):
-        yield target, value
-        return
-    is_pairwise = isinstance(value, ast.Tuple | ast.List) and len(value.elts) == len(target.elts)
-    for i, element in enumerate(target.elts):
-        yield from _unpack(element, value.elts[i] if is_pairwise else None)
-
-
 def _is_self(target: ast.expr) -> bool:
     return (
         isinstance(target, ast.Attribute)
@@ -421,10 +350,6 @@ def _is_self(target: ast.expr) -> bool:
 
 def _is_ellipsis(value: ast.expr) -> bool:
     return isinstance(value, ast.Constant) and value.value is ...
-
-
-def _is_none(value: ast.expr | None) -> bool:
-    return isinstance(value, ast.Constant) and value.value is None
 
 
 def read(folder: Path) -> Package:

@@ -125,6 +125,15 @@ def undisturbed(pair: "Pair", tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_undisturbed(pair, tmp_path_factory.mktemp("undisturbed") / "out")
 
 
+@pytest.fixture(scope="module")
+def kinds_of_users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The examples of docs/kinds.md are installed."""
+    from kinds_of_users import install, on_path
+
+    with on_path(install(tmp_path_factory.mktemp("site"))):
+        yield
+
+
 @pytest.fixture
 def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Two modules on the path, not imported yet; forgotten afterwards."""

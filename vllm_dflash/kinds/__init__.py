@@ -8,7 +8,7 @@ shows how to add one. Nothing outside names a kind.
 
 Records need no torch: what does is imported when a drafter is made.
 
-    pytest tests/unit/test_kinds.py
+    pytest tests/unit/test_kinds.py tests/unit/test_kind_records.py
 """
 
 import functools
