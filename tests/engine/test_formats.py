@@ -32,7 +32,7 @@ from engine.harness import (
 )
 from engine.oracle import BFLOAT16_GAP, compare_drafts
 from kinds_of_users import NAMES, install, on_path
-from pairs import make_random_drafter, make_random_target, random_drafter_config, random_prompts
+from pairs import make_random_drafter, random_drafter_config, random_prompts
 from quantized import quantize
 from variants import VARIANTS
 from vllm_dflash.reference.decoding import generate
@@ -103,25 +103,6 @@ def test_the_variants_differ(served: dict[str, Batch]) -> None:
         if name != "dflash" and [d["draft"] for d in served[name].report["drafts"]] == first
     ]
     assert same == ["dflash speculators"]
-
-
-def test_a_convolution_compiled(tmp_path: Path) -> None:
-    """vLLM's default: target and drafter through torch.compile. Each layer takes seconds."""
-    target = make_random_target(tmp_path / "target", num_hidden_layers=3)
-    few = {"num_hidden_layers": 2, "num_target_layers": 3, "target_layer_ids": (0, 2)}
-    config = random_drafter_config(**VARIANTS["dflash2 convolution"].changes | few)
-    drafter = make_random_drafter(tmp_path / "drafter", config=config)
-    batch = run_engine(
-        target,
-        drafter,
-        random_prompts(8, 512),
-        max_tokens=16,
-        record=True,
-        engine_args={"enforce_eager": False},
-    )[0]
-    agreement = compare_drafts(batch, target, drafter, torch.float32, 7)
-    assert agreement.drafts >= 80
-    assert agreement.differences == []
 
 
 NEAR_THE_END = (
