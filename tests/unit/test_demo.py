@@ -59,6 +59,7 @@ def test_without_a_drafter_the_embedded_pair_says_why(chat: Path) -> None:
     assert "no drafter for SmolLM2 stands in examples/smollm2" in pair.why
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [None, "smollm2"])
 def test_without_the_package_the_embedded_pair_says_why(
     chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None

@@ -53,7 +53,7 @@ def endpoint() -> Iterator[Endpoint]:
         def log_message(self, *_: Any) -> None: ...
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     found.url = f"http://127.0.0.1:{server.server_port}"
     yield found

@@ -110,6 +110,7 @@ def test_a_setting_is_judged_too() -> None:
         Setting("many")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_two_kinds_of_this_package_by_one_name_are_refused_and_status_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
