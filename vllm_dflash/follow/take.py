@@ -1,7 +1,8 @@
 """One round of a refresh: traffic, answers, the old drafter's tau, training, the new one's, and the
 decision. Each stage is taken up where a killed one stopped.
 
-    pytest tests/unit/test_follow_refresh.py tests/unit/test_follow_kills.py tests/engine/test_refresh.py
+    pytest tests/unit/test_follow_refresh.py tests/unit/test_follow_kills.py
+    pytest tests/engine/test_refresh.py
 """
 
 import dataclasses

@@ -125,6 +125,8 @@ class Head:
     """A token is the best by its row's logits alone, so that vLLM's own ways of drafting do too."""
     name: str = ""
     """For ``train --head``; empty where it is chosen by its kind alone."""
+    sentence: str = ""
+    """What it does, for ``train --help``; begins with a verb."""
     settings: Mapping[str, Setting] = field(default_factory=dict)
     """What ``DrafterConfig.head`` holds, by the keys of ``config.json``."""
     parts: tuple[str, ...] = ()
@@ -149,7 +151,9 @@ class Head:
         check_fields(self)
 
 
-ARGMAX = Head("vllm_dflash.heads.argmax", is_argmax=True, name="argmax")
+ARGMAX = Head(
+    "vllm_dflash.heads.argmax", is_argmax=True, name="argmax", sentence="takes each row's best"
+)
 
 
 @dataclass(frozen=True)
@@ -301,6 +305,12 @@ def renamed_parts() -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
 def head_names() -> tuple[str, ...]:
     """Of the heads that ``with_head`` finds."""
     return tuple(dict.fromkeys(kind.head.name for kind in every().values() if kind.head.name))
+
+
+def heads_in_words() -> str:
+    """The heads that ``with_head`` finds, each with its sentence."""
+    found = {kind.head.name: kind.head.sentence for kind in every().values() if kind.head.name}
+    return "; ".join(f"{name} {sentence}".strip() for name, sentence in found.items())
 
 
 def said_names() -> frozenset[str]:

@@ -2,6 +2,7 @@
 ``pytest tests/unit/test_train_settings.py``."""
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 from vllm_dflash.training.settings import STAGES, TABLES, choices_of, every_field
@@ -69,8 +70,8 @@ def add_flags(command: argparse.ArgumentParser) -> None:
         groups[table].add_argument(f"--{item.name.replace('_', '-')}", **options)
 
 
-def _help(text: str, default: Any) -> str:
-    text = text.replace("%", "%%")
+def _help(text: str | Callable[[], str], default: Any) -> str:
+    text = (text if isinstance(text, str) else text()).replace("%", "%%")
     return (
         text if default in (None, "", ()) or "(default" in text else f"{text} (default: {default})"
     )

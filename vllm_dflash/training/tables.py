@@ -26,7 +26,7 @@ Choices = tuple[str, ...] | Callable[[], tuple[str, ...]] | None
 
 def _set(
     default: Any,
-    help: str,
+    help: str | Callable[[], str],
     *,
     choices: Choices = None,
     least: float | None = None,
@@ -180,10 +180,7 @@ class Drafter:
     )
     head: str | None = _set(
         None,
-        "how hidden states become tokens (default: the kind's): argmax takes each row's best;"
-        " candidates walks through the best of each row by what goes with what, lattice by what a"
-        " small network makes of a whole block's; markov adds what the token before says;"
-        " correction changes each hidden state by the token before",
+        lambda: f"how hidden states become tokens (default: the kind's): {kinds.heads_in_words()}",
         choices=kinds.head_names,
     )
     head_settings: str = _set(

@@ -30,6 +30,7 @@ CANDIDATES = Head(
     modules=f"{__name__}.modules",
     own_tensors=own_tensors,
     name="candidates",
+    sentence="walks through the best of each row by what goes with what",
     settings={
         "selector_rank": Setting(256),
         "selector_top_k": Setting(16, least=2, most=256, counts_tokens=True),

@@ -39,6 +39,7 @@ CORRECTION = Head(
     modules=f"{__name__}.modules",
     own_tensors=own_tensors,
     name="correction",
+    sentence="changes each hidden state by the token before",
     settings={
         "enable_hidden_correction": Setting(True, absent=True),
         "hidden_correction_intermediate_size": Setting(0, absent=0, least=0),

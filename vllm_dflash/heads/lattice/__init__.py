@@ -84,6 +84,7 @@ LATTICE = Head(
     modules=f"{__name__}.modules",
     own_tensors=own_tensors,
     name="lattice",
+    sentence="ranks the best of a whole block by a small network",
     settings={
         "lilicorr_candidate_topk": Setting(8, least=2, most=16, counts_tokens=True),
         "lilicorr_hidden_size": Setting(256, least=0),

@@ -31,6 +31,7 @@ MARKOV = Head(
     modules=f"{__name__}.modules",
     own_tensors=own_tensors,
     name="markov",
+    sentence="adds what the token before says",
     settings={
         "markov_rank": Setting(256),
         "enable_confidence_head": Setting(True, absent=False),
