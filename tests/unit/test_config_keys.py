@@ -18,6 +18,7 @@ from broken import REMEDY, refusal, refused_or_read
 from pairs import make_random_drafter, random_drafter_config
 from published import QWEN3_8B
 from unit.test_checks import configure
+from vllm_dflash import kinds
 from vllm_dflash.config import DrafterConfig
 from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.formats import write
@@ -126,6 +127,16 @@ def test_a_key_that_changes_what_is_computed(name: str) -> None:
     assert [str(error)] == [
         str(problem) for problem in config_problems(QWEN3_8B | {name: OTHER_VALUES[name]})
     ]
+
+
+@pytest.mark.parametrize("name", sorted(kinds.setting_names()))
+def test_a_setting_of_a_head_that_it_has_not(name: str) -> None:
+    """By the heads' own records: a new head's is refused with no line beside its record."""
+    assert refusal(QWEN3_8B | {name: 3}).field == name
+    nested = QWEN3_8B["dflash_config"] | {name: 3}
+    assert refusal(QWEN3_8B | {"dflash_config": nested}).field == f"dflash_config.{name}"
+    for none in (0, False, None):
+        assert config_problems(QWEN3_8B | {name: none}) == []
 
 
 @pytest.mark.parametrize(

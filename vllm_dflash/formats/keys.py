@@ -134,20 +134,15 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "use_aux_hidden_state": (True,),
     "conv_kernel_size": (0,),
     "conv_group_size": (),
-    "selector_rank": (0,),
-    "selector_top_k": (),
-    "markov_rank": (0,),
     "thresh_head_direct_len": (),
     "confidence_head": (False,),
-    "enable_confidence_head": (False,),
     "target_num_hidden_layers": (),
     "fusion_type": ("concat_fc",),
-    "enable_hidden_correction": (False,),
     "hidden_correction_type": (),
-    "hidden_correction_intermediate_size": (),
 }
 """Keys that change what is computed, in ways that are not implemented; with the values that say
-what is so without them."""
+what is so without them. The settings of a head that the drafter does not have are refused by the
+heads' own records (``kinds.setting_names``)."""
 
 
 OF_TRANSFORMERS = frozenset(

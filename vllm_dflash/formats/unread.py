@@ -17,6 +17,7 @@ _NULL_IS_REFUSED = (
     "max_window_layers",
     "hidden_act",
 )
+_NONE = (0, False)
 _LONGEST = 1e30
 """What transformers writes for a length without an end."""
 
@@ -36,15 +37,15 @@ def check_keys(
         DrafterConfigError: names a key that would change what is computed, or that holds what it
             cannot.
     """
-    unknown = []
+    unknown, refused = [], _refused()
     for name, value in raw.items():
         name = str(name)
         if name in known:
             continue
         if name in keys.OF_THE_KIND:
             fields.refuse(raw, name, kind.name)
-        elif name in keys.REFUSED:
-            fields.refuse(raw, name, *keys.REFUSED[name])
+        elif name in refused:
+            fields.refuse(raw, name, *refused[name])
         elif name in keys.NO_EFFECT:
             fits, wanted, nullable = keys.NO_EFFECT[name]
             if not fits(value) and not (value is None and (nullable or not by_transformers)):
@@ -69,6 +70,11 @@ def check_keys(
     if by_transformers:
         _check_for_transformers(raw)
     return unknown
+
+
+def _refused() -> Mapping[str, tuple[Any, ...]]:
+    """``keys.REFUSED``, and the settings of heads, each with the values that say it has none."""
+    return dict.fromkeys(kinds.setting_names(), _NONE) | keys.REFUSED
 
 
 def _is_read_elsewhere(name: str, value: Any) -> bool:
@@ -105,6 +111,7 @@ def check_dflash_config(
 ) -> None:
     """The same for ``dflash_config`` of a drafter of ``kind``, all of which is about what the
     drafter computes: an unknown key is refused there."""
+    refused = _refused()
     for name in nested:
         path = f"dflash_config.{name}"
         if name in keys.OF_THE_KIND:
@@ -112,7 +119,7 @@ def check_dflash_config(
             continue
         if name in keys.NO_EFFECT or name in keys.DFLASH_CONFIG or name in known:
             continue
-        if name not in keys.REFUSED and nested[name] not in (None, False):
+        if name not in refused and nested[name] not in (None, False):
             raise fields.bad(
                 path,
                 f"= {fields.shown(nested[name])} is not known here, and ignoring it might only show"
@@ -120,7 +127,7 @@ def check_dflash_config(
                 "use a newer vllm-dflash, or remove it from config.json if the drafter computes"
                 " nothing with it",
             )
-        fields.refuse(nested, path, *keys.REFUSED.get(name, (False,)))
+        fields.refuse(nested, path, *refused.get(name, (False,)))
     fields.refuse(nested, "dflash_config.sample_from_anchor", False)
 
 

@@ -313,6 +313,11 @@ def heads_in_words() -> str:
     return "; ".join(f"{name} {sentence}".strip() for name, sentence in found.items())
 
 
+def setting_names() -> frozenset[str]:
+    """The keys of all heads' settings."""
+    return frozenset(name for kind in every().values() for name in kind.head.settings)
+
+
 def said_names() -> frozenset[str]:
     """The keys that some head's file may give beside its settings."""
     return frozenset(name for kind in every().values() for name in kind.head.says)
