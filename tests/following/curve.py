@@ -1,9 +1,10 @@
 """tau of a drafter whose target is fine-tuned, before, after, and as a refresh goes on: one
 ``vllm-dflash refresh``, whose trainer is asked on the way.
 
-After m of M minutes is after m / M of the steps that the refresh counts its minutes in. Each tau is
-of the same held-out prompts, decoded greedily. On the way the learning rate has not come down yet:
-a refresh of so few minutes ends higher than its point here.
+After m of M minutes is after m / M of the steps that the refresh counts its minutes in; it ends
+sooner where that would be more passes over its answers than it makes. Each tau is of the same
+held-out prompts, decoded greedily. On the way the learning rate has not come down yet: a refresh of
+so few minutes ends higher than its point here.
 """
 
 import csv
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from engine.harness import DRAFTER, TARGET, held_out_prompts, run_engine
@@ -81,10 +83,11 @@ class Watched(loop.Trainer):
         began = time.perf_counter()
         found = super().step(step)
         took, done = time.perf_counter() - began, step + 1
-        minutes = self.minutes * done / self.steps
-        Watched.at = f"step {done} of {self.steps}, {minutes:.1f} minutes, {took:.2f} s a step"
-        for mark in (*(m for m in MARKS if m < self.minutes), self.minutes):
-            if max(1, round(self.steps * mark / self.minutes)) == done:
+        a_minute = self.lines.of(state="pace")[-1]["steps"] / self.minutes
+        at = f"step {done} of {self.steps}, {done / a_minute:.1f} minutes, {took:.2f} s a step"
+        Watched.at, last = at, round(self.steps / a_minute, 2)
+        for mark in (*(m for m in MARKS if m < last), last):
+            if (self.steps if mark == last else max(1, round(a_minute * mark))) == done:
                 self._mark(mark, done)
         return found
 
@@ -110,7 +113,7 @@ def run(
     name = f"{'quantized' if quantized else 'curve'}-{minutes:g}"
     Watched.lines, Watched.minutes = lines, minutes
     Watched.prompts = out / f"{name}-prompts.json"
-    if not lines.of(state="refresh", minutes=minutes) or not lines.of(state="decision"):
+    if not lines.of(state="decision"):
         flags = ["--target", str(target), "--prompts", str(made / "prompts.jsonl")]
         flags += ["--held-out", str(held_out), "--minutes", str(minutes)]
         _refresh(out / f"{name}-refreshed", flags, lines)
@@ -125,14 +128,19 @@ def run(
 
 def _refresh(out: Path, flags: list[str], lines: Lines) -> None:
     flags = [*flags, "--draft", str(DRAFTER), "--dtype", "float32"]
-    from vllm_dflash.follow import measure  # noqa: F401 - whose trainer is not to be the watched one
+    from vllm_dflash.follow.measure import Measure  # whose trainer is not to be the watched one
 
-    trainer, loop.Trainer = loop.Trainer, Watched
-    try:
-        with told(lambda: Watched.at):
-            status = command(["refresh", str(SETTINGS), *flags, "--out", str(out)])
-    finally:
-        loop.Trainer = trainer
+    steps_in = Measure.steps_in
+
+    def noted(measure: Measure, minutes: float) -> tuple[int, int]:
+        found = steps_in(measure, minutes)
+        lines.add(state="pace", steps=found[0])
+        return found
+
+    with pytest.MonkeyPatch.context() as patch, told(lambda: Watched.at):
+        patch.setattr(loop, "Trainer", Watched)
+        patch.setattr(Measure, "steps_in", noted)
+        status = command(["refresh", str(SETTINGS), *flags, "--out", str(out)])
     notes = Rounds(out).all()[-1].notes()
     if "decision" not in notes:
         raise SystemExit(f"the refresh ended with {status}: the same command goes on")
