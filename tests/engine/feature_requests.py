@@ -55,7 +55,8 @@ def structured(name: str) -> dict[str, Any]:
 
 
 def asks() -> dict[str, Ask]:
-    """What both engines are asked."""
+    """What both engines are asked. vLLM loses log probabilities of those who run beside a request
+    with ``logprob_token_ids``."""
     every_one = [greedy(**{name: value}) for name, value in PENALTIES.items()] + [
         greedy(bad_words=BAD_WORDS),
         greedy(allowed_token_ids=ALLOWED),
@@ -79,10 +80,12 @@ def asks() -> dict[str, Ask]:
         "logprob_token_ids": Ask(
             TEXTS,
             [greedy(logprob_token_ids=[5, 200 + i]) if i % 2 else GREEDY for i in range(COUNT)],
+            alone=True,
         ),
         "logprob_token_ids, seeded": Ask(
             TEXTS,
             [SEEDED | row | {"logprob_token_ids": [5, 200 + i]} for i, row in enumerate(SAMPLED)],
+            alone=True,
         ),
         "repetition_detection": Ask(TEXTS, greedy(max_tokens=128, repetition_detection=REPETITION)),
         "stop": Ask(TEXTS, greedy(stop=STOPS)),
@@ -145,6 +148,7 @@ def answers(stop_token: int) -> dict[str, dict[str, Answer]]:
             None if name.startswith("plain") else DRAFTER,
             list(asked.values()),
             args=args | changes.get(name, {}),
+            together=name.startswith("plain"),
         )
         for name, asked in names.items()
     ]

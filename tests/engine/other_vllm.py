@@ -1,6 +1,7 @@
 """Engines and ``vllm-dflash status`` in processes of their own, where vLLM is an edited copy or
 another plug-in is installed."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,7 +22,10 @@ def edited(folder: Path, *edits: tuple[str, str, str]) -> dict[str, str]:
     """An environment whose vLLM differs from the installed one by ``edits``: file, what is replaced
     once, and by what."""
     vllm_copies.edited(folder, *edits)
-    return before_the_installed(folder)
+    env = before_the_installed(folder)
+    for file, _, _ in edits:
+        _keep_what_is_known(folder / "vllm" / file, folder / "cache" / "modelinfos")
+    return env
 
 
 def renamed(folder: Path, old: str, new: str) -> dict[str, str]:
@@ -44,6 +48,16 @@ def before_the_installed(folder: Path) -> dict[str, str]:
     return engine_env(
         {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "VLLM_CACHE_ROOT": str(cache)}
     )
+
+
+def _keep_what_is_known(file: Path, known: Path) -> None:
+    """What vLLM has found out about the classes of a file of models holds for the edited one too:
+    edits are of bodies. With another hash than vLLM's it is found out anew."""
+    content = b"\0".join([file.name.encode(), file.read_bytes(), b""])
+    digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if file.parent.name == "models":
+        for path in known.glob(f"vllm-model_executor-models-{file.stem}-*.json"):
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"hash": digest}))
 
 
 def completed(

@@ -25,6 +25,11 @@ class Ask:
     """A key of ``broken_rules.RULES``: the rule of acceptance that is broken on purpose."""
     draft_probs: bool = False
     """Whether to count drafted tokens against the proposer's probabilities."""
+    alone: bool = False
+    """Not to be asked together with others."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "alone"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,9 @@ class Engine:
     speculative: dict[str, Any] = field(default_factory=dict)
     """Further fields of the speculative config."""
     args: dict[str, Any] = field(default_factory=dict)
+    together: bool = False
+    """Whether what need not be asked alone is asked in one call, of up to 64 requests a step: for
+    an engine that only says what a request's answer is. Those answers have no counters."""
 
     def to_json(self) -> dict[str, Any]:
         # Every draft whole and verified whole, unless a test says otherwise: the controller may
@@ -52,7 +60,47 @@ class Engine:
                 "model": str(self.drafter),
                 "num_speculative_tokens": self.num_speculative_tokens,
             } | self.speculative
-        return {"args": args, "asks": [vars(ask) for ask in self.asks]}
+        if self.together:
+            args = {"max_num_seqs": 64} | args
+        return {"args": args, "asks": [ask.to_json() for ask in self._calls()]}
+
+    def _calls(self) -> list[Ask]:
+        shared = self._shared()
+        if not shared:
+            return list(self.asks)
+        assert not any(ask.broken or ask.draft_probs for ask in shared)
+        params = [
+            each
+            for ask in shared
+            for each in (
+                [ask.params] * len(ask.prompts) if isinstance(ask.params, dict) else ask.params
+            )
+        ]
+        together = Ask([prompt for ask in shared for prompt in ask.prompts], params)
+        return [together, *(ask for ask in self.asks if ask.alone)]
+
+    def _shared(self) -> list[Ask]:
+        return [ask for ask in self.asks if self.together and not ask.alone]
+
+    def answers(self, answers: Sequence["Answer"]) -> list["Answer"]:
+        """What each was answered, of the answers to the calls."""
+        shared, rest = self._shared(), iter(answers)
+        if not shared:
+            return list(answers)
+        answer, at = next(rest), 0
+        assert answer.error or len(answer.completions) == sum(len(ask.prompts) for ask in shared)
+        found = []
+        for ask in self.asks:
+            if ask.alone:
+                found.append(next(rest))
+                continue
+            part = slice(at, at := at + len(ask.prompts))
+            found.append(
+                Answer(
+                    answer.completions[part], answer.prompt_logprobs[part], {}, answer.error, None
+                )
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -82,4 +130,7 @@ def run(engines: Sequence[Engine]) -> list[list[Answer]]:
     reports = run_worker(
         "sampling_worker.py", [engine.to_json() for engine in engines], ENVIRONMENT
     )
-    return [[Answer(**answer) for answer in answers] for answers in reports]
+    return [
+        engine.answers([Answer(**answer) for answer in answers])
+        for engine, answers in zip(engines, reports, strict=True)
+    ]

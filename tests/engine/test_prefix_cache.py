@@ -12,7 +12,8 @@ from engine.harness import DRAFTER, TARGET, Batch, Job, held_out_prompts, run_en
 from variants import VARIANTS
 
 pytestmark = pytest.mark.engine
-TURNS, TOKENS = 6, 64
+TURNS, TOKENS = 6, 48
+"""So many that the second turn's answers fill a page of 128 that their prompts have begun."""
 NAMES = ("embedded pair", "sliding layers")
 """A trained drafter of full attention, and a random one whose layers see a window only."""
 
