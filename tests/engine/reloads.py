@@ -16,7 +16,7 @@ from engine import forks
 from engine.harness import run_worker
 from pairs import random_prompts
 from vllm_dflash.reference.checkpoint import load_drafter
-from vllm_dflash.reference.decoding import replay_drafts
+from vllm_dflash.reference.decoding import Draft, replay_drafts
 
 PROMPTS = [prompt[:24] for prompt in random_prompts(3, 512)]
 MAX_TOKENS = {"v1": 12, "v2": 3}
@@ -87,10 +87,17 @@ def _drafter(folder: Path) -> Any:
     return load_drafter(folder, torch.float32)
 
 
+@cache
+def _reference(
+    target: Path, drafter: Path, sequence: tuple[int, ...], anchors: tuple[int, ...]
+) -> list[Draft]:
+    """Kept: several ways of changing weights come to the same."""
+    return replay_drafts(_target(target), _drafter(drafter), sequence, anchors, 7, 128)
+
+
 def wrong_drafts(report: dict[str, Any], target: Path, drafter: Path) -> tuple[int, int]:
     """Of one step's drafted tokens, how many are not the reference's for these weights, and how
     many there are."""
-    model, oracle = _target(target), _drafter(drafter)
     first, wrong, count = min(draft["request"] for draft in report["drafts"]), 0, 0
     for i, prompt in enumerate(PROMPTS):
         sequence = prompt + report["tokens"][i]
@@ -99,7 +106,8 @@ def wrong_drafts(report: dict[str, Any], target: Path, drafter: Path) -> tuple[i
             for d in report["drafts"]
             if d["request"] - first == i and len(prompt) <= d["anchor"] < len(sequence)
         ]
-        expected = replay_drafts(model, oracle, sequence, [d["anchor"] for d in drafts], 7, 128)
+        anchors = tuple(d["anchor"] for d in drafts)
+        expected = _reference(target, drafter, tuple(sequence), anchors)
         for draft, theirs in zip(drafts, expected, strict=True):
             assert sequence[draft["anchor"]] == draft["token"]
             wrong += sum(a != b for a, b in zip(draft["draft"], theirs.tokens, strict=False))
