@@ -11,6 +11,7 @@ import json
 import re
 import sys
 import time
+import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from engine.feature_server import (
 from engine.harness import TARGET, engine_env, held_out_prompts
 from engine.other_vllm import completed
 from engine.test_serve import metric, request
+from vllm_dflash.cli import main
+from vllm_dflash.swap.turns import PATH
 
 __all__ = ["adapter", "expected", "served"]
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -264,6 +267,12 @@ def test_bench_serve(served: Served, tmp_path: Path) -> None:
             line for line in done.stdout.splitlines() if "cceptance" in line or "raft" in line
         )
     )
+
+
+def test_without_the_middleware_there_is_no_swap_endpoint(served: Served) -> None:
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        request(served.port, PATH)
+    assert main(["swap", "--server", f"http://127.0.0.1:{served.port}", "good"]) == 2
 
 
 def test_metrics(served: Served) -> None:

@@ -206,10 +206,31 @@ def counts(port: int) -> tuple[float, float]:
     return metric(port, names[0]), metric(port, names[1])
 
 
+def test_the_key_and_the_log(drafters: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a key nobody swaps without it. It ends with another drafter than the command line's,
+    which the next test's server begins with: a swap is for the running server alone."""
+    logs: list[Path] = []
+    with swappable(drafters, "--api-key", "secret", logs=logs) as port:
+        url = f"http://127.0.0.1:{port}"
+        assert main(["swap", "--server", url, "noisy"]) == 2
+        assert "asks for its API key" in capsys.readouterr().err
+        assert main(["swap", "--server", url, "noisy", "--api-key", "wrong"]) == 2
+        assert "refuses the API key that was given" in capsys.readouterr().err
+        assert main(["swap", "--server", url, "absent", "--api-key", "secret"]) == 1
+        assert "no drafter is swapped in: " in logs[0].read_text()
+        assert main(["swap", "--server", url, "noisy", "--api-key", "secret"]) == 0
+        assert main(["swap", "--server", url, "--api-key", "secret"]) == 0
+        log = logs[0].read_text()
+        assert "Failed to load weights" not in log, "all that came has found its place"
+        assert id_of_folder(drafters / "noisy") in capsys.readouterr().out
+
+
 def test_swaps_under_load(drafters: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Four clients without a pause, a swap every second or more in each of the two ways that keep
     context, refusals between: no request fails, no answer differs from plain decoding's, and tau is
-    that of the drafter in force."""
+    that of the drafter in force.
+
+    At first that is the command line's, though the server before ended with another."""
     prompts = held_out_prompts(16)
     expected = run_engine(TARGET, None, prompts, max_tokens=64)[0].tokens
     ids = {name: id_of_folder(drafters / name) for name in ("good", "noisy")}
@@ -253,35 +274,7 @@ def test_swaps_under_load(drafters: Path, capsys: pytest.CaptureFixture[str]) ->
     assert min(taus["good"]) > 1.2 * max(taus["noisy"]), taus
 
 
-def test_the_key_and_the_log(drafters: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With a key nobody swaps without it; and after a restart the command line's drafter serves."""
-    logs: list[Path] = []
-    with swappable(drafters, "--api-key", "secret", logs=logs) as port:
-        url = f"http://127.0.0.1:{port}"
-        assert main(["swap", "--server", url, "noisy"]) == 2
-        assert "asks for its API key" in capsys.readouterr().err
-        assert main(["swap", "--server", url, "noisy", "--api-key", "wrong"]) == 2
-        assert "refuses the API key that was given" in capsys.readouterr().err
-        assert main(["swap", "--server", url, "absent", "--api-key", "secret"]) == 1
-        assert "no drafter is swapped in: " in logs[0].read_text()
-        assert main(["swap", "--server", url, "noisy", "--api-key", "secret"]) == 0
-        assert main(["swap", "--server", url, "--api-key", "secret"]) == 0
-        log = logs[0].read_text()
-        assert "Failed to load weights" not in log, "all that came has found its place"
-        assert id_of_folder(drafters / "noisy") in capsys.readouterr().out
-    with swappable(drafters) as port:
-        assert which(port)["id"] == id_of_folder(drafters / "good")
-
-
 def test_a_public_address_without_a_key(drafters: Path) -> None:
     """The server does not start."""
     with pytest.raises(AssertionError, match="--api-key"), swappable(drafters, "--host", "0.0.0.0"):
         pass
-
-
-def test_without_the_middleware_there_is_no_endpoint(drafters: Path) -> None:
-    speculative = json.dumps({"method": "dflash", "model": str(drafters / "good")})
-    with server("--speculative-config", speculative) as port:
-        with pytest.raises(urllib.error.HTTPError, match="404"):
-            request(port, PATH)
-        assert main(["swap", "--server", f"http://127.0.0.1:{port}", "good"]) == 2
