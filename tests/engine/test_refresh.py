@@ -5,15 +5,15 @@ refresh of 16 steps, and the new drafter in the running server.
 """
 
 import json
+import os
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from engine.harness import DRAFTER
+from engine import forks
+from engine.harness import DRAFTER, engine_env
 from engine.test_serve import request, server
 from engine.test_swap import ALWAYS, EXTENSION, counts, tau_since, which
 from vllm_dflash.cli import main
@@ -31,12 +31,10 @@ test_follow_refresh.py.)"""
 def finetuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the embedded target after a LoRA on another kind of text, and prompts of it."""
     folder = tmp_path_factory.mktemp("finetuned")
-    script = ROOT / "examples" / "follow" / "finetune.py"
-    subprocess.run(
-        [sys.executable, str(script), "--out", str(folder), "--steps", "24"],
-        check=True,
-        timeout=900,
-    )
+    script, log = ROOT / "examples" / "follow" / "finetune.py", folder / "log"
+    command = [str(script), "--out", str(folder), "--steps", "24", "--prompts", "88"]
+    status = forks.start(command, engine_env(), {0: Path(os.devnull), 1: log}).wait(900)
+    assert status == 0, log.read_text()
     return folder
 
 
