@@ -207,8 +207,7 @@ def counts(port: int) -> tuple[float, float]:
 
 
 def test_the_key_and_the_log(drafters: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With a key nobody swaps without it. It ends with another drafter than the command line's,
-    which the next test's server begins with: a swap is for the running server alone."""
+    """With a key nobody swaps without it; and after a restart the command line's drafter serves."""
     logs: list[Path] = []
     with swappable(drafters, "--api-key", "secret", logs=logs) as port:
         url = f"http://127.0.0.1:{port}"
@@ -223,14 +222,14 @@ def test_the_key_and_the_log(drafters: Path, capsys: pytest.CaptureFixture[str])
         log = logs[0].read_text()
         assert "Failed to load weights" not in log, "all that came has found its place"
         assert id_of_folder(drafters / "noisy") in capsys.readouterr().out
+    with swappable(drafters) as port:
+        assert which(port)["id"] == id_of_folder(drafters / "good")
 
 
 def test_swaps_under_load(drafters: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Four clients without a pause, a swap every second or more in each of the two ways that keep
     context, refusals between: no request fails, no answer differs from plain decoding's, and tau is
-    that of the drafter in force.
-
-    At first that is the command line's, though the server before ended with another."""
+    that of the drafter in force."""
     prompts = held_out_prompts(16)
     expected = run_engine(TARGET, None, prompts, max_tokens=64)[0].tokens
     ids = {name: id_of_folder(drafters / name) for name in ("good", "noisy")}
