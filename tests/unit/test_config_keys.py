@@ -139,6 +139,13 @@ def test_a_setting_of_a_head_that_it_has_not(name: str) -> None:
         assert config_problems(QWEN3_8B | {name: none}) == []
 
 
+def test_a_heads_setting_by_the_name_of_everyones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another package's head may call its own as it likes; other drafters are read as before."""
+    monkeypatch.setattr(kinds, "setting_names", lambda: frozenset({"hidden_size", "mine"}))
+    assert config_problems(QWEN3_8B) == []
+    assert refusal(QWEN3_8B | {"mine": 3}).field == "mine"
+
+
 @pytest.mark.parametrize(
     "given", [{"partial_rotary_factor": 0.25}, {"mrope_section": [24, 20, 20]}], ids=str
 )

@@ -73,8 +73,10 @@ def check_keys(
 
 
 def _refused() -> Mapping[str, tuple[Any, ...]]:
-    """``keys.REFUSED``, and the settings of heads, each with the values that say it has none."""
-    return dict.fromkeys(kinds.setting_names(), _NONE) | keys.REFUSED
+    """``keys.REFUSED``, and the settings of heads, each with the values that say it has none; but
+    for a setting by the name of a key that every file may have."""
+    of_heads = kinds.setting_names() - keys.READ - keys.NO_EFFECT.keys()
+    return dict.fromkeys(of_heads, _NONE) | keys.REFUSED
 
 
 def _is_read_elsewhere(name: str, value: Any) -> bool:
