@@ -140,10 +140,28 @@ def test_a_setting_of_a_head_that_it_has_not(name: str) -> None:
 
 
 def test_a_heads_setting_by_the_name_of_everyones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another package's head may call its own as it likes; other drafters are read as before."""
-    monkeypatch.setattr(kinds, "setting_names", lambda: frozenset({"hidden_size", "mine"}))
-    assert config_problems(QWEN3_8B) == []
-    assert refusal(QWEN3_8B | {"mine": 3}).field == "mine"
+    """Another package's head may call its own as it likes; other drafters are judged as before."""
+    judged = {"n_predict": 0, "model": False, "max_seq_len": 0}
+    names = frozenset({"hidden_size", "tie_word_embeddings", "mine", *judged})
+    for of_heads in ("setting_names", "said_names"):
+        with monkeypatch.context() as patch:
+            patch.setattr(kinds, of_heads, lambda: names)
+            assert config_problems(QWEN3_8B) == []
+            assert config_problems(QWEN3_8B | {"max_seq_len": 40960}) == []
+            assert refusal(QWEN3_8B | {"mine": 3}).field == "mine"
+            for name, value in judged.items():
+                assert refusal(QWEN3_8B | {name: value}).field == name
+
+
+@pytest.mark.parametrize("kind", ["lilicorr", "dflash2"])
+def test_a_heads_setting_in_two_places(kind: str) -> None:
+    """Alike it is read; two values are refused by name."""
+    config = random_drafter_config(kind=kind).with_()
+    raw = write(config, config.format)
+    for name in kinds.every()[kind].head.settings:
+        value = raw["dflash_config"][name]
+        assert config_problems(raw | {name: value}) == []
+        assert refusal(raw | {name: 2 * value}).field == name
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,8 @@ def parse_published(raw: Mapping[str, Any]) -> DrafterConfig:
         check_dflash_config(nested, kind, keys_of(kind))
     check_head(kind, raw, raw if is_flat else nested)
     known = {EMBEDDING_SCALE}
+    # What the file says twice, alike.
+    known |= {name for name in keys_of(kind) if name in nested and raw.get(name) == nested[name]}
     if is_flat:
         known |= {*keys_of(kind), "target_layer_ids", "causal", *flat_keys}
     depth = fields.optional_positive_int(raw, "num_target_layers")

@@ -18,6 +18,16 @@ _NULL_IS_REFUSED = (
     "hidden_act",
 )
 _NONE = (0, False)
+_JUDGED = frozenset().union(
+    keys.READ,
+    keys.NO_EFFECT,
+    keys.OF_THE_KIND,
+    keys.OF_TRANSFORMERS,
+    keys.OF_VLLM,
+    keys.READ_ELSEWHERE,
+    keys.LENGTHS,
+)
+"""Keys that are judged in every file alike, whatever another package's head calls its own."""
 _LONGEST = 1e30
 """What transformers writes for a length without an end."""
 
@@ -73,10 +83,8 @@ def check_keys(
 
 
 def _refused() -> Mapping[str, tuple[Any, ...]]:
-    """``keys.REFUSED``, and the settings of heads, each with the values that say it has none; but
-    for a setting by the name of a key that every file may have."""
-    of_heads = kinds.setting_names() - keys.READ - keys.NO_EFFECT.keys()
-    return dict.fromkeys(of_heads, _NONE) | keys.REFUSED
+    """``keys.REFUSED``, and the settings of heads, each with the values that say it has none."""
+    return dict.fromkeys(kinds.setting_names() - _JUDGED, _NONE) | keys.REFUSED
 
 
 def _is_read_elsewhere(name: str, value: Any) -> bool:
@@ -157,7 +165,7 @@ def check_head(
             " (true): use one that was trained so, or vLLM's own method for it, where it has one",
         )
     for place in (raw, settings):
-        for name in kinds.said_names():
+        for name in (kinds.said_names() - _JUDGED) | kind.head.says.keys():
             allowed = (kind.head.says[name],) if name in kind.head.says else ()
             fields.refuse(place, name, *allowed)
         if not kind.head.is_argmax:
