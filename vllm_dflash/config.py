@@ -9,7 +9,7 @@ is loaded.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,13 @@ class DrafterConfig:
 
     def _check_head(self) -> None:
         kind = kinds.kind_of(self)
+        if taken := {item.name for item in fields(self)} & kind.head.settings.keys():
+            raise DrafterConfigError(
+                f"the head of a {kind.label} drafter calls a setting {min(taken)}, as every drafter"
+                " calls one of its own",
+                "give it another name in the head's record",
+                field=min(taken),
+            )
         for name, value in self.head.items():
             setting = kind.head.settings.get(name)
             if setting is None:

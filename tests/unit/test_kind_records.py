@@ -18,7 +18,7 @@ from vllm_dflash import kinds
 from vllm_dflash.checks import check_sampling
 from vllm_dflash.cli import main
 from vllm_dflash.errors import DrafterConfigError
-from vllm_dflash.kinds import kind_of
+from vllm_dflash.kinds import Setting, kind_of
 
 pytestmark = pytest.mark.usefixtures("kinds_of_users")
 
@@ -113,6 +113,16 @@ def test_a_record_whose_parts_do_not_exist_is_left_out_by_name(
         "bad:KIND is left out: its head's Reference cannot be imported from bad_head",
     ):
         assert said in caplog.text
+
+
+def test_a_setting_by_the_name_of_the_drafters_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written into the file it took that one's place, without a word."""
+    kind = kinds.every()["dflash"]
+    head = dataclasses.replace(kind.head, settings={"block_size": Setting(4)})
+    mine = dataclasses.replace(kind, head=head)
+    monkeypatch.setattr(kinds, "kind_of", lambda config: mine)
+    with pytest.raises(DrafterConfigError, match="calls a setting block_size"):
+        random_drafter_config(kind="dflash").check()
 
 
 def test_the_parts_of_our_kinds_exist() -> None:
