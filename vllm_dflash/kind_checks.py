@@ -28,6 +28,9 @@ def namesake(kind: "Kind", others: Iterable["Kind"]) -> str | None:
             return f"{kind.name} of another kind"
         if taken := names & {other.architecture, other.served_architecture}:
             return f"{min(taken)} of {other.name}"
+        head, theirs = kind.head, other.head
+        if head.name and head.name == theirs.name and head.modules != theirs.modules:
+            return f"{head.name} of the head of {other.name}"
     return None
 
 

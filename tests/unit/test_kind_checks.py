@@ -13,7 +13,8 @@ import pytest
 from kinds_of_users import on_path, write_package
 from vllm_dflash import kinds
 from vllm_dflash.cli import status
-from vllm_dflash.kinds import Setting
+from vllm_dflash.kind_checks import namesake
+from vllm_dflash.kinds import Head, Setting
 from vllm_dflash.kinds.dflash import KIND as DFLASH
 
 TOY = """
@@ -130,3 +131,17 @@ def test_two_kinds_of_this_package_by_one_name_are_refused_and_status_says_so(
     finally:
         monkeypatch.undo()
         kinds.own.cache_clear()
+
+
+def test_two_heads_by_one_name() -> None:
+    """`train --help` would describe one of them, and `--head` train the other; kinds that share a
+    head share its name."""
+    same = replace(DFLASH, name="other", architecture="OtherModel", is_known_to_vllm=False)
+    assert namesake(same, [DFLASH]) is None
+    other = replace(same, head=replace(DFLASH.head, modules="of_another_package"))
+    assert namesake(other, [DFLASH]) == "argmax of the head of dflash"
+
+
+def test_a_setting_without_a_name() -> None:
+    with pytest.raises(TypeError, match="a setting has an empty name"):
+        Head("of_another_package", settings={"": Setting(1)})

@@ -149,6 +149,8 @@ class Head:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if "" in {*self.settings, *self.says}:
+            raise TypeError("Head: a setting has an empty name; give it its key in config.json")
 
 
 ARGMAX = Head(
