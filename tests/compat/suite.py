@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import v2_interpreter
+from engine import v2_jobs
 from engine.harness import DRAFTER, TARGET, Batch, Job, held_out_prompts, run_engines
 from engine.oracle import compare_drafts
 from engine.v2_runs import Runs
@@ -150,8 +150,8 @@ class TestV2:
         ]
         prompts[1:3] = [list(range(2, 110)), list(range(40, 140))]
         limits = dict(max_model_len=128, max_num_batched_tokens=192, max_num_seqs=16)
-        plain = v2_interpreter.Job(target=target, prompts=prompts, max_tokens=24, **limits)
-        trained = v2_interpreter.Job(
+        plain = v2_jobs.Job(target=target, prompts=prompts, max_tokens=24, **limits)
+        trained = v2_jobs.Job(
             target=str(TARGET),
             drafter=str(DRAFTER),
             prompts=held_out_prompts(8),
@@ -164,7 +164,7 @@ class TestV2:
             trained,
             replace(trained, max_tokens=24, adaptive=True),
         ]
-        return Runs(jobs, v2_interpreter.run_engines(jobs))
+        return Runs(jobs, v2_jobs.run_engines(jobs))
 
     def test_it_runs_our_classes(self, runs: Runs) -> None:
         for result in runs.results[self.SCRIPTED :]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.v2_interpreter import Job, run_engines
+from engine.v2_jobs import Job, run_engines
 from engine.v2_runs import Runs
 from variants import VARIANTS
 

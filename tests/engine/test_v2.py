@@ -16,7 +16,7 @@ import pytest
 
 from engine.harness import DFLARE, DRAFTER, TARGET, held_out_prompts
 from engine.rounding import AT_LEAST
-from engine.v2_interpreter import Job, run_engines
+from engine.v2_jobs import Job, run_engines
 from engine.v2_runs import Runs
 from pairs import make_random_drafter, make_random_target
 

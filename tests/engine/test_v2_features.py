@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from engine.harness import DRAFTER, TARGET, held_out_prompts
-from engine.v2_interpreter import Job, Request, run_engines
+from engine.v2_jobs import Job, Request, run_engines
 from engine.v2_runs import Runs
 from variants import VARIANTS
 

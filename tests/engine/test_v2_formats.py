@@ -16,7 +16,7 @@ import pytest
 
 from engine import harness
 from engine.rounding import AT_LEAST
-from engine.v2_interpreter import Job, run_engines
+from engine.v2_jobs import Job, run_engines
 from engine.v2_runs import Runs
 from pairs import make_random_drafter, random_drafter_config, random_prompts
 from variants import VARIANTS

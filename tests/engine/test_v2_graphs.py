@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from engine.tapes import SIZES
-from engine.v2_interpreter import Job, Request, Work, run_engines
+from engine.v2_jobs import Job, Request, Work, run_engines
 from engine.v2_runs import Runs
 from variants import VARIANTS
 

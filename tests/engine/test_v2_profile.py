@@ -11,7 +11,7 @@ from random import Random
 
 import pytest
 
-from engine.v2_interpreter import Job, Result, run_engines
+from engine.v2_jobs import Job, Result, run_engines
 from engine.v2_runs import Runs
 from variants import VARIANTS
 

@@ -1,4 +1,4 @@
-"""What engines under ``v2_interpreter`` drafted, beside plain PyTorch's drafts at the same anchors:
+"""What engines under ``v2_jobs`` drafted, beside plain PyTorch's drafts at the same anchors:
 the reference's in float32, those of ``rounding`` in bfloat16."""
 
 from collections.abc import Callable, Collection, Iterator
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.oracle import BFLOAT16_GAP
 from engine.rounding import Kernels, RoundedDrafter, RoundedTarget, replay_rounded
-from engine.v2_interpreter import Draft, Job, Result
+from engine.v2_jobs import Draft, Job, Result
 from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.reference.decoding import replay_drafts
 
