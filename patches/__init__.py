@@ -14,6 +14,7 @@ from vllm_dflash.patches import (
     draft_lookahead,
     draft_model,
     draft_slots,
+    environment,
     hidden_states,
     request_drafts,
     request_params,
@@ -44,6 +45,7 @@ from vllm_dflash.patches import (
 ALL = (
     *speculative_config.PATCHES,
     *vllm_config.PATCHES,
+    environment.PATCH,
     adaptive_scheduler.PATCH,
     draft_lookahead.PATCH,
     draft_slots.PATCH,

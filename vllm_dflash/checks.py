@@ -30,7 +30,7 @@ from vllm_dflash.kinds import kind_of
 from vllm_dflash.log import logger
 from vllm_dflash.pairing import TargetShape, check_pair
 
-_ADVISED = "VLLM_DFLASH_EAGER_ADVISED"
+_ADVISED = "_VLLM_DFLASH_EAGER_ADVISED"
 """Inherited by the processes that vLLM starts, each of which makes the configuration again."""
 _NESTED = ("mask_token_id", "target_layer_ids", "causal")
 """What vLLM reads of ``dflash_config``."""

@@ -29,7 +29,7 @@ from vllm_dflash.supported import SUPPORTED_VLLM, is_supported
 from vllm_dflash.upstream import Sources
 
 Built = TypeVar("Built")
-TOLD = "VLLM_DFLASH_LEFT_OUT"
+TOLD = "_VLLM_DFLASH_LEFT_OUT"
 """Inherited by the processes that vLLM starts, so that a user reads once what was left out."""
 LEFT_OUT = "vllm-dflash leaves a part out, and vLLM's own stays: %s"
 

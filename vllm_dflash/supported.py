@@ -16,7 +16,7 @@ INSTALL_VLLM = (
     "for a CPU: pip install 'vllm-dflash[cpu]' && python -m vllm_dflash.install_cpu",
 )
 """How to get it, and torch with it."""
-PROBLEM = "VLLM_DFLASH_PROBLEM"
+PROBLEM = "_VLLM_DFLASH_PROBLEM"
 """Environment variable in which the first process that found one leaves, for those that it starts,
 why the plug-in is not on."""
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from vllm_dflash.patches import ALL, server_metrics
+from vllm_dflash.patches import ALL, environment, server_metrics
 from vllm_dflash.patches.guard import part_of_ours
 
 from vllm_dflash.patch import Patch
@@ -21,6 +21,8 @@ from vllm_dflash.upstream import Sources
 WRAPPERS = [record for record in ALL if record.scope == "class"]
 FOR_ALL = {record for record in WRAPPERS if record.switch}
 """They act on every method's drafts, and each has a switch."""
+OF_A_PROCESS = {environment.PATCH, server_metrics.PATCH}
+"""They run where no drafter is known, and read nothing of an engine's."""
 
 
 class Untouchable:
@@ -95,7 +97,7 @@ def call(record: Patch, config: Any) -> tuple[list[Any], Any]:
     [
         pytest.param(record, who, id=f"{record.qualname}-{who}")
         for record in WRAPPERS
-        if record not in FOR_ALL and record is not server_metrics.PATCH
+        if record not in FOR_ALL | OF_A_PROCESS
         for who in OTHERS
         if who != "plain" or not is_of_the_config(record)
     ],

@@ -23,8 +23,8 @@ from vllm_dflash.supported import SUPPORTED_VLLM, installed_vllm
 ROOT = Path(__file__).resolve().parents[2]
 OURS = (
     "VLLM_DFLASH",
-    "VLLM_DFLASH_PROBLEM",
-    "VLLM_DFLASH_LEFT_OUT",
+    "_VLLM_DFLASH_PROBLEM",
+    "_VLLM_DFLASH_LEFT_OUT",
     "VLLM_DFLASH_CPU_FIXES",
     "VLLM_PLUGINS",
 )
@@ -118,7 +118,8 @@ assert not [m for m in sys.modules if m.startswith(("vllm.v1.worker", "vllm_dfla
 import torch; assert not torch.cuda.is_initialized()
 assert model() == "vllm_dflash.models.drafter:DrafterForCausalLM", model()
 from vllm_dflash.patches import ALL
-at_once = {"vllm.config.speculative", "vllm.config.vllm"}  # what vLLM has imported by now
+# What vLLM has imported by now.
+at_once = {"vllm.config.speculative", "vllm.config.vllm", "vllm.platforms.interface"}
 pending = {
     patch.qualname for patch in ALL
     if patch.scope == "instance" or (patch.scope == "class" and patch.module not in at_once)
@@ -334,9 +335,9 @@ for version, prints in ((too_new, fingerprint), (fits, property(lambda self: "f"
     vllm_dflash.plugin.register()
     assert not {"applied", "pending"} & set(states().values()), states()
     assert model() == "vllm_dflash.models.unsupported:UnsupportedVLLM", model()
-    del os.environ["VLLM_DFLASH_PROBLEM"]
+    del os.environ["_VLLM_DFLASH_PROBLEM"]
 
-os.environ["VLLM_DFLASH_PROBLEM"] = "1"
+os.environ["_VLLM_DFLASH_PROBLEM"] = "1"
 """,
         tmp_path,
     )

@@ -58,6 +58,7 @@ ASKS_VLLM = {
     "kinds.dflash.context",
     "models.fused",
     "models.parameters",
+    "patches.environment",
     "patches.request_params",
     "patches.server_metrics",
     "plugin",
