@@ -7,6 +7,9 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+
+from vllm_dflash.api_keys import without_secrets
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """That a model runs in; auto is its own."""
@@ -68,6 +71,21 @@ def given(text: str) -> str:
     """The type of a name or an address: not empty."""
     if not text.strip():
         raise _Flag("it is empty: give a value, or leave the flag out")
+    return text
+
+
+def address(text: str) -> str:
+    """The type of a server's address, by http or https; without a scheme it is http."""
+    try:
+        parts = urlsplit(text if "://" in text else f"http://{text}")
+        is_one = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        is_one = False
+    if not is_one:
+        raise _Flag(
+            f"{_short(without_secrets(text))} is no address of a server: give one such as"
+            " http://127.0.0.1:8000"
+        )
     return text
 
 

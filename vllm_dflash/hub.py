@@ -50,10 +50,15 @@ def drafter_folder(model: str, revision: str | None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
+def is_path(model: str) -> bool:
+    """Whether it can be no hub id."""
+    return model.count("/") > 1 or model.startswith((".", "/", "~"))
+
+
 def no_drafter_at(model: str) -> DrafterConfigError:
     """What to say where ``drafter_folder`` finds none: a path is no hub id, and cannot be
     fetched."""
-    if model.count("/") > 1 or model.startswith((".", "/", "~")):
+    if is_path(model):
         return DrafterConfigError(
             f"{model} is no folder",
             "give a drafter's folder, or the hub id of one that is downloaded",

@@ -33,6 +33,8 @@ def hold(folder: Path, command: str) -> Iterator[None]:
             this user's to read and write.
     """
     path = folder / NAME
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is no folder: give one, or a name that is not there yet")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = _open(path)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dflash import records
+from vllm_dflash.errors import printable
 from vllm_dflash.records import AtLeast, Optional
 
 NOTE = "refresh.json"
@@ -91,7 +92,7 @@ class ServingDrafter:
         proof = self.proof
         tau = "no proved tau" if proof.tau is None else f"proved tau {proof.tau:.2f}"
         tau += f": {proof.untied}" if proof.untied else ""
-        return f"drafter {self.id} ({self.name}, {tau})"
+        return f"drafter {self.id} ({printable(self.name)}, {tau})"
 
 
 def id_of(digests: Mapping[str, bytes]) -> str:

@@ -196,6 +196,14 @@ def which(port: int) -> dict[str, Any]:
     return found
 
 
+def until_it_says(port: int, sample: str) -> None:
+    for _ in range(50):
+        if sample in request(port, "/metrics"):
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"no {sample} in /metrics")
+
+
 def tau_since(port: int, before: tuple[float, float]) -> float:
     drafts, accepted = (now - then for now, then in zip(counts(port), before, strict=True))
     return 1 + accepted / drafts
@@ -211,6 +219,7 @@ def test_the_key_and_the_log(drafters: Path, capsys: pytest.CaptureFixture[str])
     logs: list[Path] = []
     with swappable(drafters, "--api-key", "secret", logs=logs) as port:
         url = f"http://127.0.0.1:{port}"
+        until_it_says(port, "vllm_dflash_drafter_serving_since_seconds{")  # before any request
         assert main(["swap", "--server", url, "noisy"]) == 2
         assert "asks for its API key" in capsys.readouterr().err
         assert main(["swap", "--server", url, "noisy", "--api-key", "wrong"]) == 2

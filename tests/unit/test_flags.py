@@ -13,6 +13,7 @@ import pytest
 
 from vllm_dflash.cli import main, parser_of_all
 from vllm_dflash.evaluation.workload import PromptSet
+from vllm_dflash.flag_types import address
 from vllm_dflash.training.settings import every_field
 
 PAIR = Path(__file__).resolve().parents[2] / "examples" / "embedded_pair"
@@ -117,6 +118,18 @@ def test_an_empty_text(
     alone = ALONE.get(command, needed.get(command, []))
     assert ended([command, *alone, f"{flag}="]) in (1, 2)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["", "ftp://h:1", "http://", "http://[", "file:///etc/passwd"])
+def test_what_is_no_address(text: str) -> None:
+    """``swap --server ftp://...`` waited for ever."""
+    with pytest.raises(argparse.ArgumentTypeError, match="give one such as http://"):
+        address(text)
+
+
+@pytest.mark.parametrize("text", ["h:1", "127.0.0.1", "https://h/v1", "http://[::1]:8000"])
+def test_an_address(text: str) -> None:
+    assert address(text) == text
 
 
 def test_the_longest_prompt_is_known_before_any_is_made() -> None:

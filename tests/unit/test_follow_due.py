@@ -11,6 +11,7 @@ import pytest
 from pairs import make_random_drafter
 from unit.test_follow_rounds import ABOUT
 from unit.test_follow_watch import page, scraped
+from vllm_dflash.files import RunError
 from vllm_dflash.follow import refresh
 from vllm_dflash.follow.rounds import KEPT, Rounds
 from vllm_dflash.swap import client
@@ -129,6 +130,23 @@ def test_catching_up(
     assert ("swapped_into" in rounds.kept()[-1].notes()) == (swapped_in or gives)
 
 
+def test_a_swap_that_fails_is_told(
+    rounds: Rounds, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the journal too, and the status is not that of a drafter which serves."""
+    kept(rounds, swapped_in=False)
+
+    def refuse(*_: Any) -> dict[str, Any]:
+        raise client.ServerError("http://url refuses the API key")
+
+    monkeypatch.setattr(client, "swap", refuse)
+    with pytest.raises(RunError, match="http://url does not serve"):
+        refresh._swap(rounds, "http://url", None)
+    said = "round 1 is kept, and not swapped in: http://url refuses the API key"
+    assert said in (rounds.out / "journal.txt").read_text()
+    assert "swapped_into" not in rounds.kept()[-1].notes()
+
+
 def test_what_came_meanwhile_is_not_swapped_over(
     rounds: Rounds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,8 +209,13 @@ def test_the_budget(rounds: Rounds) -> None:
 
 
 def test_what_serves_is_what_is_begun_from(rounds: Rounds) -> None:
-    assert refresh._options(flags(draft=None), ["/d/now"], rounds).draft == "/d/now"
-    assert refresh._options(flags(), ["/d/now"], rounds).draft == "d"
+    now = str(rounds.out)
+    assert refresh._options(flags(draft=None), [now], rounds).draft == now
+    assert refresh._options(flags(), [now], rounds).draft == "d"
+    with pytest.raises(
+        refresh._UsageError, match="calls it a/b/c, and there is no such folder here"
+    ):
+        refresh._options(flags(draft=None), ["a/b/c"], rounds)
     with pytest.raises(refresh._UsageError, match="different drafters"):
         refresh._options(flags(draft=None), ["/d/one", "/d/two"], rounds)
 

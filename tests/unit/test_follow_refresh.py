@@ -133,6 +133,42 @@ def test_a_target_that_is_none(
     assert Rounds(out).all() == []
 
 
+def test_an_open_round_is_not_for_other_flags(
+    pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It once went on with the texts that it had, whatever was asked, and a target that was
+    misspelt ended it."""
+    _, drafter, traffic = pair
+    out, mine = tmp_path / "out", tmp_path / "mine.jsonl"
+    mine.write_text('{"prompt_token_ids": [3, 4, 5]}\n')
+    kill_at(out / ROUND, command(pair, out), times=2)
+    begun = Rounds(out).all()[0].notes()
+    for more, changes, said in (
+        (["--most-prompts", "1"], {}, "other --most-prompts: give"),
+        (["--prompts", str(mine)], {}, "other --traffic and --prompts: give"),
+        (["--minutes", "1"], {}, "other --minutes, --tokens: give"),
+        ([], {"lr": 0.5}, "other the settings: give"),
+    ):
+        assert main(command(pair, out, *more, **changes)) == 2
+        assert said in capsys.readouterr().err
+        assert Rounds(out).all()[0].notes() == begun
+    assert main(command((tmp_path / "nope", drafter, traffic), out)) == 2
+    assert Rounds(out).all()[0].notes() == begun
+    capsys.readouterr()
+    assert main(command(pair, out)) in (0, 3)
+    assert "round 1 goes on where it was stopped" in capsys.readouterr().out
+
+
+def test_what_a_refresh_decides_is_no_setting(
+    pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = command(pair, tmp_path / "out")
+    toml = Path(asked[1])
+    toml.write_text(toml.read_text().replace("[data]", '[data]\nprompts = ["elsewhere"]'))
+    assert main(asked) == 2
+    assert "[data] has prompts, which this command decides" in capsys.readouterr().err
+
+
 def test_the_minutes_hold(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the estimate was wrong, training ends with what was learned, and is judged."""
     monkeypatch.setattr(Measure, "steps_in", lambda measure, minutes: (1_000_000,) * 2)

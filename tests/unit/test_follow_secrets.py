@@ -94,7 +94,9 @@ def guarded() -> Iterator[Guarded]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             found.asked.append(self.path)
-            models = json.dumps({"data": [{"id": "m", "root": "/the/target"}]}).encode()
+            models = json.dumps(
+                {"data": [{"id": "m", "root": str(Path(__file__).parent)}]}
+            ).encode()
             raw = metrics if self.path == "/metrics" else models
             good = self.headers.get("Authorization") == "Bearer sekret"
             self.send_response(200 if good else found.status)
@@ -121,7 +123,7 @@ def test_the_key_goes_with_each_request(
     if by == "variable":
         monkeypatch.setenv("VLLM_API_KEY", "sekret")
     args = flags(server=guarded.url, target=None, api_key="sekret" if by == "flag" else None)
-    assert refresh._options(args, (), Rounds(tmp_path)).target == "/the/target"
+    assert refresh._options(args, (), Rounds(tmp_path)).target == str(Path(__file__).parent)
     assert refresh._scrape(guarded.url, client.key_of(args.api_key)).engines()
     assert guarded.asked == ["/v1/models", "/metrics"]
 

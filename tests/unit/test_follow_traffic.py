@@ -53,9 +53,15 @@ def test_answers_of_another_target_are_asked_for_again(tmp_path: Path) -> None:
 def test_a_line_that_is_being_written(tmp_path: Path) -> None:
     path = write(tmp_path / "traffic" / "traffic-1-aaaaaa.jsonl", [row("a")], tail='{"prompt": "b')
     assert len(gather([path.parent], None, 10).lines) == 1
-    write(path, [row("a")], tail="no json\n")
-    with pytest.raises(RunError, match="no JSON"):
-        gather([path.parent], None, 10)
+
+
+def test_a_broken_line_of_a_recorders_is_left_out_and_counted(tmp_path: Path) -> None:
+    """As a kill or a full disk leaves one; once it stopped every refresh."""
+    tail = "no json\n[1]\n" + json.dumps(row("b"))
+    path = write(tmp_path / "traffic" / "traffic-1-aaaaaa.jsonl", [row("a")], tail=tail)
+    found = gather([path.parent], None, 2)
+    assert [json.loads(line) for line in found.lines] == [row("b"), row("a")]
+    assert "; 2 lines that cannot be read are left out" in str(found)
 
 
 def test_files_of_the_users(tmp_path: Path) -> None:
@@ -63,8 +69,10 @@ def test_files_of_the_users(tmp_path: Path) -> None:
     assert len(gather([mine], OURS, 10).lines) == 2
     with pytest.raises(RunError, match="cannot be read"):
         gather([tmp_path / "absent.jsonl"], OURS, 10)
-    with pytest.raises(RunError, match="is the recorder on"):
-        gather([tmp_path / "x" / ".."], OURS, 10)
+    with pytest.raises(
+        RunError, match=r"x \(files traffic-\*\.jsonl beside mine\.jsonl\): is the recorder on"
+    ):
+        gather([tmp_path / "x"], OURS, 10)
 
 
 def test_a_line_of_the_users_is_named(tmp_path: Path) -> None:

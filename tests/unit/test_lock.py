@@ -69,5 +69,5 @@ def test_something_else_in_its_place(tmp_path: Path) -> None:
     ):
         pass
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot be written"), hold(tmp_path / "file", "train"):
+    with pytest.raises(RunError, match="file is no folder"), hold(tmp_path / "file", "train"):
         pass

@@ -12,6 +12,7 @@ from vllm_dflash.flag_types import (
     MOST_AT_ONCE,
     MOST_SECONDS,
     MOST_TOKENS,
+    address,
     count,
     given,
     list_of,
@@ -95,7 +96,7 @@ def _add_methods(bench: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--server",
         metavar="URL",
-        type=given,
+        type=address,
         help="in place of engines, a running server, measured by `vllm bench serve`",
     )
 

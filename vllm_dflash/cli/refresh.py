@@ -4,7 +4,7 @@ from typing import Any
 
 from vllm_dflash.cli.flags import add_command, run_of
 from vllm_dflash.cli.swap import add_key
-from vllm_dflash.flag_types import DTYPES, MOST_SECONDS, count, given, path, real
+from vllm_dflash.flag_types import DTYPES, MOST_SECONDS, address, count, given, path, real
 
 _LARGEST_SHARE = 64.0
 
@@ -39,7 +39,7 @@ def add(commands: Any) -> None:
         ],
     )
     what = refresh.add_argument_group("what serves")
-    what.add_argument("--server", metavar="URL", type=given, help="the server")
+    what.add_argument("--server", metavar="URL", type=address, help="the server")
     what.add_argument(
         "--target", metavar="T", type=given, help="the target (default: the server's)"
     )

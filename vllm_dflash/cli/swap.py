@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from vllm_dflash.cli.flags import add_command, run_of
-from vllm_dflash.flag_types import given
+from vllm_dflash.flag_types import address, given
 from vllm_dflash.swap.turns import CONTEXTS, RECOMPUTE
 
 
@@ -39,7 +39,7 @@ def add(commands: Any) -> None:
     swap.add_argument(
         "--server",
         metavar="URL",
-        type=given,
+        type=address,
         action="append",
         required=True,
         help="a server; more than once for more, which take turns",

@@ -3,7 +3,7 @@
 from typing import Any
 
 from vllm_dflash.cli.flags import add_command, run_of
-from vllm_dflash.flag_types import given, seconds
+from vllm_dflash.flag_types import address, seconds
 
 
 def add(commands: Any) -> None:
@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
         ],
     )
     top.add_argument(
-        "url", metavar="URL", type=given, help="the server, such as http://127.0.0.1:8000"
+        "url", metavar="URL", type=address, help="the server, such as http://127.0.0.1:8000"
     )
     top.add_argument(
         "--interval",

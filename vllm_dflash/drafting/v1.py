@@ -31,6 +31,7 @@ from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.heads import Draft
 from vllm_dflash.kinds import kind_of
 from vllm_dflash.metrics.drafter import attach as record_drafter
+from vllm_dflash.metrics.recorder import touch_here
 from vllm_dflash.models.drafter import DrafterForCausalLM
 
 
@@ -85,6 +86,7 @@ class DFlashProposer(NativeDFlashProposer):
         self.backend.load(target_model)
         self.context.write_rows = self.backend.write_context
         self._draft = self.model.drafting()
+        touch_here()  # which drafter serves is known from now on
 
     def dummy_run(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM's."""

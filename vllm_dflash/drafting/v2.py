@@ -30,6 +30,7 @@ from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.heads import Draft, Ranking
 from vllm_dflash.kinds import AFTER_ANCHOR, kind_of
 from vllm_dflash.metrics.drafter import attach as record_drafter
+from vllm_dflash.metrics.recorder import touch_here
 
 
 def _best(logits: torch.Tensor) -> torch.Tensor:
@@ -188,6 +189,7 @@ class DFlashSpeculator(NativeDFlashSpeculator):
                     " group: start vLLM without --disable-hybrid-kv-cache-manager, and without a KV"
                     " connector that turns that manager off"
                 )
+        touch_here()  # which drafter serves is known from now on
 
     def prepare_context_anchor(self, *args: Any) -> None:
         """Keeps the context of each request's last committed token, in place.

@@ -18,6 +18,7 @@ import urllib.error
 from collections.abc import Sequence
 from pathlib import Path
 
+from vllm_dflash import hub
 from vllm_dflash.api_keys import refused_key, without_secrets
 from vllm_dflash.errors import DrafterConfigError
 from vllm_dflash.files import RunError, read_record, write_record
@@ -27,6 +28,7 @@ from vllm_dflash.follow.watch import SHAPE, Serving, look, record_of, threshold,
 from vllm_dflash.lock import hold
 from vllm_dflash.metrics.figures import Scrape
 from vllm_dflash.metrics.top import address, fetch
+from vllm_dflash.regular import is_folder
 from vllm_dflash.swap import client
 from vllm_dflash.swap.turns import RECOMPUTE
 from vllm_dflash.training.errors import SettingsError
@@ -42,10 +44,10 @@ def run(args: argparse.Namespace) -> int:
     """The command; see its ``--help`` for what it ends with."""
     try:
         return _run(args)
-    except (SettingsError, client.ServerError, _UsageError) as error:
+    except (SettingsError, DrafterConfigError, client.ServerError, _UsageError) as error:
         print(f"vllm-dflash refresh: {error}", file=sys.stderr)
         return USAGE
-    except (RunError, DrafterConfigError) as error:
+    except RunError as error:
         print(f"vllm-dflash refresh: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
@@ -60,6 +62,8 @@ class _UsageError(RunError):
 def _run(args: argparse.Namespace) -> int:
     rounds, key = Rounds(args.out), client.key_of(args.api_key)
     scrape = _scrape(args.server, key) if args.server else None
+    if args.swap and args.server:
+        client.which(args.server, key)  # before the work: a key that is wrong, or no endpoint
     options = _options(args, Serving.of(scrape).drafters if scrape else (), rounds)
 
     def look_again() -> str | None:
@@ -96,6 +100,8 @@ def _options(args: argparse.Namespace, serving: Sequence[str], rounds: Rounds) -
         )
     key = client.key_of(args.api_key)
     target = args.target or (_target_of(args.server, key) if args.server else None)
+    if args.target is None and target is not None:
+        _check_here(target, "--target")
     if target is None:
         raise _UsageError("give the target with --target, or a server that has it with --server")
     if len(serving) > 1 and args.draft is None:
@@ -103,6 +109,8 @@ def _options(args: argparse.Namespace, serving: Sequence[str], rounds: Rounds) -
             f"the server's engines have different drafters ({', '.join(serving)}): swap one in, or"
             " give --draft"
         )
+    if args.draft is None and serving:
+        _check_here(serving[0], "--draft")
     draft = args.draft or next(iter(serving), str(rounds.link) if rounds.link.exists() else None)
     if draft is None:
         raise _UsageError("give the drafter that serves with --draft, or its server with --server")
@@ -116,8 +124,28 @@ def _options(args: argparse.Namespace, serving: Sequence[str], rounds: Rounds) -
         args.held_out,
         args.most_prompts,
         args.dtype,
-        age_of(os.environ.get(MAX_DAYS)),
+        _days(),
     )
+
+
+def _days() -> float | None:
+    try:
+        return age_of(os.environ.get(MAX_DAYS))
+    except RunError as error:
+        raise _UsageError(str(error)) from None
+
+
+def _check_here(path: str, flag: str) -> None:
+    """What a server calls by a path that leads nowhere from here cannot be meant.
+
+    Raises:
+        _UsageError: it is a path of another folder, or of another machine.
+    """
+    if hub.is_path(path) and not is_folder(path):
+        raise _UsageError(
+            f"the server calls it {path}, and there is no such folder here: give it with {flag}, or"
+            " start this command in the folder that the server was started in"
+        )
 
 
 def _target_of(server: str, key: str | None) -> str:
@@ -140,7 +168,9 @@ def _scrape(server: str, key: str | None) -> Scrape:
         raise client.ServerError(f"{shown} {said}") from None
     except (OSError, ValueError) as error:
         why = client.why_not(server, error)
-        raise client.ServerError(f"{shown} does not answer with metrics ({why})") from None
+        raise client.ServerError(
+            f"{shown} does not answer with metrics ({why}): {client.GIVE_ONE}"
+        ) from None
     if not scrape.engines():
         raise client.ServerError(f"{shown} has no metrics of a drafter of vllm-dflash")
     return scrape
@@ -211,6 +241,13 @@ def _swap(rounds: Rounds, server: str, key: str | None) -> None:
     from vllm_dflash.swap.command import swapped
 
     newest = rounds.kept()[-1]
-    found = client.swap(server, key, str(newest.drafter.resolve()), RECOMPUTE)
-    newest.note(swapped_into=without_secrets(server))
-    rounds.say(f"{server}: {swapped(found)}")
+    shown = without_secrets(server)
+    try:
+        found = client.swap(server, key, str(newest.drafter.resolve()), RECOMPUTE)
+    except RunError as error:
+        rounds.say(
+            f"{newest.name} is kept, and not swapped in: {error}; the same command tries again"
+        )
+        raise RunError(f"{shown} does not serve {rounds.link}, which was kept") from None
+    newest.note(swapped_into=shown)
+    rounds.say(f"{shown}: {swapped(found)}")

@@ -35,6 +35,7 @@ _NOTES = {
     "draft_id": str,
     "minutes": (AtLeast(float, 0), None),
     "tokens": (AtLeast(int, 1), None),
+    "asked": Optional({}),
     "steps": Optional(AtLeast(int, 1)),
     "old": _COUNTS,
     "new": _COUNTS,
@@ -43,8 +44,9 @@ _NOTES = {
     "swapped_into": Optional(str),
     "meanwhile": Optional(str),
 }
-"""``old`` and ``new``: of each held-out prompt the drafts and their accepted tokens.
-``meanwhile``: the id of a drafter that somebody has put into the server while the round ran."""
+"""``asked``: flags, by the name that a user knows them by. ``old`` and ``new``: of each held-out
+prompt the drafts and their accepted tokens. ``meanwhile``: the id of a drafter that somebody has
+put into the server while the round ran."""
 _JOURNAL_LINES = 2000
 _KEPT = 2
 """Drafters that are kept: the one in force, and the one before it to go back to."""

@@ -5,7 +5,6 @@ decision. Each stage is taken up where a killed one stopped.
     pytest tests/engine/test_refresh.py
 """
 
-import dataclasses
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -50,6 +49,18 @@ class Options:
     days: float | None = None
     """How long users' texts are kept for; None: as long as the round runs."""
 
+    def asked(self) -> dict[str, Any]:
+        """What a round is begun with and has to go on with, by names that a user knows."""
+        return {
+            "--traffic and --prompts": [str(source.absolute()) for source in self.sources],
+            "--minutes": self.minutes,
+            "--tokens": self.tokens,
+            "--held-out": self.held_out,
+            "--most-prompts": self.most_prompts,
+            "--dtype": self.dtype,
+            "the settings": training_settings.digest(self.settings),
+        }
+
 
 Look = Callable[[], str | None]
 """At the server, before the decision: the id of a drafter that has come into it meanwhile."""
@@ -60,9 +71,11 @@ def refresh(options: Options, rounds: Rounds, open_round: Round | None, look: Lo
     drafter is kept.
 
     Raises:
-        SettingsError: the target cannot be used; no round is begun.
+        SettingsError: the target or the settings cannot be used, or an open round was begun with
+            other flags; no round is begun, and none is left.
         RunError: a stage cannot go on; the same command does from there.
     """
+    _check_target(options, rounds)
     about = _about(options)
     if open_round is not None:
         begun = open_round.notes()
@@ -73,8 +86,8 @@ def refresh(options: Options, rounds: Rounds, open_round: Round | None, look: Lo
             _decide(rounds, open_round, LEFT, f"its texts are older than {options.days:g} days")
             open_round = None
         else:
+            _check_asked(begun, about, open_round)
             rounds.say(f"{open_round.name} goes on where it was stopped")
-            options = dataclasses.replace(options, minutes=begun["minutes"], tokens=begun["tokens"])
     current = open_round or _begin(options, rounds, about)
     try:
         decision, line = _take(options, rounds, current)
@@ -92,6 +105,27 @@ def refresh(options: Options, rounds: Rounds, open_round: Round | None, look: Lo
     if decision == KEPT:
         print(how_to_serve(smollm2.resolve(options.target), rounds.link))
     return decision == KEPT
+
+
+def _check_target(options: Options, rounds: Rounds) -> None:
+    from vllm_dflash.training.target import find_target
+
+    try:
+        find_target(_settings(options, Round(rounds.out / "rounds" / "0"), None))
+    except TrainingError as error:
+        raise SettingsError(str(error)) from None
+
+
+def _check_asked(begun: Mapping[str, Any], about: Mapping[str, Any], open_round: Round) -> None:
+    """An open round is not for other texts, and not learned from in another way."""
+    other = [
+        name for name, value in (begun.get("asked") or {}).items() if about["asked"][name] != value
+    ]
+    if other:
+        raise SettingsError(
+            f"{open_round.name} was stopped, and was begun with other {', '.join(other)}: give the"
+            f" flags that it was begun with, or remove {open_round.folder} to begin anew"
+        )
 
 
 def _is_old(left: Round, days: float | None) -> bool:
@@ -120,12 +154,6 @@ def _decide(rounds: Rounds, current: Round, decision: str, line: str) -> None:
 
 
 def _begin(options: Options, rounds: Rounds, about: Mapping[str, Any]) -> Round:
-    from vllm_dflash.training.target import find_target
-
-    try:
-        find_target(_settings(options, Round(rounds.out / "rounds" / "0"), None))
-    except TrainingError as error:
-        raise SettingsError(str(error)) from None
     found = gather(options.sources, about["target_files"], options.most_prompts)
     new = rounds.new()
     for path, lines in ((new.origins, found.origins), (new.traffic, found.lines)):
@@ -226,9 +254,10 @@ def _settings(options: Options, current: Round, steps: int | None) -> Any:
         "block_size": config.block_size,
         "init": folder,
     }
+    decided = {*flags, "steps", "head", "held_out_prompts"}
     flags |= {} if steps is None else {"steps": steps}
     flags |= {} if options.dtype is None else {"dtype": options.dtype}
-    found = training_settings.load(options.settings, flags)
+    found = training_settings.load(options.settings, flags, decided)
     if found.train.workers > 1 and options.minutes is not None:
         raise SettingsError(
             f"workers is {found.train.workers}, and minutes are counted in steps of one process:"
@@ -247,6 +276,7 @@ def _about(options: Options) -> dict[str, Any]:
         "draft_id": id_of_folder(Path(_folder(options.draft))),
         "minutes": options.minutes,
         "tokens": options.tokens,
+        "asked": options.asked(),
     }
 
 

@@ -386,7 +386,7 @@ ALL = (
         "What drafts; the value is 1.",
         "What runs here?",
         (
-            ("drafter", "the checkpoint"),
+            ("drafter", "the checkpoint that the engine was started with"),
             ("architecture", "of the checkpoint"),
             ("block_size", "tokens of a block, the anchor included"),
             ("num_speculative_tokens", "the most that is drafted a step"),

@@ -15,6 +15,7 @@ from vllm_dflash.files import RunError
 from vllm_dflash.json_text import loads
 from vllm_dflash.swap.turns import PATH
 
+GIVE_ONE = "give the address of a running vLLM server, such as http://127.0.0.1:8000"
 _SECONDS = 600.0
 """A large drafter is read from a disk."""
 
@@ -64,8 +65,7 @@ def _ask(server: str, key: str | None, body: dict[str, Any] | None) -> dict[str,
         raise _refusal(shown, key, error) from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise ServerError(
-            f"{shown} does not answer ({why_not(server, error)}): give the address of a running"
-            " vLLM server, such as http://127.0.0.1:8000"
+            f"{shown} does not answer ({why_not(server, error)}): {GIVE_ONE}"
         ) from None
     if not isinstance(found, dict) or not isinstance(found.get("id"), str):
         raise ServerError(f"{shown} answers {PATH}, but not as vllm-dflash does: is it a proxy?")
@@ -76,7 +76,7 @@ def why_not(server: str, error: Exception) -> str:
     """What went wrong with a request, without a password that the server's address holds."""
     if "@" in server:
         return "an address with a user's name and password: give the key by --api-key"
-    return str(error)
+    return str(getattr(error, "reason", error))
 
 
 def _refusal(server: str, key: str | None, error: urllib.error.HTTPError) -> RunError:

@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 from vllm_dflash.api_keys import without_secrets
+from vllm_dflash.errors import printable
 from vllm_dflash.swap import client
 
 
@@ -55,7 +56,7 @@ def described(found: dict[str, Any]) -> str:
     proved = "no proved tau" if tau is None else f"proved tau {tau:.2f}"
     age = _age(time.time() - found.get("since", time.time()))
     said = (
-        f"drafter {found['id']} ({found.get('drafter')}, {proved}), in force for {age};"
+        f"drafter {found['id']} ({printable(found.get('drafter'))}, {proved}), in force for {age};"
         f" {found['swaps']} swaps, {found['refusals']} refused"
     )
     if "replicas" in found:
@@ -69,7 +70,7 @@ def swapped(found: dict[str, Any]) -> str:
     said = f"{found['before']} -> {found['id']}"
     if "replicas" in found:
         return f"{said} on {found['replicas']} replicas, one after another"
-    return f"{said} ({found.get('drafter')}), context: {found['context']}{note}"
+    return f"{said} ({printable(found.get('drafter'))}), context: {found['context']}{note}"
 
 
 def _age(seconds: float) -> str:

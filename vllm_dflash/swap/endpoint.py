@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 from vllm_dflash import contents
 from vllm_dflash.api_keys import VARIABLE, admits, is_local, key_digest
+from vllm_dflash.errors import printable
 from vllm_dflash.json_text import loads
 from vllm_dflash.log import logger
 from vllm_dflash.swap.turns import CONTEXTS, PATH, RECOMPUTE, Swap, count_refusal, swap_in, which
@@ -101,7 +102,7 @@ class DrafterEndpoint:
 
     async def _swap(self, scope: Scope, state: Any, receive: Receive, send: Send) -> None:
         async def refuse(status: HTTPStatus, why: str) -> None:
-            logger.warning("no drafter is swapped in: %s", why)
+            logger.warning("no drafter is swapped in: %s", printable(why))
             await count_refusal(state.engine_client)
             await say(send, status, refused=why)
 

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from vllm_dflash import contents
+from vllm_dflash.errors import printable
 from vllm_dflash.log import logger
 from vllm_dflash.swap.endpoint import (
     NO_JSON,
@@ -144,7 +145,7 @@ class RolloutEndpoint:
             body = await body_of(receive)
             swap = await asyncio.to_thread(swap_of, body, self.folder)
         except ValueError as error:
-            logger.warning("no drafter is swapped in: %s", error)
+            logger.warning("no drafter is swapped in: %s", printable(error))
             await say(send, HTTPStatus.BAD_REQUEST, refused=str(error))
             return
         turns = turns_of(self._deployment, self._first)

@@ -292,7 +292,7 @@ def split(reader: Reader, data: Data, seed: int) -> Split:
     if not out.train or not out.held_out:
         raise TrainingError(
             f"{out.describe(data.max_prompt_tokens)}: at least one of each is needed; give more"
-            " prompts, or raise max_prompt_tokens"
+            " prompts" + (", or raise max_prompt_tokens" if out.too_long else "")
         )
     return out
 

@@ -5,10 +5,12 @@ Plain Python, so that ``--help`` is quick. Tests: ``pytest tests/unit/test_train
 """
 
 import dataclasses
+import hashlib
+import json
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,13 +134,16 @@ def choices_of(item: dataclasses.Field[Any]) -> tuple[str, ...] | None:
     return choices() if callable(choices) else choices
 
 
-def load(path: str | None, flags: Mapping[str, Any]) -> Settings:
+def load(path: str | None, flags: Mapping[str, Any], decided: Collection[str] = ()) -> Settings:
     """The settings of a TOML file, if there is one, overruled by ``flags`` (names to values or to a
     command line's text).
 
+    Args:
+        decided: names that the caller decides, and the file may not have.
+
     Raises:
-        SettingsError: the file cannot be read, a name is unknown, a value is of the wrong type or
-            out of range, or settings contradict.
+        SettingsError: the file cannot be read, a name is unknown or the caller's, a value is of the
+            wrong type or out of range, or settings contradict.
     """
     tables: dict[str, dict[str, Any]] = {name: {} for name in TABLES}
     for table, values in (_read(path) if path else {}).items():
@@ -150,6 +155,11 @@ def load(path: str | None, flags: Mapping[str, Any]) -> Settings:
             raise SettingsError(
                 f"{path}: [{table}] has no {unknown[0]!r}: it has {', '.join(sorted(known))}"
             )
+        if taken := sorted(values.keys() & set(decided)):
+            raise SettingsError(
+                f"{path}: [{table}] has {taken[0]}, which this command decides by its own flags:"
+                " remove it"
+            )
         tables[table] |= values
     for table, item in every_field():
         if item.name in flags:
@@ -160,6 +170,14 @@ def load(path: str | None, flags: Mapping[str, Any]) -> Settings:
     settings = dataclasses.replace(settings, drafter=_with_head(settings.drafter))
     settings.check()
     return settings
+
+
+def digest(path: str | None) -> str | None:
+    """Stands for what a TOML file sets, whatever its layout and comments; None for no file."""
+    if path is None:
+        return None
+    text = json.dumps(_read(path), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _with_head(table: Drafter) -> Drafter:
@@ -179,7 +197,11 @@ def _read(path: str) -> dict[str, Any]:
     try:
         check_input(path)
         return tomllib.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise SettingsError(
+            f"{path} cannot be read ({error.strerror or error}): give a TOML file of settings"
+        ) from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(
             f"{path} cannot be read as TOML ({error}): give a file with tables such as [train]"
         ) from None
