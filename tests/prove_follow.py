@@ -17,7 +17,7 @@ Parts, and about how many minutes they take on two cores:
              after, and as a refresh of --minutes goes on; half of what was lost has to be back, by
              the whole of its interval. Writes curve-15.csv, .json and .png; follow_plot.py takes
              the .json into docs/follow.md                                      (--minutes + 10)
-  quantized  the same with the fine-tuned target's layers in 8 bits             (--minutes + 12)
+  quantized  the same with the fine-tuned target's layers in 8 bits             (--minutes + 5)
   kill       kill -9 of a refresh in each of its stages, of a server in its swaps, and a full disk:
              the old or the new drafter serves afterwards, never a mixture. --only takes a part of
              it: stages, swaps, disk, mixture                                               (20)

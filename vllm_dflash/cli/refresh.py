@@ -21,8 +21,9 @@ def add(commands: Any) -> None:
         " kept, and OUT/drafter leads to it, only where it is better by more than its 95 %"
         " interval and vLLM serves it as training said; otherwise nothing changes. Stopped,"
         " however, it goes on with the same command. OUT/journal.txt has every decision. Ends with"
-        " 0 where a drafter was kept or nothing was to do, 1 where a stage failed, 2 on wrong"
-        " usage, 3 where the new drafter is not better, 130 where Ctrl-C stopped it.",
+        " 0 where a drafter was kept or nothing was to do, 1 where a stage failed or what was"
+        " kept could not be swapped in, 2 on wrong usage, 3 where the new drafter is not better,"
+        " 130 where Ctrl-C stopped it.",
         [
             (
                 "vllm-dflash refresh --server http://127.0.0.1:8000 --traffic traffic --minutes 15"
