@@ -118,9 +118,8 @@ def _check_target(options: Options, rounds: Rounds) -> None:
 
 def _check_asked(begun: Mapping[str, Any], about: Mapping[str, Any], open_round: Round) -> None:
     """An open round is not for other texts, and not learned from in another way."""
-    other = [
-        name for name, value in (begun.get("asked") or {}).items() if about["asked"][name] != value
-    ]
+    asked = begun.get("asked", {})
+    other = [name for name, value in about["asked"].items() if asked.get(name, value) != value]
     if other:
         raise SettingsError(
             f"{open_round.name} was stopped, and was begun with other {', '.join(other)}: give the"

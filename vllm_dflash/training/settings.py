@@ -157,8 +157,7 @@ def load(path: str | None, flags: Mapping[str, Any], decided: Collection[str] = 
             )
         if taken := sorted(values.keys() & set(decided)):
             raise SettingsError(
-                f"{path}: [{table}] has {taken[0]}, which this command decides by its own flags:"
-                " remove it"
+                f"{path}: [{table}] has {taken[0]}, which this command decides itself: remove it"
             )
         tables[table] |= values
     for table, item in every_field():
