@@ -8,7 +8,7 @@ from vllm_dflash.patches import request_drafts, scheduler_init
 from vllm_dflash.patches.guard import instead
 
 from vllm_dflash.patch import Patch
-from vllm_dflash.request_limits import RequestError, most_drafts
+from vllm_dflash.request_limits import RequestError, said_of
 
 WRONG_ON_V2 = ("logprob_token_ids",)
 WRONG_ON_V1 = ("thinking_token_budget", *WRONG_ON_V2)
@@ -44,7 +44,7 @@ def _check_limit(extra_args: Any, config: Any) -> None:
     from vllm_dflash.plugin import patch_set
 
     try:
-        most = most_drafts(extra_args, config.speculative_config.num_speculative_tokens)
+        most = said_of(extra_args, config.speculative_config.num_speculative_tokens).most
         if most is not None and not all(
             patch_set().fits(patch) for patch in (scheduler_init.PATCH, *request_drafts.PATCHES)
         ):

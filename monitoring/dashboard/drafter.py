@@ -5,7 +5,7 @@ pytest tests/engine/test_monitoring.py        (runs every query against a real s
 """
 
 from monitoring.dashboard.panel import TOKENS, Panel
-from monitoring.dashboard.promql import BY_ENGINE, EACH, last_of_path, mean, selector
+from monitoring.dashboard.promql import BY_ENGINE, EACH, last_of_path, mean, rate, ratio, selector
 from monitoring.dashboard.speculation import ACCEPTED
 
 SINCE = selector("vllm_dflash_drafter_serving_since_seconds")
@@ -14,6 +14,7 @@ _PROVED = f"max by ({BY_ENGINE}) ({selector('vllm_dflash_drafter_proved_accepted
 _IN = 'result="swapped"'
 SWAPPED = f"changes({selector(SWAPS, _IN)}[1m]) > 0"
 """Where a swap was: the annotations of all panels."""
+NO_CLASS = "no request names one"
 
 DRAFTER = (
     Panel(
@@ -47,9 +48,31 @@ DRAFTER = (
         ((mean(ACCEPTED, BY_ENGINE), EACH), (_PROVED, EACH + ": proved")),
         TOKENS,
         "drafter",
-        18,
+        12,
         minimum=1,
         decimals=2,
+    ),
+    Panel(
+        "series",
+        "By prompt class",
+        "tau by the class that requests say their prompts are of. One that falls alone: that text"
+        " has changed, and a refresh on it is due.",
+        (
+            (
+                ratio(
+                    rate("vllm_dflash_prompt_class_committed_tokens_total", "prompt_class"),
+                    rate("vllm_dflash_prompt_class_verifications_total", "prompt_class"),
+                ),
+                "{{prompt_class}}",
+            ),
+        ),
+        TOKENS,
+        "drafter",
+        6,
+        minimum=1,
+        decimals=2,
+        no_value=NO_CLASS,
+        may_be_empty=NO_CLASS,
     ),
     Panel(
         "series",

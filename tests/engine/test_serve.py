@@ -132,6 +132,15 @@ def metric(port: int, name: str) -> float:
     )
 
 
+def until_it_says(port: int, sample: str) -> None:
+    """Waits for a sample in ``/metrics``, which are written once a second."""
+    for _ in range(50):
+        if sample in request(port, "/metrics"):
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"no {sample} in /metrics")
+
+
 def test_completion_over_http(tmp_path: Path) -> None:
     """The flag is all it takes; the answer is the one that plain decoding gives, and the drafter's
     acceptance is in ``/metrics``.

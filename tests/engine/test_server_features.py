@@ -38,7 +38,7 @@ from engine.feature_server import (
 )
 from engine.harness import TARGET, engine_env, held_out_prompts
 from engine.other_vllm import completed
-from engine.test_serve import metric, request
+from engine.test_serve import metric, request, until_it_says
 from vllm_dflash.cli import main
 from vllm_dflash.swap.turns import PATH
 
@@ -116,6 +116,9 @@ def test_a_request_says_how_much_is_drafted(served: Served, expected: Expected) 
     assert drafted({"draft": False}) == (0, 0)
     drafts, verified = drafted({"max_draft": 3})
     assert drafts < verified <= 3 * drafts
+    _, verified = drafted({"prompt_class": "code"})
+    assert verified > 3 * drafts
+    until_it_says(port, 'prompt_class="code"')
     chat = {"prompt": None, "messages": [{"role": "user", "content": TEXTS[0]}]}
     for said in ({"max_draft": 8}, {"max_draft": True}, {"max_drafts": 1}, {"draft": 0}, "off"):
         for path, more in (("completions", {}), ("chat/completions", chat)):

@@ -25,7 +25,7 @@ from clients import Clients
 from engine import forks
 from engine.harness import DRAFTER, TARGET, held_out_prompts, run_engine
 from engine.reloads import MAX_TOKENS, job, redraw, run, wrong_drafts
-from engine.test_serve import fork, metric, request, server
+from engine.test_serve import fork, metric, request, server, until_it_says
 from vllm_dflash.cli import main
 from vllm_dflash.swap.turns import PATH
 from vllm_dflash.weights.identity import id_of_folder
@@ -194,14 +194,6 @@ def swappable(
 def which(port: int) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(request(port, PATH))
     return found
-
-
-def until_it_says(port: int, sample: str) -> None:
-    for _ in range(50):
-        if sample in request(port, "/metrics"):
-            return
-        time.sleep(0.2)
-    raise AssertionError(f"no {sample} in /metrics")
 
 
 def tau_since(port: int, before: tuple[float, float]) -> float:

@@ -70,6 +70,23 @@ def test_since_the_server_began() -> None:
     )
 
 
+def test_by_the_classes_that_requests_name() -> None:
+    own = 'model_name="m",engine="0"'
+    classes = [
+        f'vllm_dflash_prompt_class_{what}_total{{{own},prompt_class="{name}"}} {count}'
+        for name, n, total in (("code", 100, 160), ("chat", 50, 150))
+        for what, count in (("verifications", n), ("committed_tokens", total))
+    ]
+    first = scraped(page({2: 500}), *classes)
+    found = look(first, None)
+    assert found is not None
+    assert found.by_class == {"chat": 3.0, "code": 1.6}
+    assert "0-255: 2.00; by class chat: 3.00, code: 1.60)" in str(found)
+    again = look(scraped(page({2: 1000}), *classes), record(first))
+    assert again is not None
+    assert again.by_class == {}
+
+
 def test_since_the_last_look() -> None:
     """What was before it does not count: tau was 4, and has been 2 since."""
     before = scraped(page({4: 1000}))

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 
 from step_records import ran_of, scheduled_of, scheduler_of
+from vllm_dflash.metrics import catalog
 from vllm_dflash.metrics.outcomes import Outcomes
 from vllm_dflash.metrics.times import StepTimes
+from vllm_dflash.request_limits import Limits
 from vllm_dflash.steps import Step, Steps
 
 
@@ -55,6 +57,12 @@ def speculative(k: int = 3) -> tuple[Any, Any]:
         drafts={"a": [7, 8, 9], "b": [1, -1, -1]},
         num_invalid_spec_tokens={"b": 2},
     ), ran_of({"a": [7, 8, 4], "b": [5], "c": [6]})
+
+
+def said(**what: dict[str, Any]) -> Limits:
+    limits = Limits(3)
+    vars(limits).update(what)
+    return limits
 
 
 def plain(k: int = 0) -> tuple[Any, Any]:
@@ -130,10 +138,27 @@ def test_why_there_was_no_draft(
 def test_requests_whose_users_want_no_drafts_say_so(k: int) -> None:
     """Also in a step in which others have drafts, and one that is not looked at by request."""
     found = watch(
-        scheduler_of({"a": 20, "b": 20}), *[plain(k)] * 2, adaptive=False, limits={"a": 0, "b": 2}
+        scheduler_of({"a": 20, "b": 20}),
+        *[plain(k)] * 2,
+        adaptive=False,
+        limits=said(by_request={"a": 0, "b": 2}),
     )
     refused = {labels[0]: count for labels, count in found["speculation_refused"]}
     assert refused == {"request": 2, "other": 2 if k else 1} | ({} if k else {"batch_size": 1})
+
+
+def test_classes_of_prompts() -> None:
+    """Two tokens of a draft of ``a`` are accepted, none of ``b``; so many classes are shown, and
+    the rest is one."""
+    limits = said(classes={"a": "code", "b": "chat"})
+    found = watch(scheduler_of({"a": 20, "b": 20, "c": 20}), *[speculative()] * 2, limits=limits)
+    assert found["prompt_class_verifications"] == [(["chat"], 2), (["code"], 2)]
+    assert found["prompt_class_committed_tokens"] == [(["chat"], 2), (["code"], 6)]
+    outcomes = Outcomes(3, 4, 300, False)
+    for i in range(2 * catalog.MOST_CLASSES):
+        outcomes._count_class(f"c{i}", 2)
+    assert len(outcomes.prompt_class) == catalog.MOST_CLASSES + 1
+    assert outcomes.prompt_class["other"] == [catalog.MOST_CLASSES, 2 * catalog.MOST_CLASSES]
 
 
 def test_plain_steps_count_the_same_however_they_are_read() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from vllm_dflash.adaptive.controller import Controller, Plan
-from vllm_dflash.request_limits import Limits, RequestError, most_drafts
+from vllm_dflash.request_limits import Limits, RequestError, Said, said_of
 
 K = 7
 
@@ -30,12 +30,24 @@ K = 7
     ],
 )
 def test_what_a_user_may_say(given: Any, most: int | None) -> None:
-    assert most_drafts({"other": 1, "dflash": given}, K) == most
+    assert said_of({"other": 1, "dflash": given}, K) == Said(most)
+
+
+def test_a_prompts_class() -> None:
+    """By itself, beside a limit, and as text."""
+    assert said_of({"dflash": {"prompt_class": "code"}}, K) == Said(None, "code")
+    text = '{"prompt_class": "chat-2", "max_draft": 3}'
+    assert said_of({"dflash": text}, K) == Said(3, "chat-2")
+    limits = Limits(K)
+    limits.learn(scheduled(new("a", {"prompt_class": "code"}), new("b", {"draft": False})))
+    assert (limits.classes, limits.by_request) == ({"a": "code"}, {"b": 0})
+    limits.learn(scheduled(finished="a"))
+    assert (limits.classes, limits.by_request) == ({}, {"b": 0})
 
 
 def test_what_others_say_is_theirs() -> None:
     for extra_args in (None, {}, {"max_draft": -1}, {"other": {"draft": 3}}):
-        assert most_drafts(extra_args, K) is None
+        assert said_of(extra_args, K) == Said()
 
 
 @pytest.mark.parametrize(
@@ -56,11 +68,15 @@ def test_what_others_say_is_theirs() -> None:
         ("[1]", "no JSON object"),
         ("[" * 1000, "no JSON object"),
         ('{"max_draft": 1e999}', "max_draft is"),
+        ({"prompt_class": 3}, "prompt_class is 3: give a name of at most 40 letters"),
+        ({"prompt_class": ""}, "prompt_class is ''"),
+        ({"prompt_class": 'a"}'}, "prompt_class is"),
+        ({"prompt_class": "x" * 41}, "prompt_class is 'x+': give a name"),
     ],
 )
 def test_what_is_malformed_is_refused_with_a_remedy(given: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        most_drafts({"dflash": given}, K)
+        said_of({"dflash": given}, K)
 
 
 def new(request_id: str, said: Any) -> Any:

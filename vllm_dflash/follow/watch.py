@@ -14,7 +14,7 @@ from vllm_dflash.metrics.figures import Scrape, figures, tau_variance
 from vllm_dflash.records import AtLeast, Optional
 
 _P = "vllm_dflash_"
-_COUNTS = ("accepted_length_", "context_verifications", "context_committed")
+_COUNTS = ("accepted_length_", "context_", "prompt_class_")
 _Z = 1.96
 _LEAST = 100
 """Verifications, below which nothing is judged."""
@@ -64,6 +64,8 @@ class Look:
     since: float | None
     """Unix time; None: since the server began."""
     by_context: Mapping[str, float]
+    by_class: Mapping[str, float]
+    """Of prompts, as requests name it."""
     proved: float | None
 
     def is_below(self, limit: float) -> bool:
@@ -76,9 +78,13 @@ class Look:
         since = "the server began" if self.since is None else utc(self.since)
         if self.tau is None:
             return f"no draft was verified since {since}"
-        by = ", ".join(f"{name}: {value:.2f}" for name, value in self.by_context.items())
+        by = "; ".join(
+            f"by {what} " + ", ".join(f"{name}: {value:.2f}" for name, value in taus.items())
+            for what, taus in (("context length", self.by_context), ("class", self.by_class))
+            if taus
+        )
         said = f"tau {self.tau:.2f} +- {self.half:.2f} over {self.verifications:,.0f} verifications"
-        said += f" since {since}" + (f" (by context length {by})" if by else "")
+        said += f" since {since}" + (f" ({by})" if by else "")
         if self.proved is not None:
             said += f", proved at {self.proved:.2f}: {self.tau / self.proved:.0%} of it"
         return said
@@ -112,12 +118,15 @@ def look(now: Scrape, before: Mapping[str, Any] | None) -> Look | None:
     count = sum(found["verifications"] for found in engines)
     since = None if earlier is None else earlier.seconds
     if not count:
-        return Look(None, math.inf, 0.0, since, {}, serving.proved)
+        return Look(None, math.inf, 0.0, since, {}, {}, serving.proved)
     tau = sum(found["tau"] * found["verifications"] for found in engines) / count
     variance = max(tau_variance(tau, found["block_size"]) for found in engines)
-    by_context = engines[0]["tau_by_context"] if len(engines) == 1 else {}
+    one = engines[0] if len(engines) == 1 else {}
+    by_context = one.get("tau_by_context", {})
     ordered = dict(sorted(by_context.items(), key=lambda item: _first(item[0])))
-    return Look(tau, _Z * math.sqrt(variance / count), count, since, ordered, serving.proved)
+    by_class = dict(sorted(one.get("tau_by_class", {}).items()))
+    half = _Z * math.sqrt(variance / count)
+    return Look(tau, half, count, since, ordered, by_class, serving.proved)
 
 
 def threshold(when_below: float, proved: float | None) -> float | None:

@@ -18,6 +18,9 @@ CONTEXT_STARTS = (0, 256, 1024, 4096, 16384, 65536)
 CONFIDENCE_BUCKETS = 10
 """Equal parts of 0 to 1 of the label ``confidence``."""
 
+MOST_CLASSES, OTHER_CLASSES = 32, "other"
+"""Values of the label ``prompt_class`` that an engine shows, and the one for those after them."""
+
 COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
 _LENGTHS = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0, 16.0)
 _SECONDS = (
@@ -84,6 +87,12 @@ _CONTEXT = (
         + ", ".join(context_bucket(start) for start in CONTEXT_STARTS),
     ),
     ("prefix_cached", "true where part of the prompt came from the prefix cache, else false"),
+)
+_CLASS = (
+    (
+        "prompt_class",
+        "as requests name it (docs/adaptive.md): the first 32 names of an engine, and other",
+    ),
 )
 _CONFIDENCE = (("confidence", "probability that the drafter gave the token: 0.0-0.1 to 0.9-1.0"),)
 _ADAPTIVE = "with adaptive drafting"
@@ -231,6 +240,24 @@ ALL = (
         " is tau.",
         "Does acceptance fall with long contexts or after a prefix-cache hit?",
         _CONTEXT,
+    ),
+    Metric(
+        "vllm_dflash_prompt_class_verifications_total",
+        COUNTER,
+        "verifications",
+        "Verifications of a draft, by the class that the request says its prompt is of.",
+        "Which kind of prompts has lost acceptance?",
+        _CLASS,
+        only="of requests that name one",
+    ),
+    Metric(
+        "vllm_dflash_prompt_class_committed_tokens_total",
+        COUNTER,
+        "tokens",
+        "Tokens that these verifications committed; over the verifications it is tau.",
+        "Which kind of prompts has lost acceptance?",
+        _CLASS,
+        only="of requests that name one",
     ),
     Metric(
         "vllm_dflash_draft_context_positions_total",

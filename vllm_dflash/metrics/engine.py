@@ -44,7 +44,7 @@ class EngineRecord:
             block_size,
             vllm_config.model_config.max_model_len,
             self.adaptive,
-            limits_of(scheduler).by_request,
+            limits_of(scheduler),
         )
         self.times = StepTimes(self._plain_seconds if self.adaptive else None)
         self.controller: dict[tuple[str, str], int] = {}

@@ -90,6 +90,13 @@ def figures(now: Scrape, before: Scrape | None = None) -> list[dict[str, Any]]:
     return [_figures(now, before, model, engine) for model, engine in now.engines()]
 
 
+def _taus(see: _Engine, label: str, what: str) -> dict[str, float]:
+    """tau by the values of a label, of those that were verified."""
+    counts = see.by(label, f"{_PREFIX}{what}_verifications_total")
+    committed = see.by(label, f"{_PREFIX}{what}_committed_tokens_total")
+    return {value: committed[value] / count for value, count in counts.items() if count}
+
+
 def _figures(now: Scrape, before: Scrape | None, model: str, engine: str) -> dict[str, Any]:
     see = _Engine(now, before, model, engine)
     speedup, info = see.value(f"{_PREFIX}estimated_speedup"), see.value(f"{_PREFIX}drafter_info")
@@ -103,8 +110,6 @@ def _figures(now: Scrape, before: Scrape | None, model: str, engine: str) -> dic
         see.by("position", f"{_PREFIX}{what}_tokens_total")
         for what in ("verified", "reached", "accepted")
     )
-    context = see.by("context_length", f"{_PREFIX}context_verifications_total")
-    committed = see.by("context_length", f"{_PREFIX}context_committed_tokens_total")
     positions = see.by("state", f"{_PREFIX}draft_context_positions_total")
     controller: dict[str, float] = {}
     for labels, count in see.each(f"{_PREFIX}controller_steps_total"):
@@ -150,9 +155,8 @@ def _figures(now: Scrape, before: Scrape | None, model: str, engine: str) -> dic
         "tokens_per_second": (
             _over(sum(output.values()), now.seconds - before.seconds) if before else None
         ),
-        "tau_by_context": {
-            length: committed[length] / count for length, count in context.items() if count
-        },
+        "tau_by_context": _taus(see, "context_length", "context"),
+        "tau_by_class": _taus(see, "prompt_class", "prompt_class"),
         "missing_context": _over(positions.get("missing", 0.0), sum(positions.values())),
         "controller": controller,
         "refused": see.by("reason", f"{_PREFIX}speculation_refused_total"),

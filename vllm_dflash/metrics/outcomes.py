@@ -4,8 +4,7 @@ no draft. Pure.
 pytest tests/unit/test_metrics_engine.py
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vllm_dflash.acceptance import Positions, tau
@@ -13,10 +12,13 @@ from vllm_dflash.metrics.catalog import (
     BY_NAME,
     CONFIDENCE_BUCKETS,
     CONTEXT_STARTS,
+    MOST_CLASSES,
+    OTHER_CLASSES,
     confidence_bucket,
     context_bucket,
 )
 from vllm_dflash.metrics.counts import Histogram, by_position
+from vllm_dflash.request_limits import Limits
 from vllm_dflash.steps import Step
 
 
@@ -39,11 +41,11 @@ class Outcomes:
         block_size: int,
         max_model_len: int,
         adaptive: bool,
-        limits: Mapping[str, int] = MappingProxyType({}),
+        limits: Limits | None = None,
     ) -> None:
-        """``limits``: the draft tokens that a request may have, of those whose users say, at any
-        time."""
-        self._limits = limits
+        """``limits``: what requests' users say, at any time."""
+        said = Limits(max_draft) if limits is None else limits
+        self._limits, self._classes = said.by_request, said.classes
         self.block_size, self.max_model_len, self.adaptive = block_size, max_model_len, adaptive
         self.accepted_length, self.draft_length, self.request_accepted_length = (
             Histogram(BY_NAME[name].buckets)
@@ -60,6 +62,8 @@ class Outcomes:
                 self.context |= {
                     (context_bucket(start), cached): [0, 0] for cached in ("false", "true")
                 }
+        self.prompt_class: dict[str, list[int]] = {}
+        """The same by the prompts' classes, ``MOST_CLASSES`` of them and one for all others."""
         self.refused: dict[str, int] = {}
         self.confident, self.confident_accepted = [0] * CONFIDENCE_BUCKETS, [0] * CONFIDENCE_BUCKETS
         self._requests: dict[str, _Request] = {}
@@ -123,10 +127,19 @@ class Outcomes:
         counts = self.context.setdefault(labels, [0, 0])
         counts[0] += 1
         counts[1] += accepted + 1
+        if self._classes and (name := self._classes.get(request_id)) is not None:
+            self._count_class(name, accepted + 1)
         for position, confidence in enumerate(confidences[:reached]):
             bucket = min(int(confidence * CONFIDENCE_BUCKETS), CONFIDENCE_BUCKETS - 1)
             self.confident[bucket] += 1
             self.confident_accepted[bucket] += position < accepted
+
+    def _count_class(self, name: str, committed: int) -> None:
+        if name not in self.prompt_class and len(self.prompt_class) >= MOST_CLASSES:
+            name = OTHER_CLASSES
+        counts = self.prompt_class.setdefault(name, [0, 0])
+        counts[0] += 1
+        counts[1] += committed
 
     def _num_off(self, step: Step) -> int:
         """Requests of a step whose users want no drafts."""
@@ -157,7 +170,7 @@ class Outcomes:
 
     def samples(self) -> dict[str, list[Any]]:
         """Everything, for a snapshot."""
-        context = sorted(self.context.items())
+        context, classes = sorted(self.context.items()), sorted(self.prompt_class.items())
         found: dict[str, list[Any]] = {
             "accepted_length": [([], self.accepted_length.sample())],
             "draft_length": [([], self.draft_length.sample())],
@@ -168,6 +181,8 @@ class Outcomes:
             "output_tokens": [([step], count) for step, count in self.output.items()],
             "context_verifications": [(list(labels), counts[0]) for labels, counts in context],
             "context_committed_tokens": [(list(labels), counts[1]) for labels, counts in context],
+            "prompt_class_verifications": [([name], n) for name, (n, _) in classes],
+            "prompt_class_committed_tokens": [([name], n) for name, (_, n) in classes],
             "speculation_refused": [
                 ([reason], count) for reason, count in sorted(self.refused.items())
             ],

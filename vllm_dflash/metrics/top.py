@@ -127,6 +127,7 @@ def _summary(found: dict[str, Any]) -> Table:
             + f"; {_number(found['tokens_per_second'])} a second",
         ),
         ("tau by context", _each(found["tau_by_context"], "{:.2f}")),
+        ("tau by prompt class", _each(found["tau_by_class"], "{:.2f}")),
         ("missing context", _percent(found["missing_context"])),
         ("controller", _each(found["controller"], "{:.0f}")),
         ("no draft", _each(found["refused"], "{:.0f}")),
