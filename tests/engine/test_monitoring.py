@@ -131,6 +131,7 @@ def _complete(port: int, text: str) -> dict[str, Any]:
         "max_tokens": MAX_TOKENS,
         "temperature": 0,
         "ignore_eos": True,
+        "vllm_xargs": {"dflash": '{"prompt_class": "code"}'},
     }
     return json.loads(request(port, "/v1/completions", body))
 
