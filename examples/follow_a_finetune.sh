@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A drafter follows its target, on two cores in some 20 minutes: the embedded target is fine-tuned
+# A drafter follows its target, on two cores in some 6 minutes: the embedded target is fine-tuned
 # on another kind of text (LoRA, merged), its drafter is served with it and drafts less well, a
 # refresh trains it on for what was served, and a swap puts the new one into the running server.
 # Ends with tau before and after, over prompts that nothing was trained on. Stopped, it goes on from
@@ -11,7 +11,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 OUT=${OUT:-/tmp/follow}
 STEPS=${STEPS:-240}       # of the fine-tuning
 REQUESTS=${REQUESTS:-320} # that are served, and recorded
-MINUTES=${MINUTES:-8}     # of training
+MINUTES=${MINUTES:-8}     # of training, at most
 PORT=${PORT:-8000}
 BIN=${BIN:-$here/../.venv/bin}
 drafters=$OUT/drafters
