@@ -33,11 +33,13 @@ def hold(folder: Path, command: str) -> Iterator[None]:
             this user's to read and write.
     """
     path = folder / NAME
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is no folder: give one, or a name that is not there yet")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = _open(path)
+    except (FileExistsError, NotADirectoryError):
+        raise RunError(
+            f"{folder} is no folder, or lies in a file: give a folder, or a name that is free"
+        ) from None
     except OSError as error:
         raise refusal(path, error) from None
     _note(handle, command)
