@@ -106,6 +106,7 @@ def test_refused(endpoint: Endpoint, capsys: pytest.CaptureFixture[str]) -> None
         (405, b"", "has no endpoint for drafters"),
         (401, b'{"error": "Unauthorized"}', "asks for its API key"),
         (403, b'{"refused": "an address that others reach"}', "an address that others reach"),
+        (503, b'{"refused": "the engine has ended: start"}', "the engine has ended: start"),
         (200, b"{}", "not as vllm-dflash does"),
         (200, b"<html>", "does not answer"),
     ],

@@ -22,7 +22,8 @@ class Engine:
         self.staged: list[str | None] = [None] * ranks
         self.refusing: dict[int, str] = {}
         self.asked: list[str] = []
-        self.cannot_reset = False
+        self.cannot_reset = self.errored = False
+        self.ends_at = ""
         self.ticket = ""
         self.refusals = 0
         model = SimpleNamespace(model="/no/folder")
@@ -33,7 +34,14 @@ class Engine:
         call, *rest = args
         self.asked.append(call)
         await asyncio.sleep(0)
+        if call == self.ends_at:
+            await self.end()
         return [self.one(rank, call, rest) for rank in range(len(self.serving))]
+
+    async def end(self) -> None:
+        """As vLLM's: the call is left open."""
+        self.errored = True
+        await asyncio.Event().wait()
 
     def one(self, rank: int, method: str, args: list[Any]) -> dict[str, Any]:
         if method == "stage":
@@ -56,6 +64,8 @@ class Engine:
     async def reset_prefix_cache(self, reset_running_requests: bool) -> bool:
         assert reset_running_requests
         self.asked.append("reset")
+        if self.ends_at == "reset":
+            await self.end()
         if self.cannot_reset:
             raise RuntimeError("requests wait for remote KV")
         return True
@@ -152,6 +162,21 @@ def test_swap(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (root / "other").mkdir()
     assert server.ask("POST", {"drafter": "other", "context": "leave"})[1]["id"] == "other"
     assert server.engine.asked[5:] == calls
+
+
+@pytest.mark.parametrize("call", ["which", "stage", "staged", "commit", "reset"])
+def test_an_engine_that_ends_meanwhile(
+    root: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """The request ends too: once it waited for ever, and with it the end of the server, which no
+    service manager then started again."""
+    server = Server(root, monkeypatch)
+    server.engine.ends_at = call
+    ended = (503, {"refused": "the engine has ended: start the server again"})
+    assert server.ask("POST", {"drafter": "new"}) == ended
+    assert server.engine.asked[-1] == call
+    server.engine.ends_at = "which"
+    assert server.ask() == ended
 
 
 def test_one_rank_refuses(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,8 @@ def _refusal(server: str, key: str | None, error: urllib.error.HTTPError) -> Run
         )
     if error.code == 401:
         return ServerError(f"{server} {refused_key(key)}")
+    if error.code == 503 and said is not None:  # nobody knows what it serves, if anything
+        return ServerError(f"{server}: {said}")
     if error.code == 403:  # not for the key: that is 401, but for what stands before the server
         return ServerError(f"{server}: {said or refused_key(key)}")
     return RefusedError(f"{server}: {said}")

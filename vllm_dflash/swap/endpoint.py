@@ -27,7 +27,16 @@ from vllm_dflash.api_keys import VARIABLE, admits, is_local, key_digest
 from vllm_dflash.errors import printable
 from vllm_dflash.json_text import loads
 from vllm_dflash.log import logger
-from vllm_dflash.swap.turns import CONTEXTS, PATH, RECOMPUTE, Swap, count_refusal, swap_in, which
+from vllm_dflash.swap.turns import (
+    CONTEXTS,
+    PATH,
+    RECOMPUTE,
+    EngineEndedError,
+    Swap,
+    count_refusal,
+    swap_in,
+    which,
+)
 
 FROM = "VLLM_DFLASH_SWAP_FROM"
 WORKER = "vllm_dflash.swap.worker.DrafterSwap"
@@ -64,13 +73,20 @@ class DrafterEndpoint:
             await say(send, HTTPStatus.FORBIDDEN, refused=problem)
         elif digests and not any(admits(digest, scope) for digest in digests):
             await say(send, HTTPStatus.UNAUTHORIZED, refused=_ASKED)
-        elif scope["method"] == "GET":
-            found = await which(state.engine_client)
-            await say(send, _status_of(found), **found)
-        elif scope["method"] == "POST":
+        elif scope["method"] not in ("GET", "POST"):
+            await say(send, HTTPStatus.METHOD_NOT_ALLOWED, refused="GET or POST")
+        else:
+            try:
+                await self._answer(scope, state, receive, send)
+            except EngineEndedError as error:
+                await say(send, HTTPStatus.SERVICE_UNAVAILABLE, refused=str(error))
+
+    async def _answer(self, scope: Scope, state: Any, receive: Receive, send: Send) -> None:
+        if scope["method"] == "POST":
             await self._swap(scope, state, receive, send)
         else:
-            await say(send, HTTPStatus.METHOD_NOT_ALLOWED, refused="GET or POST")
+            found = await which(state.engine_client)
+            await say(send, _status_of(found), **found)
 
     def problem(self, args: Any) -> str | None:
         """Why a server with these arguments may not have the endpoint; None where it may."""

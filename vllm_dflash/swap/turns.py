@@ -6,7 +6,7 @@ and what they answer is one answer. Pure; the engine is an argument.
 
 import asyncio
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,13 @@ class Swap:
     context: str = RECOMPUTE
 
 
+class EngineEndedError(RuntimeError):
+    """The engine has ended before it answered."""
+
+    def __init__(self) -> None:
+        super().__init__("the engine has ended: start the server again")
+
+
 async def which(engine: Any) -> dict[str, Any]:
     """What serves, as every rank says; ``refused`` where ranks disagree."""
     return agreed(await _ask(engine, "which"))
@@ -48,6 +55,9 @@ async def swap_in(engine: Any, swap: Swap, target_files: str | None) -> dict[str
 
     Returns:
         What serves afterwards, with ``before``, the id of what served; or ``refused``.
+
+    Raises:
+        EngineEndedError: the engine has ended before it was done, so as ``which``.
     """
     now = await _ask(engine, "which")
     if any("refused" in answer for answer in now):
@@ -70,7 +80,9 @@ async def swap_in(engine: Any, swap: Swap, target_files: str | None) -> dict[str
     }
     if swap.context == RECOMPUTE:
         try:
-            await engine.reset_prefix_cache(reset_running_requests=True)
+            await _answer(engine, engine.reset_prefix_cache(reset_running_requests=True))
+        except EngineEndedError:
+            raise
         except Exception as error:  # a KV connector's requests cannot be preempted
             answer |= {"context": LEAVE, "context_note": f"left as it was: {error}"}
     return answer
@@ -95,6 +107,32 @@ async def _ask(engine: Any, *call: Any) -> list[dict[str, Any]]:
     core = getattr(engine, "engine_core", None)
     ask_all = getattr(core, "call_utility_all_async", None)
     if ask_all is not None:
-        each = await ask_all("collective_rpc", _METHOD, None, call, {})
+        each = await _answer(engine, ask_all("collective_rpc", _METHOD, None, call, {}))
         return [answer for answers in each for answer in answers]
-    return list(await engine.collective_rpc(_METHOD, args=call))
+    return list(await _answer(engine, engine.collective_rpc(_METHOD, args=call)))
+
+
+async def _answer(engine: Any, call: Awaitable[Any]) -> Any:
+    """What a call comes to. vLLM leaves one open for ever whose engine ends meanwhile, and a server
+    that then ends waits for its clients' answers.
+
+    Raises:
+        EngineEndedError: it has.
+    """
+    asked = asyncio.ensure_future(call)
+    try:
+        while not asked.done():
+            await asyncio.wait({asked}, timeout=_LOOK_S)
+            if not asked.done() and _has_ended(engine):
+                raise EngineEndedError
+        return asked.result()
+    except Exception as error:
+        if _has_ended(engine):
+            raise EngineEndedError from error
+        raise
+    finally:
+        asked.cancel()
+
+
+def _has_ended(engine: Any) -> bool:
+    return bool(getattr(engine, "errored", False))
