@@ -87,7 +87,7 @@ def test_a_soak_that_holds() -> None:
         ({"differing": [{"request": 3}]}, "FAILS 1 of 960 greedy answers differ"),
         ({"in_force": False}, "FAILS 1 of 30 swaps without the new drafter's id: [6]"),
         ({"tau": 3.3, "half": 0.05}, "FAILS noisy: tau 3.000"),
-        ({"tau": 3.1, "half": 0.05}, "holds noisy: tau 3.000"),
+        ({"tau": 3.1, "half": 0.05}, "open  noisy: tau 3.000"),
         ({"grow": 2.0}, "FAILS memory: +"),
     ],
 )
@@ -97,25 +97,14 @@ def test_what_is_wrong_in_a_soak(changes: dict[str, Any], said: str) -> None:
 
 def test_with_the_controller_the_first_position_counts() -> None:
     """It verifies as much as pays, so tau is not the drafter's alone."""
-    rows: list[dict[str, Any]] = [reference("good", 4.0) | {"first_position": [50000, 30000]}]
-    rows += [swap(1, 2.0) | {"first_position": [50000, 30100]}]
+    rows: list[dict[str, Any]] = [reference("good", 4.0) | {"first_position": [5000, 3000]}]
+    rows += [swap(1, 2.0) | {"first_position": [5000, 3010]}]
     rows = [row | {"adaptive": True} for row in rows]
     (said,) = soak._taus(rows, "good", True)
     assert said.startswith("holds good: accepted first 0.600")
     assert said.endswith("; tau 4.000 and 2.000")
     rows[1]["first_position"] = [5000, 2500]
     assert soak._taus(rows, "good", True)[0].startswith("FAILS")
-
-
-def test_acceptance_after_the_swaps_is_open_where_its_interval_is_wide() -> None:
-    """Of windows that spread more than their verifications say, and of a mean near the bound."""
-    rows = [reference("noisy", 3.0)]
-    rows += [swap(2 * turn, 3.0 + (0.3, -0.3)[turn % 2]) for turn in range(14)]
-    assert soak._taus(rows, "noisy", False)[0].startswith("open ")
-    rows[1:] = [swap(2 * turn, 3.08) for turn in range(14)]
-    assert soak._taus(rows, "noisy", False)[0].startswith("open ")
-    rows[1:] = [swap(2 * turn, 3.12) for turn in range(14)]
-    assert soak._taus(rows, "noisy", False)[0].startswith("FAILS")
 
 
 def test_memory_is_judged_within_a_session() -> None:

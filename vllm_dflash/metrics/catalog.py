@@ -91,7 +91,8 @@ _CONTEXT = (
 _CLASS = (
     (
         "prompt_class",
-        "as requests name it (docs/adaptive.md): the first 32 names of an engine, and other",
+        f"as requests name it (docs/adaptive.md): the first {MOST_CLASSES} names of an engine, and"
+        f" {OTHER_CLASSES}",
     ),
 )
 _CONFIDENCE = (("confidence", "probability that the drafter gave the token: 0.0-0.1 to 0.9-1.0"),)
