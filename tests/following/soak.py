@@ -5,6 +5,12 @@ streams, streams whose client hangs up, structured output, scrapes of /metrics. 
 without a drafter answers to each greedy one is asked once, before. What tau each drafter has on
 this traffic is measured on servers that are started with it and never swapped. Prompts are computed
 in pieces, so that a step has few sizes: each new one costs memory once (tests/soak_server.py).
+
+tau after a swap is measured on probes: the traffic waits, and the same greedy requests are asked
+one after the other. So two windows differ by the drafter alone, and not by which requests of the
+traffic fell into them. That is with the controller off, where each draft is verified whole. With it
+on, how much is drafted, and for which tokens, is the controller's choice: tau is then said and not
+judged.
 """
 
 import json
@@ -12,11 +18,12 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from engine.feature_server import wait_until_idle
 from engine.test_serve import request
 from engine.test_swap import swappable, which
 from following.made import two_drafters
@@ -35,22 +42,17 @@ MOST_MB = 1.0
 """A minute, of resident memory."""
 WARM_MINUTES = 10.0
 """Of swaps, before which memory grows with the sizes of steps that are met for the first time."""
-SAMPLE_S, SETTLE_S, REFERENCES, Z = 5.0, 1.0, 6, 1.96
-Figure = Callable[[Mapping[str, Any]], tuple[float, float, float]]
+SAMPLE_S, SETTLE_S, PROBE_S, REFERENCES, Z = 5.0, 1.0, 12.0, 2, 1.96
 FEW_SIZES = ("--max-num-batched-tokens", "128", "--max-num-seqs", str(AT_ONCE))
 
 
-def counted(port: int) -> dict[str, dict[float, float]]:
-    """Verifications by how many tokens each committed at most, the histogram's, exact here; and
-    draft tokens verified and accepted by their position."""
-    wanted = {"accepted_length_bucket": "le"}
-    wanted |= {f"{what}_tokens_total": "position" for what in ("verified", "accepted")}
-    found: dict[str, dict[float, float]] = {name: {} for name in wanted}
+def counted(port: int) -> dict[float, float]:
+    """Verifications by how many tokens each committed at most: the histogram's, exact here."""
+    found: dict[float, float] = {}
     for (sample, labels), value in Scrape.parse(request(port, "/metrics"), 0.0).samples.items():
-        name = sample.removeprefix("vllm_dflash_")
-        if name in wanted:
-            at = float(dict(labels)[wanted[name]])
-            found[name][at] = found[name].get(at, 0.0) + value
+        if sample == "vllm_dflash_accepted_length_bucket":
+            at = float(dict(labels)["le"])
+            found[at] = found.get(at, 0.0) + value
     return found
 
 
@@ -68,20 +70,24 @@ def tau_of(before: Mapping[float, float], now: Mapping[float, float]) -> dict[st
 
 
 def window(port: int, traffic: Traffic, pids: dict[str, int], until: float) -> dict[str, Any]:
-    """What is seen up to a time: tau, memory, and the answers of the traffic."""
+    """What is seen up to a time: tau of the traffic and, at the end, of the probes, memory, and the
+    answers."""
     time.sleep(SETTLE_S)
     before, memory = counted(port), [resident_mb(pids)]
-    while (left := until - time.monotonic()) > 0:
+    while (left := until - PROBE_S - time.monotonic()) > 0:
         time.sleep(min(SAMPLE_S, left))
         memory.append(resident_mb(pids))
-    now = counted(port)
-    found = tau_of(*(each["accepted_length_bucket"] for each in (before, now))) | traffic.take()
-    first = [
-        now[f"{what}_tokens_total"].get(1.0, 0.0) - before[f"{what}_tokens_total"].get(1.0, 0.0)
-        for what in ("verified", "accepted")
-    ]
+    seen = tau_of(before, counted(port))
+    with traffic.paused():
+        wait_until_idle(port)
+        time.sleep(SETTLE_S)
+        before = counted(port)
+        traffic.probe()
+        time.sleep(SETTLE_S)
+        seen["probes"] = tau_of(before, counted(port))
+    time.sleep(max(0.0, until - time.monotonic()))
     held = {name: statistics.median(each[name] for each in memory) for name in pids}
-    return found | {"first_position": first, "memory_mb": held}
+    return seen | traffic.take() | {"memory_mb": held}
 
 
 @contextmanager
@@ -108,23 +114,21 @@ def run(out: Path, lines: Lines, minutes: float, every: float, settings: Sequenc
     """Measures what is not in ``lines`` yet."""
     folder, mixed = two_drafters(out), Mixed.made(out / "soak-twin.json", *FEW_SIZES)
     for adaptive in settings:
-        for name in NAMES:
-            _reference(lines, folder, name, adaptive, every, mixed)
+        for name in () if adaptive else NAMES:
+            _reference(lines, folder, name, every, mixed)
         _swaps(lines, folder, adaptive, round(60 * minutes / every), every, mixed)
 
 
-def _reference(
-    lines: Lines, folder: Path, name: str, adaptive: bool, every: float, mixed: Mixed
-) -> None:
-    """tau of a drafter that a server was started with: the mean over windows."""
-    seen = {"adaptive": adaptive, "reference": name}
+def _reference(lines: Lines, folder: Path, name: str, every: float, mixed: Mixed) -> None:
+    """tau of a drafter that a server was started with, the controller off."""
+    seen = {"adaptive": False, "reference": name}
     if len(lines.of(**seen)) >= REFERENCES:
         return
-    print(f"{_setting(adaptive)}: a server that is started with {name}", flush=True)
+    print(f"{_setting(False)}: a server that is started with {name}", flush=True)
     with (
-        serving(folder, name, adaptive) as port,
+        serving(folder, name, False) as port,
         mixed.to(port) as traffic,
-        noted(lines, traffic, adaptive),
+        noted(lines, traffic, False),
     ):
         pids = processes(port)
         time.sleep(min(10.0, every))  # the profile, the controller, the first prompts
@@ -172,7 +176,8 @@ def _said(found: Mapping[str, Any]) -> str:
     tau = "nothing drafted"
     if found["tau"] is not None:
         tau = f"tau {found['tau']:.3f} +- {found['half']:.3f} ({found['verifications']:,.0f})"
-    memory = sum(found["memory_mb"].values())
+    memory, probes = sum(found["memory_mb"].values()), found["probes"]
+    tau += f"; of the probes {probes['tau'] or math.nan:.4f} ({probes['verifications']:,.0f})"
     return (
         f"{tau}, {memory:.0f} MB, {sum(found['counts'].values())} requests,"
         f" {len(found['failed'])} failed, {len(found['differing'])} differ"
@@ -210,50 +215,35 @@ def verdicts(rows: Sequence[Mapping[str, Any]], settings: Sequence[bool]) -> lis
     return found
 
 
-def _tau(row: Mapping[str, Any]) -> tuple[float, float, float]:
-    """A window's figure, half its interval, and of how many verifications."""
-    return row["tau"], row["half"], row["verifications"]
-
-
-def _first(row: Mapping[str, Any]) -> tuple[float, float, float]:
-    """The same of the share that is accepted at a draft's first position, which does not depend on
-    how much the controller has verified."""
-    verified, accepted = row["first_position"]
-    rate = accepted / verified
-    return rate, Z * math.sqrt(rate * (1 - rate) / verified), verified
-
-
-def _pooled(rows: Sequence[Mapping[str, Any]], figure: Figure) -> tuple[float, float]:
-    """Over all windows, with half its interval."""
-    each = [figure(row) for row in rows]
+def _pooled(rows: Sequence[Mapping[str, Any]]) -> str:
+    """tau over all windows, with half its interval."""
+    each = [(row["tau"], row["half"], row["verifications"]) for row in rows if row["tau"]]
+    if not each:
+        return "none, as nothing was drafted"
     count = sum(n for *_, n in each)
     half = math.sqrt(sum((half * n) ** 2 for _, half, n in each)) / count
-    return sum(value * n for value, _, n in each) / count, half
+    return f"{sum(tau * n for tau, _, n in each) / count:.3f} +- {half:.3f}"
 
 
 def _taus(rows: Sequence[Mapping[str, Any]], name: str, adaptive: bool) -> list[str]:
-    """Whether acceptance after each swap is the drafter's: tau, where each draft is verified whole,
-    else the share that is accepted at the first position."""
-    known = [r for r in rows if r.get("reference") == name and r["tau"] is not None]
-    swaps = [r for r in rows if r.get("drafter") == name and "turn" in r]
-    drafted = [r for r in swaps if r["tau"] is not None]
-    if not known or not drafted:
-        return [f"{OPEN} {name}: the controller drafts nothing with it"]
-    figure, what = (_first, "accepted first") if adaptive else (_tau, "tau")
-    own, half = _pooled(known, figure)
-    state, furthest, widest = HOLDS, 0.0, 0.0
-    for value, its_half, _ in map(figure, drafted):
-        apart, doubt = abs(value - own), math.hypot(its_half, half)
-        furthest, widest = max(furthest, apart / own), max(widest, its_half)
-        if apart > WITHIN * own:
-            worse = FAILS if apart - doubt > WITHIN * own else OPEN
-            state = FAILS if FAILS in (state, worse) else worse
-    together, its_half = _pooled(drafted, figure)
-    more = f"; tau {_pooled(known, _tau)[0]:.3f} and {_pooled(drafted, _tau)[0]:.3f}"
+    """Whether tau on the probes after each swap is the drafter's, and tau of the traffic."""
+    known = [row for row in rows if row.get("reference") == name]
+    swaps = [row for row in rows if row.get("drafter") == name and "turn" in row]
+    traffic = f"      {name}: tau of the traffic {_pooled(swaps)} after {len(swaps)} swaps"
+    if adaptive:
+        return [traffic]
+    if not known or not swaps:
+        return [f"{OPEN} {name}: no swap, or no server that was started with it"]
+    began, after = ([row["probes"]["tau"] for row in part] for part in (known, swaps))
+    own = statistics.mean(began)
+    furthest = max(abs(tau - own) for tau in after) / own
+    state = HOLDS if max(furthest, (max(began) - min(began)) / own) <= WITHIN else FAILS
     return [
-        f"{state} {name}: {what} {own:.3f} +- {half:.3f} where the server began with it,"
-        f" {together:.3f} +- {its_half:.3f} after {len(drafted)} swaps, at most {furthest:.1%} from"
-        f" it, asked {WITHIN:.0%} (each +- {widest:.3f} at most)" + (more if adaptive else "")
+        f"{state} {name}: tau on the probes {own:.4f} ({min(began):.4f} to {max(began):.4f}) where"
+        f" the server began with it, {statistics.mean(after):.4f} ({min(after):.4f} to"
+        f" {max(after):.4f}) after {len(after)} swaps, at most {furthest:.2%} from it, asked"
+        f" {WITHIN:.0%}",
+        f"{traffic}, {_pooled(known)} before",
     ]
 
 

@@ -6,8 +6,9 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,18 @@ from typing import Any
 from clients import Clients
 from engine.harness import PROMPTS
 from engine.test_serve import server
+from engine.test_server_twins import COMPLETION
 from soak_server import ask, draw_round
 
 POOL, AT_ONCE = 144, 8
+PROBES, PROBE_TOKENS = 16, 96
 NOT_COMPARED = ("seed", "hang up", "scrape")
 """Kinds of ``soak_server``; those with a seed go without it here."""
 
 
 class Traffic(Clients):
-    """Clients that each ask the next request of a round that never ends."""
+    """Clients that each ask the next request of a round that never ends, but those of kind
+    ``probe``, which are asked by themselves."""
 
     def __init__(
         self, count: int, ask: Callable[[int], Any], expected: Sequence[Any], kinds: Sequence[str]
@@ -36,11 +40,38 @@ class Traffic(Clients):
         self.differing: list[Any] = []
         self.longest_s = 0.0
         self._ask, self._expected, self._kinds = ask, expected, kinds
-        self._next, self._lock = itertools.cycle(range(len(kinds))), threading.Lock()
+        self._probes = [at for at, kind in enumerate(kinds) if kind == "probe"]
+        self._next = itertools.cycle(sorted({*range(len(kinds))} - {*self._probes}))
+        self._lock, self._going, self._running = threading.Condition(), True, 0
 
     def ask_one(self, number: int) -> None:
         with self._lock:
-            at = next(self._next)
+            self._lock.wait_for(lambda: self._going)
+            at, self._running = next(self._next), self._running + 1
+        self._ask_at(at)
+        with self._lock:
+            self._running -= 1
+            self._lock.notify_all()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No client asks meanwhile; what they have asked is answered before."""
+        with self._lock:
+            self._going = False
+            self._lock.wait_for(lambda: not self._running)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._going = True
+                self._lock.notify_all()
+
+    def probe(self) -> None:
+        """The probes, one after the other."""
+        for at in self._probes:
+            self._ask_at(at)
+
+    def _ask_at(self, at: int) -> None:
         began, answer, error = time.monotonic(), None, None
         try:
             answer = self._ask(at)
@@ -87,6 +118,10 @@ class Mixed:
             pool += draw_round(rng, texts)
         for one in pool:
             one["body"].pop("seed", None)
+        for text in texts[:: len(texts) // PROBES][:PROBES]:
+            body = {"model": "embedded", "prompt": text, "temperature": 0.0, "ignore_eos": True}
+            body["max_tokens"] = PROBE_TOKENS
+            pool.append({"kind": "probe", "path": COMPLETION, "body": body})
         if not path.exists():
             print("a server without a drafter answers each greedy request", flush=True)
             greedy = [one for one in pool if one["kind"] not in NOT_COMPARED]
