@@ -8,14 +8,14 @@ Parts, and about how many minutes three repeats take on two cores with AMX:
            at temperature 1                                    (--target embedded 25, random 18)
   mixed    one request of 32,768 among seven of 128: >= 0.97 x the best of plain, all drafting, and
            only the short ones drafting                        (--target embedded 6, random 4)
-  short    1 to 32 requests: >= 0.97 x plain and >= native; K = 1, 3, 5, 7 beside it       (30)
-  swing    a load of 1, 32, 1, 32, 1: the same                                             (20)
+  short    1 to 32 requests, and a load of 1, 32, 1, 32, 1: >= 0.97 x plain and >= native; K = 1,
+           3, 5, 7 beside it                                                               (50)
   random   prompts of tokens by chance, 1, 8 and 32 requests, also at temperature 2        (20)
 The embedded pair is given as many positions, `random` is a pair of random weights.
 
 Engines take turns of 0.1 s; a ratio is taken within a repeat. Of lengths and mixed an engine stays
 for all cells and has each prompt in its prefix cache; a figure is of decoding alone. The others are
-`vllm-dflash bench`, with engines started anew for each repeat.
+`vllm-dflash bench`, with engines started anew for each repeat, and leave its report too.
 
 What was measured is a line of OUT/PART-TARGET.jsonl after each cell. The same command goes on where
 it was interrupted, and without anything left to do it says what was found. Ends with 0 where every
@@ -33,6 +33,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,11 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from pairs import make_random_drafter, make_random_target, random_drafter_config  # noqa: E402
 from vllm_dflash.cli import parser_of_all  # noqa: E402
 from vllm_dflash.engines.process import EngineProcess  # noqa: E402
+from vllm_dflash.evaluation.bench import Bench  # noqa: E402
 from vllm_dflash.evaluation.job import Engine, Job  # noqa: E402
 from vllm_dflash.evaluation.methods import FIXED, Method  # noqa: E402
 from vllm_dflash.evaluation.plan import EMBEDDED, Plan, make_plan  # noqa: E402
+from vllm_dflash.evaluation.report import write  # noqa: E402
 from vllm_dflash.evaluation.starting import engine_settings, start_engines  # noqa: E402
 from vllm_dflash.evaluation.statistics import EARLY_STEPS  # noqa: E402
 from vllm_dflash.evaluation.summary import BEST_FIXED, BEST_SCHEDULE, rows  # noqa: E402
@@ -198,7 +201,7 @@ def steady_part(args: argparse.Namespace) -> Part:
 
 def bench_part(args: argparse.Namespace) -> Part:
     """Short contexts, by the benchmark itself."""
-    loads = {"short": "1,2,4,8,16,32", "swing": "32", "random": "1,8,32"}[args.part]
+    loads = {"short": "1,2,4,8,16,32", "random": "1,8,32"}[args.part]
     fixed = "" if args.quick else "dflash:1,dflash:3,dflash:5,"
     warm = "0,2" if args.part == "random" else "0,1"
     plan = bench_plan(
@@ -207,10 +210,8 @@ def bench_part(args: argparse.Namespace) -> Part:
         *("--temperature", "0" if args.quick else warm),
         *("--engine-args", json.dumps({"kv_cache_memory_bytes": 1 << 28})),
         *(("--dataset", "random") if args.part == "random" else ()),
-        *(("--swing", "1,32,1,32,1") if args.part == "swing" else ()),
+        *(("--swing", "1,32,1,32,1") if args.part == "short" else ()),
     )
-    if args.part == "swing":
-        plan = replace(plan, points=[point for point in plan.points if point.swing])
     bounds = {BASELINE: 0.97, "native:7": 1.0}
     return Part(plan, bounds, (BEST_FIXED, BEST_SCHEDULE), False)
 
@@ -241,12 +242,24 @@ def measure(part: Part, lines: Path, logs: Path, repeats: int, only: str) -> Rec
                 if sweep.record.failures:
                     sys.exit(f"{sweep.record.failures}: {logs} says why")
                 record.runs += [run | {"point": i} for run in sweep.record.runs]
-                minutes = (time.monotonic() - began) / 60
-                told = {"cell": str(point), "minutes": minutes, "runs": sweep.record.runs}
+                told = {"cell": str(point), "ended": datetime.now(UTC).isoformat("T", "seconds")}
+                told |= {"minutes": (time.monotonic() - began) / 60, "runs": sweep.record.runs}
                 with lines.open("a") as file:
                     file.write(json.dumps(told) + "\n")
                 print("\n".join(verdicts(part, record, i)), flush=True)
     return record
+
+
+def write_report(plan: Plan, record: Record, lines: Path, folder: Path) -> None:
+    """The benchmark's own, of all that ``lines`` hold."""
+    bench = Bench(plan, sys.argv, folder)
+    cells = [json.loads(line) for line in lines.read_text().splitlines()]
+    bench.record = record
+    seconds = 60 * sum(cell["minutes"] for cell in cells)
+    began = datetime.fromisoformat(cells[0]["ended"]) - timedelta(minutes=cells[0]["minutes"])
+    folder.mkdir(exist_ok=True)
+    when = {"began": began.isoformat("T", "seconds"), "seconds": seconds}
+    write(bench.results() | when, folder)
 
 
 def verdicts(part: Part, record: Record, index: int) -> list[str]:
@@ -298,7 +311,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     kinds = {"lengths": steady_part, "mixed": steady_part}
-    kinds |= dict.fromkeys(("short", "swing", "random"), bench_part)
+    kinds |= dict.fromkeys(("short", "random"), bench_part)
     parser.add_argument("--part", choices=kinds, required=True)
     parser.add_argument("--target", choices=TOKEN_BYTES, default="embedded", help="of the models")
     parser.add_argument("--repeats", type=int, default=3, help="default: 3")
@@ -313,7 +326,10 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     part, name = kinds[args.part](args), f"{args.part}-{args.target}"
     logs = args.out / "logs" / name
-    record = measure(part, args.out / f"{name}.jsonl", logs, args.repeats, args.only)
+    lines = args.out / f"{name}.jsonl"
+    record = measure(part, lines, logs, args.repeats, args.only)
+    if not part.is_steady:
+        write_report(part.plan, record, lines, args.out / f"report-{args.part}")
     every = [line for i in range(len(part.plan.points)) for line in verdicts(part, record, i)]
     print("\n".join(["", f"{name}:", *every]))
     failed = sum(line.lstrip().startswith("FAILS") for line in every)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import prove_adaptive
-from prove_adaptive import SHORT_ONLY, Part, measure, verdicts
+from prove_adaptive import SHORT_ONLY, Part, measure, verdicts, write_report
 from vllm_dflash.evaluation.job import Job
 from vllm_dflash.evaluation.methods import FIXED, Method
 from vllm_dflash.evaluation.plan import Plan
@@ -77,8 +77,11 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
 
 
 def test_the_bench_starts_its_engines_for_each_repeat(tmp_path: Path) -> None:
-    measure(part({}, is_steady=False), tmp_path / "lines", tmp_path, 3, "")
+    asked, lines = part({}, is_steady=False), tmp_path / "lines"
+    record = measure(asked, lines, tmp_path, 3, "")
     assert Fake.starts == 3
+    write_report(asked.plan, record, lines, tmp_path / "report")
+    assert "| plain | 100.0 |" in (tmp_path / "report" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
