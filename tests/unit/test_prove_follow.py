@@ -5,6 +5,8 @@ pytest tests/unit/test_prove_follow.py
 
 import random
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import follow_plot
 from following import curve, kill, rolling, share, soak
 from following.plot import BEGIN, END, fill
 from following.record import Lines
+from following.traffic import Traffic
 
 
 def test_lines_go_on_after_a_cut(tmp_path: Path) -> None:
@@ -52,6 +55,7 @@ def swap(turn: int, tau: float | None, mb: float = 500.0, half: float = 0.02) ->
         "tau": tau,
         "half": half,
         "verifications": 5000,
+        "probes": {"tau": tau, "half": half, "verifications": 500},
         "counts": {"chat": 50, "compared": 30},
         "failed": [],
         "differing": [],
@@ -69,6 +73,8 @@ def soaked(**changes: Any) -> list[str]:
     for turn in range(30):
         mb = 500 + grow * turn + dice.random()
         rows.append(swap(turn, (3.0, 4.0)[turn % 2] + dice.uniform(-0.02, 0.02), mb))
+    if probed := changes.pop("probed", None):
+        rows[8]["probes"] = {"tau": probed, "half": 0.1, "verifications": 500}
     rows[8] |= changes
     return soak.verdicts(rows, (False, True))
 
@@ -86,8 +92,8 @@ def test_a_soak_that_holds() -> None:
         ({"failed": [{"error": "TimeoutError"}]}, "FAILS 1 of 1,600 requests failed: "),
         ({"differing": [{"request": 3}]}, "FAILS 1 of 960 greedy answers differ"),
         ({"in_force": False}, "FAILS 1 of 30 swaps without the new drafter's id: [6]"),
-        ({"tau": 3.3, "half": 0.05}, "FAILS noisy: tau 3.000"),
-        ({"tau": 3.1, "half": 0.05}, "open  noisy: tau 3.000"),
+        ({"probed": 3.1}, "FAILS noisy: tau on the probes 3.0000"),
+        ({"probed": 2.9}, "FAILS noisy: tau on the probes 3.0000"),
         ({"grow": 2.0}, "FAILS memory: +"),
     ],
 )
@@ -95,16 +101,49 @@ def test_what_is_wrong_in_a_soak(changes: dict[str, Any], said: str) -> None:
     assert [line for line in soaked(**changes) if line.startswith(said)], soaked(**changes)
 
 
-def test_with_the_controller_the_first_position_counts() -> None:
-    """It verifies as much as pays, so tau is not the drafter's alone."""
-    rows: list[dict[str, Any]] = [reference("good", 4.0) | {"first_position": [5000, 3000]}]
-    rows += [swap(1, 2.0) | {"first_position": [5000, 3010]}]
-    rows = [row | {"adaptive": True} for row in rows]
-    (said,) = soak._taus(rows, "good", True)
-    assert said.startswith("holds good: accepted first 0.600")
-    assert said.endswith("; tau 4.000 and 2.000")
-    rows[1]["first_position"] = [5000, 2500]
-    assert soak._taus(rows, "good", True)[0].startswith("FAILS")
+def test_tau_of_the_traffic_is_said_and_not_judged() -> None:
+    """Of a minute of it chance alone makes a few per cent; with the controller it is its choice."""
+    said = [line for line in soaked(tau=3.3) if "noisy: tau" in line]
+    assert [line[:5] for line in said] == ["holds", "     "]
+    assert "tau of the traffic 3.0" in said[1]
+    rows = [swap(1, 2.0) | {"adaptive": True}, swap(3, None) | {"adaptive": True}]
+    (line,) = soak._taus(rows, "good", True)
+    assert line == "      good: tau of the traffic 2.000 +- 0.020 after 2 swaps"
+    (line,) = soak._taus(rows[1:], "good", True)
+    assert line == "      good: tau of the traffic none, as nothing was drafted after 1 swaps"
+
+
+def test_a_server_that_is_not_the_same_twice_is_no_reference() -> None:
+    rows = [reference("good", 4.0), reference("good", 4.2), swap(1, 4.1)]
+    assert soak._taus(rows, "good", False)[0].startswith("FAILS good: tau on the probes 4.1000")
+    assert soak._taus(rows[:2], "good", False)[0].startswith("open  good")
+
+
+def test_probes_are_asked_while_the_traffic_waits() -> None:
+    running, together = [0, 0], []
+    lock, kinds = threading.Lock(), ["chat", "chat", "probe", "probe"]
+
+    def ask(at: int) -> int:
+        is_probe = kinds[at] == "probe"
+        with lock:
+            running[is_probe] += 1
+            together.append((at, *running))
+        time.sleep(0.002)
+        with lock:
+            running[is_probe] -= 1
+        return at
+
+    with Traffic(3, ask, [None, None, 2, 9], kinds) as traffic:
+        time.sleep(0.05)
+        with traffic.paused():
+            traffic.probe()
+        time.sleep(0.05)
+    asked = [row for row in together if row[0] >= 2]
+    assert asked == [(2, 0, 1), (3, 0, 1)]
+    assert together[-1][0] < 2, "the traffic goes on"
+    found = traffic.take()
+    assert (found["counts"]["probe"], found["counts"]["compared"]) == (2, 2)
+    assert found["differing"] == [{"request": 3, "got": 3}]
 
 
 def test_memory_is_judged_within_a_session() -> None:
