@@ -323,9 +323,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.target == "random" and args.part not in ("lengths", "mixed"):
         parser.error(f"--part {args.part} is of the embedded pair: leave --target out")
+    if args.repeats < 1:
+        parser.error(f"--repeats {args.repeats}: one or more")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out} is no folder: give another")
     args.out.mkdir(parents=True, exist_ok=True)
     part, name = kinds[args.part](args), f"{args.part}-{args.target}"
     logs = args.out / "logs" / name
+    cells = [str(point) for point in part.plan.points]
+    if not any(args.only in cell for cell in cells):
+        parser.error(f"--only {args.only!r} is in no cell's name: {'; '.join(cells)}")
     lines = args.out / f"{name}.jsonl"
     record = measure(part, lines, logs, args.repeats, args.only)
     if not part.is_steady:

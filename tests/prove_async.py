@@ -118,6 +118,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500, help="of each cell (500)")
     parser.add_argument("--profile", choices=["measured", "own", "guess"], default="measured")
     asked = parser.parse_args()
+    if min(asked.seeds, asked.steps, *asked.requests, *asked.contexts) < 1:
+        parser.error("--seeds, --steps, --requests and --contexts are 1 or more")
+    if not all(0 < rate < 1 for rate in asked.rates):
+        parser.error("--rates are between 0 and 1")
     places = list(product(range(asked.seeds), asked.contexts, asked.rates, asked.requests))
     profiles = [_profile(asked.profile, seed) for seed in range(asked.seeds)]
     cells: list[Cell] = []

@@ -51,7 +51,10 @@ def register() -> None:
     if problem is None:
         for name in kinds.registered_architectures():
             ModelRegistry.register_model(name, "vllm_dflash.models.drafter:DrafterForCausalLM")
+        from vllm_dflash.profiles import leave_threads  # needs NumPy, which comes with vLLM
+
         choose_folder()
+        leave_threads()
         return
     _refuse(problem)
 

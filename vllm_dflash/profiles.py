@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,22 @@ _SHAPE = {
         **dict.fromkeys(("read", "attend", "draft_attend"), _NUMBER),
     },
 }
+THREADS = "_VLLM_DFLASH_THREADS"
+"""How an engine's first process says what threads it was given. vLLM gives its worker on a CPU
+another OMP_NUM_THREADS and ties it to cores, and the profile that the worker measures has to be
+found by the scheduler, in a process that has neither."""
 _kept: dict[str, Profile] = {}
 """Of this process, for where no file can be written."""
+
+
+def leave_threads(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Has the processes that this one starts describe the processor as this one does."""
+    environment.setdefault(THREADS, _threads(environment))
+
+
+def _threads(environment: Mapping[str, str]) -> str:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} {environment.get('OMP_NUM_THREADS', '')}"
 
 
 def key_of(vllm_config: Any, vllm_version: str, device: str) -> str:
@@ -43,9 +57,8 @@ def key_of(vllm_config: Any, vllm_version: str, device: str) -> str:
     )
     return json.dumps(
         {
-            "target": [str(model.model), str(model.revision), str(model.dtype)],
-            "drafter": [str(draft.model), str(draft.revision), str(draft.dtype)],
-            "quantization": [str(model.quantization), str(draft.quantization)],
+            "target": _model(model),
+            "drafter": _model(draft),
             "k": speculative.num_speculative_tokens,
             "kv_cache": [str(cache.cache_dtype), cache.block_size],
             "limits": [
@@ -63,8 +76,25 @@ def key_of(vllm_config: Any, vllm_version: str, device: str) -> str:
     )
 
 
+def _model(config: Any) -> list[Any]:
+    """A model's name, of a folder its whole path, and the numbers of its config, which are its
+    sizes: a folder may hold another model than it did."""
+    name = str(config.model)
+    sizes = {
+        field: value
+        for field, value in vars(config.hf_text_config).items()
+        if isinstance(value, int) and not field.startswith("_")
+    }
+    return [
+        os.path.realpath(name) if os.path.isdir(name) else name,
+        *map(str, (config.revision, config.dtype, config.quantization)),
+        sizes,
+    ]
+
+
 def this_cpu(environment: Mapping[str, str] = os.environ) -> str:
-    """The processor's name, its cores and those that vLLM is bound to."""
+    """The processor's name, its cores and those that an engine was given; the same in all of its
+    processes, from ``leave_threads`` on."""
     name = platform.processor() or platform.machine()
     try:
         for row in Path("/proc/cpuinfo").read_text().splitlines():
@@ -73,11 +103,9 @@ def this_cpu(environment: Mapping[str, str] = os.environ) -> str:
                 break
     except OSError:
         pass
-    threads = [
-        environment.get(variable, "")
-        for variable in ("VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS")
-    ]
-    return " ".join([name, str(os.cpu_count()), *threads])
+    bound = environment.get("VLLM_CPU_OMP_THREADS_BIND", "")
+    threads = environment.get(THREADS) or _threads(environment)
+    return " ".join([name, str(os.cpu_count()), bound, threads])
 
 
 def keep(folder: Path, key: str, profile: Profile) -> None:
@@ -86,8 +114,13 @@ def keep(folder: Path, key: str, profile: Profile) -> None:
     _kept[key] = profile
     try:
         write_record(_path(folder, key), {"key": key, "profile": asdict(profile)})
-    except RunError as error:
-        logger.info("the cost profile is measured again at the next start: %s", error)
+    except RunError:
+        logger.warning(
+            "the cost profile cannot be kept in %s, so it is measured at each start, and a"
+            " scheduler in a process of its own goes by a guess: have VLLM_CACHE_ROOT name a folder"
+            " that can be written",
+            _path(folder, key).parent,
+        )
 
 
 def find(folder: Path, key: str) -> Profile | None:

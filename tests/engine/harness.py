@@ -194,10 +194,12 @@ def engine_env(extra: dict[str, str] | None = None) -> dict[str, str]:
     """An environment for one-process CPU engines, with this checkout's package on the path; what
     this process has been told already is told again."""
     from vllm_dflash.patching import TOLD
+    from vllm_dflash.profiles import THREADS
     from vllm_dflash.supported import PROBLEM
 
+    own = (TOLD, PROBLEM, THREADS)
     return (
-        {name: value for name, value in os.environ.items() if name not in (TOLD, PROBLEM)}
+        {name: value for name, value in os.environ.items() if name not in own}
         | {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.forks import Fork
 from engine.harness import DRAFTER, TARGET, Batch, held_out_prompts, run_engine, run_engines
 from engine.harness import Job as EngineJob
 from engine.oracle import compare_drafts
 from engine.sampling_harness import Answer, Ask, Engine, run
+from engine.test_serve import fork, server
+from engine.test_serve import request as ask
 
 pytestmark = pytest.mark.engine
 ADAPTIVE = {"additional_config": {"dflash": {"adaptive": True}}}
@@ -140,6 +143,34 @@ def test_steps_are_measured_at_the_first_start_and_read_at_the_second(tmp_path: 
     print({name: found[name] for name in found})
     run_engine(TARGET, DRAFTER, held_out_prompts(1), **settings)
     assert file.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_a_scheduler_in_a_process_of_its_own_goes_by_what_was_measured(
+    tmp_path: Path, is_kept: bool
+) -> None:
+    """vLLM gives a worker that it ties to cores another number of threads. Where no file can be
+    written, the log says what follows."""
+    logs: list[Path] = []
+
+    def start(command: list[str], env: dict[str, str], log: Path) -> Fork:
+        logs.append(log)
+        return fork(command, env, log)
+
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "auto", "OMP_NUM_THREADS": "2"}
+    env["VLLM_CACHE_ROOT"] = str(tmp_path)
+    profiles = tmp_path / "dflash_profiles"
+    if not is_kept:
+        profiles.write_text("")
+    flags = ("--speculative-config", json.dumps({"method": "dflash", "model": str(DRAFTER)}))
+    with server(*flags, env=env, start=start) as port:
+        body = {"model": "embedded", "prompt": "import", "max_tokens": 4}
+        ask(port, "/v1/completions", body)
+        log = logs[0].read_text()
+    if is_kept:
+        assert len(list(profiles.iterdir())) == 1
+    assert ("adaptive drafting begins with a guess" in log) == (not is_kept)
+    assert ("have VLLM_CACHE_ROOT name a folder" in log) == (not is_kept)
 
 
 def test_fewer_drafts_than_the_block_holds() -> None:

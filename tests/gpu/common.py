@@ -11,6 +11,7 @@ out.
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
@@ -74,7 +75,7 @@ def parser(
     )
     made.add_argument(
         "--minutes",
-        type=float,
+        type=_minutes,
         default=9.5,
         help="after these all engines are ended (default: %(default)s)",
     )
@@ -97,6 +98,13 @@ def parser(
         large = [name for name in shapes.TARGETS if name.startswith("qwen3")]
         made.add_argument("--shape", choices=large, default=shape, help="the target's shapes")
     return made
+
+
+def _minutes(text: str) -> float:
+    found = float(text)
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: more than 0")
+    return found
 
 
 def begin(name: str, args: argparse.Namespace, **settings: Any) -> "Run":
@@ -249,6 +257,9 @@ class Run:
     def finish(self) -> int:
         """Says what there is; the exit status."""
         self._timer.cancel()
+        if not self.names:
+            self.say(f"no figure has {self.args.only!r} in its name: --help has the names")
+            return REFUSED
         states = [self.data["figures"][name] for name in self.names]
         count = {s: sum(f["state"] == s for f in states) for s in (RAN, FAILED, LEFT_OUT)}
         wrong = [n for n, f in zip(self.names, states) if f.get("passed") is False]
@@ -264,7 +275,7 @@ class Run:
         try:
             self.data = json.loads(self.path.read_text())
             before = self.data["settings"]
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise RefusedError(f"{self.path} is no record of this program: {error}") from None
         if before != json.loads(json.dumps(settings)):
             raise RefusedError(

@@ -11,7 +11,7 @@ from simulation import large_gpu, profile_of, two_cores
 from simulation_async import h200
 from vllm_dflash import profiles
 from vllm_dflash.cost_profile import Cell, Profile, fit, line, typical
-from vllm_dflash.profiles import find, keep, key_of, this_cpu
+from vllm_dflash.profiles import find, keep, key_of, leave_threads, this_cpu
 from vllm_dflash.steps import Work
 
 
@@ -99,9 +99,12 @@ def test_a_second_start_reads_what_the_first_has_measured(
     assert find(tmp_path, '{"device": "b"}') is None
 
 
-def test_where_nothing_can_be_written_it_holds_for_the_process(tmp_path: Path) -> None:
+def test_where_nothing_can_be_written_it_holds_for_the_process(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").write_text("")
     keep(tmp_path / "file", KEY, PROFILE)
+    assert "VLLM_CACHE_ROOT" in caplog.text
     assert find(tmp_path / "file", KEY) == PROFILE
 
 
@@ -133,7 +136,7 @@ def test_a_damaged_file_is_measured_anew(
 
 
 def config(**changed: Any) -> Any:
-    def model(name: str) -> Any:
+    def model(name: str, hidden_size: int = 64) -> Any:
         return SimpleNamespace(
             model=name,
             revision=None,
@@ -141,6 +144,7 @@ def config(**changed: Any) -> Any:
             quantization=None,
             max_model_len=2048,
             enforce_eager=True,
+            hf_text_config=SimpleNamespace(hidden_size=hidden_size, _private=3, rope=None),
         )
 
     given = {
@@ -169,6 +173,31 @@ def test_a_profile_holds_for_its_models_runner_device_and_version() -> None:
     assert key_of(config(), "0.32", "a") in keys
     assert this_cpu({}) != this_cpu({"OMP_NUM_THREADS": "1"})
     assert isinstance(PROFILE, Profile)
+
+
+def test_a_worker_describes_the_processor_as_the_process_that_started_it() -> None:
+    """vLLM gives it another OMP_NUM_THREADS; the scheduler would not find what it measures."""
+    parent: dict[str, str] = {}
+    leave_threads(parent)
+    worker = parent | {"OMP_NUM_THREADS": "1"}
+    leave_threads(worker)
+    assert this_cpu(parent) == this_cpu(worker) == this_cpu({})
+    other = {"OMP_NUM_THREADS": "1"}
+    leave_threads(other)
+    assert this_cpu(other) != this_cpu(parent)
+
+
+def test_a_folder_that_holds_another_model_has_another_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for folder, size in (("a", 64), ("b", 64), ("a", 128)):
+        (tmp_path / folder / "drafter").mkdir(parents=True, exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        given = config()
+        given.speculative_config.draft_model_config.hf_text_config.hidden_size = size
+        found.append(key_of(given, "0.32", "a"))
+    assert len(set(found)) == 3
 
 
 def test_a_slow_round_counts_as_the_others_and_what_was_held_up_does_not() -> None:

@@ -293,10 +293,22 @@ def test_other_settings_are_refused(tmp_path: Path, on_gpu: None, capsys: Any) -
     assert "give another --out" in capsys.readouterr().err
 
 
-def test_a_file_that_is_no_record_is_refused(tmp_path: Path, on_gpu: None, capsys: Any) -> None:
+def test_nothing_to_measure_is_no_success(tmp_path: Path, on_gpu: None, capsys: Any) -> None:
+    assert run(step_time, tmp_path, "--only", "nosuch") == common.REFUSED
+    assert "no figure has 'nosuch'" in capsys.readouterr().out
+    for minutes in ("nan", "-1", "0"):
+        with pytest.raises(SystemExit):
+            run(step_time, tmp_path, "--minutes", minutes)
+        assert "more than 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_file_that_is_no_record_is_refused(
+    tmp_path: Path, on_gpu: None, capsys: Any, text: str
+) -> None:
     run(load, tmp_path, "--only", "1 requests, context 1024, plain")
     (path,) = (tmp_path / "out").glob("*.json")
-    path.write_text("{")
+    path.write_text(text)
     with pytest.raises(SystemExit) as ended:
         run(load, tmp_path)
     assert ended.value.code == common.REFUSED

@@ -24,6 +24,7 @@ from vllm.v1.outputs import DraftTokenIds
 from vllm_dflash.adaptive.controller import Controller, Plan
 from vllm_dflash.adaptive.learner import Learner
 from vllm_dflash.compat import num_drafted
+from vllm_dflash.cost_profile import GUESS
 from vllm_dflash.drafts import Planned, confidences_of
 from vllm_dflash.engine_profiles import adapts, profile_for
 from vllm_dflash.log import logger
@@ -36,6 +37,7 @@ _UNKNOWN = (
     ' --additional-config \'{"dflash": {"adaptive": true}}\' begins with a guess, false has it'
     " stay off without this line"
 )
+_GUESSED = "what steps cost was not measured, so adaptive drafting begins with a guess of it"
 
 
 class _Adaptive(Scheduler):
@@ -52,19 +54,22 @@ class _Adaptive(Scheduler):
         """Whether a step can draft for some of its requests only."""
         draft_config = self.vllm_config.speculative_config.draft_model_config.hf_config
         self._limits = limits_of(self)
+        profile = profile_for(self.vllm_config)
         self.controller = Controller(
             self.num_spec_tokens,
             draft_config.block_size,
             self._group,
             self._limits.most,
             self._context,
-            profile_for(self.vllm_config),
+            profile,
             skips=self._skips,
         )
         self._learner = Learner(self.controller, self._is_synchronous)
         self._confidences: dict[str, list[float]] = {}
         if not self.adapts:
             logger.warning(_UNKNOWN)
+        elif profile is GUESS:
+            logger.warning(_GUESSED)
         if not (self.adapts and watch(self, self._learner)):
             self._learner.close()
 
