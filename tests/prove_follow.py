@@ -10,8 +10,7 @@ Parts, and about how many minutes they take on two cores:
              between two drafters, with the controller off and on: no request fails, no greedy
              answer differs from the one of a server without a drafter, resident memory does not
              grow, and tau after each swap is, on the same requests and within 3 %, that of a
-             server which was started with the drafter (with the controller off; with it on, how
-             much is verified is the controller's choice)      (2 x --minutes + 8, so 68 with 30)
+             server which was started with the drafter          (2 x --minutes + 14, so 74 with 30)
   curve      the target learns another kind of text (LoRA, merged): tau of its drafter before,
              after, and as a refresh of --minutes goes on; half of what was lost has to be back, by
              the whole of its interval. Writes curve-15.csv, .json and .png; follow_plot.py takes

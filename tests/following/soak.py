@@ -8,9 +8,8 @@ in pieces, so that a step has few sizes: each new one costs memory once (tests/s
 
 tau after a swap is measured on probes: the traffic waits, and the same greedy requests are asked
 one after the other. So two windows differ by the drafter alone, and not by which requests of the
-traffic fell into them. That is with the controller off, where each draft is verified whole. With it
-on, how much is drafted, and for which tokens, is the controller's choice: tau is then said and not
-judged.
+traffic fell into them, or by which of them the controller drafts for. tau of the traffic is said
+and not judged.
 """
 
 import json
@@ -114,21 +113,23 @@ def run(out: Path, lines: Lines, minutes: float, every: float, settings: Sequenc
     """Measures what is not in ``lines`` yet."""
     folder, mixed = two_drafters(out), Mixed.made(out / "soak-twin.json", *FEW_SIZES)
     for adaptive in settings:
-        for name in () if adaptive else NAMES:
-            _reference(lines, folder, name, every, mixed)
+        for name in NAMES:
+            _reference(lines, folder, name, adaptive, every, mixed)
         _swaps(lines, folder, adaptive, round(60 * minutes / every), every, mixed)
 
 
-def _reference(lines: Lines, folder: Path, name: str, every: float, mixed: Mixed) -> None:
-    """tau of a drafter that a server was started with, the controller off."""
-    seen = {"adaptive": False, "reference": name}
+def _reference(
+    lines: Lines, folder: Path, name: str, adaptive: bool, every: float, mixed: Mixed
+) -> None:
+    """tau of a drafter that a server was started with."""
+    seen = {"adaptive": adaptive, "reference": name}
     if len(lines.of(**seen)) >= REFERENCES:
         return
-    print(f"{_setting(False)}: a server that is started with {name}", flush=True)
+    print(f"{_setting(adaptive)}: a server that is started with {name}", flush=True)
     with (
-        serving(folder, name, False) as port,
+        serving(folder, name, adaptive) as port,
         mixed.to(port) as traffic,
-        noted(lines, traffic, False),
+        noted(lines, traffic, adaptive),
     ):
         pids = processes(port)
         time.sleep(min(10.0, every))  # the profile, the controller, the first prompts
@@ -210,7 +211,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]], settings: Sequence[bool]) -> lis
             f"      a swap takes {statistics.median(seconds):.2f} s, at most {max(seconds)}"
         )
         for name in NAMES:
-            found += _taus(own, name, adaptive)
+            found += _taus(own, name)
         found += _memory(swaps)
     return found
 
@@ -225,16 +226,13 @@ def _pooled(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{sum(tau * n for tau, _, n in each) / count:.3f} +- {half:.3f}"
 
 
-def _taus(rows: Sequence[Mapping[str, Any]], name: str, adaptive: bool) -> list[str]:
+def _taus(rows: Sequence[Mapping[str, Any]], name: str) -> list[str]:
     """Whether tau on the probes after each swap is the drafter's, and tau of the traffic."""
     known = [row for row in rows if row.get("reference") == name]
     swaps = [row for row in rows if row.get("drafter") == name and "turn" in row]
-    traffic = f"      {name}: tau of the traffic {_pooled(swaps)} after {len(swaps)} swaps"
-    if adaptive:
-        return [traffic]
-    if not known or not swaps:
-        return [f"{OPEN} {name}: no swap, or no server that was started with it"]
     began, after = ([row["probes"]["tau"] for row in part] for part in (known, swaps))
+    if not began or not after or not all([*began, *after]):
+        return [f"{OPEN} {name}: no swap, no server that began with it, or probes without drafts"]
     own = statistics.mean(began)
     furthest = max(abs(tau - own) for tau in after) / own
     state = HOLDS if max(furthest, (max(began) - min(began)) / own) <= WITHIN else FAILS
@@ -243,7 +241,7 @@ def _taus(rows: Sequence[Mapping[str, Any]], name: str, adaptive: bool) -> list[
         f" the server began with it, {statistics.mean(after):.4f} ({min(after):.4f} to"
         f" {max(after):.4f}) after {len(after)} swaps, at most {furthest:.2%} from it, asked"
         f" {WITHIN:.0%}",
-        f"{traffic}, {_pooled(known)} before",
+        f"      {name}: tau of the traffic {_pooled(known)} and {_pooled(swaps)}",
     ]
 
 

@@ -102,21 +102,27 @@ def test_what_is_wrong_in_a_soak(changes: dict[str, Any], said: str) -> None:
 
 
 def test_tau_of_the_traffic_is_said_and_not_judged() -> None:
-    """Of a minute of it chance alone makes a few per cent; with the controller it is its choice."""
+    """Of a minute of it chance alone makes a few per cent; with the controller, what it drafts
+    for."""
     said = [line for line in soaked(tau=3.3) if "noisy: tau" in line]
     assert [line[:5] for line in said] == ["holds", "     "]
     assert "tau of the traffic 3.0" in said[1]
-    rows = [swap(1, 2.0) | {"adaptive": True}, swap(3, None) | {"adaptive": True}]
-    (line,) = soak._taus(rows, "good", True)
-    assert line == "      good: tau of the traffic 2.000 +- 0.020 after 2 swaps"
-    (line,) = soak._taus(rows[1:], "good", True)
-    assert line == "      good: tau of the traffic none, as nothing was drafted after 1 swaps"
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_tau_after_a_swap_is_judged_with_the_controller_too(adaptive: bool) -> None:
+    rows = [row | {"adaptive": adaptive} for row in (reference("good", 4.0), swap(1, 4.1))]
+    assert any(line.startswith("holds good") for line in soak.verdicts(rows, (adaptive,)))
+    rows[1]["probes"]["tau"] = 3.8
+    assert any(line.startswith("FAILS good") for line in soak.verdicts(rows, (adaptive,)))
+    rows[1]["probes"]["tau"] = None
+    assert any(line.startswith("open  good") for line in soak.verdicts(rows, (adaptive,)))
 
 
 def test_a_server_that_is_not_the_same_twice_is_no_reference() -> None:
     rows = [reference("good", 4.0), reference("good", 4.2), swap(1, 4.1)]
-    assert soak._taus(rows, "good", False)[0].startswith("FAILS good: tau on the probes 4.1000")
-    assert soak._taus(rows[:2], "good", False)[0].startswith("open  good")
+    assert soak._taus(rows, "good")[0].startswith("FAILS good: tau on the probes 4.1000")
+    assert soak._taus(rows[:2], "good")[0].startswith("open  good")
 
 
 def test_probes_are_asked_while_the_traffic_waits() -> None:
