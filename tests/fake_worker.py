@@ -49,6 +49,7 @@ class FakeWorker:
             max_model_len=max_model_len,
             enforce_eager=False,
             get_vocab_size=lambda: 500,
+            hf_text_config=SimpleNamespace(hidden_size=64),
         )
         self.vllm_config = SimpleNamespace(
             model_config=model,

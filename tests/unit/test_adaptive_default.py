@@ -31,7 +31,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def config(said: bool | None, is_async: bool = True) -> Any:
     """Of an engine with our scheduler."""
     model = SimpleNamespace(
-        model="m", revision=None, dtype="bfloat16", quantization=None, max_model_len=99
+        model="m",
+        revision=None,
+        dtype="bfloat16",
+        quantization=None,
+        max_model_len=99,
+        hf_text_config=SimpleNamespace(hidden_size=64),
     )
     ours = AdaptiveAsyncScheduler if is_async else AdaptiveScheduler
     return SimpleNamespace(
@@ -90,8 +95,10 @@ def test_the_default(
     assert scheduler.controller.profile is (MEASURED if measured else GUESS)
     plans = measured or said is True or not is_async
     assert (scheduler.adapts, scheduler._learner.is_closed) == (plans, not plans)
-    if plans:
+    if measured:
         assert caplog.messages == []
+    elif plans:
+        assert caplog.messages == [module._GUESSED]
     else:
         [said_once] = caplog.messages
         assert "was not measured" in said_once
