@@ -127,8 +127,8 @@ class Controller:
             if work:
                 tokens = work.num_reqs + sum(accepted for _, accepted in outcomes.values())
                 lost = seconds - tokens / best.rate
-            # Never more than its rows would take as plain steps of their own.
-            now.lost = min(now.lost + min(lost / best.seconds, 2 * block), 3 * block)
+            # Never more than the rows of its three steps would take as plain steps of their own.
+            now.lost = min(now.lost + lost / best.seconds, 3 * block)
             now.trial = now.tried + max(tuning.every, now.lost / tuning.exploration)
         # One that verifies and does not draft is between two plans.
         is_pure = work and (work.draft_rows or work.num_tokens == work.num_reqs)
