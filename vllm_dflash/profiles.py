@@ -141,7 +141,9 @@ def find(folder: Path, key: str) -> Profile | None:
     is_sound = (
         len(rows) == len(target) == len(draft) > 1
         and list(rows) == sorted(set(rows))
-        and min(target) > 0
+        # More rows cost no less, as in ``cost_profile.fit``.
+        and all(min(side) > 0 and list(side) == sorted(side) for side in (target, draft))
+        and min(rows[0], fields["read"], fields["attend"], fields["draft_attend"]) >= 0
     )
     if not is_sound:
         logger.info("%s is no profile: it is measured anew", path)

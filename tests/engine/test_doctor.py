@@ -128,6 +128,12 @@ def test_a_good_pair(capsys: pytest.CaptureFixture[str], served: dict[str, Batch
     )
     assert check(report, "outputs")["found"].startswith("equal in plain PyTorch and vLLM, 8 of 8")
     assert any("Expect tau" in line for line in report["advice"])
+    needed = report["break_even"]
+    assert (needed["loads"], needed["contexts"]) == ([1, 4, 16, 64], [128])
+    taus = [tau for (tau,) in needed["tau"]]
+    # A draft and its verification are more than no work; under load rows cost in proportion.
+    assert 1 < taus[0] < taus[-1] < 3 * (K + 1)
+    assert "break even at tau" in check(report, "pays here")["found"]
 
 
 def test_a_rotary_factor_that_a_file_only_repeats(

@@ -35,6 +35,7 @@ SMALL = ["--concurrency", "1", "--num-prompts", "4", "--max-tokens", "8", "--rep
         (["--break-even", "--methods", "plain,adaptive"], "--methods such as plain,dflash:3"),
         (["--break-even", "--methods", "plain"], "--methods such as plain,dflash:3"),
         (["--break-even", "--swing", "1,2"], "leave out --server and --swing"),
+        (["--break-even", "--max-tokens", "1"], "--max-tokens 2 or more"),
         (["--engine-args", "{"], "is no JSON"),
         (["--engine-args", "[1]"], "is no object"),
         (["--engine-args", '{"speculative_config": {}}'], "leave them out"),

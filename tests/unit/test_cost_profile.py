@@ -118,8 +118,22 @@ def test_where_nothing_can_be_written_it_holds_for_the_process(
         lambda text: text.replace("1048576.0", "0.0"),
         lambda text: text.replace("1.0,", "0.0,").replace("0.25", "0.0"),
         lambda text: "[" * 100000,
+        lambda text: text.replace("1.0,", "1e9,"),
+        lambda text: text.replace("0.25", "-0.25"),
+        lambda text: text.replace("1e-07", "-1e-07"),
     ],
-    ids=["cut", "a field gone", "no number", "another's", "rows", "no time", "deep"],
+    ids=[
+        "cut",
+        "a field gone",
+        "no number",
+        "another's",
+        "rows",
+        "no time",
+        "deep",
+        "more rows for less",
+        "a draft below zero",
+        "a context below zero",
+    ],
 )
 def test_a_damaged_file_is_measured_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Any

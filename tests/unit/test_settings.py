@@ -41,6 +41,10 @@ def config(
         ({"dflash": {"adaptve": True}}, "dflash.adaptve"),
         ({"dflash": {"adaptive": "yes"}}, "dflash.adaptive"),
         ({"dflash": True}, "dflash"),
+        ({"Dflash": {"adaptive": False}}, "Dflash is no key of ours"),
+        ({"vllm_dflash": {"adaptive": False}}, "vllm_dflash is no key of ours"),
+        ({"vllm-dflash": {}, "dflash": {"adaptive": True}}, "vllm-dflash is no key of ours"),
+        ({"adaptive": False}, 'give {"dflash": {"adaptive": false}}'),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(given: Any, named: str) -> None:

@@ -73,6 +73,10 @@ class _Adaptive(Scheduler):
         if not (self.adapts and watch(self, self._learner)):
             self._learner.close()
 
+    def draft_whole(self) -> None:
+        """Has every draft be whole, and verified whole, from now on: as without a controller."""
+        self._learner.close()
+
     @property
     def plan(self) -> Plan:
         """Of the step that was scheduled last."""

@@ -12,6 +12,7 @@ from vllm_dflash.log import logger
 
 SECTION = "dflash"
 _ADAPTIVE = "adaptive"
+_EXAMPLE = f'{{"{SECTION}": {{"{_ADAPTIVE}": false}}}}'
 _SCHEDULER = "vllm_dflash.adaptive.scheduler.AdaptiveScheduler"
 _ASYNC_SCHEDULER = "vllm_dflash.adaptive.scheduler.AdaptiveAsyncScheduler"
 
@@ -24,15 +25,21 @@ def wants_adaptive(additional_config: Any) -> bool | None:
     """What the user says, or None for nothing.
 
     Raises:
-        SettingsError: on anything in our section that is not known.
+        SettingsError: on anything in our section that is not known, and on what looks as if it
+            should have been our section.
     """
-    section = additional_config.get(SECTION) if isinstance(additional_config, dict) else None
+    given = additional_config if isinstance(additional_config, dict) else {}
+    for key in given:
+        if key == _ADAPTIVE or (key != SECTION and _letters(key) in (SECTION, f"vllm{SECTION}")):
+            raise SettingsError(
+                f"additional_config: {key} is no key of ours, and says nothing: give {_EXAMPLE}"
+            )
+    section = given.get(SECTION)
     if section is None:
         return None
     if not isinstance(section, dict):
         raise SettingsError(
-            f'additional_config: {SECTION} is {section!r}: give an object such as {{"{SECTION}":'
-            f' {{"{_ADAPTIVE}": false}}}}'
+            f"additional_config: {SECTION} is {section!r}: give an object such as {_EXAMPLE}"
         )
     unknown = sorted(section.keys() - {_ADAPTIVE})
     if unknown:
@@ -46,6 +53,11 @@ def wants_adaptive(additional_config: Any) -> bool | None:
             f"additional_config: {SECTION}.{_ADAPTIVE} is {value!r}: give true or false"
         )
     return value
+
+
+def _letters(key: Any) -> str:
+    """Of a key, however it is written."""
+    return "".join(filter(str.isalpha, str(key).casefold()))
 
 
 def scheduler_for(vllm_config: Any) -> str | None:

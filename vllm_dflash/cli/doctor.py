@@ -11,11 +11,12 @@ def add(commands: Any) -> None:
     doctor = add_command(
         commands,
         "doctor",
-        "checks a target and a drafter before they are served, and says what acceptance to expect",
+        "checks a target and a drafter before they are served, and says what to expect",
         "Compares shapes, layers, vocabulary, tokenizer, rotary positions, dtype and context length"
         " of the two; then runs a few prompts greedily in plain PyTorch and in vLLM, and says"
-        " whether the two agree, how many tokens a step is worth (tau), and what to change. Ends"
-        " with 0 where all is well, 1 where something would hurt serving, 2 on wrong usage.",
+        " whether the two agree, how many tokens a step is worth (tau), at how many requests and"
+        " what context that pays on this machine, and what to change. Ends with 0 where all is"
+        " well, 1 where something would hurt serving, 2 on wrong usage.",
         [
             f"vllm-dflash doctor --target {PAIR}/target --draft {PAIR}/dflash --dtype float32",
             (

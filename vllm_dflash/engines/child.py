@@ -24,7 +24,8 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-_CPU_CACHE_BYTES = 1 << 30
+CPU_CACHE_BYTES = 1 << 30
+"""Of keys and values, where the settings do not say."""
 
 
 class RefusedError(RuntimeError):
@@ -110,7 +111,7 @@ def start_llm(engine_args: Mapping[str, Any], gpu_defaults: Mapping[str, Any] | 
     if current_platform.is_cpu():
         # Its cache would take a share of the machine's memory, which other work needs; compiling
         # takes minutes.
-        defaults = {"kv_cache_memory_bytes": _CPU_CACHE_BYTES, "enforce_eager": True}
+        defaults = {"kv_cache_memory_bytes": CPU_CACHE_BYTES, "enforce_eager": True}
     return LLM(**defaults | dict(engine_args))
 
 

@@ -85,6 +85,8 @@ def _break_even(results: Mapping[str, Any], title: str, rows: list[dict[str, Any
         "Milliseconds of a step whose drafts are all rejected over those of a plain step. A drafter"
         " pays where its tau is above."
     )
+    if any(NONE in row for row in table.rows):
+        table.notes.append(f"{NONE}: not measured, for no step there was all decoding.")
     for row in drafted:
         if row["tau"] is not None and row["tau"] > _ACCEPTED:
             point = results["points"][row["point"]]

@@ -159,6 +159,11 @@ def _check_break_even(args: argparse.Namespace, methods: Sequence[Method]) -> No
             f"--break-even compares {BASELINE} with {FIXED}, on engines of its own at steady loads:"
             f" leave out --server and --swing, and give --methods such as {BASELINE},{FIXED}:3"
         )
+    if args.max_tokens.most < 2:
+        raise UsageError(
+            "--break-even times steps that decode, and a request's first token is its prompt's:"
+            " give --max-tokens 2 or more, such as 32"
+        )
 
 
 def _server(args: argparse.Namespace, target: str, tokenizer: Any, model: str) -> Server:

@@ -32,6 +32,7 @@ from vllm_dflash.hub import (
 )
 from vllm_dflash.prompts import PromptError, load_prompts
 from vllm_dflash.regular import check_input
+from vllm_dflash.tools.break_even import pays_check, table
 from vllm_dflash.tools.inspect import Inspection, inspect_checkpoint
 from vllm_dflash.tools.pair_checks import (
     Check,
@@ -43,6 +44,7 @@ from vllm_dflash.tools.pair_checks import (
     training_checks,
 )
 from vllm_dflash.tools.pair_runs import (
+    CostSettings,
     EngineError,
     EngineRun,
     Pair,
@@ -124,9 +126,10 @@ def _pair(
 ) -> Pair:
     prompts = load_prompts(args.prompts, args.num_prompts, tokenizer, drafter.vocab_size)
     k = args.num_speculative_tokens or drafter.max_speculative_tokens
-    room = (
-        min(drafter.max_position_embeddings, text.max_position_embeddings) - args.max_tokens - k - 1
+    positions = args.max_model_len or min(
+        drafter.max_position_embeddings, text.max_position_embeddings
     )
+    room = positions - args.max_tokens - k - 1
     if room < 1:
         raise PromptError(
             f"--max-tokens {args.max_tokens} leaves no room for a prompt: give"
@@ -140,7 +143,17 @@ def _pair(
         args.max_tokens,
         resolved_dtype(text, args.dtype),
         eos_token_id(text),
+        CostSettings(positions, _position_bytes(text), args.max_model_len),
     )
+
+
+def _position_bytes(text: Any) -> int:
+    """Of a position's keys and values, by a text config, in float32; what caches them in another
+    way takes less."""
+    of = getattr(text, "num_attention_heads", None) or 1
+    heads = getattr(text, "num_key_value_heads", None) or of
+    size = getattr(text, "head_dim", None) or text.hidden_size // of
+    return int(2 * 4 * text.num_hidden_layers * heads * size)
 
 
 def _ask_both(
@@ -197,6 +210,9 @@ def _run(
         diagnosis.add(compare(diagnosis.reference, diagnosis.engine, pair.dtype))
     elif diagnosis.engine is not None:
         diagnosis.add([tau_check(diagnosis.engine.acceptance)])
+    if diagnosis.engine is not None:
+        engine = diagnosis.engine
+        diagnosis.add([pays_check(engine.break_even, engine.acceptance.tau)])
     measured = diagnosis.engine or diagnosis.reference
     if measured is not None:
         diagnosis.advice += advise(measured.acceptance, drafter)
@@ -217,7 +233,8 @@ def check_text(check: Check) -> str:
 
 
 def summary(diagnosis: Diagnosis) -> str:
-    """What follows the checks: acceptance per position, advice and the verdict."""
+    """What follows the checks: acceptance per position, where drafting breaks even, advice and the
+    verdict."""
     lines = []
     runs = [
         (name, run.acceptance)
@@ -234,6 +251,8 @@ def summary(diagnosis: Diagnosis) -> str:
             f"  {name:<34}" + "".join(f"{rate:6.2f}" for rate in acceptance.rates)
             for name, acceptance in runs
         ]
+    if (engine := diagnosis.engine) is not None and engine.break_even is not None:
+        lines += ["", *table(engine.break_even, engine.acceptance.tau)]
     errors, warnings = (
         sum(check.state == state for check in diagnosis.checks) for state in ("error", "warning")
     )
@@ -263,6 +282,11 @@ def as_dict(diagnosis: Diagnosis) -> dict[str, Any]:
             )
             for name, run in runs.items()
         },
+        "break_even": (
+            asdict(diagnosis.engine.break_even)
+            if diagnosis.engine is not None and diagnosis.engine.break_even is not None
+            else None
+        ),
         "advice": diagnosis.advice,
     }
 

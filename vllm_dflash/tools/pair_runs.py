@@ -6,7 +6,7 @@ pytest tests/engine/test_doctor.py
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from vllm_dflash.progress import Progress
 from vllm_dflash.reference.checkpoint import load_drafter
 from vllm_dflash.reference.decoding import generate, replay_drafts, target_features
 from vllm_dflash.reference.drafter import Drafter
+from vllm_dflash.tools.break_even import BreakEven
 
 SHIFTS = (-1, 1)
 _REPLAYED_ANCHORS = 400
@@ -28,6 +29,18 @@ _REPLAYED_ANCHORS = 400
 
 class EngineError(RuntimeError):
     """The engine did not get to the end; the message is the end of its output."""
+
+
+@dataclass(frozen=True)
+class CostSettings:
+    """What decides how long contexts may be when steps are measured."""
+
+    positions: int
+    """As the pair will be served, at most."""
+    position_bytes: int
+    """Of a position's keys and values in the target, at most."""
+    max_model_len: int | None
+    """Where the user gives one."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +55,13 @@ class Pair:
     max_tokens: int
     dtype: str
     eos_token_id: int | None
+    costs: CostSettings | None = None
+    """To have the engine measure what its steps cost; None: it does not."""
 
     @property
     def max_model_len(self) -> int:
-        """Room for the longest prompt, its output and one more block: near the limit drafts get
-        shorter, which is not the question."""
+        """Needed: room for the longest prompt, its output and one more block. Near the
+        limit drafts get shorter, which is not the question."""
         return max(map(len, self.prompts)) + self.max_tokens + self.num_speculative_tokens + 1
 
 
@@ -82,6 +97,8 @@ class EngineRun:
 
     tokens: list[list[int]]
     acceptance: Acceptance
+    break_even: BreakEven | None = None
+    """None where the engine did not, or could not, measure its steps."""
 
 
 def run_reference(pair: Pair, progress: bool) -> ReferenceRun:
@@ -221,6 +238,7 @@ def run_engine(pair: Pair, progress: bool) -> EngineRun:
         "num_speculative_tokens": pair.num_speculative_tokens,
         "eos_token_id": pair.eos_token_id,
         "max_model_len": pair.max_model_len,
+        "costs": pair.costs and asdict(pair.costs),
     }
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -232,8 +250,9 @@ def run_engine(pair: Pair, progress: bool) -> EngineRun:
             with EngineProcess(
                 "vllm_dflash.tools.engine_run", settings, Path(folder, "log"), QUIET
             ) as engine:
-                engine.wait_until_ready()
+                ready = engine.wait_until_ready()
                 result = engine.do({"prompts": [list(p) for p in pair.prompts]}, bar.update)
         except EngineFailedError as error:
             raise EngineError(error.tail or str(error)) from None
-    return EngineRun(result["tokens"], Acceptance(result["drafts"], result["per_position"]))
+    acceptance = Acceptance(result["drafts"], result["per_position"])
+    return EngineRun(result["tokens"], acceptance, ready and BreakEven(**ready))
