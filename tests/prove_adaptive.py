@@ -9,8 +9,8 @@ Parts, and about how many minutes three repeats take on two cores with AMX:
   mixed    one request of 32,768 among seven of 128: >= 0.97 x the best of plain, all drafting, and
            only the short ones drafting                        (--target embedded 6, random 4)
   short    1 to 32 requests, and a load of 1, 32, 1, 32, 1: >= 0.97 x plain and >= native; K = 1,
-           3, 5, 7 beside it                                                               (50)
-  random   prompts of tokens by chance, 1, 8 and 32 requests, also at temperature 2        (20)
+           3, 5, 7 beside it                                                        (50 to 100)
+  random   prompts of tokens by chance, 1, 8 and 32 requests, also at temperature 2        (35)
 The embedded pair is given as many positions, `random` is a pair of random weights.
 
 Engines take turns of 0.1 s; a ratio is taken within a repeat. Of lengths and mixed an engine stays
