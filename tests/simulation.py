@@ -177,7 +177,7 @@ class Server:
             measured = (
                 true
                 * pace
-                * np.exp(self.noise * self.random.standard_normal())
+                * float(np.exp(self.noise * self.random.standard_normal()))
                 * (4 if self.random.random() < self.held_up else 1)
             )
             controller.observe(

@@ -44,7 +44,7 @@ def fill_rows(survivals: Sequence[Sequence[float]], prices: Sequence[float]) -> 
     least likely out, until the target's rows, a row a request besides, are a round number: a CPU's
     kernels are made anew for each number of rows."""
     found = [
-        len(survival) - bool(survival and survival[-1] <= price)
+        len(survival) - (survival[-1] <= price) if survival else 0
         for survival, price in zip(survivals, prices, strict=True)
     ]
     rows = len(found) + sum(found)

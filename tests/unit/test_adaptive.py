@@ -159,9 +159,9 @@ def test_confidence_is_calibrated() -> None:
     position that was never reached."""
     acceptance = _acceptance(2)
     for i in range(400):
-        _observe(acceptance, "a", verified=1, accepted=i % 2, confidences=[0.95])
+        _observe(acceptance, "a", verified=1, accepted=i % 2, confidences=[0.95, 0.95])
     assert _survival(acceptance, "b", [0.95, 0.95]) == pytest.approx([0.5, 0.25], rel=0.1)
-    assert _survival(acceptance, "b", [0.3])[0] < 0.5
+    assert _survival(acceptance, "b", [0.3, 0.3])[0] < 0.5
 
 
 def test_off_under_load_and_back() -> None:

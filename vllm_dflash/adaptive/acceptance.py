@@ -21,7 +21,7 @@ from vllm_dflash.steps import Names
 Row = Sequence[float]
 """The probability that the drafter gives each token of a draft."""
 Confidences = Mapping[str, Row] | None
-"""By request, of its draft; None where none are known."""
+"""By request, of its draft: all K or none; None where none are known."""
 GroupOf = Callable[[str], Hashable]
 """Which of a request's kind are accepted alike, and have the same limit."""
 LimitOf = Callable[[str], int] | None
@@ -49,15 +49,15 @@ class _Group:
         self.recent: deque[Row] = deque([usual], tuning.recent)
         """Confidences of the last drafts, [K] each."""
         self.outcomes: list[tuple[_Request, Row, int, int]] = []
-        """What became of drafts, and was not looked at yet."""
+        """What became of drafts, and was not looked at yet: tokens that were accepted, and those
+        whose turn came."""
+        self._at = np.arange(len(usual))
 
     def look(self) -> None:
         """Learns from what was not looked at yet."""
         of, said, *ends = zip(*self.outcomes, strict=True)
         self.outcomes.clear()
-        verified, accepted = np.array(ends)[..., None]
-        at = np.arange(len(self.rates))
-        hits, seen = (at < np.minimum(accepted + more, verified) for more in (0, 1))
+        hits, seen = np.fromiter(chain(*ends), int).reshape(2, -1, 1) > self._at
         expected = seen * np.fromiter(chain(*said), float).reshape(seen.shape)
         # What is expected is told after the group has learned of it: what a request alone tells
         # would count twice. What is a request's own is learned slowly at any time.
@@ -68,7 +68,7 @@ class _Group:
         self.rates = [worth * known for known, _ in self._positions]
         totals = (expected @ self.rates).tolist()
         for request, hit, total in zip(of, hits.sum(1).tolist(), totals, strict=True):
-            request.learn(hit, total, self._memory)
+            request.factor += (hit - total * request.factor) / self._memory
 
     def _mix(self, known: _Known, hits: float, expected: float) -> _Known:
         """With these of both more."""
@@ -82,9 +82,6 @@ class _Request:
     def __init__(self, group: _Group) -> None:
         self.group, self.factor = group, 1.0
 
-    def learn(self, hits: float, expected: float, memory: float) -> None:
-        self.factor += (hits - expected * self.factor) / memory
-
 
 class Acceptance:
     """Conditional acceptance of draft tokens at up to ``max_draft`` positions, K."""
@@ -97,28 +94,30 @@ class Acceptance:
 
     def learn(self, outcomes: Outcomes, said: Confidences = None) -> None:
         """Takes in what became of drafts with these confidences."""
+        said, usual = said or {}, self._usual
         for name, (verified, accepted) in outcomes.items():
-            request, row = self._of(name), self._whole((said or {}).get(name, ()))
-            request.group.outcomes.append((request, row, verified, accepted))
+            request, seen = self._of(name), accepted + (accepted < verified)
+            request.group.outcomes.append((request, said.get(name) or usual, accepted, seen))
 
     def drafted(self, names: Names, prices: Row, said: Confidences = None) -> list[list[float]]:
         """Of drafts that were made, with these confidences: the probability that each is accepted
         up to and with each position that its request may have, up to the first token that has no
         more than its price. By what was learned when ``expected`` was last asked, which goes by the
         last drafts."""
-        confidences = (said or {}).get
-        survivals: list[list[float]] = [[] for _ in names]
-        for name, price, found in zip(names, prices, survivals, strict=True):
-            request, row = self._of(name), confidences(name)
-            group, factor, probability = request.group, request.factor, 1.0
-            if row:
-                group.recent.append(self._whole(row))
+        said, survivals = said or {}, []
+        for name, price in zip(names, prices, strict=True):
+            request, probability = self._of(name), 1.0
+            group, factor, found = request.group, request.factor, []
+            survivals.append(found)
+            if row := said.get(name):
+                group.recent.append(row)
             for rate, confidence in zip(group.rates, row or self._usual, strict=False):
                 once = confidence * rate * factor
                 if once < 1.0:
                     probability *= once
-                if probability:
-                    found.append(probability)
+                    if not probability:
+                        break
+                found.append(probability)
                 if probability <= price:
                     break
         return survivals
@@ -133,21 +132,18 @@ class Acceptance:
         each = range(-(-max(len(r.group.recent) for r in of) // count))
         lasts = ((i, r.group.recent) for i, r in enumerate(of))
         rows = [last[(i + j * count) % len(last)] for i, last in lasts for j in each]
-        rates = np.array([r.group.rates for r in of]) * np.array([[r.factor] for r in of])
+        rates = np.array([[[rate * r.factor for rate in r.group.rates]] for r in of])
         said = np.fromiter(chain(*rows), float).reshape(count, len(each), -1)
-        return np.minimum(said * rates[:, None], 1.0).cumprod(2)
+        return np.minimum(said * rates, 1.0).cumprod(2)
 
     def forget(self, requests: Iterable[str]) -> None:
         """These requests have ended."""
         for request in requests:
             self._requests.pop(request, None)
 
-    def _whole(self, row: Row) -> Row:
-        """The usual confidences where none are known."""
-        return row if len(row) == len(self._usual) else [*row, *self._usual[len(row) :]]
-
     def _of(self, name: str) -> _Request:
-        if name not in self._requests:
+        if (request := self._requests.get(name)) is None:
             new = _Group(self._limit(name), self._usual, self._tuning)
-            self._requests[name] = _Request(self._groups.setdefault(self._group(name), new))
-        return self._requests[name]
+            request = _Request(self._groups.setdefault(self._group(name), new))
+            self._requests[name] = request
+        return request

@@ -192,13 +192,13 @@ class Controller:
 
         def weigh(drafted: np.ndarray) -> Plan:
             """The likeliest tokens of these requests' drafts, as many as raise the rate."""
-            each, values = 1 / expected.shape[1], worth[drafted].ravel()
+            each, values, read = 1 / expected.shape[1], worth[drafted].ravel(), context[drafted]
             order = (-values).argsort()
             values = values[order]
-            seen = np.repeat(context[drafted], expected[0].size)[order].cumsum()
+            seen = np.repeat(read, expected[0].size)[order].cumsum()
             counts = num_reqs + each * np.arange(1, len(values) + 1)
             seconds = pace * profile.target_seconds(counts, total, total + each * seen)
-            seconds += slower * drafter(block * len(drafted), block * context[drafted].sum())
+            seconds += slower * drafter(block * len(drafted), block * read.sum())
             rates = (num_reqs + each * (values.cumsum() + attend * seen)) / seconds
             # Of equal ones all are in or out.
             rates[:-1][values[:-1] <= values[1:]] = 0.0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 class Tuning:
     """All that is set beforehand; nothing of it is a machine's or a model's."""
 
-    every: int = 16
+    every: int = 32
     """Steps between two choices, and between two trials at the least."""
     exploration: float = 0.0075
     """Share of the time that trials of what does not look best may lose."""
