@@ -48,16 +48,14 @@ class _Group:
         """Both's product, [K]."""
         self.recent: deque[Row] = deque([usual], tuning.recent)
         """Confidences of the last drafts, [K] each."""
-        self.outcomes: list[tuple[_Request, Row, int, int]] = []
-        """What became of drafts, and was not looked at yet: tokens that were accepted, and those
-        whose turn came."""
-        self._at = np.arange(len(usual))
+        self.outcomes: tuple[list[_Request], list[Row], list[int], list[int]] = [], [], [], []
+        """Of drafts that were not looked at yet: whose, confidences, tokens that were accepted, and
+        those whose turn came. An object for each would be the garbage collector's work."""
 
     def look(self) -> None:
         """Learns from what was not looked at yet."""
-        of, said, *ends = zip(*self.outcomes, strict=True)
-        self.outcomes.clear()
-        hits, seen = np.fromiter(chain(*ends), int).reshape(2, -1, 1) > self._at
+        (of, said, *ends), self.outcomes = self.outcomes, ([], [], [], [])
+        hits, seen = np.fromiter(chain(*ends), int).reshape(2, -1, 1) > np.arange(len(self.rates))
         expected = seen * np.fromiter(chain(*said), float).reshape(seen.shape)
         # What is expected is told after the group has learned of it: what a request alone tells
         # would count twice. What is a request's own is learned slowly at any time.
@@ -96,19 +94,23 @@ class Acceptance:
         """Takes in what became of drafts with these confidences."""
         said, usual = said or {}, self._usual
         for name, (verified, accepted) in outcomes.items():
-            request, seen = self._of(name), accepted + (accepted < verified)
-            request.group.outcomes.append((request, said.get(name) or usual, accepted, seen))
+            request = self._of(name)
+            of, rows, hits, seen = request.group.outcomes
+            of.append(request)
+            rows.append(said.get(name) or usual)
+            hits.append(accepted)
+            seen.append(accepted + (accepted < verified))
 
     def drafted(self, names: Names, prices: Row, said: Confidences = None) -> list[list[float]]:
         """Of drafts that were made, with these confidences: the probability that each is accepted
         up to and with each position that its request may have, up to the first token that has no
         more than its price. By what was learned when ``expected`` was last asked, which goes by the
         last drafts."""
-        said, survivals = said or {}, []
-        for name, price in zip(names, prices, strict=True):
+        said = said or {}
+        survivals: list[list[float]] = [[] for _ in names]
+        for name, price, found in zip(names, prices, survivals, strict=True):
             request, probability = self._of(name), 1.0
-            group, factor, found = request.group, request.factor, []
-            survivals.append(found)
+            group, factor = request.group, request.factor
             if row := said.get(name):
                 group.recent.append(row)
             for rate, confidence in zip(group.rates, row or self._usual, strict=False):
@@ -127,7 +129,7 @@ class Acceptance:
         of its group's last ones, where confidences are known. How far drafts differ decides what it
         brings to verify only part of some."""
         of, count = [*map(self._of, requests)], len(requests)
-        for group in {request.group for request in of if request.group.outcomes}:
+        for group in {request.group for request in of if request.group.outcomes[0]}:
             group.look()
         each = range(-(-max(len(r.group.recent) for r in of) // count))
         lasts = ((i, r.group.recent) for i, r in enumerate(of))
@@ -142,8 +144,7 @@ class Acceptance:
             self._requests.pop(request, None)
 
     def _of(self, name: str) -> _Request:
-        if (request := self._requests.get(name)) is None:
+        if name not in self._requests:
             new = _Group(self._limit(name), self._usual, self._tuning)
-            request = _Request(self._groups.setdefault(self._group(name), new))
-            self._requests[name] = request
-        return request
+            self._requests[name] = _Request(self._groups.setdefault(self._group(name), new))
+        return self._requests[name]
