@@ -19,6 +19,8 @@ from vllm_dflash.steps import Work
 
 _BEYOND = 1 << 20
 """Rows at the end of the line that goes on from the last measured ones."""
+_ALIKE = 1.1
+"""Times one measurement: another up to it is alike."""
 
 
 def row_step(count: int) -> int:
@@ -84,6 +86,8 @@ class Profile:
     """More for each row of the target's and each position that it attends to."""
     draft_attend: float = 0.0
     """The same of the drafter's rows."""
+    is_steady: bool = True
+    """False where nothing says that it is the machine's, and not a busy moment's."""
 
     def target_seconds(
         self, num_tokens: np.ndarray, num_context: float, attended: np.ndarray
@@ -118,7 +122,7 @@ def _between(x: Sequence[float], y: Sequence[float], at: float) -> float:
     return y[i - 1] + min(max(share, 0.0), 1.0) * (y[i] - y[i - 1])
 
 
-def line(target: tuple[float, float], draft: tuple[float, float], **attention: float) -> Profile:
+def line(target: tuple[float, float], draft: tuple[float, float], **attention: Any) -> Profile:
     """Of a constant and seconds a row, for the target and for the drafter."""
     ends = (0.0, float(_BEYOND))
     return Profile(
@@ -133,24 +137,20 @@ GUESS = line((1e-2, 1e-4), (4e-3, 1e-4))
 """Where nothing was measured: what counts is that a step with a block takes some 1.5 plain ones."""
 
 
-def typical(rounds: Sequence[Sequence[float] | np.ndarray]) -> np.ndarray:
-    """Of ``rounds``, [R, n], in each of which the same n steps were timed, what each step takes,
-    [n]: the lower median, once each round is divided by its pace. That is the median of what its
-    steps take over what they usually do, so that a round in which the machine was slow counts as
-    the others, and a step that was held up does not."""
-    logs = np.log(np.maximum(np.asarray(rounds, dtype=float), 1e-9))
-    paces = np.median(logs - _low_median(logs), axis=1, keepdims=True)
-    return np.exp(_low_median(logs - paces))
+def lowest(rounds: Sequence[Sequence[float]]) -> tuple[list[float], bool]:
+    """Of rounds, [R, n], in each of which the same n steps were timed: the lowest that each step
+    took, [n], for what holds a step up only adds; and whether at least half of the steps took as
+    long a second time. They do not where others compute beside: with a thread for each core, each
+    kernel may have to wait for one of them."""
+    ordered = np.sort(np.asarray(rounds, dtype=float), axis=0)
+    alike = ordered[1:2] <= _ALIKE * ordered[0]
+    return ordered[0].tolist(), bool(alike.size and alike.mean() >= 0.5)
 
 
-def _low_median(rows: np.ndarray) -> np.ndarray:
-    return np.sort(rows, axis=0)[(len(rows) - 1) // 2]
-
-
-def fit(cells: Iterable[Cell]) -> Profile:
+def fit(cells: Iterable[Cell], is_steady: bool = True) -> Profile:
     """The profile through measured cells: target steps (no rows of the drafter) and drafts alone
-    (none of the target). More rows are taken to cost no less; for each number of rows the lowest of
-    its measurements counts, for what held a step up was none of its own.
+    (none of the target). For each number of rows the lowest of its measurements counts, and those
+    of more rows: fewer take no longer, and what held a step up was none of its own.
 
     Raises:
         ValueError: no target steps, or no drafts, without context.
@@ -159,21 +159,21 @@ def fit(cells: Iterable[Cell]) -> Profile:
     sides = [[c for c in kept if not c.work.draft_rows], [c for c in kept if c.work.draft_rows]]
     tables = []
     for cells_of_one in sides:
-        lowest: dict[int, float] = {}
+        least: dict[int, float] = {}
         for cell in cells_of_one:
             if not cell.work.num_context:
                 count = cell.work.draft_rows or cell.work.num_tokens
-                lowest[count] = min(cell.seconds, lowest.get(count, cell.seconds))
-        if not lowest:
+                least[count] = min(cell.seconds, least.get(count, cell.seconds))
+        if not least:
             raise ValueError("the cells have no target steps, or no drafts, without context")
-        at = sorted(lowest)
-        tables.append((at, np.maximum.accumulate([lowest[rows] for rows in at])))
+        at = sorted(least)
+        tables.append((at, np.minimum.accumulate([least[rows] for rows in at[::-1]])[::-1]))
     rows = sorted({0, *tables[0][0], *tables[1][0], _BEYOND})
     target, draft = (_through(rows, *table) for table in tables)
     flat = Profile(tuple(map(float, rows)), target, draft)
     read, attend = _least([(c.work.num_context, c.work.attended) for c in sides[0]], sides[0], flat)
     (drafted,) = _least([(c.work.draft_attended,) for c in sides[1]], sides[1], flat)
-    return Profile(flat.rows, target, draft, read, attend, drafted)
+    return Profile(flat.rows, target, draft, read, attend, drafted, is_steady)
 
 
 def _through(rows: Sequence[int], at: Sequence[int], seconds: np.ndarray) -> tuple[float, ...]:

@@ -27,6 +27,7 @@ _SHAPE = {
     "profile": {
         **{name: [_NUMBER] for name in ("rows", "target", "draft")},
         **dict.fromkeys(("read", "attend", "draft_attend"), _NUMBER),
+        "is_steady": bool,
     },
 }
 THREADS = "_VLLM_DFLASH_THREADS"
@@ -149,7 +150,10 @@ def find(folder: Path, key: str) -> Profile | None:
         logger.info("%s is no profile: it is measured anew", path)
         return None
     _kept[key] = Profile(
-        rows, target, draft, fields["read"], fields["attend"], fields["draft_attend"]
+        rows,
+        target,
+        draft,
+        *(fields[name] for name in ("read", "attend", "draft_attend", "is_steady")),
     )
     return _kept[key]
 

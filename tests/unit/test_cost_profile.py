@@ -1,5 +1,6 @@
 """The profile of steps: what is fitted to measurements, and what is kept on the disk."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from simulation import large_gpu, profile_of, two_cores
 from simulation_async import h200
 from vllm_dflash import profiles
-from vllm_dflash.cost_profile import Cell, Profile, fit, line, typical
+from vllm_dflash.cost_profile import Cell, Profile, fit, line, lowest
 from vllm_dflash.profiles import find, keep, key_of, leave_threads, this_cpu
 from vllm_dflash.steps import Work
 
@@ -58,12 +59,11 @@ def test_rows_may_be_an_array() -> None:
 
 
 def test_noise_takes_no_row_away() -> None:
-    """A step with more rows that was measured shorter is taken for as long, and of three
-    measurements of one the lowest counts."""
+    """Of three measurements of a step the lowest counts, and that of one with more rows."""
     seconds = {1: (2.0, 1.0, 9.0), 2: (0.8, 5.0, 5.0), 4: (3.0, 2.0, 4.0)}
     cells = [Cell(Work(1, rows, 0), each) for rows, times in seconds.items() for each in times]
     profile = fit([*cells, Cell(Work(1, 0, 8), 1.0)])
-    assert [profile.of(Work(1, rows, 0)) for rows in (1, 2, 4)] == pytest.approx([1.0, 1.0, 2.0])
+    assert [profile.of(Work(1, rows, 0)) for rows in (1, 2, 4)] == pytest.approx([0.8, 0.8, 2.0])
 
 
 def test_nothing_takes_less_than_no_time() -> None:
@@ -93,9 +93,10 @@ def test_a_second_start_reads_what_the_first_has_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert find(tmp_path, KEY) is None
-    keep(tmp_path, KEY, PROFILE)
-    monkeypatch.setattr(profiles, "_kept", {})
-    assert find(tmp_path, KEY) == PROFILE
+    for profile in (PROFILE, replace(PROFILE, is_steady=False)):
+        keep(tmp_path, KEY, profile)
+        monkeypatch.setattr(profiles, "_kept", {})
+        assert find(tmp_path, KEY) == profile
     assert find(tmp_path, '{"device": "b"}') is None
 
 
@@ -214,12 +215,21 @@ def test_a_folder_that_holds_another_model_has_another_profile(
     assert len(set(found)) == 3
 
 
-def test_a_slow_round_counts_as_the_others_and_what_was_held_up_does_not() -> None:
+def test_what_held_a_step_up_only_adds() -> None:
     true = np.array([3e-3, 5e-3, 8e-3, 21e-3])
-    rounds = [true, 1.6 * true, 0.9 * true, true * [1, 40, 1, 1], true * [1, 1, 1, 9]]
-    found = typical(rounds)
-    assert found / found[0] * true[0] == pytest.approx(true, rel=1e-9)
-    assert found == pytest.approx(true, rel=0.1)
-    assert typical(rounds[:1]) == pytest.approx(true)
-    held_up = [true * [1, 1, 1, 7], true]
-    assert typical(held_up) == pytest.approx(true), "of two the lower"
+    rounds = [1.6 * true, true * [1, 40, 9, 1], true * [30, 1, 7, 2], true * [1, 40, 1, 9]]
+    assert lowest(rounds) == (pytest.approx(true), False), "but one took as long twice"
+    assert lowest([*rounds, 1.05 * true]) == (pytest.approx(true), True)
+    assert lowest(rounds[:1]) == (pytest.approx(1.6 * true), False)
+
+
+def test_fewer_rows_take_no_longer() -> None:
+    """A step that was held up each time it was measured says nothing of those with more rows."""
+    took = {1: 0.3, 2: 2e-3, 4: 3e-3, 8: 0.2}
+    cells = [Cell(Work(1, rows, 0), seconds) for rows, seconds in took.items()]
+    cells += [Cell(Work(1, 0, rows), 1e-3) for rows in (8, 16)]
+    profile = fit(cells)
+    found = [profile.of(Work(1, rows, 0)) for rows in took]
+    assert found == pytest.approx([2e-3, 2e-3, 3e-3, 0.2])
+    assert profile.is_steady
+    assert not fit(cells, is_steady=False).is_steady

@@ -2,12 +2,14 @@
 then, and of one that is slow. What steps take is a stand-in's."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from vllm_dflash.cost_profile import Profile, fit
+from vllm_dflash.cost_profile import Profile, line
 from vllm_dflash.steps import Work
 
 pytestmark = pytest.mark.vllm
@@ -55,7 +57,7 @@ def measured(
             max_num_tokens=2048, kv_cache_config=SimpleNamespace(num_blocks=1025)
         ),
     )
-    profile = fit(measure._cells(proposer))  # type: ignore[arg-type]
+    profile = measure._profile(proposer)  # type: ignore[arg-type]
     return profile, ran, clock[0] - 100.0
 
 
@@ -74,6 +76,42 @@ def test_a_busy_moment_is_no_property_of_the_machine(
         if rows >= BLOCK:
             drafts = Work(rows // BLOCK, 0, rows)
             assert profile.parts(drafts)[1] == pytest.approx(alone(drafts), rel=0.02), rows
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_beside_others_that_compute(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a thread for each core, two of three steps wait for one of them, up to twenty times as
+    long as they take, which is seen through. Where it is nine of ten, the next start measures
+    again."""
+    random = np.random.default_rng(seed)
+
+    def beside(share: float) -> Profile:
+        def seconds(work: Work, now: float) -> float:
+            return alone(work) * (random.uniform(1.5, 20) if random.random() < share else 1)
+
+        return measured(monkeypatch, seconds)[0]
+
+    profile = beside(2 / 3)
+    plain, whole = (profile.of(Work(1, rows, 0)) for rows in (1, 256))
+    assert plain == pytest.approx(alone(Work(1, 1, 0)), rel=0.1)
+    assert whole == pytest.approx(alone(Work(1, 256, 0)), rel=0.5)
+    assert not beside(0.9).is_steady
+    assert beside(0.0).is_steady
+
+
+@pytest.mark.parametrize("kept", [None, False, True])
+def test_what_is_measured_again(kept: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a start with a kept profile of a busy moment, of a quiet one, or none."""
+    from vllm_dflash.drafting import measure
+
+    profiles = [] if kept is None else [replace(line((1.0, 0.5), (0.25, 0.125)), is_steady=kept)]
+    monkeypatch.setattr(measure, "is_adaptive", lambda config: True)
+    monkeypatch.setattr(measure, "profile_key", lambda config: (None, "key"))
+    monkeypatch.setattr(measure, "find", lambda folder, key: next(iter(profiles), None))
+    monkeypatch.setattr(measure, "keep", lambda folder, key, profile: profiles.append(profile))
+    config = SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=1))
+    measure.measure_once(config, lambda: line((2.0, 0.5), (0.25, 0.125)))
+    assert len(profiles) == (1 if kept in (None, True) else 2)
 
 
 def test_a_slow_machine_measures_the_small_steps_once(monkeypatch: pytest.MonkeyPatch) -> None:

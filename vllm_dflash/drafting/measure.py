@@ -9,7 +9,7 @@ Nothing is written into the cache of keys and values that anybody reads: no requ
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_dflash.adaptive.settings import is_adaptive
 from vllm_dflash.checks import drafter_config
-from vllm_dflash.cost_profile import Cell, fit, round_rows, typical
+from vllm_dflash.cost_profile import Cell, Profile, fit, lowest, round_rows
 from vllm_dflash.engine_profiles import profile_key
 from vllm_dflash.log import logger
 from vllm_dflash.profiles import find, keep
@@ -35,29 +35,31 @@ SECONDS = 10.0
 _MOST_ROWS = 512
 """From which on the line goes on."""
 _ROUNDS = 8
-"""In each of which every cell is measured once. A machine that others share is slow for a second or
-two: so not all measurements of one cell are."""
+"""In each of which every cell is measured once: where others compute beside, not all of its
+measurements are disturbed."""
 
 
 def measure(proposer: "DFlashProposer") -> None:
     """Measures the steps of V1: see ``measure_once``."""
 
-    def cells() -> list[Cell]:
+    def profile() -> Profile:
         with torch.inference_mode(), _alone(proposer):
-            return _cells(proposer)
+            return _profile(proposer)
 
-    measure_once(proposer.vllm_config, cells)
+    measure_once(proposer.vllm_config, profile)
 
 
-def measure_once(vllm_config: Any, cells: Callable[[], Iterable[Cell]]) -> None:
-    """Keeps the profile of an engine that drafts adaptively, by the ``cells`` that are measured
-    now, unless that was done before. Where it fails, the log says so, and the engine serves."""
+def measure_once(vllm_config: Any, profile: Callable[[], Profile]) -> None:
+    """Keeps the ``profile`` of an engine that drafts adaptively, which is measured now, unless that
+    was done before, and not in a busy moment. Where it fails, the log says so, and the engine
+    serves."""
     if not is_adaptive(vllm_config):
         return
     try:
         folder, name = profile_key(vllm_config)
-        if agreed(vllm_config, find(folder, name) is None):
-            keep(folder, name, fit(cells()))
+        kept = find(folder, name)
+        if agreed(vllm_config, kept is None or not kept.is_steady):
+            keep(folder, name, profile())
     except Exception as error:  # as above
         logger.warning(
             "the cost of steps could not be measured, and a guess stands for it: %s: %s",
@@ -90,7 +92,7 @@ def _alone(proposer: "DFlashProposer") -> Iterator[None]:
         proposer.watch, proposer.is_measured = watch, False
 
 
-def _cells(proposer: "DFlashProposer") -> list[Cell]:
+def _profile(proposer: "DFlashProposer") -> Profile:
     config, block = proposer.vllm_config, proposer.draft_block_size
     most_reqs, k = config.scheduler_config.max_num_seqs, proposer.num_speculative_tokens
     pages = proposer.runner.kv_cache_config.num_blocks - 1
@@ -121,7 +123,10 @@ def _cells(proposer: "DFlashProposer") -> list[Cell]:
         if agreed(config, time.monotonic() + a_round > began + SECONDS):
             break
         rounds.append([_seconds(proposer, run) for run in runs])
-    return [Cell(*each) for each in zip(plan, typical(rounds).tolist())]
+    seconds, is_steady = lowest(rounds)
+    if not is_steady:
+        logger.info("steps took longer now and then: they are measured anew at the next start")
+    return fit([Cell(*each) for each in zip(plan, seconds)], is_steady)
 
 
 def _seconds(proposer: "DFlashProposer", run: Callable[[], None]) -> float:

@@ -28,7 +28,7 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.gpu.warmup import _warmup_block_counter
 
-from vllm_dflash.cost_profile import Cell
+from vllm_dflash.cost_profile import Cell, fit
 from vllm_dflash.drafting.measure import SECONDS, agreed, measure_once, round_numbers
 from vllm_dflash.progress import Progress
 from vllm_dflash.steps import Work
@@ -54,7 +54,7 @@ class Load(NamedTuple):
 
 def measure(worker: Any) -> None:
     """Measures the steps of a vLLM worker under V2: see ``measure_once``."""
-    measure_once(worker.vllm_config, lambda: _cells(worker))
+    measure_once(worker.vllm_config, lambda: fit(_cells(worker)))
 
 
 def _cells(worker: Any) -> Iterator[Cell]:
