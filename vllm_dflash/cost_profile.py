@@ -149,8 +149,8 @@ def lowest(rounds: Sequence[Sequence[float]]) -> tuple[list[float], bool]:
 
 def fit(cells: Iterable[Cell], is_steady: bool = True) -> Profile:
     """The profile through measured cells: target steps (no rows of the drafter) and drafts alone
-    (none of the target). For each number of rows the lowest of its measurements counts, and those
-    of more rows: fewer take no longer, and what held a step up was none of its own.
+    (none of the target). More rows are taken to cost no less; for each number of rows the lowest of
+    its measurements counts, for what held a step up was none of its own.
 
     Raises:
         ValueError: no target steps, or no drafts, without context.
@@ -167,7 +167,7 @@ def fit(cells: Iterable[Cell], is_steady: bool = True) -> Profile:
         if not least:
             raise ValueError("the cells have no target steps, or no drafts, without context")
         at = sorted(least)
-        tables.append((at, np.minimum.accumulate([least[rows] for rows in at[::-1]])[::-1]))
+        tables.append((at, np.maximum.accumulate([least[rows] for rows in at])))
     rows = sorted({0, *tables[0][0], *tables[1][0], _BEYOND})
     target, draft = (_through(rows, *table) for table in tables)
     flat = Profile(tuple(map(float, rows)), target, draft)

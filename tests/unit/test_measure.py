@@ -99,6 +99,21 @@ def test_beside_others_that_compute(seed: int, monkeypatch: pytest.MonkeyPatch) 
     assert beside(0.0).is_steady
 
 
+def test_a_step_that_is_held_up_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says nothing of those with more rows: it takes no longer than the next one that was
+    not."""
+
+    def seconds(work: Work, now: float) -> float:
+        held_up = work.num_tokens == 1 or work.draft_rows == BLOCK
+        return alone(work) * (100 if held_up else 1)
+
+    profile, *_ = measured(monkeypatch, seconds)
+    for rows in (2, 8, 256):
+        assert profile.of(Work(1, rows, 0)) == pytest.approx(alone(Work(1, rows, 0)), rel=0.02)
+    assert profile.of(Work(1, 1, 0)) == profile.of(Work(1, 2, 0))
+    assert profile.draft_seconds(BLOCK, 0) == pytest.approx(alone(Work(1, 0, 12)), rel=0.1)
+
+
 @pytest.mark.parametrize("kept", [None, False, True])
 def test_what_is_measured_again(kept: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a start with a kept profile of a busy moment, of a quiet one, or none."""

@@ -54,7 +54,8 @@ class _Group:
 
     def look(self) -> None:
         """Learns from what was not looked at yet."""
-        (of, said, *ends), self.outcomes = self.outcomes, ([], [], [], [])
+        of: list[_Request] = self.outcomes[0]
+        (_, said, *ends), self.outcomes = self.outcomes, ([], [], [], [])
         hits, seen = np.fromiter(chain(*ends), int).reshape(2, -1, 1) > np.arange(len(self.rates))
         expected = seen * np.fromiter(chain(*said), float).reshape(seen.shape)
         # What is expected is told after the group has learned of it: what a request alone tells
