@@ -137,14 +137,20 @@ GUESS = line((1e-2, 1e-4), (4e-3, 1e-4))
 """Where nothing was measured: what counts is that a step with a block takes some 1.5 plain ones."""
 
 
-def lowest(rounds: Sequence[Sequence[float]]) -> tuple[list[float], bool]:
-    """Of rounds, [R, n], in each of which the same n steps were timed: the lowest that each step
-    took, [n], for what holds a step up only adds; and whether at least half of the steps took as
-    long a second time. They do not where others compute beside: with a thread for each core, each
-    kernel may have to wait for one of them."""
+def lowest(works: Sequence[Work], rounds: Sequence[Sequence[float]]) -> tuple[list[Cell], bool]:
+    """Of rounds, [R, n], in each of which the same n steps were timed, in the order of their rows:
+    the lowest that each step took, for what holds a step up only adds; and whether at least half of
+    the steps took as long a second time. They do not where others compute beside: with a thread for
+    each core, each kernel may have to wait for one of them. Where a step without context took
+    longer than one with more rows, it was held up each time, and takes as long."""
     ordered = np.sort(np.asarray(rounds, dtype=float), axis=0)
-    alike = ordered[1:2] <= _ALIKE * ordered[0]
-    return ordered[0].tolist(), bool(alike.size and alike.mean() >= 0.5)
+    alike, seconds = ordered[1:2] <= _ALIKE * ordered[0], ordered[0].tolist()
+    least: dict[bool, float] = {}
+    for i in reversed(range(len(seconds))):
+        if not works[i].num_context:
+            side = works[i].draft_rows > 0
+            seconds[i] = least[side] = min(seconds[i], least.get(side, seconds[i]))
+    return [Cell(*each) for each in zip(works, seconds)], bool(alike.size and alike.mean() >= 0.5)
 
 
 def fit(cells: Iterable[Cell], is_steady: bool = True) -> Profile:

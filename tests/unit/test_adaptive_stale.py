@@ -149,7 +149,7 @@ def test_the_controller_says_why_it_is_off_and_when_it_tries_again() -> None:
     known.run(300)
     assert (status_of(known.controller).drafting, status_of(known.controller).why) == (True, "pays")
     slow_run = Run(slow(10**6, 16, drafts=True))
-    slow_run.run(STALE)
+    slow_run.run(104)
     assert (status_of(slow_run.controller).drafting, status_of(slow_run.controller).why) == (
         False,
         "slow",

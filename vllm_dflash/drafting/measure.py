@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_dflash.adaptive.settings import is_adaptive
 from vllm_dflash.checks import drafter_config
-from vllm_dflash.cost_profile import Cell, Profile, fit, lowest, round_rows
+from vllm_dflash.cost_profile import Profile, fit, lowest, round_rows
 from vllm_dflash.engine_profiles import profile_key
 from vllm_dflash.log import logger
 from vllm_dflash.profiles import find, keep
@@ -123,16 +123,10 @@ def _profile(proposer: "DFlashProposer") -> Profile:
         if agreed(config, time.monotonic() + a_round > began + SECONDS):
             break
         rounds.append([_seconds(proposer, run) for run in runs])
-    seconds, is_steady = lowest(rounds)
+    cells, is_steady = lowest(plan, rounds)
     if not is_steady:
         logger.info("steps took longer now and then: they are measured anew at the next start")
-    least: dict[bool, float] = {}
-    for i in reversed(range(len(seconds))):
-        if not plan[i].num_context:
-            # Fewer rows take no longer, so that this one was held up each time.
-            of_drafter = plan[i].draft_rows > 0
-            seconds[i] = least[of_drafter] = min(seconds[i], least.get(of_drafter, seconds[i]))
-    return fit([Cell(*each) for each in zip(plan, seconds)], is_steady)
+    return fit(cells, is_steady)
 
 
 def _seconds(proposer: "DFlashProposer", run: Callable[[], None]) -> float:
